@@ -2,7 +2,8 @@
 """What guessing tokens gains: answers with guesses and without, in turns, and the bound of it.
 
     python benchmarks/cpu/drafts.py MODEL.gguf [--pairs 10] [--method ngram] [--draft SMALL.gguf]
-        [--tasks code facts agent chat batch describe] [--json] [--threads 2]
+        [--tasks code facts agent chat batch describe] [--json] [--threads 2] [--cpu-time]
+    python benchmarks/cpu/drafts.py packages/core/tests/models/speaking/qwen3.5 --method mtp --tasks line lines
 
 Each task is asked of one engine in turns, with guesses and without; the texts are written for this. A line has tokens
 a second of both, the median of the pairs' ratios, how many of the guesses that were tried were right, and the bound:
@@ -12,6 +13,10 @@ row takes what the pair's plain steps take. `of the bound` is the median of the 
 where they are not, this ends with an error. `step` is the table of the steps' times by their rows, of one stream. With
 a model of drafts its own steps count in the bound, each as long as the median of those with as many rows, and `ms a
 draft` is that of one row.
+
+`line` and `lines` are beginnings of docstrings, one stream and eight, for the small trained model that has a layer for
+further tokens. On a machine with other work `--cpu-time` counts the time of this process's processors alone; it is for
+one thread.
 """
 
 from __future__ import annotations
@@ -105,7 +110,18 @@ def _user(text: str) -> dict[str, str]:
     return {"role": "user", "content": text}
 
 
-TASKS: dict[str, tuple[list[list[dict[str, str]]], dict[str, Any]]] = {
+LINES = [
+    "Return the number of items that are equal to the given value.",
+    "Raise ValueError if the name is not a valid identifier.",
+    "Open the file and read all of its lines into a list.",
+    "This class represents a connection to the server.",
+    "Convert the string to an integer, or return the default.",
+    "Create a new thread that calls the function when the time is over.",
+    "Write the data to the stream and flush the buffer.",
+    "Parse the arguments of the command line.",
+]
+
+TASKS: dict[str, tuple[list[Any], dict[str, Any]]] = {
     "code": ([[_user(f"Rename the class Account to Wallet, and change nothing else.\n\n```python\n{CODE}```")]],
              {"max_tokens": 320}),
     "facts": ([[_user(f"{FACTS}\n\nGive all facts of this text as JSON.")]],
@@ -125,7 +141,11 @@ TASKS: dict[str, tuple[list[list[dict[str, str]]], dict[str, Any]]] = {
                for animal in ("fox", "crow", "whale", "hedgehog", "goat", "moth", "heron", "cat")
                for thing in ("bell", "boat", "mirror", "storm")],
               {"max_tokens": 64, "temperature": 0.7, "seed": 1}),
+    "line": (LINES[:1], {"max_tokens": 400, "ignore_eos": True}),
+    "lines": (LINES, {"max_tokens": 200, "ignore_eos": True}),
 }  # fmt: skip
+SMALL = ("line", "lines")
+CLOCK = [time.perf_counter]
 
 
 @contextmanager
@@ -188,9 +208,14 @@ def step_times(engine: InferenceEngine, most: int, rounds: int = 14, length: int
     return {rows: statistics.median(found[2:]) for rows, found in times.items() if len(found) > 2}
 
 
+def prompt_of(engine: InferenceEngine, chat: Any) -> Any:
+    """A chat's prompt; a text as it is."""
+    return chat if isinstance(chat, str) else engine.apply_chat_template(chat)
+
+
 def asked(engine: InferenceEngine, chats: Any, params: SamplingParams) -> tuple[float, list[tuple[int, ...]]]:
     """Seconds from the first token to the last, and the answers' tokens."""
-    prompts = [engine.apply_chat_template(chat) for chat in chats]
+    prompts = [prompt_of(engine, chat) for chat in chats]
     waiting = {engine.add_request(prompt, params): place for place, prompt in enumerate(prompts)}
     tokens: list[list[int]] = [[] for _ in prompts]
     began, first, left = 0.0, 0, len(prompts)
@@ -199,8 +224,8 @@ def asked(engine: InferenceEngine, chats: Any, params: SamplingParams) -> tuple[
             tokens[waiting[piece.request_id]] += piece.token_ids
             left -= piece.finished
         if not began and all(tokens):
-            began, first = time.perf_counter(), sum(map(len, tokens))
-    return (time.perf_counter() - began) / max(1, sum(map(len, tokens)) - first), [tuple(each) for each in tokens]
+            began, first = CLOCK[0](), sum(map(len, tokens))
+    return (CLOCK[0]() - began) / max(1, sum(map(len, tokens)) - first), [tuple(each) for each in tokens]
 
 
 def main() -> None:
@@ -209,10 +234,15 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=10)
     parser.add_argument("--method", default="ngram")
     parser.add_argument("--draft")
-    parser.add_argument("--tasks", nargs="*", choices=TASKS, default=list(TASKS), help="none: the steps alone")
+    parser.add_argument(
+        "--tasks", nargs="*", choices=TASKS, default=list(TASKS)[: -len(SMALL)], help="none: steps alone"
+    )
+    parser.add_argument("--cpu-time", action="store_true")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    if options.cpu_time:
+        CLOCK[0] = time.process_time
     settings: dict[str, Any] = {"threads": options.threads, "enable_prefix_caching": False}
     guessing: dict[str, Any] = {"method": options.method}
     if options.draft:
@@ -243,7 +273,7 @@ def measured(task: str, drafting: InferenceEngine, pairs: int) -> Any:
     assert engine is not None
     assert engine._drafter is not None
     asked(drafting, chats, params)  # not counted
-    prompt = len(drafting.tokenize(drafting.apply_chat_template(chats[0])))
+    prompt = len(drafting.tokenize(prompt_of(drafting, chats[0])))
     model, tried, right = engine._drafter.model, 0, 0
     rates: list[tuple[float, float]] = []
     bounds: list[float] = []

@@ -37,6 +37,8 @@ from candle_vllm.server.settings.options import COMMANDS, ONLY, UsageError
 from candle_vllm.server.settings.table import OPTIONS, settings_of
 from packages.server.tests.server_fakes import PacedEngine
 
+SPEAKING = Path(__file__).parents[2] / "core/tests/models/speaking/qwen3.5"
+
 
 @pytest.fixture(autouse=True)
 def _empty_surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -421,6 +423,25 @@ def test_config_counts_what_a_model_sees_by(
     expected = (tower.tower.config.step_bytes(2) + tower.weight_bytes) // 2
     assert expected > 1 << 17
     assert reads - sees == pytest.approx(expected, abs=1 << 16)  # blocks are whole
+
+
+@pytest.mark.parametrize("drafts", ["none", "mtp"])
+def test_config_counts_states_and_their_checkpoints(drafts: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """As the engine has them; with a layer for further tokens the cache's elements are no larger."""
+    model, memory = str(SPEAKING), 64 << 20
+    method = f'{{"method": "{drafts}"}}'
+    given = "--m", model, "--device", "cpu", "--kv-cache-memory-bytes", str(memory), "--speculative-config", method
+    shown = _config(capsys, *given, "--max-num-seqs", "4", "--max-model-len", "512")
+    settings = Settings(
+        model=model, device="cpu", kv_cache_memory_bytes=memory, max_num_seqs=4, max_model_len=512,
+        speculative_config={"method": drafts},
+    )  # fmt: skip
+    with derived.load_engine(settings) as engine:
+        info, stats = engine.model_info, engine.stats()
+    assert 0 < info.state_bytes < info.kv_cache_bytes
+    assert shown["mem"]["value"] == info.kv_cache_bytes >> 20
+    assert f", 4 states and {stats.checkpoint_slots} checkpoints of states," in shown["mem"]["from"]
+    assert shown["key_cache_dtype"]["value"] == "bf16"
 
 
 def test_config_shows_what_will_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

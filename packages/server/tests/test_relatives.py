@@ -190,8 +190,8 @@ def pieces(answer: httpx.Response) -> list[dict[str, Any]]:
 EDITOR: dict[str, Any] = {
     "input_prefix": "def add(a, b):\n",
     "input_suffix": "\n\nprint(add(1, 2))\n",
-    "input_extra": [{"text": "import math", "filename": "other.py"}],
-    "prompt": "",
+    "input_extra": [{"text": "import math", "filename": "other.py", "time": [5, 7]}],
+    "prompt": "    ret",
     "n_predict": 128,
     "n_indent": 4,
     "top_k": 40,
@@ -214,7 +214,7 @@ def test_an_editor_fills_a_gap(start: Callable[..., Any]) -> None:
         assert "t_max_predict_ms has no effect" in answer.headers["x-warning"]
         read = running.engine.tokenizer.decode(running.engine.requests[-1].prompt_token_ids, skip_special_tokens=False)
         assert read.startswith(
-            "<|bos|><|fim_prefix|>\n\n--- snippet ---\n\nimport math\n\ndef add(a, b):\n<|fim_suffix|>"
+            "<|bos|><|fim_prefix|>\n\n--- snippet ---\n\nimport math\n\ndef add(a, b):\n    ret<|fim_suffix|>"
         )
         streamed = pieces(client.post("/infill", json={**EDITOR, "stream": True}))
         assert [piece["content"] for piece in streamed] == ["    return ", "a + b", ""]

@@ -34,10 +34,11 @@ from candle_vllm.core.engine.redis_blocks import RedisBlocks
 from candle_vllm.core.engine.request import GenerationRequest
 from candle_vllm.core.engine.scheduler import Scheduler
 from candle_vllm.core.kernels.device_stream import Work
-from candle_vllm.core.testing.lazy_stream import LazyStream
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
+from packages.core.tests.lazy_stream import LazyStream
 from tests.waiting import PATIENCE, Clock, wait_for
 
+SPEAKING = Path(__file__).parents[1] / "models/speaking/qwen3.5"
 SIZE = 16  # tokens of a block
 PROMPT = [3 + n * 7 % 90 for n in range(5 * SIZE + 3)]
 DIGESTS = [bytes([n]) * 32 for n in range(6)]
@@ -252,6 +253,34 @@ def test_servers_share_what_prompts_begin_with(model: Path, redis: tuple[str, An
         engine.reset_prefix_cache()
         answer(engine)
         assert engine.stats().cached_prompt_tokens == 0
+
+
+@needs_redis
+def test_servers_share_states_with_the_pages_before_them(redis: tuple[str, subprocess.Popen[bytes]]) -> None:
+    """One that ran before the other wrote them finds them as well; where Redis is gone they are computed."""
+    turn = [*PROMPT, 1, 2, 3]
+    with running(SPEAKING, None) as engine:
+        right = answer(engine, turn)
+    with running(SPEAKING, redis[0]) as second:
+        with running(SPEAKING, redis[0]) as first:
+            answer(first)
+        assert answer(second, turn) == right
+        stats = second.stats()
+        found = stats.cached_prompt_tokens, stats.kept_blocks_read, stats.kept_block_failures
+        assert found == (5 * SIZE, 6, 0), "five blocks and a checkpoint"
+        assert stats.kept_block_bytes > 0
+        assert answer(second, turn[1:], "other")
+        assert second.stats().kept_blocks_read == 6
+    with running(SPEAKING, redis[0]) as engine:
+        there = client(redis[0])
+        sizes = {there.strlen(key): key for key in there.keys("candle-vllm:kv:*")}
+        assert len(sizes) == 2
+        there.delete(sizes[max(sizes)])  # the checkpoint, which is larger than a block
+        assert answer(engine, turn) == right
+        assert engine.stats().cached_prompt_tokens == 0
+        redis[1].kill()
+        redis[1].wait()
+        assert answer(engine, turn[1:], "other")
 
 
 @needs_redis

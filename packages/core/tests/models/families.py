@@ -8,8 +8,10 @@ A row is what transformers' config is made with, beside `tiny.SMALL`. The row's 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+from tests.common_run import few
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +23,7 @@ class Row:
         config: keys of its config.
         gguf: the GGUF architecture, where files of this kind are published; None leaves GGUF out.
         recorded: the compiled CPU kernels serve it.
+        common: its tests are in the common run; else behind the marker `every_case`.
         undecided: share of tokens that may go to other experts where attention in bfloat16 decides a near tie.
     """
 
@@ -28,6 +31,7 @@ class Row:
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     gguf: str | None = None
     recorded: bool = True
+    common: bool = True
     undecided: float = 0.0
 
 
@@ -250,6 +254,19 @@ QWEN35_ROPE = {
 }
 QWEN35 = QWEN3_NEXT | {"rope_parameters": QWEN35_ROPE}
 
+# of their own keys for the sizes of heads and MLPs
+CLASSIC = {"hidden_size": 128, "num_key_value_heads": None, "intermediate_size": None}
+GPT2_SCALES = CLASSIC | {"scale_attn_by_inverse_layer_idx": True, "activation_function": "relu"}
+GPT_NEO = CLASSIC | {"attention_types": [[["global", "local"], 1]], "window_size": 16}
+NEOX_SEQUENTIAL = CLASSIC | {"intermediate_size": 96, "use_parallel_residual": False}
+FALCON = CLASSIC | {"ffn_hidden_size": 96}
+FALCON_40B = FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2}
+FALCON_11B = FALCON_40B | {"num_ln_in_parallel_attn": 1, "tie_word_embeddings": False}
+FALCON_1B = FALCON | {"parallel_attn": False, "bias": True, "multi_query": False}  # with rotary positions
+OPT = {"hidden_size": 128, "ffn_dim": 96}
+OPT_350M = OPT | {"do_layer_norm_before": False, "word_embed_proj_dim": 64, "enable_bias": False}
+STARCODER2 = {"hidden_size": 128, "sliding_window": 16, "use_bias": False, "tie_word_embeddings": False}
+
 ROWS: Mapping[str, Row] = {
     "Llama": Row("llama", {"head_dim": 32}, "llama"),
     "Llama 3 rope": Row("llama", {"head_dim": 32, "rope_parameters": LLAMA3}, "llama"),
@@ -316,6 +333,22 @@ ROWS: Mapping[str, Row] = {
     "LFM2 biases": Row("lfm2", LFM2 | LFM2_BIAS),
     "LFM2-MoE": Row("lfm2_moe", LFM2_MOE, "lfm2moe", undecided=0.1),
     "LFM2-MoE plain": Row("lfm2_moe", LFM2_MOE | LFM2_PLAIN, undecided=0.1),
+    "GPT-2": Row("gpt2", CLASSIC | {"n_inner": 96}, "gpt2"),
+    "GPT-2 scales": Row("gpt2", GPT2_SCALES, common=False),
+    "GPT-BigCode": Row("gpt_bigcode", CLASSIC | {"n_inner": 96}, "starcoder", common=False),
+    "GPT-BigCode heads": Row("gpt_bigcode", CLASSIC | {"multi_query": False}, common=False),
+    "GPT-Neo": Row("gpt_neo", GPT_NEO, common=False),
+    "GPT-NeoX": Row("gpt_neox", CLASSIC | {"intermediate_size": 96}, "gptneox"),
+    "GPT-NeoX sequential": Row("gpt_neox", NEOX_SEQUENTIAL, "gptneox", common=False),
+    "GPT-J": Row("gptj", CLASSIC | {"rotary_dim": 12}, common=False),
+    "OPT": Row("opt", OPT, common=False),
+    "OPT-350m": Row("opt", OPT_350M),
+    "Falcon": Row("falcon", FALCON, "falcon", common=False),
+    "Falcon-40B": Row("falcon", FALCON_40B, "falcon", common=False),
+    "Falcon-11B": Row("falcon", FALCON_11B, "falcon", common=False),
+    "Falcon-1B": Row("falcon", FALCON_1B, common=False),
+    "StarCoder2": Row("starcoder2", {"hidden_size": 128}, "starcoder2", common=False),
+    "StarCoder2 window": Row("starcoder2", STARCODER2, common=False),
 }
 
 FORMATS: Mapping[str, str] = {
@@ -360,6 +393,12 @@ CUDA_ISQ = ("Llama", "Mixtral", "DeepSeek-V2")
 def cuda_rows(format: str) -> list[str]:
     """Rows that it runs in a format of quantised safetensors."""
     return list(CUDA_FORMATS.get(format, first_rows()))
+
+
+def cases(names: Iterable[str]) -> list[Any]:
+    """For `parametrize`: rows by their names, with the marker where they are not common."""
+    names = list(names)
+    return few(names, *(name for name in names if ROWS[name].common))
 
 
 def first_rows() -> list[str]:

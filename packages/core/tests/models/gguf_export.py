@@ -34,7 +34,7 @@ def export_gguf(folder: Path, path: Path, architecture: str, *, quantization: st
     """Writes one GGUF file with the byte tokenizer; matrices that the type can hold are quantised."""
     from gguf import quants
 
-    config = config_of(folder)
+    config = usual_config(folder)
     kind = GGMLQuantizationType[quantization]
     writer = GGUFWriter(path, architecture)
     _shared(writer, config)
@@ -60,6 +60,22 @@ def export_gguf(folder: Path, path: Path, architecture: str, *, quantization: st
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+_USUAL_KEYS = {
+    "n_embd": "hidden_size",
+    "n_head": "num_attention_heads",
+    "n_layer": "num_hidden_layers",
+    "n_positions": "max_position_embeddings",
+    "n_inner": "intermediate_size",
+    "ffn_hidden_size": "intermediate_size",
+}
+
+
+def usual_config(folder: Path) -> dict[str, Any]:
+    """A checkpoint's config, with what the older families name otherwise under the usual keys too."""
+    config = config_of(folder)
+    return config | {usual: config[own] for own, usual in _USUAL_KEYS.items() if own in config}
 
 
 def _shared(writer: GGUFWriter, config: Mapping[str, Any]) -> None:
@@ -453,7 +469,50 @@ def _lfm2(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Te
     return {name.replace("expert_bias", "expert_bias.bias"): data for name, data in made.items()}
 
 
+def _gpt2(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    """Matrices with outputs as rows; StarCoder has one head of keys and values."""
+    writer.add_layer_norm_eps(config["layer_norm_epsilon"])
+    if config["model_type"] == "gpt_bigcode":
+        writer.add_head_count_kv(1)
+        return tensors
+    return {name: data.T if ".c_" in name and data.ndim == 2 else data for name, data in tensors.items()}
+
+
+def _fused_heads(tensors: Tensors, heads: int, kv_heads: int) -> Tensors:
+    """Rows of all q, then of all k and v, which stand behind each other for each head of keys and values."""
+    made = dict(tensors)
+    for name, data in tensors.items():
+        if ".query_key_value." in name:
+            each = data.reshape(kv_heads, heads // kv_heads + 2, -1, *data.shape[1:])
+            parts = (each[:, :-2], each[:, -2], each[:, -1])
+            made[name] = np.concatenate([part.reshape(-1, *data.shape[1:]) for part in parts])
+    return made
+
+
+def _gptneox(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    _partial(writer, config)
+    writer.add_parallel_residual(config["use_parallel_residual"])
+    return _fused_heads(tensors, config["num_attention_heads"], config["num_attention_heads"])
+
+
+def _falcon(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    kv_heads = config["num_kv_heads"] if config["new_decoder_architecture"] else 1
+    writer.add_head_count_kv(kv_heads)
+    writer.add_layer_norm_eps(config["layer_norm_epsilon"])
+    return _fused_heads(tensors, config["num_attention_heads"], kv_heads)
+
+
+def _starcoder2(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    writer.add_layer_norm_eps(config["norm_epsilon"])
+    return tensors
+
+
 CONVERTERS: Mapping[str, Convert] = {
+    "gptneox": _gptneox,
+    "falcon": _falcon,
+    "starcoder2": _starcoder2,
+    "gpt2": _gpt2,
+    "starcoder": _gpt2,
     "phi2": _phi2,
     "phi3": _phi3,
     "stablelm": _stablelm,

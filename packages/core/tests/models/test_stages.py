@@ -18,7 +18,6 @@ from candle_vllm.core.devices import CPU
 from candle_vllm.core.engine.eager_runner import StageRunner
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.loading.gguf import open_gguf
-from candle_vllm.core.testing.thread_ranks import ThreadRanks, in_threads
 from packages.core.tests.models.families import FORMATS, ROWS
 from packages.core.tests.models.family_formats import write_format
 from packages.core.tests.models.gguf_export import export_gguf
@@ -32,6 +31,7 @@ from packages.core.tests.models.tiny import (
     step_logits,
     write_tiny,
 )
+from packages.core.tests.thread_ranks import ThreadRanks, in_threads
 from tests.common_run import few
 
 

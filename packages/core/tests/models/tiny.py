@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from array import array
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -140,8 +140,18 @@ def recorded_logits(source: Path, tokens: list[int], chunks: list[int], **settin
         runner.close()
 
 
-def step_logits(runner: ModelRunner, tokens: list[int], chunks: list[int], adapters: Any = ()) -> torch.Tensor:
-    """Logits [T, V] of every position, a step for each chunk."""
+def step_logits(
+    runner: ModelRunner,
+    tokens: list[int],
+    chunks: list[int],
+    adapters: Any = (),
+    *,
+    state: Callable[[int], RunState] = lambda start: RunState(0, 0 if start else -1),
+) -> torch.Tensor:
+    """Logits [T, V] of every position, a step for each chunk.
+
+    `state` names the state that a chunk begins with and the one that it writes, given the chunk's first position.
+    """
     request = GenerationRequest(request_id="r", prompt_token_ids=tokens, params=SamplingParams())
     sequence = Sequence(request, 0, 0)
     sequence.adapters = adapters
@@ -152,7 +162,7 @@ def step_logits(runner: ModelRunner, tokens: list[int], chunks: list[int], adapt
         sequence.num_uncomputed_tokens = len(tokens) - start
         item = Run.next(sequence, chunk)
         if keeps:
-            item = msgspec.structs.replace(item, state=RunState(0, 0 if start else -1))
+            item = msgspec.structs.replace(item, state=state(start))
         runner.forward(BatchBuilder(BLOCK, runner.step_memory).build([item]), [])
         scored = (runner.score(np.arange(first, min(first + 64, chunk))) for first in range(0, chunk, 64))
         found += [torch.as_tensor(logits).clone() for logits in scored]

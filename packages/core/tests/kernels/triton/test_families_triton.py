@@ -16,7 +16,7 @@ from candle_vllm.core.engine.device_inputs import DeviceLimits
 from candle_vllm.core.engine.device_runner import DeviceRunner
 from candle_vllm.core.kernels import dispatch
 from candle_vllm.core.kernels.device_stream import CudaStream
-from candle_vllm.core.testing.lazy_stream import LazyStream
+from packages.core.tests.lazy_stream import LazyStream
 from packages.core.tests.models.families import CUDA_ISQ, FORMATS, ROWS, cuda_rows, first_rows
 from packages.core.tests.models.family_formats import write_format
 from packages.core.tests.models.gguf_export import export_gguf

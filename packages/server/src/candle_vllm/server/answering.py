@@ -61,6 +61,7 @@ class GenerationApi:
         defaults: the model's sampling defaults in a request that leaves them open.
         kept: how its answers are kept for clients that have gone; None where they are not.
         stream: what streams are sent as.
+        silence: what breaks the silence of a stream, where the API has an event for it.
     """
 
     parse: Callable[[bytes], Any]
@@ -72,6 +73,7 @@ class GenerationApi:
     defaults: Callable[[Any, Settings], Any] = with_defaults
     kept: KeptForm | None = None
     stream: type[EventStream] = EventStream
+    silence: Callable[[], bytes] | None = None
 
 
 async def answer(request: Request, api: GenerationApi) -> Response:
@@ -195,6 +197,7 @@ def _stream(
         deadline=deadline,
         too_late=took_too_long(),
         released=released,
+        silence=api.silence,
     )
 
 

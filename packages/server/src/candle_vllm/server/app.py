@@ -43,6 +43,7 @@ from candle_vllm.server.observing.http_metrics import HttpMetricsMiddleware
 from candle_vllm.server.observing.metrics import Metrics, Observation, Outcome
 from candle_vllm.server.observing.model_metrics import ServedEngine
 from candle_vllm.server.openapi.document import ApiDocument
+from candle_vllm.server.openapi.operation import Access, operations_of
 from candle_vllm.server.routes import (
     adapters,
     batches,
@@ -79,6 +80,7 @@ _MODULES = (
     mailbox_routes, ollama, ollama_models, ollama_library, mcp_routes, status, relatives, docs,
 )  # fmt: skip
 ROUTERS = tuple(module.router for module in _MODULES)
+OPERATIONS = operations_of(ROUTERS)
 
 
 def create_app(
@@ -222,13 +224,14 @@ def _add_layers(app: FastAPI, settings: Settings) -> None:
     """Outside in: prefix > id > counts > CORS > cut-offs > failures > origin > host > HEAD > key > limits > routes."""
     app.add_middleware(RateLimitMiddleware, limits=app.state.limits)
     if settings.has_api_keys or settings.management_key:
-        public = public_paths() if settings.ui_server else frozenset()
-        app.add_middleware(ApiKeyMiddleware, keys=app.state.keys, public=public)
+        access = Access(OPERATIONS, public_paths() if settings.ui_server else frozenset())
+        app.add_middleware(ApiKeyMiddleware, keys=app.state.keys, access=access)
     app.add_middleware(HeadMiddleware)
     if settings.ollama_port is not None:
         app.add_middleware(GreetingMiddleware, port=settings.ollama_port)
     if not settings.has_api_keys and ANY_ORIGIN not in settings.cors_origin:
-        app.add_middleware(HostMiddleware, own=settings.address.host, allowed=settings.cors_origin)
+        public = Access(OPERATIONS).public
+        app.add_middleware(HostMiddleware, own=settings.address.host, allowed=settings.cors_origin, public=public)
     app.add_middleware(OriginMiddleware, allowed=settings.cors_origin)
     app.add_middleware(FailureMiddleware)
     app.add_middleware(CutOffMiddleware)

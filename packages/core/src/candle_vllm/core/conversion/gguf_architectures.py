@@ -71,6 +71,15 @@ def _stablelm(config: Any) -> Keys:
     return {"use_parallel_residual": config.parallel}
 
 
+def _gpt_neox(config: Any) -> Keys:
+    return {"use_parallel_residual": config.parallel}
+
+
+def _falcon_names(config: Any) -> Sequence[str]:
+    """A block's only norm is the first."""
+    return ("attn_qkv.", "attn_norm.") if config.shared_norm else ("attn_qkv.",)
+
+
 def _whole_head_norms(config: Any) -> Keys:
     """The norms of a layer's heads are one tensor."""
     return {"head_norms": "none" if config.head_norms == "none" else "whole"}
@@ -210,6 +219,7 @@ def _lfm2(config: Any) -> Keys:
 
 _LAYER_NORM = "attention.layer_norm_epsilon"
 _CONVOLVED = (DIVISORS, *(f".shortconv.{part}.bias" for part in ("in_proj", "conv", "out_proj")))
+_FUSED = {"names": lambda _: ("attn_qkv",), "eps": _LAYER_NORM, "square": True, "unread": (DIVISORS,)}
 _DEEPSEEK = Architecture(
     name="deepseek2",
     more=_deepseek,
@@ -255,6 +265,11 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "gpt_oss": Architecture(name="gpt-oss", more=_gpt_oss, head=True, unread=(DIVISORS,)),
         "deepseek_v2": _DEEPSEEK,
         "deepseek_v3": _DEEPSEEK,
+        "gpt2": Architecture(name="gpt2", **_FUSED),
+        "gpt_bigcode": Architecture(name="starcoder", **_FUSED),
+        "gpt_neox": Architecture(name="gptneox", more=_gpt_neox, head=True, **_FUSED),
+        "falcon": Architecture(name="falcon", names=_falcon_names, eps=_LAYER_NORM, square=True),
+        "starcoder2": Architecture(name="starcoder2", more=_window, eps=_LAYER_NORM, square=True, unread=(DIVISORS,)),
         "lfm2": Architecture(name="lfm2", more=_lfm2, unread=_CONVOLVED, square=True),
         "lfm2_moe": Architecture(name="lfm2moe", more=_lfm2, unread=_CONVOLVED, square=True),
     }

@@ -322,6 +322,7 @@ class Tiers:
 
     def __init__(self, stores: Sequence[BlockStore]) -> None:
         self._stores, self._told_until = stores, 0.0
+        self.look = getattr(stores[-1], "look", None)  # of Redis, which is behind all others
 
     @property
     def num_bytes(self) -> int:

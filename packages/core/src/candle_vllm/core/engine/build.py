@@ -163,7 +163,11 @@ def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder, rank
     preparation = preparation_for(loaded, plan.max_model_len, config.seed, store)
     sleeper.runners = [runner] if draft is None else [runner, draft]
     engine = Engine(runner, scheduler, preparation, drafter, images, kept, sleeper)
+<<<<<<< HEAD
     engine.cache_bytes = plan.page_bytes + plan.state_bytes
+=======
+    engine.cache_bytes, engine.state_bytes = plan.num_blocks * plan.block_bytes + plan.state_bytes, plan.state_bytes
+>>>>>>> main
     return engine
 
 
@@ -632,4 +636,5 @@ def model_info(loaded: LoadedModel | LoadedEncoder, engine: Engine) -> ModelInfo
         embedding_size=0 if loaded.pooling is None else loaded.pooling.size,
         max_num_seqs=engine.max_num_seqs,
         kv_cache_bytes=engine.cache_bytes,
+        state_bytes=engine.state_bytes,
     )

@@ -96,6 +96,8 @@ class DraftingHead(DraftModel):
             lives: the sequence of each of its runs; None of one that is not guessed for.
         """
         self._unread = {}
+        if self.hopeless:
+            return  # rows of these tokens are missing from now on, which `_start` sees
         for run, offset, live in zip(batch.runs, batch.query_start.tolist(), lives):
             if live is None:
                 continue

@@ -49,6 +49,7 @@ _LIKELY = (0.2, 0.4, 0.55, 0.7, 0.8, 0.88, 0.94, 0.97)  # what is believed of ea
 _PRIOR = 8.0  # tries that this counts as
 _NEAR = 16  # tokens that are taken with a guess's first step; more are read before
 _CHUNK = 64  # rows of a prompt that are read between two steps, where others wait
+_IDLE = 4  # steps in which a model that reads every step of the target does so for nothing, before it pauses
 _PAUSE = 256  # tokens without guesses, once a sequence's were not worth it; four times as many each time
 
 
@@ -70,6 +71,10 @@ class OwnTimes:
         change = min(max(seconds / expected, 0.5), 1.5) if expected else 1.0
         self._seen[digits] = old + 0.2 * (rows - old), before + 0.2 * (expected * change - before)
 
+    def relax(self) -> None:
+        """It was not tried for a while, for it seemed to take too long: it is believed to take less."""
+        self._seen = {digits: (rows, 0.9 * seconds) for digits, (rows, seconds) in self._seen.items()}
+
     def __call__(self, rows: int) -> float:
         """Seconds; of a number that was not seen, by the nearest one that was."""
         if not self._seen:
@@ -89,16 +94,18 @@ class Own:
         base, guesses, buckets, rows: tokens it had when it was guessed for last, what was guessed, how sure each was,
             and rows that were written then.
         hits, expected, tries: of its own guesses, fading: those that were right, that were to be right, and all.
+        idle: steps in a row in which its guesses were not worth their time.
         pause, until: how long the next pause is, and at how many tokens the present one ends.
     """
 
     __slots__ = (
-        "base", "buckets", "done", "expected", "full", "guesses", "hits", "pause", "rows", "table", "tries", "until",
+        "base", "buckets", "done", "expected", "full", "guesses", "hits", "idle", "pause", "rows", "table", "tries",
+        "until",
     )  # fmt: skip
 
     def __init__(self) -> None:
         self.table: array[int] | None = None
-        self.done = self.full = self.base = self.rows = self.until = 0
+        self.done = self.full = self.base = self.rows = self.until = self.idle = 0
         self.guesses: list[int] = []
         self.buckets: list[int] = []
         self.hits = self.expected = self.tries = 0.0
@@ -233,9 +240,14 @@ class DraftModel:
             saved, cost, gain = _best(1.0, typical, prices[:most], 1.0)
             free = 0.0 if offer is None else sum(offer[1]) - rate * (target(lives + len(offer[1])) - target(lives))
             if gain <= max(free, 0.0):
-                if gain <= 0 and own.tries > 4:  # its own, and not what is believed of any
+                own.idle = own.idle + 1 if gain <= 0 else 0
+                # By its own tries, and not by what is believed of any; or the model has read it for nothing.
+                if gain <= 0 and (own.tries > 4 or (self.reads_states and own.idle == _IDLE)):
+                    if own.tries <= 4:
+                        self.times.relax()
                     own.until, own.pause = length + own.pause, 4 * own.pause
                     own.hits, own.expected, own.tries = own.hits * 0.25, own.expected * 0.25, own.tries * 0.25
+                    own.idle = 0
                 continue
             behind = self._behind(own, length)
             if behind > _NEAR:

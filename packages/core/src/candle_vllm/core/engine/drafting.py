@@ -273,7 +273,7 @@ class Drafter:
         if (rows + SURE * count) * plain < _WORTH * rows * times(rows + count):
             self._rest = _REST
         if self.model is not None:
-            self.model.hopeless = least > SURE
+            self.model.hopeless = least > SURE or self._rest > 0
         if least > SURE:
             return False  # what is guessed is judged when it may pay again
         self._left = _LOOKED

@@ -93,6 +93,7 @@ class Engine:
         self.kept = kept
         self.sleeper = sleeper
         self.cache_bytes = 0  # of a full KV cache, where that is known
+        self.state_bytes = 0  # of these, for states of layers
         self._preparation = preparation
         self._drafter = drafter
         block_size = scheduler.blocks.block_size if scheduler.blocks.num_blocks else 0

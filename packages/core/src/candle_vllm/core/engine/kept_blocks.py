@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 _WAITING_BYTES = 64 << 20
 """Of blocks that are to be written, or were read and are not in the cache yet; each at least one block."""
+_Look = Callable[[Sequence[bytes]], None]
 _PATIENCE = 1.0  # seconds without a block, after which a sequence waits no longer
 _SILENCE = 60.0  # seconds in which nothing is written behind a failure, and none is told again
 _PAUSE = 0.05  # seconds between two looks at what is being written
@@ -597,16 +598,23 @@ class KeptPrefixes:
         blocks: keeps the blocks.
         states: keeps the checkpoints of prompts.
         pool: which of these are there.
+        look: finds out which checkpoints other servers have written; None where there are no others.
     """
 
-    def __init__(self, blocks: KeptBlocks, states: KeptBlocks, pool: StatePool) -> None:
-        self._blocks, self._states, self._pool = blocks, states, pool
+    def __init__(self, blocks: KeptBlocks, states: KeptBlocks, pool: StatePool, look: _Look | None) -> None:
+        self._blocks, self._states, self._pool, self._look = blocks, states, pool, look
+        self._looks: dict[object, threading.Thread] = {}
         self._both = blocks, states
         pool.offer = states.offer
         self.offer = blocks.offer
 
     def is_ready(self, sequence: object, hashes: Sequence[bytes], num_blocks: int) -> bool:
         """See `KeptBlocks`."""
+        if self._look is not None and sequence not in self._looks:
+            self._looks[sequence] = threading.Thread(target=self._look, args=(hashes,), daemon=True)
+            self._looks[sequence].start()
+        if sequence in self._looks and self._looks[sequence].is_alive():
+            return False
         there = (n for n in range(len(hashes), 0, -1) if self._is_within_reach(hashes[n - 1]))
         end = next(there, 0)
         if end and not self._states.is_ready(sequence, hashes[end - 1 : end], 1):
@@ -620,13 +628,14 @@ class KeptPrefixes:
 
     def left(self, sequence: object) -> None:
         """See `KeptBlocks`."""
+        self._looks.pop(sequence, None)
         for each in self._both:
             each.left(sequence)
 
     @property
     def reads(self) -> bool:
         """See `KeptBlocks`."""
-        return any(each.reads for each in self._both)
+        return any(each.reads for each in self._both) or any(each.is_alive() for each in self._looks.values())
 
     def take(self) -> None:
         """See `KeptBlocks`."""
@@ -635,7 +644,8 @@ class KeptPrefixes:
 
     def wait(self, seconds: float) -> None:
         """See `KeptBlocks`."""
-        (self._states if self._states.reads else self._blocks).wait(seconds)
+        look = next((each for each in self._looks.values() if each.is_alive()), None)
+        (look.join if look is not None else (self._states if self._states.reads else self._blocks).wait)(seconds)
 
     def rest(self) -> None:
         """See `KeptBlocks`."""
@@ -654,8 +664,8 @@ class KeptPrefixes:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes in the folder."""
-        return max(each.num_bytes for each in self._both)
+        """Bytes in the folder, which is that of both; in Redis each has its own."""
+        return (max if self._look is None else sum)(each.num_bytes for each in self._both)
 
     @property
     def num_read(self) -> int:
@@ -697,7 +707,8 @@ def keep_blocks(
         return kept
     checkpoints = _store(config, loaded, memory.state_bytes, drafts, 0, " states")
     assert checkpoints is not None
-    return KeptPrefixes(kept, KeptBlocks(checkpoints, memory, pool, state=True), pool)
+    keeps = KeptBlocks(checkpoints, memory, pool, state=True)
+    return KeptPrefixes(kept, keeps, pool, getattr(checkpoints, "look", None))
 
 
 def keep_parts(
@@ -725,9 +736,9 @@ def _store(
     if outliving is None and not config.kv_offloading_size:
         return None
     if states(loaded.config.cache_specs):
-        for name in ("kv_offloading_size", "prompt_cache_url"):
-            if getattr(config, name):
-                raise ConfigError(f"{name} cannot be had with a model whose layers keep a state: leave it out", name)
+        if config.kv_offloading_size:
+            name = "kv_offloading_size"
+            raise ConfigError(f"{name} cannot be had with a model whose layers keep a state: leave it out", name)
         if config.ranks > 1:
             raise ConfigError(
                 f"{outliving} cannot be had with several ranks of a model whose layers keep a state: leave it out",
@@ -752,7 +763,9 @@ def _store(
         if config.prompt_cache_url is not None:
             from candle_vllm.core.engine.redis_blocks import RedisBlocks
 
-            stores.append(RedisBlocks(config.prompt_cache_url, name, config.prompt_cache_bytes // config.ranks, size))
+            halves = 2 if states(loaded.config.cache_specs) else 1  # of blocks and of checkpoints
+            most = config.prompt_cache_bytes // (config.ranks * halves)
+            stores.append(RedisBlocks(config.prompt_cache_url, name, most, size, listed=bool(what)))
     return stores[0] if len(stores) == 1 else Tiers(stores)
 
 

@@ -175,7 +175,10 @@ class RecordedRunner(StepwiseRunner):
         if self._looked_up is not None:
             self._looked_up.begin(recorder)
         last = self._decoder.config.num_layers - 1 if narrows else None
-        hidden = self._layers(self._decoder, recorder, dataclasses.replace(self._step, narrows=last))
+        positions = step_tokens(recorder, recorder.arrays.positions)
+        hidden = self._layers(
+            self._decoder, recorder, dataclasses.replace(self._step, positions=positions, narrows=last)
+        )
         ends = len(recorder.plan), recorder.num_rows
         self._decoder.logits(hidden)
         kept = self._step.taps

@@ -12,6 +12,7 @@ import importlib.util
 import logging
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, Final
 from urllib.parse import parse_qs, urlsplit
@@ -28,7 +29,7 @@ _SPARE: Final = 1 << 16  # bytes of an answer beside a block; 500 hashes take 20
 QUIET: Final = 10.0  # seconds in which nothing is asked behind a failure
 UNUSED: Final = 7 * 24 * 3600  # seconds after which a block goes that nobody has used
 _KNOWN: Final = 1 << 16  # blocks that are remembered as written
-_AT_ONCE: Final = 500  # blocks that are deleted in one message
+_AT_ONCE: Final = 500  # blocks that are deleted, or asked for, in one message
 _OPTIONS: Final = frozenset({"ssl_ca_certs", "ssl_certfile", "ssl_keyfile"})
 
 
@@ -41,14 +42,15 @@ class RedisBlocks:
         fingerprint: of all that blocks of equal hashes have in common.
         most_bytes: of all blocks of this fingerprint.
         block_bytes: of a block.
+        listed: `may_have` knows of blocks that were found here, and of no others.
 
     Raises:
         ConfigError: no such address is possible, there is no room for a block, or the package redis is missing. One
             where nobody answers is a warning.
     """
 
-    def __init__(self, url: str, fingerprint: str, most_bytes: int, block_bytes: int) -> None:
-        self._size, self._most = block_bytes, most_bytes // (block_bytes + HEADER)
+    def __init__(self, url: str, fingerprint: str, most_bytes: int, block_bytes: int, *, listed: bool = False) -> None:
+        self._size, self._listed, self._most = block_bytes, listed, most_bytes // (block_bytes + HEADER)
         if not self._most:
             raise ConfigError(
                 f"prompt_cache_bytes {most_bytes} has no room for one block of {block_bytes + HEADER} bytes",
@@ -69,9 +71,21 @@ class RedisBlocks:
         """Whether this process has written or read it; others may have it there besides."""
         return digest in self._known and not self._to_clear
 
-    def may_have(self, digest: bytes) -> bool:  # noqa: ARG002
-        """Any block may be there while Redis answers: another server may have written it."""
-        return not self._to_clear and time.monotonic() >= self._quiet_until
+    def may_have(self, digest: bytes) -> bool:
+        """Any block may be there while Redis answers: another server may have written it. See `listed`."""
+        answers = not self._to_clear and time.monotonic() >= self._quiet_until
+        return answers and (not self._listed or digest in self._known)
+
+    def look(self, digests: Sequence[bytes]) -> None:
+        """Finds out which of these blocks are there, the last ones where they are many; not in the engine's thread."""
+        asked = list(digests[-_AT_ONCE:])
+        try:
+            if asked and time.monotonic() >= self._quiet_until:
+                for digest, used in zip(asked, self._client.zmscore(self._index, asked), strict=True):
+                    if used is not None:
+                        self._remember(digest)
+        except Exception as error:
+            logger.warning("checkpoints in Redis are not looked for: %s", self._failed(error))
 
     def read(self, digest: bytes) -> Bytes | None:
         """See `BlockStore`; one message there and back."""

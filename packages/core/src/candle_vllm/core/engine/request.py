@@ -45,6 +45,16 @@ class FinishReason(enum.StrEnum):
     ABORT = "abort"  # the caller went away, or the engine shut down
     ERROR = "error"  # the engine failed on this request
 
+    @property
+    def cut(self) -> bool:
+        """Whether more would have come."""
+        return self is FinishReason.LENGTH
+
+    @property
+    def complete(self) -> bool:
+        """Whether the answer is all that was asked for."""
+        return self in (FinishReason.STOP, FinishReason.LENGTH)
+
 
 class LoRARequest(ShownStruct, frozen=True):
     """An adapter by its name, with vLLM's fields.
@@ -539,7 +549,9 @@ class ModelInfo(ShownStruct, frozen=True, kw_only=True):
         labels: names of what a classifier tells apart, or of a cross-encoder's score.
         embedding_size: length of its vectors; 0 where it gives none.
         max_num_seqs: most sequences in one step.
-        kv_cache_bytes: size of the KV cache when it is full; memory of a CPU is taken as it fills.
+        kv_cache_bytes: size of the KV cache when it is full, states of layers included; memory of a CPU is taken as it
+            fills.
+        state_bytes: bytes of these for states of layers and their checkpoints.
     """
 
     unshown: ClassVar[frozenset[str]] = frozenset(
@@ -551,6 +563,7 @@ class ModelInfo(ShownStruct, frozen=True, kw_only=True):
             "embedding_size",
             "max_num_seqs",
             "kv_cache_bytes",
+            "state_bytes",
             "model_sampling",
             "max_images",
             "image_text",
@@ -579,6 +592,7 @@ class ModelInfo(ShownStruct, frozen=True, kw_only=True):
     embedding_size: int = 0
     max_num_seqs: int = 1
     kv_cache_bytes: int = 0
+    state_bytes: int = 0
 
 
 class ReplicaStats(ShownStruct, frozen=True, kw_only=True):

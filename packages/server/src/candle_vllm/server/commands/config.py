@@ -268,10 +268,11 @@ def _of_model(settings: Settings, config: EngineConfig, files: ModelFiles, devic
         words = f"what is left of the GPU after loading, times kv_fraction; a token takes {token:,} B"
         left = Derived(words, "derived when the model is loaded")
         return found | dict.fromkeys(("mem", "kv_cache_memory_bytes"), left)
-    size, room = cache.page_bytes, cache.num_blocks * config.block_size
-    words = f"derived: {room:,} tokens, reserved and taken as they fill"
-    wide = not model.placement.recorded and ELEMENTS[model.placement.dtype].itemsize == 4
-    plain = "f32" if wide else "bf16"
+    size, room = cache.page_bytes + cache.state_bytes, cache.num_blocks * config.block_size
+    states = cache.states
+    kept = f", {states.running} states and {states.checkpoints} checkpoints of states" if states.running else ""
+    words = f"derived: {room:,} tokens{kept}, reserved and taken as they fill"
+    plain = "bf16" if model.placement.recorded else model.dtype
     both = Derived(
         plain if config.kv_cache_dtype == "auto" else config.kv_cache_dtype, "derived: kv_cache_dtype says it"
     )

@@ -142,7 +142,8 @@ class SlotStatus(msgspec.Struct, frozen=True, kw_only=True):
         loaded_at: Unix seconds.
         load_seconds: how long loading took, what it waited for others included.
         idle_seconds: since it was last used.
-        memory_bytes: of weights and a full cache.
+        memory_bytes: of weights and a full cache, states of layers included.
+        state_bytes: of these, for states of layers and their checkpoints.
         error: why it could not be loaded, or died.
         loading: what is being done, while it is loaded.
     """
@@ -157,6 +158,7 @@ class SlotStatus(msgspec.Struct, frozen=True, kw_only=True):
     load_seconds: float | None
     idle_seconds: float | None
     memory_bytes: int
+    state_bytes: int
     error: str | None
     loading: LoadProgress | None
 
@@ -253,6 +255,7 @@ def slot_status(slot: ModelSlot) -> SlotStatus:
         load_seconds=slot.load_seconds,
         idle_seconds=time.monotonic() - slot.last_used if slot.model and not slot.in_flight else None,
         memory_bytes=slot.model.memory if slot.model else 0,
+        state_bytes=slot.model.engine.model_info.state_bytes if slot.model else 0,
         error=str(slot.error)[:MAX_ERROR] if slot.error else None,
         loading=load_progress(slot),
     )

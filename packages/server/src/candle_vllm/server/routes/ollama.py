@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,9 +15,12 @@ from starlette.responses import Response
 from candle_vllm.openai import to_json_bytes
 from candle_vllm.openai.errors import ModelNotServedError
 from candle_vllm.openai.ollama import (
+    ChatLine,
     ChatRequest,
     EmbeddingsRequest,
     EmbedRequest,
+    Failure,
+    GenerateLine,
     GenerateRequest,
     Times,
     Vector,
@@ -39,8 +43,10 @@ from candle_vllm.server.http.failures import ollama_error_line
 from candle_vllm.server.http.routing import caller_of
 from candle_vllm.server.http.sse import LineStream
 from candle_vllm.server.models.manager import ModelManager
+from candle_vllm.server.openapi.operation import OLLAMA, QUEUED, Operation, routing
 
 router = APIRouter()
+route = routing(router, functools.partial(Operation, tag="ollama", error=Failure, naming=OLLAMA, errors=QUEUED))
 
 _LATEST = ":latest"
 
@@ -73,21 +79,37 @@ async def served_name(request: Request, name: str) -> str:
 # ---- answers ---------------------------------------------------------------------------------------------------------
 
 
-@router.post("/api/chat")
-async def chat(request: Request) -> Response:
-    """A conversation, whole or streamed."""
+@route(
+    "POST /api/chat",
+    body=ChatRequest,
+    example={
+        "model": "default",
+        "stream": False,
+        "messages": [{"role": "user", "content": "What is the capital of France?"}],
+    },
+    answer=ChatLine,
+    lines=(ChatLine, Failure),
+)
+async def ollama_chat(request: Request) -> Response:
+    """Continue a conversation, in Ollama's words."""
     return await _generated(request, ChatRequest, CHAT)
 
 
-@router.post("/api/generate")
-async def generate(request: Request) -> Response:
-    """A prompt, whole or streamed."""
+@route(
+    "POST /api/generate",
+    body=GenerateRequest,
+    example={"model": "default", "stream": False, "prompt": "Why is the sky blue?"},
+    answer=GenerateLine,
+    lines=(GenerateLine, Failure),
+)
+async def ollama_generate(request: Request) -> Response:
+    """Answer a prompt, in Ollama's words."""
     return await _generated(request, GenerateRequest, GENERATE)
 
 
-@router.post("/api/embed")
-async def embed(request: Request) -> Response:
-    """The vectors of texts."""
+@route("POST /api/embed", body=EmbedRequest, example={"model": "default", "input": "The sky is blue."}, answer=Vectors)
+async def ollama_embed(request: Request) -> Response:
+    """The vectors of texts, in Ollama's words."""
     deadline = deadline_of(request)
     wire = await ollama_body(request, ollama_parser(EmbedRequest))
     _keep(request, wire)
@@ -97,9 +119,14 @@ async def embed(request: Request) -> Response:
     return _json(Vectors(model=wire.model, embeddings=(), **times.told(), prompt_eval_count=0))
 
 
-@router.post("/api/embeddings")
-async def embeddings(request: Request) -> Response:
-    """The vector of one text: the older route."""
+@route(
+    "POST /api/embeddings",
+    body=EmbeddingsRequest,
+    example={"model": "default", "prompt": "The sky is blue."},
+    answer=Vector,
+)
+async def ollama_embeddings(request: Request) -> Response:
+    """The vector of one text, in Ollama's older words."""
     deadline = deadline_of(request)
     wire = await ollama_body(request, ollama_parser(EmbeddingsRequest))
     _keep(request, wire)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import logging
 import time
@@ -17,18 +18,20 @@ from pydantic import model_validator
 from starlette.responses import Response
 
 from candle_vllm.core.errors import CandleVllmError
-from candle_vllm.openai.ollama import ollama_parser, rfc3339
+from candle_vllm.openai.ollama import Failure, ollama_parser, rfc3339
 from candle_vllm.openai.protocol.fields import Name, Refusal, WireModel, invalid
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.routing import Caller, caller_of
 from candle_vllm.server.models.library import Description, describe, file_bytes
 from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.models.slot import ModelSlot
+from candle_vllm.server.openapi.operation import OLLAMA, QUEUED, Operation, routing
 from candle_vllm.server.routes.ollama import ollama_body, served_name
 
 logger = logging.getLogger(__name__)
 
 router = APIRouter()
+route = routing(router, functools.partial(Operation, tag="ollama", error=Failure, naming=OLLAMA))
 
 API_VERSION = "0.12.11"
 """The version of Ollama whose API this is: clients choose by it what they ask for."""
@@ -144,9 +147,9 @@ class Shown(msgspec.Struct, frozen=True, kw_only=True):
     template: str | UnsetType = UNSET
 
 
-@router.get("/api/tags")
-async def tags(request: Request) -> Response:
-    """All models, loaded or not; the default first."""
+@route("GET /api/tags", answer=Tags)
+async def ollama_tags(request: Request) -> Response:
+    """All models."""
     manager = _manager(request)
     slots = sorted(manager.slots.values(), key=lambda slot: slot.entry.name != manager.active)
     sizes = await asyncio.to_thread(lambda: [_size(slot) for slot in slots])
@@ -166,8 +169,8 @@ def _names(manager: ModelManager, slot: ModelSlot, caller: Caller) -> list[str]:
     return own + [each.called(slot.entry.names[0]) for each in adapters if caller.may_use(*each.names)]
 
 
-@router.get("/api/ps")
-async def ps(request: Request) -> Response:
+@route("GET /api/ps", answer=Residents)
+async def ollama_ps(request: Request) -> Response:
     """The models that are loaded."""
     manager, found = _manager(request), list[Resident]()
     for slot in manager.slots.values():
@@ -183,9 +186,9 @@ async def ps(request: Request) -> Response:
     return _json(Residents(tuple(found)))
 
 
-@router.post("/api/show")
-async def show(request: Request) -> Response:
-    """What is known of a model: of one that is not loaded, what its files say."""
+@route("POST /api/show", body=ShowRequest, example={"model": "default"}, answer=Shown, errors=(*QUEUED, 409))
+async def ollama_show(request: Request) -> Response:
+    """What is known of a model."""
     wire = await ollama_body(request, ollama_parser(ShowRequest))
     manager = _manager(request)
     slot = manager.find(await served_name(request, wire.model or wire.name))
@@ -199,8 +202,8 @@ async def show(request: Request) -> Response:
     return _json(_shown(slot))
 
 
-@router.get("/api/version")
-async def version() -> Response:
+@route("GET /api/version", answer=ApiVersion)
+async def ollama_version() -> Response:
     """The version of Ollama whose API this is."""
     return _json(ApiVersion(API_VERSION))
 
