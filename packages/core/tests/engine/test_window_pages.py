@@ -45,15 +45,15 @@ class Pretended:
         pages = room.blocks(SIZE) + 1 + spare
         room = WindowRoom(window, budget + drafts, pages)
         self.page_of = np.zeros(blocks, np.int64)
-        self.blocks = WindowedBlocks(blocks, SIZE, room=room, page_of=self.page_of.data, enable_prefix_caching=caching)
+        self.blocks = WindowedBlocks(room, self.page_of.data, SIZE, enable_prefix_caching=caching)
         pool = StatePool(seqs, 8, SIZE) if states else None
         self.scheduler = Scheduler(self.blocks, seqs, budget, draft_rows=drafts, states=pool)
         self.full: list[list[Text | None]] = [[None] * SIZE for _ in range(blocks)]
         self.paged: list[list[Text | None]] = [[None] * SIZE for _ in range(pages)]
         self.random, self.drafts, self.window = random.Random(seed), drafts, window
 
-    def add(self, tokens: list[int], order: int, max_tokens: int = 4, index: int = 0) -> Sequence:
-        sequence = make(tokens, order, max_tokens=max_tokens, index=index)
+    def add(self, tokens: list[int], order: int, max_tokens: int = 4, index: int = 0, priority: int = 0) -> Sequence:
+        sequence = make(tokens, order, max_tokens=max_tokens, index=index, priority=priority)
         self.scheduler.add(sequence)
         return sequence
 
@@ -165,8 +165,9 @@ def test_every_row_finds_what_its_window_sees(seed: int) -> None:
     for order in range(40):
         begin = chance.choice(begins)
         tokens = begin[: chance.randint(1, len(begin))] + [chance.randrange(3) for _ in range(chance.randrange(12))]
+        priority = chance.choice((0, 0, 0, -1, 1))
         for index in range(chance.choice((1, 1, 3))):
-            model.add(tokens, order, chance.randint(1, 12), index)
+            model.add(tokens, order, chance.randint(1, 12), index, priority)
         for _ in range(chance.randrange(5)):
             model.step()
         if chance.random() < 0.15 and (both := [*model.scheduler.running, *model.scheduler.waiting]):

@@ -171,16 +171,13 @@ def plan_cache(
     if room_of_states is not NO_STATES:
         sequences, budget = room_of_states.running, max(0, budget - state_bytes)
     per_sequence = -(-model.max_position // config.block_size)
-    windows, window_bytes = NO_WINDOWS, 0
+    windows, page = NO_WINDOWS, cache_bytes([spec for spec in specs if spec.slides], config.block_size, element_bytes)
     if rows and (window := largest_window(specs)):
-        page, block = (
-            cache_bytes([spec for spec in specs if spec.slides == slides], config.block_size, element_bytes)
-            for slides in (True, False)
-        )
-        sizes, rows = (page, block + beside * config.block_size), min(rows, model.max_position)
-        windows = _plan_windows(config, WindowRoom(window, rows + drafts), sizes, sequences, budget, per_sequence)
-        window_bytes = windows.pages * page
+        block = cache_bytes(specs, config.block_size, element_bytes) - page + beside * config.block_size
+        wanted = WindowRoom(window, min(rows, model.max_position) + drafts)
+        windows = _plan_windows(config, wanted, (page, block), sequences, budget, per_sequence)
         specs = [spec for spec in specs if not windows.holds(spec)]
+    window_bytes = windows.pages * page
     token_bytes = cache_bytes(specs, 1, element_bytes) + beside
     block_bytes = token_bytes * config.block_size
     affordable = (budget - window_bytes) // block_bytes if block_bytes else per_sequence * sequences
@@ -194,10 +191,8 @@ def plan_cache(
     whole = num_blocks == per_sequence * sequences
     several = f"{sequences} sequences" if sequences > 1 else "one sequence"
     needed = f"all that {several} of {context:,} tokens can need" if whole else f"of {_size(budget)}"
-    of_windows = ""
-    if windows.pages:
-        some = f"{(windows.pages - 1) * config.block_size:,} tokens, {_size(window_bytes)}"
-        of_windows = f"; layers with a window of at most {windows.window:,} tokens keep {some}"
+    some = f"{(windows.pages - 1) * config.block_size:,} tokens, {_size(window_bytes)}"
+    of_windows = f"; layers with a window of at most {windows.window:,} tokens keep {some}" if windows.pages else ""
     kept = ", reserved now and taken from the machine only as it fills" if room.as_it_fills else ""
     message = (
         f"KV cache: room for {num_blocks * config.block_size:,} tokens in blocks of {config.block_size}; at most "

@@ -126,12 +126,10 @@ def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder, rank
     if ranks is not None:
         runner = RankedRunner(runner, ranks)
         sleeper.tell = runner.sleep
-    sizes, caching = (plan.num_blocks, config.block_size), config.enable_prefix_caching
+    size, caching = config.block_size, config.enable_prefix_caching
+    blocks = BlockManager(plan.num_blocks, size, enable_prefix_caching=caching)
     if plan.windows.pages:
-        pages: dict[str, Any] = {"room": plan.windows, "page_of": own.page_of.data}
-        blocks = WindowedBlocks(*sizes, **pages, enable_prefix_caching=caching)
-    else:
-        blocks = BlockManager(*sizes, enable_prefix_caching=caching)
+        blocks = WindowedBlocks(plan.windows, own.page_of.data, size, enable_prefix_caching=caching)
     reproducible = config.deterministic and placement.device.type == "cuda"
     store, admission = None, None
     if config.enable_lora:
@@ -163,11 +161,7 @@ def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder, rank
     preparation = preparation_for(loaded, plan.max_model_len, config.seed, store)
     sleeper.runners = [runner] if draft is None else [runner, draft]
     engine = Engine(runner, scheduler, preparation, drafter, images, kept, sleeper)
-<<<<<<< HEAD
-    engine.cache_bytes = plan.page_bytes + plan.state_bytes
-=======
-    engine.cache_bytes, engine.state_bytes = plan.num_blocks * plan.block_bytes + plan.state_bytes, plan.state_bytes
->>>>>>> main
+    engine.cache_bytes, engine.state_bytes = plan.page_bytes + plan.state_bytes, plan.state_bytes
     return engine
 
 

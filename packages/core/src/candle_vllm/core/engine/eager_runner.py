@@ -51,10 +51,7 @@ class EagerRunner(StepwiseRunner):
         device, dtype: where the cache lives, and its numbers.
         adapters: what the decoder's layers add to their products; None where there are no adapters.
         taps: `hidden_rows` are what goes into these layers; None for what the last norm gives.
-        turning, windows: as for `RecordedRunner`.
-
-    Attributes:
-        page_of: see `WindowedBlocks`.
+        turning, windows: as for `RecordedRunner`, and so is the attribute `page_of`.
     """
 
     fatal: tuple[type[Exception], ...] = (torch.AcceleratorError,)
@@ -229,10 +226,9 @@ def layer_caches_of(
         if isinstance(spec, StateSpec):
             return tuple(state(number, part) for part in spec.parts)
         sizes = (spec.key_dim, spec.value_dim) if number in here else ()
-        holds = windows.holds(spec)
-        count = windows.pages if holds else blocks[0]
+        count = windows.count(spec, blocks[0])
         parts = [empty((count, blocks[1], spec.kv_heads, size + beside)) for size in sizes]
-        return (WindowedCache if holds else PagedCache)(*(parts or (empty(0), empty(0))))
+        return (WindowedCache if windows.holds(spec) else PagedCache)(*(parts or (empty(0), empty(0))))
 
     return layer_caches(decoder.config.cache_specs, make)
 

@@ -118,11 +118,8 @@ class RecordedRunner(StepwiseRunner):
         self.page_of = np.zeros(num_blocks if window else 0, np.int64)
         self._turning, self._turned = turning, False  # the last step's were
         specs = config.cache_specs
-        size = sum(
-            cache_bytes([spec], blocks * limits.block_size, lambda key_dim: number_bytes(key_dim, kinds))
-            for spec in specs
-            for blocks in (windows.pages if windows.holds(spec) else num_blocks,)
-        )
+        tokens = [(spec, windows.count(spec, num_blocks) * limits.block_size) for spec in paged(specs)]
+        size = sum(cache_bytes([spec], count, lambda key_dim: number_bytes(key_dim, kinds)) for spec, count in tokens)
         with room_for("the KV cache", size, "kv_cache_memory", _less):
             caches = _caches(specs, num_blocks, limits.block_size, kinds, limits.ranks, room, windows)
         super().__init__()
@@ -312,13 +309,9 @@ class RecordedRunner(StepwiseRunner):
         if own[0].values is None:  # of latent attention: [stretches, blocks, ...] each
             stretch, place = divmod(block, own[0].keys.shape[1])
             return [cache.keys[stretch, place] for cache in own]
-        keys, values = list[NDArray[Any]](), list[NDArray[Any]]()
-        for cache in own:  # [stretches, heads, blocks, ...] each
-            number = int(self.page_of[block]) if isinstance(cache, WindowedCache) else block
-            stretch, place = divmod(number, cache.keys.shape[2])
-            keys.append(cache.keys[stretch, :, place])
-            values.append(cache.values[stretch, :, place])
-        return [*keys, *values]
+        places = [int(self.page_of[block]) if isinstance(cache, WindowedCache) else block for cache in own]
+        parts = [(cache[part], at) for part in range(2) for cache, at in zip(own, places)]
+        return [part[at // part.shape[2], :, at % part.shape[2]] for part, at in parts]  # [stretches, heads, blocks]
 
     def drop_cache(self) -> None:
         """See `ModelRunner`."""
@@ -604,15 +597,12 @@ def _caches(
     windows: WindowRoom,
 ) -> tuple[PagedCache | tuple[StateCache, ...], ...]:
     """The cache of each layer. Pages of layers of one shape, and of one pool, lie in one piece of memory."""
-    counts = Counter((spec.shape, windows.holds(spec)) for spec in paged(specs))
-    rest = {
-        (shape, holds): iter(_layers(shape, count, windows.pages if holds else num_blocks, block_size, kinds, ranks))
-        for (shape, holds), count in counts.items()
-    }
+    pools = Counter((spec.shape, windows.count(spec, num_blocks)) for spec in paged(specs))
+    rest = {pool: iter(_layers(pool[0], count, pool[1], block_size, kinds, ranks)) for pool, count in pools.items()}
 
     def make(_: int, spec: PagedSpec | StateSpec) -> PagedCache | tuple[StateCache, ...]:
         if isinstance(spec, PagedSpec):
-            cache = next(rest[spec.shape, windows.holds(spec)])
+            cache = next(rest[spec.shape, windows.count(spec, num_blocks)])
             return WindowedCache(*cache) if windows.holds(spec) else cache
         return tuple(StateCache(*map(_zeros, _state_shapes(part, room))) for part in spec.parts)
 

@@ -180,7 +180,7 @@ class Scheduler:
             run = going.step[place]
             if run.start + 1 >= size * len(run.sequence.block_table) and not self._grow(run.sequence):
                 return None
-            if self.windows is not None and not self._has_page(run.sequence, run.start + 1):
+            if self.windows is not None and not self.windows.reaches(run.sequence, run.start + 1):
                 return None
         runs = [Run(run.sequence, run.start + 1, 1, 1, run.admission, True) for run in going.step]
         runs = self._with_states(runs)
@@ -305,7 +305,7 @@ class Scheduler:
             if left == 1 and length < sequence.max_length:
                 start = length - 1
                 if (start >= size * len(sequence.block_table) and not self._grow(sequence)) or (
-                    self.windows is not None and not self._has_page(sequence, start)
+                    self.windows is not None and not self.windows.reaches(sequence, start)
                 ):
                     self._preempt(running[-1])
                     continue
@@ -360,11 +360,6 @@ class Scheduler:
             del sequence.block_table[needed:]
             sequence.num_admissions += 1  # the next block at that place may be another
             self._going = None  # its runs are of the admission before
-
-    def _has_page(self, sequence: Sequence, position: int) -> bool:
-        """Whether the next token of a decoding sequence, at a position, has a page of the layers with a window."""
-        assert self.windows is not None
-        return self.windows.advance(sequence, position, position + 1) > position
 
     def _grow(self, sequence: Sequence) -> bool:
         """One block more, where one is free."""
@@ -424,24 +419,17 @@ class Scheduler:
                 continue
             found = len(shared)
             if self.states is not None:
-                self._cut_to_states(hashes, shared)
+                while (depth := self.states.depth(hashes[: len(shared)])) < len(shared):
+                    del shared[depth if self.windows is None else self.windows.depth(shared[:depth]) :]
                 if self.states.is_coming(hashes[len(shared) : found]):
                     deferred += 1
                     continue
             fresh = needed - len(shared)
-<<<<<<< HEAD
-            reserve = self._reserve(sequence)
-            if self.blocks.num_free_after_sharing(shared) - fresh < reserve:
-                return
-            if self.windows is not None and not self.windows.has_room(shared, needed, len(self.running)):
-                return
-=======
             while not self._fits(sequence, shared, fresh):
                 last = self.running[-1] if preempts and self.running else sequence
                 if last.request.priority <= sequence.request.priority:
                     return
                 self._preempt(last)
->>>>>>> main
             self.waiting.pop(deferred)
             self._start(sequence, shared, fresh)
             if self.states is not None:
@@ -450,19 +438,10 @@ class Scheduler:
             yield sequence
         self._all_held = changes if held and held == len(self.waiting) else None
 
-<<<<<<< HEAD
-    def _cut_to_states(self, hashes: Seq[bytes], shared: list[int]) -> None:
-        """Cuts a prefix to the deepest checkpoint, and where layers with a window have all pages behind it, too."""
-        assert self.states is not None
-        count = -1
-        while count != len(shared):
-            count = len(shared)
-            del shared[self.states.depth(hashes[:count]) :]
-            if self.windows is not None:
-                del shared[self.windows.depth(shared) :]
-=======
     def _fits(self, sequence: Sequence, shared: list[int], fresh: int) -> bool:
         """Whether there are a place and blocks for a sequence: blocks of the cache, and so many new ones."""
+        if self.windows is not None and not self.windows.has_room(shared, len(shared) + fresh, len(self.running)):
+            return False
         free = self.blocks.num_free_after_sharing(shared) - fresh
         return len(self.running) < self.max_num_seqs and free >= self._reserve(sequence)
 
@@ -472,7 +451,6 @@ class Scheduler:
         if self.reproducible or not self.waiting or not self.running:
             return False
         return self.waiting[0].request.priority < self.running[-1].request.priority
->>>>>>> main
 
     def _has_its_share(self, sequence: Sequence) -> bool:
         """Half of all places are its request's, and another request waits: its other sequences are passed."""

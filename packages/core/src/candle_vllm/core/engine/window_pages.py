@@ -22,23 +22,17 @@ class WindowedBlocks(BlockManager):
     """A block manager that hands out the pages of layers with a window, too, when a run is scheduled.
 
     Args:
-        num_blocks, block_size, enable_prefix_caching: see `BlockManager`.
         room: how many pages there are; at least `WindowRoom.blocks`, and page 0.
         page_of: [num_blocks] zeros: filled with the page of each block, which a step looks up; 0 is none.
+        block_size, enable_prefix_caching: see `BlockManager`.
     """
 
     def __init__(
-        self,
-        num_blocks: int,
-        block_size: int,
-        *,
-        room: WindowRoom,
-        page_of: memoryview,
-        enable_prefix_caching: bool = True,
+        self, room: WindowRoom, page_of: memoryview, block_size: int, *, enable_prefix_caching: bool = True
     ) -> None:
-        super().__init__(num_blocks, block_size, enable_prefix_caching=enable_prefix_caching)
+        super().__init__(len(page_of), block_size, enable_prefix_caching=enable_prefix_caching)
         self._window, self._most, self._page_of = room.window, room.blocks(block_size), page_of
-        self._users = [0] * num_blocks  # running sequences that may read or write a block
+        self._users = [0] * len(page_of)  # running sequences that may read or write a block
         self._free_pages = list(range(room.pages - 1, 0, -1))
         self._idle: OrderedDict[int, None] = OrderedDict()  # blocks with a page and no user, least recently used first
 
@@ -90,6 +84,10 @@ class WindowedBlocks(BlockManager):
             last += 1
         sequence.windowed = max(first, behind), last
         return min(end, last * size)
+
+    def reaches(self, sequence: Sequence, position: int) -> bool:
+        """Whether the next token of a decoding sequence has a page, one more if need be."""
+        return self.advance(sequence, position, position + 1) > position
 
     def cut(self, sequence: Sequence, blocks: int) -> None:
         """A sequence keeps so many blocks of its table; 0 where it runs no longer."""

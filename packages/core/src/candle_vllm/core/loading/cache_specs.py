@@ -115,9 +115,13 @@ class WindowRoom:
     rows: int = 0
     pages: int = 0
 
-    def holds(self, spec: CacheSpec) -> bool:
+    def holds(self, spec: PagedSpec) -> bool:
         """Whether the layer with this spec has these pages."""
-        return self.pages > 0 and isinstance(spec, PagedSpec) and spec.slides
+        return self.pages > 0 and spec.slides
+
+    def count(self, spec: PagedSpec, blocks: int) -> int:
+        """Pages of the layer with this spec in a cache of so many blocks."""
+        return self.pages if self.holds(spec) else blocks
 
     def blocks(self, block_size: int, rows: int | None = None) -> int:
         """Most blocks whose keys and values so many rows of a sequence see and write; `rows` where it is None."""
