@@ -303,15 +303,17 @@ class RecordedRunner(StepwiseRunner):
 
     def _parts(self, place: int, *, state: bool) -> list[NDArray[Any]]:
         """The parts of a block of the cache, or of a slot, of all layers, to be read and written."""
-        own, block = self._own, place
         if state:
             return [part.states[place] for part in self._states]
-        if own[0].values is None:  # of latent attention: [stretches, blocks, ...] each
-            stretch, place = divmod(block, own[0].keys.shape[1])
-            return [cache.keys[stretch, place] for cache in own]
-        places = [int(self.page_of[block]) if isinstance(cache, WindowedCache) else block for cache in own]
-        parts = [(cache[part], at) for part in range(2) for cache, at in zip(own, places)]
-        return [part[at // part.shape[2], :, at % part.shape[2]] for part, at in parts]  # [stretches, heads, blocks]
+        own, parts = self._own, list[NDArray[Any]]()
+        for which in range(2):
+            for part, cache in ((cache[which], cache) for cache in own if cache[which] is not None):
+                at = int(self.page_of[place]) if isinstance(cache, WindowedCache) else place
+                if cache.values is None:  # of latent attention: [stretches, blocks, ...]
+                    parts.append(part[divmod(at, part.shape[1])])
+                else:  # [stretches, heads, blocks, ...]
+                    parts.append(part[at // part.shape[2], :, at % part.shape[2]])
+        return parts
 
     def drop_cache(self) -> None:
         """See `ModelRunner`."""
