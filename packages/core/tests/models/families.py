@@ -257,7 +257,7 @@ QWEN35 = QWEN3_NEXT | {"rope_parameters": QWEN35_ROPE}
 # of their own keys for the sizes of heads and MLPs
 CLASSIC = {"hidden_size": 128, "num_key_value_heads": None, "intermediate_size": None}
 GPT2_SCALES = CLASSIC | {"scale_attn_by_inverse_layer_idx": True, "activation_function": "relu"}
-GPT_NEO = CLASSIC | {"attention_types": [[["global", "local"], 1]], "window_size": 16}
+GPT_NEO = CLASSIC | {"hidden_size": 64, "attention_types": [[["global", "local"], 1]], "window_size": 16}
 NEOX_SEQUENTIAL = CLASSIC | {"intermediate_size": 96, "use_parallel_residual": False}
 FALCON = CLASSIC | {"ffn_hidden_size": 96}
 FALCON_40B = FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2}

@@ -12,11 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from candle_vllm.core import ConfigError, InvalidFileError, UnsupportedModelError, WeightsError
+from candle_vllm.core import ConfigError, EngineConfig, InvalidFileError, UnsupportedModelError, WeightsError
+from candle_vllm.core.assembly.model import describe_model
+from candle_vllm.core.assembly.opening import model_files, open_model
 from candle_vllm.core.models.registry import family_from_hf
 from packages.core.tests.models.dense_models import edited
 from packages.core.tests.models.families import ROWS
 from packages.core.tests.models.tiny import (
+    CPU,
     config_of,
     eager_logits,
     error,
@@ -69,6 +72,16 @@ def test_a_table_of_another_size_is_named(tmp_path: Path) -> None:
     (tmp_path / "edited").mkdir()
     with pytest.raises(WeightsError, match=r"wpe\.weight has shape \[512, 128\]; .* asks for \[1024, 128\]"):
         load(edited(source, tmp_path / "edited", n_positions=1024))
+
+
+def test_a_table_of_positions_stays_plain(tmp_path: Path) -> None:
+    """Its rows are added to hidden states; what is multiplied is quantised."""
+    config = EngineConfig(model=str(written("GPT-2", tmp_path)), isq="q8_0", max_images=0)
+    opened = open_model(model_files(config), CPU)
+    with opened.checkpoint:
+        stored = describe_model(config, CPU, opened).stored.tensors
+        found = {name: stored[name].type_name for name in ("positions:weight", "layers.0.mlp.up:weight")}
+    assert found == {"positions:weight": "F32", "layers.0.mlp.up:weight": "Q8_0"}
 
 
 # ---- names -----------------------------------------------------------------------------------------------------------

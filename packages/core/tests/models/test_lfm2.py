@@ -52,6 +52,7 @@ def test_every_cut_gives_transformers_logits(name: str, cuts: list[int], folder:
     assert spread(eager_logits(folder(name), tokens, [1] * 20), theirs) < 1e-5
 
 
+@pytest.mark.one_of_each
 @pytest.mark.parametrize("kind", ["eager", "compiled"])
 @pytest.mark.parametrize(
     ("name", "more"),
@@ -69,7 +70,9 @@ def test_no_answer_is_another(name: str, more: dict[str, Any], kind: str, folder
     assert counts.accepted_draft_tokens or more is not DRAFTS
 
 
-@pytest.mark.parametrize(("name", "more"), [("LFM2", {"drafts": 12}), ("LFM2-MoE", {"captured": 40})])
+@pytest.mark.parametrize(
+    ("name", "more"), few([("LFM2", {"drafts": 12}), ("LFM2-MoE", {"captured": 40})], ("LFM2", {"drafts": 12}))
+)
 def test_the_runner_of_a_gpu_gives_the_same(name: str, more: dict[str, Any], folder: Callable[[str], Path]) -> None:
     given = prompts()
     with exact_sums():

@@ -70,6 +70,7 @@ def test_every_cut_gives_transformers_logits(name: str, cuts: list[int], folder:
     assert spread(eager_logits(folder(name), tokens, [1] * 20), theirs) < 1e-5
 
 
+@pytest.mark.one_of_each
 @pytest.mark.parametrize("kind", ["eager", "compiled"])
 @pytest.mark.parametrize(
     ("name", "more"),
@@ -95,7 +96,10 @@ def test_no_answer_is_another(name: str, more: dict[str, Any], kind: str, folder
 
 @pytest.mark.parametrize(
     ("name", "more"),
-    [("Qwen3.5", {"drafts": 12}), ("Qwen3.5 even heads", {"captured": 40}), ("Qwen3.5-MoE", {"blocks": 14})],
+    few(
+        [("Qwen3.5", {"drafts": 12}), ("Qwen3.5 even heads", {"captured": 40}), ("Qwen3.5-MoE", {"blocks": 14})],
+        ("Qwen3.5-MoE", {"blocks": 14}),
+    ),
 )
 def test_the_runner_of_a_gpu_gives_the_same(name: str, more: dict[str, Any], folder: Callable[[str], Path]) -> None:
     given = prompts()

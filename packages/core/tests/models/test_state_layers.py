@@ -31,6 +31,7 @@ from packages.core.tests.lazy_stream import LazyStream
 from packages.core.tests.models import state_layers
 from packages.core.tests.models.state_layers import CHANNELS, INPUTS, plain_logits, write_hybrid
 from packages.core.tests.models.tiny import load, some_tokens
+from tests.common_run import few
 
 BLOCK, LONGEST = 16, 24
 
@@ -245,9 +246,12 @@ def on_device(
     return found, built
 
 
+DEVICE = [{}, {"graphs": False}, {"captured": 40}, {"drafts": 12}, {"drafts": 12, "captured": 40}, {"blocks": 14}]
+
+
 @pytest.mark.parametrize(
     "more",
-    [{}, {"graphs": False}, {"captured": 40}, {"drafts": 12}, {"drafts": 12, "captured": 40}, {"blocks": 14}],
+    few(DEVICE, *DEVICE[2:4], DEVICE[5]),
     ids=["graphs", "plain", "captured prompts", "guesses", "captured guesses", "preemption"],
 )
 def test_the_runner_of_a_gpu_gives_the_same(hybrid: Path, more: dict[str, Any]) -> None:

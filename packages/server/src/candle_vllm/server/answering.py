@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -80,6 +80,11 @@ async def answer(request: Request, api: GenerationApi) -> Response:
     """The whole way of one request; every failure is an exception."""
     deadline = deadline_of(request)
     return await answer_parsed(request, api, await parsed(request, api.parse), deadline)
+
+
+def json_answer(made: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """An answer of wire types, or of what JSON has, as JSON."""
+    return Response(to_json_bytes(made), status, headers, media_type=JSON)
 
 
 async def answer_parsed(request: Request, api: GenerationApi, wire: Any, deadline: float) -> Response:

@@ -33,7 +33,13 @@ from candle_vllm.server.http.keys import Keyring
 from candle_vllm.server.http.limits import HEADERS as LIMIT_HEADERS
 from candle_vllm.server.http.limits import RateLimitMiddleware, RateLimits
 from candle_vllm.server.http.request_id import RequestIdMiddleware
-from candle_vllm.server.http.routing import GreetingMiddleware, HeadMiddleware, Limits, PrefixMiddleware
+from candle_vllm.server.http.routing import (
+    GreetingMiddleware,
+    HeadMiddleware,
+    Limits,
+    PrefixMiddleware,
+    UnversionedMiddleware,
+)
 from candle_vllm.server.keeping import Keeper
 from candle_vllm.server.mcp.access import response_servers
 from candle_vllm.server.models.catalogue import ModelEntry
@@ -221,7 +227,7 @@ def _describe(app: FastAPI, settings: Settings) -> None:
 
 
 def _add_layers(app: FastAPI, settings: Settings) -> None:
-    """Outside in: prefix > id > counts > CORS > cut-offs > failures > origin > host > HEAD > key > limits > routes."""
+    """Outside in: prefix, version, id, counts, CORS, cut-offs, failures, origin, host, HEAD, key, limits, routes."""
     app.add_middleware(RateLimitMiddleware, limits=app.state.limits)
     if settings.has_api_keys or settings.management_key:
         access = Access(OPERATIONS, public_paths() if settings.ui_server else frozenset())
@@ -246,5 +252,6 @@ def _add_layers(app: FastAPI, settings: Settings) -> None:
         )
     app.add_middleware(HttpMetricsMiddleware, metrics=app.state.metrics)
     app.add_middleware(RequestIdMiddleware, log=settings.log_requests)
+    app.add_middleware(UnversionedMiddleware)
     if settings.root_path:
         app.add_middleware(PrefixMiddleware, prefix=settings.root_path)

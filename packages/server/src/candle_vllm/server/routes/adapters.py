@@ -24,7 +24,7 @@ from candle_vllm.openai.protocol.generation import LoraScale, LoraScales, lora_s
 from candle_vllm.openai.remarks import remark
 from candle_vllm.openai.validation import parse_body
 from candle_vllm.server.adapters.registry import Adapter
-from candle_vllm.server.answering import parsed
+from candle_vllm.server.answering import json_answer, parsed
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.routing import caller_of
 from candle_vllm.server.models.manager import ModelManager
@@ -201,7 +201,7 @@ async def list_lora_adapters(request: Request) -> Response:
     """The adapters that the operator named, with their numbers and scales, in llama.cpp's words."""
     manager, caller = request.app.state.manager, caller_of(request.scope)
     found = manager.adapters.numbered(_asked(request).entry.name)
-    return _json([_numbered(each) for each in found if caller.may_use(*each.names)])
+    return json_answer([_numbered(each) for each in found if caller.may_use(*each.names)])
 
 
 @route(
@@ -221,7 +221,7 @@ async def scale_lora_adapters(request: Request) -> Response:
     scales = await parsed(request, _read_scales)
     manager: ModelManager = request.app.state.manager
     manager.adapters.scale(_asked(request).entry.name, scales)
-    return _json(Succeeded())
+    return json_answer(Succeeded())
 
 
 def _asked(request: Request) -> ModelSlot:
@@ -246,7 +246,3 @@ def _read_scales(body: bytes) -> Mapping[int, float]:
         said: Any = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
         raise HttpError(400, f"The body must be a list of id and scale: {said}", "invalid_value") from None
     return scales or {}
-
-
-def _json(content: Any) -> Response:
-    return Response(msgspec.json.encode(content), media_type="application/json")

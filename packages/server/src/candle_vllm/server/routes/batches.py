@@ -8,8 +8,8 @@ import functools
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from candle_vllm.openai import to_json_bytes
 from candle_vllm.openai.validation import parse_body
+from candle_vllm.server.answering import json_answer
 from candle_vllm.server.batches.records import Batch, BatchList, BatchRequest
 from candle_vllm.server.http.body import parse_request
 from candle_vllm.server.kept_access import AFTER, limit_and_after, page_of, query_of
@@ -18,7 +18,6 @@ from candle_vllm.server.routes.files import batches_and_owner
 
 router = APIRouter()
 route = routing(router, functools.partial(Operation, tag="batches", errors=KEPT))
-JSON = "application/json"
 DEFAULT_LIST, MAX_LIST = 20, 100
 MAX_BODY = 64 << 10
 
@@ -34,7 +33,7 @@ async def create_batch(request: Request) -> Response:
     batches, owner = await batches_and_owner(request)
     query_of(request)
     wire = await parse_request(request.scope, request.receive, MAX_BODY, lambda body: parse_body(BatchRequest, body))
-    return Response(to_json_bytes(await batches.create(owner, wire)), media_type=JSON)
+    return json_answer(await batches.create(owner, wire))
 
 
 @route(
@@ -55,7 +54,7 @@ async def get_batch(request: Request, batch_id: str) -> Response:
     """How far a batch is."""
     batches, owner = await batches_and_owner(request)
     query_of(request)
-    return Response(to_json_bytes((await batches.store.batch(owner, batch_id)).batch), media_type=JSON)
+    return json_answer((await batches.store.batch(owner, batch_id)).batch)
 
 
 @route("POST /v1/batches/{batch_id}/cancel", answer=Batch, errors=(*KEPT, 409))
@@ -63,4 +62,4 @@ async def cancel_batch(request: Request, batch_id: str) -> Response:
     """End a batch; what it has made stays."""
     batches, owner = await batches_and_owner(request)
     query_of(request)
-    return Response(to_json_bytes(await batches.cancel(owner, batch_id)), media_type=JSON)
+    return json_answer(await batches.cancel(owner, batch_id))

@@ -10,7 +10,6 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from candle_vllm.openai import to_json_bytes
 from candle_vllm.openai.validation import parse_body
 from candle_vllm.responses.api.conversations import (
     Conversation,
@@ -21,7 +20,7 @@ from candle_vllm.responses.api.conversations import (
     ItemsCreateRequest,
 )
 from candle_vllm.responses.api.stored_items import AnyItem, ItemList
-from candle_vllm.server.answering import in_time, parsed
+from candle_vllm.server.answering import in_time, json_answer, parsed
 from candle_vllm.server.http.body import unless_disconnected
 from candle_vllm.server.kept_access import INCLUDE, ITEM_PAGE, kept_and_owner, page_request, query_of
 from candle_vllm.server.openapi.operation import KEPT, RESPONSES, Operation, routing
@@ -40,14 +39,14 @@ async def create_conversation(request: Request) -> Response:
     """A new conversation."""
     conversations, owner = await _conversations(request)
     wire = await _body(request, ConversationCreateRequest)
-    return _json(await conversations.create(owner, wire))
+    return json_answer(await conversations.create(owner, wire))
 
 
 @route("GET /v1/conversations/{conversation_id}", answer=Conversation)
 async def get_conversation(request: Request, conversation_id: str) -> Response:
     """A conversation without its items."""
     conversations, owner = await _conversations(request)
-    return _json(await conversations.retrieve(owner, conversation_id))
+    return json_answer(await conversations.retrieve(owner, conversation_id))
 
 
 @route(
@@ -60,14 +59,14 @@ async def update_conversation(request: Request, conversation_id: str) -> Respons
     """Give a conversation other metadata."""
     conversations, owner = await _conversations(request)
     wire = await _body(request, ConversationUpdateRequest)
-    return _json(await conversations.update(owner, conversation_id, wire))
+    return json_answer(await conversations.update(owner, conversation_id, wire))
 
 
 @route("DELETE /v1/conversations/{conversation_id}", answer=ConversationDeleted)
 async def delete_conversation(request: Request, conversation_id: str) -> Response:
     """Delete a conversation and its items."""
     conversations, owner = await _conversations(request)
-    return _json(await conversations.delete(owner, conversation_id))
+    return json_answer(await conversations.delete(owner, conversation_id))
 
 
 @route("GET /v1/conversations/{conversation_id}/items", answer=ItemList, query=ITEM_PAGE)
@@ -75,7 +74,7 @@ async def list_conversation_items(request: Request, conversation_id: str) -> Res
     """Some of its items."""
     wanted = page_request(request)
     conversations, owner = await _conversations(request, "limit", "order", "after", "include")
-    return _json(await conversations.items(owner, conversation_id, wanted))
+    return json_answer(await conversations.items(owner, conversation_id, wanted))
 
 
 @route(
@@ -92,7 +91,7 @@ async def create_conversation_items(request: Request, conversation_id: str) -> R
     wire = await _body(request, ItemsCreateRequest)
     adding = conversations.add_items(owner, conversation_id, wire)  # waits for a response that is being answered
     async with in_time(time.monotonic() + request.app.state.settings.request_timeout, request):
-        return _json(await unless_disconnected(adding, request.receive))
+        return json_answer(await unless_disconnected(adding, request.receive))
 
 
 @route("GET /v1/conversations/{conversation_id}/items/{item_id}", answer=AnyItem, query=INCLUDE)
@@ -106,7 +105,7 @@ async def get_conversation_item(request: Request, conversation_id: str, item_id:
 async def delete_conversation_item(request: Request, conversation_id: str, item_id: str) -> Response:
     """Delete one item; answers with the conversation."""
     conversations, owner = await _conversations(request)
-    return _json(await conversations.delete_item(owner, conversation_id, item_id))
+    return json_answer(await conversations.delete_item(owner, conversation_id, item_id))
 
 
 async def _conversations(request: Request, *known: str) -> tuple[Conversations, str]:
@@ -117,7 +116,3 @@ async def _conversations(request: Request, *known: str) -> tuple[Conversations, 
 
 async def _body(request: Request, kind: type[Any]) -> Any:
     return await parsed(request, partial(parse_body, kind))
-
-
-def _json(made: Any) -> Response:
-    return Response(to_json_bytes(made), media_type="application/json")

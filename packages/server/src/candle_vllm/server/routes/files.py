@@ -17,8 +17,8 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from candle_vllm.core.errors import InvalidParameterError
-from candle_vllm.openai import to_json_bytes
 from candle_vllm.openai.errors import InvalidBodyError
+from candle_vllm.server.answering import json_answer
 from candle_vllm.server.batches.records import (
     BATCH_OUTPUT,
     LEAST_LIFE,
@@ -70,7 +70,7 @@ async def upload_file(request: Request) -> Response:
     query_of(request)
     request.app.state.limits.admit(caller_of(request.scope))
     with batches.upload(owner) as count:
-        return Response(to_json_bytes(await _uploaded(request, batches, owner, count)), media_type=JSON)
+        return json_answer(await _uploaded(request, batches, owner, count))
 
 
 async def _uploaded(request: Request, batches: Batches, owner: str, count: Callable[[int], None]) -> FileObject:
@@ -122,7 +122,7 @@ async def get_file(request: Request, file_id: str) -> Response:
     """What is known of a file."""
     batches, owner = await batches_and_owner(request)
     query_of(request)
-    return Response(to_json_bytes(await batches.store.file(owner, file_id)), media_type=JSON)
+    return json_answer(await batches.store.file(owner, file_id))
 
 
 @route("GET /v1/files/{file_id}/content", media="application/octet-stream")
@@ -163,7 +163,7 @@ async def delete_file(request: Request, file_id: str) -> Response:
     batches, owner = await batches_and_owner(request)
     query_of(request)
     await batches.store.delete_file(owner, file_id)
-    return Response(to_json_bytes(FileDeleted(id=file_id)), media_type=JSON)
+    return json_answer(FileDeleted(id=file_id))
 
 
 async def batches_and_owner(request: Request) -> tuple[Batches, str]:

@@ -15,12 +15,12 @@ from fastapi import APIRouter, Request
 from pydantic import Field, ValidationError
 from starlette.responses import Response
 
-from candle_vllm.openai import to_json_bytes
 from candle_vllm.openai.errors import InvalidBodyError
 from candle_vllm.openai.json_body import decode_json
 from candle_vllm.openai.protocol.fields import WireModel, few_entries
 from candle_vllm.openai.validation import to_request_error
 from candle_vllm.responses.store.entries import MAX_ID, is_id
+from candle_vllm.server.answering import json_answer
 from candle_vllm.server.http.body import parse_request, unless_disconnected
 from candle_vllm.server.http.routing import caller_of
 from candle_vllm.server.mailbox.record import MailboxError, Record, RecordList, Status, invalid, not_found
@@ -74,7 +74,7 @@ async def list_records(request: Request) -> Response:
     if found is None:
         raise invalid("after", f"must be the request_id of a record of yours, not {after!r:.80}")
     page = RecordList(data=found[:limit], has_more=len(found) > limit)
-    return Response(to_json_bytes(page), media_type="application/json")
+    return json_answer(page)
 
 
 @route(
@@ -96,7 +96,7 @@ async def get_record(request: Request, request_id: str) -> Response:
         raise not_found(request_id)
     if text == "true" and found.status is not Status.STREAMING:
         await mailbox.store.remove(owner, request_id)
-    return Response(to_json_bytes(found.record), media_type="application/json")
+    return json_answer(found.record)
 
 
 @route("DELETE /v1/mailbox/{request_id}", statuses=(204,))
@@ -122,7 +122,7 @@ async def push_record(request: Request, request_id: str) -> Response:
         raise not_found(request_id)
     pushed = mailbox.push(owner, request_id, wire.url, wire.bearer_token, wire.headers or {})
     await unless_disconnected(pushed, request.receive)
-    return Response(to_json_bytes(Delivered(request_id=request_id)), media_type="application/json")
+    return json_answer(Delivered(request_id=request_id))
 
 
 def _mailbox(request: Request) -> tuple[Mailbox, str]:

@@ -23,7 +23,7 @@ from candle_vllm.openai import to_json_bytes
 from candle_vllm.openai.validation import parse_body
 from candle_vllm.responses.tools.execution import check, run
 from candle_vllm.responses.tools.tool import ToolCall, ToolResult
-from candle_vllm.server.answering import deadline_of, in_time, parsed
+from candle_vllm.server.answering import deadline_of, in_time, json_answer, parsed
 from candle_vllm.server.http.body import unless_disconnected
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.mcp.wire import McpCallRequest, McpCallResult, McpFunction, McpServerInfo, McpToolInfo
@@ -163,4 +163,4 @@ def _no_tool(service: McpService, name: str) -> HttpError:
 
 
 def _list(found: list[McpServerInfo] | list[McpToolInfo]) -> Response:
-    return Response(msgspec.json.encode({"object": "list", "data": found}), media_type=JSON)
+    return json_answer({"object": "list", "data": found})

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from candle_vllm.server.answering import parsed
+from candle_vllm.server.answering import json_answer, parsed
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.routing import caller_of
 from candle_vllm.server.loop_threads import in_thread
@@ -61,10 +61,6 @@ class Selected(msgspec.Struct, frozen=True):
     queue_length: int
 
 
-def _json(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    return Response(msgspec.json.encode(content), status, headers, media_type="application/json")
-
-
 @route("GET /v1/models", tag="models", answer=(LoadedCard, UnloadedCard, AdapterCard), listed=True, manages=False)
 async def list_models(request: Request) -> Response:
     """All served names, the default first.
@@ -73,15 +69,15 @@ async def list_models(request: Request) -> Response:
     """
     listed = await cards(request.app.state.manager, caller_of(request.scope))
     if _ANTHROPIC in request.headers:
-        return _json(anthropic_list(listed))
+        return json_answer(anthropic_list(listed))
     most = str(request.app.state.settings.max_body_mb << 20)  # by which the page keeps its images small enough
-    return _json({"object": "list", "data": listed}, headers={"x-max-body-bytes": most})
+    return json_answer({"object": "list", "data": listed}, headers={"x-max-body-bytes": most})
 
 
 @route("GET /v1/models/status", answer=ManagerStatus)
 async def models_status(request: Request) -> Response:
     """What is loaded, what waits, and what went wrong."""
-    return _json(status(request.app.state.manager))
+    return json_answer(status(request.app.state.manager))
 
 
 @route("GET /v1/models/inventory", answer=Inventory, errors=(403,))
@@ -92,7 +88,7 @@ async def models_inventory(request: Request) -> Response:
     settings = dataclasses.replace(state.settings, model=None, weight_path=None, weight_file=None)
     changes = state.settings.allow_model_changes and may_change(state.settings)
     found = await in_thread(lambda: take_stock(manager, slots, settings, state.pulls.all, changes=changes), "inventory")
-    return _json(found)
+    return json_answer(found)
 
 
 @route("POST /v1/models/load", body=ModelRequest, example={"model": "default"}, answer=SlotStatus, errors=MODEL_ERRORS)
@@ -100,7 +96,7 @@ async def load_model(request: Request) -> Response:
     """Load a model; answers when it is ready."""
     wanted = await parsed(request, parse_model_request)
     manager: ModelManager = request.app.state.manager
-    return _json(slot_status(await manager.load(wanted.name)))
+    return json_answer(slot_status(await manager.load(wanted.name)))
 
 
 @route(
@@ -114,7 +110,7 @@ async def unload_model(request: Request) -> Response:
     """Unload a model once it has finished its requests; answers when it is gone."""
     wanted = await parsed(request, parse_model_request)
     manager: ModelManager = request.app.state.manager
-    return _json(slot_status(await manager.unload(wanted.name)))
+    return json_answer(slot_status(await manager.unload(wanted.name)))
 
 
 @route(
@@ -135,7 +131,7 @@ async def select_model(request: Request) -> Response:
     slot = manager.select(wanted.name)
     ready = slot.model is not None
     answer = Selected("ready" if ready else "switching", slot.entry.name, len(slot.waiters))
-    return _json(answer, 200 if ready else 202)
+    return json_answer(answer, 200 if ready else 202)
 
 
 @route("POST /v1/models/reload", answer=Changes, errors=(400, 409))
@@ -143,7 +139,7 @@ async def reload_models(request: Request) -> Response:
     """Read models.yaml again, where the operator allows that."""
     reloader = _reloader(request)
     with _told():
-        return _json(await reloader.reload_models())
+        return json_answer(await reloader.reload_models())
 
 
 @route(
@@ -158,7 +154,7 @@ async def add_model(request: Request) -> Response:
     wanted = await parsed(request, parse_new_model)  # a wrong request is named before it is refused
     reloader = _reloader(request)
     with _told():
-        return _json(slot_status(await reloader.add(wanted.model_dump(exclude_none=True))))
+        return json_answer(slot_status(await reloader.add(wanted.model_dump(exclude_none=True))))
 
 
 @route("POST /v1/models/remove", body=ModelRequest, example={"model": "small"}, answer=Changes, errors=(404, 409))
@@ -167,7 +163,7 @@ async def remove_model(request: Request) -> Response:
     wanted = await parsed(request, parse_model_request)
     reloader = _reloader(request)
     with _told():
-        return _json(await reloader.remove(wanted.name))
+        return json_answer(await reloader.remove(wanted.name))
 
 
 def _reloader(request: Request) -> Reloader:
@@ -193,14 +189,14 @@ def _told() -> Iterator[None]:
 @route("GET /v1/queues", id="queues", answer=Queues)
 async def list_queues(request: Request) -> Response:
     """The requests that wait, for every model."""
-    return _json(queues(request.app.state.manager.slots.values()))
+    return json_answer(queues(request.app.state.manager.slots.values()))
 
 
 @route("GET /v1/queues/{model_id:path}", answer=Queues, errors=(404,))
 async def queue_of_model(request: Request, model_id: str) -> Response:
     """The requests that wait for one model."""
     manager: ModelManager = request.app.state.manager
-    return _json(queues([manager.find(model_id, exact=True)]))
+    return json_answer(queues([manager.find(model_id, exact=True)]))
 
 
 @route(
@@ -215,7 +211,7 @@ async def get_model(request: Request, model_id: str) -> Response:
     listed = await cards(request.app.state.manager, caller_of(request.scope))
     for card in listed:
         if card.id == model_id:
-            return _json(anthropic_card(card) if _ANTHROPIC in request.headers else card)
+            return json_answer(anthropic_card(card) if _ANTHROPIC in request.headers else card)
     served = ", ".join(card.id for card in listed)[:1000]
     message = f"The model {model_id!r:.200} does not exist here; served: {served}."
     raise HttpError(404, message, "model_not_found", param="model")

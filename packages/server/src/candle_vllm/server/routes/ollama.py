@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
@@ -36,6 +35,7 @@ from candle_vllm.server.answering import (
     answer_parsed_with,
     deadline_of,
     in_time,
+    json_answer,
     parsed,
 )
 from candle_vllm.server.http.body import unless_disconnected
@@ -116,7 +116,7 @@ async def ollama_embed(request: Request) -> Response:
     if not wire.loads:
         return await answer_parsed_with(request, wire, lambda model, asked: model.ollama.embed(asked), deadline)
     times = await _loaded(request, wire, deadline)
-    return _json(Vectors(model=wire.model, embeddings=(), **times.told(), prompt_eval_count=0))
+    return json_answer(Vectors(model=wire.model, embeddings=(), **times.told(), prompt_eval_count=0))
 
 
 @route(
@@ -133,7 +133,7 @@ async def ollama_embeddings(request: Request) -> Response:
     if not wire.loads:
         return await answer_parsed_with(request, wire, lambda model, asked: model.ollama.embeddings(asked), deadline)
     await _loaded(request, wire, deadline)
-    return _json(Vector([]))
+    return json_answer(Vector([]))
 
 
 CHAT = GenerationApi(
@@ -165,11 +165,11 @@ async def _generated(request: Request, kind: type[WireModel], api: GenerationApi
     if wire.loads and wire.keep_seconds == 0 and _may_keep(request):
         await _manager(request).unload(wire.model)
         now = time.perf_counter_ns()
-        return _json(loaded_line(wire.model, Times(wire.received, now), "unload", chat=chats))
+        return json_answer(loaded_line(wire.model, Times(wire.received, now), "unload", chat=chats))
     _keep(request, wire)
     if wire.loads:
         times = await _loaded(request, wire, deadline)
-        return _json(loaded_line(wire.model, times, "load", chat=chats))
+        return json_answer(loaded_line(wire.model, times, "load", chat=chats))
     return await answer_parsed(request, api, wire, deadline)
 
 
@@ -200,7 +200,3 @@ def _may_keep(request: Request) -> bool:
 
 def _manager(request: Request) -> ModelManager:
     return request.app.state.manager
-
-
-def _json(content: Any, status: int = 200) -> Response:
-    return Response(msgspec.json.encode(content), status, media_type="application/json")

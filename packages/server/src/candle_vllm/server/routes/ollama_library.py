@@ -21,7 +21,7 @@ from candle_vllm.core.errors import CandleVllmError, ModelNotFoundError
 from candle_vllm.openai import to_json_bytes
 from candle_vllm.openai.ollama import Failure, ollama_parser
 from candle_vllm.openai.protocol.fields import Name, Refusal, WireModel, invalid
-from candle_vllm.server.answering import parsed
+from candle_vllm.server.answering import json_answer, parsed
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.failures import ollama_error_line
 from candle_vllm.server.http.sse import LineStream
@@ -143,7 +143,7 @@ async def ollama_pull(request: Request) -> Response:
             pass
     except CandleVllmError as error:
         raise HttpError(502, str(error), failure_code(error)) from None
-    return Response(to_json_bytes(PullLine(status="success")), media_type="application/json")
+    return json_answer(PullLine(status="success"))
 
 
 @route("DELETE /api/pull", body=StopRequest, example={"model": "qwen3:0.6b"}, errors=(403, 404))

@@ -20,6 +20,7 @@ from starlette.responses import Response
 from candle_vllm.core.errors import CandleVllmError
 from candle_vllm.openai.ollama import Failure, ollama_parser, rfc3339
 from candle_vllm.openai.protocol.fields import Name, Refusal, WireModel, invalid
+from candle_vllm.server.answering import json_answer
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.routing import Caller, caller_of
 from candle_vllm.server.models.library import Description, describe, file_bytes
@@ -159,7 +160,7 @@ async def ollama_tags(request: Request) -> Response:
             details=details(slot))
         for slot, size in zip(slots, sizes, strict=True) for name in _names(manager, slot, caller_of(request.scope))
     )  # fmt: skip
-    return _json(Tags(tuple(found)))
+    return json_answer(Tags(tuple(found)))
 
 
 def _names(manager: ModelManager, slot: ModelSlot, caller: Caller) -> list[str]:
@@ -183,7 +184,7 @@ async def ollama_ps(request: Request) -> Response:
                      expires_at=rfc3339(_FAR if expires is None else expires),
                      size_vram=0 if info.device == "cpu" else size, context_length=info.max_model_len)
         )  # fmt: skip
-    return _json(Residents(tuple(found)))
+    return json_answer(Residents(tuple(found)))
 
 
 @route("POST /api/show", body=ShowRequest, example={"model": "default"}, answer=Shown, errors=(*QUEUED, 409))
@@ -199,13 +200,13 @@ async def ollama_show(request: Request) -> Response:
             logger.warning("the model %s cannot be served: %s", slot.entry.name, error)
             message = f"The model {slot.entry.names[0]!r} cannot be served; the server's log says why."
             raise HttpError(409, message, "model_unusable", param="model") from None
-    return _json(_shown(slot))
+    return json_answer(_shown(slot))
 
 
 @route("GET /api/version", answer=ApiVersion)
 async def ollama_version() -> Response:
     """The version of Ollama whose API this is."""
-    return _json(ApiVersion(API_VERSION))
+    return json_answer(ApiVersion(API_VERSION))
 
 
 def _shown(slot: ModelSlot) -> Shown:
@@ -292,7 +293,3 @@ def _size(slot: ModelSlot) -> int:
 
 def _manager(request: Request) -> ModelManager:
     return request.app.state.manager
-
-
-def _json(content: Any, status: int = 200) -> Response:
-    return Response(msgspec.json.encode(content), status, media_type="application/json")

@@ -36,7 +36,14 @@ from candle_vllm.openai.protocol.tokenizing import RenderedPrompt
 from candle_vllm.openai.requests import parse_chat_request
 from candle_vllm.openai.task import MEDIA_MARK
 from candle_vllm.openai.validation import parse_body
-from candle_vllm.server.answering import GenerationApi, answer, answer_parsed_with, answer_with, deadline_of
+from candle_vllm.server.answering import (
+    GenerationApi,
+    answer,
+    answer_parsed_with,
+    answer_with,
+    deadline_of,
+    json_answer,
+)
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.failures import error_event
 from candle_vllm.server.http.sse import data_event
@@ -170,7 +177,7 @@ async def load(request: Request) -> Response:
     loaded = [slot.model.admission for slot in manager.slots.values() if slot.model is not None]
     waiting = sum(len(slot.waiters) for slot in manager.slots.values())
     busy = Load(waiting + sum(admission.running + admission.waiting for admission in loaded))
-    return Response(msgspec.json.encode(busy), media_type="application/json")
+    return json_answer(busy)
 
 
 @route("GET /server_info", tag="operators", answer=ServerInfo, manages=True)
@@ -179,7 +186,7 @@ async def server_info(request: Request) -> Response:
     settings = request.app.state.settings
     config = {option.name: shown(option, getattr(settings, option.name)) for option in OPTIONS}
     told = ServerInfo(version("candle-vllm-server"), config)
-    return Response(msgspec.json.encode(told), media_type="application/json")
+    return json_answer(told)
 
 
 @route("GET /tokenizer_info", tag="tokens", answer=TokenizerInfo, errors=(*MODEL_ERRORS, 504), query=WHICH)
@@ -310,7 +317,7 @@ async def wake_up(request: Request) -> Response:
 async def is_sleeping(request: Request) -> Response:
     """Whether a loaded model sleeps."""
     asleep = any(engine.is_sleeping for engine in _engines(request))
-    return Response(msgspec.json.encode(Sleeping(asleep)), media_type="application/json")
+    return json_answer(Sleeping(asleep))
 
 
 def _engines(request: Request) -> list[ServedEngine]:

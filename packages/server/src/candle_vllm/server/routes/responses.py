@@ -15,7 +15,6 @@ from fastapi import APIRouter, Request
 from starlette.requests import HTTPConnection
 from starlette.responses import Response as HttpResponse
 
-from candle_vllm.openai import to_json_bytes
 from candle_vllm.openai.fair_threads import RequestBytes, apart, request_bytes
 from candle_vllm.responses.api.response_stream import ResponseStream, error_detail
 from candle_vllm.responses.api.stored_items import entry_of
@@ -37,6 +36,7 @@ from candle_vllm.server.answering import (
     answer_with,
     deadline_of,
     in_time,
+    json_answer,
     parsed,
 )
 from candle_vllm.server.http.body import unless_disconnected
@@ -59,7 +59,6 @@ if TYPE_CHECKING:
 
 router = APIRouter()
 route = routing(router, functools.partial(Operation, tag="responses", naming=RESPONSES))
-JSON = "application/json"
 
 
 class Responders:
@@ -158,7 +157,7 @@ async def compact_response(request: Request) -> HttpResponse:
             compacted = await unless_disconnected(made, request.receive)
         finally:
             turn.release()
-    return HttpResponse(to_json_bytes(compacted), media_type=JSON)
+    return json_answer(compacted)
 
 
 class _Exchange:
@@ -229,7 +228,7 @@ async def _in_background(request: Request, wire: ResponsesRequest, deadline: flo
             lease.release()
             raise
     if not wire.stream:
-        return HttpResponse(to_json_bytes(queued), media_type=JSON)
+        return json_answer(queued)
     return event_stream(events)
 
 

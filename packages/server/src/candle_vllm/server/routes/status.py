@@ -15,6 +15,7 @@ import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
+from candle_vllm.server.answering import json_answer
 from candle_vllm.server.http.routing import caller_of, is_stranger
 from candle_vllm.server.models.cards import LoadProgress, load_progress
 from candle_vllm.server.models.manager import ModelManager
@@ -83,7 +84,7 @@ async def metrics(request: Request) -> Response:
 async def usage(request: Request) -> Response:
     """Requests that have ended and their tokens, by model and API key, since the start."""
     rows = await asyncio.to_thread(request.app.state.metrics.usage)
-    return Response(msgspec.json.encode({"object": "list", "data": rows}), media_type="application/json")
+    return json_answer({"object": "list", "data": rows})
 
 
 @route("GET /health", answer=Standing, statuses=(200, 503), public=True)

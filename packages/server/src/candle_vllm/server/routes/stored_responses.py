@@ -10,12 +10,12 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from candle_vllm.core.errors import InvalidParameterError
-from candle_vllm.openai import to_json_bytes
 from candle_vllm.responses.api.background import Background
 from candle_vllm.responses.api.stored_items import ItemList
 from candle_vllm.responses.protocol.events import ResponseEvent
 from candle_vllm.responses.protocol.response import Response as AnyResponse
 from candle_vllm.responses.protocol.response import ResponseDeleted
+from candle_vllm.server.answering import json_answer
 from candle_vllm.server.kept_access import (
     INCLUDE,
     ITEM_PAGE,
@@ -73,7 +73,7 @@ async def delete_response(request: Request, response_id: str) -> Response:
     """Delete a response; one that is running is ended."""
     _, owner = await kept_and_owner(request)
     query_of(request)
-    return Response(to_json_bytes(await _background(request).delete(owner, response_id)), media_type=JSON)
+    return json_answer(await _background(request).delete(owner, response_id))
 
 
 @route("POST /v1/responses/{response_id}/cancel", answer=AnyResponse)
@@ -89,7 +89,7 @@ async def list_input_items(request: Request, response_id: str) -> Response:
     """What the request of a response gave."""
     kept, owner = await kept_and_owner(request)
     page = await kept.input_items(owner, response_id, page_request(request))
-    return Response(to_json_bytes(page), media_type=JSON)
+    return json_answer(page)
 
 
 def _background(request: Request) -> Background:

@@ -17,7 +17,9 @@ from candle_vllm.openai.protocol.tokenizing import (
     Detokenized,
     DetokenizeRequest,
     TokenizeChatRequest,
+    TokenizeContentRequest,
     Tokenized,
+    TokenizedContent,
     TokenizeTextRequest,
 )
 from candle_vllm.openai.requests import parse_chat_request, read_chat
@@ -33,9 +35,9 @@ route = routing(router, functools.partial(Operation, tag="tokens", errors=COUNTE
 
 @route(
     "POST /tokenize",
-    body=(TokenizeTextRequest, TokenizeChatRequest),
+    body=(TokenizeTextRequest, TokenizeChatRequest, TokenizeContentRequest),
     example={"prompt": "Once upon a time", "return_token_strs": True},
-    answer=Tokenized,
+    answer=(Tokenized, TokenizedContent),
 )
 async def tokenize(request: Request) -> Response:
     """The tokens of a text or of a conversation."""
