@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from candle_vllm.core.testing.toy_model import TOY_VOCAB_SIZE
 from tests.common_run import few
 
 
@@ -23,6 +24,7 @@ class Row:
         config: keys of its config.
         gguf: the GGUF architecture, where files of this kind are published; None leaves GGUF out.
         recorded: the compiled CPU kernels serve it.
+        interpreted: the Triton kernels serve it.
         common: its tests are in the common run; else behind the marker `every_case`.
         undecided: share of tokens that may go to other experts where attention in bfloat16 decides a near tie.
     """
@@ -31,6 +33,7 @@ class Row:
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     gguf: str | None = None
     recorded: bool = True
+    interpreted: bool = True
     common: bool = True
     undecided: float = 0.0
 
@@ -107,6 +110,36 @@ GEMMA3 = {
 GEMMA3_ROPE = {
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
     "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
+}
+
+# windows of 16 tokens and one layer in three without; heads as large as published ones, and others
+GEMMA4 = {
+    "head_dim": 32,
+    "global_head_dim": 64,
+    "num_hidden_layers": 3,
+    "sliding_window": 16,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    "hidden_size_per_layer_input": 0,
+    "final_logit_softcapping": 3.0,
+}
+GEMMA4_31B = GEMMA4 | {"num_global_key_value_heads": 1, "attention_k_eq_v": True}
+GEMMA4_WIDE = GEMMA4_31B | {"head_dim": 256, "global_head_dim": 512, "num_hidden_layers": 2, "layer_types": None}
+GEMMA4_E4B = GEMMA4 | {
+    "num_hidden_layers": 6,
+    "layer_types": ["sliding_attention", "full_attention"] * 3,
+    "num_kv_shared_layers": 3,
+    "use_double_wide_mlp": True,
+    "hidden_size_per_layer_input": 32,
+    "vocab_size_per_layer_input": TOY_VOCAB_SIZE,
+    "num_key_value_heads": 1,
+}
+GEMMA4_MOE = GEMMA4 | {
+    "enable_moe_block": True,
+    "num_experts": 6,
+    "top_k_experts": 3,
+    "moe_intermediate_size": 64,
+    "attention_k_eq_v": True,
+    "num_global_key_value_heads": 1,
 }
 
 MIXTRAL = {"num_local_experts": 6, "num_experts_per_tok": 4}
@@ -282,6 +315,12 @@ ROWS: Mapping[str, Row] = {
     "Gemma-2 scale": Row("gemma2", GEMMA2 | {"query_pre_attn_scalar": 24, "attn_logit_softcapping": None}),
     "Gemma-3": Row("gemma3_text", GEMMA3, "gemma3"),
     "Gemma-3 stretched": Row("gemma3_text", GEMMA3 | {"rope_parameters": GEMMA3_ROPE}, "gemma3"),
+    "Gemma-4": Row("gemma4_text", GEMMA4_31B, "gemma4"),
+    "Gemma-4 wide heads": Row("gemma4_text", GEMMA4_WIDE, "gemma4", interpreted=False, common=False),
+    "Gemma-4 shared keys": Row("gemma4_text", GEMMA4_E4B, "gemma4"),
+    "Gemma-4 experts": Row("gemma4_text", GEMMA4_MOE, "gemma4", undecided=0.1),
+    "Gemma-4 biases": Row("gemma4_text", GEMMA4 | {"attention_bias": True, "attention_k_eq_v": True}, common=False),
+    "Gemma-4 unified": Row("gemma4_unified_text", GEMMA4 | {"tie_word_embeddings": False}, common=False),
     "GLM-4": Row("glm4", {"head_dim": 32, "attention_bias": True}, "glm4"),
     "GLM-4 chat": Row("glm", {"head_dim": 32, "attention_bias": True, "partial_rotary_factor": 0.25}, "chatglm"),
     "DeepSeek-V2": Row("deepseek_v2", DEEPSEEK | {"topk_method": "group_limited_greedy"}, "deepseek2", undecided=0.1),
@@ -294,6 +333,9 @@ ROWS: Mapping[str, Row] = {
         DEEPSEEK
         | {"rope_interleave": False, "norm_topk_prob": False, "rope_parameters": DEEPSEEK_YARN | {"mscale": 1.3}},
         undecided=0.1,
+    ),
+    "GLM-4.7-Flash": Row(
+        "glm4_moe_lite", DEEPSEEK | {"n_group": 1, "topk_group": 1}, "deepseek2", common=False, undecided=0.1
     ),
     "DeepSeek-V3 dense": Row("deepseek_v3", DEEPSEEK | {"first_k_dense_replace": 2, "q_lora_rank": None}, "deepseek2"),
     "Mixtral": Row("mixtral", {"head_dim": 32} | MIXTRAL, "llama", undecided=0.1),
@@ -368,6 +410,8 @@ ISQ_TYPES: Mapping[str, float] = {"q8_0": 0.05, "q4_0": 0.5}
 
 TOWERS: Mapping[str, str] = {
     "Gemma3ForConditionalGeneration": "Gemma3ForCausalLM",
+    "Gemma4ForConditionalGeneration": "Gemma4ForCausalLM",
+    "Gemma4UnifiedForConditionalGeneration": "Gemma4UnifiedForCausalLM",
     "Mistral3ForConditionalGeneration": "Ministral3ForCausalLM",
     "Qwen3_5ForConditionalGeneration": "Qwen3_5ForCausalLM",
     "Qwen3_5MoeForConditionalGeneration": "Qwen3_5MoeForCausalLM",

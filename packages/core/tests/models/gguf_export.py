@@ -171,6 +171,41 @@ def _gemma(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> T
     return {name: data + 1 if name.endswith("norm.weight") else data for name, data in tensors.items()}
 
 
+def _gemma4(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    """Lists where layers differ, divisors of frequencies that turn nothing, and names of scales."""
+    local = [kind == "sliding_attention" for kind in config["layer_types"]]
+    full = config["per_layer_config"][str(local.index(False))]
+    dim, shared, inner = full["head_dim"], config["num_kv_shared_layers"], config["intermediate_size"]
+    heads = config["num_key_value_heads"], full.get("num_key_value_heads", config["num_key_value_heads"])
+    widths = [inner * (1 + config["use_double_wide_mlp"] * (n >= len(local) - shared)) for n in range(len(local))]
+    writer.add_feed_forward_length(widths)
+    writer.add_head_count_kv([heads[0] if windowed else heads[1] for windowed in local])
+    for add in (writer.add_key_length, writer.add_value_length, writer.add_rope_dimension_count):
+        add(dim)
+    for add in (writer.add_key_length_swa, writer.add_value_length_swa, writer.add_rope_dimension_count_swa):
+        add(config["head_dim"])
+    writer.add_shared_kv_layers(shared)
+    writer.add_embedding_length_per_layer_input(config["hidden_size_per_layer_input"])
+    writer.add_sliding_window(config["sliding_window"])
+    writer.add_sliding_window_pattern(local)
+    writer.add_final_logit_softcapping(config["final_logit_softcapping"])
+    turned, ropes = dim // 8, config["rope_parameters"]
+    writer.add_rope_freq_base(ropes["full_attention"]["rope_theta"])
+    writer.add_rope_freq_base_swa(ropes["sliding_attention"]["rope_theta"])
+    if config["enable_moe_block"]:
+        writer.add_expert_count(config["num_experts"])
+        writer.add_expert_used_count(config["top_k_experts"])
+        writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+    made = {"rope_freqs.weight": np.array([1.0] * turned + [1e30] * (dim // 2 - turned), np.float32)}
+    for name, data in tensors.items():
+        layer = f"blk.{name.split('.')[2]}."
+        scales = {"router.scale": "ffn_gate_inp.scale", "per_expert_scale": "ffn_down_exps.scale"}
+        scale = next((layer + new for old, new in scales.items() if name.endswith(old)), None)
+        parts = name.endswith(("layer_scalar", "experts.gate_up_proj", "experts.down_proj"))
+        made[scale or (f"{name}.weight" if parts else name)] = data
+    return made
+
+
 def _glm4(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
     """Rows stay in pairs of neighbours."""
     writer.add_rope_dimension_count(int(config["head_dim"] * config["rope_parameters"]["partial_rotary_factor"]))
@@ -385,7 +420,7 @@ def deepseek2(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors, *
 
 
 def _deepseek_experts(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
-    newer = config["model_type"] == "deepseek_v3"
+    newer = config["model_type"] != "deepseek_v2"
     writer.add_leading_dense_block_count(config["first_k_dense_replace"])
     writer.add_expert_shared_count(config["n_shared_experts"])
     writer.add_expert_weights_scale(config["routed_scaling_factor"])
@@ -534,6 +569,7 @@ CONVERTERS: Mapping[str, Convert] = {
     "gemma": _gemma,
     "gemma2": _gemma,
     "gemma3": _gemma,
+    "gemma4": _gemma4,
     "glm4": _glm4,
     "chatglm": _chatglm,
     "deepseek2": deepseek2,

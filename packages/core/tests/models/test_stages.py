@@ -61,7 +61,10 @@ def logits_of(source: Path, size: int, stages: int, chunks: list[int], **setting
 
 
 COMMON = ["Llama", "Phi", "Gemma 2", "gpt-oss", "DeepSeek-V3"]
-CASES = [(name, size) for name in ROWS for size in (1, 2) if size == 1 or not name.startswith("OLMo")]
+REFUSED = "Gemma-4 shared keys"  # its layers read others' keys, and get embeddings of their own
+CASES = [
+    (name, size) for name in ROWS for size in (1, 2) if name != REFUSED and (size == 1 or not name.startswith("OLMo"))
+]
 
 
 @pytest.mark.parametrize(

@@ -216,9 +216,11 @@ class RecordedRunner(StepwiseRunner):
         if len(self.page_of):
             self._find_pages(batch)
         if batch.goes_on and batch.drawn_rows is self._rows:
+            self._recorder.look_up()
             self.team.run(self._plan.rows, self._plan.count + self._plan_draws)
             return self._wanted
         self._lay_out(batch)
+        self._recorder.look_up()
         self._adapters = batch.adapters
         narrows = self._narrows and batch.ends_alone and batch.adapters is None
         self._plan = plan = self._plan_of(_lay_out_adapters(self._recorder, batch.adapters), narrows=narrows)

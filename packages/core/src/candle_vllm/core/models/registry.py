@@ -37,6 +37,7 @@ FAMILIES = (
     "stablelm",
     "smollm3",
     "lfm2",
+    "gemma4",
     "gpt2",
     "gpt_neox",
     "opt",

@@ -83,8 +83,8 @@ class DecoderStack:
     Attributes:
         embed: the table, which is the head too where `head` is None.
         rotary: positions of the layers.
-        layers: each takes x [T, E] as two summands, of which the second is None at first, and gives two; None stands
-            for one of another stage.
+        layers: each takes x [T, E] as two summands, of which the second is None at first, and gives two, or their
+            sum and None; None stands for one of another stage.
         norm: behind the last layer; None where there is none.
         stage: where this is a part of the model's layers; None where it has all.
         shares: what divides the tokens of a layer among ranks; None where each has all.
@@ -93,7 +93,7 @@ class DecoderStack:
 
     embed: Embedding
     rotary: Rotary
-    layers: Sequence[Callable[[Value, Value | None, StepInput], tuple[Value, Value]] | None]
+    layers: Sequence[Callable[[Value, Value | None, StepInput], tuple[Value, Value | None]] | None]
     norm: RMSNorm | LayerNorm | None
     head: Embedding | None
     narrows: bool = False
@@ -113,6 +113,11 @@ class DecoderStack:
         """Hidden states [T, E] behind the last norm, of a model whose layers are all here."""
         assert self.stage is None, "a stage gives `part`"
         return self._normed(*self._through(token_ids, step, None))
+
+    def begun(self, token_ids: Value, x: Value, step: StepInput) -> StepInput:
+        """The step with what a family's layers are given beside x, made of the tokens and their embeddings x [T, E]."""
+        del token_ids, x
+        return step
 
     def part(self, token_ids: Value, step: StepInput, arrived: Value | None, left: Value | None = None) -> Value:
         """What a stage hands on, of the shape of `Stage.leaves`.
@@ -147,6 +152,7 @@ class DecoderStack:
             x = self.start(token_ids, step)
             if given is not None:
                 x = given.put(x, None if self.embed.share is None else self.embed.share.collective)
+            step = self.begun(token_ids, x, step)
         else:
             x, residual = arrived[0], arrived[1]
         for number, layer in enumerate(self.layers):
