@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -313,3 +314,55 @@ def test_bytes_count_before_a_share_and_main_memory_has_its_own() -> None:
     assert plan.num_blocks * plan.block_bytes == MIB
     plan = plan_cache(dataclasses.replace(config, kv_cache_memory=None), _toy(1 << 20), two, 1, Room(6 * MIB, 0.5))
     assert plan.num_blocks * plan.block_bytes == 3 * MIB
+
+
+# ---- layers with a window --------------------------------------------------------------------------------------------
+
+
+def _gemma(layers: int, heads: int, window: int, max_position: int = 32768) -> ModelConfig:
+    """A sixth of the layers sees all tokens, as in Gemma 3."""
+    specs = (PagedSpec(heads, 256, 256, window if (layer + 1) % 6 else None) for layer in range(layers))
+    return SimpleNamespace(max_position=max_position, num_layers=layers, cache_specs=tuple(specs))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(
+    ("model", "all_pages", "windows"), [(_gemma(26, 1, 512), 832, 178), (_gemma(34, 4, 1024), 4352, 1024)]
+)
+def test_layers_with_a_window_take_what_it_sees(model: ModelConfig, all_pages: int, windows: int) -> None:
+    config = EngineConfig(model="m", max_num_seqs=1)
+    plans = [plan_cache(config, model, two, 1, Room(1 << 34, 0.5), rows=rows, drafts=3) for rows in (0, 512)]
+    assert [plan.page_bytes // MIB for plan in plans] == [all_pages, windows]
+    assert {plan.num_blocks * 64 for plan in plans} == {32768}
+    assert "layers with a window of at most" in plans[1].message
+
+
+@pytest.mark.parametrize("mib", [2, 20, 60, 100, 181, 400, 1000, 4000])
+@pytest.mark.parametrize("sequences", [1, 64])
+@pytest.mark.parametrize("is_set", [False, True])
+def test_pages_and_blocks_stay_within_the_memory(mib: int, sequences: int, is_set: bool) -> None:
+    config = EngineConfig(model="m", kv_cache_memory=mib * MIB, max_model_len=32768 if is_set else None)
+    model = _gemma(26, 1, 512)
+    try:
+        plan = plan_cache(config, model, two, sequences, Room(1 << 34, 0.5), rows=512)
+    except NoMemoryError as error:
+        assert is_set
+        assert mib < 181
+        found = re.search(r"kv_cache_memory=(\d+)", str(error))
+        assert found
+        config = dataclasses.replace(config, kv_cache_memory=int(found[1]))
+        plan = plan_cache(config, model, two, sequences, Room(1 << 34, 0.5), rows=512)
+        assert plan.page_bytes // MIB < 200
+    assert config.kv_cache_memory is not None
+    assert plan.page_bytes <= config.kv_cache_memory
+    pages = plan.windows.pages or plan.num_blocks + 1
+    assert pages - 1 >= min(plan.num_blocks, -(-(511 + 512 + 63) // 64)), "one sequence can always go on"
+    assert plan.max_model_len == 32768 or not is_set
+
+
+def test_models_of_one_kind_of_layers_have_a_page_for_each_block() -> None:
+    config = EngineConfig(model="m")
+    for specs in ((PagedSpec(2, 4, 4, 8),) * 2, (PagedSpec(2, 4, 4),) * 2, (PagedSpec(1, 8, 0, 8), PagedSpec(1, 8, 0))):
+        model: Any = SimpleNamespace(max_position=4096, num_layers=2, cache_specs=specs)
+        plans = [plan_cache(config, model, two, 4, Room(1 << 34, 0.5), rows=rows) for rows in (0, 64)]
+        assert plans[0] == plans[1]
+        assert not plans[0].windows.pages

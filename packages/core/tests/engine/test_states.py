@@ -21,9 +21,9 @@ from candle_vllm.core.sampling.params import SamplingParams
 SIZE = 4
 
 
-def make(tokens: list[int], order: int, *, max_tokens: int = 4, index: int = 0) -> Sequence:
+def make(tokens: list[int], order: int, *, max_tokens: int = 4, index: int = 0, priority: int = 0) -> Sequence:
     params = SamplingParams(max_tokens=max_tokens)
-    request = GenerationRequest(request_id=str(order), prompt_token_ids=tokens, params=params)
+    request = GenerationRequest(request_id=str(order), prompt_token_ids=tokens, params=params, priority=priority)
     sequence = Sequence(request, index, order)
     sequence.max_length = len(tokens) + max_tokens
     return sequence

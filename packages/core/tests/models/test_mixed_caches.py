@@ -8,14 +8,20 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 
-from candle_vllm.core import ConfigError, EngineConfig, InferenceEngine, SamplingParams
+from candle_vllm.core import ConfigError, EngineConfig, InferenceEngine, SamplingParams, memory
 from candle_vllm.core.assembly.stages import stage_of
+from candle_vllm.core.engine.drafting import Drafter
+from candle_vllm.core.engine.eager_runner import EagerRunner
+from candle_vllm.core.engine.recorded_runner import RecordedRunner
+from candle_vllm.core.kernels.attention.rows import WindowedCache
 from candle_vllm.core.memory import Room, plan_cache
 from candle_vllm.core.models import registry
 from packages.core.tests.models import mixed_caches
 from packages.core.tests.models.mixed_caches import plain_logits, write_mixed
+from packages.core.tests.models.test_state_layers import guess
 from packages.core.tests.models.tiny import (
     cuts,
     device_logits,
@@ -80,3 +86,125 @@ def test_a_stage_cannot_read_what_another_keeps(mixed: Path) -> None:
     line, checkpoint = mock.Mock(size=2, rank=0), mock.Mock(tensors={})
     with pytest.raises(ConfigError, match="read the keys and values of others"):
         stage_of("mixed", mixed_caches.FAMILY, load(mixed).config, checkpoint, line)
+
+
+# ---- pages behind the window ----------------------------------------------------------------------------------------
+
+
+def wipe(runner: Any, page: int) -> None:
+    """Fills a page of the layers with a window with NaN."""
+    caches = runner._own if isinstance(runner, RecordedRunner) else runner.caches
+    for cache in caches:
+        if isinstance(cache, WindowedCache) and isinstance(runner, EagerRunner):
+            for part in cache:
+                part[page] = float("nan")
+        elif isinstance(cache, WindowedCache):
+            stretch, place = divmod(page, cache.keys.shape[2])
+            for part in cache:
+                part.view(np.uint16)[stretch, :, place] = 0x7FC0
+
+
+def windowed(source: Path, **settings: Any) -> InferenceEngine:
+    """An engine whose free pages hold NaN."""
+    engine = InferenceEngine(EngineConfig(**{"model": str(source), "block_size": 16, "max_num_seqs": 4} | settings))
+    inner: Any = engine._engine
+    pages, runner = inner.scheduler.windows, inner.runner
+    take_back = pages._take_back
+
+    def wiped(block: int) -> None:
+        page = int(pages._page_of[block])
+        take_back(block)
+        wipe(runner, page)
+
+    pages._take_back = wiped
+    for page in (0, *pages._free_pages):
+        wipe(runner, page)
+    return engine
+
+
+def long_prompts() -> list[list[int]]:
+    """Texts of many windows, with beginnings in common, that end with a block, within one and a token behind one."""
+    text = [*some_tokens(70), *some_tokens(65)[::-1], *some_tokens(70)]
+    return [text, [*text[:150], 7, 8, 9], text[:160], text[:161], text[:5], [*text[:40], *[1, 2, 3] * 20], text]
+
+
+def ask(engine: InferenceEngine, given: list[list[int]], **params: Any) -> list[list[Any]]:
+    """Tokens and log-probabilities of each answer, of each prompt."""
+    every = SamplingParams(**{"temperature": 0.0, "max_tokens": 40, "ignore_eos": True, "logprobs": 2} | params)
+    return [
+        [(tuple(each.token_ids), each.logprobs) for each in found.outputs] for found in engine.generate(given, every)
+    ]
+
+
+def tokens_of(answers: list[list[Any]]) -> list[list[Any]]:
+    return [[tokens for tokens, _ in each] for each in answers]
+
+
+def with_all_pages(source: Path, given: list[list[int]], settings: dict[str, Any], **params: Any) -> list[list[Any]]:
+    """Answers of one prompt at a time, of which nothing is found or guessed, where each block has a page."""
+    settings = settings | {"enable_prefix_caching": False, "speculative_config": {"method": "none"}}
+    with (
+        mock.patch.object(memory, "largest_window", return_value=0),
+        InferenceEngine(EngineConfig(model=str(source), block_size=16, **settings)) as engine,
+    ):
+        inner: Any = engine._engine
+        assert inner.scheduler.windows is None
+        return [ask(engine, [prompt], **params)[0] for prompt in given]
+
+
+FEATURES = ("hits", "chunks", "guesses", "preemption", "several answers", "a folder", "ranks")
+
+
+@pytest.mark.one_of_each
+@pytest.mark.parametrize("second", FEATURES)
+@pytest.mark.parametrize("first", FEATURES)
+def test_every_pair(mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str, second: str) -> None:
+    """On the compiled runner answers have the bits of those for which each block has a page."""
+    both, given = {first, second}, long_prompts()
+    params: dict[str, Any] = {"n": 2, "temperature": 0.8, "seed": 3} if "several answers" in both else {}
+    ranks: dict[str, Any] = {"cpu_ranks": 2, "threads": 2} if "ranks" in both else {}
+    guesses = {"method": "suffix", "num_speculative_tokens": 5} if "guesses" in both else {"method": "none"}
+    expected = with_all_pages(mixed, given, ranks, **params)
+    known = {tuple(prompt): found for prompt, found in zip(given, tokens_of(expected), strict=True)}
+    monkeypatch.setattr(Drafter, "propose", lambda _, lives: guess(known, lives))
+    settings: dict[str, Any] = {"max_num_batched_tokens": 20 if "chunks" in both else 64}
+    if "preemption" in both:  # there is room for one prompt, and for ten pages of the layers with a window
+        settings |= {"max_num_seqs": 3, "max_model_len": 256, "kv_cache_memory": 16 * 4096 + 10 * 6144}
+    if "a folder" in both:
+        settings["prompt_cache_path"] = tmp_path
+    with windowed(mixed, speculative_config=guesses, **settings, **ranks) as engine:
+        assert ask(engine, given, **params) == expected
+        if "hits" in both:
+            assert ask(engine, given[::-1], **params) == expected[::-1]
+        counts = engine.stats()
+    assert counts.cached_prompt_tokens
+    assert bool(counts.preemptions) == ("preemption" in both)
+    assert bool(counts.accepted_draft_tokens) == ("guesses" in both)
+    assert counts.accepted_draft_tokens < counts.draft_tokens or "guesses" not in both
+    if "a folder" in both:
+        with windowed(mixed, speculative_config=guesses, **settings, **ranks) as again:
+            assert ask(again, given[:1], **params) == expected[:1]
+            assert again.stats().kept_blocks_read == 12
+
+
+def test_op_by_op_no_answer_is_another(mixed: Path, tmp_path: Path) -> None:
+    given, settings = long_prompts()[:3], {"enforce_eager": True, "dtype": "f32"}
+    expected = tokens_of(with_all_pages(mixed, given, settings, max_tokens=40))
+    settings |= {"max_num_batched_tokens": 20, "prompt_cache_path": tmp_path}
+    few = {"max_num_seqs": 3, "max_model_len": 256, "kv_cache_memory": 2 * (16 * 4096 + 10 * 6144)}
+    for more in ({}, few):
+        with windowed(mixed, **settings, **more) as engine:
+            assert tokens_of(ask(engine, given, max_tokens=40)) == expected
+            counts = engine.stats()
+        assert counts.cached_prompt_tokens
+        assert bool(counts.preemptions) == bool(more)
+
+
+def test_after_sleep_nothing_of_before_is_found(mixed: Path) -> None:
+    given = long_prompts()[:2]
+    expected = with_all_pages(mixed, given, {})
+    with windowed(mixed, max_num_batched_tokens=64) as engine:
+        for _ in range(2):
+            assert ask(engine, given) == expected
+            engine.sleep()
+            engine.wake_up()

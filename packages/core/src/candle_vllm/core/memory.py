@@ -19,7 +19,17 @@ from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.devices import Device, gpu_memory
 from candle_vllm.core.errors import ConfigError, NoMemoryError
 from candle_vllm.core.kernels.collectives import Collective
-from candle_vllm.core.loading.cache_specs import NO_STATES, CacheSpec, PagedSpec, StateRoom, paged, states
+from candle_vllm.core.loading.cache_specs import (
+    NO_STATES,
+    NO_WINDOWS,
+    CacheSpec,
+    PagedSpec,
+    StateRoom,
+    WindowRoom,
+    largest_window,
+    paged,
+    states,
+)
 from candle_vllm.core.loading.config import ModelConfig
 from candle_vllm.core.threads import STACK_BYTES, control_groups, loading_threads, read_or_nothing
 
@@ -44,12 +54,14 @@ class CachePlan:
 
     Attributes:
         num_blocks: blocks in the cache.
-        block_bytes: bytes of one block, all layers, keys and values.
+        block_bytes: bytes of one block, keys and values of all layers but those that `windows` has pages for.
         max_model_len: longest prompt plus output, in tokens; it always fits.
         message: the arithmetic, for the log.
         warning: that the model's context was cut, and what all of it takes; empty where it was not.
         states: how many states of layers there is room for.
         state_bytes: bytes of all of them.
+        windows: the pages of layers with a window, where these have a pool of their own.
+        window_bytes: bytes of all of them.
     """
 
     num_blocks: int
@@ -59,6 +71,13 @@ class CachePlan:
     warning: str = ""
     states: StateRoom = NO_STATES
     state_bytes: int = 0
+    windows: WindowRoom = NO_WINDOWS
+    window_bytes: int = 0
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of all pages."""
+        return self.num_blocks * self.block_bytes + self.window_bytes
 
     def agreed(self, ranks: Collective) -> CachePlan:
         """What every rank has room for."""
@@ -116,6 +135,7 @@ def plan_cache(
     beside: int = 0,
     layers: Iterable[int] | None = None,
     drafts: int = 0,
+    rows: int = 0,
 ) -> CachePlan:
     """Divides the memory for the KV cache into blocks.
 
@@ -128,6 +148,7 @@ def plan_cache(
         beside: bytes of one token in another model's cache, which has as many blocks.
         layers: the numbers of the model's layers that are here; None is all.
         drafts: the most drafted tokens of a sequence in a step.
+        rows: most tokens of a step, where layers with a window may have fewer pages than there are blocks; 0 else.
 
     Raises:
         ConfigError: when the asked-for context does not fit, with values that would.
@@ -142,8 +163,6 @@ def plan_cache(
         )
     here = [model.cache_specs[n] for n in (range(model.num_layers) if layers is None else layers)]
     specs = paged(here)
-    token_bytes = cache_bytes(specs, 1, element_bytes) + beside
-    block_bytes = token_bytes * config.block_size
     budget = config.kv_cache_memory or int(available * share)
     of_whole = config.gpu_memory_utilization is not None and room.total > 0 and not config.kv_cache_memory
     if config.gpu_memory_utilization is not None and of_whole:
@@ -152,10 +171,19 @@ def plan_cache(
     if room_of_states is not NO_STATES:
         sequences, budget = room_of_states.running, max(0, budget - state_bytes)
     per_sequence = -(-model.max_position // config.block_size)
-    affordable = budget // block_bytes if block_bytes else per_sequence * sequences
+    windows, page = NO_WINDOWS, cache_bytes([spec for spec in specs if spec.slides], config.block_size, element_bytes)
+    if rows and (window := largest_window(specs)):
+        block = cache_bytes(specs, config.block_size, element_bytes) - page + beside * config.block_size
+        wanted = WindowRoom(window, min(rows, model.max_position) + drafts)
+        windows = _plan_windows(config, wanted, (page, block), sequences, budget, per_sequence)
+        specs = [spec for spec in specs if not windows.holds(spec)]
+    window_bytes = windows.pages * page
+    token_bytes = cache_bytes(specs, 1, element_bytes) + beside
+    block_bytes = token_bytes * config.block_size
+    affordable = (budget - window_bytes) // block_bytes if block_bytes else per_sequence * sequences
     context = model.max_position
     if affordable < per_sequence:
-        context = _shrunk_context(config, context, affordable, block_bytes, room, budget)
+        context = _shrunk_context(config, context, affordable, block_bytes, room, budget, window_bytes)
     num_blocks = min(affordable, per_sequence * sequences)
     source = "as it was set" if config.kv_cache_memory else f"{share:g} of {_size(available)} free{room.kept}"
     if of_whole:
@@ -163,16 +191,18 @@ def plan_cache(
     whole = num_blocks == per_sequence * sequences
     several = f"{sequences} sequences" if sequences > 1 else "one sequence"
     needed = f"all that {several} of {context:,} tokens can need" if whole else f"of {_size(budget)}"
+    some = f"{(windows.pages - 1) * config.block_size:,} tokens, {_size(window_bytes)}"
+    of_windows = f"; layers with a window of at most {windows.window:,} tokens keep {some}" if windows.pages else ""
     kept = ", reserved now and taken from the machine only as it fills" if room.as_it_fills else ""
     message = (
         f"KV cache: room for {num_blocks * config.block_size:,} tokens in blocks of {config.block_size}; at most "
-        f"{_size(num_blocks * block_bytes)}, {needed} ({source}){kept}; one token takes "
+        f"{_size(num_blocks * block_bytes + window_bytes)}, {needed} ({source}){kept}; one token takes "
         f"{_elements(specs, element_bytes)}{f' and {beside} B for drafts' if beside else ''} = "
-        f"{token_bytes} B; context {context:,}{of_states}"
+        f"{token_bytes} B{of_windows}; context {context:,}{of_states}"
     )
     cut = ""
     if context < model.max_position:
-        whole_bytes = per_sequence * block_bytes
+        whole_bytes = per_sequence * block_bytes + window_bytes
         if config.kv_cache_memory or of_whole:
             more = f"all of it takes {-(-whole_bytes // MIB)} MiB of KV cache (--mem) in the place of {_size(budget)}"
         else:
@@ -182,7 +212,27 @@ def plan_cache(
             f"the model's context of {model.max_position:,} tokens does not fit and is cut to {context:,}: {more}; "
             f"where that is meant, set max_model_len to {context} (--max-model-len {context})"
         )
-    return CachePlan(num_blocks, block_bytes, context, message, cut, room_of_states, state_bytes)
+    return CachePlan(num_blocks, block_bytes, context, message, cut, room_of_states, state_bytes, windows, window_bytes)
+
+
+def _plan_windows(
+    config: EngineConfig, room: WindowRoom, sizes: tuple[int, int], sequences: int, budget: int, per_sequence: int
+) -> WindowRoom:
+    """How many pages the layers with a window have, in so many bytes; none where blocks would be no more.
+
+    They have what all sequences can need, and as much again for prefixes that may be found; but one sequence of full
+    length, of `per_sequence` blocks, comes first where its length was set, and else half of the memory is theirs.
+    `sizes` are bytes of a page of these layers, and of a block of the others.
+    """
+    (page, block), size, is_set = sizes, config.block_size, config.max_model_len is not None
+    least = min(per_sequence, room.blocks(size))
+    running = sequences * min(per_sequence, room.blocks(size, 1)) + -(-room.rows // size)
+    most = per_sequence * sequences
+    wanted = min(most, max(least, running * (1 + config.enable_prefix_caching)))
+    low = least if is_set else max(least, budget // 2 // page)
+    pages = 1 + min(wanted, max(low, (budget - per_sequence * block) // page - 1))
+    blocks = max((budget - pages * page) // block, per_sequence if is_set else 0)
+    return dataclasses.replace(room, pages=pages) if pages <= min(blocks, most) else NO_WINDOWS
 
 
 def _plan_states(
@@ -255,11 +305,14 @@ def _elements(specs: Sequence[PagedSpec], element_bytes: ElementBytes) -> str:
 
 
 def _shrunk_context(
-    config: EngineConfig, context: int, affordable: int, block_bytes: int, room: Room, budget: int
+    config: EngineConfig, context: int, affordable: int, block_bytes: int, room: Room, budget: int, beside: int = 0
 ) -> int:
-    """The context that fits, where the caller left it open; otherwise a ConfigError that says what would work."""
+    """The context that fits, where the caller left it open; otherwise a ConfigError that says what would work.
+
+    `beside` are bytes of what the context does not change.
+    """
     fits = affordable * config.block_size
-    needed = -(-context // config.block_size) * block_bytes
+    needed = -(-context // config.block_size) * block_bytes + beside
     if config.max_model_len is None and fits >= config.block_size:
         return fits
     ways = [f"max_model_len={fits}"] if fits else []

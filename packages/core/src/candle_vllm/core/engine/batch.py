@@ -290,6 +290,12 @@ class Batch(msgspec.Struct, frozen=True, eq=False):
         return self.tokens[3]
 
 
+def in_pages(batch: Batch, page_of: Ints, block_size: int) -> tuple[Ints, Ints]:
+    """Slots [T] and tables of a step for layers whose block n is in page `page_of[n]`."""
+    blocks = batch.slots // block_size
+    return batch.slots + (page_of[blocks] - blocks) * block_size, page_of[batch.block_tables]
+
+
 class _Laid(NamedTuple):
     """Where the rows of a step are: numbers as in `Batch`."""
 

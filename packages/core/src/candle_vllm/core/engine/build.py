@@ -32,11 +32,12 @@ from candle_vllm.core.engine.request import ModelInfo
 from candle_vllm.core.engine.scheduler import Scheduler, WholeTexts
 from candle_vllm.core.engine.sleeping import Sleeper
 from candle_vllm.core.engine.states import StatePool
+from candle_vllm.core.engine.window_pages import WindowedBlocks
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.kernels.attention.cpu_cache import BLOCK, PLAIN, CacheKind, number_bytes
 from candle_vllm.core.kernels.collectives import Collective
 from candle_vllm.core.layers.adapters import number_places
-from candle_vllm.core.loading.cache_specs import paged, states
+from candle_vllm.core.loading.cache_specs import NO_WINDOWS, paged, states
 from candle_vllm.core.memory import (
     MIB,
     CachePlan,
@@ -125,7 +126,10 @@ def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder, rank
     if ranks is not None:
         runner = RankedRunner(runner, ranks)
         sleeper.tell = runner.sleep
-    blocks = BlockManager(plan.num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching)
+    size, caching = config.block_size, config.enable_prefix_caching
+    blocks = BlockManager(plan.num_blocks, size, enable_prefix_caching=caching)
+    if plan.windows.pages:
+        blocks = WindowedBlocks(plan.windows, own.page_of.data, size, enable_prefix_caching=caching)
     reproducible = config.deterministic and placement.device.type == "cuda"
     store, admission = None, None
     if config.enable_lora:
@@ -157,7 +161,7 @@ def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder, rank
     preparation = preparation_for(loaded, plan.max_model_len, config.seed, store)
     sleeper.runners = [runner] if draft is None else [runner, draft]
     engine = Engine(runner, scheduler, preparation, drafter, images, kept, sleeper)
-    engine.cache_bytes, engine.state_bytes = plan.num_blocks * plan.block_bytes + plan.state_bytes, plan.state_bytes
+    engine.cache_bytes, engine.state_bytes = plan.page_bytes + plan.state_bytes, plan.state_bytes
     return engine
 
 
@@ -400,7 +404,10 @@ def _plan_on_cpu(
     beside = 0 if draft is None else cache_bytes(draft.config.cache_specs, 1, _element_bytes(draft, PLAIN))
     layers = model.layers if isinstance(model, LoadedModel) else None
     drafts = _most_drafts(config, placement.recorded)
-    return plan_cache(config, model.config, _element_bytes(model, kinds), sequences, room, beside, layers, drafts)
+    # Ranks do not know each other's pages, and a prompt that is run whole needs one for each of its blocks.
+    whole = config.ranks > 1 or config.max_num_batched_tokens == 0
+    rows = 0 if whole else step_size(config, placement.device)[1]
+    return plan_cache(config, model.config, _element_bytes(model, kinds), sequences, room, beside, layers, drafts, rows)
 
 
 def _most_drafts(config: EngineConfig, recorded: bool) -> int:
@@ -511,6 +518,7 @@ def _runner_on_cpu(
     `beside` is what runs the model that it drafts for.
     """
     placement, blocks = loaded.placement, plan.num_blocks
+    windows = plan.windows if beside is None else NO_WINDOWS  # a model of drafts has a page for each block
     model = loaded.head if isinstance(loaded, LoadedHead) else loaded.decoder
     model.prepare(min(plan.max_model_len, loaded.config.max_position))
     turning = loaded.turning(budget) if isinstance(loaded, LoadedModel) else None
@@ -518,7 +526,7 @@ def _runner_on_cpu(
         from candle_vllm.core.engine.eager_runner import EagerHead, EagerRunner, StageRunner
 
         memory = blocks, config.block_size, placement.device, placement.torch_dtype
-        room = plan.states
+        room = plan.states, windows
         if isinstance(loaded, LoadedHead):
             assert isinstance(beside, EagerRunner)
             return EagerHead(loaded.head, *memory, beside.adapters)
@@ -528,8 +536,8 @@ def _runner_on_cpu(
 
             number_places(loaded.decoder, joined := EagerAdapters())
         if isinstance(loaded.decoder, DecoderStack) and loaded.decoder.stage is not None:
-            return StageRunner(loaded.decoder, *memory, joined, taps, turning, room)
-        return EagerRunner(loaded.decoder, *memory, joined, taps, turning, room)
+            return StageRunner(loaded.decoder, *memory, joined, taps, turning, *room)
+        return EagerRunner(loaded.decoder, *memory, joined, taps, turning, *room)
     if adapters and isinstance(loaded, LoadedModel):
         number_places(loaded.decoder)
     from candle_vllm.core.engine.recorded_runner import RecordedHead, RecordedRunner, StepLimits
@@ -551,7 +559,7 @@ def _runner_on_cpu(
             return RecordedHead(loaded.head, blocks, limits, team=team)
         vectors = 0 if loaded.tower is None else loaded.tower.tower.config.vectors
         sees: dict[str, Any] = {"images": vectors, "turning": turning, "whole": isinstance(loaded.draft, LoadedHead)}
-        keeps: dict[str, Any] = {"kinds": kinds, "room": plan.states}
+        keeps: dict[str, Any] = {"kinds": kinds, "room": plan.states, "windows": windows}
         return RecordedRunner(loaded.decoder, blocks, limits, team=team, taps=taps, **keeps, **sees)
 
 
@@ -563,7 +571,7 @@ def adapter_store(
     plan: CachePlan | None = None,
 ) -> AdapterStore:
     """The adapters of an engine, `most` of them in one step; `plan` is of the cache, if any, which is filled later."""
-    left = max(0, available_memory() - (0 if plan is None else plan.num_blocks * plan.block_bytes))
+    left = max(0, available_memory() - (0 if plan is None else plan.page_bytes))
     memory = config.lora_memory or max(_LEAST_FOR_ADAPTERS, min(_MOST_FOR_ADAPTERS, left // 4))
     logger.info("adapters may take %.0f MB of memory", memory / 1e6)
     return AdapterStore(

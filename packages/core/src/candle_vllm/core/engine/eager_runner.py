@@ -15,10 +15,10 @@ import torch
 from numpy.typing import NDArray
 
 from candle_vllm.core.devices import Device
-from candle_vllm.core.engine.batch import AdapterRows, Batch, Ints, turns
+from candle_vllm.core.engine.batch import AdapterRows, Batch, Ints, in_pages, turns
 from candle_vllm.core.engine.images import Encoding
 from candle_vllm.core.engine.model_runner import EncoderRunner, StepwiseRunner
-from candle_vllm.core.kernels.attention.rows import AttentionRows, PagedCache
+from candle_vllm.core.kernels.attention.rows import AttentionRows, PagedCache, WindowedCache
 from candle_vllm.core.kernels.collectives import Collective
 from candle_vllm.core.kernels.lora.reference import EagerAdapters
 from candle_vllm.core.kernels.offloading import block_bytes, block_parts, state_parts, states_of, tensors_of
@@ -28,10 +28,12 @@ from candle_vllm.core.layers.attention import StepInput, Taps
 from candle_vllm.core.layers.rotary import Rotary
 from candle_vllm.core.loading.cache_specs import (
     NO_STATES,
+    NO_WINDOWS,
     PagedSpec,
     StatePart,
     StateRoom,
     StateSpec,
+    WindowRoom,
     layer_caches,
 )
 from candle_vllm.core.models.family import Decoder, DraftHead, Encoder, Tower, TowerStep
@@ -49,7 +51,7 @@ class EagerRunner(StepwiseRunner):
         device, dtype: where the cache lives, and its numbers.
         adapters: what the decoder's layers add to their products; None where there are no adapters.
         taps: `hidden_rows` are what goes into these layers; None for what the last norm gives.
-        turning: as for `RecordedRunner`.
+        turning, windows: as for `RecordedRunner`, and so is the attribute `page_of`.
     """
 
     fatal: tuple[type[Exception], ...] = (torch.AcceleratorError,)
@@ -65,14 +67,17 @@ class EagerRunner(StepwiseRunner):
         taps: Sequence[int] | None = None,
         turning: Rotary | None = None,
         room: StateRoom = NO_STATES,
+        windows: WindowRoom = NO_WINDOWS,
     ) -> None:
         config = decoder.config
+        self.page_of = np.zeros(num_blocks if windows.pages else 0, np.int64)
         super().__init__()
         self.decoder = decoder
         self.device = device
         # Not cleared: the system hands out pages as they are first written, and attention reads only what was.
         empty = functools.partial(torch.empty, device=device, dtype=dtype)
-        self.caches = layer_caches_of(decoder, (num_blocks, block_size), empty, room=room)
+        self._block_size = block_size
+        self.caches = layer_caches_of(decoder, (num_blocks, block_size), empty, room=room, windows=windows)
         self._hidden = torch.empty(0, config.hidden_size)
         self.adapters, self._adapter_rows = adapters, None
         self._taps = taps
@@ -105,7 +110,12 @@ class EagerRunner(StepwiseRunner):
             for array in (batch.token_ids, places, batch.slots, batch.block_tables)
         )
         ahead = None if batch.ahead is None else torch.from_numpy(batch.ahead).to(self.device)
-        rows = AttentionRows(tuple(batch.query_start.tolist()), tuple(batch.context_lens.tolist()), tables, ahead)
+        starts, contexts, windowed = tuple(batch.query_start.tolist()), tuple(batch.context_lens.tolist()), None
+        rows = AttentionRows(starts, contexts, tables, ahead)
+        if len(self.page_of):
+            pages = in_pages(batch, self.page_of, self._block_size)
+            slots_there, tables_there = (torch.from_numpy(each).to(self.device) for each in pages)
+            windowed = slots_there, AttentionRows(starts, contexts, tables_there, ahead)
         if self.adapters is not None:
             self._adapter_rows = batch.adapters
             self.adapters.choose(batch.adapters, self.device)
@@ -119,7 +129,7 @@ class EagerRunner(StepwiseRunner):
         if batch.states is not None:
             states = StateRows(*(torch.from_numpy(each).to(self.device) for each in batch.states))
         how: dict[str, Any] = {"taps": self._kept, "given": given, "may_divide": batch.adapters is None}
-        return token_ids, StepInput(positions, slots, rows, self.caches, states=states, **how)
+        return token_ids, StepInput(positions, slots, rows, self.caches, states=states, windowed=windowed, **how)
 
     @torch.inference_mode()
     def score(self, rows: Ints, wishes: NDArray[np.float64] | None = None) -> Any:
@@ -149,7 +159,9 @@ class EagerRunner(StepwiseRunner):
         return sum(map(len, state_parts(self.caches, 0)))
 
     def _parts(self, place: int, *, state: bool) -> list[torch.Tensor]:
-        return (state_parts if state else block_parts)(self.caches, place)
+        if state:
+            return state_parts(self.caches, place)
+        return block_parts(self.caches, place, int(self.page_of[place]) if len(self.page_of) else 0)
 
     def copy_out(self, place: int, *, state: bool = False) -> Callable[[], memoryview]:
         """See `BlockMemory`; it is copied now."""
@@ -189,6 +201,7 @@ def layer_caches_of(
     beside: int = 0,
     room: StateRoom = NO_STATES,
     state_dtype: torch.dtype | None = None,
+    windows: WindowRoom = NO_WINDOWS,
 ) -> tuple[PagedCache | tuple[StateCache, ...], ...]:
     """The cache of each layer of a decoder; without elements where the layer is another stage's.
 
@@ -199,6 +212,7 @@ def layer_caches_of(
         beside: elements that stand behind those of a key and of a value, see `kernels/kv_write/scaled_rows.py`.
         room: of layers that keep states.
         state_dtype: of activations, where that of keys is another.
+        windows: pages of layers with a window.
     """
     here = layers_here(decoder, decoder.config.num_layers)
 
@@ -212,8 +226,9 @@ def layer_caches_of(
         if isinstance(spec, StateSpec):
             return tuple(state(number, part) for part in spec.parts)
         sizes = (spec.key_dim, spec.value_dim) if number in here else ()
-        parts = [empty((*blocks, spec.kv_heads, size + beside)) for size in sizes]
-        return PagedCache(*(parts or (empty(0), empty(0))))
+        count = windows.count(spec, blocks[0])
+        parts = [empty((count, blocks[1], spec.kv_heads, size + beside)) for size in sizes]
+        return (WindowedCache if windows.holds(spec) else PagedCache)(*(parts or (empty(0), empty(0))))
 
     return layer_caches(decoder.config.cache_specs, make)
 

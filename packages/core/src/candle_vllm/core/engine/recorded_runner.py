@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from candle_vllm.core.engine.batch import AdapterRows, Batch, Ints, StepMemory, turns
+from candle_vllm.core.engine.batch import AdapterRows, Batch, Ints, StepMemory, in_pages, turns
 from candle_vllm.core.engine.model_runner import EncoderRunner, Landed, StepwiseRunner
 from candle_vllm.core.kernels import sampling
 from candle_vllm.core.kernels.attention.cpu_cache import (
@@ -28,7 +28,7 @@ from candle_vllm.core.kernels.attention.cpu_cache import (
     number_bytes,
     value_cache_shape,
 )
-from candle_vllm.core.kernels.attention.rows import PagedCache
+from candle_vllm.core.kernels.attention.rows import PagedCache, WindowedCache
 from candle_vllm.core.kernels.collectives import Collective
 from candle_vllm.core.kernels.cpu_runtime import team
 from candle_vllm.core.kernels.cpu_runtime.level import Isa, host_isa
@@ -52,12 +52,14 @@ from candle_vllm.core.layers.attention import StepInput, Taps
 from candle_vllm.core.layers.rotary import Rotary
 from candle_vllm.core.loading.cache_specs import (
     NO_STATES,
+    NO_WINDOWS,
     CacheSpec,
     PagedSpec,
     SharedKVSpec,
     StatePart,
     StateRoom,
     StateSpec,
+    WindowRoom,
     layer_caches,
     paged,
 )
@@ -87,9 +89,11 @@ class RecordedRunner(StepwiseRunner):
         kinds: how keys and values are stored.
         turning: the model's, where it turns tokens of pictures by three positions; it has room for those of a step.
         room: of layers that keep states.
+        windows: pages of layers with a window.
 
     Attributes:
         team: the threads.
+        page_of: see `WindowedBlocks`.
     """
 
     def __init__(
@@ -106,14 +110,18 @@ class RecordedRunner(StepwiseRunner):
         kinds: tuple[CacheKind, CacheKind] = PLAIN,
         turning: Rotary | None = None,
         room: StateRoom = NO_STATES,
+        windows: WindowRoom = NO_WINDOWS,
     ) -> None:
         config = decoder.config
-        limits = dataclasses.replace(limits, turned=turning is not None, states=room.running > 0)
+        window = windows.window if windows.pages else 0
+        limits = dataclasses.replace(limits, turned=turning is not None, states=room.running > 0, window=window)
+        self.page_of = np.zeros(num_blocks if window else 0, np.int64)
         self._turning, self._turned = turning, False  # the last step's were
-        specs, tokens = config.cache_specs, num_blocks * limits.block_size
-        size = cache_bytes(specs, tokens, lambda key_dim: number_bytes(key_dim, kinds))
+        specs = config.cache_specs
+        tokens = [(spec, windows.count(spec, num_blocks) * limits.block_size) for spec in paged(specs)]
+        size = sum(cache_bytes([spec], count, lambda key_dim: number_bytes(key_dim, kinds)) for spec, count in tokens)
         with room_for("the KV cache", size, "kv_cache_memory", _less):
-            caches = _caches(specs, num_blocks, limits.block_size, kinds, limits.ranks, room)
+            caches = _caches(specs, num_blocks, limits.block_size, kinds, limits.ranks, room, windows)
         super().__init__()
         self._recorder = recorder = Recorder(limits, host_isa() if isa is None else isa)
         nothing: Any = None  # what varies is read when the plan runs
@@ -205,6 +213,8 @@ class RecordedRunner(StepwiseRunner):
 
     def run(self, batch: Batch) -> NDArray[np.float32]:
         """See `StepwiseRunner`."""
+        if len(self.page_of):
+            self._find_pages(batch)
         if batch.goes_on and batch.drawn_rows is self._rows:
             self._recorder.look_up()
             self.team.run(self._plan.rows, self._plan.count + self._plan_draws)
@@ -227,6 +237,15 @@ class RecordedRunner(StepwiseRunner):
                 stop.rows[given.rows] = stop.rows[given.rows] + vectors if number else vectors
             rows, count = parts[-1], count - done
         return self._with_rows(batch.drawn_rows, rows, count)
+
+    def _find_pages(self, batch: Batch) -> None:
+        """Slots and tables of layers with a window."""
+        arrays, (sequences, width) = self._arrays, batch.block_tables.shape
+        if batch.goes_on and not batch.begun:
+            arrays.page_slots[:sequences] += 1
+            return
+        slots, tables = in_pages(batch, self.page_of, self._recorder.limits.block_size)
+        arrays.page_slots[: len(slots)], arrays.page_tables[:sequences, :width] = slots, tables
 
     def _lay_out(self, batch: Batch) -> None:
         arrays, count, sequences = self._arrays, batch.tokens.shape[1], len(batch.context_lens)
@@ -286,15 +305,17 @@ class RecordedRunner(StepwiseRunner):
 
     def _parts(self, place: int, *, state: bool) -> list[NDArray[Any]]:
         """The parts of a block of the cache, or of a slot, of all layers, to be read and written."""
-        own, block = self._own, place
         if state:
             return [part.states[place] for part in self._states]
-        if own[0].values is None:  # of latent attention: [stretches, blocks, ...] each
-            stretch, place = divmod(block, own[0].keys.shape[1])
-            return [cache.keys[stretch, place] for cache in own]
-        stretch, place = divmod(block, own[0].keys.shape[2])  # [stretches, heads, blocks, ...] each
-        parts = (*(cache.keys for cache in own), *(cache.values for cache in own))
-        return [part[stretch, :, place] for part in parts]
+        own, parts = self._own, list[NDArray[Any]]()
+        for which in range(2):
+            for part, cache in ((cache[which], cache) for cache in own if cache[which] is not None):
+                at = int(self.page_of[place]) if isinstance(cache, WindowedCache) else place
+                if cache.values is None:  # of latent attention: [stretches, blocks, ...]
+                    parts.append(part[divmod(at, part.shape[1])])
+                else:  # [stretches, heads, blocks, ...]
+                    parts.append(part[at // part.shape[2], :, at % part.shape[2]])
+        return parts
 
     def drop_cache(self) -> None:
         """See `ModelRunner`."""
@@ -577,14 +598,16 @@ def _caches(
     kinds: tuple[CacheKind, CacheKind],
     ranks: CpuRanks | None,
     room: StateRoom,
+    windows: WindowRoom,
 ) -> tuple[PagedCache | tuple[StateCache, ...], ...]:
-    """The cache of each layer. Pages of layers of one shape lie in one piece of memory."""
-    counts = Counter(spec.shape for spec in paged(specs))
-    rest = {shape: iter(_layers(shape, count, num_blocks, block_size, kinds, ranks)) for shape, count in counts.items()}
+    """The cache of each layer. Pages of layers of one shape, and of one pool, lie in one piece of memory."""
+    pools = Counter((spec.shape, windows.count(spec, num_blocks)) for spec in paged(specs))
+    rest = {pool: iter(_layers(pool[0], count, pool[1], block_size, kinds, ranks)) for pool, count in pools.items()}
 
     def make(_: int, spec: PagedSpec | StateSpec) -> PagedCache | tuple[StateCache, ...]:
         if isinstance(spec, PagedSpec):
-            return next(rest[spec.shape])
+            cache = next(rest[spec.shape, windows.count(spec, num_blocks)])
+            return WindowedCache(*cache) if windows.holds(spec) else cache
         return tuple(StateCache(*map(_zeros, _state_shapes(part, room))) for part in spec.parts)
 
     return layer_caches(specs, make)

@@ -34,6 +34,10 @@ prompt, at the end of each of its pieces that ends with a block, behind the last
 prefixes of two prompts part: a waiting prompt asks the running one for it, or takes it itself where the blocks are
 there and the checkpoint is not. So pieces end with blocks, and drafts end before the last token of one.
 
+Where some layers have a window (`window_pages.py`), a prefix ends where these have the pages that the next token sees.
+A run takes pages of these layers when it is scheduled, and gives back those behind its window. A prompt's piece ends
+where pages do; a decoding sequence that finds none preempts as one that finds no block does.
+
 With `reproducible`, no answer depends on others' memory: a sequence is admitted when blocks for its full length are
 free, so that none is preempted, and only blocks of prompts are published, for what was generated was computed by other
 kernels than a prompt is.
@@ -56,6 +60,7 @@ from candle_vllm.core.engine.adapter_admission import AdapterAdmission
 from candle_vllm.core.engine.block_manager import BlockManager
 from candle_vllm.core.engine.sequence import Run, Sequence, Step, Tokens
 from candle_vllm.core.engine.states import StatePool
+from candle_vllm.core.engine.window_pages import WindowedBlocks
 
 
 class ImageAdmission(Protocol):
@@ -119,6 +124,8 @@ class Scheduler:
         self.kept = kept
         self.in_flight = in_flight
         self.states = states
+        self.windows = blocks if isinstance(blocks, WindowedBlocks) else None  # where pages are scarcer than blocks
+        assert self.windows is None or in_flight == 1
         if states is not None:
             blocks.forgot = states.forget
         self.has_drafts = False  # some of `running` have
@@ -173,6 +180,8 @@ class Scheduler:
             run = going.step[place]
             if run.start + 1 >= size * len(run.sequence.block_table) and not self._grow(run.sequence):
                 return None
+            if self.windows is not None and not self.windows.reaches(run.sequence, run.start + 1):
+                return None
         runs = [Run(run.sequence, run.start + 1, 1, 1, run.admission, True) for run in going.step]
         runs = self._with_states(runs)
         step = Step(runs, goes_on=True, begins=begins, fills=fills)
@@ -191,12 +200,19 @@ class Scheduler:
                 budget -= count
             if not budget:
                 break
+        if self.windows is not None and not scheduled and len(self.running) > 1:
+            self._preempt(self.running[-1])  # prompts that have all pages, and none of which can go on
+            return self._schedule()
         decodes = [item for item in scheduled if item.decodes]
         others = [item for item in scheduled if not item.decodes] if len(decodes) < len(scheduled) else ()
         return Step(self._with_states([*decodes, *others]))
 
     def _piece(self, sequence: Sequence, budget: int) -> int:
         """How many tokens of what a sequence has to run a step takes, at most `budget`."""
+        if self.windows is not None:
+            start = sequence.num_computed_tokens
+            end = start + min(sequence.num_uncomputed_tokens, budget)
+            budget = self.windows.advance(sequence, start, end, len(self.running) - 1) - start
         count = sequence.piece(budget)
         if self.states is None or count == sequence.num_uncomputed_tokens:
             return count
@@ -249,6 +265,8 @@ class Scheduler:
             return
         sequence.num_uncomputed_tokens = 1
         needed = self.blocks.blocks_for(end)
+        if self.windows is not None:
+            self.windows.cut(sequence, needed)
         if needed < len(sequence.block_table):
             self.blocks.release(sequence.block_table[needed:])
             del sequence.block_table[needed:]
@@ -286,7 +304,9 @@ class Scheduler:
             length, left = len(sequence.tokens) + sequence.num_ahead, sequence.num_uncomputed_tokens
             if left == 1 and length < sequence.max_length:
                 start = length - 1
-                if start >= size * len(sequence.block_table) and not self._grow(sequence):
+                if (start >= size * len(sequence.block_table) and not self._grow(sequence)) or (
+                    self.windows is not None and not self.windows.reaches(sequence, start)
+                ):
                     self._preempt(running[-1])
                     continue
                 if tries and (drafts := self._tried(sequence, tried)):
@@ -313,7 +333,10 @@ class Scheduler:
         first, size = len(sequence.tokens), self.blocks.block_size
         if self.states is not None:
             count = min(count, size - 1 - first % size)
-        return sequence.drafts[: max(0, self.reserve(sequence, first + count) - first)]
+        end = self.reserve(sequence, first + count)
+        if self.windows is not None:
+            end = self.windows.advance(sequence, first - 1, end, len(self.running))
+        return sequence.drafts[: max(0, end - first)]
 
     def reserve(self, sequence: Sequence, tokens: int) -> int:
         """Gives a running sequence blocks for so many tokens, while every running sequence keeps its next block.
@@ -330,6 +353,8 @@ class Scheduler:
     def give_back(self, sequence: Sequence) -> None:
         """Takes back what was reserved beyond the tokens and drafts that the next step may run."""
         needed = self.blocks.blocks_for(len(sequence.tokens) + len(sequence.drafts))
+        if self.windows is not None:
+            self.windows.cut(sequence, needed)
         if needed < len(sequence.block_table):
             self.blocks.release(sequence.block_table[needed:])
             del sequence.block_table[needed:]
@@ -385,6 +410,8 @@ class Scheduler:
                 deferred += 1
                 continue
             shared = self.blocks.lookup(hashes)
+            if self.windows is not None:
+                del shared[self.windows.depth(shared) :]
             if len(shared) < len(hashes) and self._computing[hashes[len(shared)]]:
                 if self.states is not None and not self.states.is_coming(hashes[-1:]):
                     self._ask_for_checkpoint(hashes, len(shared))
@@ -392,7 +419,8 @@ class Scheduler:
                 continue
             found = len(shared)
             if self.states is not None:
-                del shared[self.states.depth(hashes[:found]) :]
+                while (depth := self.states.depth(hashes[: len(shared)])) < len(shared):
+                    del shared[depth if self.windows is None else self.windows.depth(shared[:depth]) :]
                 if self.states.is_coming(hashes[len(shared) : found]):
                     deferred += 1
                     continue
@@ -412,6 +440,8 @@ class Scheduler:
 
     def _fits(self, sequence: Sequence, shared: list[int], fresh: int) -> bool:
         """Whether there are a place and blocks for a sequence: blocks of the cache, and so many new ones."""
+        if self.windows is not None and not self.windows.has_room(shared, len(shared) + fresh, len(self.running)):
+            return False
         free = self.blocks.num_free_after_sharing(shared) - fresh
         return len(self.running) < self.max_num_seqs and free >= self._reserve(sequence)
 
@@ -478,6 +508,8 @@ class Scheduler:
         assert taken is not None
         sequence.block_table = array("i", shared + taken)
         sequence.num_admissions += 1
+        if self.windows is not None:
+            self.windows.begin(sequence, len(shared))
         cached = len(shared) * self.blocks.block_size
         sequence.num_uncomputed_tokens, sequence.num_full_blocks = sequence.num_tokens - cached, len(shared)
         if sequence.num_cached_tokens is None:
@@ -514,6 +546,8 @@ class Scheduler:
                 self._computed(digest)
         if self.states is not None:
             self.states.end(sequence)
+        if self.windows is not None:
+            self.windows.cut(sequence, 0)
         self.blocks.release(sequence.block_table)
         sequence.block_table = array("i")
         sequence.num_uncomputed_tokens, sequence.num_full_blocks = sequence.num_tokens, 0

@@ -117,6 +117,7 @@ class Sequence:  # its attributes have slots: a step finds them in one place
         held_since: how many sequences had begun when it was first held back for its adapters.
         images: the pictures of its prompt, in their order.
         state: where layers keep the states of one that runs; None where none keeps any.
+        windowed: from where to where in its block table its blocks are that have pages for it, see `WindowedBlocks`.
     """
 
     __slots__ = (
@@ -141,6 +142,7 @@ class Sequence:  # its attributes have slots: a step finds them in one place
         "request",
         "state",
         "tokens",
+        "windowed",
     )
 
     def __init__(self, request: GenerationRequest, index: int, order: int) -> None:
@@ -162,6 +164,7 @@ class Sequence:  # its attributes have slots: a step finds them in one place
         self.held_since: int | None = None
         self.images: tuple[PlacedImage, ...] = ()
         self.state: SequenceState | None = None
+        self.windowed: tuple[int, int] = (0, 0)
         self.adapted_from: tuple[int, ...] = ()
         self._adapters: tuple[tuple[Adapter, float], ...] = ()
         self._hashes: list[bytes] = []

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
-from candle_vllm.core.kernels.attention.rows import PagedCache
+from candle_vllm.core.kernels.attention.rows import PagedCache, WindowedCache
 from candle_vllm.core.kernels.states import StateCache
 
 _OURS = "candle_vllm."
@@ -60,9 +60,11 @@ def states_of(caches: Sequence[LayerCache]) -> list[torch.Tensor]:
     return [part for part in parts if part.numel()]
 
 
-def block_parts(caches: Sequence[LayerCache], block: int) -> list[torch.Tensor]:
-    """A block of layers' caches, as bytes uint8 [size] each, in place."""
-    return [part[block].view(torch.uint8).view(-1) for part in tensors_of(caches)]
+def block_parts(caches: Sequence[LayerCache], block: int, page: int = 0) -> list[torch.Tensor]:
+    """A block of layers' caches, as bytes uint8 [size] each, in place; `page` is that of layers with a window."""
+    windowed = {id(part) for cache in caches if isinstance(cache, WindowedCache) for part in cache}
+    parts = [part[page if id(part) in windowed else block] for part in tensors_of(caches)]
+    return [part.view(torch.uint8).view(-1) for part in parts]
 
 
 def state_parts(caches: Sequence[LayerCache], slot: int) -> list[torch.Tensor]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 from candle_vllm.core.kernels.attention import paged_attention
-from candle_vllm.core.kernels.attention.rows import AttentionRows, DeviceRows
+from candle_vllm.core.kernels.attention.rows import AttentionRows, DeviceRows, WindowedCache
 from candle_vllm.core.kernels.collectives import Collective
 from candle_vllm.core.kernels.recorded import Recorded, Value
 from candle_vllm.core.kernels.rms_norm import HeadNorms
@@ -89,6 +89,7 @@ class StepInput:
             none.
         layer_inputs: [T, P] of each layer, what it is given beside x; none where a family has no such inputs.
         states: what layers that keep a state do with it; None where none does, and in a recorded step.
+        windowed: slots and rows of layers with a `WindowedCache`; None where there are none, and in a recorded step.
     """
 
     positions: Value
@@ -102,6 +103,7 @@ class StepInput:
     may_divide: bool = False
     narrows: int | None = None
     states: StateRows | None = None
+    windowed: tuple[Value, AttentionRows] | None = None
     layer_inputs: tuple[Value, ...] = ()
 
 
@@ -174,14 +176,15 @@ class PagedAttention:
                     q, k = self.rotary(q, k, step.positions)
             narrows = self.layer == step.narrows
             return q.attend(k, v, cache, **scores, offset=self._common_key(), narrows=narrows)
+        slots, rows = (step.windowed if isinstance(cache, WindowedCache) else None) or (step.slots, step.rows)
         if k is None or v is None:
             q = q if self.rotary is None else self.rotary.queries(q, step.positions)
         else:
             tables = None if self.rotary is None else self.rotary.tables
-            q = rotary_write(q, k, v, step.positions, tables, cache, step.slots, norms=norms, cache_scales=scales)
+            q = rotary_write(q, k, v, step.positions, tables, cache, slots, norms=norms, cache_scales=scales)
         if self.rotary is not None:
             q = self.rotary.scaled(q, step.positions)
-        return step.attend(q, *cache, step.rows, cache_scales=scales, **scores)
+        return step.attend(q, *cache, rows, cache_scales=scales, **scores)
 
     def _common_key(self) -> Value | None:
         """What all keys of a recorded step have in common, [K * D], where scores may all be moved by as much.

@@ -35,13 +35,18 @@ class PagedSpec:
         """Elements of a token."""
         return self.kv_heads * (self.key_dim + self.value_dim)
 
+    @property
+    def slides(self) -> bool:
+        """Whether pages behind the window may be freed."""
+        return self.window is not None and self.value_dim > 0
+
 
 @dataclasses.dataclass(frozen=True)
 class SharedKVSpec:
     """The layer reads the keys and values of an earlier layer, and keeps none of its own.
 
     Attributes:
-        layer: number of the layer that writes them.
+        layer: number of the layer that writes them. Where that has a window, the reader has one that is no larger.
     """
 
     layer: int
@@ -95,6 +100,36 @@ class StateRoom:
 
 NO_STATES = StateRoom(0, 0, 0)
 
+
+@dataclasses.dataclass(frozen=True)
+class WindowRoom:
+    """How many pages the layers with a window have, where they have fewer pages than the cache has blocks.
+
+    Attributes:
+        window: the largest window of these layers, in tokens, the query's own included.
+        rows: most rows of a sequence in a step.
+        pages: of each of these layers; page 0 holds nothing. 0 where these layers have a page for each block.
+    """
+
+    window: int = 0
+    rows: int = 0
+    pages: int = 0
+
+    def holds(self, spec: PagedSpec) -> bool:
+        """Whether the layer with this spec has these pages."""
+        return self.pages > 0 and spec.slides
+
+    def count(self, spec: PagedSpec, blocks: int) -> int:
+        """Pages of the layer with this spec in a cache of so many blocks."""
+        return self.pages if self.holds(spec) else blocks
+
+    def blocks(self, block_size: int, rows: int | None = None) -> int:
+        """Most blocks whose keys and values so many rows of a sequence see and write; `rows` where it is None."""
+        return (self.window + (self.rows if rows is None else rows) + block_size - 3) // block_size + 1
+
+
+NO_WINDOWS = WindowRoom()
+
 CacheSpec: TypeAlias = PagedSpec | SharedKVSpec | StateSpec
 
 
@@ -106,6 +141,13 @@ def paged(specs: Iterable[CacheSpec]) -> list[PagedSpec]:
 def states(specs: Iterable[CacheSpec]) -> list[StateSpec]:
     """The specs of the layers that keep a state."""
     return [spec for spec in specs if isinstance(spec, StateSpec)]
+
+
+def largest_window(specs: Iterable[CacheSpec]) -> int:
+    """The largest window of the layers with one; 0 where no layer has one, or each."""
+    own = paged(specs)
+    windows = [spec.window for spec in own if spec.slides and spec.window is not None]
+    return max(windows) if 0 < len(windows) < len(own) else 0
 
 
 def layer_caches(specs: Sequence[CacheSpec], make: Callable[[int, PagedSpec | StateSpec], Cache]) -> tuple[Cache, ...]:

@@ -268,7 +268,7 @@ def _of_model(settings: Settings, config: EngineConfig, files: ModelFiles, devic
         words = f"what is left of the GPU after loading, times kv_fraction; a token takes {token:,} B"
         left = Derived(words, "derived when the model is loaded")
         return found | dict.fromkeys(("mem", "kv_cache_memory_bytes"), left)
-    size, room = cache.num_blocks * cache.block_bytes + cache.state_bytes, cache.num_blocks * config.block_size
+    size, room = cache.page_bytes + cache.state_bytes, cache.num_blocks * config.block_size
     states = cache.states
     kept = f", {states.running} states and {states.checkpoints} checkpoints of states" if states.running else ""
     words = f"derived: {room:,} tokens{kept}, reserved and taken as they fill"

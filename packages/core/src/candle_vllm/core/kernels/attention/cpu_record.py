@@ -18,6 +18,7 @@ from candle_vllm.core.kernels.attention.cpu_cache import (
     scratch_bytes,
     stretch_step,
 )
+from candle_vllm.core.kernels.attention.rows import WindowedCache
 from candle_vllm.core.kernels.cpu_runtime.level import Isa
 from candle_vllm.core.kernels.cpu_runtime.operation import (
     address_of,
@@ -86,6 +87,8 @@ def record_attention(
     _record_write(recorder, qkv, cache, scores, tables, address_of(queries))
     arrays, limits, dim = recorder.arrays, recorder.limits, qkv.head_dim
     kv_heads = cache.keys.shape[1]
+    windowed = isinstance(cache, WindowedCache)
+    assert not windowed or 0 < (scores.window or 0) <= limits.window
     query_start = arrays.query_start
     if scores.narrows:
         every, query_start = queries, arrays.wanted_start
@@ -108,7 +111,7 @@ def record_attention(
         value_cache=address_of(cache.values),
         query_start=address_of(query_start),
         context_lens=address_of(arrays.context_lens),
-        block_tables=address_of(arrays.block_tables),
+        block_tables=address_of(arrays.page_tables if windowed else arrays.block_tables),
         table_stride=limits.table_width,
         stretch_step=stretch_step(cache.keys.strides, dim, keys),
         block_shift=limits.block_shift,
@@ -153,7 +156,7 @@ def _record_write(
         cos=cos,
         sin=sin,
         positions=address_of(arrays.positions),
-        slots=address_of(arrays.slots),
+        slots=address_of(arrays.page_slots if isinstance(cache, WindowedCache) else arrays.slots),
         q=queries,
         key_cache=address_of(cache.keys),
         value_cache=address_of(cache.values),

@@ -37,6 +37,8 @@ def paged_attention(
             blocks_of(cache, table, q.shape[2]).flatten(0, 1)[:context].transpose(0, 1).float()
             for cache in (key_cache, value_cache)
         )
+        if window is not None:  # what no row sees may be no number
+            v[:, : max(0, context - (end - start) - window + 1)] = 0
         if cache_scales is not None:
             k, v = k * cache_scales[0], v * cache_scales[1]
         for first in range(start, end, _QUERIES):

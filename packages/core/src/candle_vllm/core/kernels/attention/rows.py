@@ -23,6 +23,12 @@ class PagedCache(NamedTuple):
     values: Any = None
 
 
+class WindowedCache(PagedCache):
+    """Keys and values of a layer that has pages for what its window sees alone: its tables and slots name pages."""
+
+    __slots__ = ()
+
+
 @dataclasses.dataclass(frozen=True)
 class AttentionRows:
     """Where the tokens of one step belong.
