@@ -94,7 +94,7 @@ def test_perplexity_is_that_of_transformers(name: str, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["eager", "compiled"])
 @pytest.mark.parametrize("name", MODELS)
 def test_damaged_states_raise_the_perplexity(name: str, kind: str) -> None:
-    """States that are lost at the end of each chunk; and those of another text, which change the next 16 tokens most."""
+    """States that are lost at the end of each chunk; and those of another text, by the 16 tokens behind."""
     ours, chunks, half, near = runner(name, kind), [16] * (LENGTH // 16), LENGTH // 2, 16
 
     def taken(start: int) -> RunState:
