@@ -51,10 +51,21 @@ def pytest_unconfigure() -> None:
 @pytest.fixture(scope="module", autouse=True)
 def _what_is_imported_is_no_garbage(request: pytest.FixtureRequest) -> None:
     """Nor among what tests of files before this one imported: each engine that is closed looks for garbage."""
-    if len(sys.modules) > request.config.stash.get(FROZEN, 0) + 20:
+    freeze_imports(request.config)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """Nor among what the test has imported by itself, such as the model classes of transformers."""
+    freeze_imports(item.config)
+
+
+def freeze_imports(config: pytest.Config) -> None:
+    """Freeze what is there, garbage aside, if some twenty modules were imported since the last time."""
+    if len(sys.modules) > config.stash.get(FROZEN, 0) + 20:
         gc.collect()
         gc.freeze()
-        request.config.stash[FROZEN] = len(sys.modules)
+        config.stash[FROZEN] = len(sys.modules)
 
 
 @pytest.fixture(scope="session")

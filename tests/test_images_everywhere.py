@@ -19,12 +19,12 @@ import pytest
 from PIL import Image
 
 from candle_vllm.core import InferenceEngine, SamplingParams
-from candle_vllm.core.testing.toy_sight import write_toy_sight
 from candle_vllm.responses import ConversationOptions, McpServerConfig, ResponsesSession
 from candle_vllm.server import Settings
 from candle_vllm.server.app import create_app
 from candle_vllm.server.serve import bind, make_server
 from packages.core.tests.models import test_qwen_vl, test_sight_families
+from packages.core.tests.toy_sight import write_toy_sight
 from tests.waiting import wait_for
 
 ROOT = Path(__file__).parents[1]

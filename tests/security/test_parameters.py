@@ -26,6 +26,7 @@ from tests.common_run import few
 from tests.security.guarded_server import KEY, Guarded, chat_body, guarded, parse_answer, post_bytes
 
 NEIGHBOUR = {"model": "default", "prompt": "a", "max_tokens": 300, "temperature": 0, "ignore_eos": True, "stream": True}
+PAUSE = 0.1  # seconds between two requests of the neighbour, which would take half of the processor's time
 HUGE = 1 << 70
 NUMBERS = [
     -1, 0.5, -0.5, HUGE, -HUGE, 1e308, -1e308, "1", "NaN", True, [], {}, [1], {"a": 1}, "9" * 5000, "\u0661", "0x10",
@@ -127,6 +128,7 @@ def a_neighbour(server: Guarded) -> Iterator[None]:
             began = time.process_time()
             texts.append(stream_text(server))
             slowest = max(slowest, time.process_time() - began)
+            ended.wait(PAUSE)
 
     thread = threading.Thread(target=go_on)
     thread.start()

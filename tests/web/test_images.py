@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from candle_vllm.core import InferenceEngine
-from candle_vllm.core.testing.toy_sight import write_toy_sight
 from candle_vllm.core.vision.pictures import picture_of
+from packages.core.tests.toy_sight import write_toy_sight
 from tests.web.actions import archive, button, conversation, eventually, import_file, said, say, wait_idle
 from tests.web.ui_server import ui_server
 

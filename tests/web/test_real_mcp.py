@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.scripted_server import ScriptedServer
+from tests.waiting import wait_for
 from tests.web.actions import button, said, say, tools_on
 
 PROGRAM = """
@@ -107,5 +108,28 @@ def test_without_the_key_the_page_says_where_the_address_is(
         button(page, "Allow once").click()
         said(page, "It is noon.")
         assert "key" not in page.url
+    finally:
+        server.stop()
+
+
+@pytest.mark.parametrize("flags", [(), ("--mcp-execute",)])
+def test_tools_that_are_off_are_off(
+    browser: Any, open_page: Callable[..., Any], folder: Path, flags: tuple[str, ...]
+) -> None:
+    """A server offers its MCP servers' tools to requests that do not say which tools they want."""
+    clock = json.loads((folder / "servers.json").read_text())["mcpServers"]["clock"]
+    (folder / "servers.json").write_text(json.dumps({"mcpServers": {"clock": {**clock, "autoApprove": ["now"]}}}))
+    answers = {"clock__now": CALL, "Hello": "Good day."}
+    server = ScriptedServer(folder, answers, "--ui-server", "--mcp-config", "servers.json", *flags)
+    try:
+        (address,) = [line.split()[-1] for line in server.banner if line.startswith("web UI")]
+        page = open_page(address, titles=True)
+        page.set_default_timeout(20_000)
+        page.get_by_text("Tools off").wait_for()
+        say(page, "Hello")
+        said(page, "Good day.")
+        wait_for(lambda: len(server.prompts) == 2)  # the answer and the title
+        assert not [prompt for prompt in server.prompts if "clock__now" in prompt]
+        assert page.locator(".tool-card").count() == 0
     finally:
         server.stop()

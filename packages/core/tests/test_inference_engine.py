@@ -33,8 +33,8 @@ from candle_vllm.core import (
 )
 from candle_vllm.core import progress as progress_module
 from candle_vllm.core.engine.request import GenerationOutput
-from candle_vllm.core.testing.exact_sums import exact_sums
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
+from packages.core.tests.exact_sums import exact_sums
 from tests.waiting import until, wait_for
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
@@ -267,10 +267,10 @@ def test_dropping_a_stream_frees_its_blocks(engine: InferenceEngine) -> None:
         ([], GREEDY, InvalidParameterError, "empty"),
         ([272], GREEDY, InvalidParameterError, "outside 0..271"),
         ([-1], GREEDY, InvalidParameterError, "outside"),
-        ([1] * 512, GREEDY, PromptTooLongError, "512 tokens and the context is 512"),
+        ([1] * 512, GREEDY, PromptTooLongError, "512 tokens and the model's maximum context length is 512 tokens"),
         ([1] * 500, GREEDY, PromptTooLongError, "ask for at most 12"),
         ([1] * 8, SamplingParams(max_tokens=None, min_tokens=505), InvalidParameterError, "room for 504"),
-        ("x" * 100_000, GREEDY, PromptTooLongError, "100000 characters; a context of 512 tokens holds at most"),
+        ("x" * 100_000, GREEDY, PromptTooLongError, "100000 characters; the model's maximum context length"),
         ([1], SamplingParams(allowed_token_ids=[999]), InvalidParameterError, "allowed_token_ids"),
         ([1.5], GREEDY, InvalidParameterError, "list of token ids"),
     ],
@@ -583,7 +583,7 @@ def test_settings_that_cannot_work_name_a_value_that_does(
 def test_little_memory_shortens_an_open_context(toy_model: Path) -> None:
     with make(toy_model, kv_cache_memory=64 << 10, block_size=8) as engine:
         assert engine.model_info.max_model_len == 128
-        with pytest.raises(PromptTooLongError, match="context is 128"):
+        with pytest.raises(PromptTooLongError, match="context length is 128"):
             engine.generate([[1] * 128], use_tqdm=False)
 
 

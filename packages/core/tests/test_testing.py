@@ -24,7 +24,7 @@ from candle_vllm.core.errors import (
 )
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.testing import ByteTokenizer, ScriptedEngine
-from candle_vllm.core.testing.exact_sums import exact_sums
+from packages.core.tests.exact_sums import exact_sums
 
 
 async def pieces_of(engine: ScriptedEngine, **params: object) -> list[TokenOutput]:

@@ -604,7 +604,9 @@ async def test_prompts_that_are_too_long_are_not_tokenized_to_their_end(characte
         partial(adapter.chat_events, message),
     ):
         engine.characters = 0
-        with pytest.raises(PromptTooLongError, match="has more than 512 tokens and the context is 512") as caught:
+        with pytest.raises(
+            PromptTooLongError, match="has more than 512 tokens and the model's maximum context length is 512 tokens"
+        ) as caught:
             await work()
         assert caught.value.param in ("prompt", "messages")
         assert engine.characters < 20_000

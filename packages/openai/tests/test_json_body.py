@@ -10,13 +10,14 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from candle_vllm.openai import json_body
 from candle_vllm.openai.errors import InvalidBodyError
-from candle_vllm.openai.json_body import MAX_CONTAINERS, MAX_DEPTH, MAX_ELEMENTS, decode_json
+from candle_vllm.openai.json_body import MAX_CONTAINERS, MAX_DEPTH, MAX_ELEMENTS, decode_json, to_json_bytes
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -30,6 +31,14 @@ JSON = st.recursive(
 def test_every_json_value_gets_through(value: object) -> None:
     assert decode_json(json.dumps(value).encode()) == value
     assert decode_json(json.dumps(value, ensure_ascii=False).encode()) == value
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.text(st.sampled_from('a\\"\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029é\u2027\U00010085')))
+def test_an_answer_is_one_line_for_every_reader(text: str) -> None:
+    data = to_json_bytes(msgspec.defstruct("Answer", [(name, str) for name in "ab"])(text, "b"))
+    assert data.decode().splitlines() == [data.decode()]
+    assert json.loads(data) == {"a": text, "b": "b"}
 
 
 @settings(deadline=None, max_examples=200)

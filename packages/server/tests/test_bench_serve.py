@@ -442,6 +442,8 @@ def test_files(folder: Path) -> None:
         Sample("a", 1, None),
         Sample("bc", 2, 5),
     ]
+    path.write_text('{"prompt": "a\u2028b"}\r\n', "utf-8", newline="")
+    assert [each.prompt for each in make("custom", path, count=1)] == ["a\u2028b"]
     for text, message in (("[]", "has no request"), ("{", "is no JSON")):
         path.write_text(text)
         with pytest.raises(UsageError, match=message):

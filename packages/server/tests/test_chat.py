@@ -234,6 +234,7 @@ WHOLE = [
 ]
 
 
+@pytest.mark.one_of_each
 @pytest.mark.parametrize("source", WHOLE, ids=range(len(WHOLE)))
 @pytest.mark.parametrize("size", [1, 7, 5000])
 def test_no_letter_is_lost_or_shown_twice(

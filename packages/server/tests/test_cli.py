@@ -26,7 +26,6 @@ from candle_vllm.core.devices import choose_device
 from candle_vllm.core.errors import ModelNotFoundError
 from candle_vllm.core.testing.toy_adapter import write_adapter
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
-from candle_vllm.core.testing.toy_sight import write_toy_sight
 from candle_vllm.server.cli import main
 from candle_vllm.server.commands import chat as chat_module
 from candle_vllm.server.commands import generate as generate_module
@@ -35,6 +34,7 @@ from candle_vllm.server.settings.command_line import COMMAND_OPTIONS, parse
 from candle_vllm.server.settings.configuration import load_configuration
 from candle_vllm.server.settings.options import COMMANDS, ONLY, UsageError
 from candle_vllm.server.settings.table import OPTIONS, settings_of
+from packages.core.tests.toy_sight import write_toy_sight
 from packages.server.tests.server_fakes import PacedEngine
 
 SPEAKING = Path(__file__).parents[2] / "core/tests/models/speaking/qwen3.5"

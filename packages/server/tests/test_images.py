@@ -20,7 +20,6 @@ from PIL import Image
 
 from candle_vllm.core import InferenceEngine, SamplingParams
 from candle_vllm.core.errors import EngineOverloadedError
-from candle_vllm.core.testing.toy_sight import write_toy_sight
 from candle_vllm.core.vision import fetching
 from candle_vllm.core.vision.fetching import MAX_HELD_BYTES, ImageSources
 from candle_vllm.core.vision.pictures import picture_of
@@ -28,6 +27,7 @@ from candle_vllm.server import Settings
 from candle_vllm.server.models.catalogue import ModelEntry
 from candle_vllm.server.models.loader import ModelLoader
 from candle_vllm.server.observing.metrics import Observation
+from packages.core.tests.toy_sight import write_toy_sight
 from packages.server.tests.server_fakes import PacedEngine
 from tests.trusted import trusted
 

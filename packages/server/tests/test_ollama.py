@@ -519,3 +519,19 @@ def test_the_client_for_javascript(start: Callable[..., Any], tmp_path: Path) ->
     *said, refused = json.loads(asked.stdout)
     assert said == [*["Good day!"] * 3, 2, "scripted", "scripted", "completion"]
     assert "options.mirostat" in refused
+
+
+@pytest.mark.parametrize("path", ["/api/chat", "/v1/chat/completions", "/v1/messages", "/v1/responses"])
+def test_lines_of_streams_are_lines_for_every_reader(start: Callable[..., Any], path: str) -> None:
+    """Ollama's client, httpx and requests cut where Python does; models copy such characters from what they read."""
+    running, answer = start(PacedEngine("a\u2028b\u2029c\x85d")), ""
+    asked: dict[str, Any] = {"input": "Hi"} if path == "/v1/responses" else {"messages": HI}
+    asked |= {"max_tokens": 20} if path == "/v1/messages" else {}
+    fields = {"model": "scripted", "stream": True, **asked}
+    with httpx.stream("POST", running.url + path, json=fields, trust_env=False, verify=trusted()) as response:
+        assert response.status_code == 200
+        for line in response.iter_lines():
+            data = line.removeprefix("data: ")
+            if data.startswith("{"):
+                answer += json.dumps(json.loads(data), ensure_ascii=False)
+    assert [end in answer for end in ("\u2028", "\u2029", "\x85")] == [True] * 3

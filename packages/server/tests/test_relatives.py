@@ -190,8 +190,8 @@ def pieces(answer: httpx.Response) -> list[dict[str, Any]]:
 EDITOR: dict[str, Any] = {
     "input_prefix": "def add(a, b):\n",
     "input_suffix": "\n\nprint(add(1, 2))\n",
-    "input_extra": [{"text": "import math", "filename": "other.py"}],
-    "prompt": "",
+    "input_extra": [{"text": "import math", "filename": "other.py", "time": [5, 7]}],
+    "prompt": "    ret",
     "n_predict": 128,
     "n_indent": 4,
     "top_k": 40,
@@ -204,6 +204,39 @@ EDITOR: dict[str, Any] = {
 }
 
 
+@pytest.mark.parametrize("prefix", ["", "/behind/a/proxy"])
+def test_routes_of_openai_without_their_version(start: Callable[..., Any], prefix: str) -> None:
+    """llama-server has them, and clients whose base URL lacks /v1 ask for them; keys and counts are as with it."""
+    running = start(PacedEngine("Good day!"), api_key=("key",), **({"root_path": prefix} if prefix else {}))
+    body = {"messages": [{"role": "user", "content": "Hi"}]}
+    with running.http(headers={"authorization": "Bearer key"}) as client:
+        answer = client.post(prefix + "/chat/completions", json=body).json()
+        assert answer["choices"][0]["message"]["content"] == "Good day!"
+        assert client.get(prefix + "/models").json() == client.get("/v1/models").json()
+        assert client.post(prefix + "/responses", json={"input": "Hi"}).json()["object"] == "response"
+        assert client.post(prefix + "/models", json={}).status_code == 405
+        assert 'handler="/v1/chat/completions"' in client.get("/metrics").text
+    with running.http() as stranger:
+        assert stranger.post(prefix + "/chat/completions", json=body).status_code == 401
+        assert stranger.get(prefix + "/models").status_code == 401
+
+
+def test_tokens_in_llama_cpps_words(start: Callable[..., Any]) -> None:
+    running = start(PacedEngine())
+    with running.http() as client:
+        plain = client.post("/tokenize", json={"content": "Hi é"}).json()
+        ids = client.post("/tokenize", json={"prompt": "Hi é", "add_special_tokens": False}).json()["tokens"]
+        assert plain == {"tokens": ids}
+        special = client.post("/tokenize", json={"content": "Hi é", "add_special": True, "parse_special": True}).json()
+        assert special == {"tokens": client.post("/tokenize", json={"prompt": "Hi é"}).json()["tokens"]}
+        pieces = client.post("/tokenize", json={"content": "Hi", "with_pieces": True}).json()["tokens"]
+        assert [piece["piece"] for piece in pieces] == ["H", "i"]
+        assert [piece["id"] for piece in pieces] == ids[:2]
+        assert client.post("/detokenize", json={"tokens": ids}).json() == {"prompt": "Hi é", "content": "Hi é"}
+        for wrong in ({"content": 3}, {"content": "a", "parse_special": False}, {"content": "a", "prompt": "b"}):
+            assert client.post("/tokenize", json=wrong).status_code == 400
+
+
 def test_an_editor_fills_a_gap(start: Callable[..., Any]) -> None:
     running = start(PacedEngine(["    return ", "a + b"], special_tokens=MARKS))
     with running.http() as client:
@@ -214,7 +247,7 @@ def test_an_editor_fills_a_gap(start: Callable[..., Any]) -> None:
         assert "t_max_predict_ms has no effect" in answer.headers["x-warning"]
         read = running.engine.tokenizer.decode(running.engine.requests[-1].prompt_token_ids, skip_special_tokens=False)
         assert read.startswith(
-            "<|bos|><|fim_prefix|>\n\n--- snippet ---\n\nimport math\n\ndef add(a, b):\n<|fim_suffix|>"
+            "<|bos|><|fim_prefix|>\n\n--- snippet ---\n\nimport math\n\ndef add(a, b):\n    ret<|fim_suffix|>"
         )
         streamed = pieces(client.post("/infill", json={**EDITOR, "stream": True}))
         assert [piece["content"] for piece in streamed] == ["    return ", "a + b", ""]

@@ -351,3 +351,29 @@ def test_the_only_model_answers_by_every_name_and_says_who_it_is(start: Start, n
     client = start().openai()
     assert client.responses.create(**{**ASK, "model": name}).model == "scripted"
     assert client.responses.create(**{**ASK, "model": "scripted"}).model == "scripted"
+
+
+@pytest.mark.usefixtures("movable_clock")
+@pytest.mark.parametrize("way", ["responses", "background", "messages"])
+def test_silence_is_broken_by_events_that_clients_count(start: Start, way: str) -> None:
+    """Codex and Claude Code give up a stream on which no event has come for a while; a comment is none to them."""
+    running = start(PacedEngine("abc", first_pause=60))
+    body: dict[str, Any] = {**ASK, "background": way == "background"}
+    if way == "messages":
+        body = {"model": "scripted", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 9}
+    path = "/v1/messages" if way == "messages" else "/v1/responses"
+    with running.http() as client, client.stream("POST", path, json={**body, "stream": True}) as response:
+        lines = response.iter_lines()
+        running.wait_for(lambda: running.engine.requests)
+        for _ in range(3):
+            running.skip(20.5)
+        text = "\n".join(lines)
+    assert ": keep-alive" not in text
+    if way == "messages":
+        assert text.startswith('event: ping\ndata: {"type":"ping"}\n\nevent: ping')
+        return
+    data = [json.loads(line[6:]) for line in text.split("\n") if line.startswith("data: {")]
+    silent = [place for place, event in enumerate(data) if event["type"] == "keepalive"]
+    assert len(silent) >= 2
+    assert all(data[place]["sequence_number"] == data[place - 1]["sequence_number"] for place in silent)
+    judge_events([event for event in data if event["type"] != "keepalive"])

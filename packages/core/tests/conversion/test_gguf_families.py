@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from candle_vllm.core import EngineConfig, UnsupportedModelError, WeightsError
 from candle_vllm.core.conversion import write_gguf
-from packages.core.tests.models.families import DEEPSEEK_YARN, LLAMA3, ROWS
+from packages.core.tests.models.families import DEEPSEEK_YARN, LLAMA3, ROWS, cases
 from packages.core.tests.models.gguf_export import export_gguf
 from packages.core.tests.models.tiny import eager_logits, error, load, some_tokens, write_tiny
 
@@ -48,7 +48,7 @@ def tensors(path: Path) -> dict[str, np.ndarray]:
     return {tensor.name: tensor.data for tensor in GGUFReader(path).tensors}
 
 
-@pytest.mark.parametrize("name", COMPARED)
+@pytest.mark.parametrize("name", cases(COMPARED))
 def test_keys_and_tensors_are_those_of_another_converter(name: str, tmp_path: Path, words: Path) -> None:
     folder, architecture = made(name, tmp_path / "m"), ROWS[name].gguf
     assert architecture is not None

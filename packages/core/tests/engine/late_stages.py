@@ -14,8 +14,8 @@ from candle_vllm.core.engine.device_runner import DeviceRunner
 from candle_vllm.core.engine.engine import Engine
 from candle_vllm.core.engine.rank_line import Forward, Next, ToldBatches
 from candle_vllm.core.engine.ranks import RankedRunner
-from candle_vllm.core.testing.lazy_stream import LazyStream
-from candle_vllm.core.testing.thread_ranks import MeetingRanks, Meetings, MeetingStages, ThreadRanks, in_threads
+from packages.core.tests.lazy_stream import LazyStream
+from packages.core.tests.thread_ranks import MeetingRanks, Meetings, MeetingStages, ThreadRanks, in_threads
 
 
 def join(part: LoadedModel, ranks: ThreadRanks) -> None:

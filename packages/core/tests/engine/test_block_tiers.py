@@ -34,8 +34,8 @@ from candle_vllm.core.engine.redis_blocks import RedisBlocks
 from candle_vllm.core.engine.request import GenerationRequest
 from candle_vllm.core.engine.scheduler import Scheduler
 from candle_vllm.core.kernels.device_stream import Work
-from candle_vllm.core.testing.lazy_stream import LazyStream
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
+from packages.core.tests.lazy_stream import LazyStream
 from tests.waiting import PATIENCE, Clock, wait_for
 
 SPEAKING = Path(__file__).parents[1] / "models/speaking/qwen3.5"

@@ -20,11 +20,11 @@ from candle_vllm.core.engine.request import GenerationRequest
 from candle_vllm.core.kernels.device_stream import Work
 from candle_vllm.core.loading.cache_specs import paged
 from candle_vllm.core.memory import MIB
-from candle_vllm.core.testing.lazy_stream import LazyStream
-from candle_vllm.core.testing.thread_ranks import Meetings, MeetingStages, ThreadRanks, in_threads
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
-from candle_vllm.core.testing.toy_sight import write_toy_sight
+from packages.core.tests.lazy_stream import LazyStream
 from packages.core.tests.models.test_sight_families import write_sight
+from packages.core.tests.thread_ranks import Meetings, MeetingStages, ThreadRanks, in_threads
+from packages.core.tests.toy_sight import write_toy_sight
 
 
 @dataclasses.dataclass

@@ -20,13 +20,13 @@ from candle_vllm.core.engine.rank_line import Whole
 from candle_vllm.core.engine.ranks import RankedRunner
 from candle_vllm.core.kernels.collectives.token_shares import TokenShares
 from candle_vllm.core.kernels.sampling import shares
-from candle_vllm.core.testing.exact_sums import exact_sums
-from candle_vllm.core.testing.thread_ranks import ThreadRanks, ToldRanks, in_threads
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 from packages.core.tests.engine.late_stages import join
 from packages.core.tests.engine.test_device_steps import CPU, EVERYTHING, SHORT, SIZE, asked, device_runner, drive, make
+from packages.core.tests.exact_sums import exact_sums
 from packages.core.tests.models.families import ROWS
 from packages.core.tests.models.tiny import write_tiny
+from packages.core.tests.thread_ranks import ThreadRanks, ToldRanks, in_threads
 from tests.common_run import few
 
 CONTEXT = 192

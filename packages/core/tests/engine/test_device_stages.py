@@ -18,11 +18,8 @@ from candle_vllm.core.engine.device_runner import DeviceRunner
 from candle_vllm.core.engine.eager_runner import EagerRunner
 from candle_vllm.core.engine.rank_line import Whole
 from candle_vllm.core.kernels.sampling import shares
-from candle_vllm.core.testing import lazy_stream
-from candle_vllm.core.testing.exact_sums import exact_sums
-from candle_vllm.core.testing.lazy_stream import LazyStream
-from candle_vllm.core.testing.thread_ranks import Meetings, MeetingStages, ThreadRanks, in_threads
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
+from packages.core.tests import lazy_stream
 from packages.core.tests.engine.late_stages import Staged
 from packages.core.tests.engine.test_device_steps import (
     CONTEXT,
@@ -37,6 +34,9 @@ from packages.core.tests.engine.test_device_steps import (
     drive,
     make,
 )
+from packages.core.tests.exact_sums import exact_sums
+from packages.core.tests.lazy_stream import LazyStream
+from packages.core.tests.thread_ranks import Meetings, MeetingStages, ThreadRanks, in_threads
 from tests.common_run import few
 
 

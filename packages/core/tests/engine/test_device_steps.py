@@ -31,9 +31,9 @@ from candle_vllm.core.engine.scheduler import Scheduler
 from candle_vllm.core.kernels.device_stream import Staging
 from candle_vllm.core.sampling.device_edits import mask_in_torch
 from candle_vllm.core.sampling.processors import mask_row
-from candle_vllm.core.testing.exact_sums import exact_sums
-from candle_vllm.core.testing.lazy_stream import LazyStream
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
+from packages.core.tests.exact_sums import exact_sums
+from packages.core.tests.lazy_stream import LazyStream
 
 CPU = torch.device("cpu")
 SIZE = 16

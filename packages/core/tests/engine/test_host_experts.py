@@ -29,9 +29,9 @@ from candle_vllm.core.kernels.offloading import HostWeights, tensors_in
 from candle_vllm.core.layers.adapters import linears_in
 from candle_vllm.core.layers.moe import mixtures_of
 from candle_vllm.core.memory import MIB
-from candle_vllm.core.testing.exact_sums import exact_sums
-from candle_vllm.core.testing.lazy_stream import LazyStream
 from packages.core.tests.engine.test_device_steps import EVERYTHING, asked, drive, make
+from packages.core.tests.exact_sums import exact_sums
+from packages.core.tests.lazy_stream import LazyStream
 from packages.core.tests.models.families import ROWS
 from packages.core.tests.models.gguf_export import export_gguf
 from packages.core.tests.models.tiny import (

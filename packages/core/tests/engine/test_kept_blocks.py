@@ -28,7 +28,7 @@ from candle_vllm.core.engine.sleeping import files_mark
 from candle_vllm.core.fields import read_json
 from candle_vllm.core.testing.toy_adapter import write_adapter
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
-from candle_vllm.core.testing.toy_sight import write_toy_sight
+from packages.core.tests.toy_sight import write_toy_sight
 from tests.waiting import PATIENCE, Clock, wait_for
 
 SIZE = 16  # tokens of a block

@@ -31,11 +31,11 @@ from candle_vllm.core.engine.nodes import Door, Invitation, _connect
 from candle_vllm.core.engine.rank_line import Go, Line, Ready, Score
 from candle_vllm.core.errors import ConfigError, EngineDeadError, ModelLoadError
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
-from candle_vllm.core.testing.toy_sight import write_toy_sight
 from packages.core.tests.engine.test_ranks import GREEDY, KINDS, PROMPTS, dies, until_gone
 from packages.core.tests.engine.test_ranks import USUAL as ALONE
 from packages.core.tests.engine.test_ranks import engine_of as engine_alone
 from packages.core.tests.models.test_sight import write_towers
+from packages.core.tests.toy_sight import write_toy_sight
 from tests.ports import free_port
 from tests.waiting import PATIENCE, wait_for
 

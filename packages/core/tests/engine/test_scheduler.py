@@ -71,6 +71,38 @@ def test_a_waiting_prompt_of_a_higher_priority_does_not_wait_for_prompts_that_ha
     assert run_step(engine) == [("0", 16, 9), ("1", 0, 1)]
 
 
+@pytest.mark.parametrize("lacking", ["a place", "blocks"])
+@pytest.mark.parametrize("cache", [False, True])
+def test_running_sequences_of_a_lower_priority_make_way(lacking: str, cache: bool) -> None:
+    engine = scheduler(blocks=12 if lacking == "blocks" else 64, seqs=2 if lacking == "a place" else 8, cache=cache)
+    for order in range(2):
+        engine.add(make([order] * 15, order, max_tokens=12, priority=order))
+    for _ in range(4):
+        run_step(engine)  # both decode, and the steps go on from one to the next
+    assert engine._going is not None
+    engine.add(make([2] * 11, 2, max_tokens=2))
+    assert [(name, count) for name, _, count in run_step(engine)] == [("0", 1), ("2", 11)]
+    assert [each.order for each in engine.waiting] == [1], "and not the one of its own priority"
+    assert engine.num_preemptions == 1
+    for _ in range(40):
+        run_step(engine)
+    assert not engine.running
+    assert not engine.waiting
+
+
+def test_nobody_makes_way_for_what_cannot_begin_or_where_answers_are_reproducible() -> None:
+    for skip, reproducible in ((False, False), (True, True)):
+        engine = Scheduler(BlockManager(64, 4), 2, 64, reproducible=reproducible)
+        for order in range(2):
+            engine.add(make([order] * 30, order, max_tokens=12, priority=1))
+            engine.waiting[-1].max_length = 42
+        assert len(engine.schedule()) == 2
+        engine.add(make([0] * 30, 2, skip=skip))  # unless it skips the cache, its first blocks are being computed
+        engine.schedule()
+        assert [each.order for each in engine.waiting] == [2]
+        assert engine.num_preemptions == 0
+
+
 def test_a_cached_prefix_is_not_computed_again_but_its_last_token_is() -> None:
     engine = scheduler()
     engine.add(make(list(range(8)), 0, max_tokens=1))

@@ -38,9 +38,9 @@ from candle_vllm.core.sampling.grammar import GrammarState
 from candle_vllm.core.sampling.llguidance_backend import LlguidanceBackend
 from candle_vllm.core.sampling.llguidance_grammar import LlguidanceGrammar
 from candle_vllm.core.testing import ScriptedEngine
-from candle_vllm.core.testing.exact_sums import exact_sums
-from candle_vllm.core.testing.lazy_stream import LazyStream
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
+from packages.core.tests.exact_sums import exact_sums
+from packages.core.tests.lazy_stream import LazyStream
 from tests.waiting import PATIENCE
 
 CPU = torch.device("cpu")

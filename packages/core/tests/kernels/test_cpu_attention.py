@@ -344,7 +344,7 @@ def test_head_ratios(teams: dict[int, ThreadTeam], heads: tuple[int, int], threa
     check(model, teams[threads], [33, 300, 70], [1, 40, 70])
 
 
-@pytest.mark.parametrize("dim", few([16, 18, 32, 64, 72, 80, 96, 112, 128, 160, 256], 16, 18, 64, 72, 128))
+@pytest.mark.parametrize("dim", few([16, 18, 32, 64, 72, 80, 96, 112, 128, 160, 256, 512], 16, 18, 64, 72, 128))
 def test_head_sizes(teams: dict[int, ThreadTeam], dim: int) -> None:
     check(Model(dim=dim, heads=4, kv_heads=2), teams[2], [130, 41], [1, 23])
 
@@ -560,8 +560,8 @@ def test_exp2() -> None:
 
 
 def test_supported() -> None:
-    assert all(supported(dim, 16) for dim in (16, 18, 72, 80, 96, 128, 256))
-    assert not any(supported(dim, 16) for dim in (0, 8, 17, 258))
+    assert all(supported(dim, 16) for dim in (16, 18, 72, 80, 96, 128, 256, 512))
+    assert not any(supported(dim, 16) for dim in (0, 8, 17, 514))
     assert [supported(64, block) for block in (8, 16, 24, 32, 1024)] == [False, True, False, True, True]
 
 
@@ -574,7 +574,7 @@ READERS = [Isa.GENERIC, *([Isa.AVX_VNNI] if host_isa() & Isa.VNNI else [])]  # b
 
 
 @pytest.mark.parametrize(("keys", "values"), few([*QUANTISED, *MIXED], *QUANTISED))
-@pytest.mark.parametrize("dim", few([32, 64, 96, 128, 256], 64))
+@pytest.mark.parametrize("dim", few([32, 64, 96, 128, 256, 512], 64))
 def test_quantised_caches(teams: dict[int, ThreadTeam], keys: CacheKind, values: CacheKind, dim: int) -> None:
     """Of what the caches hold nothing is lost but the rounding of weights, in chunks of every size, split and not."""
     for block in (16, 64):

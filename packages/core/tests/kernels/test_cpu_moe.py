@@ -234,6 +234,7 @@ def test_experts_of_all_kinds(kinds: tuple[str, ...], activation: Activation, bi
         {"scoring": "sigmoid", "biased": True, "scale": 1.5},
         {"scoring": "softmax", "groups": 4, "top_groups": 2},
         {"scoring": "sigmoid", "biased": True, "groups": 6, "top_groups": 3},
+        {"scoring": "softmax", "scaled": True},
     ],
     ids=str,
 )
@@ -241,10 +242,12 @@ def test_routing(options: dict[str, Any], team: ThreadTeam) -> None:
     """Biases of 3 are chosen by, and nothing is weighed with them."""
     options = dict(options)
     problem, bias = Problem(24, 5, 32, 32), random(24, seed=9) * 3 if options.pop("biased", False) else None
-    plan = Plan(problem, Routing(top_k=5, bias=bias, **options))
+    scales = random(24, seed=10) if options.pop("scaled", False) else None
+    plan = Plan(problem, Routing(top_k=5, bias=bias, expert_scale=scales, **options))
     for tokens in (1, 40):
         x = problem.x[:tokens]
         weights, experts = route(problem.logits(x), 5, bias=bias, **options)
+        weights = weights if scales is None else weights * scales[experts.long()]
         assert error(plan.run(team, x), problem.wanted(x, weights, experts)) < 1e-5
 
 

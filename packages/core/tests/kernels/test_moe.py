@@ -87,6 +87,14 @@ def test_a_bias_chooses_and_does_not_weigh() -> None:
     assert weights.tolist() == [[0.5]]
 
 
+def test_weights_of_each_expert_are_scaled_at_the_end() -> None:
+    logits, scales = random(5, 8), random(8, seed=1)
+    plain, experts = route(logits, 3, scale=2.0)
+    weights, same = route(logits, 3, scale=2.0, expert_scale=scales)
+    assert same.tolist() == experts.tolist()
+    assert torch.equal(weights, plain * scales[experts.long()])
+
+
 def test_numbers_that_are_none_give_valid_experts() -> None:
     logits = torch.tensor([[math.nan] * 4, [1.0, math.nan, -math.inf, 2.0]])
     assert route(logits, 4)[1].tolist() == [[0, 1, 2, 3], [3, 0, 1, 2]]

@@ -372,6 +372,7 @@ def test_weights_larger_than_the_cache_are_taken_in_turns(lone_thread, monkeypat
     assert same_bits(multiply(lone_thread, matrix, inputs), whole)
 
 
+@pytest.mark.one_of_each
 @pytest.mark.parametrize("prologue", [Prologue.SILU, Prologue.GELU_GATE], ids=lambda prologue: prologue.name)
 @pytest.mark.parametrize("kind", [PackedKind.Q4_1, PackedKind.Q4_K, PackedKind.Q8_0], ids=lambda kind: kind.name)
 def test_gated_products_are_quantised_where_they_are_made(kind, prologue, team, lone_thread):

@@ -12,7 +12,7 @@ import torch
 
 from candle_vllm.core.kernels.collectives.token_shares import LEAST_SAVED, TokenShares, least_step, rows_sent
 from candle_vllm.core.kernels.moe import Pairs
-from candle_vllm.core.testing.thread_ranks import ThreadRanks, in_threads
+from packages.core.tests.thread_ranks import ThreadRanks, in_threads
 
 WIDTH, K = 16, 2
 

@@ -8,8 +8,11 @@ A row is what transformers' config is made with, beside `tiny.SMALL`. The row's 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+from candle_vllm.core.testing.toy_model import TOY_VOCAB_SIZE
+from tests.common_run import few
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +24,8 @@ class Row:
         config: keys of its config.
         gguf: the GGUF architecture, where files of this kind are published; None leaves GGUF out.
         recorded: the compiled CPU kernels serve it.
+        interpreted: the Triton kernels serve it.
+        common: its tests are in the common run; else behind the marker `every_case`.
         undecided: share of tokens that may go to other experts where attention in bfloat16 decides a near tie.
     """
 
@@ -28,6 +33,8 @@ class Row:
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     gguf: str | None = None
     recorded: bool = True
+    interpreted: bool = True
+    common: bool = True
     undecided: float = 0.0
 
 
@@ -103,6 +110,36 @@ GEMMA3 = {
 GEMMA3_ROPE = {
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
     "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
+}
+
+# windows of 16 tokens and one layer in three without; heads as large as published ones, and others
+GEMMA4 = {
+    "head_dim": 32,
+    "global_head_dim": 64,
+    "num_hidden_layers": 3,
+    "sliding_window": 16,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    "hidden_size_per_layer_input": 0,
+    "final_logit_softcapping": 3.0,
+}
+GEMMA4_31B = GEMMA4 | {"num_global_key_value_heads": 1, "attention_k_eq_v": True}
+GEMMA4_WIDE = GEMMA4_31B | {"head_dim": 256, "global_head_dim": 512, "num_hidden_layers": 2, "layer_types": None}
+GEMMA4_E4B = GEMMA4 | {
+    "num_hidden_layers": 6,
+    "layer_types": ["sliding_attention", "full_attention"] * 3,
+    "num_kv_shared_layers": 3,
+    "use_double_wide_mlp": True,
+    "hidden_size_per_layer_input": 32,
+    "vocab_size_per_layer_input": TOY_VOCAB_SIZE,
+    "num_key_value_heads": 1,
+}
+GEMMA4_MOE = GEMMA4 | {
+    "enable_moe_block": True,
+    "num_experts": 6,
+    "top_k_experts": 3,
+    "moe_intermediate_size": 64,
+    "attention_k_eq_v": True,
+    "num_global_key_value_heads": 1,
 }
 
 MIXTRAL = {"num_local_experts": 6, "num_experts_per_tok": 4}
@@ -250,6 +287,19 @@ QWEN35_ROPE = {
 }
 QWEN35 = QWEN3_NEXT | {"rope_parameters": QWEN35_ROPE}
 
+# of their own keys for the sizes of heads and MLPs
+CLASSIC = {"hidden_size": 128, "num_key_value_heads": None, "intermediate_size": None}
+GPT2_SCALES = CLASSIC | {"scale_attn_by_inverse_layer_idx": True, "activation_function": "relu"}
+GPT_NEO = CLASSIC | {"hidden_size": 64, "attention_types": [[["global", "local"], 1]], "window_size": 16}
+NEOX_SEQUENTIAL = CLASSIC | {"intermediate_size": 96, "use_parallel_residual": False}
+FALCON = CLASSIC | {"ffn_hidden_size": 96}
+FALCON_40B = FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2}
+FALCON_11B = FALCON_40B | {"num_ln_in_parallel_attn": 1, "tie_word_embeddings": False}
+FALCON_1B = FALCON | {"parallel_attn": False, "bias": True, "multi_query": False}  # with rotary positions
+OPT = {"hidden_size": 128, "ffn_dim": 96}
+OPT_350M = OPT | {"do_layer_norm_before": False, "word_embed_proj_dim": 64, "enable_bias": False}
+STARCODER2 = {"hidden_size": 128, "sliding_window": 16, "use_bias": False, "tie_word_embeddings": False}
+
 ROWS: Mapping[str, Row] = {
     "Llama": Row("llama", {"head_dim": 32}, "llama"),
     "Llama 3 rope": Row("llama", {"head_dim": 32, "rope_parameters": LLAMA3}, "llama"),
@@ -265,6 +315,12 @@ ROWS: Mapping[str, Row] = {
     "Gemma-2 scale": Row("gemma2", GEMMA2 | {"query_pre_attn_scalar": 24, "attn_logit_softcapping": None}),
     "Gemma-3": Row("gemma3_text", GEMMA3, "gemma3"),
     "Gemma-3 stretched": Row("gemma3_text", GEMMA3 | {"rope_parameters": GEMMA3_ROPE}, "gemma3"),
+    "Gemma-4": Row("gemma4_text", GEMMA4_31B, "gemma4"),
+    "Gemma-4 wide heads": Row("gemma4_text", GEMMA4_WIDE, "gemma4", interpreted=False, common=False),
+    "Gemma-4 shared keys": Row("gemma4_text", GEMMA4_E4B, "gemma4"),
+    "Gemma-4 experts": Row("gemma4_text", GEMMA4_MOE, "gemma4", undecided=0.1),
+    "Gemma-4 biases": Row("gemma4_text", GEMMA4 | {"attention_bias": True, "attention_k_eq_v": True}, common=False),
+    "Gemma-4 unified": Row("gemma4_unified_text", GEMMA4 | {"tie_word_embeddings": False}, common=False),
     "GLM-4": Row("glm4", {"head_dim": 32, "attention_bias": True}, "glm4"),
     "GLM-4 chat": Row("glm", {"head_dim": 32, "attention_bias": True, "partial_rotary_factor": 0.25}, "chatglm"),
     "DeepSeek-V2": Row("deepseek_v2", DEEPSEEK | {"topk_method": "group_limited_greedy"}, "deepseek2", undecided=0.1),
@@ -277,6 +333,9 @@ ROWS: Mapping[str, Row] = {
         DEEPSEEK
         | {"rope_interleave": False, "norm_topk_prob": False, "rope_parameters": DEEPSEEK_YARN | {"mscale": 1.3}},
         undecided=0.1,
+    ),
+    "GLM-4.7-Flash": Row(
+        "glm4_moe_lite", DEEPSEEK | {"n_group": 1, "topk_group": 1}, "deepseek2", common=False, undecided=0.1
     ),
     "DeepSeek-V3 dense": Row("deepseek_v3", DEEPSEEK | {"first_k_dense_replace": 2, "q_lora_rank": None}, "deepseek2"),
     "Mixtral": Row("mixtral", {"head_dim": 32} | MIXTRAL, "llama", undecided=0.1),
@@ -316,6 +375,22 @@ ROWS: Mapping[str, Row] = {
     "LFM2 biases": Row("lfm2", LFM2 | LFM2_BIAS),
     "LFM2-MoE": Row("lfm2_moe", LFM2_MOE, "lfm2moe", undecided=0.1),
     "LFM2-MoE plain": Row("lfm2_moe", LFM2_MOE | LFM2_PLAIN, undecided=0.1),
+    "GPT-2": Row("gpt2", CLASSIC | {"n_inner": 96}, "gpt2"),
+    "GPT-2 scales": Row("gpt2", GPT2_SCALES, common=False),
+    "GPT-BigCode": Row("gpt_bigcode", CLASSIC | {"n_inner": 96}, "starcoder", common=False),
+    "GPT-BigCode heads": Row("gpt_bigcode", CLASSIC | {"multi_query": False}, common=False),
+    "GPT-Neo": Row("gpt_neo", GPT_NEO, common=False),
+    "GPT-NeoX": Row("gpt_neox", CLASSIC | {"intermediate_size": 96}, "gptneox"),
+    "GPT-NeoX sequential": Row("gpt_neox", NEOX_SEQUENTIAL, "gptneox", common=False),
+    "GPT-J": Row("gptj", CLASSIC | {"rotary_dim": 12}, common=False),
+    "OPT": Row("opt", OPT, common=False),
+    "OPT-350m": Row("opt", OPT_350M),
+    "Falcon": Row("falcon", FALCON, "falcon", common=False),
+    "Falcon-40B": Row("falcon", FALCON_40B, "falcon", common=False),
+    "Falcon-11B": Row("falcon", FALCON_11B, "falcon", common=False),
+    "Falcon-1B": Row("falcon", FALCON_1B, common=False),
+    "StarCoder2": Row("starcoder2", {"hidden_size": 128}, "starcoder2", common=False),
+    "StarCoder2 window": Row("starcoder2", STARCODER2, common=False),
 }
 
 FORMATS: Mapping[str, str] = {
@@ -335,6 +410,8 @@ ISQ_TYPES: Mapping[str, float] = {"q8_0": 0.05, "q4_0": 0.5}
 
 TOWERS: Mapping[str, str] = {
     "Gemma3ForConditionalGeneration": "Gemma3ForCausalLM",
+    "Gemma4ForConditionalGeneration": "Gemma4ForCausalLM",
+    "Gemma4UnifiedForConditionalGeneration": "Gemma4UnifiedForCausalLM",
     "Mistral3ForConditionalGeneration": "Ministral3ForCausalLM",
     "Qwen3_5ForConditionalGeneration": "Qwen3_5ForCausalLM",
     "Qwen3_5MoeForConditionalGeneration": "Qwen3_5MoeForCausalLM",
@@ -360,6 +437,12 @@ CUDA_ISQ = ("Llama", "Mixtral", "DeepSeek-V2")
 def cuda_rows(format: str) -> list[str]:
     """Rows that it runs in a format of quantised safetensors."""
     return list(CUDA_FORMATS.get(format, first_rows()))
+
+
+def cases(names: Iterable[str]) -> list[Any]:
+    """For `parametrize`: rows by their names, with the marker where they are not common."""
+    names = list(names)
+    return few(names, *(name for name in names if ROWS[name].common))
 
 
 def first_rows() -> list[str]:

@@ -22,17 +22,23 @@ _KEPT_PLAIN = re.compile(
 
 
 def write_format(source: Path, format: str, folder: Path) -> tuple[Path, Path]:
-    """Folders of the quantised checkpoint and of the plain one, below `folder`."""
+    """Folders of the quantised checkpoint and of the plain one, below `folder`.
+
+    GPT-2's matrices, plain ones of which have inputs as rows, are quantised with outputs as rows, as GPTQ's makers do.
+    """
     stored, plain = (shutil.copytree(source, folder / kind) for kind in ("stored", "plain"))
     weights = load_file(source / "model.safetensors")
     parts, config = dict(weights), {}
     names = [name for name, weight in weights.items() if weight.dim() == 2 and _quantised(name)]
     assert len(names) >= 2, "nothing to quantise"
     for matrix in names:
-        written = WRITERS[FORMATS[format]](parts.pop(matrix))
+        turned = config_of(source)["model_type"] == "gpt2" and ".c_" in matrix
+        weight = parts.pop(matrix)
+        written = WRITERS[FORMATS[format]](weight.T.contiguous() if turned else weight)
         stem = matrix.removesuffix(".weight")
         parts |= {stem + end: part.contiguous() for end, part in written.parts.items()}
-        weights[matrix], config = written.weight, written.config
+        weights[matrix] = written.weight.T.contiguous() if turned else written.weight
+        config = written.config
     save_file(parts, stored / "model.safetensors")
     save_file(weights, plain / "model.safetensors")
     kept = [name.removesuffix(".weight") for name in weights if weights[name].dim() == 2 and name not in names]

@@ -34,7 +34,7 @@ def export_gguf(folder: Path, path: Path, architecture: str, *, quantization: st
     """Writes one GGUF file with the byte tokenizer; matrices that the type can hold are quantised."""
     from gguf import quants
 
-    config = config_of(folder)
+    config = usual_config(folder)
     kind = GGMLQuantizationType[quantization]
     writer = GGUFWriter(path, architecture)
     _shared(writer, config)
@@ -60,6 +60,22 @@ def export_gguf(folder: Path, path: Path, architecture: str, *, quantization: st
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+_USUAL_KEYS = {
+    "n_embd": "hidden_size",
+    "n_head": "num_attention_heads",
+    "n_layer": "num_hidden_layers",
+    "n_positions": "max_position_embeddings",
+    "n_inner": "intermediate_size",
+    "ffn_hidden_size": "intermediate_size",
+}
+
+
+def usual_config(folder: Path) -> dict[str, Any]:
+    """A checkpoint's config, with what the older families name otherwise under the usual keys too."""
+    config = config_of(folder)
+    return config | {usual: config[own] for own, usual in _USUAL_KEYS.items() if own in config}
 
 
 def _shared(writer: GGUFWriter, config: Mapping[str, Any]) -> None:
@@ -153,6 +169,41 @@ def _gemma(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> T
             writer.add_rope_scaling_type(RopeScalingType.LINEAR)
             writer.add_rope_scaling_factor(full["factor"])
     return {name: data + 1 if name.endswith("norm.weight") else data for name, data in tensors.items()}
+
+
+def _gemma4(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    """Lists where layers differ, divisors of frequencies that turn nothing, and names of scales."""
+    local = [kind == "sliding_attention" for kind in config["layer_types"]]
+    full = config["per_layer_config"][str(local.index(False))]
+    dim, shared, inner = full["head_dim"], config["num_kv_shared_layers"], config["intermediate_size"]
+    heads = config["num_key_value_heads"], full.get("num_key_value_heads", config["num_key_value_heads"])
+    widths = [inner * (1 + config["use_double_wide_mlp"] * (n >= len(local) - shared)) for n in range(len(local))]
+    writer.add_feed_forward_length(widths)
+    writer.add_head_count_kv([heads[0] if windowed else heads[1] for windowed in local])
+    for add in (writer.add_key_length, writer.add_value_length, writer.add_rope_dimension_count):
+        add(dim)
+    for add in (writer.add_key_length_swa, writer.add_value_length_swa, writer.add_rope_dimension_count_swa):
+        add(config["head_dim"])
+    writer.add_shared_kv_layers(shared)
+    writer.add_embedding_length_per_layer_input(config["hidden_size_per_layer_input"])
+    writer.add_sliding_window(config["sliding_window"])
+    writer.add_sliding_window_pattern(local)
+    writer.add_final_logit_softcapping(config["final_logit_softcapping"])
+    turned, ropes = dim // 8, config["rope_parameters"]
+    writer.add_rope_freq_base(ropes["full_attention"]["rope_theta"])
+    writer.add_rope_freq_base_swa(ropes["sliding_attention"]["rope_theta"])
+    if config["enable_moe_block"]:
+        writer.add_expert_count(config["num_experts"])
+        writer.add_expert_used_count(config["top_k_experts"])
+        writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+    made = {"rope_freqs.weight": np.array([1.0] * turned + [1e30] * (dim // 2 - turned), np.float32)}
+    for name, data in tensors.items():
+        layer = f"blk.{name.split('.')[2]}."
+        scales = {"router.scale": "ffn_gate_inp.scale", "per_expert_scale": "ffn_down_exps.scale"}
+        scale = next((layer + new for old, new in scales.items() if name.endswith(old)), None)
+        parts = name.endswith(("layer_scalar", "experts.gate_up_proj", "experts.down_proj"))
+        made[scale or (f"{name}.weight" if parts else name)] = data
+    return made
 
 
 def _glm4(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
@@ -369,7 +420,7 @@ def deepseek2(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors, *
 
 
 def _deepseek_experts(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
-    newer = config["model_type"] == "deepseek_v3"
+    newer = config["model_type"] != "deepseek_v2"
     writer.add_leading_dense_block_count(config["first_k_dense_replace"])
     writer.add_expert_shared_count(config["n_shared_experts"])
     writer.add_expert_weights_scale(config["routed_scaling_factor"])
@@ -453,7 +504,50 @@ def _lfm2(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Te
     return {name.replace("expert_bias", "expert_bias.bias"): data for name, data in made.items()}
 
 
+def _gpt2(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    """Matrices with outputs as rows; StarCoder has one head of keys and values."""
+    writer.add_layer_norm_eps(config["layer_norm_epsilon"])
+    if config["model_type"] == "gpt_bigcode":
+        writer.add_head_count_kv(1)
+        return tensors
+    return {name: data.T if ".c_" in name and data.ndim == 2 else data for name, data in tensors.items()}
+
+
+def _fused_heads(tensors: Tensors, heads: int, kv_heads: int) -> Tensors:
+    """Rows of all q, then of all k and v, which stand behind each other for each head of keys and values."""
+    made = dict(tensors)
+    for name, data in tensors.items():
+        if ".query_key_value." in name:
+            each = data.reshape(kv_heads, heads // kv_heads + 2, -1, *data.shape[1:])
+            parts = (each[:, :-2], each[:, -2], each[:, -1])
+            made[name] = np.concatenate([part.reshape(-1, *data.shape[1:]) for part in parts])
+    return made
+
+
+def _gptneox(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    _partial(writer, config)
+    writer.add_parallel_residual(config["use_parallel_residual"])
+    return _fused_heads(tensors, config["num_attention_heads"], config["num_attention_heads"])
+
+
+def _falcon(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    kv_heads = config["num_kv_heads"] if config["new_decoder_architecture"] else 1
+    writer.add_head_count_kv(kv_heads)
+    writer.add_layer_norm_eps(config["layer_norm_epsilon"])
+    return _fused_heads(tensors, config["num_attention_heads"], kv_heads)
+
+
+def _starcoder2(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    writer.add_layer_norm_eps(config["norm_epsilon"])
+    return tensors
+
+
 CONVERTERS: Mapping[str, Convert] = {
+    "gptneox": _gptneox,
+    "falcon": _falcon,
+    "starcoder2": _starcoder2,
+    "gpt2": _gpt2,
+    "starcoder": _gpt2,
     "phi2": _phi2,
     "phi3": _phi3,
     "stablelm": _stablelm,
@@ -475,6 +569,7 @@ CONVERTERS: Mapping[str, Convert] = {
     "gemma": _gemma,
     "gemma2": _gemma,
     "gemma3": _gemma,
+    "gemma4": _gemma4,
     "glm4": _glm4,
     "chatglm": _chatglm,
     "deepseek2": deepseek2,

@@ -34,8 +34,8 @@ from candle_vllm.core.engine.states import StatePool
 from candle_vllm.core.kernels.device_stream import CudaStream, DeviceStream
 from candle_vllm.core.loading.cache_specs import NO_STATES, StateRoom, states
 from candle_vllm.core.remote import RemoteEngine
-from candle_vllm.core.testing.lazy_stream import LazyStream
-from candle_vllm.core.testing.thread_ranks import Meetings, MeetingStages, ThreadRanks, ToldRanks, in_threads
+from packages.core.tests.lazy_stream import LazyStream
+from packages.core.tests.thread_ranks import Meetings, MeetingStages, ThreadRanks, ToldRanks, in_threads
 
 Answers: TypeAlias = list[tuple[tuple[int, ...], list[float]]]
 """Tokens, and log-probabilities of a prompt."""

@@ -14,7 +14,7 @@ import torch
 from candle_vllm.core import EngineConfig
 from candle_vllm.core.conversion import write_gguf
 from candle_vllm.core.testing.toy_encoder import toy_encoder_config, write_toy_encoder
-from packages.core.tests.models.families import ROWS
+from packages.core.tests.models.families import ROWS, cases
 from packages.core.tests.models.gguf_export import export_gguf
 from packages.core.tests.models.tiny import (
     cuts,
@@ -43,7 +43,7 @@ def folder_of(name: str, folders: dict[str, Path], tmp_path_factory: pytest.Temp
     return folders[name]
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", cases(ROWS))
 def test_logits_equal_transformers(
     name: str, folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -53,7 +53,7 @@ def test_logits_equal_transformers(
         assert error(eager_logits(folder, tokens, chunks), theirs) < 1e-4, chunks
 
 
-@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.recorded])
+@pytest.mark.parametrize("name", cases(name for name, row in ROWS.items() if row.recorded))
 def test_compiled_steps_are_close(
     name: str, folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -119,7 +119,7 @@ def test_what_is_compiled_needs_no_torch(
     assert beside.stdout == alone.stdout
 
 
-@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.gguf])
+@pytest.mark.parametrize("name", cases(name for name, row in ROWS.items() if row.gguf))
 def test_gguf_equals_safetensors(
     name: str, folders: dict[str, Path], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

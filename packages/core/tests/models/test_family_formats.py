@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from packages.core.tests.models.families import FORMATS, ISQ_TYPES, ROWS, first_rows
+from packages.core.tests.models.families import FORMATS, ISQ_TYPES, ROWS, cases, first_rows
 from packages.core.tests.models.family_formats import write_format
 from packages.core.tests.models.tiny import (
     device_logits,
@@ -36,7 +36,7 @@ def folder_of(name: str, folders: dict[str, Path]) -> Path:
 
 @pytest.mark.one_of_each
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("name", first_rows())
+@pytest.mark.parametrize("name", cases(first_rows()))
 def test_logits_are_those_of_the_numbers(name: str, format: str, folders: dict[str, Path], tmp_path: Path) -> None:
     """To the last digit op by op, decoded or as a GPU holds them; the compiled kernels round activations to 8 bits or
     bfloat16."""
@@ -50,7 +50,7 @@ def test_logits_are_those_of_the_numbers(name: str, format: str, folders: dict[s
 
 @pytest.mark.one_of_each
 @pytest.mark.parametrize("kind", ISQ_TYPES)
-@pytest.mark.parametrize("name", first_rows())
+@pytest.mark.parametrize("name", cases(first_rows()))
 def test_in_situ_quantisation(name: str, kind: str, folders: dict[str, Path]) -> None:
     """The types' own error, from 8 bits of rounding to 4, on matrices of normal numbers."""
     source = folder_of(name, folders)

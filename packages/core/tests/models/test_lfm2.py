@@ -13,14 +13,17 @@ from candle_vllm.core.errors import InvalidFileError, ModelLoadError, Unsupporte
 from candle_vllm.core.loading.cache_specs import PagedSpec, StatePart, StateSpec
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.models.registry import family_from_gguf, family_from_hf
-from candle_vllm.core.testing.exact_sums import exact_sums
 from packages.core.tests.engine.test_adapter_steps import TEXTS, Served, apart, random_adapter
+from packages.core.tests.exact_sums import exact_sums
 from packages.core.tests.models.families import LFM2, ROWS
 from packages.core.tests.models.published_configs import CONFIGS
 from packages.core.tests.models.test_state_layers import alone, ask, engine, on_device, prompts, settings_of
 from packages.core.tests.models.tiny import SMALL, eager_logits, some_tokens, spread, their_logits, write_tiny
+from tests.common_run import few
 
 NAMES = ["LFM2", "LFM2 biases", "LFM2-MoE"]
+KINDS = [(name, kind) for name in NAMES for kind in ("eager", "compiled")]
+CUTS = [[1, 2, 3, 4, 10, 19], list(range(1, 20))]  # around the tails of convolutions, and anywhere
 DRAFTS = {"speculative_config": {"method": "suffix", "num_speculative_tokens": 5}}
 
 
@@ -39,15 +42,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 # ---- states ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("cuts", few(CUTS, CUTS[0]), ids=["some", "all"])
 @pytest.mark.parametrize("name", NAMES)
-def test_every_cut_gives_transformers_logits(name: str, folder: Callable[[str], Path]) -> None:
+def test_every_cut_gives_transformers_logits(name: str, cuts: list[int], folder: Callable[[str], Path]) -> None:
     tokens = some_tokens(20)
     theirs = their_logits(folder(name), tokens)
-    for first in range(1, 20):
+    for first in cuts:
         assert spread(eager_logits(folder(name), tokens, [first, 20 - first]), theirs) < 1e-5
     assert spread(eager_logits(folder(name), tokens, [1] * 20), theirs) < 1e-5
 
 
+@pytest.mark.one_of_each
 @pytest.mark.parametrize("kind", ["eager", "compiled"])
 @pytest.mark.parametrize(
     ("name", "more"),
@@ -65,7 +70,9 @@ def test_no_answer_is_another(name: str, more: dict[str, Any], kind: str, folder
     assert counts.accepted_draft_tokens or more is not DRAFTS
 
 
-@pytest.mark.parametrize(("name", "more"), [("LFM2", {"drafts": 12}), ("LFM2-MoE", {"captured": 40})])
+@pytest.mark.parametrize(
+    ("name", "more"), few([("LFM2", {"drafts": 12}), ("LFM2-MoE", {"captured": 40})], ("LFM2", {"drafts": 12}))
+)
 def test_the_runner_of_a_gpu_gives_the_same(name: str, more: dict[str, Any], folder: Callable[[str], Path]) -> None:
     given = prompts()
     with exact_sums():
@@ -75,8 +82,7 @@ def test_the_runner_of_a_gpu_gives_the_same(name: str, more: dict[str, Any], fol
     assert bool(built.stats().accepted_draft_tokens) == ("drafts" in more)
 
 
-@pytest.mark.parametrize("kind", ["eager", "compiled"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "kind"), few(KINDS, *KINDS[::4], *KINDS[3::4]))
 def test_adapters_are_as_merged_weights(name: str, kind: str, folder: Callable[[str], Path]) -> None:
     """On every product: convolutions' projections, attention, feed-forward layers, routers and experts."""
     settings = settings_of(kind)

@@ -18,8 +18,8 @@ from candle_vllm.core.loading.cache_specs import PagedSpec, StatePart, StateSpec
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.views import ColumnOrder, constant
 from candle_vllm.core.models.registry import family_from_gguf, family_from_hf
-from candle_vllm.core.testing.exact_sums import exact_sums
 from packages.core.tests.engine.test_adapter_steps import TEXTS, Served, apart, random_adapter
+from packages.core.tests.exact_sums import exact_sums
 from packages.core.tests.models.families import OLMO_HYBRID, QWEN3_NEXT, QWEN35, QWEN_MOE, ROWS
 from packages.core.tests.models.gguf_export import export_gguf
 from packages.core.tests.models.test_state_layers import alone, ask, engine, on_device, prompts, settings_of
@@ -37,8 +37,11 @@ from packages.core.tests.models.tiny import (
     typical_spread,
     write_tiny,
 )
+from tests.common_run import few
 
 NAMES = ["Qwen3.5", "Qwen3.5 even heads", "Qwen3.5-MoE", "Qwen3-Next", "Qwen3-Next sparse steps", "OLMo Hybrid turned"]
+KINDS = [(name, kind) for name in NAMES for kind in ("eager", "compiled")]
+CUTS = [[1, 2, 3, 4, 10, 19], list(range(1, 20))]  # around the tails of convolutions, and anywhere
 DRAFTS = {"speculative_config": {"method": "suffix", "num_speculative_tokens": 5}}
 
 
@@ -57,15 +60,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 # ---- states ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("cuts", few(CUTS, CUTS[0]), ids=["some", "all"])
 @pytest.mark.parametrize("name", NAMES)
-def test_every_cut_gives_transformers_logits(name: str, folder: Callable[[str], Path]) -> None:
+def test_every_cut_gives_transformers_logits(name: str, cuts: list[int], folder: Callable[[str], Path]) -> None:
     tokens = some_tokens(20)
     theirs = their_logits(folder(name), tokens)
-    for first in range(1, 20):
+    for first in cuts:
         assert spread(eager_logits(folder(name), tokens, [first, 20 - first]), theirs) < 1e-5
     assert spread(eager_logits(folder(name), tokens, [1] * 20), theirs) < 1e-5
 
 
+@pytest.mark.one_of_each
 @pytest.mark.parametrize("kind", ["eager", "compiled"])
 @pytest.mark.parametrize(
     ("name", "more"),
@@ -91,7 +96,10 @@ def test_no_answer_is_another(name: str, more: dict[str, Any], kind: str, folder
 
 @pytest.mark.parametrize(
     ("name", "more"),
-    [("Qwen3.5", {"drafts": 12}), ("Qwen3.5 even heads", {"captured": 40}), ("Qwen3.5-MoE", {"blocks": 14})],
+    few(
+        [("Qwen3.5", {"drafts": 12}), ("Qwen3.5 even heads", {"captured": 40}), ("Qwen3.5-MoE", {"blocks": 14})],
+        ("Qwen3.5-MoE", {"blocks": 14}),
+    ),
 )
 def test_the_runner_of_a_gpu_gives_the_same(name: str, more: dict[str, Any], folder: Callable[[str], Path]) -> None:
     given = prompts()
@@ -104,8 +112,7 @@ def test_the_runner_of_a_gpu_gives_the_same(name: str, more: dict[str, Any], fol
     assert bool(counts.preemptions) == ("blocks" in more)
 
 
-@pytest.mark.parametrize("kind", ["eager", "compiled"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "kind"), few(KINDS, *KINDS[::4], *KINDS[3::4]))
 def test_adapters_are_as_merged_weights(name: str, kind: str, folder: Callable[[str], Path]) -> None:
     """On every product: projections of delta nets and attention, feed-forward layers, routers and experts."""
     settings = settings_of(kind)

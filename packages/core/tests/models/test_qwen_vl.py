@@ -51,10 +51,10 @@ from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.models.qwen_vl import FAMILY
 from candle_vllm.core.models.registry import family_from_hf
 from candle_vllm.core.remote import RemoteEngine
-from candle_vllm.core.testing.exact_sums import exact_sums
-from candle_vllm.core.testing.lazy_stream import LazyStream
 from candle_vllm.core.text.pretokenizers import PRE_TOKENIZERS
 from candle_vllm.core.vision.preprocessing import window_order
+from packages.core.tests.exact_sums import exact_sums
+from packages.core.tests.lazy_stream import LazyStream
 from packages.core.tests.models.families import QWEN35
 from packages.core.tests.models.peft_adapters import randomise as randomise_adapter
 from packages.core.tests.models.published_configs import CONFIGS
@@ -116,6 +116,8 @@ TEXTS: dict[str, dict[str, Any]] = {
 DEEP = ("qwen3_vl", "qwen3_vl_moe")
 HYBRIDS = ("qwen3_5", "qwen3_5_moe")
 NEWEST = (*DEEP, *HYBRIDS)
+SOME = ("qwen2_5_vl", "qwen3_vl", "qwen3_5_moe")  # of each text model: plain, with layers to add to, with states
+JOINED = [(kind, joined) for kind in KINDS for joined in (False, True)]
 PROCESSOR = {
     "image_processor_type": "Qwen2VLImageProcessor", "min_pixels": 256, "max_pixels": 1600, "patch_size": 4,
     "merge_size": 2, "temporal_patch_size": 2, "image_mean": [0.48145466, 0.4578275, 0.40821073],
@@ -235,6 +237,7 @@ def request_of(loaded: LoadedModel, pictures: list[NDArray[np.uint8]], text: str
     return GenerationRequest(request_id="r", prompt_token_ids=ids, params=GREEDY, images=images)
 
 
+@pytest.mark.one_of_each
 @pytest.mark.parametrize("text", [ASK, ONE * 2 + "?", f"{ONE} and a longer text than before, then {ONE}"])
 @pytest.mark.parametrize("chunks", [[1000], [7], [1, 2, 30]])
 def test_positions_are_those_of_transformers(chunks: list[int], text: str, folder: Path, theirs: Any) -> None:
@@ -266,6 +269,7 @@ def test_positions_are_those_of_transformers(chunks: list[int], text: str, folde
     assert np.array_equal(ours[:, length:], np.repeat([np.arange(length, total) + delta.item()], 3, 0))
 
 
+@pytest.mark.one_of_each
 @pytest.mark.parametrize("eager", [True, False])
 @pytest.mark.parametrize("tokens", [512, 23])
 def test_logits_are_those_of_transformers(tokens: int, eager: bool, folder: Path, theirs: Any) -> None:
@@ -296,7 +300,11 @@ def alone(folder: Path) -> list[tuple[int, ...]]:
         return found
 
 
-@pytest.mark.parametrize("tokens", [512, 64, 17])
+@pytest.mark.parametrize(
+    ("folder", "tokens"),
+    few([(kind, tokens) for kind in KINDS for tokens in (512, 64, 17)], *zip(KINDS, (512, 64, 17) * 2, strict=True)),
+    indirect=["folder"],
+)
 def test_answers_are_the_same_in_a_batch_in_chunks_and_cached(
     tokens: int, folder: Path, alone: list[tuple[int, ...]]
 ) -> None:
@@ -343,7 +351,7 @@ def test_pictures_need_no_torch(folder: Path) -> None:
     few(
         [(kind, eager) for kind in KINDS for eager in (True, False)],
         ("qwen3_vl_moe", True),
-        *((kind, False) for kind in KINDS),
+        *((kind, False) for kind in SOME),
     ),
     indirect=["folder"],
 )
@@ -389,6 +397,7 @@ def test_steps_of_a_gpu_have_the_same_answers(folder: Path, how: str) -> None:
     assert bool(stream.replayed) == (how != "one by one")
 
 
+@pytest.mark.parametrize("folder", few(KINDS, *SOME), indirect=True)
 def test_a_text_alone_has_the_bits_of_the_text_model(folder: Path, tmp_path: Path) -> None:
     config = read_json(folder / "config.json")
     named = {
@@ -435,6 +444,7 @@ def test_conversations_have_pictures_here_and_in_another_process(folder: Path) -
     assert list(found[0].prompt_token_ids).count(PAD) == 5 * 4
 
 
+@pytest.mark.parametrize("folder", few(KINDS, "qwen3_vl"), indirect=True)
 def test_what_cannot_be_seen_is_refused_by_name(folder: Path) -> None:
     with InferenceEngine(folder) as engine:
         for prompt, message in (
@@ -451,6 +461,7 @@ def test_what_cannot_be_seen_is_refused_by_name(folder: Path) -> None:
             engine.chat([{"role": "user", "content": [{"type": "video", "video": "x.mp4"}]}], GREEDY)
 
 
+@pytest.mark.parametrize("folder", few(KINDS, "qwen3_vl"), indirect=True)
 def test_an_operator_says_how_large_pictures_become(folder: Path, tmp_path: Path) -> None:
     """By either name, before what the file says; and more than what is usual, up to what is published."""
     usual = loaded_from(folder, enforce_eager=True).sight
@@ -716,7 +727,7 @@ def write_mmproj(folder: Path, made: Path, *, joined: bool = False, quantised: b
     return made
 
 
-@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize(("folder", "joined"), few(JOINED, *JOINED[::3]), indirect=["folder"])
 def test_a_gguf_file_and_that_of_its_tower_are_the_same_model(
     joined: bool, folder: Path, tmp_path: Path, alone: list[tuple[int, ...]]
 ) -> None:
@@ -728,7 +739,7 @@ def test_a_gguf_file_and_that_of_its_tower_are_the_same_model(
         assert answers(engine, PROMPTS) == alone
 
 
-@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize(("folder", "joined"), few(JOINED, *JOINED[::3]), indirect=["folder"])
 def test_a_tower_may_be_quantised(joined: bool, folder: Path, tmp_path: Path) -> None:
     """In its file, or as it is loaded: it gives what one of the numbers that its blocks stand for gives; where those
     are multiplied as they are stored, what they are multiplied by is rounded as well."""
@@ -763,6 +774,7 @@ def test_a_tower_may_be_quantised(joined: bool, folder: Path, tmp_path: Path) ->
         team.close()
 
 
+@pytest.mark.parametrize("folder", few(KINDS, *SOME), indirect=True)
 def test_a_text_model_that_is_quantised_has_pictures(folder: Path) -> None:
     with InferenceEngine(folder, isq="q8_0", enable_prefix_caching=False) as engine:
         wanted = [answers(engine, [prompt])[0] for prompt in PROMPTS]
@@ -782,6 +794,7 @@ def adapted(folder: Path, made: Path, targets: str) -> Any:
     return model.eval()
 
 
+@pytest.mark.parametrize("folder", few(KINDS, *SOME), indirect=True)
 def test_adapters_change_the_text_model_of_a_prompt_with_pictures(folder: Path, tmp_path: Path) -> None:
     theirs = adapted(folder, tmp_path / "a", r".*language_model.*\.(q_proj|v_proj)")
     request = LoRARequest("a", lora_path=str(tmp_path / "a"))
@@ -805,6 +818,7 @@ def test_adapters_change_the_text_model_of_a_prompt_with_pictures(folder: Path, 
         assert [each.outputs[0].token_ids for each in together] == wanted
 
 
+@pytest.mark.parametrize("folder", few(KINDS, *SOME), indirect=True)
 def test_an_adapter_of_a_tower_is_refused_by_name(folder: Path, tmp_path: Path) -> None:
     adapted(folder, tmp_path / "a", r".*visual.*\.qkv")
     with (

@@ -27,9 +27,8 @@ from candle_vllm.core.kernels.weight_quant.rows import quantise
 from candle_vllm.core.layers.adapters import number_places
 from candle_vllm.core.layers.parameters import SHAPES
 from candle_vllm.core.loading.adapters import read_adapter
-from candle_vllm.core.testing.exact_sums import exact_sums
-from candle_vllm.core.testing.thread_ranks import ThreadRanks, in_threads
-from packages.core.tests.models.families import FORMATS, ROWS
+from packages.core.tests.exact_sums import exact_sums
+from packages.core.tests.models.families import FORMATS, ROWS, cases
 from packages.core.tests.models.family_formats import write_format
 from packages.core.tests.models.gguf_export import export_gguf
 from packages.core.tests.models.peft_adapters import base_of, trained
@@ -43,6 +42,7 @@ from packages.core.tests.models.tiny import (
     step_logits,
     write_tiny,
 )
+from packages.core.tests.thread_ranks import ThreadRanks, in_threads
 
 
 def adapted_logits(loaded: LoadedModel, source: Path, adapter: Path) -> torch.Tensor:
@@ -70,7 +70,7 @@ def logits_of(source: Path, size: int, chunks: list[int], **settings: Any) -> li
     return in_threads(size, work)
 
 
-@pytest.mark.parametrize("name", [name for name in ROWS if not name.startswith("OLMo")])
+@pytest.mark.parametrize("name", cases(name for name in ROWS if not name.startswith("OLMo")))
 def test_ranks_give_the_logits_of_one(name: str, tmp_path: Path) -> None:
     row = ROWS[name]
     write_tiny(tmp_path, row.model_type, **row.config)

@@ -43,10 +43,10 @@ from candle_vllm.core.memory import Room
 from candle_vllm.core.models.siglip import FAMILY
 from candle_vllm.core.remote import RemoteEngine
 from candle_vllm.core.testing.toy_model import write_toy_gguf
-from candle_vllm.core.testing.toy_sight import toy_sight_config, write_toy_sight
 from candle_vllm.core.vision.preprocessing import tile_rule
 from candle_vllm.core.vision.prompts import Sight, Sighted
 from packages.core.tests.models.sight import answers, finished, prompt_error
+from packages.core.tests.toy_sight import toy_sight_config, write_toy_sight
 
 RANDOM = np.random.default_rng(3)
 PICTURES = [RANDOM.integers(0, 256, size, dtype=np.uint8) for size in ((40, 70, 3), (32, 32, 3), (9, 100, 3))]
@@ -384,7 +384,7 @@ def test_texts_alone_may_be_asked_for(folder: Path) -> None:
 def test_what_does_not_fit_is_refused_before_the_rest_is_decoded(folder: Path) -> None:
     with InferenceEngine(folder, max_model_len=128) as engine:
         prompt = {"prompt": "<image>" * 3, "multi_modal_data": {"image": [PICTURES[0], PICTURES[0], b"none"]}}
-        with pytest.raises(PromptTooLongError, match=r"with it the prompt has \d+ tokens and more; the context is 128"):
+        with pytest.raises(PromptTooLongError, match=r"\d+ tokens and more; the maximum context length is 128"):
             engine.generate(prompt, GREEDY, use_tqdm=False)
 
 
@@ -392,5 +392,5 @@ def test_what_stands_for_a_picture_is_not_written_down_where_it_does_not_fit() -
     said = {"size": {"longest_edge": 4096}, "max_image_size": {"longest_edge": 1}}
     parts = Sighted(family="siglip", rule=tile_rule(Fields(said, Path("p.json"))), mark=1, asks=1, cell=1)
     sight = Sight(parts, words=lambda cut: pytest.fail(f"words for {cut.tiles} tiles"))
-    with pytest.raises(PromptTooLongError, match="with it the prompt has 16777217 tokens and more; the context is 128"):
+    with pytest.raises(PromptTooLongError, match="16777217 tokens and more; the maximum context length is 128"):
         sight.look([1], [PICTURES[1]], most_tokens=128)

@@ -35,10 +35,9 @@ from candle_vllm.core.fields import Fields, read_json
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.models.registry import tower_family, tower_family_named
 from candle_vllm.core.remote import RemoteEngine
-from candle_vllm.core.testing.exact_sums import exact_sums
-from candle_vllm.core.testing.lazy_stream import LazyStream
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model, write_toy_tokenizer
-from candle_vllm.core.testing.toy_sight import write_toy_sight
+from packages.core.tests.exact_sums import exact_sums
+from packages.core.tests.lazy_stream import LazyStream
 from packages.core.tests.models.gguf_export import export_gguf
 from packages.core.tests.models.sight import (
     answers,
@@ -50,6 +49,7 @@ from packages.core.tests.models.sight import (
     require_same,
 )
 from packages.core.tests.models.tiny import SMALL, config_of, load, randomise
+from packages.core.tests.toy_sight import write_toy_sight
 from tests.common_run import few
 
 RANDOM = np.random.default_rng(3)

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from candle_vllm.core.testing.exact_sums import exact_sums
-from candle_vllm.core.testing.toy_sight import write_toy_sight
+from packages.core.tests.exact_sums import exact_sums
 from packages.core.tests.models import test_qwen_vl, test_sight_families
 from packages.core.tests.models.sight import answers_of_ranks, answers_op_by_op, require_same
 from packages.core.tests.models.tiny import load
+from packages.core.tests.toy_sight import write_toy_sight
 from tests.common_run import few
 
 WRITERS: dict[str, tuple[Callable[[Path], Path], str]] = {

@@ -18,7 +18,6 @@ from candle_vllm.core.devices import CPU
 from candle_vllm.core.engine.eager_runner import StageRunner
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.loading.gguf import open_gguf
-from candle_vllm.core.testing.thread_ranks import ThreadRanks, in_threads
 from packages.core.tests.models.families import FORMATS, ROWS
 from packages.core.tests.models.family_formats import write_format
 from packages.core.tests.models.gguf_export import export_gguf
@@ -32,6 +31,7 @@ from packages.core.tests.models.tiny import (
     step_logits,
     write_tiny,
 )
+from packages.core.tests.thread_ranks import ThreadRanks, in_threads
 from tests.common_run import few
 
 
@@ -61,7 +61,10 @@ def logits_of(source: Path, size: int, stages: int, chunks: list[int], **setting
 
 
 COMMON = ["Llama", "Phi", "Gemma 2", "gpt-oss", "DeepSeek-V3"]
-CASES = [(name, size) for name in ROWS for size in (1, 2) if size == 1 or not name.startswith("OLMo")]
+REFUSED = "Gemma-4 shared keys"  # its layers read others' keys, and get embeddings of their own
+CASES = [
+    (name, size) for name in ROWS for size in (1, 2) if name != REFUSED and (size == 1 or not name.startswith("OLMo"))
+]
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError, Wei
 from candle_vllm.core.loading.towers import DEFAULTS, text_fields
 from candle_vllm.core.models.registry import family_from_hf
 from candle_vllm.core.testing.toy_model import write_toy_tokenizer
-from packages.core.tests.models.families import GEMMA3, MINISTRAL3_ROPE, QWEN35, QWEN_MOE
+from packages.core.tests.models.families import GEMMA3, GEMMA4_E4B, MINISTRAL3_ROPE, QWEN35, QWEN_MOE
 from packages.core.tests.models.family_formats import write_format
 from packages.core.tests.models.tiny import (
     SMALL,
@@ -35,6 +35,7 @@ from packages.core.tests.models.tiny import (
 VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 ROWS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "Gemma-3": ("gemma3", "siglip_vision_model", {"model_type": "gemma3_text"} | GEMMA3),
+    "Gemma-4": ("gemma4", "gemma4_vision", {"model_type": "gemma4_text"} | GEMMA4_E4B),
     "Mistral 3": ("mistral3", "pixtral", {"model_type": "mistral", "head_dim": 32}),
     "Mistral 3 with Ministral 3": (
         "mistral3",

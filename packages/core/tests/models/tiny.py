@@ -83,9 +83,13 @@ def randomise(model: torch.nn.Module) -> None:
                 weight.uniform_(-4.0, 0.0)
             else:
                 weight.add_(torch.randn_like(weight) * 0.1)
+                if name.endswith("q_norm.weight") and str(getattr(model.config, "model_type", "")).startswith("gemma4"):
+                    weight.mul_(len(weight) ** -0.5)  # its scores are not scaled: norms learn to do that
         for name, buffer in model.named_buffers():
             if name.endswith(("e_score_correction_bias", "expert_bias")):
                 buffer.normal_(0.0, 0.1)
+            elif name.endswith("layer_scalar"):
+                buffer.uniform_(0.5, 1.2)
 
 
 def some_tokens(count: int = LENGTH) -> list[int]:

@@ -34,9 +34,9 @@ from candle_vllm.core.engine.model_runner import ModelRunner
 from candle_vllm.core.engine.request import GenerationRequest, PoolingRequest
 from candle_vllm.core.engine.scheduler import Scheduler
 from candle_vllm.core.pooling import PoolingKind, PoolingParams
-from candle_vllm.core.testing.exact_sums import exact_sums
-from candle_vllm.core.testing.lazy_stream import LazyStream
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_gguf, write_toy_model
+from packages.core.tests.exact_sums import exact_sums
+from packages.core.tests.lazy_stream import LazyStream
 from tests.waiting import until
 
 CPU = torch.device("cpu")

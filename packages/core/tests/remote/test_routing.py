@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from candle_vllm.core.remote.routing import Room, Router
-from candle_vllm.core.testing.replica_load import (
+from benchmarks.serve.replica_load import (
     BLOCK,
     Machine,
     Outcome,
@@ -15,6 +14,7 @@ from candle_vllm.core.testing.replica_load import (
     shortest_queue,
     simulate,
 )
+from candle_vllm.core.remote.routing import Room, Router
 
 ROOM = Room(num_blocks=8, block_size=16, max_num_seqs=4)
 

@@ -22,8 +22,8 @@ from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.sampling.sampler import SampledToken, Sampler
 from candle_vllm.core.sampling.shared_rows import draw_shared, sample_some, wishes
 from candle_vllm.core.sampling.state import SamplingState
-from candle_vllm.core.testing.lazy_stream import LazyStream
-from candle_vllm.core.testing.thread_ranks import ThreadRanks, in_threads
+from packages.core.tests.lazy_stream import LazyStream
+from packages.core.tests.thread_ranks import ThreadRanks, in_threads
 
 INF = math.inf
 # Temperature, min_p, top_k, top_p.

@@ -27,9 +27,9 @@ from candle_vllm.core.errors import (
     InvalidParameterError,
     UnsupportedParameterError,
 )
-from candle_vllm.core.testing.toy_sight import write_toy_sight
 from candle_vllm.core.vision import fetching
 from candle_vllm.core.vision.fetching import ImageAddress, ImageSources
+from packages.core.tests.toy_sight import write_toy_sight
 from tests.waiting import PATIENCE, until
 
 BODY = b"bytes of an image"

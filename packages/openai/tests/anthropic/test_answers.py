@@ -114,7 +114,7 @@ async def test_a_plain_answer() -> None:
         "type": "message",
         "role": "assistant",
         "model": "scripted",
-        "content": [{"type": "text", "text": "hello", "citations": None}],
+        "content": [{"type": "text", "text": "hello"}],
         "stop_reason": "end_turn",
         "stop_sequence": None,
         "usage": {

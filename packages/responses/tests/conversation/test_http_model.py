@@ -7,6 +7,9 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2
@@ -176,7 +179,10 @@ def envelope(**fields: Any) -> bytes:
         (302, b"", ModelServerError, "302"),
     ],
 )
-async def test_refusals(status: int, body: bytes, kind: type[Exception], words: str) -> None:
+async def test_refusals(
+    status: int, body: bytes, kind: type[Exception], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_model, "_WAITS", ())
     with pytest.raises(kind) as caught:
         await said(answering(body, status))
     assert words in str(caught.value)
@@ -187,6 +193,75 @@ async def test_refusals(status: int, body: bytes, kind: type[Exception], words: 
         assert isinstance(caught.value, RequestError)
         assert (caught.value.param, caught.value.code) == ("top_p", "invalid_value")  # pyright: ignore
     assert isinstance(caught.value, EngineOverloadedError) == (status in (429, 503))
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds that a model would wait; none of them pass."""
+    found: list[float] = []
+
+    async def wait(seconds: float) -> None:
+        found.append(seconds)
+
+    monkeypatch.setattr(http_model, "asyncio", SimpleNamespace(sleep=wait, timeout=asyncio.timeout))
+    return found
+
+
+def in_turn(answers: list[Any], seen: list[str]) -> HttpModel:
+    """A server that gives these answers, one a request: status and headers, an exception, or a stream."""
+
+    async def route(request: httpx2.Request) -> httpx2.Response:
+        seen.append(request.url.path)
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        if isinstance(answer, bytes):
+            return httpx2.Response(200, content=answer, headers={"content-type": "text/event-stream"})
+        return httpx2.Response(answer[0], headers=answer[1], content=envelope(message="busy"))
+
+    return HttpModel("http://server.test/v1", model="m", transport=httpx2.MockTransport(route))
+
+
+async def test_a_busy_server_is_asked_again(waits: list[float], caplog: pytest.LogCaptureFixture) -> None:
+    seen: list[str] = []
+    date = format_datetime(datetime.now(UTC) + timedelta(seconds=100), usegmt=True)
+    answers = [
+        (429, {"retry-after": "30"}), (503, {}), (529, {"retry-after": date}), httpx2.ReadError("gone"),
+        sse(delta("stop", content="Hi")),
+    ]  # fmt: skip
+    (answer, _) = await said(in_turn(answers, seen))
+    assert answer.final_message == "Hi"
+    assert waits[:2] == [30, 2]
+    assert 90 < waits[2] <= 100
+    assert waits[3:] == [8]
+    assert len(seen) == 5
+    assert "answered 429: busy: trying again in 30 s" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("answers", "asked"),
+    [
+        ([(503, {"retry-after": "nan"})] * 5, 5),
+        ([(429, {"retry-after": "3600"})], 1),
+        ([(400, {"retry-after": "1"})], 1),
+        ([httpx2.ConnectError("refused")], 1),
+        ([sse(delta(content="x"), {"error": {"message": "busy", "code": 429}})], 1),
+    ],
+)
+async def test_a_server_is_not_asked_for_ever(answers: list[Any], asked: int, waits: list[float]) -> None:
+    seen: list[str] = []
+    with pytest.raises(CandleVllmError):
+        await said(in_turn(list(answers), seen))
+    assert len(seen) == asked
+    assert len(waits) == asked - 1
+
+
+@pytest.mark.parametrize("reason", ["STOP", "eos_token", "end_turn", "content_filter", ""])
+async def test_other_words_for_an_end_are_no_cut(reason: str) -> None:
+    answer, _ = await said(answering(sse(delta(reason, content="x"))))
+    assert answer.stop_reason == "stop"
+    cut, _ = await said(answering(sse(delta("length", content="x"))))
+    assert cut.stop_reason == "length"
 
 
 @pytest.mark.parametrize(

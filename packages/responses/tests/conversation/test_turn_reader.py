@@ -159,10 +159,10 @@ def test_each_of_several_choices_is_read() -> None:
     events += reader.end()
     assert finished == [False, False, False, True]
     assert [event for event in events if event.choice == 0][1:] == [
-        answer.Text(0, "a"), answer.Text(0, "b"), answer.Ended(0, "stop"),
+        answer.Text(0, "a"), answer.Text(0, "b"), answer.Ended(0, answer.Reason.STOP),
     ]  # fmt: skip
     assert [event for event in events if event.choice == 1][1:] == [
-        answer.CallBegun(1, 0, "c", "f"), answer.CallText(1, 0, "{}"), answer.Ended(1, "tool_calls"),
+        answer.CallBegun(1, 0, "c", "f"), answer.CallText(1, 0, "{}"), answer.Ended(1, answer.Reason.TOOL_CALLS),
     ]  # fmt: skip
     with pytest.raises(CandleVllmError, match="more than 128 answers"):
         read(*(chunk(index=number) for number in range(200)))

@@ -29,6 +29,8 @@ class Server:
         self.waiting: dict[Any, Any] = {}
         if MODE == "lies":
             self.tools = [tool("echo", outputSchema={"type": "object", "properties": {"n": {"type": "integer"}}})]
+        if MODE == "bad-parts":
+            self.tools = [tool("echo"), tool("bad", inputSchema={"type": "string"}), {"name": "bare"}]
         if MODE == "twice":
             self.tools = [tool("echo"), tool("echo"), tool("other")]
 
@@ -136,6 +138,10 @@ class Server:
     def call_only_rubbish(self, request: Any, message: dict[str, Any]) -> None:
         while True:
             self.write("rubbish")
+
+    def call_bad_parts(self, request: Any, message: dict[str, Any]) -> None:
+        content = [{"type": "video", "data": "x"}, {"type": "text", "text": "the text"}]
+        self.send(id=request, result={"content": content})
 
     def call_lies(self, request: Any, message: dict[str, Any]) -> None:
         text = message["params"]["arguments"]["text"]

@@ -80,6 +80,13 @@ async def test_every_kind_of_content(scripted: Scripted) -> None:
     )
 
 
+async def test_bad_parts_of_lists_and_results_are_left_out_by_themselves(scripted: Scripted) -> None:
+    async with McpLink(scripted("bad-parts")) as link:
+        assert list(link.tools) == ["echo", "bare"]
+        assert "the tool 'bad' is left out" in "\n".join(link.log_lines())
+        assert said(await link.call("bare", {})) == ("[content of the kind 'video', which is not understood] the text")
+
+
 async def test_progress(scripted: Scripted) -> None:
     seen: list[ToolProgress] = []
     async with McpLink(scripted("progress")) as link:

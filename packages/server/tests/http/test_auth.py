@@ -19,23 +19,19 @@ from starlette.testclient import TestClient
 from candle_vllm.core.progress import Progress
 from candle_vllm.openai.fair_threads import asker
 from candle_vllm.server import Settings, create_app
-from candle_vllm.server.http.auth import (
-    MANAGEMENT_PATHS,
-    PAGES,
-    PUBLIC_PATHS,
-    ApiKeyMiddleware,
-    HostMiddleware,
-    OriginMiddleware,
-)  # fmt: skip
+from candle_vllm.server.app import OPERATIONS
+from candle_vllm.server.http.auth import PAGES, ApiKeyMiddleware, HostMiddleware, OriginMiddleware
 from candle_vllm.server.http.keys import Keyring
 from candle_vllm.server.http.routing import Caller, caller_of
 from candle_vllm.server.models.slot import ModelState
+from candle_vllm.server.openapi.operation import Access
 from candle_vllm.server.settings.options import UsageError
 from packages.server.tests.server_fakes import PacedEngine
 
+ACCESS = Access(OPERATIONS)
 KEYS = ("first-key", "second-key")
 APP = create_app(PacedEngine(), Settings())
-ROUTES = sorted({re.sub(r"\{.*?\}", "x", path) for path in APP.openapi()["paths"]} - PUBLIC_PATHS)
+ROUTES = sorted({re.sub(r"\{.*?\}", "x", path) for path in APP.openapi()["paths"]} - ACCESS.public)
 PATHS = [
     *ROUTES, "/docs", "/redoc", "/openapi.json",
     "/nothing", "/health/", "//health", "/health/../v1/models", "/HEALTH", "/v1/models?x=/health",
@@ -59,7 +55,7 @@ def test_nothing_is_reached_without_a_key(start) -> None:
 
 def test_the_routes_are_known_and_only_two_are_public() -> None:
     assert {"/v1/chat/completions", "/v1/models/load", "/v1/models/x", "/"} <= set(ROUTES)
-    assert {"/health", "/ping", "/ready"} == PUBLIC_PATHS
+    assert {"/health", "/ping", "/ready"} == ACCESS.public
 
 
 def test_health_needs_no_key(start) -> None:
@@ -129,7 +125,7 @@ async def test_threads_are_shared_by_keys() -> None:
     async def application(scope: Any, receive: Any, send: Any) -> None:
         asking.append(asker.get())
 
-    guarded = ApiKeyMiddleware(application, Keyring(Settings(api_key=KEYS)))
+    guarded = ApiKeyMiddleware(application, Keyring(Settings(api_key=KEYS)), ACCESS)
     for key in KEYS:
         head = [(b"authorization", b"Bearer " + key.encode())]
         scope = {"type": "http", "path": "/v1/models", "method": "GET", "headers": head}
@@ -264,7 +260,7 @@ async def test_names_of_a_server_without_keys(kind: str) -> None:
     async def passes(*hosts: str, **changes: Any) -> bool:
         more = [("sec-fetch-site", said)] if (said := changes.pop("site", "")) else []
         allowed = ("http://app.example:2000", "https://*.team.example")
-        layer = functools.partial(HostMiddleware, own="bound.example")
+        layer = functools.partial(HostMiddleware, own="bound.example", public=ACCESS.public)
         return await asked_by([*(("host", host) for host in hosts), *more], allowed, kind, layer, **changes)
 
     assert [host for host in OWN_NAMES if not await passes(host)] == []
@@ -272,7 +268,7 @@ async def test_names_of_a_server_without_keys(kind: str) -> None:
     assert await passes()  # HTTP/1.0, which no browser speaks
     assert not await passes("a" * 60_000 + ".local")  # it would be kept for the next time
     assert not await passes("127.0.0.1", "evil.example")
-    for path in PUBLIC_PATHS:
+    for path in ACCESS.public:
         assert await passes("evil.example", path=path)
     for said, may in (("same-origin", True), ("none", True), ("cross-site", False), ("same-site", False)):
         assert await passes("llm.example", site=said) == may
@@ -294,7 +290,7 @@ async def test_names_of_a_server_without_keys(kind: str) -> None:
 )
 def test_a_name_is_refused_with_the_flag_that_allows_it(settings: dict[str, Any], status: int) -> None:
     with TestClient(create_app(PacedEngine(), Settings(**settings)), base_url="http://evil.example:2000") as client:
-        for path in PUBLIC_PATHS:
+        for path in ACCESS.public:
             assert client.get(path).status_code == 200
         for method in ("GET", "HEAD", "POST", "DELETE", "OPTIONS"):
             refused = client.request(method, "/v1/files")
@@ -327,13 +323,29 @@ def test_the_header_of_anthropic_clients_opens_as_well(start) -> None:
 
 def test_routes_of_operators_want_their_own_key(start) -> None:
     with start(api_key=KEYS, management_key=("operator",)).http() as client:
-        for path in sorted(MANAGEMENT_PATHS):
+        for path in sorted(ACCESS.managed - {"/lora-adapters"}):  # which clients may look at
             for key in (*KEYS, "wrong"):
                 assert client.get(path, headers={"authorization": f"Bearer {key}"}).status_code == 401, path
             assert client.get(path, headers={"authorization": "Bearer operator"}).status_code != 401, path
         refused = client.get("/v1/models", headers={"authorization": "Bearer operator"})
         assert refused.status_code == 401
         assert refused.json()["error"]["message"].startswith("This route wants an API key (--api-key)")
+
+
+def test_routes_of_operators_are_known() -> None:
+    managed = {
+        "/metrics", "/v1/models/load", "/v1/models/unload", "/v1/models/select", "/v1/models/reload",
+        "/v1/models/add", "/v1/models/remove", "/v1/models/status", "/v1/models/inventory", "/v1/usage",
+        "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/server_info", "/reset_prefix_cache", "/v1/queues",
+        "/sleep", "/wake_up", "/is_sleeping", "/api/pull", "/api/copy", "/api/delete",
+    }  # fmt: skip
+    assert ACCESS.managed == managed | {"/v1/queues/{model_id:path}", "/lora-adapters"}
+    for method in ("GET", "POST", "PUT", "DELETE", None):
+        for path in (*managed, "/v1/queues/", "/v1/queues/a/b"):
+            assert ACCESS.manages(method, path), path
+        for path in ("/v1/models", "/v1/models/x", "/v1/queue", "/metrics/", "/health", "/"):
+            assert not ACCESS.manages(method, path), path
+        assert ACCESS.manages(method, "/lora-adapters") == (method != "GET")
 
 
 def test_a_management_key_alone_leaves_the_other_routes_open(start) -> None:

@@ -166,8 +166,8 @@ class EngineFront(ABC):
         most = most if "generate" in self._info.tasks else max(most, MAX_TEXT)
         if len(text) > most:
             raise PromptTooLongError(
-                f"the text has {len(text)} characters; a context of {self._info.max_model_len} tokens holds at most "
-                f"{most} of them",
+                f"the text has {len(text)} characters; the model's maximum context length of "
+                f"{self._info.max_model_len} tokens holds at most {most} of them",
                 name,
             )
 

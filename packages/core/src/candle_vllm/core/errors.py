@@ -96,7 +96,10 @@ class UnsupportedParameterError(InvalidParameterError):
 
 
 class PromptTooLongError(RequestError):
-    """The prompt, or the prompt and `max_tokens` together, cannot fit."""
+    """The prompt, or the prompt and `max_tokens` together, cannot fit.
+
+    Agents and LiteLLM know it by the words "maximum context length", which OpenAI and vLLM use.
+    """
 
 
 class ChatTemplateError(RequestError):

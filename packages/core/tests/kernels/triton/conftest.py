@@ -144,6 +144,7 @@ def background(request: pytest.FixtureRequest) -> Background:
 if INTERPRETED and importlib.util.find_spec("triton") is not None:
     import numpy as np
     from triton import language as tl
+    from triton.language import semantic
     from triton.runtime import interpreter
 
     SMALL = {tl.bfloat16: (torch.bfloat16, torch.uint16), tl.float8e4nv: (torch.float8_e4m3fn, torch.uint8)}
@@ -220,7 +221,15 @@ if INTERPRETED and importlib.util.find_spec("triton") is not None:
         self.numel, self.shape = shapes[sizes]
         self.handle, self.type, self.dtype = handle, type, type.scalar
 
+    # Most operations have two blocks of one shape, which it compares size by size, in its own numbers.
+    broadcast = semantic.TritonSemantic.broadcast_impl_value
+
+    def broadcast_unless_alike(self: Any, one: Any, other: Any) -> tuple[Any, Any]:
+        alike = one.shape is other.shape and one.type.is_block() and other.type.is_block()  # see `shapes`
+        return (one, other) if alike else broadcast(self, one, other)
+
     interpreter._get_np_dtype = known_numpy_type
+    semantic.TritonSemantic.broadcast_impl_value = broadcast_unless_alike
     tl.block_type.__init__ = known_block
     tl.tensor.__init__ = tensor_of_known_shape
     interpreter.GridExecutor.__call__ = launch_alone

@@ -32,10 +32,10 @@ from candle_vllm.core.kernels.lora.device import DeviceAdapters
 from candle_vllm.core.kernels.lora.pack import pack_adapter
 from candle_vllm.core.kernels.lora.reference import EagerAdapters
 from candle_vllm.core.layers.adapters import number_places
-from candle_vllm.core.testing.lazy_stream import LazyStream
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 from packages.core.tests.engine.late_stages import Staged
 from packages.core.tests.kernels.lora_field import fitted, low_rank, stored
+from packages.core.tests.lazy_stream import LazyStream
 
 CPU = torch.device("cpu")
 SIZE, CONTEXT, BLOCKS, SEQUENCES = 16, 96, 60, 2

@@ -22,8 +22,8 @@ from candle_vllm.core.engine.request import GenerationOutput, GenerationRequest,
 from candle_vllm.core.engine.scheduler import Scheduler
 from candle_vllm.core.kernels import dispatch
 from candle_vllm.core.kernels.device_stream import CudaStream
-from candle_vllm.core.testing.lazy_stream import LazyStream
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_gguf, write_toy_model
+from packages.core.tests.lazy_stream import LazyStream
 from packages.core.tests.quantization.format_writers import Written, gptq, quantise_model
 from tests.common_run import few
 

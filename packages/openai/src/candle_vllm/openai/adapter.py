@@ -57,6 +57,7 @@ from candle_vllm.openai.protocol.tokenizing import (
     DetokenizeRequest,
     RenderedPrompt,
     Tokenized,
+    TokenizedContent,
     TokenizeRequest,
 )
 from candle_vllm.openai.remarks import remark
@@ -273,7 +274,7 @@ class OpenAIAdapter:
         parsed = request if isinstance(request, RerankRequest) else parse_rerank_request(request)
         return await self._embedding.rerank(parsed)
 
-    async def tokenize(self, request: TokenizeRequest | Fields) -> Tokenized:
+    async def tokenize(self, request: TokenizeRequest | Fields) -> Tokenized | TokenizedContent:
         """The tokens of a text or of a conversation; nothing is generated."""
         return await self._tokenizing.tokenize(
             parse_tokenize_request(request) if isinstance(request, Mapping) else request

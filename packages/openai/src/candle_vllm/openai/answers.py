@@ -11,7 +11,7 @@ from typing import Any
 from candle_vllm.core.engine.request import GUESS_COUNTS, FinishReason, PositionLogprobs, TokenOutput
 from candle_vllm.core.errors import RequestAbortedError, RequestError
 from candle_vllm.openai.errors import GenerationFailedError
-from candle_vllm.openai.events import Begun, CallBegun, CallText, Ended, Event, Head, Text, Thought, Usage
+from candle_vllm.openai.events import Begun, CallBegun, CallText, Ended, Event, Head, Reason, Text, Thought, Usage
 from candle_vllm.openai.formats import events as found
 from candle_vllm.openai.formats.layout import BoundLayout, SpecialText
 from candle_vllm.openai.formats.parser import OutputParser
@@ -113,8 +113,8 @@ class ChoiceReader:
         stopped = piece.finish_reason is FinishReason.STOP
         called = self._parser is not None and self._parser.num_calls > 0
         if called and stopped and (piece.stop_reason is None or self._last_call_is_whole):
-            return Ended(self._choice, "tool_calls", piece.stop_reason)
-        return Ended(self._choice, "stop" if stopped else "length", piece.stop_reason)
+            return Ended(self._choice, Reason.TOOL_CALLS, piece.stop_reason)
+        return Ended(self._choice, Reason.STOP if stopped else Reason.LENGTH, piece.stop_reason)
 
     def _parsed(self, parser: OutputParser, piece: TokenOutput) -> list[found.Event]:
         text = piece.text if self._special is None else self._special.add(piece.text, piece.special_tokens)
@@ -262,7 +262,7 @@ class AnswerReader:
         events += news
         if piece.finish_reason is not None:
             self._unfinished -= 1
-            events.append(Ended(choice, "length") if self._scored_only else reader.ended(piece))
+            events.append(Ended(choice, Reason.LENGTH) if self._scored_only else reader.ended(piece))
         return events
 
     def _usage(self, *, final: bool) -> Usage:

@@ -160,7 +160,7 @@ class ChatWriter(AnswerWriter[ChatCompletionChunk]):
                 ChunkChoice(
                     index=event.choice,
                     delta=ChatDelta(),
-                    finish_reason=event.reason,
+                    finish_reason=event.reason.value,
                     stop_reason=event.stop,
                     token_ids=self._no_ids,
                 )

@@ -70,7 +70,7 @@ class CompletionWriter(AnswerWriter[Completion]):
                 CompletionChoice(
                     index=event.choice,
                     text="",
-                    finish_reason=event.reason,
+                    finish_reason=event.reason.value,
                     stop_reason=event.stop,
                     token_ids=self._no_ids,
                 )

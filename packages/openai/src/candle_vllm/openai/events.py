@@ -10,14 +10,44 @@ stream. A whole answer is what the events add up to: an edge writes the same pie
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple, Self
 
 import msgspec
 
 from candle_vllm.core.engine.request import PositionLogprobs
 
-Reason = Literal["stop", "length", "tool_calls"]
+
+class Reason(enum.StrEnum):
+    """Why an answer ended; the value is OpenAI's word.
+
+    Attributes:
+        anthropic, ollama, llama_server: the words of these APIs. They have others for a stop string, and Anthropic's
+            for a full context.
+        responses: what the Responses API calls an answer that is incomplete.
+    """
+
+    STOP = "stop", "end_turn", "stop", "eos"
+    LENGTH = "length", "max_tokens", "length", "limit", "max_output_tokens"
+    TOOL_CALLS = "tool_calls", "tool_use", "stop", "eos"
+
+    anthropic: str
+    ollama: str
+    llama_server: str
+    responses: str
+
+    def __new__(cls, value: str, anthropic: str, ollama: str, llama_server: str, responses: str = "") -> Self:
+        reason = str.__new__(cls, value)
+        reason._value_ = value
+        reason.anthropic, reason.ollama = anthropic, ollama
+        reason.llama_server, reason.responses = llama_server, responses
+        return reason
+
+    @property
+    def cut(self) -> bool:
+        """Whether more would have come: the text or its last call may be unfinished."""
+        return self is Reason.LENGTH
 
 
 class Head(NamedTuple):

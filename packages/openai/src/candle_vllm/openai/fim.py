@@ -20,11 +20,9 @@ from candle_vllm.openai.events import Begun, Ended, Event, Head, Text, Usage
 from candle_vllm.openai.protocol import usage as wire
 from candle_vllm.openai.protocol.chat import ChatCompletion, ChatCompletionChunk, ChatDelta, ChunkChoice
 from candle_vllm.openai.protocol.fields import ModelName, Refusal, WireModel
-from candle_vllm.openai.protocol.generation import MaxTokens, Stop
+from candle_vllm.openai.protocol.generation import MaxTokens, Stop, sampling_values
 from candle_vllm.openai.streams import ChunkStream
 from candle_vllm.openai.task import Paths, Task
-
-_SAME = ("temperature", "top_p", "min_tokens", "stop")
 
 
 class FimRequest(WireModel):
@@ -55,7 +53,7 @@ class FimRequest(WireModel):
 
     def task(self, defaults: Mapping[str, Any]) -> Task:
         """What is asked for; `defaults`, by names of `SamplingParams`, are for what the request leaves open."""
-        given = {name: value for name in _SAME if (value := getattr(self, name)) is not None}
+        given = sampling_values(self)
         if self.random_seed is not None:
             given["seed"] = self.random_seed
         return Task(
@@ -116,7 +114,7 @@ class _Writer:
                     last = ChunkChoice(
                         index=0,
                         delta=ChatDelta(content=""),
-                        finish_reason=self._ended.reason,
+                        finish_reason=self._ended.reason.value,
                         stop_reason=self._ended.stop,
                     )
                     made.append(self._chunk(last, usage=wire_usage(event)))

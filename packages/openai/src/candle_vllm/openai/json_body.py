@@ -57,9 +57,20 @@ _LIMITS = (
 )
 
 
+_LINE_ENDS = {end.encode(): f"\\u{ord(end):04x}".encode() for end in "\u2028\u2029\x85"}
+
+
 def to_json_bytes(value: msgspec.Struct) -> bytes:
-    """An answer, chunk or error as JSON in UTF-8."""
-    return msgspec.json.encode(value)
+    """An answer, chunk or error as JSON in UTF-8 that is one line for every reader.
+
+    U+2028, U+2029 and U+0085 end a line for some readers of streams and of JSON lines, Python's `str.splitlines` among
+    them, so they are escaped; JSON escapes all other line ends by itself.
+    """
+    data = msgspec.json.encode(value)
+    for end, escape in _LINE_ENDS.items():
+        if end in data:
+            data = data.replace(end, escape)
+    return data
 
 
 def to_dict(value: msgspec.Struct) -> dict[str, Any]:

@@ -93,9 +93,8 @@ class _Asked(LlamaFields):
 
     def sampling(self) -> dict[str, Any]:
         """What is given, by the names of `SamplingParams`."""
-        found = self.drawing() | ({} if self.ignore_eos is None else {"ignore_eos": self.ignore_eos})
         limit = self.n_predict
-        return found | {"max_tokens": None if limit is None or limit < 0 else max(limit, 1)}
+        return self.drawing() | {"max_tokens": None if limit is None or limit < 0 else max(limit, 1)}
 
     def form(self) -> StructuredOutputsParams | None:
         """What the answer must look like; raises `InvalidParameterError`."""
@@ -179,10 +178,15 @@ def _task(prompt: str | list[int] | MediaPrompt, name: str, shared: Mapping[str,
 
 
 class Extra(WireModel):
-    """A piece of another file."""
+    """A piece of another file. What else an editor notes beside it (llama.vim: `time`) has no effect."""
 
     text: str
     filename: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_known_names(cls, data: Any) -> Any:
+        return {name: data[name] for name in cls.wire_names() if name in data} if isinstance(data, dict) else data
 
 
 class InfillRequest(_Asked):
@@ -190,22 +194,19 @@ class InfillRequest(_Asked):
 
     Attributes:
         input_prefix, input_suffix: what stands before and behind the gap.
+        prompt: the beginning of the gap's line, behind the prefix: editors send the lines above the cursor as prefix.
         input_extra: pieces of other files, which the model reads before it.
     """
 
-    refused_fields: ClassVar[Mapping[str, Refusal]] = {
-        **_REFUSED,
-        "prompt": Refusal("put the beginning of the answer at the end of input_prefix", ("",)),
-    }
-
     input_prefix: str
     input_suffix: str
+    prompt: str = ""
     input_extra: Annotated[list[Extra], Field(max_length=MAX_EXTRA, fail_fast=True)] | None = None
 
     def tasks(self, shared: Mapping[str, Any]) -> list[Task]:
         """What is asked for. Without a suffix the text is continued."""
         before = "".join(_SNIPPET + each.text for each in self.input_extra or ())
-        prefix = f"{before}\n\n{self.input_prefix}" if before else self.input_prefix
+        prefix = (f"{before}\n\n{self.input_prefix}" if before else self.input_prefix) + self.prompt
         return [Task(prompts=(prefix,), suffix=self.input_suffix, **shared)]
 
 
@@ -340,7 +341,7 @@ class _Writer:
             content="",
             stop=True,
             model=self._model,
-            stop_type="limit" if self._ended.reason == "length" else "word" if word else "eos",
+            stop_type="word" if word and not self._ended.reason.cut else self._ended.reason.llama_server,
             stopping_word=word,
             truncated=False,
             tokens_predicted=usage.completion_tokens,

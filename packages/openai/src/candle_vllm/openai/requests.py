@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from candle_vllm.core.sampling.params import SAMPLER_FIELDS, SamplingParams, without_cuts
+from candle_vllm.core.sampling.params import SamplingParams, without_cuts
 from candle_vllm.openai.conversation import text_of
 from candle_vllm.openai.protocol.chat import ChatCompletionRequest
 from candle_vllm.openai.protocol.completions import CompletionRequest
-from candle_vllm.openai.protocol.generation import lora_scales
+from candle_vllm.openai.protocol.generation import lora_scales, sampling_values
 from candle_vllm.openai.protocol.messages import AssistantMessage, SystemMessage, ToolMessage
 from candle_vllm.openai.protocol.messages import ImagePart as WireImage
 from candle_vllm.openai.protocol.messages import Message as WireMessage
@@ -21,29 +21,6 @@ from candle_vllm.openai.task import Call, Message, Part, Paths, Task, TextPart
 from candle_vllm.openai.validation import parse_body
 
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions
-
-# Fields that mean the same in a request and in SamplingParams.
-_SAME_NAMES = (
-    "n",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-    "seed",
-    "min_tokens",
-    "stop",
-    "stop_token_ids",
-    "ignore_eos",
-    "include_stop_str_in_output",
-    "skip_special_tokens",
-    "allowed_token_ids",
-    "bad_words",
-    "cache_salt",
-    *SAMPLER_FIELDS,
-)
 
 
 def parse_chat_request(body: bytes | Mapping[str, Any]) -> ChatCompletionRequest:
@@ -143,7 +120,7 @@ def sampling_params(task: Task, defaults: Mapping[str, Any]) -> SamplingParams:
 
 def _given(request: ChatCompletionRequest | CompletionRequest) -> dict[str, Any]:
     """The sampling values of a request by the names of `SamplingParams`."""
-    given = {name: getattr(request, name) for name in _SAME_NAMES if getattr(request, name) is not None}
+    given = sampling_values(request)
     if request.logit_bias:
         given["logit_bias"] = {int(token): value for token, value in request.logit_bias.items()}
     if isinstance(request, ChatCompletionRequest):

@@ -114,8 +114,9 @@ def check_length(engine: Tokenizes, text: str) -> None:
         found += len(engine.tokenize(text[start : start + _PIECE], add_special_tokens=False)) - _SEAM
         if found > most:
             raise PromptTooLongError(
-                f"the prompt has more than {most} tokens and the context is {most}: shorten the prompt, or load "
-                "the model with a larger `max_model_len` where the model and the memory allow it",
+                f"the prompt has more than {most} tokens and the model's maximum context length is {most} tokens: "
+                "shorten the prompt, or load the model with a larger `max_model_len` where the model and the memory "
+                "allow it",
                 "prompt",
             )
 

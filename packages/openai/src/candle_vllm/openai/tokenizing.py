@@ -19,9 +19,12 @@ from candle_vllm.openai.protocol.tokenizing import (
     Detokenized,
     DetokenizeRequest,
     TokenizeChatRequest,
+    TokenizeContentRequest,
     Tokenized,
+    TokenizedContent,
     TokenizeRequest,
     TokenizeTextRequest,
+    TokenPiece,
 )
 from candle_vllm.openai.requests import parse_chat_request, read_chat
 from candle_vllm.openai.serving import ServedNames, WorkerThreads
@@ -37,7 +40,7 @@ def parse_tokenize_request(body: bytes | Mapping[str, Any]) -> TokenizeRequest:
     if not isinstance(value, Mapping):
         raise InvalidBodyError("The body must be one JSON object.")
     if value.get("messages") is None:
-        return parse_body(TokenizeTextRequest, value)
+        return parse_body(TokenizeContentRequest if "content" in value else TokenizeTextRequest, value)
     request = parse_body(TokenizeChatRequest, value)
     parse_chat_request(request.chat_fields())  # the rules between fields
     return request
@@ -68,9 +71,11 @@ class TokenizingAdapter:
         self._names = names
         self._work = work
 
-    async def tokenize(self, request: TokenizeRequest) -> Tokenized:
+    async def tokenize(self, request: TokenizeRequest) -> Tokenized | TokenizedContent:
         """The tokens of a text or of a conversation; it may be longer than the model's context."""
         self._names.served(request.model)
+        if isinstance(request, TokenizeContentRequest):
+            return await self._work.prepare(self._content, request)
         if isinstance(request, TokenizeTextRequest):
             ids = await self._work.prepare(self._text, request)
         else:
@@ -90,7 +95,14 @@ class TokenizingAdapter:
     def _text(self, request: TokenizeTextRequest) -> list[int]:
         return self._engine.tokenize(request.prompt, add_special_tokens=request.add_special_tokens is not False)
 
-    def _tokenized(self, request: TokenizeRequest, ids: Sequence[int]) -> Tokenized:
+    def _content(self, request: TokenizeContentRequest) -> TokenizedContent:
+        ids = self._engine.tokenize(request.content, add_special_tokens=request.add_special)
+        if not request.with_pieces:
+            return TokenizedContent(tokens=tuple(ids))
+        pairs = zip(ids, self._texts(ids), strict=True)
+        return TokenizedContent(tokens=tuple(TokenPiece(id=token, piece=text) for token, text in pairs))
+
+    def _tokenized(self, request: TokenizeTextRequest | TokenizeChatRequest, ids: Sequence[int]) -> Tokenized:
         return Tokenized(
             count=len(ids),
             max_model_len=self._engine.model_info.max_model_len,
@@ -112,4 +124,5 @@ class TokenizingAdapter:
                 raise InvalidParameterError(
                     f"tokens.{place} is {token}, but the model's vocabulary ends at {vocabulary - 1}", f"tokens.{place}"
                 )
-        return Detokenized(prompt=self._engine.detokenize(ids, skip_special_tokens=False))
+        text = self._engine.detokenize(ids, skip_special_tokens=False)
+        return Detokenized(prompt=text, content=text)

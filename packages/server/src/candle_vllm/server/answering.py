@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -61,6 +61,7 @@ class GenerationApi:
         defaults: the model's sampling defaults in a request that leaves them open.
         kept: how its answers are kept for clients that have gone; None where they are not.
         stream: what streams are sent as.
+        silence: what breaks the silence of a stream, where the API has an event for it.
     """
 
     parse: Callable[[bytes], Any]
@@ -72,12 +73,18 @@ class GenerationApi:
     defaults: Callable[[Any, Settings], Any] = with_defaults
     kept: KeptForm | None = None
     stream: type[EventStream] = EventStream
+    silence: Callable[[], bytes] | None = None
 
 
 async def answer(request: Request, api: GenerationApi) -> Response:
     """The whole way of one request; every failure is an exception."""
     deadline = deadline_of(request)
     return await answer_parsed(request, api, await parsed(request, api.parse), deadline)
+
+
+def json_answer(made: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """An answer of wire types, or of what JSON has, as JSON."""
+    return Response(to_json_bytes(made), status, headers, media_type=JSON)
 
 
 async def answer_parsed(request: Request, api: GenerationApi, wire: Any, deadline: float) -> Response:
@@ -195,6 +202,7 @@ def _stream(
         deadline=deadline,
         too_late=took_too_long(),
         released=released,
+        silence=api.silence,
     )
 
 

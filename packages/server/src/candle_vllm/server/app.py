@@ -33,7 +33,13 @@ from candle_vllm.server.http.keys import Keyring
 from candle_vllm.server.http.limits import HEADERS as LIMIT_HEADERS
 from candle_vllm.server.http.limits import RateLimitMiddleware, RateLimits
 from candle_vllm.server.http.request_id import RequestIdMiddleware
-from candle_vllm.server.http.routing import GreetingMiddleware, HeadMiddleware, Limits, PrefixMiddleware
+from candle_vllm.server.http.routing import (
+    GreetingMiddleware,
+    HeadMiddleware,
+    Limits,
+    PrefixMiddleware,
+    UnversionedMiddleware,
+)
 from candle_vllm.server.keeping import Keeper
 from candle_vllm.server.mcp.access import response_servers
 from candle_vllm.server.models.catalogue import ModelEntry
@@ -43,6 +49,7 @@ from candle_vllm.server.observing.http_metrics import HttpMetricsMiddleware
 from candle_vllm.server.observing.metrics import Metrics, Observation, Outcome
 from candle_vllm.server.observing.model_metrics import ServedEngine
 from candle_vllm.server.openapi.document import ApiDocument
+from candle_vllm.server.openapi.operation import Access, operations_of
 from candle_vllm.server.routes import (
     adapters,
     batches,
@@ -79,6 +86,7 @@ _MODULES = (
     mailbox_routes, ollama, ollama_models, ollama_library, mcp_routes, status, relatives, docs,
 )  # fmt: skip
 ROUTERS = tuple(module.router for module in _MODULES)
+OPERATIONS = operations_of(ROUTERS)
 
 
 def create_app(
@@ -219,16 +227,17 @@ def _describe(app: FastAPI, settings: Settings) -> None:
 
 
 def _add_layers(app: FastAPI, settings: Settings) -> None:
-    """Outside in: prefix > id > counts > CORS > cut-offs > failures > origin > host > HEAD > key > limits > routes."""
+    """Outside in: prefix, version, id, counts, CORS, cut-offs, failures, origin, host, HEAD, key, limits, routes."""
     app.add_middleware(RateLimitMiddleware, limits=app.state.limits)
     if settings.has_api_keys or settings.management_key:
-        public = public_paths() if settings.ui_server else frozenset()
-        app.add_middleware(ApiKeyMiddleware, keys=app.state.keys, public=public)
+        access = Access(OPERATIONS, public_paths() if settings.ui_server else frozenset())
+        app.add_middleware(ApiKeyMiddleware, keys=app.state.keys, access=access)
     app.add_middleware(HeadMiddleware)
     if settings.ollama_port is not None:
         app.add_middleware(GreetingMiddleware, port=settings.ollama_port)
     if not settings.has_api_keys and ANY_ORIGIN not in settings.cors_origin:
-        app.add_middleware(HostMiddleware, own=settings.address.host, allowed=settings.cors_origin)
+        public = Access(OPERATIONS).public
+        app.add_middleware(HostMiddleware, own=settings.address.host, allowed=settings.cors_origin, public=public)
     app.add_middleware(OriginMiddleware, allowed=settings.cors_origin)
     app.add_middleware(FailureMiddleware)
     app.add_middleware(CutOffMiddleware)
@@ -243,5 +252,6 @@ def _add_layers(app: FastAPI, settings: Settings) -> None:
         )
     app.add_middleware(HttpMetricsMiddleware, metrics=app.state.metrics)
     app.add_middleware(RequestIdMiddleware, log=settings.log_requests)
+    app.add_middleware(UnversionedMiddleware)
     if settings.root_path:
         app.add_middleware(PrefixMiddleware, prefix=settings.root_path)

@@ -18,9 +18,10 @@ from candle_vllm.responses.api.kept import KeptResponses
 from candle_vllm.responses.api.outliving import EncodedEvent
 from candle_vllm.responses.api.response_stream import error_detail
 from candle_vllm.responses.api.stored_items import DEFAULT_LIMIT, MAX_LIMIT, PageRequest
-from candle_vllm.responses.protocol.events import ErrorOccurred
+from candle_vllm.responses.protocol.events import ErrorOccurred, StreamEvent
 from candle_vllm.responses.protocol.request import INCLUDABLE
 from candle_vllm.responses.store.entries import (
+    MAX_ID,
     ConversationBusyError,
     NotStoredError,
     StoreFullError,
@@ -31,6 +32,23 @@ from candle_vllm.responses.store.entries import (
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.routing import caller_of
 from candle_vllm.server.http.sse import EventStream, named_event
+
+# The queries in the document.
+INCLUDE: Mapping[str, Any] = {
+    "include": {
+        "enum": [*INCLUDABLE],
+        "description": "Without effect: items are as they were asked for when they were made. It may be repeated.",
+    }
+}
+AFTER: Mapping[str, Any] = {
+    "after": {"type": "string", "maxLength": MAX_ID, "description": "The last id of the page before."}
+}
+ITEM_PAGE: Mapping[str, Any] = {
+    **INCLUDE,
+    "limit": {"type": "integer", "minimum": 1, "maximum": MAX_LIMIT, "default": DEFAULT_LIMIT},
+    "order": {"enum": ["asc", "desc"], "default": "desc", "description": "Oldest or newest first."},
+    **AFTER,
+}
 
 _INCLUDES = ("include", "include[]")  # the second is how OpenAI's clients write a list
 _MAX_NUMBER = 9  # digits
@@ -130,9 +148,33 @@ def store_refusal(failure: Exception) -> HttpError | None:
     return None
 
 
+class ResponseEvents:
+    """Writes the events of one response for one reader.
+
+    Silence is broken by OpenAI's `keepalive`, for clients count events and no comments. It has the number of the event
+    before it, so that numbers have no gap and a reader may come back by any of them.
+    """
+
+    def __init__(self) -> None:
+        self._number = 0
+
+    def write(self, event: StreamEvent | EncodedEvent) -> bytes:
+        """An event in bytes."""
+        if isinstance(event, EncodedEvent):
+            self._number = event.number
+            return named_event(event.name, event.data)
+        self._number = event.sequence_number
+        return named_event(event.event_name, to_json_bytes(event))
+
+    def silence(self) -> bytes:
+        """What is sent where nothing has happened for a while."""
+        return named_event("keepalive", b'{"type":"keepalive","sequence_number":%d}' % self._number)
+
+
 def event_stream(events: AsyncIterator[EncodedEvent]) -> EventStream:
     """Events of a background response for one reader, which may leave."""
-    return EventStream(events, lambda event: named_event(event.name, event.data), _error_event)
+    written = ResponseEvents()
+    return EventStream(events, written.write, _error_event, silence=written.silence)
 
 
 def _error_event(failure: Exception) -> bytes:

@@ -24,11 +24,12 @@ export function chatRequest({ model, path, settings, tools, goOn }: RequestParts
     stream: true,
     stream_options: { include_usage: true, continuous_usage_stats: true },
     return_draft_counts: true,
+    // Without the field, the server would offer the model all tools of its MCP servers.
+    tools: tools.map(({ type, function: { name, description, parameters } }) => ({ type, function: { name, description, parameters } })),
     ...wireFields(settings),
   };
   if (model) request.model = model;
   if (goOn) Object.assign(request, { continue_final_message: true, add_generation_prompt: false });
-  if (tools.length) request.tools = tools.map(({ type, function: { name, description, parameters } }) => ({ type, function: { name, description, parameters } }));
   return request;
 }
 

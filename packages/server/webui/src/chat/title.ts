@@ -27,6 +27,7 @@ export function titleRequest(model: string, path: readonly Message[], system: st
     max_completion_tokens: MAX_TOKENS,
     temperature: 0,
     priority: 1,
+    tools: [], // else the server would offer those of its MCP servers
     ...(thinks ? { enable_thinking: false } : {}),
   };
 }

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 _TABLES = ("embed:", "head:")
 _FINE = (GGMLQuantizationType.Q6_K, GGMLQuantizationType.Q8_0)
-_PLAIN = ("router:", "shared_gate:", "attend.keys:", "attend.values:")  # the last two: see `HeadMatrices`
+_PLAIN = ("positions:", "router:", "shared_gate:", "attend.keys:", "attend.values:")  # the last two: see `HeadMatrices`
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)

@@ -20,11 +20,13 @@ from candle_vllm.core.kernels.packed_linear.pack import MAX_COLUMNS as MAX_PACKE
 from candle_vllm.core.kernels.plain_linear import MAX_COLUMNS, PlainKind, plain_kind
 from candle_vllm.core.kernels.scaled_linear import LEAST_SPAN
 from candle_vllm.core.layers.parameters import Placement
+from candle_vllm.core.loading.cache_specs import paged
 from candle_vllm.core.loading.config import ModelConfig
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.memory import room_for
+from candle_vllm.core.models.gemma_parts import TABLES
 from candle_vllm.core.quantization.plain import ELEMENTS
-from candle_vllm.core.quantization.tensors import StoredTensor
+from candle_vllm.core.quantization.tensors import StoredTensor, Viewed
 from candle_vllm.core.threads import default_threads
 
 logger = logging.getLogger(__name__)
@@ -37,7 +39,7 @@ _FEWER = "take a model with fewer bits"
 DTYPES = {"f32": "F32", "bf16": "BF16", "f16": "F16"}
 """The settings of a type, and their names in `quantization/plain.py`."""
 
-_BEYOND_F16 = frozenset({"gemma2", "gemma3", "gemma3_text", "glm4"})
+_BEYOND_F16 = frozenset({"gemma2", "gemma3", "gemma3_text", "gemma4", "gemma4_text", "gemma4_unified_text", "glm4"})
 """Models whose activations leave the range of float16: vLLM refuses it for them, transformers found it of Gemma 3."""
 
 
@@ -222,8 +224,10 @@ def recording_obstacle(checkpoint: Checkpoint, model: ModelConfig, block_size: i
     if model.latent is not None:
         if not latent_supported(model.latent, block_size):
             return f"latent attention of {model.latent} with blocks of {block_size} tokens (`block_size`) has no kernel"
-    elif not supported(model.head_dim, block_size):
-        return f"heads of {model.head_dim} with blocks of {block_size} tokens (`block_size`) have no kernel"
+        return None
+    for dim in {spec.key_dim for spec in paged(model.cache_specs)}:
+        if not supported(dim, block_size):
+            return f"heads of {dim} with blocks of {block_size} tokens (`block_size`) have no kernel"
     return None
 
 
@@ -285,6 +289,8 @@ def room_for_weights(
 
 
 def _memory_of(placement: Placement, tensor: StoredTensor) -> int:
+    if placement.recorded and tensor.name in TABLES and not isinstance(tensor, Viewed):
+        return 0  # it stays in its file
     if not (placement.recorded or placement.keeps_quantised):
         return tensor.numel * ELEMENTS[placement.dtype].itemsize
     if tensor.dtype is None and not _is_decoded(placement, tensor):

@@ -87,6 +87,12 @@ def stage_of(name: str, family: Family, config: ModelConfig, checkpoint: Checkpo
             "pipeline_parallel_size out",
             "pipeline_parallel_size",
         )
+    if getattr(config, "input_size", 0):
+        raise ConfigError(
+            f"layers of {name} get embeddings of their own, which the first stage alone has: leave "
+            "pipeline_parallel_size out",
+            "pipeline_parallel_size",
+        )
     tensors, paths = checkpoint.tensors, dict[str, set[str]]()
     for each in expand(family.weights, config, checkpoint.format):
         if each.names and (stored := each.find(tensors)) is not None:

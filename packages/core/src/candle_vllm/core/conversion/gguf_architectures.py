@@ -44,6 +44,24 @@ def _gemma3(config: Any) -> Keys:
     return keys
 
 
+def _gemma4(config: Any) -> Keys:
+    """Numbers that differ by layer are lists, and those of one kind of layer keys of their own."""
+    window = next(layer for layer, has in enumerate(config.sliding_windows) if has is not None)
+    dim, keys = config.shapes[window][1], _gemma3(config)
+    keys |= {
+        "feed_forward_length": [width * config.intermediate_size for width in config.widths],
+        "attention.head_count_kv": [heads for heads, _ in config.shapes],
+        "attention.key_length_swa": dim,
+        "attention.value_length_swa": dim,
+        "attention.shared_kv_layers": sum(layer != source for layer, source in enumerate(config.sources)),
+        "rope.dimension_count_swa": config.local_rope.dim,
+        "embedding_length_per_layer_input": config.input_size,
+    }
+    if config.mixture is not None:
+        keys |= _counts(config.mixture) | {"expert_feed_forward_length": config.mixture.inner_size}
+    return keys
+
+
 def _phi3(config: Any) -> Keys:
     """Without a window, llama.cpp wants a 0: it takes the file for an old one otherwise."""
     keys: Keys = {"attention.sliding_window": 0} | _window(config)
@@ -69,6 +87,15 @@ def _axes(config: Any) -> Keys:
 
 def _stablelm(config: Any) -> Keys:
     return {"use_parallel_residual": config.parallel}
+
+
+def _gpt_neox(config: Any) -> Keys:
+    return {"use_parallel_residual": config.parallel}
+
+
+def _falcon_names(config: Any) -> Sequence[str]:
+    """A block's only norm is the first."""
+    return ("attn_qkv.", "attn_norm.") if config.shared_norm else ("attn_qkv.",)
 
 
 def _whole_head_norms(config: Any) -> Keys:
@@ -210,6 +237,8 @@ def _lfm2(config: Any) -> Keys:
 
 _LAYER_NORM = "attention.layer_norm_epsilon"
 _CONVOLVED = (DIVISORS, *(f".shortconv.{part}.bias" for part in ("in_proj", "conv", "out_proj")))
+_GEMMA4 = Architecture(name="gemma4", more=_gemma4, unread=(), names=lambda _: ("gate_up_exps",))
+_FUSED = {"names": lambda _: ("attn_qkv",), "eps": _LAYER_NORM, "square": True, "unread": (DIVISORS,)}
 _DEEPSEEK = Architecture(
     name="deepseek2",
     more=_deepseek,
@@ -243,6 +272,8 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "gemma": Architecture(name="gemma"),
         "gemma2": Architecture(name="gemma2", more=_gemma2),
         "gemma3_text": Architecture(name="gemma3", more=_gemma3),
+        "gemma4_text": _GEMMA4,
+        "gemma4_unified_text": _GEMMA4,
         "phi": Architecture(name="phi2", eps=_LAYER_NORM, head=True, square=True, unread=(DIVISORS,)),
         "phi3": Architecture(name="phi3", more=_phi3, names=lambda _: ("attn_qkv",), square=True),
         "stablelm": Architecture(
@@ -255,6 +286,12 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "gpt_oss": Architecture(name="gpt-oss", more=_gpt_oss, head=True, unread=(DIVISORS,)),
         "deepseek_v2": _DEEPSEEK,
         "deepseek_v3": _DEEPSEEK,
+        "glm4_moe_lite": _DEEPSEEK,
+        "gpt2": Architecture(name="gpt2", **_FUSED),
+        "gpt_bigcode": Architecture(name="starcoder", **_FUSED),
+        "gpt_neox": Architecture(name="gptneox", more=_gpt_neox, head=True, **_FUSED),
+        "falcon": Architecture(name="falcon", names=_falcon_names, eps=_LAYER_NORM, square=True),
+        "starcoder2": Architecture(name="starcoder2", more=_window, eps=_LAYER_NORM, square=True, unread=(DIVISORS,)),
         "lfm2": Architecture(name="lfm2", more=_lfm2, unread=_CONVOLVED, square=True),
         "lfm2_moe": Architecture(name="lfm2moe", more=_lfm2, unread=_CONVOLVED, square=True),
     }

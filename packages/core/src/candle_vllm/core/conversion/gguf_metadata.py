@@ -72,7 +72,10 @@ def _rope(rope: RopeConfig, log_multiplier: float | None) -> Keys:
 
 
 def rope_tensors(config: ModelConfig) -> dict[str, np.ndarray]:
-    """By what each frequency is divided, [R/2], where GGUF has tensors for it: Llama 3's scaling, longrope's two."""
+    """By what each frequency is divided, [R/2], where GGUF has tensors for it: of Llama 3, longrope and Gemma 4."""
+    if config.rope.kind == "proportional":  # dividing by so much stands for a frequency of 0
+        turns = np.arange(config.rope.dim // 2) < config.rope.rotated // 2
+        return {DIVISORS: np.where(turns, config.rope.factor, 1e30).astype(np.float32)}
     if config.rope.kind == "llama3":
         plain = _frequencies(dataclasses.replace(config.rope, kind="default"), config)
         return {DIVISORS: plain / _frequencies(config.rope, config)}
@@ -100,7 +103,7 @@ def pooling_keys(files: ModelFiles, size: int, default: PoolingKind) -> Keys:
 # ---- read again ------------------------------------------------------------------------------------------------------
 
 _ELSEWHERE = ("model_type", "eos_token_ids")  # what has another word, or is no description
-_ROUGH = ("embedding_scale",)  # some models round it to their own type; GGUF's readers do not
+_ROUGH = ("embedding_scale", "input_scale")  # some models round it to their own type; GGUF's readers do not
 
 
 def check_description(config: ModelConfig, written: Checkpoint) -> None:

@@ -629,7 +629,7 @@ class DeviceRunner:
             self.decoder.logits(hidden, own)
         else:
             assert isinstance(self.decoder, DecoderStack)
-            self.decoder.scoring.own_logits(hidden, own)
+            self.decoder.own_logits(hidden, own)
 
     def _take_kept(self) -> None:
         """What is asked for of the last step is what a captured one left."""

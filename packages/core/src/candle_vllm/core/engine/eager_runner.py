@@ -130,9 +130,9 @@ class EagerRunner(StepwiseRunner):
         if wishes is None:
             return self.decoder.logits(hidden)
         assert isinstance(self.decoder, DecoderStack)
-        scoring = self.decoder.scoring
-        assert scoring.share is not None
-        return Shares(scoring.own_logits(hidden), scoring.share, wishes)
+        share = self.decoder.scoring.share
+        assert share is not None
+        return Shares(self.decoder.own_logits(hidden), share, wishes)
 
     def hidden_sum(self, rows: Ints) -> NDArray[np.float64]:
         """See `ModelRunner`."""

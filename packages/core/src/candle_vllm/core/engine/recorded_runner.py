@@ -164,7 +164,10 @@ class RecordedRunner(StepwiseRunner):
         if self._looked_up is not None:
             self._looked_up.begin(recorder)
         last = self._decoder.config.num_layers - 1 if narrows else None
-        hidden = self._layers(self._decoder, recorder, dataclasses.replace(self._step, narrows=last))
+        positions = step_tokens(recorder, recorder.arrays.positions)
+        hidden = self._layers(
+            self._decoder, recorder, dataclasses.replace(self._step, positions=positions, narrows=last)
+        )
         ends = len(recorder.plan), recorder.num_rows
         self._decoder.logits(hidden)
         kept = self._step.taps
@@ -203,9 +206,11 @@ class RecordedRunner(StepwiseRunner):
     def run(self, batch: Batch) -> NDArray[np.float32]:
         """See `StepwiseRunner`."""
         if batch.goes_on and batch.drawn_rows is self._rows:
+            self._recorder.look_up()
             self.team.run(self._plan.rows, self._plan.count + self._plan_draws)
             return self._wanted
         self._lay_out(batch)
+        self._recorder.look_up()
         self._adapters = batch.adapters
         narrows = self._narrows and batch.ends_alone and batch.adapters is None
         self._plan = plan = self._plan_of(_lay_out_adapters(self._recorder, batch.adapters), narrows=narrows)

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import builtins
 import enum
+import itertools
 import time
 from array import array
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, get_type_hints
 
 import msgspec
 
@@ -44,6 +46,16 @@ class FinishReason(enum.StrEnum):
     LENGTH = "length"  # max_tokens or the context length
     ABORT = "abort"  # the caller went away, or the engine shut down
     ERROR = "error"  # the engine failed on this request
+
+    @property
+    def cut(self) -> bool:
+        """Whether more would have come."""
+        return self is FinishReason.LENGTH
+
+    @property
+    def complete(self) -> bool:
+        """Whether the answer is all that was asked for."""
+        return self in (FinishReason.STOP, FinishReason.LENGTH)
 
 
 class LoRARequest(ShownStruct, frozen=True):
@@ -605,6 +617,34 @@ class ReplicaStats(ShownStruct, frozen=True, kw_only=True):
     cached_prompt_tokens: int = 0
 
 
+def _by_key(values: Sequence[Mapping[str, int]]) -> dict[str, int]:
+    return dict(sum(map(Counter, values), Counter[str]()))
+
+
+def _by_place(values: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    return tuple(map(sum, itertools.zip_longest(*values, fillvalue=0)))
+
+
+def _first(values: Sequence[Sequence[float]]) -> Sequence[float]:
+    return next(filter(None, values), ())
+
+
+class Stat(NamedTuple):
+    """What is done with a number of `EngineStats`, as its annotation.
+
+    Attributes:
+        series: the counter of `/metrics` that shows it; empty where none does by itself.
+        help: what that counts.
+        now: it is of this moment, and ends with its engine; others count since the start.
+        join: makes one of those of several replicas: their sum, or where all have it alike or share it, the largest.
+    """
+
+    series: str = ""
+    help: str = ""
+    now: bool = False
+    join: Callable[[Sequence[Any]], Any] = sum
+
+
 class EngineStats(ShownStruct, frozen=True, kw_only=True):
     """A snapshot of the engine's counters.
 
@@ -638,42 +678,70 @@ class EngineStats(ShownStruct, frozen=True, kw_only=True):
         replicas: what each of several engines has of it; empty where there is one.
     """
 
-    num_running: int
-    num_waiting: int
-    num_blocks: int
-    num_free_blocks: int
-    block_size: int
-    prompt_tokens: int
-    cached_prompt_tokens: int
+    # fmt: off
+    num_running: Annotated[int, Stat(now=True)]
+    num_waiting: Annotated[int, Stat(now=True)]
+    num_blocks: Annotated[int, Stat(now=True)]
+    num_free_blocks: Annotated[int, Stat(now=True)]
+    block_size: Annotated[int, Stat(join=max)]
     generation_tokens: int
-    finished: Mapping[str, int]
-    preemptions: int
-    steps: int
-    drafts: int = 0
-    draft_tokens: int = 0
-    accepted_draft_tokens: int = 0
-    accepted_per_position: tuple[int, ...] = ()
-    step_seconds: tuple[float, ...] = ()
-    adapters: int = 0
-    adapters_in_memory: int = 0
-    adapter_bytes: int = 0
-    adapter_loads: int = 0
-    adapter_load_failures: int = 0
-    adapter_evictions: int = 0
-    adapter_load_seconds: float = 0.0
-    max_adapters: int = 0
-    running_adapters: Mapping[str, int] = msgspec.field(default_factory=dict)
-    waiting_adapters: Mapping[str, int] = msgspec.field(default_factory=dict)
-    kept_block_bytes: int = 0
-    kept_blocks_read: int = 0
-    kept_blocks_written: int = 0
-    kept_blocks_skipped: int = 0
-    kept_block_failures: int = 0
-    checkpoints: int = 0
-    checkpoint_slots: int = 0
-    sleep_level: int = 0
-    images_encoded: int = 0
-    images_reused: int = 0
-    image_failures: int = 0
-    image_seconds: float = 0.0
-    replicas: tuple[ReplicaStats, ...] = ()
+    finished: Annotated[Mapping[str, int], Stat(join=_by_key)]
+    preemptions: Annotated[int, Stat(
+        "vllm:num_preemptions_total", "Sequences that were stopped for want of cache and run again.")]
+    prompt_tokens: Annotated[int, Stat(
+        "vllm:prefix_cache_queries_total", "Tokens of prompts that the engine has run.")]
+    cached_prompt_tokens: Annotated[int, Stat(
+        "vllm:prefix_cache_hits_total", "Those of them that were in the prefix cache.")]
+    drafts: Annotated[int, Stat(
+        "vllm:spec_decode_num_drafts_total", "Steps of sequences that tried guessed tokens.")] = 0
+    draft_tokens: Annotated[int, Stat(
+        "vllm:spec_decode_num_draft_tokens_total", "Guessed tokens that were tried.")] = 0
+    accepted_draft_tokens: Annotated[int, Stat(
+        "vllm:spec_decode_num_accepted_tokens_total", "Those of them that were right.")] = 0
+    accepted_per_position: Annotated[tuple[int, ...], Stat(join=_by_place)] = ()
+    step_seconds: Annotated[tuple[float, ...], Stat(join=_first)] = ()
+    steps: Annotated[int, Stat("candle_vllm:engine_steps_total", "Steps of the engine.")]
+    adapters: Annotated[int, Stat(now=True, join=max)] = 0
+    adapters_in_memory: Annotated[int, Stat(now=True)] = 0
+    adapter_bytes: Annotated[int, Stat(now=True)] = 0
+    adapter_loads: Annotated[int, Stat("candle_vllm:lora_loads_total", "Adapters that were brought to memory.")] = 0
+    adapter_load_failures: Annotated[int, Stat(
+        "candle_vllm:lora_load_failures_total", "Adapters that could not be.")] = 0
+    adapter_load_seconds: Annotated[float, Stat(
+        "candle_vllm:lora_load_seconds_total", "Time of all that, seconds.")] = 0.0
+    adapter_evictions: Annotated[int, Stat(
+        "candle_vllm:lora_evictions_total", "Adapters that left memory for others.")] = 0
+    max_adapters: Annotated[int, Stat(join=max)] = 0
+    running_adapters: Annotated[Mapping[str, int], Stat(now=True, join=_by_key)] = msgspec.field(default_factory=dict)
+    waiting_adapters: Annotated[Mapping[str, int], Stat(now=True, join=_by_key)] = msgspec.field(default_factory=dict)
+    checkpoints: Annotated[int, Stat(now=True)] = 0
+    checkpoint_slots: Annotated[int, Stat(now=True)] = 0
+    sleep_level: Annotated[int, Stat(now=True, join=max)] = 0
+    images_encoded: Annotated[int, Stat("candle_vllm:images_encoded_total", "Images whose embeddings were made.")] = 0
+    images_reused: Annotated[int, Stat(
+        "candle_vllm:images_reused_total", "Images whose embeddings requests found made.")] = 0
+    image_failures: Annotated[int, Stat(
+        "candle_vllm:image_failures_total", "Images whose embeddings could not be made.")] = 0
+    image_seconds: Annotated[float, Stat(
+        "candle_vllm:image_encoding_seconds_total", "Time of making them, seconds.")] = 0.0
+    kept_block_bytes: Annotated[int, Stat(now=True, join=max)] = 0
+    kept_blocks_read: Annotated[int, Stat(
+        "candle_vllm:prompt_cache_blocks_read_total", "KV blocks that were read from there.")] = 0
+    kept_blocks_written: Annotated[int, Stat(
+        "candle_vllm:prompt_cache_blocks_written_total", "KV blocks that were written there.")] = 0
+    kept_blocks_skipped: Annotated[int, Stat(
+        "candle_vllm:prompt_cache_blocks_skipped_total", "KV blocks that were not, for that was behind.")] = 0
+    kept_block_failures: Annotated[int, Stat(
+        "candle_vllm:prompt_cache_failures_total",
+        "KV blocks that were damaged or late, or could not be read or written.")] = 0
+    replicas: Annotated[tuple[ReplicaStats, ...], Stat(join=lambda _: ())] = ()
+    # fmt: on
+
+
+def _stat(hint: Any) -> Stat:
+    return next((each for each in getattr(hint, "__metadata__", ()) if isinstance(each, Stat)), Stat())
+
+
+_HINTS = get_type_hints(EngineStats, include_extras=True)
+STATS: Mapping[str, Stat] = {name: _stat(_HINTS[name]) for name in EngineStats.__struct_fields__}
+"""What is done with each number of `EngineStats`."""

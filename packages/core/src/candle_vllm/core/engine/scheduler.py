@@ -13,6 +13,8 @@ one more.
 - Of the `n` sequences of a request only half of all places run while another request waits.
 - When a decoding sequence needs a block and none is free, the last in order (lowest priority, youngest) is preempted:
   its blocks are released and it is recomputed later, with the tokens that it already has.
+- When a waiting sequence lacks a place or blocks that running sequences of a lower priority hold, these are preempted,
+  the last in order first.
 
 Where steps overlap, a step is scheduled while the one before still runs: `launched` books what a step will have done,
 `settle` publishes it once it is known. A token that is not known yet counts as one to be run; its sequence is not
@@ -40,6 +42,7 @@ kernels than a prompt is.
 from __future__ import annotations
 
 import bisect
+import collections
 import itertools
 from array import array
 from collections import Counter
@@ -161,7 +164,9 @@ class Scheduler:
 
     def _go_on(self, going: _Going) -> Step | None:
         """One more token of each sequence; None where not all can go on, or others may join them."""
-        if not going.left or (self.waiting and len(self.running) < self.max_num_seqs and not self._is_all_held):
+        if not going.left:
+            return None
+        if self.waiting and not self._is_all_held and (len(self.running) < self.max_num_seqs or self._is_outranked):
             return None
         begins, fills, size = going.begins(1), going.begins(2), self.blocks.block_size
         for place in begins:
@@ -176,6 +181,8 @@ class Scheduler:
 
     def _schedule(self) -> Step:
         """As `schedule`, whatever the step before was."""
+        if self._is_outranked:
+            collections.deque(self._admit(self.running[-1].request.priority, preempts=True), maxlen=0)
         scheduled, prompts, drafts = self._schedule_decodes()
         budget = self.max_num_batched_tokens - len(scheduled) - drafts
         for sequence in self._in_turn(prompts) if budget else ():
@@ -346,13 +353,17 @@ class Scheduler:
             yield prompt
         yield from self._admit()
 
-    def _admit(self, before: int | None = None) -> Iterator[Sequence]:
-        """Moves waiting sequences to running, in order, while blocks and places last; with `before`, those alone whose
-        priority is a lower number."""
+    def _admit(self, before: int | None = None, *, preempts: bool = False) -> Iterator[Sequence]:
+        """Moves waiting sequences to running, in order, while blocks and places last.
+
+        Args:
+            before: only sequences whose priority is a lower number than this.
+            preempts: running sequences of a lower priority are preempted for what a waiting one lacks.
+        """
         deferred, held = 0, 0
         full: object = None  # a request that has its share of places
         changes = None if self.adapters is None else self.adapters.store.changes
-        while len(self.waiting) > deferred and len(self.running) < self.max_num_seqs:
+        while len(self.waiting) > deferred and (preempts or len(self.running) < self.max_num_seqs):
             sequence = self.waiting[deferred]
             if before is not None and sequence.request.priority >= before:
                 return
@@ -386,9 +397,11 @@ class Scheduler:
                     deferred += 1
                     continue
             fresh = needed - len(shared)
-            reserve = self._reserve(sequence)
-            if self.blocks.num_free_after_sharing(shared) - fresh < reserve:
-                return
+            while not self._fits(sequence, shared, fresh):
+                last = self.running[-1] if preempts and self.running else sequence
+                if last.request.priority <= sequence.request.priority:
+                    return
+                self._preempt(last)
             self.waiting.pop(deferred)
             self._start(sequence, shared, fresh)
             if self.states is not None:
@@ -396,6 +409,18 @@ class Scheduler:
                 self.states.begin(sequence, len(shared), [end for end in sorted(ends) if end > len(shared)])
             yield sequence
         self._all_held = changes if held and held == len(self.waiting) else None
+
+    def _fits(self, sequence: Sequence, shared: list[int], fresh: int) -> bool:
+        """Whether there are a place and blocks for a sequence: blocks of the cache, and so many new ones."""
+        free = self.blocks.num_free_after_sharing(shared) - fresh
+        return len(self.running) < self.max_num_seqs and free >= self._reserve(sequence)
+
+    @property
+    def _is_outranked(self) -> bool:
+        """The first that waits has a higher priority than the last that runs, which may be preempted."""
+        if self.reproducible or not self.waiting or not self.running:
+            return False
+        return self.waiting[0].request.priority < self.running[-1].request.priority
 
     def _has_its_share(self, sequence: Sequence) -> bool:
         """Half of all places are its request's, and another request waits: its other sequences are passed."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import enum
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 # What flows through the layers: a torch.Tensor, or a Recorded while a step is recorded.
@@ -60,6 +60,9 @@ class Matrix(Protocol):
     def input_form(self) -> InputForm: ...
 
 
+LookUp: TypeAlias = Callable[[Any], Any]
+"""Gives rows float32 [T, width] of numbers int64 [T]."""
+
 RecordedPairs: TypeAlias = Any
 """What `Recorded.route` gives: the pairs of a step's tokens and their experts."""
 
@@ -85,6 +88,10 @@ class Recorded(ABC):
 
         This value is changed in place; but a norm stays what it is, and the sum has memory of its own.
         """
+
+    @abstractmethod
+    def scaled(self, factor: float) -> Recorded:
+        """Times a factor, without a cap as `kernels/scale_cap` has it; this value is changed in place."""
 
     @abstractmethod
     def beside(self, *others: Recorded) -> Recorded:
@@ -246,3 +253,7 @@ class RecordedTokens(ABC):
     @abstractmethod
     def embedding(self, matrix: Matrix, scale: float | None = None, place: Place | None = None) -> Recorded:
         """See `kernels/embedding`; the rows, with what adapters do at `place`, times `scale`."""
+
+    @abstractmethod
+    def looked_up(self, rows: LookUp, width: int) -> Recorded:
+        """[T, width], what `rows` gives of the numbers each time before a step runs."""

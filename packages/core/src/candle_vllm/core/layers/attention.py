@@ -70,11 +70,12 @@ class GivenRows(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class StepInput:
-    """The tensors of one step, as every layer sees them; in a recorded one there are caches alone.
+    """The tensors of one step, as every layer sees them; in a recorded one there are caches and positions alone.
 
     Attributes:
         positions: [T] int64, each token's position in its sequence, or, of a model that turns tokens of images by three
-            positions, the row of its rotary tables; on a GPU int32.
+            positions, the row of its rotary tables; on a GPU int32. In a recorded step `RecordedTokens`, which a table
+            of positions is read by.
         slots: [T] int64, where each token's key and value go in the cache; on a GPU int32, -1 for nowhere.
         rows: which tokens belong together.
         caches: of each layer: a `PagedCache`, or a `StateCache` for each part of its state.
@@ -86,6 +87,7 @@ class StepInput:
         may_divide: ranks may divide the tokens among them; see `TokenShares.begin`.
         narrows: the layer whose attention gives the rows alone whose successor is wanted, in a recorded step; None for
             none.
+        layer_inputs: [T, P] of each layer, what it is given beside x; none where a family has no such inputs.
         states: what layers that keep a state do with it; None where none does, and in a recorded step.
     """
 
@@ -100,6 +102,7 @@ class StepInput:
     may_divide: bool = False
     narrows: int | None = None
     states: StateRows | None = None
+    layer_inputs: tuple[Value, ...] = ()
 
 
 class PagedAttention:

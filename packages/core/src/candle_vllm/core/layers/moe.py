@@ -32,6 +32,7 @@ class Mixture:
         inner_size: F of an expert.
         scoring, renormalise, groups, top_groups, scale: see `kernels/moe`.
         correction: a number of each expert takes part in the choice alone (DeepSeek-V3's e_score_correction_bias).
+        expert_scale: the weights of each expert are multiplied by a number of its own.
         activation: of the experts.
         router_bias, expert_bias: whether there are biases.
         shared_size: F of the layer that every token goes through; 0 where there is none.
@@ -48,6 +49,7 @@ class Mixture:
     top_groups: int = 1
     scale: float = 1.0
     correction: bool = False
+    expert_scale: bool = False
     activation: Activation = "silu"
     router_bias: bool = False
     expert_bias: bool = False
@@ -89,14 +91,16 @@ class Router:
         exact = dataclasses.replace(placement, dtype="F32", plain_kind=PlainKind.F32, keeps_quantised=False)
         self.scores = Linear(hidden_size, mixture.experts, exact, bias=mixture.router_bias, kept=False)
         self.correction = placement.empty(mixture.experts) if mixture.correction else None
+        self.expert_scale = placement.empty(mixture.experts) if mixture.expert_scale else None
 
     def __call__(self, x: Value) -> Value:
         return self.scores(x if isinstance(x, Recorded) else x.float())
 
     def parameters(self) -> Mapping[str, Parameter]:
         """Every parameter that must be loaded."""
-        found = self.scores.parameters()
-        return found if self.correction is None else {**found, "correction": TensorParameter(self.correction)}
+        own = {"correction": self.correction, "expert_scale": self.expert_scale}
+        found = {name: TensorParameter(numbers) for name, numbers in own.items() if numbers is not None}
+        return {**self.scores.parameters(), **found}
 
 
 class ExpertMLPs:
@@ -149,6 +153,8 @@ class SparseMLP:
         self.experts = ExpertMLPs(self._hidden_size, self._mixture, placement)
         if self.router.correction is not None:
             self.router.correction = placement.empty(self._mixture.experts)
+        if self.router.expert_scale is not None:
+            self.router.expert_scale = placement.empty(self._mixture.experts)
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -168,8 +174,9 @@ class SparseMLP:
         y, shared = elsewhere(x, logits, lambda: gated_rows(mlp(x), None if gate is None else gate(x)))
         return y + shared
 
-    def __call__(self, x: Value) -> Value:
-        logits = self.router(x)
+    def __call__(self, x: Value, routed: Value | None = None) -> Value:
+        """y [T, E] of x [T, E]; the router reads `routed` [T, E], where that is not x."""
+        logits = self.router(x if routed is None else routed)
         if self.elsewhere is not None:
             return self._with_host(self.elsewhere, x, logits)
         shared = None if self.shared is None else self.shared(x)
@@ -195,6 +202,7 @@ class SparseMLP:
             scoring=mixture.scoring,
             renormalise=mixture.renormalise,
             bias=self.router.correction,
+            expert_scale=self.router.expert_scale,
             groups=mixture.groups,
             top_groups=mixture.top_groups,
             scale=mixture.scale,

@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.kernels.rms_norm import add_rms_norm, rms_norm
 from candle_vllm.core.layers.parameters import Placement, TensorParameter
@@ -21,13 +23,18 @@ class RMSNorm:
     A norm behind a matrix is added to a residual as any value is: `residual + norm(x)`, or
     `next_norm.add(norm(x), residual)`; in a recorded step either is one operation.
 
+    Args:
+        size, eps, placement: as usual.
+        weighted: there is a weight; else it is 1.
+
     Attributes:
         shares: where x may be this rank's rows alone, and the residual is those of all; else None.
     """
 
-    def __init__(self, size: int, eps: float, placement: Placement) -> None:
+    def __init__(self, size: int, eps: float, placement: Placement, *, weighted: bool = True) -> None:
         self.eps = eps
-        self.weight = placement.empty(size)
+        self.weight = placement.empty(size) if weighted else placement.constant(np.ones(size, np.float32))
+        self._weighted = weighted
         self.shares: TokenShares | None = None
 
     def __call__(self, x: Value) -> Value:
@@ -43,4 +50,4 @@ class RMSNorm:
 
     def parameters(self) -> Mapping[str, Parameter]:
         """Every parameter that must be loaded."""
-        return {"weight": TensorParameter(self.weight)}
+        return {"weight": TensorParameter(self.weight)} if self._weighted else {}

@@ -210,6 +210,8 @@ def inverse_frequencies(rope: RopeConfig, max_position: int) -> np.ndarray:
     plain = 1 / np.power(np.float64(np.float32(theta)), exponents).astype(np.float32)
     if rope.kind == "linear":
         return plain / rope.factor
+    if rope.kind == "proportional":
+        return np.where(np.arange(len(plain)) < rope.rotated // 2, plain / np.float32(rope.factor), np.float32(0))
     if rope.kind == "llama3":
         return _llama3(plain, rope)
     if rope.kind == "yarn":

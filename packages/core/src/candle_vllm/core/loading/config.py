@@ -9,6 +9,8 @@ the files again.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Literal
 
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
@@ -117,26 +119,38 @@ class ModelConfig:
         return tuple(PagedSpec(heads, dim, dim, window) for window in self.sliding_windows)
 
 
-def shared_from_hf(fields: Fields, model_type: str, *, eps: str = "rms_norm_eps") -> dict[str, Any]:
+def shared_from_hf(
+    fields: Fields,
+    model_type: str,
+    *,
+    eps: str = "rms_norm_eps",
+    names: Mapping[str, str] = MappingProxyType({}),
+) -> dict[str, Any]:
     """What most families' `config.json` says by the same keys, as arguments of a `ModelConfig`.
 
     Args:
         fields: the config.
         model_type: goes into the result.
         eps: key of the norms' epsilon.
+        names: the family's own keys by the usual ones, where they differ ("n_embd" by "hidden_size").
     """
-    hidden, heads = fields.count("hidden_size"), fields.count("num_attention_heads")
-    layers, position = fields.count("num_hidden_layers", most=MAX_LAYERS), fields.count("max_position_embeddings")
+
+    def key(usual: str) -> str:
+        return names.get(usual, usual)
+
+    hidden, heads = fields.count(key("hidden_size")), fields.count(key("num_attention_heads"))
+    layers = fields.count(key("num_hidden_layers"), most=MAX_LAYERS)
+    position = fields.count(key("max_position_embeddings"))
     head_dim = fields.count("head_dim", hidden // heads)
     rope = rope_from_hf(fields, head_dim, position)
     return {
         "model_type": model_type,
         "vocab_size": fields.count("vocab_size"),
         "hidden_size": hidden,
-        "intermediate_size": fields.count("intermediate_size"),
+        "intermediate_size": fields.count(key("intermediate_size")),
         "num_layers": layers,
         "num_heads": heads,
-        "num_kv_heads": fields.count("num_key_value_heads", heads),
+        "num_kv_heads": fields.count(key("num_key_value_heads"), heads),
         "head_dim": head_dim,
         "max_position": stretched_context(rope, position),
         "norm_eps": fields.get(eps, float),

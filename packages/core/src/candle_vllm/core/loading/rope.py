@@ -18,7 +18,8 @@ class RopeConfig:
     Attributes:
         theta: base of the frequencies.
         dim: how many of a head's dimensions rotate.
-        kind: default, linear, dynamic, llama3, yarn or longrope.
+        kind: default, linear, dynamic, llama3, yarn, longrope or proportional.
+        rotated: of kind proportional, how many of the `dim` dimensions rotate; the frequencies of the others are 0.
         factor: by how much the context is stretched.
         original_max_position: context before stretching, in tokens.
         low_freq_factor, high_freq_factor: llama3's band limits, in turns over the original context.
@@ -36,6 +37,7 @@ class RopeConfig:
     theta: float = 10000.0
     dim: int = 64
     kind: str = "default"
+    rotated: int = 0
     factor: float = 1.0
     original_max_position: int = 2048
     low_freq_factor: float = 1.0
@@ -111,19 +113,19 @@ def rope_from_hf(fields: Fields, head_dim: int, max_position: int) -> RopeConfig
     kind = named.get(name := nested.get("rope_type", str, nested.get("type", str, "default")), name)
     theta = nested.get("rope_theta", float, fields.get("rope_theta", float, 10000.0))
     partial = nested.get("partial_rotary_factor", float, fields.get("partial_rotary_factor", float, 1.0))
-    if kind not in ("default", "linear", "dynamic", "llama3", "yarn", "longrope"):
-        raise UnsupportedModelError(
-            f"{fields.path}: rope_type is {kind!r}; implemented: default, linear, dynamic, llama3, yarn, longrope"
-        )
+    kinds = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional")
+    if kind not in kinds:
+        raise UnsupportedModelError(f"{fields.path}: rope_type is {kind!r}; implemented: {', '.join(kinds)}")
     if not 0 < partial <= 1:
         raise InvalidFileError(f"{fields.path}: partial_rotary_factor is {partial}; it must be above 0 and at most 1")
     if kind == "longrope":
         return _longrope(fields, nested, theta, int(head_dim * partial), max_position)
     return RopeConfig(
         theta=theta,
-        dim=int(head_dim * partial),
+        dim=head_dim if kind == "proportional" else int(head_dim * partial),
         kind=kind,
-        factor=nested.get("factor", float, 1.0) if kind == "default" else nested.get("factor", float),
+        rotated=2 * int(head_dim * partial / 2) if kind == "proportional" else 0,
+        factor=nested.get("factor", float, *([1.0] if kind in ("default", "proportional") else [])),
         original_max_position=nested.get("original_max_position_embeddings", int, max_position),
         low_freq_factor=nested.get("low_freq_factor", float, 1.0),
         high_freq_factor=nested.get("high_freq_factor", float, 4.0),

@@ -23,6 +23,12 @@ def stretched(config: ModelConfig, factor: float | None, checkpoint: Checkpoint)
     """
     if factor is None:
         return config
+    if getattr(config, "positions", 0):
+        raise ConfigError(
+            f"yarn_scaling_factor={factor:g}: positions of {config.model_type} are a table of {config.max_position} "
+            "rows, which cannot be stretched: leave the setting out",
+            _SETTING,
+        )
     rope = config.rope
     if rope.kind != "default" or any(name in checkpoint.tensors for name in _SCALED_BY_TENSORS):
         how = "by tensors of its file" if rope.kind == "default" else f"{rope.kind}, in its files"

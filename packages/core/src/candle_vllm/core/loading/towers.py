@@ -22,6 +22,8 @@ from candle_vllm.core.quantization.tensors import StoredTensor
 TOWERS: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
         "Gemma3ForConditionalGeneration": {"gemma3_text": "Gemma3ForCausalLM"},
+        "Gemma4ForConditionalGeneration": {"gemma4_text": "Gemma4ForCausalLM"},
+        "Gemma4UnifiedForConditionalGeneration": {"gemma4_unified_text": "Gemma4UnifiedForCausalLM"},
         "LlavaForConditionalGeneration": {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"},
         "Idefics3ForConditionalGeneration": {"llama": "LlamaForCausalLM"},
         "SmolVLMForConditionalGeneration": {"llama": "LlamaForCausalLM"},
@@ -54,6 +56,21 @@ _QWEN2_VL = MappingProxyType(
     }
 )
 
+_GEMMA4 = MappingProxyType(
+    {
+        "vocab_size": 262144,
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-6,
+        "sliding_window": 512,
+    }
+)
+
 DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "qwen2_vl_text": _QWEN2_VL,
@@ -67,6 +84,8 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "rms_norm_eps": 1e-6,
             "query_pre_attn_scalar": 256,
         },
+        "gemma4_text": _GEMMA4,
+        "gemma4_unified_text": {**_GEMMA4, "max_position_embeddings": 262144, "sliding_window": 1024},
         "llama": {
             "vocab_size": 32000,
             "hidden_size": 4096,
@@ -104,7 +123,8 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 
 _CARRIED = ("dtype", "torch_dtype")  # said of the whole model, and meant of the text tower too
 _TEXT = re.compile(r"(?:language_model\.(?=model\.|lm_head\.)|model\.(?:language_model|text_model)\.)(.*)")
-_OTHER = re.compile(r"(?:model\.)?((?:vision_tower|vision_model|multi_modal_projector|connector|visual)\..*)")
+_PARTS = "vision_(?:tower|model|embedder)|audio_tower|embed_(?:vision|audio)|multi_modal_projector|connector|visual"
+_OTHER = re.compile(rf"(?:model\.)?((?:{_PARTS})\..*)")
 
 
 def text_fields(

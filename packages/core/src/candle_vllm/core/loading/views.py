@@ -68,8 +68,13 @@ def row_part(index: int, count: int) -> View:
     return view
 
 
-def qkv_rows(part: str) -> View:
-    """The rows of "q", "k" or "v" in a matrix or bias that holds all three behind each other; sizes by the config."""
+def qkv_rows(part: str, *, grouped: bool = False) -> View:
+    """The rows of "q", "k" or "v" in a matrix or bias that holds all three behind each other; sizes by the config.
+
+    Args:
+        part: which of them.
+        grouped: they stand behind each other for each key-value head: the heads of q that share it, its k, its v.
+    """
 
     def view(stored: StoredTensor, config: Any) -> StoredTensor:
         q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
@@ -78,6 +83,10 @@ def qkv_rows(part: str) -> View:
                 f"{stored.path}: tensor {stored.name} has shape {list(stored.shape)}; the model's config asks for "
                 f"{q} rows of q and {kv} each of k and v"
             )
+        if grouped:
+            each, size = config.num_heads // config.num_kv_heads, config.head_dim
+            heads = {"q": slice(each), "k": slice(each, each + 1), "v": slice(each + 1, None)}[part]
+            return stored.select(np.arange(q + 2 * kv).reshape(-1, each + 2, size)[:, heads].reshape(-1))
         return stored.rows(*{"q": (0, q), "k": (q, q + kv), "v": (q + kv, q + 2 * kv)}[part])
 
     return view

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import TypeAlias
 
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.views import View, chain, qkv_rows
@@ -45,3 +46,21 @@ def gguf_projection(part: str, kind: str, view: View | None = None) -> tuple[See
 def gguf_has_bias(checkpoint: Checkpoint) -> bool:
     """Whether q, k and v have biases; files do not say it otherwise."""
     return any(f"blk.0.attn_{part}.bias" in checkpoint.tensors for part in ("q", "qkv"))
+
+
+Either: TypeAlias = str | tuple[str, ...]
+
+
+def pair(target: str, hf: Either, gguf: Either = (), view: View | None = None) -> list[WeightName]:
+    """The lines of a weight and of its optional bias.
+
+    Args:
+        target: of both, up to "weight".
+        hf, gguf: the names without ".weight"; of several the first that is stored is meant.
+        view: how Hugging Face's is looked at.
+    """
+
+    def names(stems: Either, kind: str) -> tuple[str, ...]:
+        return tuple(f"{stem}.{kind}" for stem in ((stems,) if isinstance(stems, str) else stems))
+
+    return [WeightName(target + kind, names(hf, kind), names(gguf, kind), view) for kind in ("weight", "bias")]

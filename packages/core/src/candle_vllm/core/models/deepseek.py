@@ -212,7 +212,11 @@ def ignored(config: DeepseekConfig) -> list[str]:
 
 
 FAMILY = Family(
-    hf={"DeepseekV2ForCausalLM": "deepseek_v2", "DeepseekV3ForCausalLM": "deepseek_v3"},
+    hf={
+        "DeepseekV2ForCausalLM": "deepseek_v2",
+        "DeepseekV3ForCausalLM": "deepseek_v3",
+        "Glm4MoeLiteForCausalLM": "glm4_moe_lite",
+    },
     gguf=("deepseek2",),
     config_from_hf=config_from_hf,
     config_from_gguf=config_from_gguf,

@@ -70,7 +70,7 @@ class DeepseekConfig(ModelConfig):
 
 
 def config_from_hf(fields: Fields, model_type: str) -> DeepseekConfig:
-    """Reads `config.json` of deepseek_v2 and deepseek_v3."""
+    """Reads `config.json` of deepseek_v2, deepseek_v3 and glm4_moe_lite, whose layers are those of V3."""
     fields.choice("hidden_act", "silu", "silu", "swish")
     shared = shared_from_hf(fields, model_type)
     rope_dim, nope = fields.count("qk_rope_head_dim"), fields.count("qk_nope_head_dim")
@@ -105,12 +105,12 @@ def config_from_hf(fields: Fields, model_type: str) -> DeepseekConfig:
 
 def _mixture_from_hf(fields: Fields, model_type: str, layers: int) -> tuple[int, Mixture | None]:
     """How many layers are dense, and the experts of the others."""
-    dense = fields.get("first_k_dense_replace", int, 0)
+    dense = _dense_from_hf(fields, model_type)
     if "n_routed_experts" not in fields or dense >= layers:
         return layers, None
     if fields.get("moe_layer_freq", int, 1) != 1:
         raise UnsupportedModelError(f"{fields.path}: moe_layer_freq other than 1 is not implemented")
-    newer = model_type == "deepseek_v3"
+    newer = model_type != "deepseek_v2"
     method = fields.choice(
         "topk_method",
         "noaux_tc" if newer else "greedy",
@@ -138,6 +138,18 @@ def _mixture_from_hf(fields: Fields, model_type: str, layers: int) -> tuple[int,
         correction=newer,
         shared_size=shared * inner,
     )
+
+
+def _dense_from_hf(fields: Fields, model_type: str) -> int:
+    """How many of the first layers have no experts: a number, or GLM-4.7-Flash's list of all layers' kinds."""
+    key = "mlp_layer_types"
+    if model_type != "glm4_moe_lite" or key not in fields:
+        return fields.get("first_k_dense_replace", int, int(model_type == "glm4_moe_lite"))
+    kinds = fields.get(key, list)
+    dense, layers = kinds.count("dense"), fields.count("num_hidden_layers")
+    if kinds != ["dense"] * dense + ["sparse"] * (layers - dense):
+        raise UnsupportedModelError(f"{fields.path}: {key} is {kinds!r:.80}, not dense layers and then sparse ones")
+    return dense
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> DeepseekConfig:

@@ -14,7 +14,7 @@ from candle_vllm.core.loading.rope import RopeConfig, rope_from_hf
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.quantization.plain import rounded
 
-_ROUNDED = {"bfloat16": "BF16", "float16": "F16"}
+ROUNDED = {"bfloat16": "BF16", "float16": "F16"}
 _LARGEST = {"gemma2": 46, "gemma3": 62}
 """Layers of the models of 27B, whose scale of scores is another and is not in GGUF files."""
 
@@ -90,7 +90,7 @@ def _shared_from_hf(fields: Fields, model_type: str) -> dict[str, Any]:
     return shared | {
         "head_dim": fields.count("head_dim"),
         "tie_embeddings": fields.get("tie_word_embeddings", bool, True),
-        "embedding_scale": rounded(math.sqrt(shared["hidden_size"]), _ROUNDED.get(stored, "F64")),
+        "embedding_scale": rounded(math.sqrt(shared["hidden_size"]), ROUNDED.get(stored, "F64")),
         "query_scale": scalar**-0.5,
         "final_softcap": fields.get("final_logit_softcapping", float, None),
         "attention_bias": fields.get("attention_bias", bool, False),

@@ -192,7 +192,9 @@ class NextTokens:
         embedded = self.embedding_norm((self.own_embed or self._target.embed)(token_ids))
         x = self.project(side_by_side(embedded, self.hidden_norm(hidden)))
         x, residual = self.block(x, None, step)
-        x, total = (self.own_norm or self._target.norm).add(x, residual)
+        norm = self.own_norm or self._target.norm
+        assert norm is not None, "models with such layers have one"
+        x, total = norm.add(x, residual)
         return x, x if self._given_back else total
 
     def logits(self, hidden: Value, out: Value | None = None) -> Value:

@@ -37,6 +37,13 @@ FAMILIES = (
     "stablelm",
     "smollm3",
     "lfm2",
+    "gemma4",
+    "gpt2",
+    "gpt_neox",
+    "opt",
+    "falcon",
+    "starcoder2",
+    "gptj",
 )
 """The files of this folder that have one, `FAMILY`. They are asked in this order whether they serve a name, so that a
 start imports no more of them than it takes to find the model's: most are of the first."""

@@ -83,9 +83,9 @@ class DecoderStack:
     Attributes:
         embed: the table, which is the head too where `head` is None.
         rotary: positions of the layers.
-        layers: each takes x [T, E] as two summands, of which the second is None at first, and gives two; None stands
-            for one of another stage.
-        norm: behind the last layer.
+        layers: each takes x [T, E] as two summands, of which the second is None at first, and gives two, or their
+            sum and None; None stands for one of another stage.
+        norm: behind the last layer; None where there is none.
         stage: where this is a part of the model's layers; None where it has all.
         shares: what divides the tokens of a layer among ranks; None where each has all.
         narrows: whether what follows the last layer's attention may have the rows alone whose successor is wanted.
@@ -93,8 +93,8 @@ class DecoderStack:
 
     embed: Embedding
     rotary: Rotary
-    layers: Sequence[Callable[[Value, Value | None, StepInput], tuple[Value, Value]] | None]
-    norm: RMSNorm | LayerNorm
+    layers: Sequence[Callable[[Value, Value | None, StepInput], tuple[Value, Value | None]] | None]
+    norm: RMSNorm | LayerNorm | None
     head: Embedding | None
     narrows: bool = False
     stage: Stage | None = None
@@ -104,10 +104,20 @@ class DecoderStack:
         """See `Decoder.prepare`."""
         self.rotary.prepare(positions)
 
+    def start(self, token_ids: Value, step: StepInput) -> Value:
+        """x [T, E] of the first layer: the embedding; a family whose tokens get more than that overrides it."""
+        del step
+        return self.embed(token_ids)
+
     def forward(self, token_ids: Value, step: StepInput) -> Value:
         """Hidden states [T, E] behind the last norm, of a model whose layers are all here."""
         assert self.stage is None, "a stage gives `part`"
-        return self.norm.add(*self._through(token_ids, step, None))[0]
+        return self._normed(*self._through(token_ids, step, None))
+
+    def begun(self, token_ids: Value, x: Value, step: StepInput) -> StepInput:
+        """The step with what a family's layers are given beside x, made of the tokens and their embeddings x [T, E]."""
+        del token_ids, x
+        return step
 
     def part(self, token_ids: Value, step: StepInput, arrived: Value | None, left: Value | None = None) -> Value:
         """What a stage hands on, of the shape of `Stage.leaves`.
@@ -121,11 +131,17 @@ class DecoderStack:
         assert self.stage is not None
         x, residual = self._through(token_ids, step, arrived)
         if self.stage.is_last:
-            hidden = self.norm.add(x, residual)[0]
+            hidden = self._normed(x, residual)
             return hidden if left is None else left.copy_(hidden)
         both = x.new_empty((2, *x.shape)) if left is None else left
         both[0], both[1] = x, 0 if residual is None else residual
         return both
+
+    def _normed(self, x: Value, residual: Value | None) -> Value:
+        """The hidden states [T, E] behind the last layer."""
+        if self.norm is None:
+            return x if residual is None else residual + x
+        return self.norm.add(x, residual)[0]
 
     def _through(self, token_ids: Value, step: StepInput, arrived: Value | None) -> tuple[Value, Value | None]:
         """x behind the layers that are here."""
@@ -133,9 +149,10 @@ class DecoderStack:
         if shares is not None:
             shares.begin(len(token_ids), may_divide=step.may_divide)
         if arrived is None:
-            x = self.embed(token_ids)
+            x = self.start(token_ids, step)
             if given is not None:
                 x = given.put(x, None if self.embed.share is None else self.embed.share.collective)
+            step = self.begun(token_ids, x, step)
         else:
             x, residual = arrived[0], arrived[1]
         for number, layer in enumerate(self.layers):
@@ -154,7 +171,15 @@ class DecoderStack:
 
     def logits(self, hidden: Value, out: Value | None = None) -> Value:
         """Scores [T, V] in fp32."""
-        return self.scoring.logits(hidden, out)
+        return self.scoring.logits(self.end(hidden), out)
+
+    def own_logits(self, hidden: Value, out: Value | None = None) -> Value:
+        """Scores [T, up to V] in fp32 of the tokens that this rank has; into `out` where it is given."""
+        return self.scoring.own_logits(self.end(hidden), out)
+
+    def end(self, hidden: Value) -> Value:
+        """What the head multiplies: the hidden states; a family whose head is narrower overrides it."""
+        return hidden
 
     @property
     def scoring(self) -> Embedding:

@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import threading
 import time
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from struct import pack
@@ -25,6 +25,7 @@ from candle_vllm.core.devices import means_gpus
 from candle_vllm.core.engine.adapters import MAX_LOOSE_NAMES, AdapterCall
 from candle_vllm.core.engine.block_manager import block_hashes
 from candle_vllm.core.engine.request import (
+    STATS,
     AdapterInfo,
     AdapterUse,
     EngineStats,
@@ -518,39 +519,15 @@ class Fleet:
 
 # ---- numbers of several ----------------------------------------------------------------------------------------------
 
-_NOW = (
-    "num_running", "num_waiting", "num_blocks", "num_free_blocks", "adapters", "adapters_in_memory", "adapter_bytes",
-    "kept_block_bytes", "checkpoints", "checkpoint_slots", "sleep_level", "running_adapters", "waiting_adapters",
-)  # fmt: skip
-"""Numbers of `EngineStats` that are of this moment; all others go on counting."""
-_ALIKE = ("block_size", "max_adapters", "adapters", "sleep_level", "kept_block_bytes")
-"""Numbers that all replicas have alike, or of something that they share."""
-
 
 def combined(each: Sequence[EngineStats]) -> EngineStats:
-    """The sums of several engines' numbers; times of steps are those of the first that has some."""
-    sums: dict[str, Any] = {}
-    for field in fields(EngineStats):
-        values = [getattr(stats, field.name) for stats in each]
-        if field.name in _ALIKE:
-            sums[field.name] = max(values)
-        elif field.name == "step_seconds":
-            sums[field.name] = next(filter(None, values), ())
-        elif field.name == "accepted_per_position":
-            length = max(map(len, values))
-            sums[field.name] = tuple(sum(value[n] for value in values if n < len(value)) for n in range(length))
-        elif field.name == "replicas":
-            continue
-        elif isinstance(values[0], (int, float)):
-            sums[field.name] = sum(values)
-        else:
-            sums[field.name] = dict(sum((Counter(value) for value in values), Counter[str]()))
-    return EngineStats(**sums)
+    """Several engines' numbers as one's, as the annotations of `EngineStats` say."""
+    return EngineStats(**{name: kind.join([getattr(stats, name) for stats in each]) for name, kind in STATS.items()})
 
 
 def _ended(stats: EngineStats) -> EngineStats:
     """What an engine had counted when it ended."""
-    return replace(stats, **{name: type(getattr(stats, name))() for name in _NOW})
+    return replace(stats, **{name: type(getattr(stats, name))() for name, kind in STATS.items() if kind.now})
 
 
 def _of_replica(stats: EngineStats | None, restarts: int) -> ReplicaStats:

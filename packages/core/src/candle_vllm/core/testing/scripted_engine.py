@@ -335,7 +335,7 @@ class ScriptedEngine(ScriptedVectors):
         if len(ids) + (request.params.max_tokens or 1) > limit:
             raise PromptTooLongError(
                 f"the prompt has {len(ids)} tokens and max_tokens is {request.params.max_tokens}; "
-                f"together they must not exceed the context of {limit}",
+                f"together they must not exceed the model's maximum context length of {limit} tokens",
                 "max_tokens",
             )
         if request.request_id in self._live:

@@ -115,8 +115,8 @@ class Sight:
                     self._join(expanded, self.words(cut))
                     least = len(expanded)
                 if most_tokens is not None and least >= most_tokens:
-                    said = f"{name}: with it the prompt has {least} tokens and more; the context is {most_tokens}"
-                    raise PromptTooLongError(said, name)
+                    said = f"{name}: with it the prompt has {least} tokens and more"
+                    raise PromptTooLongError(f"{said}; the maximum context length is {most_tokens} tokens", name)
                 if picture.digest not in made:
                     made[picture.digest] = self._input(picture)
             inputs.append(made[picture.digest])

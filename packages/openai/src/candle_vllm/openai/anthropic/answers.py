@@ -22,7 +22,6 @@ class TextBlock(_Tagged, frozen=True, kw_only=True, tag="text"):
     """Text of the answer; never only white space."""
 
     text: str
-    citations: None = None
 
 
 class ThinkingBlock(_Tagged, frozen=True, kw_only=True, tag="thinking"):

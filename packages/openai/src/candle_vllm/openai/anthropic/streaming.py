@@ -34,7 +34,7 @@ from candle_vllm.openai.anthropic.answers import (
     Usage,
 )
 from candle_vllm.openai.anthropic.tool_input import ToolInput, parsed_input
-from candle_vllm.openai.events import Begun, CallBegun, CallText, Ended, Event, Text, Thought
+from candle_vllm.openai.events import Begun, CallBegun, CallText, Ended, Event, Reason, Text, Thought
 from candle_vllm.openai.events import Usage as Counts
 
 _Kind = Literal["text", "thinking"]
@@ -80,7 +80,7 @@ class EventWriter:
                 return self._start(event)
             case Ended():
                 self._stop = self._stopped(event)
-                return self._close(cut=event.reason != "tool_calls")
+                return self._close(cut=event.reason is not Reason.TOOL_CALLS)
             case Counts():
                 self._counts = event
                 if not event.final:
@@ -135,14 +135,10 @@ class EventWriter:
         return [*events, ContentBlockStop(index=self._index)]
 
     def _stopped(self, ended: Ended) -> StopDelta:
-        if ended.reason == "tool_calls":
-            return StopDelta(stop_reason="tool_use")
-        if ended.reason == "length":
-            bound = self._context_bound
-            return StopDelta(stop_reason="model_context_window_exceeded" if bound else "max_tokens")
-        if isinstance(ended.stop, str):
+        if ended.reason is Reason.STOP and isinstance(ended.stop, str):
             return StopDelta(stop_reason="stop_sequence", stop_sequence=ended.stop)
-        return StopDelta(stop_reason="end_turn")
+        bound = ended.reason.cut and self._context_bound
+        return StopDelta(stop_reason="model_context_window_exceeded" if bound else ended.reason.anthropic)
 
 
 def join_message(events: Sequence[MessageEvent]) -> Message:

@@ -62,7 +62,12 @@ REASONING_FORMATS: tuple[ReasoningFormat, ...] = (
         model_types=("hy_v3",),
     ),
     ReasoningFormat("minimax_m3", "<mm:think>", "</mm:think>", model_types=("minimax_m3",)),
-    ReasoningFormat("gemma4", "<|channel>thought", "<channel|>", model_types=("gemma4", "gemma4_text")),
+    ReasoningFormat(
+        "gemma4",
+        "<|channel>thought",
+        "<channel|>",
+        model_types=("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"),
+    ),
     ReasoningFormat(
         "cohere",
         "<|START_THINKING|>",

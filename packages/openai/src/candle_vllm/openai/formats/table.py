@@ -251,7 +251,7 @@ TOOL_FORMATS: tuple[ToolFormat, ...] = (
         bodies=(GEMMA,),
         unmarked=dataclasses.replace(GEMMA, known_only=True),
         bare_starts="c:",
-        model_types=("gemma4", "gemma4_text"),
+        model_types=("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"),
     ),
     ToolFormat(
         "granite",

@@ -16,7 +16,6 @@ from typing import Any, Literal, cast
 import msgspec
 
 from candle_vllm.core.errors import PromptTooLongError, RequestError
-from candle_vllm.core.sampling.params import SAMPLER_FIELDS
 from candle_vllm.openai.adapter import OpenAIAdapter
 from candle_vllm.openai.errors import UnsupportedParameterError
 from candle_vllm.openai.ollama.answers import (
@@ -35,8 +34,10 @@ from candle_vllm.openai.ollama.request import (
     EmbedRequest,
     GenerateRequest,
     Message,
+    Options,
     image_parts,
 )
+from candle_vllm.openai.protocol.generation import sampling_names
 from candle_vllm.openai.protocol.templating import set_effort
 from candle_vllm.openai.protocol.tools import tool_use
 from candle_vllm.openai.remarks import remark
@@ -50,14 +51,8 @@ _SPELLED = {
     "max_tokens": "options.num_predict",
     "repetition_penalty": "options.repeat_penalty",
     "logprobs": "top_logprobs",
-    **{
-        name: f"options.{name}"
-        for name in (
-            "temperature", "top_k", "top_p", "min_p", "seed", "stop", "presence_penalty", "frequency_penalty",
-            *SAMPLER_FIELDS,
-        )
-    },
-}  # fmt: skip
+    **{name: f"options.{name}" for name in sampling_names(Options)},
+}
 """What the engine's names are called in a request."""
 
 

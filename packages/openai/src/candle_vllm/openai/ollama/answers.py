@@ -17,7 +17,7 @@ from msgspec import UNSET, UnsetType
 from msgspec.structs import replace
 
 from candle_vllm.openai.anthropic.tool_input import ToolInput, parsed_input
-from candle_vllm.openai.events import Begun, CallBegun, CallText, Ended, Event, Text, Thought, Usage
+from candle_vllm.openai.events import Begun, CallBegun, CallText, Ended, Event, Reason, Text, Thought, Usage
 from candle_vllm.openai.logprobs import chat_logprobs
 from candle_vllm.openai.protocol.chat import ChatTokenLogprob
 
@@ -185,7 +185,7 @@ class LineWriter:
                 return self._say(logprobs)
             case Ended():
                 self._ended = event
-                return self._called(cut=event.reason != "tool_calls")
+                return self._called(cut=event.reason is not Reason.TOOL_CALLS)
             case Usage():
                 return [self._last(event)] if event.final else []
 
@@ -214,7 +214,7 @@ class LineWriter:
         more: dict[str, Any] = {} if self._context is None else {"context": tuple(self._context)}
         return self._line(
             done=True,
-            done_reason="length" if self._ended.reason == "length" else "stop",
+            done_reason=self._ended.reason.ollama,
             **self._times.told(),
             prompt_eval_count=usage.prompt_tokens,
             prompt_eval_duration=(usage.prompt_ms or 0) * _MS,

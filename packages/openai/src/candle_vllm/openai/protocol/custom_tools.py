@@ -50,16 +50,19 @@ def custom_arguments(text: str) -> str:
 def custom_input(arguments: str) -> str:
     """The text in the arguments of that function.
 
+    Models that know the tool as a function of their own call the one text otherwise (Codex's `apply_patch`: `patch`).
     What is not of the form that was asked for, such as JSON that was cut, is given as it is.
     """
     try:
         value = decode_json(arguments)
     except InvalidBodyError:
         return arguments
-    text = value.get(CUSTOM_INPUT) if isinstance(value, dict) and len(value) == 1 else None
-    if text is None:
+    if not isinstance(value, dict) or len(value) != 1:
         return arguments
-    return text if isinstance(text, str) else json.dumps(text, ensure_ascii=False)
+    ((name, text),) = value.items()
+    if isinstance(text, str):
+        return text
+    return arguments if text is None or name != CUSTOM_INPUT else json.dumps(text, ensure_ascii=False)
 
 
 def type_of(value: Any) -> Any:

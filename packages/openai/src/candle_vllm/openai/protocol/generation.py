@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -83,7 +84,23 @@ class StreamOptions(WireModel):
 
 
 _MAX_LORAS = 1024  # those with a scale of 0 included
-_SAME_NAMES = ("temperature", "top_k", "top_p", "min_p", "stop", "presence_penalty", "frequency_penalty")
+# Of the names of `SamplingParams`, those whose values requests give in another form, or beside other fields.
+_READ_APART = frozenset({
+    "max_tokens", "logprobs", "prompt_logprobs", "logit_bias", "structured_outputs", "thinking_token_budget",
+    "prediction",
+})  # fmt: skip
+
+
+@functools.cache
+def sampling_names(request: type[WireModel]) -> tuple[str, ...]:
+    """The fields of a request that mean the same in `SamplingParams`."""
+    known = request.model_fields.keys() - _READ_APART
+    return tuple(name for name in caps.SamplingParams.__struct_fields__ if name in known)
+
+
+def sampling_values(request: WireModel) -> dict[str, Any]:
+    """The values that a request gives for these fields."""
+    return {name: value for name in sampling_names(type(request)) if (value := getattr(request, name)) is not None}
 
 
 class SamplerFields(WireModel):
@@ -159,9 +176,8 @@ class LlamaFields(SamplerFields):
 
     def drawing(self) -> dict[str, Any]:
         """What is given of these, by the names of `SamplingParams`."""
-        given = {name: getattr(self, name) for name in (*_SAME_NAMES, *caps.SAMPLER_FIELDS)}
-        given |= {"repetition_penalty": self.repeat_penalty, "seed": None if self.seed == -1 else self.seed}
-        return {name: value for name, value in given.items() if value is not None}
+        given = sampling_values(self) | {"repetition_penalty": self.repeat_penalty}
+        return {name: value for name, value in given.items() if value is not None and (name, value) != ("seed", -1)}
 
 
 OTHER_NAMES: Mapping[str, str] = {

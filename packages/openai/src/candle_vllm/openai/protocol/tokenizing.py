@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Wire types of `/tokenize` and `/detokenize`, as vLLM has them."""
+"""Wire types of `/tokenize` and `/detokenize`, as vLLM and as llama.cpp's server have them."""
 
 from __future__ import annotations
 
@@ -63,7 +63,25 @@ class TokenizeChatRequest(TemplateFields):
         return {name: getattr(self, name) for name in type(self).model_fields if name != "return_token_strs"}
 
 
-TokenizeRequest = TokenizeTextRequest | TokenizeChatRequest
+class TokenizeContentRequest(WireModel):
+    """A text to cut into tokens, in llama.cpp's words.
+
+    Attributes:
+        add_special: with the tokens that the model wants around every text.
+        with_pieces: each token's text as well.
+    """
+
+    refused_fields: ClassVar[Mapping[str, Refusal]] = {
+        "parse_special": Refusal("the name of a special token is that token wherever it stands", (True,)),
+    }
+
+    model: ModelName | None = None
+    content: str
+    add_special: bool = False
+    with_pieces: bool = False
+
+
+TokenizeRequest = TokenizeTextRequest | TokenizeChatRequest | TokenizeContentRequest
 
 
 class DetokenizeRequest(WireModel):
@@ -89,6 +107,19 @@ class Tokenized(msgspec.Struct, frozen=True, kw_only=True):
     token_strs: tuple[str, ...] | None = None
 
 
+class TokenPiece(msgspec.Struct, frozen=True, kw_only=True):
+    """A token's id and its text, with U+FFFD for bytes that are no complete character."""
+
+    id: int
+    piece: str
+
+
+class TokenizedContent(msgspec.Struct, frozen=True, kw_only=True):
+    """The tokens of a text, in llama.cpp's words."""
+
+    tokens: tuple[int | TokenPiece, ...]
+
+
 class RenderedPrompt(msgspec.Struct, frozen=True, kw_only=True):
     """The text that a template makes of a conversation, as llama.cpp's `/apply-template` gives it."""
 
@@ -96,6 +127,7 @@ class RenderedPrompt(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Detokenized(msgspec.Struct, frozen=True, kw_only=True):
-    """The text of token ids, with the names of special tokens in it."""
+    """The text of token ids, with the names of special tokens in it; `content` is llama.cpp's name for it."""
 
     prompt: str
+    content: str

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 
 from msgspec.structs import replace
 
+from candle_vllm.openai.events import Reason
 from candle_vllm.responses.api.item_writers import OutputLog, new_id
 from candle_vllm.responses.api.tool_plan import ToolPlan
 from candle_vllm.responses.api.turn_items import MAX_SHOWN, TurnItems
@@ -30,7 +31,7 @@ from candle_vllm.responses.protocol.response import (
 )
 from candle_vllm.responses.tools.tool import ToolDefinition
 
-_REASONS: Mapping[StopReason, str] = {"length": "max_output_tokens"}
+_REASONS: Mapping[str, str] = {Reason.LENGTH: Reason.LENGTH.responses}
 _ENDED: frozenset[StopReason] = frozenset({"stop", "client_tools", "approval"})
 _LAST = {"completed": wire.ResponseCompleted, "incomplete": wire.ResponseIncomplete}
 
@@ -110,7 +111,7 @@ class EventWriter:
                 items.begin_turn()
             case said.TurnFinished():
                 self._usage += event.usage
-                items.end_turn(cut=event.finish_reason == "length")
+                items.end_turn(cut=event.finish_reason.cut)
             case said.ApprovalRequested():
                 items.ask(event.call)
             case said.ToolStarted():

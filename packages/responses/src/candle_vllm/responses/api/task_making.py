@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pydantic import TypeAdapter, ValidationError
 
 from candle_vllm.core.errors import InvalidParameterError, RequestError
-from candle_vllm.core.sampling.params import SAMPLER_FIELDS
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.openai.errors import UnsupportedParameterError
 from candle_vllm.openai.fair_threads import apart
 from candle_vllm.openai.protocol.fields import MAX_MESSAGES, MAX_TOOLS
+from candle_vllm.openai.protocol.generation import sampling_values
 from candle_vllm.openai.protocol.structured import JsonObjectFormat
 from candle_vllm.openai.protocol.templating import check_variables, close_thoughts, set_effort
 from candle_vllm.openai.protocol.tools import check_tools
@@ -37,10 +37,6 @@ from candle_vllm.responses.store.entries import Item, NotStoredError
 if TYPE_CHECKING:
     from candle_vllm.responses.api.kept import KeptResponses
 
-_SAME_NAMES = (  # in a request and in `SamplingParams`
-    "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed",
-    "stop", "cache_salt", *SAMPLER_FIELDS,
-)  # fmt: skip
 _ITEM = TypeAdapter[InputItem](InputItem)
 _PIXEL = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGP4DwABAQEAsTj2FAAAAABJRU5ErkJggg=="
@@ -278,7 +274,7 @@ def _use(request: PromptFields, plan: ToolPlan) -> ToolUse:
 
 
 def _sampling(request: ResponsesRequest) -> dict[str, Any]:
-    given = {name: getattr(request, name) for name in _SAME_NAMES}
+    given = sampling_values(request)
     given["max_tokens"] = request.max_output_tokens
     if request.wants_logprobs:
         given["logprobs"] = request.top_logprobs or 0

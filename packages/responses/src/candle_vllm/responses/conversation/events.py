@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from candle_vllm.openai.events import Reason
 from candle_vllm.openai.task import Part
 from candle_vllm.responses.conversation.options import ConversationResult, ConversationUsage
 from candle_vllm.responses.tools.tool import ToolCall, ToolDefinition, ToolProgress, ToolResult
@@ -59,13 +60,13 @@ class TurnFinished(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     Attributes:
         number: of the turn.
         message: the whole message in OpenAI's form, as it stands in the transcript.
-        finish_reason: "stop", "length" or "tool_calls".
+        finish_reason: why it ended.
         usage: of this turn.
     """
 
     number: int
     message: dict[str, Any]
-    finish_reason: str
+    finish_reason: Reason
     usage: ConversationUsage
 
 

@@ -23,10 +23,12 @@ from candle_vllm.openai.protocol.fields import MAX_TOOL_CALLS
 from candle_vllm.responses.conversation.turn_reader import MAX_CHARS
 
 _REASONS: Mapping[str, Reason] = {
-    "": "stop",
-    "stop": "stop",
-    "tool_calls": "tool_calls",
-    "function_call": "tool_calls",
+    "stop": Reason.STOP,
+    "length": Reason.LENGTH,
+    "max_tokens": Reason.LENGTH,
+    "tool_calls": Reason.TOOL_CALLS,
+    "function_call": Reason.TOOL_CALLS,
+    "tool_use": Reason.TOOL_CALLS,
 }
 
 
@@ -97,13 +99,15 @@ class _Choice:
     def end(self) -> list[Event]:
         """What is left to say at the end: the calls that never got a name, and why the answer ended.
 
-        An answer that ended neither by itself nor with calls counts as cut.
+        Servers have many words for an answer that ended by itself (`STOP`, `eos_token`, `end_turn`, or none). With
+        calls, of which the last may be cut, an unknown one counts as a cut.
         """
+        unknown = Reason.LENGTH if self._calls and self.reason else Reason.STOP
         events: list[Event] = []
         for number, call in enumerate(self._calls):
             if not call.begun:
                 events += self._name(number, "")
-        return [*events, Ended(self._number, _REASONS.get(self.reason, "length"))]
+        return [*events, Ended(self._number, _REASONS.get(self.reason.lower(), unknown))]
 
     def read(self, choice: dict[str, Any]) -> list[Event]:
         """What its part of a chunk says."""

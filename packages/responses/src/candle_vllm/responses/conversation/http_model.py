@@ -6,8 +6,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
+import math
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing, asynccontextmanager
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 import httpx2
@@ -25,7 +29,11 @@ from candle_vllm.responses.conversation.chat_form import chat_request
 from candle_vllm.responses.conversation.http_chunks import ChunkReader
 
 _MAX_MESSAGE = 500  # characters of a server's own words
-_BUSY = frozenset({429, 503})
+_BUSY = frozenset({429, 503, 529})
+_WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds before a request is tried again, where the server does not say how long
+_LONGEST_WAIT = 120.0  # seconds; a server that asks for more is not waited for
+
+logger = logging.getLogger(__name__)
 
 
 class ModelServerError(CandleVllmError):
@@ -44,7 +52,7 @@ class ModelServerBusyError(EngineOverloadedError):
     """The server takes no more requests now.
 
     Attributes:
-        status: 429 or 503.
+        status: 429, 503 or 529.
     """
 
     def __init__(self, message: str, status: int) -> None:
@@ -164,7 +172,7 @@ class HttpModel:
 
         Raises:
             RequestError: the server refuses the request; `ModelServerRequestError` has the status.
-            EngineOverloadedError: it takes none now.
+            EngineOverloadedError: it takes none now. It was asked several times, as `Retry-After` says.
             ModelServerError: anything else, before the first event or among them.
         """
         self._check_open()
@@ -175,16 +183,39 @@ class HttpModel:
         body = {"model": self._model, **fields, "stream": True, "stream_options": {"include_usage": True}}
         headers = {"content-type": "application/json"}
         try:
-            async with self._client.stream(
-                "POST", self._at("chat/completions"), content=_encoded(body), headers=headers
-            ) as response:
-                if response.status_code != 200:
-                    answer = await self._body(response)
-                    raise error_of(response.status_code, answer, self._server, self._key)
-                async with aclosing(self._events(response)) as events:
-                    yield events
+            async with (
+                aclosing(
+                    await self._answer("POST", "chat/completions", content=_encoded(body), headers=headers)
+                ) as response,
+                aclosing(self._events(response)) as events,
+            ):
+                yield events
         except httpx2.HTTPError as error:
             raise self._failed(error) from None
+
+    async def _answer(self, method: str, path: str, **given: Any) -> httpx2.Response:
+        """An answer whose body has not been read. A busy server, and one that broke off before its answer, is asked
+        again after a while."""
+        for wait in (*_WAITS, None):
+            try:
+                response = await self._client.send(
+                    self._client.build_request(method, self._at(path), **given), stream=True
+                )
+            except (httpx2.ReadError, httpx2.RemoteProtocolError) as error:
+                failure: CandleVllmError = self._failed(error)
+            else:
+                if response.status_code == 200:
+                    return response
+                async with aclosing(response):
+                    failure = error_of(response.status_code, await self._body(response), self._server, self._key)
+                if response.status_code not in _BUSY:
+                    raise failure
+                wait = wait and _wait_of(response.headers.get("retry-after"), wait)
+            if wait is None or wait > _LONGEST_WAIT:
+                raise failure
+            logger.warning("%s: trying again in %d s", failure, math.ceil(wait))
+            await asyncio.sleep(wait)
+        raise AssertionError("the last wait is None")
 
     def _check_open(self) -> None:
         if self._client.is_closed:
@@ -232,10 +263,8 @@ class HttpModel:
     async def _first_model(self) -> str:
         advice = "give the model's name"
         try:
-            async with self._client.stream("GET", self._at("models")) as response:
+            async with aclosing(await self._answer("GET", "models")) as response:
                 body = await self._body(response)
-                if response.status_code != 200:
-                    raise error_of(response.status_code, body, self._server, self._key)
             first = json.loads(body)["data"][0]["id"]
         except httpx2.HTTPError as error:
             raise self._failed(error) from None
@@ -263,6 +292,18 @@ class HttpModel:
         if isinstance(error, httpx2.ConnectError):
             return ModelServerError(f"{self._server} cannot be reached: {shown(str(error), self._key)}")
         return ModelServerError(f"{self._server} broke off: {shown(str(error) or type(error).__name__, self._key)}")
+
+
+def _wait_of(said: str | None, otherwise: float) -> float:
+    """Seconds that a `Retry-After` asks for, a number or a date; `otherwise` where it asks for nothing."""
+    try:
+        seconds = float(said or "")
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(said or "").timestamp() - time.time()
+        except (ValueError, TypeError):
+            return otherwise
+    return max(seconds, 0.0) if math.isfinite(seconds) else otherwise
 
 
 async def _read_on(events: AsyncIterator[object]) -> None:

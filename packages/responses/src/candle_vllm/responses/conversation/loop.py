@@ -222,7 +222,7 @@ class _Conversation:
             if self._turns >= self._options.max_turns:
                 return "max_turns"
             turn = await self._take_turn()
-            if turn.finish_reason == "length":
+            if turn.finish_reason.cut:
                 for call in self._transcript.open_calls:
                     if call.arguments.strip() and isinstance(parsed_arguments(call.arguments), dict):
                         await self._calls.refuse(call, "not_run", WHOLE)

@@ -66,11 +66,11 @@ class TurnReader:
 
     def finish(self) -> TurnFinished:
         """The whole turn."""
-        reason = "tool_calls" if self._calls else "stop"
+        reason = answer.Reason.TOOL_CALLS if self._calls else answer.Reason.STOP
         return TurnFinished(
             number=self._number,
             message=chat_message(self.message()),
-            finish_reason="length" if self._cut else reason,
+            finish_reason=answer.Reason.LENGTH if self._cut else reason,
             usage=self._usage,
         )
 
@@ -91,7 +91,7 @@ class TurnReader:
             case answer.CallBegun():
                 return [*_alone(event.logprobs), self._begin(event)]
             case answer.Ended():
-                self._cut = event.reason == "length"
+                self._cut = event.reason.cut
         return []
 
     def _begin(self, event: answer.CallBegun) -> CallStarted:

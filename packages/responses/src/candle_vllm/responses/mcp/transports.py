@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 """How a connection to a server is opened, stdio, streamable HTTP or the older SSE transport, and what it sends watched:
-its end is noticed, its pace and its rubbish are bounded."""
+its end is noticed, its pace and its rubbish are bounded, and what does not fit the protocol is left out by itself."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ import httpx2
 from mcp.client.sse import sse_client
 from mcp.client.streamable_http import streamable_http_client
 from mcp.shared.message import SessionMessage
+from mcp_types import JSONRPCResponse, methods
+from pydantic import ValidationError
 
 from candle_vllm.responses.mcp.http import MAX_BODY, HttpNotes, bare_address, http_client
 from candle_vllm.responses.mcp.peer import Peer
@@ -64,7 +66,7 @@ class Opening:
         """The transport's two streams, for the SDK's `Client`."""
         opened = {"stdio": self._stdio, "http": self._http, "sse": self._sse}[self._kind]
         async with opened() as (received, sent):
-            yield WatchedStream(received, self._over, self._peer.log), sent
+            yield WatchedStream(received, self._over, self._peer.note), sent
 
     def last_words(self) -> str:
         """What its program said of its failure, to be put behind a sentence; empty where it said nothing."""
@@ -95,6 +97,75 @@ class Opening:
             return http_client(self._peer, self._notes)
 
         return sse_client(bare_address(self._peer.config.url), httpx_client_factory=client)
+
+
+MAX_MENDED = 2000  # tools of a list, or blocks of a result, that are looked at; what comes behind them is left out
+_MAX_NOTES = 20
+_ERA = "2025-11-25"  # the protocol version whose forms are the strictest
+_OBJECT = "object"
+_SHOWN = ("title", "description", "icons", "annotations", "execution", "outputSchema", "_meta")
+"""Members of a tool without which it can be called."""
+
+
+def mend(result: dict[str, Any], note: Callable[[str], object]) -> None:
+    """Leaves out of a server's answer what does not fit the protocol, in place.
+
+    The SDK checks an answer as a whole, so one bad tool would take the list with it, and one unknown block the result
+    of a call. A tool is mended where its meaning is plain, else it is left out; a bad block becomes a text that says
+    so.
+
+    Args:
+        result: of any request; lists of tools and results of calls are looked at.
+        note: gets a sentence for each tool that is left out, of the first ones.
+    """
+    if isinstance(tools := result.get("tools"), list):
+        notes: list[str] = []
+        mended = [_mended_tool(tool, notes.append) for tool in tools[:MAX_MENDED]]
+        result["tools"] = [tool for tool in mended if tool is not None]
+        for sentence in notes[:_MAX_NOTES]:
+            note(sentence)
+    if isinstance(content := result.get("content"), list):
+        result["content"] = [_mended_block(block) for block in content[:MAX_MENDED]]
+
+
+def _fault(method: str, result: dict[str, Any]) -> str | None:
+    """What of a result does not fit the protocol; None where all does."""
+    try:
+        methods.validate_server_result(method, _ERA, result)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        return f"{'.'.join(str(part) for part in first['loc'][2:])[:100]}: {first['msg']}"
+    return None
+
+
+def _mended_tool(tool: Any, note: Callable[[str], object]) -> dict[str, Any] | None:
+    fault = _fault("tools/list", {"tools": [tool]})
+    if fault is None:
+        return tool
+    if isinstance(tool, dict) and isinstance(tool.get("name"), str):
+        schema = tool.get("inputSchema")
+        schema = {} if schema is None or schema is True else schema
+        if isinstance(schema, dict) and schema.get("type", _OBJECT) in (_OBJECT, [_OBJECT]):
+            schema = {**schema, "type": _OBJECT}
+        mended = {**tool, "inputSchema": schema}
+        for name in _SHOWN:
+            if name in mended and _fault("tools/list", {"tools": [{**_PLAIN, name: mended[name]}]}) is not None:
+                del mended[name]
+        if _fault("tools/list", {"tools": [mended]}) is None:
+            return mended
+    name = tool.get("name") if isinstance(tool, dict) else tool
+    note(f"the tool {str(name)[:100]!r} is left out: it does not fit the protocol ({fault})")
+    return None
+
+
+_PLAIN = {"name": "a", "inputSchema": {"type": _OBJECT}}
+
+
+def _mended_block(block: Any) -> Any:
+    if _fault("tools/call", {"content": [block]}) is None:
+        return block
+    kind = block.get("type") if isinstance(block, dict) else type(block).__name__
+    return {"type": "text", "text": f"[content of the kind {str(kind)[:50]!r}, which is not understood]"}
 
 
 class WatchedStream:
@@ -136,6 +207,8 @@ class WatchedStream:
         if self._rubbish >= MAX_RUBBISH:
             self._ended(f"the server sent {MAX_RUBBISH} things in a row that are no messages of the protocol")
             raise anyio.EndOfStream
+        if isinstance(item, SessionMessage) and isinstance(item.message, JSONRPCResponse):
+            mend(item.message.result, self._log)
         return item
 
     async def _pace(self) -> None:

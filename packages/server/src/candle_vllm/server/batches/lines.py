@@ -21,7 +21,7 @@ from starlette.types import ASGIApp
 from candle_vllm.core.engine.request import MAX_PRIORITY
 from candle_vllm.openai.errors import InvalidBodyError
 from candle_vllm.openai.fair_threads import apart
-from candle_vllm.openai.json_body import decode_json
+from candle_vllm.openai.json_body import decode_json, to_json_bytes
 from candle_vllm.server.http.routing import NOBODY, Caller, acting_for
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def line(self) -> bytes:
         """As JSON, with its newline."""
-        return msgspec.json.encode(self) + b"\n"
+        return to_json_bytes(self) + b"\n"
 
 
 def failed(custom_id: str | None, code: str, message: str) -> Result:

@@ -188,7 +188,7 @@ def _sharegpt(path: Path) -> Iterator[tuple[str, str]]:
 
 def _custom(path: Path) -> Iterator[tuple[str, int | None]]:
     """Lines of JSON with `prompt`, and `output_tokens` where they say how long the answer shall be."""
-    for number, line in enumerate(_text(path).splitlines(), 1):
+    for number, line in enumerate(_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:

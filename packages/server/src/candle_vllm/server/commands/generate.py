@@ -13,7 +13,7 @@ import sys
 from collections.abc import AsyncGenerator
 from typing import Any
 
-from candle_vllm.core import CandleVllmError, FinishReason, InferenceEngine, SamplingParams
+from candle_vllm.core import CandleVllmError, InferenceEngine, SamplingParams
 from candle_vllm.server.commands.terminal import CUT, Display, Said, answer_pieces, conversation, read_stdin
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.derived import load_engine
@@ -57,7 +57,7 @@ async def _continuation(
         async for piece in stream:
             if piece.error is not None:
                 raise CandleVllmError(f"the engine failed on this prompt: {piece.error}")
-            yield Said(piece.text, cut=piece.finish_reason == FinishReason.LENGTH)
+            yield Said(piece.text, cut=piece.finish_reason is not None and piece.finish_reason.cut)
     finally:
         await stream.aclose()
 

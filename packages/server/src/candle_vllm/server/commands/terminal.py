@@ -73,7 +73,7 @@ async def answer_pieces(
             if isinstance(event, Thought | Text):
                 yield Said(event.text, thought=isinstance(event, Thought))
             elif isinstance(event, Ended):
-                cut = event.reason == "length"
+                cut = event.reason.cut
             elif isinstance(event, Usage) and event.final:
                 yield Said("", tokens=event.completion_tokens, cut=cut)
     finally:

@@ -19,6 +19,8 @@ import re
 import socket
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
+from typing import TYPE_CHECKING
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -29,15 +31,10 @@ from candle_vllm.server.http.keys import Key, Keyring
 from candle_vllm.server.http.protocol import most_connections
 from candle_vllm.server.http.routing import acting_for, route_path
 
+if TYPE_CHECKING:
+    from candle_vllm.server.openapi.operation import Access
+
 READY = "/ready"
-PUBLIC_PATHS = frozenset({"/health", "/ping", READY})
-MANAGEMENT_PATHS = frozenset({
-    "/metrics", "/v1/models/load", "/v1/models/unload", "/v1/models/select", "/v1/models/reload",
-    "/v1/models/add", "/v1/models/remove", "/v1/models/status", "/v1/models/inventory", "/v1/usage",
-    "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/server_info", "/reset_prefix_cache", "/v1/queues",
-    "/sleep", "/wake_up", "/is_sleeping", "/api/pull", "/api/copy", "/api/delete",
-})  # fmt: skip
-MIX = "/lora-adapters"  # which clients may look at, and operators change
 PAGES = ("/openapi.json", "/docs")  # and what is below /docs/
 
 
@@ -50,12 +47,12 @@ class ApiKeyMiddleware:
 
     Args:
         keys: those of clients and of operators.
-        public: paths that need no key beside those of `PUBLIC_PATHS`.
+        access: which paths need no key, and which are for operators.
     """
 
-    def __init__(self, app: ASGIApp, keys: Keyring, public: frozenset[str] = frozenset()) -> None:
+    def __init__(self, app: ASGIApp, keys: Keyring, access: Access) -> None:
         self._app = app
-        self._public = PUBLIC_PATHS | public
+        self._access = access
         self._keys = keys
         self._open: Counter[str] = Counter()  # requests and WebSockets of each key that have not ended
 
@@ -64,10 +61,9 @@ class ApiKeyMiddleware:
             await self._app(scope, receive, send)
             return
         path = route_path(scope)
-        manages = path in MANAGEMENT_PATHS or path.startswith("/v1/queues/")
-        manages = manages or (path == MIX and scope.get("method") != "GET")
+        manages = self._access.manages(scope.get("method"), path)
         guarded = self._keys.guards(operators=manages)
-        if not guarded or path in self._public:
+        if not guarded or path in self._access.public:
             if path == READY and guarded:
                 key = self._keys.find(_given(scope, page=False))
                 known = {"caller": key.caller} if key is not None and key.is_valid else {"stranger": True}
@@ -213,10 +209,12 @@ class HostMiddleware:
     Args:
         own: the name or address that the server was told to listen at.
         allowed: the origins of --cors-origin, whose hosts are names of this server as well.
+        public: the paths where any name will do.
     """
 
-    def __init__(self, app: ASGIApp, own: str, allowed: Sequence[str]) -> None:
+    def __init__(self, app: ASGIApp, own: str, allowed: Sequence[str], public: AbstractSet[str]) -> None:
         self._app = app
+        self._public = public
         names = [re.sub(r":[0-9*]+$", "", origin.rpartition("://")[2]) for origin in allowed]
         self._names = origins([name.lower() for name in (own, socket.gethostname(), *names)])
         self._is_known = functools.lru_cache(maxsize=1024)(self._is_private)
@@ -244,11 +242,10 @@ class HostMiddleware:
         private = "." not in name or name.endswith(_PRIVATE_NAMES)
         return private or _is_number(authority) or self._names.fullmatch(name) is not None
 
-    @staticmethod
-    def _may_pass(scope: Scope) -> bool:
+    def _may_pass(self, scope: Scope) -> bool:
         """Where no name can mislead: a browser says `Sec-Fetch-Site`, which no page can write, of safe addresses."""
         return (
-            route_path(scope) in PUBLIC_PATHS
+            route_path(scope) in self._public
             or scope.get("scheme") in ("https", "wss")
             or (scope.get("server") or ("", None))[1] is None
             or _values(scope, b"sec-fetch-site") in (["same-origin"], ["none"])

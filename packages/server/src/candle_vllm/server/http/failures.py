@@ -139,14 +139,8 @@ def _log(what: str, failure: Exception) -> None:
         logger.error("%s", what, exc_info=failure)
 
 
-_ROUTES_HERE = {  # of llama.cpp and of clients whose base URL lacks /v1
-    "/generate": "/v1/completions",
-    "/chat/completions": "/v1/chat/completions",
-    "/models": "/v1/models",
-    "/embedding": "/v1/embeddings",
-    "/embeddings": "/v1/embeddings",
-    "/responses": "/v1/responses",
-}
+_ROUTES_HERE = {"/generate": "/v1/completions", "/embedding": "/v1/embeddings"}
+"""Routes of other servers whose answers have another form."""
 
 
 def _routing_error(request: Request, failure: HTTPException) -> HttpError:

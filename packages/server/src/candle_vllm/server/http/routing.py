@@ -59,6 +59,20 @@ class PrefixMiddleware:
         await self._app(scope, receive, send)
 
 
+class UnversionedMiddleware:
+    """Takes OpenAI's routes without `/v1` too, as llama-server does; every layer within sees them with it."""
+
+    PATHS = frozenset({"/chat/completions", "/embeddings", "/models", "/responses"})
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] in self.PATHS:
+            scope = {**scope, "path": "/v1" + scope["path"], "raw_path": b"/v1" + (scope.get("raw_path") or b"")}
+        await self._app(scope, receive, send)
+
+
 class GreetingMiddleware:
     """Answers at `/` of one port as Ollama does, where its clients look whether it runs."""
 

@@ -2,7 +2,7 @@
 """Server-sent events: an adapter's chunks -> bytes on the connection.
 
 Step 10 of a request's life. Pure ASGI: chunks that are ready in the same tick leave in one write, silence is
-broken by a comment, a failure in mid-stream is an event of its own, and a disconnect closes the chunks, which
+broken by a keep-alive, a failure in mid-stream is an event of its own, and a disconnect closes the chunks, which
 aborts the request in the engine.
 """
 
@@ -75,11 +75,13 @@ class EventStream(Response):
         done: the last event of a stream that ends well.
         deadline: `time.monotonic()` at which the stream ends with `too_late`.
         released: called once nothing more is taken from `chunks`.
-        keep_alive: seconds of silence before a comment is sent.
+        silence: makes what breaks a silence. Without it a comment does, which proxies count and clients do not: an API
+            that has an event for it sends that.
+        keep_alive: seconds of silence before that is sent.
     """
 
     media_type = "text/event-stream"
-    silence = KEEP_ALIVE
+    filler = KEEP_ALIVE
 
     def __init__(
         self,
@@ -91,6 +93,7 @@ class EventStream(Response):
         deadline: float | None = None,
         too_late: Exception | None = None,
         released: Callable[[], object] | None = None,
+        silence: Callable[[], bytes] | None = None,
         keep_alive: float = KEEP_ALIVE_SECONDS,
     ) -> None:
         self.status_code = 200
@@ -103,6 +106,7 @@ class EventStream(Response):
         self._deadline = deadline
         self._too_late = too_late or RequestAbortedError("The request took too long.")
         self._released = released
+        self._silence = silence or (lambda: self.filler)
         self._keep_alive = keep_alive
         self._pending: list[bytes] = []
         self._buffered = 0
@@ -189,7 +193,7 @@ class EventStream(Response):
             return
         silence = loop.time() - self._idle_since if self._idle is not None else 0.0
         if silence >= self._keep_alive:
-            self._push(self.silence)
+            self._push(self._silence())
             silence = 0.0
         self._timer = loop.call_later(min(left, self._keep_alive - silence), self._watch_time)
 
@@ -252,7 +256,7 @@ class LineStream(EventStream):
     """The same as lines of JSON. Silence is broken by a space, which readers of the next line skip."""
 
     media_type = "application/x-ndjson"
-    silence = b" "
+    filler = b" "
 
 
 async def _stop(tasks: Sequence[asyncio.Task[None]]) -> None:

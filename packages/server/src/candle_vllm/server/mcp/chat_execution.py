@@ -22,7 +22,7 @@ from candle_vllm.core.errors import PromptTooLongError
 from candle_vllm.openai import ChatCompletion, ChatCompletionChunk, ChatCompletionRequest
 from candle_vllm.openai.chat_answers import told_of
 from candle_vllm.openai.conversation import images_of
-from candle_vllm.openai.events import Begun, Head
+from candle_vllm.openai.events import Begun, Head, Reason
 from candle_vllm.openai.events import Event as AnswerEvent
 from candle_vllm.openai.protocol.chat import ChatChoice, ChatDelta, ChatLogprobs, ChatMessage, ChunkChoice
 from candle_vllm.openai.protocol.tools import function_of, read_choice
@@ -153,12 +153,12 @@ class Execution:
         try:
             event = await (_next(self._events) if pending is None else pending)
         except TokensSpentError:
-            self.state.end("length")
+            self.state.end(Reason.LENGTH)
             raise StopAsyncIteration from None
         except PromptTooLongError:
             if not self.state.turns:
                 raise
-            self.state.end("length", limit=CONTEXT)  # what the tools gave has filled it, and not the client
+            self.state.end(Reason.LENGTH, limit=CONTEXT)  # what the tools gave has filled it, and not the client
             raise StopAsyncIteration from None
         finally:
             del pending  # its error holds this frame

@@ -10,6 +10,7 @@ from msgspec import UNSET, UnsetType
 
 from candle_vllm.core.engine.request import GUESS_COUNTS
 from candle_vllm.openai.chat_answers import Told, wire_usage
+from candle_vllm.openai.events import Reason
 from candle_vllm.openai.events import Usage as Counts
 from candle_vllm.openai.protocol.chat import ServerToolCall
 from candle_vllm.openai.protocol.usage import Usage
@@ -39,7 +40,7 @@ class ExecutionState:
         told: what the counts tell beside the usual.
 
     Attributes:
-        finish_reason: of the whole: "stop" or "length"; "" while it goes on.
+        finish_reason: of the whole; "" while it goes on.
         limit: which limit of the server ended it, or UNSET.
         turns: that have ended.
         text, thoughts, logprobs: of the last turn.
@@ -76,16 +77,16 @@ class ExecutionState:
                 self._note(result.call, result.status, result.seconds, result.server)
             case ConversationFinished():
                 reason = event.result.stop_reason
-                if reason in ("stop", "length"):
-                    self.end(reason)
+                if reason in (Reason.STOP, Reason.LENGTH):
+                    self.end(Reason(reason))
                 else:
-                    self.end("length", limit=reason)
+                    self.end(Reason.LENGTH, limit=reason)
             case _:
                 pass
 
-    def end(self, finish_reason: str, limit: str | UnsetType = UNSET) -> None:
+    def end(self, reason: Reason, limit: str | UnsetType = UNSET) -> None:
         """The conversation is over."""
-        self.finish_reason, self.limit = finish_reason, limit
+        self.finish_reason, self.limit = reason.value, limit
 
     @property
     def calls(self) -> tuple[ServerToolCall, ...] | UnsetType:

@@ -26,8 +26,6 @@ from candle_vllm.core.errors import (
 from candle_vllm.server.observing.request_context import RequestContext
 from candle_vllm.server.observing.tally import Histogram
 
-COMPLETE = (FinishReason.STOP.value, FinishReason.LENGTH.value)
-
 
 @dataclass(frozen=True)
 class FinishedRequest:
@@ -70,7 +68,7 @@ class FinishedRequest:
         """ "ok", "aborted" or "failed", by the worst of its sequences."""
         if FinishReason.ERROR.value in self.finish_reasons:
             return "failed"
-        return "ok" if all(reason in COMPLETE for reason in self.finish_reasons) else "aborted"
+        return "ok" if all(FinishReason(reason).complete for reason in self.finish_reasons) else "aborted"
 
 
 class Counts(Protocol):

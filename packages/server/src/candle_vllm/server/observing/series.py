@@ -11,9 +11,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
-from candle_vllm.core.engine.request import EngineStats, FinishReason, ReplicaStats
+from candle_vllm.core.engine.request import STATS, EngineStats, FinishReason, ReplicaStats
 from candle_vllm.server.observing.request_record import FinishedRequest
 from candle_vllm.server.observing.tally import Histogram, UsageCounts
 
@@ -144,9 +145,8 @@ def _named(counts: Mapping[str, int]) -> str:
     return ",".join([*sorted(names[:MOST_NAMED]), *(["..."] if len(names) > MOST_NAMED else [])])
 
 
-def _sum(name: str, text: str, stat: str) -> Series:
-    """What the engine counts itself."""
-    return Series(name, "counter", MODEL, text, read=lambda model: [((), model.engine_sums[stat])], stat=stat)
+def _engine_sum(stat: str, model: ModelReading) -> Iterable[Row]:
+    return [((), model.engine_sums[stat])]
 
 
 def _tokens(name: str, text: str, value: Callable[[UsageCounts], float]) -> Series:
@@ -224,34 +224,10 @@ GAUGES: tuple[Series, ...] = (
 )  # fmt: skip
 """Of a loaded model, read when they are asked for."""
 
-ENGINE_COUNTERS: tuple[Series, ...] = (
-    _sum("vllm:num_preemptions_total", "Sequences that were stopped for want of cache and run again.", "preemptions"),
-    _sum("vllm:prefix_cache_queries_total", "Tokens of prompts that the engine has run.", "prompt_tokens"),
-    _sum("vllm:prefix_cache_hits_total", "Those of them that were in the prefix cache.", "cached_prompt_tokens"),
-    _sum("vllm:spec_decode_num_drafts_total", "Steps of sequences that tried guessed tokens.", "drafts"),
-    _sum("vllm:spec_decode_num_draft_tokens_total", "Guessed tokens that were tried.", "draft_tokens"),
-    _sum("vllm:spec_decode_num_accepted_tokens_total", "Those of them that were right.", "accepted_draft_tokens"),
-    _sum("candle_vllm:engine_steps_total", "Steps of the engine.", "steps"),
-    _sum("candle_vllm:lora_loads_total", "Adapters that were brought to memory.", "adapter_loads"),
-    _sum("candle_vllm:lora_load_failures_total", "Adapters that could not be.", "adapter_load_failures"),
-    _sum("candle_vllm:lora_load_seconds_total", "Time of all that, seconds.", "adapter_load_seconds"),
-    _sum("candle_vllm:lora_evictions_total", "Adapters that left memory for others.", "adapter_evictions"),
-    _sum("candle_vllm:images_encoded_total", "Images whose embeddings were made.", "images_encoded"),
-    _sum("candle_vllm:images_reused_total", "Images whose embeddings requests found made.", "images_reused"),
-    _sum("candle_vllm:image_failures_total", "Images whose embeddings could not be made.", "image_failures"),
-    _sum("candle_vllm:image_encoding_seconds_total", "Time of making them, seconds.", "image_seconds"),
-    _sum("candle_vllm:prompt_cache_blocks_read_total", "KV blocks that were read from there.", "kept_blocks_read"),
-    _sum("candle_vllm:prompt_cache_blocks_written_total", "KV blocks that were written there.", "kept_blocks_written"),
-    _sum(
-        "candle_vllm:prompt_cache_blocks_skipped_total",
-        "KV blocks that were not, for that was behind.",
-        "kept_blocks_skipped",
-    ),
-    _sum(
-        "candle_vllm:prompt_cache_failures_total",
-        "KV blocks that were damaged or late, or could not be read or written.",
-        "kept_block_failures",
-    ),
+ENGINE_COUNTERS: tuple[Series, ...] = tuple(
+    Series(kind.series, "counter", MODEL, kind.help, stat=stat, read=partial(_engine_sum, stat))
+    for stat, kind in STATS.items()
+    if kind.series
 )
 """What the engine counts itself; the sum goes on when a model is unloaded and loaded again."""
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""The document of one application: the table of routes for those that it has, with its keys (outside the ten steps)."""
+"""The document of one application, made of what stands at its routes (outside the ten steps)."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from importlib.metadata import version
 from typing import Any
@@ -15,7 +15,7 @@ from fastapi.routing import APIRoute
 
 from candle_vllm.server.http.limits import HEADERS
 from candle_vllm.server.openapi.components import Schema, as_list
-from candle_vllm.server.openapi.operations import OPERATIONS, Key, Operation
+from candle_vllm.server.openapi.operation import Key, Operation, operations_of
 
 _MEANINGS: Mapping[int, str] = {
     200: "Done",
@@ -35,6 +35,15 @@ _MEANINGS: Mapping[int, str] = {
     503: "Overloaded, shutting down, or the model cannot be loaded now",
     529: "Overloaded",
     504: "The answer took longer than the operator allows",
+}
+_IN_PATHS: Mapping[str, str] = {
+    "batch_id": "The id of a batch.",
+    "conversation_id": "The id of a conversation.",
+    "file_id": "The id of a file.",
+    "item_id": "The id of an item.",
+    "model_id": "A served name. It may hold slashes, percent-encoded or not.",
+    "request_id": "The id of the answer.",
+    "response_id": "The id of a response.",
 }
 _DESCRIPTION = (
     "LLM inference with OpenAI's API. Every failure has OpenAI's error envelope; a field that is misspelt, or that is "
@@ -62,7 +71,7 @@ class ApiDocument:
     @cached_property
     def value(self) -> dict[str, Any]:
         """As an object."""
-        return make_document(keys_of(self._routers), keys=self._keys, management_keys=self._management_keys)
+        return make_document(operations_of(self._routers), keys=self._keys, management_keys=self._management_keys)
 
     @cached_property
     def encoded(self) -> bytes:
@@ -76,36 +85,24 @@ class ApiDocument:
         return sorted({method for route in routes if route.path == first for method in route.methods or ()})
 
 
-def keys_of(routers: Iterable[APIRouter]) -> Iterator[Key]:
-    """Method and path of each route."""
-    for router in routers:
-        for route in router.routes:
-            if isinstance(route, APIRoute):
-                yield from ((method, route.path) for method in sorted(route.methods or ()))
-
-
-def make_document(
-    routes: Iterable[Key], *, keys: bool, management_keys: bool, operations: Mapping[Key, Operation] = OPERATIONS
-) -> dict[str, Any]:
+def make_document(operations: Mapping[Key, Operation], *, keys: bool, management_keys: bool) -> dict[str, Any]:
     """OpenAPI 3.1 for the routes of an application.
 
     Args:
-        routes: those that it has; one that is not in the table is left out.
+        operations: the routes, with what is said of them.
         keys: whether clients need a key.
         management_keys: whether operators have keys of their own.
-        operations: the table.
     """
-    chosen = {key: operations[key] for key in routes if key in operations}
     paths: dict[str, Any] = {}
-    for (method, path), operation in chosen.items():
-        entry = _operation(operation, _security(operation, keys, management_keys))
+    for (method, path), operation in operations.items():
+        entry = _operation(path, operation, _security(operation, keys, management_keys))
         paths.setdefault(re.sub(r":\w+}", "}", path), {})[method.lower()] = entry
     return {
         "openapi": "3.1.0",
         "info": {"title": "candle-vllm", "version": version("candle-vllm-server"), "description": _DESCRIPTION},
-        "tags": [{"name": tag} for tag in dict.fromkeys(each.tag for each in chosen.values())],
+        "tags": [{"name": tag} for tag in dict.fromkeys(each.tag for each in operations.values())],
         "paths": paths,
-        "components": _components(list(chosen.values()), keys or management_keys),
+        "components": _components(list(operations.values()), keys or management_keys),
     }
 
 
@@ -134,8 +131,8 @@ def _schemas(operations: Sequence[Operation]) -> dict[str, Schema]:
     made: dict[str, Schema] = {}
     for naming in dict.fromkeys(each.naming for each in operations):
         own = [each for each in operations if each.naming == naming]
-        requests = dict.fromkeys(kind for each in own for kind in each.body)
-        answers = dict.fromkeys(kind for each in own for kinds in each.answers.values() for kind in kinds)
+        requests = dict.fromkeys(kind for each in own for kind in each.bodies)
+        answers = dict.fromkeys(kind for each in own for kind in each.answers)
         others = dict.fromkeys(kind for each in own for kind in (*each.events, *each.lines, each.error))
         made |= naming.components([*requests], [*(answers | others)])
     return made
@@ -146,21 +143,21 @@ def _security(operation: Operation, keys: bool, management_keys: bool) -> list[d
     return [{"bearer": []}, {"x-api-key": []}] if needed else []
 
 
-def _operation(operation: Operation, security: list[dict[str, list[str]]]) -> dict[str, Any]:
-    errors = {*operation.errors, 403, 500, *((401,) if security else ())} - {*operation.answers}
+def _operation(path: str, operation: Operation, security: list[dict[str, list[str]]]) -> dict[str, Any]:
+    errors = operation.refusals | ({401} if security else set())
     entry: dict[str, Any] = {
         "operationId": operation.id,
         "tags": [operation.tag],
         "summary": operation.summary,
         "security": security,
-        "parameters": _parameters(operation),
+        "parameters": _parameters(path, operation),
         "responses": {
-            **{str(status): _answer(operation, status) for status in operation.answers},
+            **{str(status): _answer(operation, status) for status in operation.statuses},
             **{str(status): _error(operation, status) for status in sorted(errors)},
         },
     }
     if operation.body:
-        body = operation.naming.one_of(operation.body)
+        body = operation.naming.one_of(operation.bodies)
         body = {"type": "array", "items": body} if operation.bare_body else body
         content = {"schema": body, "example": operation.example}
         entry["requestBody"] = {"required": True, "content": {"application/json": content}}
@@ -173,10 +170,10 @@ def _operation(operation: Operation, security: list[dict[str, list[str]]]) -> di
     return entry
 
 
-def _parameters(operation: Operation) -> list[dict[str, Any]]:
+def _parameters(path: str, operation: Operation) -> list[dict[str, Any]]:
     inside = [
-        {"name": name, "in": "path", "required": True, "description": text, "schema": {"type": "string"}}
-        for name, text in operation.path_parameters.items()
+        {"name": name, "in": "path", "required": True, "description": _IN_PATHS[name], "schema": {"type": "string"}}
+        for name in re.findall(r"{(\w+)", path)
     ]
     return inside + [{"name": name, "in": "query", "schema": schema} for name, schema in operation.query.items()]
 
@@ -187,8 +184,8 @@ def _answer(operation: Operation, status: int) -> dict[str, Any]:
     if status == 204 or not operation.media:
         return described
     schema: Schema = {"type": "string"}
-    if kinds := operation.answers[status]:
-        schema = operation.naming.one_of(kinds)
+    if operation.answers:
+        schema = operation.naming.one_of(operation.answers)
     if operation.bare:
         schema = {"type": "array", "items": schema}
     if operation.one_or_more:

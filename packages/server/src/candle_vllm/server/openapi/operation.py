@@ -1,34 +1,49 @@
 # SPDX-License-Identifier: MIT
-"""What the document says of one route. Outside the ten steps."""
+"""What a route takes, gives and refuses, and who may call it, told where the route stands. Outside the ten steps."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import msgspec
+from fastapi import APIRouter
+from fastapi.routing import APIRoute
 
 from candle_vllm.openai import ErrorEnvelope
 from candle_vllm.openai.protocol.fields import WireModel
 from candle_vllm.server.openapi.components import Naming
 
 Key = tuple[str, str]  # method and path, as the router has it
+_P = ParamSpec("_P")
+_Endpoint = TypeVar("_Endpoint", bound=Callable[..., Awaitable[Any]])
 
-BODY_ERRORS = (400, 408, 413, 415)
+_BODY_ERRORS = (400, 408, 413, 415)
+
+# What several modules of routes say of theirs: statuses of refusals, names of types, parameters, examples.
+MODEL_ERRORS = (404, 503)
+QUEUED = (*MODEL_ERRORS, 429, 504)
+COUNTED = (*MODEL_ERRORS, 504)
+KEPT = (400, 404, 503)
+RESPONSES, OLLAMA = Naming("Responses", "Out"), Naming("Ollama", "Out")
+QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+WHICH = {"model": {"type": "string", "description": "A served name; without it the default model."}}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Operation:
     """One route.
 
     Attributes:
-        id: name of the operation in generated clients.
         tag: heading in the pages.
-        summary: one line.
-        answers: types of a good answer's body, by status; several types mean one of them.
-        errors: statuses of refusals, besides 401, 403 and 500.
-        body: types of the request; several mean one of them.
+        answer: type of a good answer's body; several mean one of them.
+        statuses: of good answers.
+        id: name of the operation in generated clients; without one the function's.
+        summary: one line; without one the first of the function's docstring.
+        errors: statuses of refusals, besides 401, 403, 500 and those of every body.
+        body: type of the request; several mean one of them.
         example: a body that works with any model of its kind.
         form: the fields of a body that is a form, by name, each with its schema.
         media: type of a good answer's body; those of JSON have types. Empty where there is no body.
@@ -42,16 +57,16 @@ class Operation:
         bare_body: the body is an array of them.
         manages: the route is for operators.
         public: the route needs no key.
-        path_parameters: what stands in the path, by name.
         query: the parameters behind the path: a schema by name.
     """
 
-    id: str
     tag: str
-    summary: str
-    answers: Mapping[int, tuple[type[msgspec.Struct], ...]]
+    answer: type[msgspec.Struct] | tuple[type[msgspec.Struct], ...] = ()
+    statuses: tuple[int, ...] = (200,)
+    id: str = ""
+    summary: str = ""
     errors: tuple[int, ...] = ()
-    body: tuple[type[WireModel], ...] = ()
+    body: type[WireModel] | tuple[type[WireModel], ...] = ()
     example: Mapping[str, Any] | Sequence[Any] | None = None
     form: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     media: str = "application/json"
@@ -65,5 +80,80 @@ class Operation:
     bare_body: bool = False
     manages: bool = False
     public: bool = False
-    path_parameters: Mapping[str, str] = field(default_factory=dict)
     query: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def bodies(self) -> tuple[type[WireModel], ...]:
+        """The types of the request."""
+        return self.body if isinstance(self.body, tuple) else (self.body,)
+
+    @property
+    def answers(self) -> tuple[type[msgspec.Struct], ...]:
+        """The types of a good answer's body."""
+        return self.answer if isinstance(self.answer, tuple) else (self.answer,)
+
+    @property
+    def refusals(self) -> set[int]:
+        """The statuses of refusals that do not depend on keys."""
+        return {*self.errors, 403, 500, *(_BODY_ERRORS if self.body or self.form else ())} - {*self.statuses}
+
+
+def routing(
+    router: APIRouter, make: Callable[_P, Operation]
+) -> Callable[Concatenate[str, _P], Callable[[_Endpoint], _Endpoint]]:
+    """A decorator that adds a route to a router, with what the document says of it.
+
+    Args:
+        router: of the module.
+        make: `Operation`, perhaps with what the module's routes have in common.
+
+    Returns:
+        What is called with the method and the paths, as `"POST /v1/score /score"`, and the operation's arguments.
+    """
+
+    def route(at: str, *args: _P.args, **told: _P.kwargs) -> Callable[[_Endpoint], _Endpoint]:
+        operation = make(*args, **told)
+        method, *paths = at.split()
+
+        def add(function: _Endpoint) -> _Endpoint:
+            name = operation.id or function.__name__
+            summary = operation.summary or (function.__doc__ or "").partition("\n")[0].rstrip(".")
+            for path in reversed(paths):  # the order of stacked decorators
+                own = name if path == paths[0] else name + "_" + path.strip("/").replace("/", "_")
+                said = {"operation": dataclasses.replace(operation, id=own, summary=summary)}
+                router.add_api_route(path, function, methods=[method], openapi_extra=said)
+            return function
+
+        return add
+
+    return route
+
+
+def operations_of(routers: Iterable[APIRouter]) -> dict[Key, Operation]:
+    """The routes of these routers that the document describes, in their order."""
+    return {
+        (method, route.path): route.openapi_extra["operation"]
+        for router in routers
+        for route in router.routes
+        if isinstance(route, APIRoute) and route.openapi_extra is not None
+        for method in sorted(route.methods or ())
+    }
+
+
+class Access:
+    """Who may call what, by the path alone: everybody, operators, or clients.
+
+    Args:
+        operations: of all routes.
+        public: more paths that need no key.
+    """
+
+    def __init__(self, operations: Mapping[Key, Operation], public: frozenset[str] = frozenset()) -> None:
+        self.public = public | {path for (_, path), each in operations.items() if each.public}
+        self.managed = {path for (_, path), each in operations.items() if each.manages}
+        self._open = {key for key, each in operations.items() if key[1] in self.managed and not each.manages}
+        self._below = tuple(path.partition("{")[0] for path in self.managed if "{" in path)
+
+    def manages(self, method: str | None, path: str) -> bool:
+        """Whether a request is for operators; of a WebSocket there is no method."""
+        return (path in self.managed or path.startswith(self._below)) and (method, path) not in self._open

@@ -7,6 +7,7 @@ Beside step 1 of a request's life, whose `model` names an adapter without any of
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,13 +24,15 @@ from candle_vllm.openai.protocol.generation import LoraScale, LoraScales, lora_s
 from candle_vllm.openai.remarks import remark
 from candle_vllm.openai.validation import parse_body
 from candle_vllm.server.adapters.registry import Adapter
-from candle_vllm.server.answering import parsed
+from candle_vllm.server.answering import json_answer, parsed
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.routing import caller_of
 from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.models.slot import ModelSlot
+from candle_vllm.server.openapi.operation import MODEL_ERRORS, WHICH, Operation, routing
 
 router = APIRouter()
+route = routing(router, functools.partial(Operation, tag="operators", manages=True))
 
 _INVALID, _NOT_FOUND = "InvalidUserInput", "NotFoundError"  # vLLM's
 
@@ -80,9 +83,15 @@ class Succeeded(msgspec.Struct, frozen=True):
     success: bool = True
 
 
-@router.post("/v1/load_lora_adapter")
+@route(
+    "POST /v1/load_lora_adapter",
+    body=LoadAdapterRequest,
+    example={"lora_name": "tone", "lora_path": "/srv/adapters/tone"},
+    media="text/plain",
+    errors=(*MODEL_ERRORS, 409),
+)
 async def load_lora_adapter(request: Request) -> Response:
-    """Loads an adapter and serves it by a name; answers when it is in memory."""
+    """Load an adapter and serve it by a name; answers when it is in memory."""
     wanted: LoadAdapterRequest = await parsed(request, lambda body: parse_body(LoadAdapterRequest, body))
     manager = _changeable(request)
     name = wanted.lora_name
@@ -133,9 +142,15 @@ async def _files(manager: ModelManager, wanted: LoadAdapterRequest, base: str) -
     return found
 
 
-@router.post("/v1/unload_lora_adapter")
+@route(
+    "POST /v1/unload_lora_adapter",
+    body=UnloadAdapterRequest,
+    example={"lora_name": "tone"},
+    media="text/plain",
+    errors=(*MODEL_ERRORS, 409),
+)
 async def unload_lora_adapter(request: Request) -> Response:
-    """Serves an adapter no more; answers that go on end with it."""
+    """Serve an adapter no more; answers that go on end with it."""
     wanted: UnloadAdapterRequest = await parsed(request, lambda body: parse_body(UnloadAdapterRequest, body))
     manager, name = _changeable(request), wanted.lora_name
     if not name:
@@ -173,21 +188,40 @@ def _base(manager: ModelManager, name: str | None) -> ModelSlot:
 # ---- llama.cpp's -----------------------------------------------------------------------------------------------------
 
 
-@router.get("/lora-adapters")
-async def list_adapters(request: Request) -> Response:
-    """The adapters that the operator named for a model (`?model=`), with the numbers that `lora` of a request has."""
+@route(
+    "GET /lora-adapters",
+    tag="server",
+    query=WHICH,
+    answer=NumberedAdapter,
+    bare=True,
+    errors=(403, *MODEL_ERRORS),
+    manages=False,
+)
+async def list_lora_adapters(request: Request) -> Response:
+    """The adapters that the operator named, with their numbers and scales, in llama.cpp's words."""
     manager, caller = request.app.state.manager, caller_of(request.scope)
     found = manager.adapters.numbered(_asked(request).entry.name)
-    return _json([_numbered(each) for each in found if caller.may_use(*each.names)])
+    return json_answer([_numbered(each) for each in found if caller.may_use(*each.names)])
 
 
-@router.post("/lora-adapters")
-async def scale_adapters(request: Request) -> Response:
-    """Says how much of each adapter is added where a request says nothing; those that are not named count nothing."""
+@route(
+    "POST /lora-adapters",
+    query=WHICH,
+    body=LoraScale,
+    bare_body=True,
+    example=[{"id": 0, "scale": 0.5}],
+    answer=Succeeded,
+    errors=MODEL_ERRORS,
+)
+async def scale_lora_adapters(request: Request) -> Response:
+    """How much of each adapter is added where a request says nothing, in llama.cpp's words.
+
+    An adapter that the body does not name gets the scale 0.
+    """
     scales = await parsed(request, _read_scales)
     manager: ModelManager = request.app.state.manager
     manager.adapters.scale(_asked(request).entry.name, scales)
-    return _json(Succeeded())
+    return json_answer(Succeeded())
 
 
 def _asked(request: Request) -> ModelSlot:
@@ -212,7 +246,3 @@ def _read_scales(body: bytes) -> Mapping[int, float]:
         said: Any = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
         raise HttpError(400, f"The body must be a list of id and scale: {said}", "invalid_value") from None
     return scales or {}
-
-
-def _json(content: Any) -> Response:
-    return Response(msgspec.json.encode(content), media_type="application/json")

@@ -3,51 +3,63 @@
 
 from __future__ import annotations
 
+import functools
+
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from candle_vllm.openai import to_json_bytes
 from candle_vllm.openai.validation import parse_body
-from candle_vllm.server.batches.records import BatchList, BatchRequest
+from candle_vllm.server.answering import json_answer
+from candle_vllm.server.batches.records import Batch, BatchList, BatchRequest
 from candle_vllm.server.http.body import parse_request
-from candle_vllm.server.kept_access import limit_and_after, page_of, query_of
+from candle_vllm.server.kept_access import AFTER, limit_and_after, page_of, query_of
+from candle_vllm.server.openapi.operation import KEPT, Operation, routing
 from candle_vllm.server.routes.files import batches_and_owner
 
 router = APIRouter()
-JSON = "application/json"
+route = routing(router, functools.partial(Operation, tag="batches", errors=KEPT))
 DEFAULT_LIST, MAX_LIST = 20, 100
 MAX_BODY = 64 << 10
 
 
-@router.post("/v1/batches")
+@route(
+    "POST /v1/batches",
+    body=BatchRequest,
+    example={"input_file_id": "file_0", "endpoint": "/v1/chat/completions", "completion_window": "24h"},
+    answer=Batch,
+)
 async def create_batch(request: Request) -> Response:
-    """Begins a batch."""
+    """Answer the requests of a file."""
     batches, owner = await batches_and_owner(request)
     query_of(request)
     wire = await parse_request(request.scope, request.receive, MAX_BODY, lambda body: parse_body(BatchRequest, body))
-    return Response(to_json_bytes(await batches.create(owner, wire)), media_type=JSON)
+    return json_answer(await batches.create(owner, wire))
 
 
-@router.get("/v1/batches")
+@route(
+    "GET /v1/batches",
+    answer=BatchList,
+    query={"limit": {"type": "integer", "minimum": 1, "maximum": 100, "default": 20}, **AFTER},
+)
 async def list_batches(request: Request) -> Response:
-    """The caller's batches, newest first."""
+    """Your batches, newest first."""
     batches, owner = await batches_and_owner(request)
     query = query_of(request, "limit", "after")
     limit, after = limit_and_after(query, DEFAULT_LIST, MAX_LIST)
     return page_of(BatchList, await batches.store.batches(owner, limit + 1, after), limit)
 
 
-@router.get("/v1/batches/{batch_id}")
+@route("GET /v1/batches/{batch_id}", answer=Batch)
 async def get_batch(request: Request, batch_id: str) -> Response:
     """How far a batch is."""
     batches, owner = await batches_and_owner(request)
     query_of(request)
-    return Response(to_json_bytes((await batches.store.batch(owner, batch_id)).batch), media_type=JSON)
+    return json_answer((await batches.store.batch(owner, batch_id)).batch)
 
 
-@router.post("/v1/batches/{batch_id}/cancel")
+@route("POST /v1/batches/{batch_id}/cancel", answer=Batch, errors=(*KEPT, 409))
 async def cancel_batch(request: Request, batch_id: str) -> Response:
-    """Ends a batch; what it has made stays."""
+    """End a batch; what it has made stays."""
     batches, owner = await batches_and_owner(request)
     query_of(request)
-    return Response(to_json_bytes(await batches.cancel(owner, batch_id)), media_type=JSON)
+    return json_answer(await batches.cancel(owner, batch_id))

@@ -10,81 +10,102 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from candle_vllm.openai import to_json_bytes
 from candle_vllm.openai.validation import parse_body
 from candle_vllm.responses.api.conversations import (
+    Conversation,
     ConversationCreateRequest,
+    ConversationDeleted,
     Conversations,
     ConversationUpdateRequest,
     ItemsCreateRequest,
 )
-from candle_vllm.server.answering import in_time, parsed
+from candle_vllm.responses.api.stored_items import AnyItem, ItemList
+from candle_vllm.server.answering import in_time, json_answer, parsed
 from candle_vllm.server.http.body import unless_disconnected
-from candle_vllm.server.kept_access import kept_and_owner, page_request, query_of
+from candle_vllm.server.kept_access import INCLUDE, ITEM_PAGE, kept_and_owner, page_request, query_of
+from candle_vllm.server.openapi.operation import KEPT, RESPONSES, Operation, routing
 
 router = APIRouter()
+route = routing(router, partial(Operation, tag="conversations", naming=RESPONSES, errors=KEPT))
 
 
-@router.post("/v1/conversations")
+@route(
+    "POST /v1/conversations",
+    body=ConversationCreateRequest,
+    example={"items": [{"role": "user", "content": "Hello!"}], "metadata": {"topic": "greetings"}},
+    answer=Conversation,
+)
 async def create_conversation(request: Request) -> Response:
-    """A new conversation, with its first items."""
+    """A new conversation."""
     conversations, owner = await _conversations(request)
     wire = await _body(request, ConversationCreateRequest)
-    return _json(await conversations.create(owner, wire))
+    return json_answer(await conversations.create(owner, wire))
 
 
-@router.get("/v1/conversations/{conversation_id}")
+@route("GET /v1/conversations/{conversation_id}", answer=Conversation)
 async def get_conversation(request: Request, conversation_id: str) -> Response:
     """A conversation without its items."""
     conversations, owner = await _conversations(request)
-    return _json(await conversations.retrieve(owner, conversation_id))
+    return json_answer(await conversations.retrieve(owner, conversation_id))
 
 
-@router.post("/v1/conversations/{conversation_id}")
+@route(
+    "POST /v1/conversations/{conversation_id}",
+    body=ConversationUpdateRequest,
+    example={"metadata": {"topic": "farewells"}},
+    answer=Conversation,
+)
 async def update_conversation(request: Request, conversation_id: str) -> Response:
-    """Gives a conversation other metadata."""
+    """Give a conversation other metadata."""
     conversations, owner = await _conversations(request)
     wire = await _body(request, ConversationUpdateRequest)
-    return _json(await conversations.update(owner, conversation_id, wire))
+    return json_answer(await conversations.update(owner, conversation_id, wire))
 
 
-@router.delete("/v1/conversations/{conversation_id}")
+@route("DELETE /v1/conversations/{conversation_id}", answer=ConversationDeleted)
 async def delete_conversation(request: Request, conversation_id: str) -> Response:
-    """Deletes a conversation and its items."""
+    """Delete a conversation and its items."""
     conversations, owner = await _conversations(request)
-    return _json(await conversations.delete(owner, conversation_id))
+    return json_answer(await conversations.delete(owner, conversation_id))
 
 
-@router.get("/v1/conversations/{conversation_id}/items")
-async def list_items(request: Request, conversation_id: str) -> Response:
+@route("GET /v1/conversations/{conversation_id}/items", answer=ItemList, query=ITEM_PAGE)
+async def list_conversation_items(request: Request, conversation_id: str) -> Response:
     """Some of its items."""
     wanted = page_request(request)
     conversations, owner = await _conversations(request, "limit", "order", "after", "include")
-    return _json(await conversations.items(owner, conversation_id, wanted))
+    return json_answer(await conversations.items(owner, conversation_id, wanted))
 
 
-@router.post("/v1/conversations/{conversation_id}/items")
-async def create_items(request: Request, conversation_id: str) -> Response:
-    """Adds items at its end."""
+@route(
+    "POST /v1/conversations/{conversation_id}/items",
+    body=ItemsCreateRequest,
+    example={"items": [{"role": "user", "content": "Hello again!"}]},
+    answer=ItemList,
+    errors=(*KEPT, 409, 504),
+    query=INCLUDE,
+)
+async def create_conversation_items(request: Request, conversation_id: str) -> Response:
+    """Add items at its end."""
     conversations, owner = await _conversations(request, "include")
     wire = await _body(request, ItemsCreateRequest)
     adding = conversations.add_items(owner, conversation_id, wire)  # waits for a response that is being answered
     async with in_time(time.monotonic() + request.app.state.settings.request_timeout, request):
-        return _json(await unless_disconnected(adding, request.receive))
+        return json_answer(await unless_disconnected(adding, request.receive))
 
 
-@router.get("/v1/conversations/{conversation_id}/items/{item_id}")
-async def get_item(request: Request, conversation_id: str, item_id: str) -> Response:
+@route("GET /v1/conversations/{conversation_id}/items/{item_id}", answer=AnyItem, query=INCLUDE)
+async def get_conversation_item(request: Request, conversation_id: str, item_id: str) -> Response:
     """One item."""
     conversations, owner = await _conversations(request, "include")
     return Response(await conversations.item(owner, conversation_id, item_id), media_type="application/json")
 
 
-@router.delete("/v1/conversations/{conversation_id}/items/{item_id}")
-async def delete_item(request: Request, conversation_id: str, item_id: str) -> Response:
-    """Deletes one item; the conversation that it was in."""
+@route("DELETE /v1/conversations/{conversation_id}/items/{item_id}", answer=Conversation)
+async def delete_conversation_item(request: Request, conversation_id: str, item_id: str) -> Response:
+    """Delete one item; answers with the conversation."""
     conversations, owner = await _conversations(request)
-    return _json(await conversations.delete_item(owner, conversation_id, item_id))
+    return json_answer(await conversations.delete_item(owner, conversation_id, item_id))
 
 
 async def _conversations(request: Request, *known: str) -> tuple[Conversations, str]:
@@ -95,7 +116,3 @@ async def _conversations(request: Request, *known: str) -> tuple[Conversations, 
 
 async def _body(request: Request, kind: type[Any]) -> Any:
     return await parsed(request, partial(parse_body, kind))
-
-
-def _json(made: Any) -> Response:
-    return Response(to_json_bytes(made), media_type="application/json")

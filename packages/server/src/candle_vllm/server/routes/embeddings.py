@@ -6,31 +6,43 @@
 
 from __future__ import annotations
 
+import functools
+
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from candle_vllm.openai import EmbeddingList, EmbeddingRequest, Ranking, RerankRequest, ScoreList, ScoreRequest
 from candle_vllm.openai.embedding import parse_embedding_request, parse_rerank_request, parse_score_request
 from candle_vllm.server.answering import answer_with
+from candle_vllm.server.openapi.operation import QUEUED, Operation, routing
 
 router = APIRouter()
+route = routing(router, functools.partial(Operation, tag="vectors and scores", errors=QUEUED))
 
 
-@router.post("/v1/embeddings")
-async def embeddings(request: Request) -> Response:
+@route("POST /v1/embeddings", body=EmbeddingRequest, example={"input": "The sky is blue."}, answer=EmbeddingList)
+async def create_embedding(request: Request) -> Response:
     """The vectors of texts."""
     return await answer_with(request, parse_embedding_request, lambda model, wire: model.adapter.embed(wire))
 
 
-@router.post("/v1/score")
-@router.post("/score")
-async def score(request: Request) -> Response:
+@route(
+    "POST /v1/score /score",
+    body=ScoreRequest,
+    example={"text_1": "The sky is blue.", "text_2": ["What colour is the sky?", "Who are you?"]},
+    answer=ScoreList,
+)
+async def create_score(request: Request) -> Response:
     """How well the texts of pairs belong together."""
     return await answer_with(request, parse_score_request, lambda model, wire: model.adapter.score(wire))
 
 
-@router.post("/v1/rerank")
-@router.post("/rerank")
-@router.post("/v2/rerank")
-async def rerank(request: Request) -> Response:
+@route(
+    "POST /v1/rerank /rerank /v2/rerank",
+    body=RerankRequest,
+    example={"query": "What colour is the sky?", "documents": ["I am a cat.", "The sky is blue."]},
+    answer=Ranking,
+)
+async def create_ranking(request: Request) -> Response:
     """Documents in order of how well they fit a query."""
     return await answer_with(request, parse_rerank_request, lambda model, wire: model.adapter.rerank(wire))

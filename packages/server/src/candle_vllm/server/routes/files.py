@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from urllib.parse import quote
@@ -16,8 +17,8 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from candle_vllm.core.errors import InvalidParameterError
-from candle_vllm.openai import to_json_bytes
 from candle_vllm.openai.errors import InvalidBodyError
+from candle_vllm.server.answering import json_answer
 from candle_vllm.server.batches.records import (
     BATCH_OUTPUT,
     LEAST_LIFE,
@@ -32,9 +33,11 @@ from candle_vllm.server.batches.store import PIECE, too_large
 from candle_vllm.server.http.body import READING_SECONDS, SILENCE_SECONDS
 from candle_vllm.server.http.errors import ClientGone, HttpError
 from candle_vllm.server.http.routing import caller_of
-from candle_vllm.server.kept_access import limit_and_after, number_of, page_of, query_of
+from candle_vllm.server.kept_access import AFTER, limit_and_after, number_of, page_of, query_of
+from candle_vllm.server.openapi.operation import KEPT, Operation, routing
 
 router = APIRouter()
+route = routing(router, functools.partial(Operation, tag="batches", errors=KEPT))
 JSON = "application/json"
 MAX_LIST = 10_000
 _NAME = 200  # characters of a file's name
@@ -42,14 +45,32 @@ _ANCHOR, _SECONDS = "expires_after[anchor]", "expires_after[seconds]"
 _FIELDS = ("file", "purpose", _ANCHOR, _SECONDS)
 
 
-@router.post("/v1/files")
+@route(
+    "POST /v1/files",
+    form={
+        "file": {
+            "type": "string",
+            "format": "binary",
+            "description": "Lines of JSON, or an image.",
+        },
+        "purpose": {"enum": [*UPLOADED]},
+        "expires_after[anchor]": {"enum": ["created_at"], "default": "created_at"},
+        "expires_after[seconds]": {
+            "type": "integer",
+            "minimum": LEAST_LIFE,
+            "maximum": LONGEST_LIFE,
+            "default": LONGEST_LIFE,
+        },
+    },
+    answer=FileObject,
+)
 async def upload_file(request: Request) -> Response:
-    """Keeps a file, sent as a form."""
+    """Keep a file: requests of a batch, or an image."""
     batches, owner = await batches_and_owner(request)
     query_of(request)
     request.app.state.limits.admit(caller_of(request.scope))
     with batches.upload(owner) as count:
-        return Response(to_json_bytes(await _uploaded(request, batches, owner, count)), media_type=JSON)
+        return json_answer(await _uploaded(request, batches, owner, count))
 
 
 async def _uploaded(request: Request, batches: Batches, owner: str, count: Callable[[int], None]) -> FileObject:
@@ -73,9 +94,18 @@ async def _uploaded(request: Request, batches: Batches, owner: str, count: Calla
         await form.close()
 
 
-@router.get("/v1/files")
+@route(
+    "GET /v1/files",
+    answer=FileList,
+    query={
+        "limit": {"type": "integer", "minimum": 1, "maximum": 10_000, "default": 10_000},
+        "order": {"enum": ["desc"], "default": "desc"},
+        "purpose": {"enum": [*UPLOADED, BATCH_OUTPUT]},
+        **AFTER,
+    },
+)
 async def list_files(request: Request) -> Response:
-    """The caller's files, newest first."""
+    """Your files, newest first."""
     batches, owner = await batches_and_owner(request)
     query = query_of(request, "limit", "after", "purpose", "order")
     (limit, after), purpose = limit_and_after(query, MAX_LIST, MAX_LIST), query.get("purpose")
@@ -87,16 +117,16 @@ async def list_files(request: Request) -> Response:
     return page_of(FileList, await batches.store.files(owner, limit + 1, after, purpose), limit)
 
 
-@router.get("/v1/files/{file_id}")
+@route("GET /v1/files/{file_id}", answer=FileObject)
 async def get_file(request: Request, file_id: str) -> Response:
     """What is known of a file."""
     batches, owner = await batches_and_owner(request)
     query_of(request)
-    return Response(to_json_bytes(await batches.store.file(owner, file_id)), media_type=JSON)
+    return json_answer(await batches.store.file(owner, file_id))
 
 
-@router.get("/v1/files/{file_id}/content")
-async def get_content(request: Request, file_id: str) -> Response:
+@route("GET /v1/files/{file_id}/content", media="application/octet-stream")
+async def get_file_content(request: Request, file_id: str) -> Response:
     """What is in a file."""
     batches, owner = await batches_and_owner(request)
     query_of(request)
@@ -127,13 +157,13 @@ class _Download(StreamingResponse):
             held.add(caller, -PIECE)
 
 
-@router.delete("/v1/files/{file_id}")
+@route("DELETE /v1/files/{file_id}", answer=FileDeleted)
 async def delete_file(request: Request, file_id: str) -> Response:
-    """Deletes a file."""
+    """Delete a file."""
     batches, owner = await batches_and_owner(request)
     query_of(request)
     await batches.store.delete_file(owner, file_id)
-    return Response(to_json_bytes(FileDeleted(id=file_id)), media_type=JSON)
+    return json_answer(FileDeleted(id=file_id))
 
 
 async def batches_and_owner(request: Request) -> tuple[Batches, str]:

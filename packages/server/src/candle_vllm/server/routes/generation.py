@@ -3,12 +3,23 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from candle_vllm.openai import parse_chat_request, parse_completion_request, to_json_bytes
+from candle_vllm.openai import (
+    ChatCompletion,
+    ChatCompletionChunk,
+    ChatCompletionRequest,
+    Completion,
+    CompletionRequest,
+    ErrorEnvelope,
+    parse_chat_request,
+    parse_completion_request,
+    to_json_bytes,
+)
 from candle_vllm.openai.chat_answers import join_chat
 from candle_vllm.openai.completion_answers import join_completion
 from candle_vllm.server.answering import GenerationApi, answer
@@ -16,23 +27,37 @@ from candle_vllm.server.http.failures import error_event
 from candle_vllm.server.http.sse import data_event
 from candle_vllm.server.keeping import KeptForm
 from candle_vllm.server.mcp.chat_tools import answer_with_tools
+from candle_vllm.server.openapi.operation import QUESTION, QUEUED, Operation, routing
 
 if TYPE_CHECKING:
     from candle_vllm.server.mcp.service import McpService
 
 router = APIRouter()
+route = routing(router, functools.partial(Operation, tag="generation", errors=QUEUED))
 
 
-@router.post("/v1/chat/completions")
-async def chat_completions(request: Request) -> Response:
-    """OpenAI's chat completions, whole or streamed; where there are MCP servers, with their tools."""
+@route(
+    "POST /v1/chat/completions",
+    body=ChatCompletionRequest,
+    example={"messages": QUESTION, "max_tokens": 64},
+    answer=ChatCompletion,
+    events=(ChatCompletionChunk, ErrorEnvelope),
+)
+async def create_chat_completion(request: Request) -> Response:
+    """Continue a conversation."""
     service: McpService | None = request.app.state.mcp
     return await (answer(request, CHAT) if service is None else answer_with_tools(request, service, CHAT))
 
 
-@router.post("/v1/completions")
-async def completions(request: Request) -> Response:
-    """OpenAI's text completions, whole or streamed."""
+@route(
+    "POST /v1/completions",
+    body=CompletionRequest,
+    example={"prompt": "Once upon a time", "max_tokens": 32},
+    answer=Completion,
+    events=(Completion, ErrorEnvelope),
+)
+async def create_completion(request: Request) -> Response:
+    """Continue a text."""
     return await answer(request, COMPLETIONS)
 
 

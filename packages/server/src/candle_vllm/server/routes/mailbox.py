@@ -7,6 +7,7 @@ not exist for it.
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Annotated
 
 import msgspec
@@ -14,20 +15,22 @@ from fastapi import APIRouter, Request
 from pydantic import Field, ValidationError
 from starlette.responses import Response
 
-from candle_vllm.openai import to_json_bytes
 from candle_vllm.openai.errors import InvalidBodyError
 from candle_vllm.openai.json_body import decode_json
 from candle_vllm.openai.protocol.fields import WireModel, few_entries
 from candle_vllm.openai.validation import to_request_error
-from candle_vllm.responses.store.entries import is_id
+from candle_vllm.responses.store.entries import MAX_ID, is_id
+from candle_vllm.server.answering import json_answer
 from candle_vllm.server.http.body import parse_request, unless_disconnected
 from candle_vllm.server.http.routing import caller_of
-from candle_vllm.server.mailbox.record import MailboxError, RecordList, Status, invalid, not_found
+from candle_vllm.server.mailbox.record import MailboxError, Record, RecordList, Status, invalid, not_found
+from candle_vllm.server.openapi.operation import KEPT, Operation, routing
 
 if TYPE_CHECKING:
     from candle_vllm.server.mailbox.service import Mailbox
 
 router = APIRouter()
+route = routing(router, functools.partial(Operation, tag="mailbox", errors=KEPT))
 
 MAX_LIST = 1000
 DEFAULT_LIST = 100
@@ -49,9 +52,16 @@ class Delivered(msgspec.Struct, frozen=True, kw_only=True):
     delivered: bool = True
 
 
-@router.get("/v1/mailbox")
+@route(
+    "GET /v1/mailbox",
+    answer=RecordList,
+    query={
+        "limit": {"type": "integer", "minimum": 1, "maximum": MAX_LIST, "default": DEFAULT_LIST},
+        "after": {"type": "string", "maxLength": MAX_ID, "description": "The last request_id of the page before."},
+    },
+)
 async def list_records(request: Request) -> Response:
-    """The caller's records, newest first, without their answers."""
+    """Your kept answers, newest first, without what they say."""
     mailbox, owner = _mailbox(request)
     query = _query(request, "limit", "after")
     text = query.get("limit", str(DEFAULT_LIST))
@@ -64,12 +74,19 @@ async def list_records(request: Request) -> Response:
     if found is None:
         raise invalid("after", f"must be the request_id of a record of yours, not {after!r:.80}")
     page = RecordList(data=found[:limit], has_more=len(found) > limit)
-    return Response(to_json_bytes(page), media_type="application/json")
+    return json_answer(page)
 
 
-@router.get("/v1/mailbox/{request_id}")
+@route(
+    "GET /v1/mailbox/{request_id}",
+    answer=Record,
+    query={"auto_delete": {"enum": ["true", "false"], "default": "false", "description": "Delete it as well."}},
+)
 async def get_record(request: Request, request_id: str) -> Response:
-    """One record with its answer; `auto_delete=true` deletes it, unless it is still being generated."""
+    """One kept answer.
+
+    `auto_delete=true` deletes it, unless it is still being generated.
+    """
     mailbox, owner = _mailbox(request)
     text = _query(request, "auto_delete").get("auto_delete", "false")
     if text not in ("true", "false"):
@@ -79,12 +96,12 @@ async def get_record(request: Request, request_id: str) -> Response:
         raise not_found(request_id)
     if text == "true" and found.status is not Status.STREAMING:
         await mailbox.store.remove(owner, request_id)
-    return Response(to_json_bytes(found.record), media_type="application/json")
+    return json_answer(found.record)
 
 
-@router.delete("/v1/mailbox/{request_id}")
+@route("DELETE /v1/mailbox/{request_id}", statuses=(204,))
 async def delete_record(request: Request, request_id: str) -> Response:
-    """Deletes a record, and its push if that is still open."""
+    """Delete a kept answer."""
     mailbox, owner = _mailbox(request)
     _query(request)
     if not is_id(request_id) or not await mailbox.store.remove(owner, request_id):
@@ -92,9 +109,12 @@ async def delete_record(request: Request, request_id: str) -> Response:
     return Response(status_code=204)
 
 
-@router.post("/v1/mailbox/{request_id}/webhook")
+@route("POST /v1/mailbox/{request_id}/webhook", body=PushRequest, example={}, answer=Delivered, errors=(*KEPT, 502))
 async def push_record(request: Request, request_id: str) -> Response:
-    """Pushes a record once, to the URL in the body or to the operator's webhook, and says whether it arrived."""
+    """Push a kept answer to a webhook, once.
+
+    To the URL in the body, or to the operator's webhook. The answer says whether it arrived.
+    """
     mailbox, owner = _mailbox(request)
     _query(request)
     wire = await parse_request(request.scope, request.receive, MAX_BODY, _parse)
@@ -102,7 +122,7 @@ async def push_record(request: Request, request_id: str) -> Response:
         raise not_found(request_id)
     pushed = mailbox.push(owner, request_id, wire.url, wire.bearer_token, wire.headers or {})
     await unless_disconnected(pushed, request.receive)
-    return Response(to_json_bytes(Delivered(request_id=request_id)), media_type="application/json")
+    return json_answer(Delivered(request_id=request_id))
 
 
 def _mailbox(request: Request) -> tuple[Mailbox, str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import difflib
+import functools
 import hmac
 import logging
 import uuid
@@ -22,10 +23,11 @@ from candle_vllm.openai import to_json_bytes
 from candle_vllm.openai.validation import parse_body
 from candle_vllm.responses.tools.execution import check, run
 from candle_vllm.responses.tools.tool import ToolCall, ToolResult
-from candle_vllm.server.answering import deadline_of, in_time, parsed
+from candle_vllm.server.answering import deadline_of, in_time, json_answer, parsed
 from candle_vllm.server.http.body import unless_disconnected
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.mcp.wire import McpCallRequest, McpCallResult, McpFunction, McpServerInfo, McpToolInfo
+from candle_vllm.server.openapi.operation import Operation, routing
 from candle_vllm.server.settings import Settings
 
 if TYPE_CHECKING:
@@ -36,12 +38,13 @@ JSON = "application/json"
 _LINES = 50  # of a server's log
 
 router = APIRouter()
+route = routing(router, functools.partial(Operation, tag="mcp"))
 logger = logging.getLogger(__name__)
 
 
-@router.get("/v1/mcp/servers")
-async def list_servers(request: Request) -> Response:
-    """The servers of mcp.json as they are now."""
+@route("GET /v1/mcp/servers", answer=McpServerInfo, errors=(404,), listed=True)
+async def list_mcp_servers(request: Request) -> Response:
+    """The MCP servers, and how they are."""
     found = [
         McpServerInfo(
             name=one.name,
@@ -58,9 +61,9 @@ async def list_servers(request: Request) -> Response:
     return _list(found)
 
 
-@router.get("/v1/mcp/tools")
-async def list_tools(request: Request) -> Response:
-    """The tools of all servers, by the names that models call."""
+@route("GET /v1/mcp/tools", answer=McpToolInfo, errors=(404,), listed=True)
+async def list_mcp_tools(request: Request) -> Response:
+    """The tools of all MCP servers."""
     service = _service(request)
     found = [
         McpToolInfo(
@@ -75,9 +78,15 @@ async def list_tools(request: Request) -> Response:
     return _list(found)
 
 
-@router.post("/v1/mcp/call")
-async def call_tool(request: Request) -> Response:
-    """Calls a tool once, for a client with a key that says that somebody has agreed."""
+@route(
+    "POST /v1/mcp/call",
+    body=McpCallRequest,
+    example={"name": "time__get_current_time", "arguments": {"timezone": "UTC"}, "approved": True},
+    answer=McpCallResult,
+    errors=(404, 429, 504),
+)
+async def call_mcp_tool(request: Request) -> Response:
+    """Call a tool once; needs an API key and somebody's approval."""
     service, settings = _service(request), request.app.state.settings
     _check_client(request, settings)
     deadline = deadline_of(request)
@@ -154,4 +163,4 @@ def _no_tool(service: McpService, name: str) -> HttpError:
 
 
 def _list(found: list[McpServerInfo] | list[McpToolInfo]) -> Response:
-    return Response(msgspec.json.encode({"object": "list", "data": found}), media_type=JSON)
+    return json_answer({"object": "list", "data": found})

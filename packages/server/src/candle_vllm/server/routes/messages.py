@@ -3,27 +3,58 @@
 
 from __future__ import annotations
 
+import functools
+from typing import get_args
+
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from candle_vllm.openai import to_json_bytes
-from candle_vllm.openai.anthropic import parse_count_tokens_request, parse_messages_request
+from candle_vllm.openai.anthropic import (
+    CountTokensRequest,
+    ErrorBody,
+    Message,
+    MessageEvent,
+    MessagesRequest,
+    TokenCount,
+    parse_count_tokens_request,
+    parse_messages_request,
+)
+from candle_vllm.openai.anthropic.answers import Ping
 from candle_vllm.server.answering import GenerationApi, answer, answer_with
 from candle_vllm.server.http.failures import anthropic_error_event
 from candle_vllm.server.http.sse import named_event
+from candle_vllm.server.openapi.components import Naming
+from candle_vllm.server.openapi.operation import COUNTED, QUESTION, QUEUED, Operation, routing
 
 router = APIRouter()
+route = routing(router, functools.partial(Operation, error=ErrorBody, naming=Naming("Anthropic", "Out")))
 
 
-@router.post("/v1/messages")
-async def messages(request: Request) -> Response:
-    """Anthropic's messages, whole or streamed."""
+@route(
+    "POST /v1/messages",
+    tag="generation",
+    body=MessagesRequest,
+    example={"model": "default", "messages": QUESTION, "max_tokens": 64},
+    answer=Message,
+    events=(*get_args(MessageEvent), ErrorBody),
+    errors=(*QUEUED, 529),
+)
+async def create_message(request: Request) -> Response:
+    """Continue a conversation, in Anthropic's words."""
     return await answer(request, MESSAGES)
 
 
-@router.post("/v1/messages/count_tokens")
-async def count_tokens(request: Request) -> Response:
-    """How many tokens a message's prompt has; nothing is generated."""
+@route(
+    "POST /v1/messages/count_tokens",
+    tag="tokens",
+    body=CountTokensRequest,
+    example={"model": "default", "messages": QUESTION},
+    answer=TokenCount,
+    errors=(*COUNTED, 529),
+)
+async def count_message_tokens(request: Request) -> Response:
+    """How many tokens a message's prompt has."""
     return await answer_with(
         request, parse_count_tokens_request, lambda model, wire: model.messages.count_tokens(wire), queued=False
     )
@@ -37,4 +68,5 @@ MESSAGES = GenerationApi(
     error_event=anthropic_error_event,
     done=b"",
     defaults=lambda wire, settings: wire,  # its adapter has them  # noqa: ARG005
+    silence=lambda: named_event("ping", to_json_bytes(Ping())),
 )

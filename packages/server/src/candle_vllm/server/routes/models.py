@@ -7,19 +7,28 @@ Step 1 of a request's life.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from candle_vllm.server.answering import parsed
+from candle_vllm.server.answering import json_answer, parsed
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.routing import caller_of
 from candle_vllm.server.loop_threads import in_thread
 from candle_vllm.server.models.cards import (
+    AdapterCard,
+    LoadedCard,
+    ManagerStatus,
+    ModelRequest,
+    NewModelRequest,
+    Queues,
+    SlotStatus,
+    UnloadedCard,
     anthropic_card,
     anthropic_list,
     cards,
@@ -29,8 +38,9 @@ from candle_vllm.server.models.cards import (
     slot_status,
     status,
 )
-from candle_vllm.server.models.inventory import take_stock
-from candle_vllm.server.models.manager import ModelManager
+from candle_vllm.server.models.inventory import Inventory, take_stock
+from candle_vllm.server.models.manager import Changes, ModelManager
+from candle_vllm.server.openapi.operation import MODEL_ERRORS, Operation, routing
 from candle_vllm.server.routes.ollama_library import may_change
 from candle_vllm.server.settings.options import UsageError
 
@@ -38,92 +48,122 @@ if TYPE_CHECKING:
     from candle_vllm.server.reloading import Reloader
 
 router = APIRouter()
+route = routing(router, functools.partial(Operation, tag="operators", manages=True))
 
 _ANTHROPIC = "anthropic-version"  # a header that Anthropic's clients always send
 
 
-def _json(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    return Response(msgspec.json.encode(content), status, headers, media_type="application/json")
+class Selected(msgspec.Struct, frozen=True):
+    """The model that was chosen: ready, or switching while requests for it wait."""
+
+    status: str
+    model: str
+    queue_length: int
 
 
-@router.get("/v1/models")
+@route("GET /v1/models", tag="models", answer=(LoadedCard, UnloadedCard, AdapterCard), listed=True, manages=False)
 async def list_models(request: Request) -> Response:
-    """All served names, loaded or not; the default first. Anthropic's clients get Anthropic's list."""
+    """All served names, the default first.
+
+    Anthropic's clients get Anthropic's list.
+    """
     listed = await cards(request.app.state.manager, caller_of(request.scope))
     if _ANTHROPIC in request.headers:
-        return _json(anthropic_list(listed))
+        return json_answer(anthropic_list(listed))
     most = str(request.app.state.settings.max_body_mb << 20)  # by which the page keeps its images small enough
-    return _json({"object": "list", "data": listed}, headers={"x-max-body-bytes": most})
+    return json_answer({"object": "list", "data": listed}, headers={"x-max-body-bytes": most})
 
 
-@router.get("/v1/models/status")
+@route("GET /v1/models/status", answer=ManagerStatus)
 async def models_status(request: Request) -> Response:
     """What is loaded, what waits, and what went wrong."""
-    return _json(status(request.app.state.manager))
+    return json_answer(status(request.app.state.manager))
 
 
-@router.get("/v1/models/inventory")
+@route("GET /v1/models/inventory", answer=Inventory, errors=(403,))
 async def models_inventory(request: Request) -> Response:
-    """What the models take and whether they fit, known names, and what is being fetched."""
+    """What models take and whether they fit, known names, and what is being fetched."""
     state, manager = request.app.state, request.app.state.manager
     slots = sorted(manager.slots.values(), key=lambda slot: slot.entry.name != manager.active)
     settings = dataclasses.replace(state.settings, model=None, weight_path=None, weight_file=None)
     changes = state.settings.allow_model_changes and may_change(state.settings)
     found = await in_thread(lambda: take_stock(manager, slots, settings, state.pulls.all, changes=changes), "inventory")
-    return _json(found)
+    return json_answer(found)
 
 
-@router.post("/v1/models/load")
+@route("POST /v1/models/load", body=ModelRequest, example={"model": "default"}, answer=SlotStatus, errors=MODEL_ERRORS)
 async def load_model(request: Request) -> Response:
-    """Loads a model and answers when it is ready."""
+    """Load a model; answers when it is ready."""
     wanted = await parsed(request, parse_model_request)
     manager: ModelManager = request.app.state.manager
-    return _json(slot_status(await manager.load(wanted.name)))
+    return json_answer(slot_status(await manager.load(wanted.name)))
 
 
-@router.post("/v1/models/unload")
+@route(
+    "POST /v1/models/unload",
+    body=ModelRequest,
+    example={"model": "default"},
+    answer=SlotStatus,
+    errors=(*MODEL_ERRORS, 409),
+)
 async def unload_model(request: Request) -> Response:
-    """Lets a model finish its requests, unloads it, and answers when it is gone."""
+    """Unload a model once it has finished its requests; answers when it is gone."""
     wanted = await parsed(request, parse_model_request)
     manager: ModelManager = request.app.state.manager
-    return _json(slot_status(await manager.unload(wanted.name)))
+    return json_answer(slot_status(await manager.unload(wanted.name)))
 
 
-@router.post("/v1/models/select")
+@route(
+    "POST /v1/models/select",
+    body=ModelRequest,
+    example={"model": "default"},
+    answer=Selected,
+    statuses=(200, 202),
+    errors=MODEL_ERRORS,
+)
 async def select_model(request: Request) -> Response:
-    """Makes a model the default and begins to load it: 200 when it is ready, 202 while it is not."""
+    """Make a model the default and begin to load it.
+
+    The status is 200 when it is ready, 202 while it is not.
+    """
     wanted = await parsed(request, parse_model_request)
     manager: ModelManager = request.app.state.manager
     slot = manager.select(wanted.name)
     ready = slot.model is not None
-    answer = {"status": "ready" if ready else "switching", "model": slot.entry.name, "queue_length": len(slot.waiters)}
-    return _json(answer, 200 if ready else 202)
+    answer = Selected("ready" if ready else "switching", slot.entry.name, len(slot.waiters))
+    return json_answer(answer, 200 if ready else 202)
 
 
-@router.post("/v1/models/reload")
+@route("POST /v1/models/reload", answer=Changes, errors=(400, 409))
 async def reload_models(request: Request) -> Response:
-    """Reads models.yaml again."""
+    """Read models.yaml again, where the operator allows that."""
     reloader = _reloader(request)
     with _told():
-        return _json(await reloader.reload_models())
+        return json_answer(await reloader.reload_models())
 
 
-@router.post("/v1/models/add")
+@route(
+    "POST /v1/models/add",
+    body=NewModelRequest,
+    example={"name": "small", "hf_id": "HuggingFaceTB/SmolLM2-135M-Instruct", "params": {"mem": 512}},
+    answer=SlotStatus,
+    errors=(400, 409),
+)
 async def add_model(request: Request) -> Response:
-    """Serves one model more, until the server ends."""
+    """Serve one model more, where the operator allows that."""
     wanted = await parsed(request, parse_new_model)  # a wrong request is named before it is refused
     reloader = _reloader(request)
     with _told():
-        return _json(slot_status(await reloader.add(wanted.model_dump(exclude_none=True))))
+        return json_answer(slot_status(await reloader.add(wanted.model_dump(exclude_none=True))))
 
 
-@router.post("/v1/models/remove")
+@route("POST /v1/models/remove", body=ModelRequest, example={"model": "small"}, answer=Changes, errors=(404, 409))
 async def remove_model(request: Request) -> Response:
-    """Serves a model no more; what it was asked is finished."""
+    """Serve a model no more, where the operator allows that."""
     wanted = await parsed(request, parse_model_request)
     reloader = _reloader(request)
     with _told():
-        return _json(await reloader.remove(wanted.name))
+        return json_answer(await reloader.remove(wanted.name))
 
 
 def _reloader(request: Request) -> Reloader:
@@ -146,26 +186,32 @@ def _told() -> Iterator[None]:
         raise HttpError(400, str(error), "wrong_model") from None
 
 
-@router.get("/v1/queues")
+@route("GET /v1/queues", id="queues", answer=Queues)
 async def list_queues(request: Request) -> Response:
     """The requests that wait, for every model."""
-    return _json(queues(request.app.state.manager.slots.values()))
+    return json_answer(queues(request.app.state.manager.slots.values()))
 
 
-@router.get("/v1/queues/{model_id:path}")
-async def get_queue(request: Request, model_id: str) -> Response:
-    """The requests that wait for one model; names may hold slashes."""
+@route("GET /v1/queues/{model_id:path}", answer=Queues, errors=(404,))
+async def queue_of_model(request: Request, model_id: str) -> Response:
+    """The requests that wait for one model."""
     manager: ModelManager = request.app.state.manager
-    return _json(queues([manager.find(model_id, exact=True)]))
+    return json_answer(queues([manager.find(model_id, exact=True)]))
 
 
-@router.get("/v1/models/{model_id:path}")
+@route(
+    "GET /v1/models/{model_id:path}",
+    tag="models",
+    answer=(LoadedCard, UnloadedCard, AdapterCard),
+    errors=(404,),
+    manages=False,
+)
 async def get_model(request: Request, model_id: str) -> Response:
-    """One served name; names may hold slashes."""
+    """One served name."""
     listed = await cards(request.app.state.manager, caller_of(request.scope))
     for card in listed:
         if card.id == model_id:
-            return _json(anthropic_card(card) if _ANTHROPIC in request.headers else card)
+            return json_answer(anthropic_card(card) if _ANTHROPIC in request.headers else card)
     served = ", ".join(card.id for card in listed)[:1000]
     message = f"The model {model_id!r:.200} does not exist here; served: {served}."
     raise HttpError(404, message, "model_not_found", param="model")

@@ -3,20 +3,23 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
 
-import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from candle_vllm.openai import to_json_bytes
 from candle_vllm.openai.errors import ModelNotServedError
 from candle_vllm.openai.ollama import (
+    ChatLine,
     ChatRequest,
     EmbeddingsRequest,
     EmbedRequest,
+    Failure,
+    GenerateLine,
     GenerateRequest,
     Times,
     Vector,
@@ -32,6 +35,7 @@ from candle_vllm.server.answering import (
     answer_parsed_with,
     deadline_of,
     in_time,
+    json_answer,
     parsed,
 )
 from candle_vllm.server.http.body import unless_disconnected
@@ -39,8 +43,10 @@ from candle_vllm.server.http.failures import ollama_error_line
 from candle_vllm.server.http.routing import caller_of
 from candle_vllm.server.http.sse import LineStream
 from candle_vllm.server.models.manager import ModelManager
+from candle_vllm.server.openapi.operation import OLLAMA, QUEUED, Operation, routing
 
 router = APIRouter()
+route = routing(router, functools.partial(Operation, tag="ollama", error=Failure, naming=OLLAMA, errors=QUEUED))
 
 _LATEST = ":latest"
 
@@ -73,40 +79,61 @@ async def served_name(request: Request, name: str) -> str:
 # ---- answers ---------------------------------------------------------------------------------------------------------
 
 
-@router.post("/api/chat")
-async def chat(request: Request) -> Response:
-    """A conversation, whole or streamed."""
+@route(
+    "POST /api/chat",
+    body=ChatRequest,
+    example={
+        "model": "default",
+        "stream": False,
+        "messages": [{"role": "user", "content": "What is the capital of France?"}],
+    },
+    answer=ChatLine,
+    lines=(ChatLine, Failure),
+)
+async def ollama_chat(request: Request) -> Response:
+    """Continue a conversation, in Ollama's words."""
     return await _generated(request, ChatRequest, CHAT)
 
 
-@router.post("/api/generate")
-async def generate(request: Request) -> Response:
-    """A prompt, whole or streamed."""
+@route(
+    "POST /api/generate",
+    body=GenerateRequest,
+    example={"model": "default", "stream": False, "prompt": "Why is the sky blue?"},
+    answer=GenerateLine,
+    lines=(GenerateLine, Failure),
+)
+async def ollama_generate(request: Request) -> Response:
+    """Answer a prompt, in Ollama's words."""
     return await _generated(request, GenerateRequest, GENERATE)
 
 
-@router.post("/api/embed")
-async def embed(request: Request) -> Response:
-    """The vectors of texts."""
+@route("POST /api/embed", body=EmbedRequest, example={"model": "default", "input": "The sky is blue."}, answer=Vectors)
+async def ollama_embed(request: Request) -> Response:
+    """The vectors of texts, in Ollama's words."""
     deadline = deadline_of(request)
     wire = await ollama_body(request, ollama_parser(EmbedRequest))
     _keep(request, wire)
     if not wire.loads:
         return await answer_parsed_with(request, wire, lambda model, asked: model.ollama.embed(asked), deadline)
     times = await _loaded(request, wire, deadline)
-    return _json(Vectors(model=wire.model, embeddings=(), **times.told(), prompt_eval_count=0))
+    return json_answer(Vectors(model=wire.model, embeddings=(), **times.told(), prompt_eval_count=0))
 
 
-@router.post("/api/embeddings")
-async def embeddings(request: Request) -> Response:
-    """The vector of one text: the older route."""
+@route(
+    "POST /api/embeddings",
+    body=EmbeddingsRequest,
+    example={"model": "default", "prompt": "The sky is blue."},
+    answer=Vector,
+)
+async def ollama_embeddings(request: Request) -> Response:
+    """The vector of one text, in Ollama's older words."""
     deadline = deadline_of(request)
     wire = await ollama_body(request, ollama_parser(EmbeddingsRequest))
     _keep(request, wire)
     if not wire.loads:
         return await answer_parsed_with(request, wire, lambda model, asked: model.ollama.embeddings(asked), deadline)
     await _loaded(request, wire, deadline)
-    return _json(Vector([]))
+    return json_answer(Vector([]))
 
 
 CHAT = GenerationApi(
@@ -138,11 +165,11 @@ async def _generated(request: Request, kind: type[WireModel], api: GenerationApi
     if wire.loads and wire.keep_seconds == 0 and _may_keep(request):
         await _manager(request).unload(wire.model)
         now = time.perf_counter_ns()
-        return _json(loaded_line(wire.model, Times(wire.received, now), "unload", chat=chats))
+        return json_answer(loaded_line(wire.model, Times(wire.received, now), "unload", chat=chats))
     _keep(request, wire)
     if wire.loads:
         times = await _loaded(request, wire, deadline)
-        return _json(loaded_line(wire.model, times, "load", chat=chats))
+        return json_answer(loaded_line(wire.model, times, "load", chat=chats))
     return await answer_parsed(request, api, wire, deadline)
 
 
@@ -173,7 +200,3 @@ def _may_keep(request: Request) -> bool:
 
 def _manager(request: Request) -> ModelManager:
     return request.app.state.manager
-
-
-def _json(content: Any, status: int = 200) -> Response:
-    return Response(msgspec.json.encode(content), status, media_type="application/json")

@@ -7,6 +7,7 @@ Outside the ten steps. All of it is off until the operator allows it, and for cl
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import AsyncIterator, Mapping
 from typing import Annotated, Any, ClassVar
 
@@ -18,9 +19,9 @@ from starlette.responses import Response
 
 from candle_vllm.core.errors import CandleVllmError, ModelNotFoundError
 from candle_vllm.openai import to_json_bytes
-from candle_vllm.openai.ollama import ollama_parser
+from candle_vllm.openai.ollama import Failure, ollama_parser
 from candle_vllm.openai.protocol.fields import Name, Refusal, WireModel, invalid
-from candle_vllm.server.answering import parsed
+from candle_vllm.server.answering import json_answer, parsed
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.failures import ollama_error_line
 from candle_vllm.server.http.sse import LineStream
@@ -29,11 +30,13 @@ from candle_vllm.server.models.catalogue import Catalogue, ModelEntry
 from candle_vllm.server.models.downloads import Local, find_downloaded, remove
 from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.models.pulls import Pull, Pulls, failure_code
+from candle_vllm.server.openapi.operation import OLLAMA, Operation, routing
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.derived import may_change
 from candle_vllm.server.settings.options import UsageError
 
 router = APIRouter()
+route = routing(router, functools.partial(Operation, tag="ollama", error=Failure, naming=OLLAMA, manages=True))
 
 
 def refuse_open_changes(settings: Settings) -> None:
@@ -112,9 +115,19 @@ class PullLine(msgspec.Struct, frozen=True, kw_only=True):
     completed: int | UnsetType = UNSET
 
 
-@router.post("/api/pull")
-async def pull_model(request: Request) -> Response:
-    """Fetches a model, compares it with the hub's sums, and serves it from then on."""
+@route(
+    "POST /api/pull",
+    body=PullRequest,
+    example={"model": "qwen3:0.6b", "stream": False},
+    answer=PullLine,
+    lines=(PullLine, Failure),
+    errors=(404, 502, 503),
+)
+async def ollama_pull(request: Request) -> Response:
+    """Fetch a model of Hugging Face, where the operator allows that.
+
+    The files are compared with the hub's sums, and the model is served from then on.
+    """
     wire: PullRequest = await _allowed(request, PullRequest)
     pulls: Pulls = request.app.state.pulls
     if pulls.is_full:
@@ -130,12 +143,12 @@ async def pull_model(request: Request) -> Response:
             pass
     except CandleVllmError as error:
         raise HttpError(502, str(error), failure_code(error)) from None
-    return Response(to_json_bytes(PullLine(status="success")), media_type="application/json")
+    return json_answer(PullLine(status="success"))
 
 
-@router.delete("/api/pull")
-async def stop_pull(request: Request) -> Response:
-    """Stops fetching a model; what has arrived is kept for the next time, or removed."""
+@route("DELETE /api/pull", body=StopRequest, example={"model": "qwen3:0.6b"}, errors=(403, 404))
+async def ollama_stop_pull(request: Request) -> Response:
+    """Stop fetching a model; what has arrived is kept or removed."""
     wire: StopRequest = await _allowed(request, StopRequest)
     pulls: Pulls = request.app.state.pulls
     pull = pulls.find(wire.named)
@@ -145,9 +158,12 @@ async def stop_pull(request: Request) -> Response:
     return Response()
 
 
-@router.post("/api/copy")
-async def copy_model(request: Request) -> Response:
-    """Gives a model another name, until the server ends."""
+@route("POST /api/copy", body=CopyRequest, example={"source": "default", "destination": "mine"}, errors=(404, 409))
+async def ollama_copy(request: Request) -> Response:
+    """Give a model another name, where the operator allows that.
+
+    It has the name until the server ends.
+    """
     wire: CopyRequest = await _allowed(request, CopyRequest)
     manager = _manager(request)
     entry = manager.find(wire.source, exact=True).entry
@@ -158,9 +174,12 @@ async def copy_model(request: Request) -> Response:
     return Response()
 
 
-@router.delete("/api/delete")
-async def delete_model(request: Request) -> Response:
-    """Takes a copy's name away; or forgets a fetched model, and removes its files."""
+@route("DELETE /api/delete", body=DeleteRequest, example={"model": "qwen3:0.6b"}, errors=(404, 409))
+async def ollama_delete(request: Request) -> Response:
+    """Remove a fetched model, where the operator allows that.
+
+    A copy loses its name; a fetched model is forgotten, and its files are removed.
+    """
     wire: DeleteRequest = await _allowed(request, DeleteRequest)
     manager, settings, name = _manager(request), _base(request.app.state.settings), wire.named
     entry = manager.find(name, exact=True).entry

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import logging
 import time
@@ -17,18 +18,21 @@ from pydantic import model_validator
 from starlette.responses import Response
 
 from candle_vllm.core.errors import CandleVllmError
-from candle_vllm.openai.ollama import ollama_parser, rfc3339
+from candle_vllm.openai.ollama import Failure, ollama_parser, rfc3339
 from candle_vllm.openai.protocol.fields import Name, Refusal, WireModel, invalid
+from candle_vllm.server.answering import json_answer
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.routing import Caller, caller_of
 from candle_vllm.server.models.library import Description, describe, file_bytes
 from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.models.slot import ModelSlot
+from candle_vllm.server.openapi.operation import OLLAMA, QUEUED, Operation, routing
 from candle_vllm.server.routes.ollama import ollama_body, served_name
 
 logger = logging.getLogger(__name__)
 
 router = APIRouter()
+route = routing(router, functools.partial(Operation, tag="ollama", error=Failure, naming=OLLAMA))
 
 API_VERSION = "0.12.11"
 """The version of Ollama whose API this is: clients choose by it what they ask for."""
@@ -144,9 +148,9 @@ class Shown(msgspec.Struct, frozen=True, kw_only=True):
     template: str | UnsetType = UNSET
 
 
-@router.get("/api/tags")
-async def tags(request: Request) -> Response:
-    """All models, loaded or not; the default first."""
+@route("GET /api/tags", answer=Tags)
+async def ollama_tags(request: Request) -> Response:
+    """All models."""
     manager = _manager(request)
     slots = sorted(manager.slots.values(), key=lambda slot: slot.entry.name != manager.active)
     sizes = await asyncio.to_thread(lambda: [_size(slot) for slot in slots])
@@ -156,7 +160,7 @@ async def tags(request: Request) -> Response:
             details=details(slot))
         for slot, size in zip(slots, sizes, strict=True) for name in _names(manager, slot, caller_of(request.scope))
     )  # fmt: skip
-    return _json(Tags(tuple(found)))
+    return json_answer(Tags(tuple(found)))
 
 
 def _names(manager: ModelManager, slot: ModelSlot, caller: Caller) -> list[str]:
@@ -166,8 +170,8 @@ def _names(manager: ModelManager, slot: ModelSlot, caller: Caller) -> list[str]:
     return own + [each.called(slot.entry.names[0]) for each in adapters if caller.may_use(*each.names)]
 
 
-@router.get("/api/ps")
-async def ps(request: Request) -> Response:
+@route("GET /api/ps", answer=Residents)
+async def ollama_ps(request: Request) -> Response:
     """The models that are loaded."""
     manager, found = _manager(request), list[Resident]()
     for slot in manager.slots.values():
@@ -180,12 +184,12 @@ async def ps(request: Request) -> Response:
                      expires_at=rfc3339(_FAR if expires is None else expires),
                      size_vram=0 if info.device == "cpu" else size, context_length=info.max_model_len)
         )  # fmt: skip
-    return _json(Residents(tuple(found)))
+    return json_answer(Residents(tuple(found)))
 
 
-@router.post("/api/show")
-async def show(request: Request) -> Response:
-    """What is known of a model: of one that is not loaded, what its files say."""
+@route("POST /api/show", body=ShowRequest, example={"model": "default"}, answer=Shown, errors=(*QUEUED, 409))
+async def ollama_show(request: Request) -> Response:
+    """What is known of a model."""
     wire = await ollama_body(request, ollama_parser(ShowRequest))
     manager = _manager(request)
     slot = manager.find(await served_name(request, wire.model or wire.name))
@@ -196,13 +200,13 @@ async def show(request: Request) -> Response:
             logger.warning("the model %s cannot be served: %s", slot.entry.name, error)
             message = f"The model {slot.entry.names[0]!r} cannot be served; the server's log says why."
             raise HttpError(409, message, "model_unusable", param="model") from None
-    return _json(_shown(slot))
+    return json_answer(_shown(slot))
 
 
-@router.get("/api/version")
-async def version() -> Response:
+@route("GET /api/version", answer=ApiVersion)
+async def ollama_version() -> Response:
     """The version of Ollama whose API this is."""
-    return _json(ApiVersion(API_VERSION))
+    return json_answer(ApiVersion(API_VERSION))
 
 
 def _shown(slot: ModelSlot) -> Shown:
@@ -289,7 +293,3 @@ def _size(slot: ModelSlot) -> int:
 
 def _manager(request: Request) -> ModelManager:
     return request.app.state.manager
-
-
-def _json(content: Any, status: int = 200) -> Response:
-    return Response(msgspec.json.encode(content), status, media_type="application/json")

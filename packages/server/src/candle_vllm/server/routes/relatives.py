@@ -20,20 +20,30 @@ from starlette.responses import JSONResponse, Response
 from candle_vllm.core.engine.sleeping import MODES, TAGS
 from candle_vllm.core.errors import CandleVllmError, ConfigError, EngineDeadError
 from candle_vllm.core.sampling.params import DEFAULT_SAMPLING, SamplingParams
-from candle_vllm.openai import to_json_bytes
+from candle_vllm.openai import ChatCompletion, ChatCompletionChunk, ChatCompletionRequest, ErrorEnvelope, to_json_bytes
 from candle_vllm.openai.embedding import parse_classify_request, parse_pooling_request
 from candle_vllm.openai.fim import FimRequest, fim_answer, fim_stream
 from candle_vllm.openai.llama_server import (
     InfillRequest,
     LlamaCompletionRequest,
     LlamaRequest,
+    LlamaText,
     llama_answer,
     llama_stream,
 )
+from candle_vllm.openai.protocol.embeddings import ClassifiedList, ClassifyRequest, PooledList, PoolingRequest
+from candle_vllm.openai.protocol.tokenizing import RenderedPrompt
 from candle_vllm.openai.requests import parse_chat_request
 from candle_vllm.openai.task import MEDIA_MARK
 from candle_vllm.openai.validation import parse_body
-from candle_vllm.server.answering import GenerationApi, answer, answer_parsed_with, answer_with, deadline_of
+from candle_vllm.server.answering import (
+    GenerationApi,
+    answer,
+    answer_parsed_with,
+    answer_with,
+    deadline_of,
+    json_answer,
+)
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.failures import error_event
 from candle_vllm.server.http.sse import data_event
@@ -41,11 +51,15 @@ from candle_vllm.server.loop_threads import in_thread
 from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.models.slot import ServedModel
 from candle_vllm.server.observing.model_metrics import ServedEngine
-from candle_vllm.server.routes.status import health
+from candle_vllm.server.openapi.operation import COUNTED, MODEL_ERRORS, QUESTION, QUEUED, WHICH, Operation, routing
+from candle_vllm.server.routes.status import Standing, health
 from candle_vllm.server.settings.options import shown
 from candle_vllm.server.settings.table import OPTIONS
 
 router = APIRouter()
+route = routing(router, Operation)
+
+_EACH = {"model": {"type": "string", "description": "A served name; without it every loaded model."}}
 
 _SAMPLING = SamplingParams().filled(DEFAULT_SAMPLING)
 _SHOWN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
@@ -150,32 +164,32 @@ async def _of_model(request: Request, describe: Callable[[ServedModel], Any]) ->
     return await answer_parsed_with(request, asked, described, deadline_of(request), queued=False)
 
 
-@router.get("/ping")
+@route("GET /ping", tag="server", answer=Standing, statuses=(200, 503), public=True)
 async def ping(request: Request) -> JSONResponse:
-    """The same as `/health`."""
+    """The same as /health."""
     return await health(request)
 
 
-@router.get("/load")
+@route("GET /load", tag="server", answer=Load)
 async def load(request: Request) -> Response:
-    """How busy the server is."""
+    """How many sequences run or wait."""
     manager: ModelManager = request.app.state.manager
     loaded = [slot.model.admission for slot in manager.slots.values() if slot.model is not None]
     waiting = sum(len(slot.waiters) for slot in manager.slots.values())
     busy = Load(waiting + sum(admission.running + admission.waiting for admission in loaded))
-    return Response(msgspec.json.encode(busy), media_type="application/json")
+    return json_answer(busy)
 
 
-@router.get("/server_info")
+@route("GET /server_info", tag="operators", answer=ServerInfo, manages=True)
 async def server_info(request: Request) -> Response:
-    """What the server was started with."""
+    """What the server was started with, without secrets."""
     settings = request.app.state.settings
     config = {option.name: shown(option, getattr(settings, option.name)) for option in OPTIONS}
     told = ServerInfo(version("candle-vllm-server"), config)
-    return Response(msgspec.json.encode(told), media_type="application/json")
+    return json_answer(told)
 
 
-@router.get("/tokenizer_info")
+@route("GET /tokenizer_info", tag="tokens", answer=TokenizerInfo, errors=(*MODEL_ERRORS, 504), query=WHICH)
 async def tokenizer_info(request: Request) -> Response:
     """What is known of the model's tokenizer."""
     return await _of_model(request, _tokenizer)
@@ -198,9 +212,9 @@ def _template(model: ServedModel) -> str | None:
     return source if source is None or isinstance(source, str) else source.get("default")
 
 
-@router.get("/props")
+@route("GET /props", tag="server", answer=Properties, errors=(*MODEL_ERRORS, 504), query=WHICH)
 async def props(request: Request) -> Response:
-    """What llama.cpp's clients look at first."""
+    """The model and its defaults, as llama.cpp's clients ask for them."""
     return await _of_model(request, _properties)
 
 
@@ -223,9 +237,9 @@ def _properties(model: ServedModel) -> Properties:
     )
 
 
-@router.get("/slots")
+@route("GET /slots", tag="server", answer=Slot, errors=(*MODEL_ERRORS, 504), query=WHICH, bare=True)
 async def slots(request: Request) -> Response:
-    """The sequences that may run at the same time, and how many do."""
+    """The sequences that may run at the same time, as llama.cpp's clients ask for them."""
     return await _of_model(request, _slots)
 
 
@@ -234,9 +248,9 @@ def _slots(model: ServedModel) -> list[Slot]:
     return [Slot(place, info.max_model_len, place < running) for place in range(info.max_num_seqs)]
 
 
-@router.post("/reset_prefix_cache")
+@route("POST /reset_prefix_cache", tag="operators", statuses=(204,), manages=True)
 async def reset_prefix_cache(request: Request) -> Response:
-    """Has every loaded model forget what prompts began with; it has no body."""
+    """Have loaded models forget what prompts began with."""
     manager: ModelManager = request.app.state.manager
     for slot in manager.slots.values():
         if slot.model is not None:
@@ -244,9 +258,30 @@ async def reset_prefix_cache(request: Request) -> Response:
     return Response(status_code=204)
 
 
-@router.post("/sleep")
+@route(
+    "POST /sleep",
+    tag="operators",
+    media="",
+    errors=(400, 404, 409, 503),
+    query={
+        "level": {
+            "type": "integer",
+            "enum": [1, 2],
+            "default": 1,
+            "description": "1 gives back the KV cache and a GPU's memory of the weights, 2 the weights as well.",
+        },
+        "mode": {
+            "type": "string",
+            "enum": ["abort", "wait"],
+            "default": "abort",
+            "description": "Whether requests that run or wait end now, or are waited for.",
+        },
+        **_EACH,
+    },
+    manages=True,
+)
 async def sleep(request: Request) -> Response:
-    """Has every loaded model, or that of `?model=`, give its memory back; it has no body."""
+    """Have loaded models give their memory back; requests to them are refused with 503 from then on."""
     level, mode = request.query_params.get("level", "1"), request.query_params.get("mode", "abort")
     if level not in ("1", "2"):
         raise HttpError(400, f"level {level!r:.40}: 1 (keep the weights in memory) or 2 (drop them).", "wrong_level")
@@ -255,20 +290,34 @@ async def sleep(request: Request) -> Response:
     return await _each_engine(request, lambda engine: engine.sleep(int(level), mode))
 
 
-@router.post("/wake_up")
+@route(
+    "POST /wake_up",
+    tag="operators",
+    media="",
+    errors=(400, 404, 409, 503),
+    query={
+        "tags": {
+            "type": "array",
+            "items": {"type": "string", "enum": ["weights", "kv_cache"]},
+            "description": "What is filled; without it everything. Requests are taken once both are.",
+        },
+        **_EACH,
+    },
+    manages=True,
+)
 async def wake_up(request: Request) -> Response:
-    """Has those fill it again: all of it, or that of `?tags=`."""
+    """Have models that sleep fill their memory again."""
     tags = request.query_params.getlist("tags")
     if not TAGS.issuperset(tags):
         raise HttpError(400, f"tags {tags!r:.100}: {' and '.join(sorted(TAGS))} are possible.", "wrong_tags")
     return await _each_engine(request, lambda engine: engine.wake_up(tags or None))
 
 
-@router.get("/is_sleeping")
+@route("GET /is_sleeping", tag="operators", answer=Sleeping, errors=(404,), query=_EACH, manages=True)
 async def is_sleeping(request: Request) -> Response:
-    """Whether any loaded model, or that of `?model=`, sleeps."""
+    """Whether a loaded model sleeps."""
     asleep = any(engine.is_sleeping for engine in _engines(request))
-    return Response(msgspec.json.encode(Sleeping(asleep)), media_type="application/json")
+    return json_answer(Sleeping(asleep))
 
 
 def _engines(request: Request) -> list[ServedEngine]:
@@ -291,7 +340,14 @@ async def _each_engine(request: Request, work: Callable[[ServedEngine], None]) -
     return Response(status_code=200)
 
 
-@router.post("/apply-template")
+@route(
+    "POST /apply-template",
+    tag="tokens",
+    body=ChatCompletionRequest,
+    example={"messages": QUESTION},
+    answer=RenderedPrompt,
+    errors=COUNTED,
+)
 async def apply_template(request: Request) -> Response:
     """The text that a chat request with the same fields would begin with."""
     return await answer_with(
@@ -299,15 +355,29 @@ async def apply_template(request: Request) -> Response:
     )
 
 
-@router.post("/pooling")
-async def pooling(request: Request) -> Response:
+@route(
+    "POST /pooling",
+    tag="vectors and scores",
+    body=PoolingRequest,
+    example={"input": "The sky is blue."},
+    answer=PooledList,
+    errors=QUEUED,
+)
+async def pool(request: Request) -> Response:
     """The vectors of texts, in vLLM's words."""
     return await answer_with(request, parse_pooling_request, lambda model, wire: model.adapter.pool(wire))
 
 
-@router.post("/classify")
+@route(
+    "POST /classify",
+    tag="vectors and scores",
+    body=ClassifyRequest,
+    example={"input": "The sky is blue."},
+    answer=ClassifiedList,
+    errors=QUEUED,
+)
 async def classify(request: Request) -> Response:
-    """What texts are, as a classifier tells them apart."""
+    """What texts are, as a classifier tells them apart, in vLLM's words."""
     return await answer_with(request, parse_classify_request, lambda model, wire: model.adapter.classify(wire))
 
 
@@ -334,23 +404,59 @@ FIM = GenerationApi(
 )
 
 
-@router.post("/v1/fim/completions")
-async def fim_completions(request: Request) -> Response:
-    """A gap in a text filled, in Mistral's words."""
+@route(
+    "POST /v1/fim/completions",
+    tag="generation",
+    body=FimRequest,
+    example={"prompt": "def add(a, b):\n    ", "suffix": "", "max_tokens": 32},
+    answer=ChatCompletion,
+    events=(ChatCompletionChunk, ErrorEnvelope),
+    errors=QUEUED,
+)
+async def create_fim_completion(request: Request) -> Response:
+    """Fill a gap in a text, in Mistral's words."""
     return await answer(request, FIM)
 
 
 COMPLETION, INFILL = _api(LlamaCompletionRequest), _api(InfillRequest)
 
 
-@router.post("/completion")
-@router.post("/completions")
-async def completion(request: Request) -> Response:
-    """A text continued, perhaps one with images, in llama.cpp's words."""
+@route(
+    "POST /completion",
+    tag="generation",
+    body=LlamaCompletionRequest,
+    example={"prompt": "Once upon a time", "n_predict": 32},
+    answer=LlamaText,
+    one_or_more=True,
+    events=(LlamaText, ErrorEnvelope),
+    errors=QUEUED,
+)
+@route(
+    "POST /completions",
+    id="llama_completions",
+    summary="The same as `/completion`",
+    tag="generation",
+    body=LlamaCompletionRequest,
+    example={"prompt": "Once upon a time", "n_predict": 32},
+    answer=LlamaText,
+    one_or_more=True,
+    events=(LlamaText, ErrorEnvelope),
+    errors=QUEUED,
+)
+async def llama_completion(request: Request) -> Response:
+    """Continue a text, perhaps one with images, in llama.cpp's words."""
     return await answer(request, COMPLETION)
 
 
-@router.post("/infill")
-async def infill(request: Request) -> Response:
-    """A gap in a text filled, in llama.cpp's words."""
+@route(
+    "POST /infill",
+    tag="generation",
+    body=InfillRequest,
+    example={"input_prefix": "def add(a, b):\n    ", "input_suffix": "", "n_predict": 32},
+    answer=LlamaText,
+    events=(LlamaText, ErrorEnvelope),
+    errors=QUEUED,
+)
+async def llama_infill(request: Request) -> Response:
+    """Fill a gap in a text, in llama.cpp's words."""
     return await answer(request, INFILL)

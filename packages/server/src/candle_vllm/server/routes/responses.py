@@ -7,46 +7,49 @@ each model.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import AsyncGenerator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from fastapi import APIRouter, Request
 from starlette.requests import HTTPConnection
 from starlette.responses import Response as HttpResponse
 
-from candle_vllm.openai import to_json_bytes
 from candle_vllm.openai.fair_threads import RequestBytes, apart, request_bytes
 from candle_vllm.responses.api.response_stream import ResponseStream, error_detail
 from candle_vllm.responses.api.stored_items import entry_of
-from candle_vllm.responses.protocol.events import ErrorDetail, StreamEvent
+from candle_vllm.responses.protocol.events import ErrorDetail, ResponseEvent, StreamEvent
 from candle_vllm.responses.protocol.items import ItemReference
 from candle_vllm.responses.protocol.request import (
     CompactRequest,
+    InputTokensRequest,
     PromptFields,
     ResponsesRequest,
     parse_compact_request,
     parse_input_tokens_request,
     parse_responses_request,
 )
-from candle_vllm.responses.protocol.response import InputTokens, Response
+from candle_vllm.responses.protocol.response import CompactedResponse, InputTokens, Response
 from candle_vllm.server.answering import (
     GenerationApi,
     answer_parsed,
     answer_with,
     deadline_of,
     in_time,
+    json_answer,
     parsed,
 )
 from candle_vllm.server.http.body import unless_disconnected
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.routing import caller_of
-from candle_vllm.server.http.sse import DONE, named_event
+from candle_vllm.server.http.sse import DONE
 from candle_vllm.server.keeping import NOT_HERE
-from candle_vllm.server.kept_access import event_stream
+from candle_vllm.server.kept_access import ResponseEvents, event_stream
 from candle_vllm.server.mailbox.policy import refuse_headers
 from candle_vllm.server.models.manager import Turn, enter, take_turn
 from candle_vllm.server.models.slot import Lease, ServedModel
 from candle_vllm.server.observing.request_context import begin_generation
+from candle_vllm.server.openapi.operation import COUNTED, QUEUED, RESPONSES, Operation, routing
 
 if TYPE_CHECKING:
     from candle_vllm.responses.api.connection import ConnectionMemory
@@ -55,7 +58,7 @@ if TYPE_CHECKING:
     from candle_vllm.responses.api.responder import Responder
 
 router = APIRouter()
-JSON = "application/json"
+route = routing(router, functools.partial(Operation, tag="responses", naming=RESPONSES))
 
 
 class Responders:
@@ -99,9 +102,16 @@ class Responders:
         )
 
 
-@router.post("/v1/responses")
+@route(
+    "POST /v1/responses",
+    body=ResponsesRequest,
+    example={"input": "What is the capital of France?", "max_output_tokens": 64},
+    answer=Response,
+    events=get_args(ResponseEvent),
+    errors=(*QUEUED, 409),
+)
 async def create_response(request: Request) -> HttpResponse:
-    """OpenAI's responses: whole, streamed, or in the background."""
+    """Answer with tools and memory: whole, streamed, in the background, or over a WebSocket."""
     deadline = deadline_of(request)
     wire = await parsed(request, parse_responses_request)
     if wire.background:
@@ -109,9 +119,16 @@ async def create_response(request: Request) -> HttpResponse:
     return await answer_parsed(request, _Exchange(request).api(), wire, deadline)
 
 
-@router.post("/v1/responses/input_tokens")
-async def count_input_tokens(request: Request) -> HttpResponse:
-    """How many tokens the prompt of a response has; nothing is generated."""
+@route(
+    "POST /v1/responses/input_tokens",
+    tag="tokens",
+    body=InputTokensRequest,
+    example={"input": "What is the capital of France?"},
+    answer=InputTokens,
+    errors=COUNTED,
+)
+async def count_response_tokens(request: Request) -> HttpResponse:
+    """How many tokens a response's prompt has."""
     responders: Responders = request.app.state.responders
 
     async def count(model: ServedModel, wire: Any) -> InputTokens:
@@ -120,9 +137,15 @@ async def count_input_tokens(request: Request) -> HttpResponse:
     return await answer_with(request, parse_input_tokens_request, count, queued=False)
 
 
-@router.post("/v1/responses/compact")
+@route(
+    "POST /v1/responses/compact",
+    body=CompactRequest,
+    example={"model": "default", "input": [{"role": "user", "content": "We launch on Tuesday."}]},
+    answer=CompactedResponse,
+    errors=QUEUED,
+)
 async def compact_response(request: Request) -> HttpResponse:
-    """A conversation made shorter: the model writes a summary of it."""
+    """Make a conversation shorter."""
     responders: Responders = request.app.state.responders
     deadline = deadline_of(request)
     wire = await parsed(request, parse_compact_request)
@@ -134,7 +157,7 @@ async def compact_response(request: Request) -> HttpResponse:
             compacted = await unless_disconnected(made, request.receive)
         finally:
             turn.release()
-    return HttpResponse(to_json_bytes(compacted), media_type=JSON)
+    return json_answer(compacted)
 
 
 class _Exchange:
@@ -144,6 +167,7 @@ class _Exchange:
         self._request = request
         self._responders: Responders = request.app.state.responders
         self._stream: ResponseStream | None = None
+        self._events = ResponseEvents()
 
     def api(self) -> GenerationApi:
         """How it is answered."""
@@ -151,9 +175,10 @@ class _Exchange:
             parse=parse_responses_request,
             whole=self._whole,
             streamed=self._streamed,
-            event=_encoded,
+            event=self._events.write,
             error_event=self._error_events,
             defaults=lambda wire, settings: wire,  # its responder has them  # noqa: ARG005
+            silence=self._events.silence,
         )
 
     async def _whole(self, model: ServedModel, wire: ResponsesRequest) -> Response:
@@ -171,7 +196,7 @@ class _Exchange:
             detail = ErrorDetail(type="server_error", code=failure.code, message=str(failure), param=failure.param)
         else:
             detail = error_detail(failure)
-        return b"".join(map(_encoded, self._stream.stop(detail))) + DONE
+        return b"".join(map(self._events.write, self._stream.stop(detail))) + DONE
 
 
 async def _in_background(request: Request, wire: ResponsesRequest, deadline: float) -> HttpResponse:
@@ -203,7 +228,7 @@ async def _in_background(request: Request, wire: ResponsesRequest, deadline: flo
             lease.release()
             raise
     if not wire.stream:
-        return HttpResponse(to_json_bytes(queued), media_type=JSON)
+        return json_answer(queued)
     return event_stream(events)
 
 
@@ -239,7 +264,3 @@ async def owner_of(request: HTTPConnection, wire: PromptFields | CompactRequest)
     if responders.kept is None or not (stored or refers):
         return ""
     return await responders.kept.owner(caller_of(request.scope).key)
-
-
-def _encoded(event: StreamEvent) -> bytes:
-    return named_event(event.event_name, to_json_bytes(event))

@@ -8,22 +8,71 @@ key, and say nothing but their status to strangers.
 from __future__ import annotations
 
 import asyncio
+import functools
 from importlib.metadata import version
 
 import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
+from candle_vllm.server.answering import json_answer
 from candle_vllm.server.http.routing import caller_of, is_stranger
-from candle_vllm.server.models.cards import load_progress
+from candle_vllm.server.models.cards import LoadProgress, load_progress
 from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.models.slot import ModelState
 from candle_vllm.server.observing.exposition import render
+from candle_vllm.server.openapi.operation import Operation, routing
 
 router = APIRouter()
+route = routing(router, functools.partial(Operation, tag="server"))
 
 
-@router.get("/metrics")
+class Standing(msgspec.Struct, frozen=True):
+    """One word on how things stand."""
+
+    status: str
+
+
+class Readiness(msgspec.Struct, frozen=True):
+    """Whether the default model can answer, and while it is loaded how far that is."""
+
+    status: str
+    loading: LoadProgress | msgspec.UnsetType = msgspec.UNSET
+
+
+class Version(msgspec.Struct, frozen=True):
+    """The version of the server package."""
+
+    version: str
+
+
+class Welcome(msgspec.Struct, frozen=True):
+    """What this is and where to go on."""
+
+    name: str
+    version: str
+    models: tuple[str, ...]
+    openai_base_url: str
+
+
+class UsageCounts(msgspec.Struct, frozen=True):
+    """Requests that have ended, and their tokens."""
+
+    requests: int
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+
+
+class UsageRow(msgspec.Struct, frozen=True):
+    """The counts of one API key with one model."""
+
+    model: str
+    key: str
+    counts: UsageCounts
+
+
+@route("GET /metrics", tag="operators", media="text/plain", manages=True)
 async def metrics(request: Request) -> Response:
     """Every count, as Prometheus reads it."""
     accept = request.headers.get("accept", "")
@@ -31,28 +80,31 @@ async def metrics(request: Request) -> Response:
     return Response(data, headers={"content-type": kind})
 
 
-@router.get("/v1/usage")
+@route("GET /v1/usage", tag="operators", answer=UsageRow, listed=True, manages=True)
 async def usage(request: Request) -> Response:
     """Requests that have ended and their tokens, by model and API key, since the start."""
     rows = await asyncio.to_thread(request.app.state.metrics.usage)
-    return Response(msgspec.json.encode({"object": "list", "data": rows}), media_type="application/json")
+    return json_answer({"object": "list", "data": rows})
 
 
-@router.get("/health")
+@route("GET /health", answer=Standing, statuses=(200, 503), public=True)
 async def health(request: Request) -> JSONResponse:
-    """200 while the process can do its work, 503 once an engine has stopped that will not come back by itself."""
+    """200 while the process can do its work.
+
+    503 once an engine has stopped that will not come back by itself.
+    """
     manager: ModelManager = request.app.state.manager
     if manager.is_healthy:
         return JSONResponse({"status": "ok"})
     return JSONResponse({"status": "dead"}, status_code=503)
 
 
-@router.get("/ready")
+@route("GET /ready", answer=Readiness, statuses=(200, 503), public=True)
 async def ready(request: Request) -> JSONResponse:
-    """200 while a request for the default model would be answered at once, 503 before and after, with the reason.
+    """200 while a request for the default model would be answered at once.
 
-    Strangers, and keys that may not use the model, are told the status alone: what is being loaded may have names of
-    files in it.
+    503 before and after, with the reason. Strangers, and keys that may not use the model, are told the status alone:
+    what is being loaded may have names of files in it.
     """
     manager: ModelManager = request.app.state.manager
     if request.app.state.stopping():
@@ -70,15 +122,15 @@ async def ready(request: Request) -> JSONResponse:
     return JSONResponse(content, status_code=200 if rested else 503)
 
 
-@router.get("/version")
+@route("GET /version", id="version", answer=Version)
 async def server_version() -> dict[str, str]:
-    """The version of the server package."""
+    """The server's version."""
     return {"version": version("candle-vllm-server")}
 
 
-@router.get("/")
+@route("GET /", answer=Welcome)
 async def root(request: Request) -> dict[str, object]:
-    """What this is, which models the caller may use, and where to go on."""
+    """What this is and where to go on."""
     manager, caller = request.app.state.manager, caller_of(request.scope)
     return {
         "name": "candle-vllm",

@@ -3,23 +3,56 @@
 
 from __future__ import annotations
 
+import functools
+from typing import get_args
+
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from candle_vllm.core.errors import InvalidParameterError
-from candle_vllm.openai import to_json_bytes
 from candle_vllm.responses.api.background import Background
-from candle_vllm.server.kept_access import event_stream, kept_and_owner, number_of, page_request, query_of, switch_of
+from candle_vllm.responses.api.stored_items import ItemList
+from candle_vllm.responses.protocol.events import ResponseEvent
+from candle_vllm.responses.protocol.response import Response as AnyResponse
+from candle_vllm.responses.protocol.response import ResponseDeleted
+from candle_vllm.server.answering import json_answer
+from candle_vllm.server.kept_access import (
+    INCLUDE,
+    ITEM_PAGE,
+    event_stream,
+    kept_and_owner,
+    number_of,
+    page_request,
+    query_of,
+    switch_of,
+)
+from candle_vllm.server.openapi.operation import KEPT, RESPONSES, Operation, routing
 
 router = APIRouter()
+route = routing(router, functools.partial(Operation, tag="responses", naming=RESPONSES, errors=KEPT))
 
 JSON = "application/json"
 _MAX_EVENT = 999_999_999
 
 
-@router.get("/v1/responses/{response_id}")
+@route(
+    "GET /v1/responses/{response_id}",
+    answer=AnyResponse,
+    events=get_args(ResponseEvent),
+    query={
+        **INCLUDE,
+        "stream": {"enum": ["true", "false"], "default": "false", "description": "Send the events."},
+        "starting_after": {
+            "type": "integer",
+            "minimum": 0,
+            "maximum": _MAX_EVENT,
+            "description": "With stream=true: the number of the last event that is known already.",
+        },
+        "include_obfuscation": {"enum": ["false"], "default": "false"},
+    },
+)
 async def get_response(request: Request, response_id: str) -> Response:
-    """A response; with `stream=true` the events of one that runs in the background."""
+    """A response, or the events of one that runs in the background."""
     kept, owner = await kept_and_owner(request)
     query = query_of(request, "stream", "starting_after", "include", "include_obfuscation")
     if switch_of(query, "include_obfuscation"):
@@ -35,28 +68,28 @@ async def get_response(request: Request, response_id: str) -> Response:
     return event_stream(await _background(request).stream(owner, response_id, number))
 
 
-@router.delete("/v1/responses/{response_id}")
+@route("DELETE /v1/responses/{response_id}", answer=ResponseDeleted)
 async def delete_response(request: Request, response_id: str) -> Response:
-    """Deletes a response; one that is running is ended."""
+    """Delete a response; one that is running is ended."""
     _, owner = await kept_and_owner(request)
     query_of(request)
-    return Response(to_json_bytes(await _background(request).delete(owner, response_id)), media_type=JSON)
+    return json_answer(await _background(request).delete(owner, response_id))
 
 
-@router.post("/v1/responses/{response_id}/cancel")
+@route("POST /v1/responses/{response_id}/cancel", answer=AnyResponse)
 async def cancel_response(request: Request, response_id: str) -> Response:
-    """Ends a response that runs in the background."""
+    """End a response that runs in the background."""
     _, owner = await kept_and_owner(request)
     query_of(request)
     return Response(await _background(request).cancel(owner, response_id), media_type=JSON)
 
 
-@router.get("/v1/responses/{response_id}/input_items")
+@route("GET /v1/responses/{response_id}/input_items", answer=ItemList, query=ITEM_PAGE)
 async def list_input_items(request: Request, response_id: str) -> Response:
     """What the request of a response gave."""
     kept, owner = await kept_and_owner(request)
     page = await kept.input_items(owner, response_id, page_request(request))
-    return Response(to_json_bytes(page), media_type=JSON)
+    return json_answer(page)
 
 
 def _background(request: Request) -> Background:

@@ -6,22 +6,39 @@ They use a model's tokenizer and wait in no queue: the engine has nothing to do 
 
 from __future__ import annotations
 
+import functools
 from functools import partial
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from candle_vllm.openai.protocol.chat import ChatCompletionRequest
+from candle_vllm.openai.protocol.tokenizing import (
+    Detokenized,
+    DetokenizeRequest,
+    TokenizeChatRequest,
+    TokenizeContentRequest,
+    Tokenized,
+    TokenizedContent,
+    TokenizeTextRequest,
+)
 from candle_vllm.openai.requests import parse_chat_request, read_chat
 from candle_vllm.openai.tokenizing import parse_detokenize_request, parse_tokenize_request
 from candle_vllm.responses.protocol.response import InputTokens
 from candle_vllm.server.answering import answer_with
 from candle_vllm.server.models.slot import ServedModel
+from candle_vllm.server.openapi.operation import COUNTED, QUESTION, Operation, routing
 
 router = APIRouter()
+route = routing(router, functools.partial(Operation, tag="tokens", errors=COUNTED))
 
 
-@router.post("/tokenize")
+@route(
+    "POST /tokenize",
+    body=(TokenizeTextRequest, TokenizeChatRequest, TokenizeContentRequest),
+    example={"prompt": "Once upon a time", "return_token_strs": True},
+    answer=(Tokenized, TokenizedContent),
+)
 async def tokenize(request: Request) -> Response:
     """The tokens of a text or of a conversation."""
     return await answer_with(
@@ -29,7 +46,7 @@ async def tokenize(request: Request) -> Response:
     )
 
 
-@router.post("/detokenize")
+@route("POST /detokenize", body=DetokenizeRequest, example={"tokens": [1, 2, 3]}, answer=Detokenized)
 async def detokenize(request: Request) -> Response:
     """The text of tokens."""
     return await answer_with(
@@ -37,9 +54,14 @@ async def detokenize(request: Request) -> Response:
     )
 
 
-@router.post("/v1/chat/completions/input_tokens")
+@route(
+    "POST /v1/chat/completions/input_tokens",
+    body=ChatCompletionRequest,
+    example={"messages": QUESTION},
+    answer=InputTokens,
+)
 async def count_chat_tokens(request: Request) -> Response:
-    """How many tokens the prompt of a chat request has, as llama.cpp counts them; nothing is generated."""
+    """How many tokens a chat request's prompt has, images included."""
 
     async def count(model: ServedModel, wire: ChatCompletionRequest) -> InputTokens:
         return InputTokens(input_tokens=await model.adapter.count_tokens(partial(read_chat, wire)))

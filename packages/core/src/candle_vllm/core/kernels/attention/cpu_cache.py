@@ -71,11 +71,11 @@ def value_bytes(kind: CacheKind, head_dim: int) -> int:
     return code_bytes(kind, head_dim) + 2 * halves
 
 
-MOST_DIM = 256
+MOST_DIM = 512
 
 
 def supported(head_dim: int, block_size: int) -> bool:
-    """Whether these kernels can compute it: D even, from 16 to 256, S a power of two from 16."""
+    """Whether these kernels can compute it: D even, from 16 to 512, S a power of two from 16."""
     return head_dim % 2 == 0 and LANES <= head_dim <= MOST_DIM and block_size >= LANES and block_size.bit_count() == 1
 
 

@@ -7,7 +7,7 @@ bfloat16, so that one 64-byte load is the same pair of dimensions of the 16 keys
 from its beginning to its end: memory read in another order is slower by half, for the processor fetches ahead only what
 goes on in sequence. Values are [8, D, 2] for a tile: one load is 16 dimensions of a pair of keys.
 
-D is any even number from 16 to 256. Where it is no multiple of 16, the last 16 dimensions of a row are computed as one
+D is any even number from 16 to 512. Where it is no multiple of 16, the last 16 dimensions of a row are computed as one
 vector, which repeats some of the vector before it.
 
 A partial result of one query row over some keys is `partial_floats(D)` floats: the unnormalised sum of values, then,

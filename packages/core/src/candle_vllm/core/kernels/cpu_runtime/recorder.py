@@ -25,7 +25,7 @@ from candle_vllm.core.kernels.states import StateRows
 
 if TYPE_CHECKING:
     from candle_vllm.core.kernels.cpu_runtime.numa import CpuRanks
-    from candle_vllm.core.kernels.recorded import Matrix
+    from candle_vllm.core.kernels.recorded import LookUp, Matrix
     from candle_vllm.core.kernels.states import StateCache
 
 
@@ -142,6 +142,7 @@ class Recorder:
         self._scratch: np.ndarray | None = None
         self._row_numbers = np.empty(0, np.int64)
         self._beside: np.ndarray | None = None
+        self._look_ups: dict[LookUp, tuple[NDArray[np.int64], Buffer]] = {}
         self.allocated: list[np.ndarray] = []  # memory of values, and what lies between operations
         self.ranks = 0 if limits.ranks is None else self._rank_table(limits.ranks)
 
@@ -223,6 +224,18 @@ class Recorder:
         """Float32 rows [tokens, width], as `memory` gives them."""
         array, stride = self.rows(width)
         return Buffer(array, width, stride)
+
+    def looked_up(self, rows: LookUp, numbers: NDArray[np.int64], width: int) -> Buffer:
+        """Where the rows of a step's numbers will stand, in all plans; `look_up` puts them there."""
+        if rows not in self._look_ups:
+            self._look_ups[rows] = numbers, self.buffer(width)
+        return self._look_ups[rows][1]
+
+    def look_up(self) -> None:
+        """Looks up the rows of a step's numbers, before it runs."""
+        for rows, (numbers, buffer) in self._look_ups.items():
+            count = self.arrays.numbers[StepNumber.TOKENS]
+            buffer.rows[:count] = rows(numbers[:count])
 
     def row_numbers(self, copies: int) -> np.ndarray:
         """0, 1, 2, ... for rows [tokens * copies]."""

@@ -35,7 +35,7 @@ from candle_vllm.core.kernels.weight_quant.searches import TYPES
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 from candle_vllm.core.threads import collector_paused
 
-HEAD_DIMS = (32, 64, 80, 96, 128, 160, 192, 256)
+HEAD_DIMS = (32, 64, 80, 96, 128, 160, 192, 256, 512)
 LATENT = ((64, 512),)  # of rotation and latent vector: DeepSeek's
 CONVOLUTIONS = ((3, 0, 1), (4, 1, 0))  # taps, SiLU, gates: LFM2's, and those of delta nets and Mamba
 

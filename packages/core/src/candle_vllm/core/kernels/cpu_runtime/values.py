@@ -36,7 +36,7 @@ from candle_vllm.core.kernels.embedding import AddArguments, add_operation
 from candle_vllm.core.kernels.lora.cpu_record import INPUT_FORM, Joining, record_experts
 from candle_vllm.core.kernels.moe.plan import PROLOGUES, Pairs, Results, record_products, record_route, record_sum
 from candle_vllm.core.kernels.position_scale import PositionScaleArguments, position_scale_operation
-from candle_vllm.core.kernels.recorded import Recorded, RecordedRows, RecordedTokens
+from candle_vllm.core.kernels.recorded import LookUp, Recorded, RecordedRows, RecordedTokens
 from candle_vllm.core.kernels.rms_norm import (
     HeadNormArguments,
     NormOntoArguments,
@@ -90,6 +90,9 @@ class _Tokens(RecordedTokens):
 
     def embedding(self, matrix: Matrix, scale: float | None = None, place: Place | None = None) -> Recorded:
         return _TableRows(self._recorder, matrix, address_of(self.numbers), scale, place)
+
+    def looked_up(self, rows: LookUp, width: int) -> Recorded:
+        return _LookedUp(self._recorder, self._recorder.looked_up(rows, self.numbers, width))
 
 
 class _Value(Recorded):
@@ -165,6 +168,16 @@ class _Value(Recorded):
         made = self.recorder.buffer(self.width)
         self.recorder.pick_rows((self.address, self.buffer.stride), self.width, (address_of(made.array), made.stride))
         return made
+
+    def scaled(self, factor: float) -> Recorded:
+        buffer, counted = self.buffer, self.rows_from
+        assert (self.column, self.width) == (0, buffer.width)
+        row = scale_cap_arguments(
+            x=self.address, stride=buffer.stride, columns=self.width, scale=factor, cap=None, rows_from=counted
+        )
+        self.recorder.add(scale_cap_operation(False), row)
+        buffer.version += 1
+        return _Value(self.recorder, buffer, 0, self.width, rows_from=counted)
 
     def beside(self, *others: Recorded) -> Recorded:
         parts = [part for part in (self, *others) if isinstance(part, _Value)]
@@ -560,6 +573,19 @@ class _TableRows(_Pending):
         if accumulate:
             row = AddArguments(x, stride, columns, address_of(target.array), target.stride)
             recorder.add(add_operation(), row)
+
+
+class _LookedUp(_Pending):
+    """Rows that stand in a buffer of their own when a step begins."""
+
+    def __init__(self, recorder: Recorder, given: Buffer) -> None:
+        super().__init__(recorder, given.width)
+        self._given = given
+
+    def _record(self, target: Buffer, accumulate: bool) -> None:
+        row = address_of(self._given.array), self._given.stride, self.width, address_of(target.array), target.stride
+        operation, arguments = (add_operation(), AddArguments) if accumulate else (copy_operation(), CopyArguments)
+        self.recorder.add(operation, arguments(*row))
 
 
 class _Product(_Pending):

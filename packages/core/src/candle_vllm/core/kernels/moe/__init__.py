@@ -8,7 +8,8 @@ with the highest score + bias are chosen, the lowest number first among equals; 
 decide, which have the scores' order and no two of which the arithmetic makes equal. With groups of experts side by
 side, only those in the `top_groups` best groups are candidates; a group's worth is its highest score, or with a bias
 the sum of its two highest. NaN counts as lower than every number. The weights are the scores without the bias, divided
-by their sum where asked, times `scale`. The experts of a token differ and stand in the order in which they were chosen.
+by their sum where asked, times `scale`, and times a number of each expert where there is one. The experts of a token
+differ and stand in the order in which they were chosen.
 Source: Shazeer et al., 2017, arXiv:1701.06538; DeepSeek-V2, arXiv:2405.04434; DeepSeek-V3, arXiv:2412.19437.
 
 `expert_linear`: a product with a matrix of every expert, [X * N, K], the experts' rows behind each other: a
@@ -90,7 +91,10 @@ def route(logits: Value, routing: Routing) -> Pairs | RecordedPairs:
 
         choose = triton_route.route
     found = choose(logits, top_k, routing.scoring, routing.renormalise, bias, (groups, top_groups), routing.scale)
-    return Pairs(*found, experts)
+    weights, chosen = found
+    if routing.expert_scale is not None:
+        weights = weights * routing.expert_scale[chosen.long()]
+    return Pairs(weights, chosen, experts)
 
 
 def expert_linear(

@@ -37,6 +37,7 @@ class Routing:
         scoring, renormalise, scale: how logits become weights.
         bias: [X] fp32 or None, an array in recorded steps; takes part in the choice alone (DeepSeek-V3's
             e_score_correction_bias).
+        expert_scale: [X] fp32 or None, likewise; the weights of each expert are multiplied by its number at the end.
         groups, top_groups: of experts, and how many of the groups are candidates.
     """
 
@@ -44,6 +45,7 @@ class Routing:
     scoring: Scoring = "softmax"
     renormalise: bool = True
     bias: Any = None
+    expert_scale: Any = None
     groups: int = 1
     top_groups: int = 1
     scale: float = 1.0
@@ -107,7 +109,7 @@ class RouteArguments(NamedTuple):
         top_k: k.
         groups, top_groups: how many groups of experts there are, and how many of them are candidates.
         sigmoid, renormalise, scale: how scores become weights; see the contract in the package.
-        bias: address of float32 [X], or 0.
+        bias, expert_scale: addresses of float32 [X], or 0.
         experts, weights: addresses of the results, int64 [T, k] and float32 [T, k].
         finished: of int64, 0 between operations.
         starts: of the result int64 [X + 1]: expert x has the places starts[x] .. starts[x + 1]; X more are scratch.
@@ -130,6 +132,7 @@ class RouteArguments(NamedTuple):
     starts: int
     token_of: int
     place_of: int
+    expert_scale: int = 0
 
 
 def route_operation() -> int:

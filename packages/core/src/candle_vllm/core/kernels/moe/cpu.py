@@ -145,7 +145,8 @@ def route(row, thread, threads):
             total += float(scores[expert])
         factor = scale / (total + LEAST_SUM) if given.renormalise != 0 else scale
         for j in range(top_k):
-            found[j] = float(scores[chosen[j]]) * factor
+            own = float(float32_at(given.expert_scale)[chosen[j]]) if given.expert_scale != 0 else 1.0
+            found[j] = float(scores[chosen[j]]) * factor * own
     if fetch_add(given.finished, 1) == threads - 1:  # the last to come sorts, which saves a barrier
         store_release(given.finished, 0)
         _sort(given.experts, tokens, top_k, count, given.starts, given.token_of, given.place_of)

@@ -115,6 +115,7 @@ def record_route(recorder: Recorder, logits: tuple[int, int], count: int, routin
         starts=address_of(pairs.starts),
         token_of=address_of(token_of),
         place_of=address_of(places),
+        expert_scale=0 if routing.expert_scale is None else recorder.keep(routing.expert_scale),
     )
     recorder.add(given.route_operation(), arguments)
     return pairs

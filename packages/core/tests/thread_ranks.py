@@ -23,7 +23,7 @@ from candle_vllm.core.engine.rank_line import ToldBatches, ToRank
 from candle_vllm.core.errors import EngineDeadError
 from candle_vllm.core.kernels.collectives import Stages
 from candle_vllm.core.kernels.recorded import Value
-from candle_vllm.core.testing.lazy_stream import LazyStream, NotYetError
+from packages.core.tests.lazy_stream import LazyStream, NotYetError
 
 _PATIENCE = 60.0
 _Result = TypeVar("_Result")

@@ -57,7 +57,7 @@ class LazyStream:
         self._streams: list[LazyStream] = [] if other is None else other._streams  # of the device
         self._streams.append(self)
         self._numbers: itertools.count[int] = itertools.count() if other is None else other._numbers
-        self._random = random.Random(1) if other is None else other._random  # noqa: S311 - an order
+        self._random = random.Random(1) if other is None else other._random
         self._serial = serial if other is None else other._serial
         self._todo: deque[_Piece] = deque()
         self._running: _Piece | None = None

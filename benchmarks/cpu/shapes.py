@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: MIT
+"""Writes a GGUF file in the shape of a published model: random weights, its real vocabulary, quantised by `quantize`.
+
+    python benchmarks/cpu/shapes.py OUT.gguf --shape qwen3.5-0.8b --vocabulary ggml-vocab-qwen35.gguf [--isq q4k]
+
+The vocabulary is one of the files in the source package of llama-cpp-python (vendor/llama.cpp/models). transformers
+makes the weights, so the file has the layers of the published model, and other engines load it as such. What random
+weights answer is noise; what a step costs is the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3.5-0.8b": (
+        "Qwen3_5ForCausalLM",
+        {
+            "hidden_size": 1024, "intermediate_size": 3584, "num_hidden_layers": 24, "num_attention_heads": 8,
+            "num_key_value_heads": 2, "head_dim": 256, "linear_num_key_heads": 16, "linear_num_value_heads": 16,
+            "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4,
+            "vocab_size": 248320, "max_position_embeddings": 262144, "tie_word_embeddings": True,
+            "rope_parameters": {
+                "rope_type": "default", "rope_theta": 10_000_000.0, "partial_rotary_factor": 0.25,
+                "mrope_interleaved": True, "mrope_section": [11, 11, 10],
+            },
+        },
+    ),
+    "qwen3.5-4b": (
+        "Qwen3_5ForCausalLM",
+        {
+            "hidden_size": 2560, "intermediate_size": 9216, "num_hidden_layers": 32, "num_attention_heads": 16,
+            "num_key_value_heads": 4, "head_dim": 256, "linear_num_key_heads": 16, "linear_num_value_heads": 32,
+            "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4,
+            "vocab_size": 248320, "max_position_embeddings": 262144, "tie_word_embeddings": True,
+            "rope_parameters": {
+                "rope_type": "default", "rope_theta": 10_000_000.0, "partial_rotary_factor": 0.25,
+                "mrope_interleaved": True, "mrope_section": [11, 11, 10],
+            },
+        },
+    ),
+}  # fmt: skip
+"""Class in transformers, and its configuration, by name."""
+
+
+def write_folder(folder: Path, shape: str, vocabulary: Path) -> None:
+    """A Hugging Face folder with random weights in bfloat16 and the vocabulary's tokenizer."""
+    import torch
+    import transformers
+
+    from candle_vllm.core.loading.gguf import GgufFile
+    from candle_vllm.core.text.tokenizer import Tokenizer
+
+    name, fields = SHAPES[shape]
+    torch.manual_seed(0)
+    family = getattr(transformers, name)
+    config = family.config_class(**fields)
+    tokenizer = Tokenizer.from_gguf(GgufFile.open(vocabulary).metadata)
+    config.eos_token_id = tokenizer.backend.token_to_id("<|im_end|>")
+    with torch.device("meta"):
+        model = family(config)
+    model = model.to(torch.bfloat16).to_empty(device="cpu")
+    model.tie_weights()
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.02)
+    model.save_pretrained(folder)
+    tokenizer.backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
+
+
+def main() -> None:
+    """Writes the file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, metavar="OUT.gguf")
+    parser.add_argument("--shape", choices=SHAPES, required=True)
+    parser.add_argument("--vocabulary", type=Path, metavar="VOCABULARY.gguf", required=True)
+    parser.add_argument("--isq", default="q4k")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        write_folder(Path(folder), given.shape, given.vocabulary)
+        command = ("quantize", "--m", folder, "--out", str(given.out), "--isq", given.isq, "--force")
+        subprocess.run([sys.executable, "-m", "candle_vllm.server.cli", *command], check=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: MIT
+"""What config.json and GGUF metadata say about a Gemma 4, as `gemma4.py` wants it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
+from candle_vllm.core.fields import MAX_COUNT, Fields
+from candle_vllm.core.layers.moe import Mixture
+from candle_vllm.core.loading.cache_specs import CacheSpec, PagedSpec, SharedKVSpec
+from candle_vllm.core.loading.config import ModelConfig, gguf_windows, layer_windows, shared_from_gguf, shared_from_hf
+from candle_vllm.core.loading.rope import RopeConfig, rope_from_hf
+from candle_vllm.core.loading.tensors import Checkpoint
+from candle_vllm.core.models.experts import sparse_in_gguf
+from candle_vllm.core.models.gemma_config import ROUNDED
+from candle_vllm.core.quantization.plain import rounded
+
+_PERIOD = 6  # every sixth layer sees all positions, where a config does not list the layers
+_ROPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        "full_attention": {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.25},
+    }
+)
+"""By kind of layer, where a config has no `rope_parameters`."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gemma4Config(ModelConfig):
+    """The description of a Gemma 4. Fields of `ModelConfig` that differ by layer are those of full attention.
+
+    Attributes:
+        groups, head_dims: how many heads share a key-value head, and D, of each layer.
+        sources: the layer whose keys and values each layer reads: its own number, or an earlier one's.
+        keys_as_values: layers whose values are their keys, before the norm and the rotation of keys.
+        widths: by what `intermediate_size` is multiplied in each layer's dense feed-forward part.
+        local_rope: of layers with a window.
+        embedding_scale, input_scale: of the embedding table, and of the table of per-layer embeddings.
+        input_size: P, numbers of a token's embedding for each layer; 0 where there are no such embeddings.
+        final_softcap: of logits; None leaves them.
+        attention_bias: of all four projections.
+        layer_scales: a layer's result is multiplied by a number.
+        mixture, sparse_layers: experts, and the layers that have them beside their dense part.
+    """
+
+    groups: tuple[int, ...]
+    head_dims: tuple[int, ...]
+    sources: tuple[int, ...]
+    keys_as_values: frozenset[int]
+    widths: tuple[int, ...]
+    local_rope: RopeConfig
+    embedding_scale: float
+    input_scale: float = 1.0
+    input_size: int = 0
+    final_softcap: float | None = None
+    attention_bias: bool = False
+    layer_scales: bool = True
+    mixture: Mixture | None = None
+    sparse_layers: frozenset[int] = frozenset()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not all(0 < dim <= 1024 for dim in self.head_dims):
+            raise InvalidFileError(f"heads of {max(self.head_dims)} numbers are not possible")
+        if not 0 <= self.input_size * self.num_layers <= MAX_COUNT:
+            raise InvalidFileError(f"the model's config says its embeddings for layers have {self.input_size} numbers")
+        if self.final_softcap is not None and not self.final_softcap > 0:
+            raise InvalidFileError(f"final_logit_softcapping is {self.final_softcap}; it must be above 0")
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """K and D of each layer; a rank with a part of a group has its key-value head."""
+        return tuple((max(1, self.num_heads // group), dim) for group, dim in zip(self.groups, self.head_dims))
+
+    @property
+    def cache_specs(self) -> tuple[CacheSpec, ...]:
+        """See `ModelConfig.cache_specs`."""
+        return tuple(
+            PagedSpec(heads, dim, dim, window) if source == layer else SharedKVSpec(source)
+            for layer, ((heads, dim), source, window) in enumerate(zip(self.shapes, self.sources, self.sliding_windows))
+        )
+
+
+def _groups(heads: int, counts: Sequence[int], fields: Fields) -> tuple[int, ...]:
+    """How many of so many heads share a key-value head, by the counts of those in each layer."""
+    for count in counts:
+        if heads % count:
+            raise InvalidFileError(f"{fields.path}: {heads} heads cannot share {count} key-value heads")
+    return tuple(heads // count for count in counts)
+
+
+def _sources(windows: Sequence[int | None], shared: int, fields: Fields) -> tuple[int, ...]:
+    """The last `shared` layers read the last layer before them that has a window, or none, as they have."""
+    first = len(windows) - shared
+    last = {window is None: layer for layer, window in enumerate(windows[: max(first, 0)])}
+    if not 0 <= shared < len(windows) or not all((window is None) in last for window in windows):
+        raise InvalidFileError(
+            f"{fields.path}: {shared} of {len(windows)} layers share keys and values, which leaves a kind of layer none"
+        )
+    return (*range(first), *(last[window is None] for window in windows[first:]))
+
+
+# ---- config.json -----------------------------------------------------------------------------------------------------
+
+
+def config_from_hf(fields: Fields, model_type: str) -> Gemma4Config:
+    """Reads `config.json` of gemma4_text and gemma4_unified_text."""
+    fields.choice("hidden_activation", "gelu_pytorch_tanh", "gelu_pytorch_tanh")
+    if fields.get("use_bidirectional_attention", str, "vision") != "vision":  # which asks nothing of text
+        raise UnsupportedModelError(f"{fields.path}: use_bidirectional_attention is not implemented for all tokens")
+    shared = shared_from_hf(fields, model_type)
+    layers, position = shared["num_layers"], fields.count("max_position_embeddings")
+    windows = _windows(fields, layers)
+    shapes = _shapes(fields, windows, (shared["num_kv_heads"], fields.count("head_dim")))
+    heads, dims = zip(*shapes)
+    readers = fields.get("num_kv_shared_layers", int, 0)
+    wide = 2 if fields.get("use_double_wide_mlp", bool, False) else 1
+    sources = _sources(windows, readers, fields)
+    key = "hidden_size_per_layer_input"  # null says that there are none
+    unsaid = model_type == "gemma4_text" and fields.prefix + key not in fields.values
+    size = 256 if unsaid else fields.get(key, int, 0)
+    if size and fields.count("vocab_size_per_layer_input", shared["vocab_size"]) != shared["vocab_size"]:
+        raise UnsupportedModelError(f"{fields.path}: vocab_size_per_layer_input is not vocab_size")
+    mixture = None
+    if fields.get("enable_moe_block", bool, False):
+        mixture = Mixture(
+            experts=fields.count("num_experts"),
+            top_k=fields.count("top_k_experts"),
+            inner_size=fields.count("moe_intermediate_size"),
+            activation="gelu_tanh",
+            expert_scale=True,
+        )
+    stored = ROUNDED.get(fields.get("dtype", str, fields.get("torch_dtype", str, "float32")), "F64")
+    twice = fields.get("attention_k_eq_v", bool, False)
+    own = {
+        "num_kv_heads": min(heads),
+        "head_dim": dims[windows.index(None)],
+        "max_position": position,
+        "rope": _rope(fields, "full_attention", dims[windows.index(None)], position),
+        "local_rope": _rope(fields, "sliding_attention", fields.count("head_dim"), position),
+        "tie_embeddings": fields.get("tie_word_embeddings", bool, True),
+        "sliding_windows": windows,
+        "groups": _groups(shared["num_heads"], heads, fields),
+        "head_dims": dims,
+        "sources": sources,
+        "keys_as_values": frozenset(n for n, window in enumerate(windows) if twice and window is None),
+        "widths": tuple(1 if layer == source else wide for layer, source in enumerate(sources)),
+        "embedding_scale": rounded(math.sqrt(shared["hidden_size"]), stored),
+        "input_scale": rounded(math.sqrt(max(size, 0)), stored),
+        "input_size": size,
+        "final_softcap": fields.get("final_logit_softcapping", float, None),
+        "attention_bias": fields.get("attention_bias", bool, False),
+        "num_experts": mixture.experts if mixture else 0,
+        "mixture": mixture,
+        "sparse_layers": frozenset(range(layers if mixture else 0)),
+    }
+    return Gemma4Config(**shared | own)
+
+
+def _windows(fields: Fields, layers: int) -> tuple[int | None, ...]:
+    """By `layer_types`, or of all but every sixth layer; the last one sees all positions whatever they say."""
+    window = fields.count("sliding_window")
+    named = layer_windows(fields, layers, window)
+    named = named or tuple(window if (layer + 1) % _PERIOD else None for layer in range(layers))
+    return (*named[:-1], None)
+
+
+def _shapes(fields: Fields, windows: Sequence[int | None], local: tuple[int, int]) -> tuple[tuple[int, int], ...]:
+    """K and D of each layer: `per_layer_config` (transformers 5), or keys of all full layers (before)."""
+    heads, dim = local
+    if "per_layer_config" in fields:
+        given = fields.section("per_layer_config")
+        each = [given.section(str(layer)) for layer in range(len(windows))]
+        return tuple((one.count("num_key_value_heads", heads), one.count("head_dim", dim)) for one in each)
+    full = heads
+    if fields.get("attention_k_eq_v", bool, False):
+        full = fields.count("num_global_key_value_heads", heads)
+    whole = full, fields.count("global_head_dim", 512)
+    return tuple(whole if window is None else local for window in windows)
+
+
+def _rope(fields: Fields, kind: str, dim: int, position: int) -> RopeConfig:
+    """The rotary settings of one kind of layer."""
+    stored = fields.section("rope_parameters").section(kind).values if "rope_parameters" in fields else _ROPES[kind]
+    return rope_from_hf(Fields({"rope_parameters": dict(stored)}, fields.path), dim, position)
+
+
+# ---- GGUF ------------------------------------------------------------------------------------------------------------
+
+
+def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> Gemma4Config:
+    """Reads GGUF metadata of gemma4; numbers of layers that differ are lists."""
+    layers, tensors = fields.count("block_count"), checkpoint.tensors
+    windows = gguf_windows(fields, layers, fields.count("attention.sliding_window"), period=_PERIOD)
+    if None not in windows:
+        raise InvalidFileError(f"{fields.path}: {fields.prefix}attention.sliding_window_pattern has no full layer")
+    heads, inner = (_by_layer(fields, key, layers) for key in ("attention.head_count_kv", "feed_forward_length"))
+    if any(each % inner[0] for each in inner):
+        raise UnsupportedModelError(f"{fields.path}: {fields.prefix}feed_forward_length is {inner!r:.80}")
+    alike = {f"{fields.prefix}attention.head_count_kv": min(heads), f"{fields.prefix}feed_forward_length": inner[0]}
+    known = Fields({**fields.values, **alike}, fields.path, fields.prefix)
+    shared = shared_from_gguf(known, checkpoint)
+    dims = {None: shared["head_dim"]} | {w: known.count("attention.key_length_swa") for w in windows if w is not None}
+    for key in ("attention.key_length", "attention.key_length_swa"):
+        if known.count(key.replace("key", "value"), known.count(key)) != known.count(key):
+            raise UnsupportedModelError(f"{fields.path}: {fields.prefix}{key} is not the length of values")
+    local = known.count("rope.dimension_count_swa", known.count("attention.key_length_swa"))
+    size, mixture = known.get("embedding_length_per_layer_input", int, 0), None
+    if known.get("expert_count", int, 0):
+        mixture = Mixture(
+            experts=known.count("expert_count"),
+            top_k=known.count("expert_used_count"),
+            inner_size=known.count("expert_feed_forward_length"),
+            activation="gelu_tanh",
+            expert_scale=True,
+        )
+    sources = _sources(windows, known.get("attention.shared_kv_layers", int, 0), fields)
+    owners = [layer for layer, source in enumerate(sources) if layer == source]
+    fused = any(f"blk.{layer}.attn_qkv.weight" in tensors for layer in owners)
+    own = {
+        "max_position": known.count("context_length"),
+        "local_rope": RopeConfig(theta=known.get("rope.freq_base_swa", float, 1e4), dim=local),
+        "sliding_windows": windows,
+        "groups": _groups(shared["num_heads"], heads, fields),
+        "head_dims": tuple(dims[window] for window in windows),
+        "sources": sources,
+        "keys_as_values": frozenset(n for n in owners if not fused and f"blk.{n}.attn_v.weight" not in tensors),
+        "widths": tuple(each // inner[0] for each in inner),
+        "embedding_scale": math.sqrt(shared["hidden_size"]),
+        "input_scale": math.sqrt(max(size, 0)),
+        "input_size": size,
+        "final_softcap": known.get("final_logit_softcapping", float, 0.0) or None,
+        "layer_scales": "blk.0.layer_output_scale.weight" in tensors,
+        "num_experts": mixture.experts if mixture else 0,
+        "mixture": mixture,
+        "sparse_layers": sparse_in_gguf(checkpoint, layers),
+    }
+    return Gemma4Config(**shared | own)
+
+
+def _by_layer(fields: Fields, key: str, layers: int) -> tuple[int, ...]:
+    """A count of each layer: a list, or one number for all."""
+    stored = fields.values.get(fields.prefix + key)
+    if not isinstance(stored, list):
+        return (fields.count(key),) * layers
+    if len(stored) != layers or not all(type(each) is int and 0 < each <= MAX_COUNT for each in stored):
+        raise InvalidFileError(f"{fields.path}: {fields.prefix}{key} is {stored!r:.80}, not {layers} counts")
+    return tuple(stored)

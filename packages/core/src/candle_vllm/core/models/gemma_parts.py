@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: MIT
+"""Parts of layers that later Gemmas have: embeddings of each layer's own (Gemma 3n and 4), scales, a router's norm.
+
+One table has a token's embeddings for all layers side by side, and stays in its file in recorded steps. What a
+projection makes of the token's own embedding is added.
+Source: Gemma Team, 2025, "Gemma 3n model overview" (per-layer embeddings).
+Shapes: T tokens, V vocabulary, E hidden, L layers, P numbers of an embedding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from candle_vllm.core.kernels.recorded import Recorded, RecordedTokens, Value
+from candle_vllm.core.kernels.side_by_side import side_by_side
+from candle_vllm.core.kernels.silu_mul import gelu_tanh_mul
+from candle_vllm.core.layers.embedding import Embedding
+from candle_vllm.core.layers.linear import Linear
+from candle_vllm.core.layers.norm import RMSNorm
+from candle_vllm.core.layers.parameters import Placement, TensorParameter, on_host
+from candle_vllm.core.loading.views import Constant
+from candle_vllm.core.loading.weights import Parameter, WeightName
+from candle_vllm.core.models.attention_names import GG, HF
+from candle_vllm.core.quantization.tensors import StoredTensor
+
+
+class MappedTable:
+    """Rows [T, E] of a table [V, E] for token ids [T] of recorded steps; the table stays in its file as it is stored.
+
+    The rows of a step's tokens are read and decoded before the step runs, so that memory holds no others. It is the
+    parameter "weight" itself.
+
+    Args:
+        vocab_size, size: V and E.
+        scale: of rows.
+    """
+
+    sections = 1
+
+    def __init__(self, vocab_size: int, size: int, scale: float) -> None:
+        self.shape, self._scale = (vocab_size, size), np.float32(scale)
+
+    def fill(self, stored: StoredTensor) -> str | None:
+        """Keeps the tensor's part of the file mapped."""
+        kind, size = stored.type_name, stored.nbytes
+        self._stored = Constant(stored.name, stored.shape, kind, size, stored.path, stored.raw())
+        return None
+
+    def rows(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Rows [T, E] for token ids [T]."""
+        return self._stored.select(token_ids).load("F32") * self._scale
+
+    def __call__(self, token_ids: RecordedTokens) -> Value:
+        return token_ids.looked_up(self.rows, self.shape[1])
+
+    def parameters(self) -> Mapping[str, Parameter]:
+        """The table."""
+        return {"weight": self}
+
+
+class LayerInputs:
+    """Token ids [T] and their embeddings [T, E] -> [T, P] for each layer.
+
+    The definition divides the sum by the root of 2; here `LayerGate` takes that factor out of it.
+
+    Args:
+        vocab_size, hidden_size, num_layers, size: V, E, L and P.
+        eps: of the norm.
+        scale: of the table's rows.
+        placement: where the weights live.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        num_layers: int,
+        size: int,
+        *,
+        eps: float,
+        scale: float,
+        placement: Placement,
+    ) -> None:
+        self.sizes = (size,) * num_layers
+        shape = vocab_size, sum(self.sizes)
+        mapped = placement.recorded
+        self.table = MappedTable(*shape, scale) if mapped else Embedding(*shape, placement, scale=scale)
+        self.projection = Linear(hidden_size, sum(self.sizes), placement)
+        self.norm = RMSNorm(size, eps * hidden_size, placement)  # as of a projection over the root of E
+
+    def __call__(self, token_ids: Value, x: Value) -> tuple[Value, ...]:
+        projected = self.norm(self.projection(x).unflatten(-1, (-1, self.sizes[0]))).flatten(1)
+        return tuple((projected + self.table(token_ids)).split(self.sizes, dim=-1))
+
+
+class LayerGate:
+    """norm(output(gelu(gate(x)) * given)): what a layer adds of its own embeddings, [T, E] of x [T, E] and [T, P]."""
+
+    def __init__(self, hidden_size: int, size: int, eps: float, placement: Placement) -> None:
+        self.gate = Linear(hidden_size, size, placement)
+        self.output = Linear(size, hidden_size, placement)
+        self.norm = RMSNorm(hidden_size, 2 * eps, placement)  # as of embeddings over the root of 2
+
+    def __call__(self, x: Value, given: Value) -> Value:
+        return self.norm(self.output(gelu_tanh_mul(side_by_side(self.gate(x), given))))
+
+
+class LayerScale:
+    """Multiplies a layer's result by a stored number, the part "factor" [1]; recorded steps do so in place."""
+
+    def __init__(self, placement: Placement) -> None:
+        self._stored, self._factor = placement.empty(1), 1.0
+
+    def __call__(self, x: Value) -> Value:
+        return x.scaled(self._factor) if isinstance(x, Recorded) else x * self._factor
+
+    def finish(self) -> None:
+        """See `Finishes`."""
+        self._factor = float(on_host(self._stored)[0])
+
+    def parameters(self) -> Mapping[str, Parameter]:
+        """Every parameter that must be loaded."""
+        return {"factor": TensorParameter(self._stored)}
+
+
+class RouterNorm(RMSNorm):
+    """A router's input, over the root of its size."""
+
+    def finish(self) -> None:
+        """See `Finishes`."""
+        self.weight *= len(self.weight) ** -0.5
+
+
+def renamed(lines: Sequence[WeightName], part: str, new: str) -> list[WeightName]:
+    """Those lines whose targets have a part, with another in its place."""
+    return [dataclasses.replace(each, target=each.target.replace(part, new)) for each in lines if part in each.target]
+
+
+TABLES = ("model.embed_tokens_per_layer.weight", "per_layer_token_embd.weight")
+"""Stored names of the table."""
+
+WEIGHTS = [
+    WeightName("inputs.table:weight", *TABLES),
+    WeightName("inputs.projection:weight", "model.per_layer_model_projection.weight", "per_layer_model_proj.weight"),
+    WeightName("inputs.norm:weight", "model.per_layer_projection_norm.weight", "per_layer_proj_norm.weight"),
+    WeightName("layers.{i}.inputs.gate:weight", HF + "per_layer_input_gate.weight", GG + "inp_gate.weight"),
+    WeightName("layers.{i}.inputs.output:weight", HF + "per_layer_projection.weight", GG + "proj.weight"),
+    WeightName("layers.{i}.scale:factor", HF + "layer_scalar", GG + "layer_output_scale.weight"),
+    WeightName("layers.{i}.router_norm:weight", HF + "router.scale", GG + "ffn_gate_inp.scale"),
+    WeightName("layers.{i}.inputs.norm:weight", HF + "post_per_layer_input_norm.weight", GG + "post_norm.weight"),
+]
+"""Of a model's `inputs`, a `LayerInputs`, and of its layers' `inputs`, `scale` and `router_norm`."""
