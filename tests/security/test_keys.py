@@ -14,10 +14,14 @@ from starlette.websockets import WebSocketDisconnect
 
 from candle_vllm.core.testing import ScriptedEngine
 from candle_vllm.server import Settings, create_app
-from candle_vllm.server.http.auth import MANAGEMENT_PATHS, PUBLIC_PATHS
+from candle_vllm.server.app import OPERATIONS
+from candle_vllm.server.openapi.operation import Access
 from candle_vllm.server.settings import Settings as AllSettings
 from tests.security.guarded_server import HEALTH, KEY, OPERATOR, Guarded, guarded, parse_answer
 
+ACCESS = Access(OPERATIONS)  # which test_auth.py compares with a list
+PUBLIC_PATHS = ACCESS.public
+MANAGEMENT_PATHS = {path for path in ACCESS.managed if "{" not in path} - {"/lora-adapters"}  # clients may look there
 METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "HEAD")
 
 

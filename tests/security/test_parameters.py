@@ -20,7 +20,7 @@ from candle_vllm.core.testing import ScriptedEngine
 from candle_vllm.openai.formats.table import TOOL_FORMATS
 from candle_vllm.openai.protocol.fields import WireModel, few_entries
 from candle_vllm.server import create_app
-from candle_vllm.server.openapi.operations import OPERATIONS
+from candle_vllm.server.app import OPERATIONS
 from candle_vllm.server.routes.adapters import _LIST
 from tests.common_run import few
 from tests.security.guarded_server import KEY, Guarded, chat_body, guarded, parse_answer, post_bytes
@@ -209,7 +209,7 @@ def test_every_list_and_object_ends_at_its_first_error() -> None:
     """A million wrong entries are a million errors that pydantic lists, seconds in which no other thread runs."""
     create_app(ScriptedEngine())  # which imports all routes
     models = set(_wire_models())
-    assert models >= {each for operation in OPERATIONS.values() for each in operation.body}
+    assert models >= {each for operation in OPERATIONS.values() for each in operation.bodies}
     assert len(models) > 100
     found = list(_lists_and_objects(_LIST.core_schema, "/lora-adapters"))
     for model in models:
