@@ -247,7 +247,7 @@ def main() -> None:
     guessing: dict[str, Any] = {"method": options.method}
     if options.draft:
         guessing = {"model": options.draft, "num_speculative_tokens": 8}
-    if options.method == "suffix" or options.draft:
+    if options.method in ("suffix", "mtp") or options.draft:
         guessing["suffix_decoding_max_cached_requests"] = 0  # else the pair before would say it all
     with InferenceEngine(options.model, **settings, speculative_config=guessing) as drafting:
         steps = step_times(drafting, 16)
