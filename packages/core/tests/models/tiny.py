@@ -74,6 +74,7 @@ def randomise(model: torch.nn.Module) -> None:
 
     States decay so slowly that they hold more than the last token.
     """
+    unscaled = str(getattr(getattr(model, "config", None), "model_type", "")).startswith("gemma4")
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.dim() >= 2:
@@ -83,8 +84,8 @@ def randomise(model: torch.nn.Module) -> None:
                 weight.uniform_(-4.0, 0.0)
             else:
                 weight.add_(torch.randn_like(weight) * 0.1)
-                if name.endswith("q_norm.weight") and str(getattr(model.config, "model_type", "")).startswith("gemma4"):
-                    weight.mul_(len(weight) ** -0.5)  # its scores are not scaled: norms learn to do that
+                if unscaled and name.endswith("q_norm.weight"):
+                    weight.mul_(len(weight) ** -0.5)  # scores are not scaled: norms learn to do that
         for name, buffer in model.named_buffers():
             if name.endswith(("e_score_correction_bias", "expert_bias")):
                 buffer.normal_(0.0, 0.1)

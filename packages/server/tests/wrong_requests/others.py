@@ -189,7 +189,7 @@ INFILL_ROWS = [
     Row("input_prefix", GONE),
     Row("input_suffix", 1),
     Row("input_extra", [{"filename": "a"}], "input_extra.0.text"),
-    Row("prompt", "x", code="unsupported_parameter"),
+    Row("prompt", 1),
 ]
 FIM_ROWS = [
     *MODEL,

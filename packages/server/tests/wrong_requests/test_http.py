@@ -122,7 +122,7 @@ def test_other_methods(client: httpx.Client, path: str) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    ["/v1/chat/completion", "/chat/completions", "/v1/chat/completions/", "//tokenize", "/v1//score", "/v1/%00", "/%"],
+    ["/v1/chat/completion", "/chat/completion", "/v1/chat/completions/", "//tokenize", "/v1//score", "/v1/%00", "/%"],
 )
 def test_other_paths(client: httpx.Client, path: str) -> None:
     answer = client.post(path, json={})

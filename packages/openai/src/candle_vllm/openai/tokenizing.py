@@ -40,7 +40,8 @@ def parse_tokenize_request(body: bytes | Mapping[str, Any]) -> TokenizeRequest:
     if not isinstance(value, Mapping):
         raise InvalidBodyError("The body must be one JSON object.")
     if value.get("messages") is None:
-        return parse_body(TokenizeContentRequest if "content" in value else TokenizeTextRequest, value)
+        llama = "content" in value and "prompt" not in value
+        return parse_body(TokenizeContentRequest if llama else TokenizeTextRequest, value)
     request = parse_body(TokenizeChatRequest, value)
     parse_chat_request(request.chat_fields())  # the rules between fields
     return request
