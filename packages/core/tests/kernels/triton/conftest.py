@@ -99,7 +99,8 @@ class Background:
             "0",
             *(["-m", "every_case"] if every_case else []),
         ]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"} | ({"TRITON_INTERPRET": "1"} if tests else {})
+        own = {"TRITON_INTERPRET": "1"} if tests else {"PYTHONPATH": str(HERE.parents[4])}  # pytest finds it itself
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"} | own
         files = [str(HERE / name) for name in names]
         command = ["nice", "-n", "10", sys.executable, *(options if tests else []), *files]
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
