@@ -63,8 +63,10 @@ def test_floods_of_bad_tools_and_blocks_are_bounded() -> None:
     notes: list[str] = []
     result: dict[str, Any] = {"tools": [None] * 10_000, "content": [None] * 10_000}
     transports.mend(result, notes.append)
-    assert (result["tools"], len(notes)) == ([], 20)
-    assert len(result["content"]) == transports.MAX_MENDED
+    assert (result["tools"], len(notes)) == ([], 21)
+    assert notes[0] == "it lists 10000 tools at once; those after the first 2000 are left out"
+    assert len(result["content"]) == 10_000, "what is left out is counted for the model"
+    assert {block["text"] for block in result["content"][transports.MAX_MENDED :]} == {""}
 
 
 async def test_rubbish_ends_it_when_nothing_else_comes(monkeypatch: pytest.MonkeyPatch) -> None:

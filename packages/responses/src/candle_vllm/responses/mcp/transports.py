@@ -66,7 +66,7 @@ class Opening:
         """The transport's two streams, for the SDK's `Client`."""
         opened = {"stdio": self._stdio, "http": self._http, "sse": self._sse}[self._kind]
         async with opened() as (received, sent):
-            yield WatchedStream(received, self._over, self._peer.note), sent
+            yield WatchedStream(received, self._over, self._peer.log), sent
 
     def last_words(self) -> str:
         """What its program said of its failure, to be put behind a sentence; empty where it said nothing."""
@@ -99,7 +99,8 @@ class Opening:
         return sse_client(bare_address(self._peer.config.url), httpx_client_factory=client)
 
 
-MAX_MENDED = 2000  # tools of a list, or blocks of a result, that are looked at; what comes behind them is left out
+MAX_MENDED = 2000  # tools of a list, or blocks of a result, that are looked at; those behind them are left out
+_LEFT_OUT = {"type": "text", "text": ""}  # in the place of each block behind them, so that their number is known
 _MAX_NOTES = 20
 _ERA = "2025-11-25"  # the protocol version whose forms are the strictest
 _OBJECT = "object"
@@ -122,10 +123,13 @@ def mend(result: dict[str, Any], note: Callable[[str], object]) -> None:
         notes: list[str] = []
         mended = [_mended_tool(tool, notes.append) for tool in tools[:MAX_MENDED]]
         result["tools"] = [tool for tool in mended if tool is not None]
+        if len(tools) > MAX_MENDED:
+            note(f"it lists {len(tools)} tools at once; those after the first {MAX_MENDED} are left out")
         for sentence in notes[:_MAX_NOTES]:
             note(sentence)
     if isinstance(content := result.get("content"), list):
         result["content"] = [_mended_block(block) for block in content[:MAX_MENDED]]
+        result["content"] += [_LEFT_OUT] * (len(content) - MAX_MENDED)
 
 
 def _fault(method: str, result: dict[str, Any]) -> str | None:
@@ -139,7 +143,7 @@ def _fault(method: str, result: dict[str, Any]) -> str | None:
 
 
 def _mended_tool(tool: Any, note: Callable[[str], object]) -> dict[str, Any] | None:
-    fault = _fault("tools/list", {"tools": [tool]})
+    fault = _fault("tools/list", {"tools": [tool]}) if isinstance(tool, dict) else "it is no object"
     if fault is None:
         return tool
     if isinstance(tool, dict) and isinstance(tool.get("name"), str):
@@ -162,7 +166,7 @@ _PLAIN = {"name": "a", "inputSchema": {"type": _OBJECT}}
 
 
 def _mended_block(block: Any) -> Any:
-    if _fault("tools/call", {"content": [block]}) is None:
+    if isinstance(block, dict) and _fault("tools/call", {"content": [block]}) is None:
         return block
     kind = block.get("type") if isinstance(block, dict) else type(block).__name__
     return {"type": "text", "text": f"[content of the kind {str(kind)[:50]!r}, which is not understood]"}
