@@ -28,14 +28,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from candle_vllm.core import InferenceEngine, SamplingParams
-from candle_vllm.core.engine.batch import BatchBuilder
-from candle_vllm.core.engine.block_manager import BlockManager
-from candle_vllm.core.engine.message_ring import MessageRing, RingLine
-from candle_vllm.core.engine.rank_line import Line, Ready, ToRank, encoded
-from candle_vllm.core.engine.ranks import RankedRunner
+from candle_vllm.core.engine.cache.block_manager import BlockManager
+from candle_vllm.core.engine.ranks.message_ring import MessageRing, RingLine
+from candle_vllm.core.engine.ranks.rank_line import Line, Ready, ToRank, encoded
+from candle_vllm.core.engine.ranks.ranks import RankedRunner
 from candle_vllm.core.engine.request import GenerationRequest
-from candle_vllm.core.engine.scheduler import Scheduler
-from candle_vllm.core.engine.sequence import Sequence
+from candle_vllm.core.engine.step.batch import BatchBuilder
+from candle_vllm.core.engine.step.scheduler import Scheduler
+from candle_vllm.core.engine.step.sequence import Sequence
 from candle_vllm.core.kernels import sampling as kernels
 from candle_vllm.core.kernels.collectives import ProcessGroup, VocabularyShare, shared_memory
 from candle_vllm.core.kernels.collectives.token_shares import rows_sent

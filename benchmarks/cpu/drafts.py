@@ -32,7 +32,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from candle_vllm.core import InferenceEngine, SamplingParams, StructuredOutputsParams
-from candle_vllm.core.engine.engine import Engine
+from candle_vllm.core.engine.step.engine import Engine
 
 CODE = """\
 import json

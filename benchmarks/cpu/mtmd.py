@@ -36,8 +36,8 @@ from candle_vllm.core import EngineConfig, GenerationOutput, InferenceEngine, Sa
 from candle_vllm.core.assembly.model import load_model
 from candle_vllm.core.conversion import write_gguf
 from candle_vllm.core.devices import choose_device
-from candle_vllm.core.engine.eager_runner import EagerTower
-from candle_vllm.core.engine.recorded_tower import RecordedTower
+from candle_vllm.core.engine.runners.eager_runner import EagerTower
+from candle_vllm.core.engine.runners.recorded_tower import RecordedTower
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.text.pretokenizers import PRE_TOKENIZERS
 

@@ -35,13 +35,13 @@ from measure import report
 from candle_vllm.core import EngineConfig, SamplingParams
 from candle_vllm.core.assembly.model import load_model
 from candle_vllm.core.devices import CPU
-from candle_vllm.core.engine.block_manager import BlockManager
-from candle_vllm.core.engine.device_inputs import DeviceLimits
-from candle_vllm.core.engine.device_runner import DeviceRunner
-from candle_vllm.core.engine.engine import Engine
-from candle_vllm.core.engine.preparation import DecoderPreparation
+from candle_vllm.core.engine.cache.block_manager import BlockManager
 from candle_vllm.core.engine.request import GenerationRequest
-from candle_vllm.core.engine.scheduler import Scheduler
+from candle_vllm.core.engine.runners.device_inputs import DeviceLimits
+from candle_vllm.core.engine.runners.device_runner import DeviceRunner
+from candle_vllm.core.engine.step.engine import Engine
+from candle_vllm.core.engine.step.preparation import DecoderPreparation
+from candle_vllm.core.engine.step.scheduler import Scheduler
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 
 GAP = 5.0

@@ -26,9 +26,9 @@ from candle_vllm.core.engine.request import (
     RequestMetrics,
     TokenOutput,
 )
-from candle_vllm.core.engine.stream import Inbox, TokenStream
-from candle_vllm.core.engine.thread import EngineThread
-from candle_vllm.core.engine.watching import RequestInfo, RequestWatcher, watched_submit
+from candle_vllm.core.engine.step.stream import Inbox, TokenStream
+from candle_vllm.core.engine.step.thread import EngineThread
+from candle_vllm.core.engine.step.watching import RequestInfo, RequestWatcher, watched_submit
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.testing import ScriptedEngine
 from candle_vllm.core.text.prompts import read_prompt

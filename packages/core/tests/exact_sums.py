@@ -18,7 +18,7 @@ from unittest import mock
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from candle_vllm.core.engine.eager_runner import EagerRunner, EncoderRunner
+from candle_vllm.core.engine.runners.eager_runner import EagerRunner, EncoderRunner
 from packages.core.tests.lazy_stream import LazyStream
 
 # What sums, and functions whose last bits differ between a vector's lanes and the numbers behind the last whole vector.

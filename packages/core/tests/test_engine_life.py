@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from candle_vllm.core import EngineDeadError, InferenceEngine, SamplingParams
-from candle_vllm.core.engine.recorded_runner import RecordedRunner
+from candle_vllm.core.engine.runners.recorded_runner import RecordedRunner
 from candle_vllm.core.remote import RemoteEngine
 
 GREEDY = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)

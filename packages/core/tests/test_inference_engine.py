@@ -310,7 +310,7 @@ def test_a_request_id_in_use_is_refused(engine: InferenceEngine) -> None:
 
 def test_a_failing_step_ends_its_requests_only(toy_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from candle_vllm.core import CandleVllmError
-    from candle_vllm.core.engine.eager_runner import EagerRunner
+    from candle_vllm.core.engine.runners.eager_runner import EagerRunner
 
     with make(toy_model) as engine:
         real = EagerRunner.run
@@ -356,7 +356,7 @@ def test_one_broken_request_ends_alone(nan_model: Path) -> None:
 
 
 def test_a_failure_while_settling_loses_no_piece(toy_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from candle_vllm.core.engine.live import LiveSequence
+    from candle_vllm.core.engine.step.live import LiveSequence
 
     accept = LiveSequence.accept
 
@@ -451,7 +451,7 @@ def test_times_are_in_order(engine: InferenceEngine) -> None:
 
 
 def test_the_first_step_is_part_of_the_prompts_time(toy_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from candle_vllm.core.engine.eager_runner import EagerRunner
+    from candle_vllm.core.engine.runners.eager_runner import EagerRunner
 
     real = EagerRunner.run
 

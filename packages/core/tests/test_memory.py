@@ -171,11 +171,11 @@ def test_a_file_that_cannot_be_mapped_for_want_of_memory_says_so(
     ("patched", "sentence"),
     [
         (
-            "candle_vllm.core.engine.recorded_runner._caches",
+            "candle_vllm.core.engine.runners.recorded_runner._caches",
             r"for the KV cache \(.*; set kv_cache_memory=\d+ \(bytes\)",
         ),
         (
-            "candle_vllm.core.engine.recorded_runner.Recorder",
+            "candle_vllm.core.engine.runners.recorded_runner.Recorder",
             r"a step of 512 tokens.*; set max_num_batched_tokens=128",
         ),
         ("candle_vllm.core.assembly.model.fill", r"for the weights of toy.*; quantise it while it is loaded \(isq='"),

@@ -18,8 +18,8 @@ from typing import Any, TypeAlias, TypeVar
 import msgspec
 
 from candle_vllm.core.config import EngineConfig
-from candle_vllm.core.engine.model_runner import ModelRunner
-from candle_vllm.core.engine.rank_line import ToldBatches, ToRank
+from candle_vllm.core.engine.ranks.rank_line import ToldBatches, ToRank
+from candle_vllm.core.engine.runners.model_runner import ModelRunner
 from candle_vllm.core.errors import EngineDeadError
 from candle_vllm.core.kernels.collectives import Stages
 from candle_vllm.core.kernels.recorded import Value

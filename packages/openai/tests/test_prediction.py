@@ -11,7 +11,7 @@ import pytest
 from openai.types.chat import ChatCompletion
 
 from candle_vllm.core import InferenceEngine
-from candle_vllm.core.engine.drafting import StepTimes
+from candle_vllm.core.engine.drafts.drafting import StepTimes
 from candle_vllm.core.errors import RequestError
 from candle_vllm.core.testing import ScriptedEngine
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model

@@ -137,7 +137,7 @@ STARTED = "candle-vllm: stopped while it started\n"
         ("candle_vllm.core.sampling.params", "generate", STARTED),
         ("tokenizers", "generate", STARTED),
         (
-            "candle_vllm.core.engine.recorded_runner",
+            "candle_vllm.core.engine.runners.recorded_runner",
             "chat",
             "candle-vllm: stopped while the model loaded (preparing the steps)\n",
         ),

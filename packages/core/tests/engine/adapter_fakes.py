@@ -9,7 +9,7 @@ import threading
 from collections import Counter
 from pathlib import Path
 
-from candle_vllm.core.engine.adapters import LoadedAdapter
+from candle_vllm.core.engine.adapters.adapter_store import LoadedAdapter
 from candle_vllm.core.errors import AdapterError
 from candle_vllm.core.kernels.lora import PackedAdapter
 from tests.waiting import PATIENCE

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from candle_vllm.core.engine.engine import Engine
+from candle_vllm.core.engine.step.engine import Engine
 
 
 @pytest.fixture

@@ -12,13 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from candle_vllm.core import InferenceEngine, SamplingParams, StructuredOutputsParams
-from candle_vllm.core.engine.batch import Batch, Ints
-from candle_vllm.core.engine.draft_model import OwnTimes
-from candle_vllm.core.engine.drafting import StepTimes
-from candle_vllm.core.engine.engine import Engine
-from candle_vllm.core.engine.model_runner import StepwiseRunner
+from candle_vllm.core.engine.drafts.draft_model import OwnTimes
+from candle_vllm.core.engine.drafts.drafting import StepTimes
 from candle_vllm.core.engine.request import GenerationRequest
-from candle_vllm.core.engine.scheduler import Scheduler
+from candle_vllm.core.engine.runners.model_runner import StepwiseRunner
+from candle_vllm.core.engine.step.batch import Batch, Ints
+from candle_vllm.core.engine.step.engine import Engine
+from candle_vllm.core.engine.step.scheduler import Scheduler
 
 
 class SlotModel(StepwiseRunner):

@@ -10,10 +10,10 @@ from types import SimpleNamespace
 from typing import Any
 
 from candle_vllm.core.assembly.model import LoadedModel
-from candle_vllm.core.engine.device_runner import DeviceRunner
-from candle_vllm.core.engine.engine import Engine
-from candle_vllm.core.engine.rank_line import Forward, Next, ToldBatches
-from candle_vllm.core.engine.ranks import RankedRunner
+from candle_vllm.core.engine.ranks.rank_line import Forward, Next, ToldBatches
+from candle_vllm.core.engine.ranks.ranks import RankedRunner
+from candle_vllm.core.engine.runners.device_runner import DeviceRunner
+from candle_vllm.core.engine.step.engine import Engine
 from packages.core.tests.lazy_stream import LazyStream
 from packages.core.tests.thread_ranks import MeetingRanks, Meetings, MeetingStages, ThreadRanks, in_threads
 

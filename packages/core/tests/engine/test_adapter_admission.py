@@ -9,12 +9,12 @@ from collections import Counter
 
 import pytest
 
-from candle_vllm.core.engine.adapter_admission import AdapterAdmission
-from candle_vllm.core.engine.adapters import AdapterStore
-from candle_vllm.core.engine.block_manager import BlockManager
+from candle_vllm.core.engine.adapters.adapter_admission import AdapterAdmission
+from candle_vllm.core.engine.adapters.adapter_store import AdapterStore
+from candle_vllm.core.engine.cache.block_manager import BlockManager
 from candle_vllm.core.engine.request import AdapterUse, GenerationRequest
-from candle_vllm.core.engine.scheduler import Scheduler
-from candle_vllm.core.engine.sequence import Sequence
+from candle_vllm.core.engine.step.scheduler import Scheduler
+from candle_vllm.core.engine.step.sequence import Sequence
 from candle_vllm.core.sampling.params import SamplingParams
 from tests.waiting import PATIENCE, wait_for
 

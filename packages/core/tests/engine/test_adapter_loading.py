@@ -20,8 +20,8 @@ from candle_vllm.core.assembly.adapters import fit_adapter
 from candle_vllm.core.assembly.model import load_model
 from candle_vllm.core.assembly.opening import model_files
 from candle_vllm.core.devices import CPU
-from candle_vllm.core.engine import adapter_loading
-from candle_vllm.core.engine.adapter_loading import AdapterLoader
+from candle_vllm.core.engine.adapters import adapter_loading
+from candle_vllm.core.engine.adapters.adapter_loading import AdapterLoader
 from candle_vllm.core.kernels.lora import NumberType, PackedAdapter, Place
 from candle_vllm.core.kernels.lora.pack import pack_adapter
 from candle_vllm.core.kernels.lora.repacking import repacking_of

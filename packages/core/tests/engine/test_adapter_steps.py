@@ -21,13 +21,13 @@ pytest.importorskip("numba")
 from candle_vllm.core import EngineConfig, SamplingParams
 from candle_vllm.core.assembly.model import LoadedModel, load_model
 from candle_vllm.core.devices import CPU
-from candle_vllm.core.engine.adapter_loading import adapter_packer
-from candle_vllm.core.engine.batch import BatchBuilder
+from candle_vllm.core.engine.adapters.adapter_loading import adapter_packer
 from candle_vllm.core.engine.build import build_engine
-from candle_vllm.core.engine.engine import Engine
 from candle_vllm.core.engine.request import GenerationRequest
-from candle_vllm.core.engine.sequence import Run, RunState
-from candle_vllm.core.engine.sequence import Sequence as Tokens
+from candle_vllm.core.engine.step.batch import BatchBuilder
+from candle_vllm.core.engine.step.engine import Engine
+from candle_vllm.core.engine.step.sequence import Run, RunState
+from candle_vllm.core.engine.step.sequence import Sequence as Tokens
 from candle_vllm.core.kernels.lora import Delta, FittedAdapter, PackedAdapter
 from candle_vllm.core.kernels.lora.reference import decoded, quantised
 from candle_vllm.core.kernels.plain_linear import pack, unpack

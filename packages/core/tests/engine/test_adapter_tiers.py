@@ -25,7 +25,7 @@ from candle_vllm.core import (
 )
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.engine import build
-from candle_vllm.core.engine.adapters import LoadedAdapter
+from candle_vllm.core.engine.adapters.adapter_store import LoadedAdapter
 from candle_vllm.core.engine.request import AdapterUse, GenerationRequest
 from candle_vllm.core.errors import RequestAbortedError
 from candle_vllm.core.remote import RemoteEngine
@@ -353,7 +353,7 @@ def test_an_engine_in_another_process_has_adapters(folder: Path) -> None:
 def test_an_adapter_that_is_not_loaded_in_time_is_told(
     folder: Path, engine: InferenceEngine, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("candle_vllm.core.engine.adapters.PATIENCE", 0.01)
+    monkeypatch.setattr("candle_vllm.core.engine.adapters.adapter_store.PATIENCE", 0.01)
     gate.open.clear()
     with pytest.raises(EngineOverloadedError, match="adapter 'a0' was not loaded within"):
         engine.add_lora(adapter(folder, "a0"))

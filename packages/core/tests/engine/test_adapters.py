@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from candle_vllm.core.engine import adapters as module
-from candle_vllm.core.engine.adapters import AdapterStore, Entries, Entry
+from candle_vllm.core.engine.adapters import adapter_store as module
+from candle_vllm.core.engine.adapters.adapter_store import AdapterStore, Entries, Entry
 from candle_vllm.core.engine.request import AdapterUse
 from candle_vllm.core.errors import AdapterError, EngineDeadError, InvalidParameterError
 from tests.waiting import PATIENCE, wait_for

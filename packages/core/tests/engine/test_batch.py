@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 
 from candle_vllm.core import SamplingParams
-from candle_vllm.core.engine import batch as batch_module
-from candle_vllm.core.engine.batch import Batch, BatchBuilder
-from candle_vllm.core.engine.block_manager import BlockManager
-from candle_vllm.core.engine.rank_line import Forward, Next, ToldBatches, ToRank, as_bytes, decoder, encoded
-from candle_vllm.core.engine.ranks import RankedRunner
+from candle_vllm.core.engine.cache.block_manager import BlockManager
+from candle_vllm.core.engine.ranks.rank_line import Forward, Next, ToldBatches, ToRank, as_bytes, decoder, encoded
+from candle_vllm.core.engine.ranks.ranks import RankedRunner
 from candle_vllm.core.engine.request import GenerationRequest
-from candle_vllm.core.engine.scheduler import Scheduler
-from candle_vllm.core.engine.sequence import Run, Sequence
+from candle_vllm.core.engine.step import batch as batch_module
+from candle_vllm.core.engine.step.batch import Batch, BatchBuilder
+from candle_vllm.core.engine.step.scheduler import Scheduler
+from candle_vllm.core.engine.step.sequence import Run, Sequence
 
 SIZE = 4
 

@@ -22,17 +22,18 @@ import torch
 from candle_vllm.core import ConfigError, EngineConfig, SamplingParams
 from candle_vllm.core.assembly.model import LoadedModel, load_model
 from candle_vllm.core.devices import CPU
-from candle_vllm.core.engine import kept_blocks, redis_blocks
-from candle_vllm.core.engine.block_manager import BlockManager
-from candle_vllm.core.engine.block_stores import BlockError, BlockFolder, BlockStore, Bytes, HostBlocks, Tiers
 from candle_vllm.core.engine.build import build_engine, preparation_for
-from candle_vllm.core.engine.device_inputs import DeviceLimits
-from candle_vllm.core.engine.device_runner import DeviceRunner
-from candle_vllm.core.engine.engine import Engine
-from candle_vllm.core.engine.kept_blocks import KeptBlocks
-from candle_vllm.core.engine.redis_blocks import RedisBlocks
+from candle_vllm.core.engine.cache import block_tiers as kept_blocks
+from candle_vllm.core.engine.cache import redis_blocks
+from candle_vllm.core.engine.cache.block_manager import BlockManager
+from candle_vllm.core.engine.cache.block_stores import BlockError, BlockFolder, BlockStore, Bytes, HostBlocks, Tiers
+from candle_vllm.core.engine.cache.block_tiers import KeptBlocks
+from candle_vllm.core.engine.cache.redis_blocks import RedisBlocks
 from candle_vllm.core.engine.request import GenerationRequest
-from candle_vllm.core.engine.scheduler import Scheduler
+from candle_vllm.core.engine.runners.device_inputs import DeviceLimits
+from candle_vllm.core.engine.runners.device_runner import DeviceRunner
+from candle_vllm.core.engine.step.engine import Engine
+from candle_vllm.core.engine.step.scheduler import Scheduler
 from candle_vllm.core.kernels.device_stream import Work
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 from packages.core.tests.lazy_stream import LazyStream

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from candle_vllm.core.engine.thread import BATCH, Courier
+from candle_vllm.core.engine.step.thread import BATCH, Courier
 
 
 class Noting:

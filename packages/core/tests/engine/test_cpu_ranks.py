@@ -21,8 +21,8 @@ from candle_vllm.core import ConfigError, EngineConfig, InferenceEngine, Samplin
 from candle_vllm.core.assembly import placement
 from candle_vllm.core.assembly.placement import resolve_ranks
 from candle_vllm.core.devices import CPU, Device
-from candle_vllm.core.engine import recorded_runner
-from candle_vllm.core.engine.nodes import run_node
+from candle_vllm.core.engine.ranks.nodes import run_node
+from candle_vllm.core.engine.runners import recorded_runner
 from candle_vllm.core.kernels.cpu_runtime import numa
 from candle_vllm.core.kernels.cpu_runtime.numa import CpuRank, CpuRanks
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam

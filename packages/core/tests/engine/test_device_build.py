@@ -14,9 +14,9 @@ import torch
 from candle_vllm.core import ConfigError, EngineConfig, SamplingParams
 from candle_vllm.core.assembly.model import LoadedModel, load_model
 from candle_vllm.core.devices import Device
-from candle_vllm.core.engine import device_build
-from candle_vllm.core.engine.device_build import build_on_gpu
 from candle_vllm.core.engine.request import GenerationRequest
+from candle_vllm.core.engine.runners import device_build
+from candle_vllm.core.engine.runners.device_build import build_on_gpu
 from candle_vllm.core.kernels.device_stream import Work
 from candle_vllm.core.loading.cache_specs import paged
 from candle_vllm.core.memory import MIB
@@ -156,10 +156,10 @@ def test_forms_are_compiled_before_steps_are_measured(
 def test_it_answers(
     loaded: LoadedModel, memory: Memory, capability: tuple[int, int], dtype: str, stored: torch.dtype
 ) -> None:
-    from candle_vllm.core.engine.block_manager import BlockManager
     from candle_vllm.core.engine.build import preparation_for
-    from candle_vllm.core.engine.engine import Engine
-    from candle_vllm.core.engine.scheduler import Scheduler
+    from candle_vllm.core.engine.cache.block_manager import BlockManager
+    from candle_vllm.core.engine.step.engine import Engine
+    from candle_vllm.core.engine.step.scheduler import Scheduler
 
     memory.capability = capability
     runner, plan = build(loaded, kv_cache_memory=MIB, kv_cache_dtype=dtype)

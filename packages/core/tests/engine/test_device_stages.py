@@ -14,9 +14,9 @@ import torch
 from candle_vllm.core import EngineConfig, SamplingParams
 from candle_vllm.core.assembly.model import LoadedModel, load_model
 from candle_vllm.core.devices import Device
-from candle_vllm.core.engine.device_runner import DeviceRunner
-from candle_vllm.core.engine.eager_runner import EagerRunner
-from candle_vllm.core.engine.rank_line import Whole
+from candle_vllm.core.engine.ranks.rank_line import Whole
+from candle_vllm.core.engine.runners.device_runner import DeviceRunner
+from candle_vllm.core.engine.runners.eager_runner import EagerRunner
 from candle_vllm.core.kernels.sampling import shares
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 from packages.core.tests import lazy_stream

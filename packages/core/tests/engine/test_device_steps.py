@@ -17,17 +17,17 @@ from numpy.typing import NDArray
 from candle_vllm.core import EngineConfig, FinishReason, SamplingParams, StructuredOutputsParams
 from candle_vllm.core.assembly.model import LoadedModel, load_model
 from candle_vllm.core.config import SpeculativeConfig
-from candle_vllm.core.engine.block_manager import BlockManager
 from candle_vllm.core.engine.build import preparation_for
-from candle_vllm.core.engine.device_inputs import DeviceLimits
-from candle_vllm.core.engine.device_runner import DeviceRunner, bucket_sizes
-from candle_vllm.core.engine.drafting import Drafter
-from candle_vllm.core.engine.eager_runner import EagerRunner
-from candle_vllm.core.engine.engine import Engine
-from candle_vllm.core.engine.live import LiveSequence
-from candle_vllm.core.engine.model_runner import ModelRunner
+from candle_vllm.core.engine.cache.block_manager import BlockManager
+from candle_vllm.core.engine.drafts.drafting import Drafter
 from candle_vllm.core.engine.request import GenerationRequest, OutputCollector
-from candle_vllm.core.engine.scheduler import Scheduler
+from candle_vllm.core.engine.runners.device_inputs import DeviceLimits
+from candle_vllm.core.engine.runners.device_runner import DeviceRunner, bucket_sizes
+from candle_vllm.core.engine.runners.eager_runner import EagerRunner
+from candle_vllm.core.engine.runners.model_runner import ModelRunner
+from candle_vllm.core.engine.step.engine import Engine
+from candle_vllm.core.engine.step.live import LiveSequence
+from candle_vllm.core.engine.step.scheduler import Scheduler
 from candle_vllm.core.kernels.device_stream import Staging
 from candle_vllm.core.sampling.device_edits import mask_in_torch
 from candle_vllm.core.sampling.processors import mask_row

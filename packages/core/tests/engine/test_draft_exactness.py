@@ -11,8 +11,8 @@ from typing import Any, Literal, NamedTuple
 import pytest
 
 from candle_vllm.core import InferenceEngine, SamplingParams, StructuredOutputsParams
-from candle_vllm.core.engine.draft_head import DraftingHead
-from candle_vllm.core.engine.live import LiveSequence
+from candle_vllm.core.engine.drafts.draft_head import DraftingHead
+from candle_vllm.core.engine.step.live import LiveSequence
 from candle_vllm.core.sampling.thoughts import ThoughtBudget
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 from candle_vllm.core.text.stop_scanner import StopMarks

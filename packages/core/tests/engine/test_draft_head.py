@@ -27,16 +27,16 @@ from candle_vllm.core.assembly.encoder import load_any_model
 from candle_vllm.core.assembly.model import LoadedModel
 from candle_vllm.core.config import SpeculativeConfig, draft_settings
 from candle_vllm.core.devices import CPU, Device
-from candle_vllm.core.engine.adapter_loading import adapter_packer
-from candle_vllm.core.engine.batch import Batch, Ints
-from candle_vllm.core.engine.block_manager import BlockManager
+from candle_vllm.core.engine.adapters.adapter_loading import adapter_packer
 from candle_vllm.core.engine.build import build_engine
-from candle_vllm.core.engine.draft_head import DraftingHead
-from candle_vllm.core.engine.drafting import Drafter
-from candle_vllm.core.engine.engine import Engine
-from candle_vllm.core.engine.preparation import DecoderPreparation
+from candle_vllm.core.engine.cache.block_manager import BlockManager
+from candle_vllm.core.engine.drafts.draft_head import DraftingHead
+from candle_vllm.core.engine.drafts.drafting import Drafter
 from candle_vllm.core.engine.request import GenerationRequest
-from candle_vllm.core.engine.scheduler import Scheduler
+from candle_vllm.core.engine.step.batch import Batch, Ints
+from candle_vllm.core.engine.step.engine import Engine
+from candle_vllm.core.engine.step.preparation import DecoderPreparation
+from candle_vllm.core.engine.step.scheduler import Scheduler
 from candle_vllm.core.layers.adapters import number_places
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_gguf, write_toy_model
 from candle_vllm.core.text.tokenizer import Tokenizer

@@ -21,13 +21,13 @@ from candle_vllm.core import (
 )
 from candle_vllm.core.assembly.draft import vocabulary_difference
 from candle_vllm.core.config import SpeculativeConfig, draft_settings
-from candle_vllm.core.engine.block_manager import BlockManager
-from candle_vllm.core.engine.draft_model import DraftModel, OwnTimes, _best
-from candle_vllm.core.engine.drafting import Drafter
-from candle_vllm.core.engine.engine import Engine
-from candle_vllm.core.engine.preparation import DecoderPreparation
+from candle_vllm.core.engine.cache.block_manager import BlockManager
+from candle_vllm.core.engine.drafts.draft_model import DraftModel, OwnTimes, _best
+from candle_vllm.core.engine.drafts.drafting import Drafter
 from candle_vllm.core.engine.request import GenerationRequest
-from candle_vllm.core.engine.scheduler import Scheduler
+from candle_vllm.core.engine.step.engine import Engine
+from candle_vllm.core.engine.step.preparation import DecoderPreparation
+from candle_vllm.core.engine.step.scheduler import Scheduler
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 from candle_vllm.core.text.tokenizer import Tokenizer
 from packages.core.tests.engine.drafted import FreeTimes, SameTimes, SlotModel, answers, driven, requests

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from candle_vllm.core import InferenceEngine, SamplingParams
-from candle_vllm.core.engine.draft_model import DraftModel
+from candle_vllm.core.engine.drafts.draft_model import DraftModel
 from candle_vllm.core.testing.toy_model import write_toy_model
 from packages.core.tests.engine.drafted import FreeTimes, SameTimes, answers
 from packages.core.tests.engine.test_draft_head import CONFIG, MODELS, apart, eagle3_reference, loaded, watched

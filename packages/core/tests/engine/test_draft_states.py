@@ -11,8 +11,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from candle_vllm.core import InferenceEngine, SamplingParams
-from candle_vllm.core.engine.draft_head import DraftingHead
-from candle_vllm.core.engine.recorded_runner import RecordedRunner
+from candle_vllm.core.engine.drafts.draft_head import DraftingHead
+from candle_vllm.core.engine.runners.recorded_runner import RecordedRunner
 from packages.core.tests.engine.drafted import FreeTimes, SameTimes
 from packages.core.tests.engine.toy_heads import NextTokens
 from packages.core.tests.exact_sums import exact_sums

@@ -22,10 +22,10 @@ from candle_vllm.core import (
     StructuredOutputsParams,
 )
 from candle_vllm.core.config import LONGEST_MATCH, draft_settings
-from candle_vllm.core.engine import drafting as drafting_module
-from candle_vllm.core.engine.drafting import StepTimes, _Guess
-from candle_vllm.core.engine.prediction import Prediction
-from candle_vllm.core.engine.repeats import SEPARATOR, Past, Text
+from candle_vllm.core.engine.drafts import drafting as drafting_module
+from candle_vllm.core.engine.drafts.drafting import StepTimes, _Guess
+from candle_vllm.core.engine.drafts.repeats import SEPARATOR, Past, Text
+from candle_vllm.core.engine.step.prediction import Prediction
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 
 

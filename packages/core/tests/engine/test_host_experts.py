@@ -18,10 +18,10 @@ from candle_vllm.core.assembly import offload
 from candle_vllm.core.assembly.encoder import load_any_model
 from candle_vllm.core.assembly.model import LoadedModel
 from candle_vllm.core.devices import Device
-from candle_vllm.core.engine import device_build
-from candle_vllm.core.engine.device_inputs import DeviceLimits
-from candle_vllm.core.engine.device_runner import DeviceRunner
-from candle_vllm.core.engine.sleeping import Sleeper
+from candle_vllm.core.engine.runners import device_build
+from candle_vllm.core.engine.runners.device_inputs import DeviceLimits
+from candle_vllm.core.engine.runners.device_runner import DeviceRunner
+from candle_vllm.core.engine.runners.sleeping import Sleeper
 from candle_vllm.core.kernels import offloading
 from candle_vllm.core.kernels.device_stream import CudaStream
 from candle_vllm.core.kernels.moe import host

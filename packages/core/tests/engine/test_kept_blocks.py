@@ -19,12 +19,12 @@ import pytest
 from candle_vllm.core import ConfigError, EngineConfig, InferenceEngine, LoRARequest, SamplingParams
 from candle_vllm.core.assembly.model import load_model
 from candle_vllm.core.devices import CPU
-from candle_vllm.core.engine import kept_blocks
-from candle_vllm.core.engine.block_stores import BlockFolder
 from candle_vllm.core.engine.build import build_engine
-from candle_vllm.core.engine.engine import Engine
+from candle_vllm.core.engine.cache import block_tiers as kept_blocks
+from candle_vllm.core.engine.cache.block_stores import BlockFolder
 from candle_vllm.core.engine.request import GenerationRequest
-from candle_vllm.core.engine.sleeping import files_mark
+from candle_vllm.core.engine.runners.sleeping import files_mark
+from candle_vllm.core.engine.step.engine import Engine
 from candle_vllm.core.fields import read_json
 from candle_vllm.core.testing.toy_adapter import write_adapter
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
@@ -297,7 +297,7 @@ def test_a_process_that_is_killed_while_it_writes_leaves_no_wrong_block(model: P
     folder = tmp_path / "kept"
     code = (
         "import sys; from pathlib import Path\n"
-        "from candle_vllm.core.engine.block_stores import BlockFolder\n"
+        "from candle_vllm.core.engine.cache.block_stores import BlockFolder\n"
         "folder = BlockFolder(Path(sys.argv[1]), 'a', 1 << 30, 1 << 20)\n"
         "print('ready', flush=True)\n"
         "for n in range(100000): folder.write(n.to_bytes(32, 'big'), n.to_bytes(4, 'big') * (1 << 18))\n"

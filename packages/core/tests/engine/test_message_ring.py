@@ -19,10 +19,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from candle_vllm.core.engine import message_ring
-from candle_vllm.core.engine.message_ring import PIECE, SLOT_BYTES, SLOTS, MessageRing, RingLine, made_ring
-from candle_vllm.core.engine.rank_line import Go, Land, Line, Next, Ready, Score, Sleep, ToRank, encoded
-from candle_vllm.core.engine.ranks import Ranks, _Other
+from candle_vllm.core.engine.ranks import message_ring
+from candle_vllm.core.engine.ranks.message_ring import PIECE, SLOT_BYTES, SLOTS, MessageRing, RingLine, made_ring
+from candle_vllm.core.engine.ranks.rank_line import Go, Land, Line, Next, Ready, Score, Sleep, ToRank, encoded
+from candle_vllm.core.engine.ranks.ranks import Ranks, _Other
 from tests.waiting import PATIENCE, wait_for
 
 pytestmark = pytest.mark.skipif(
@@ -31,8 +31,8 @@ pytestmark = pytest.mark.skipif(
 
 READER = (
     "import os, socket, sys\n"
-    "from candle_vllm.core.engine.message_ring import RingLine\n"
-    "from candle_vllm.core.engine.rank_line import Ready, Score, Land, ToRank\n"
+    "from candle_vllm.core.engine.ranks.message_ring import RingLine\n"
+    "from candle_vllm.core.engine.ranks.rank_line import Ready, Score, Land, ToRank\n"
     "number, memory, rank = map(int, sys.argv[1:])\n"
     "line = RingLine(socket.socket(fileno=number), os.fdopen(memory, 'r+b', buffering=0), rank)\n"
     "assert 'torch' not in sys.modules\n"
@@ -47,8 +47,8 @@ READER = (
 )
 WRITER = (
     "import socket, subprocess, sys\n"
-    "from candle_vllm.core.engine.message_ring import MessageRing\n"
-    "from candle_vllm.core.engine.rank_line import Land, Line, Score, ToRank, Ready, encoded\n"
+    "from candle_vllm.core.engine.ranks.message_ring import MessageRing\n"
+    "from candle_vllm.core.engine.ranks.rank_line import Land, Line, Score, ToRank, Ready, encoded\n"
     "ring = MessageRing(1)\n"
     "near, far = socket.socketpair()\n"
     "given = far.fileno(), ring.memory.fileno()\n"

@@ -26,9 +26,9 @@ import numpy as np
 import pytest
 
 from candle_vllm.core import EngineConfig, InferenceEngine
-from candle_vllm.core.engine import nodes, rank_line
-from candle_vllm.core.engine.nodes import Door, Invitation, _connect
-from candle_vllm.core.engine.rank_line import Go, Line, Ready, Score
+from candle_vllm.core.engine.ranks import nodes, rank_line
+from candle_vllm.core.engine.ranks.nodes import Door, Invitation, _connect
+from candle_vllm.core.engine.ranks.rank_line import Go, Line, Ready, Score
 from candle_vllm.core.errors import ConfigError, EngineDeadError, ModelLoadError
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 from packages.core.tests.engine.test_ranks import GREEDY, KINDS, PROMPTS, dies, until_gone
@@ -47,7 +47,7 @@ SILENT = "rank 1 at 127.0.0.1 has ended (it has not been heard of for "
 NODE = (
     "import json, sys, logging\n"
     "from candle_vllm.core import EngineConfig\n"
-    "from candle_vllm.core.engine.nodes import run_node\n"
+    "from candle_vllm.core.engine.ranks.nodes import run_node\n"
     "logging.basicConfig(level='INFO')\n"
     "sys.exit(run_node(EngineConfig(**json.loads(sys.argv[1]))))\n"
 )

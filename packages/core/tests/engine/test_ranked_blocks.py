@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 
 from candle_vllm.core import EngineConfig, InferenceEngine, SamplingParams
-from candle_vllm.core.engine import kept_blocks
-from candle_vllm.core.engine.block_manager import BlockManager
-from candle_vllm.core.engine.block_stores import BlockError, Bytes, HostBlocks
-from candle_vllm.core.engine.kept_blocks import BlockParts, KeptBlocks
+from candle_vllm.core.engine.cache import block_tiers as kept_blocks
+from candle_vllm.core.engine.cache.block_manager import BlockManager
+from candle_vllm.core.engine.cache.block_stores import BlockError, Bytes, HostBlocks
+from candle_vllm.core.engine.cache.block_tiers import BlockParts, KeptBlocks
 from candle_vllm.core.engine.request import EngineStats
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 from tests.waiting import Clock, wait_for
@@ -443,7 +443,7 @@ def _require(is_there: bytes, wanted: bytes) -> None:
 def test_parts_of_other_divisions_have_other_names(model: Path) -> None:
     from candle_vllm.core.assembly.model import load_model
     from candle_vllm.core.devices import CPU
-    from candle_vllm.core.engine.kept_blocks import _fingerprint
+    from candle_vllm.core.engine.cache.block_tiers import _fingerprint
 
     loaded = load_model(EngineConfig(model=str(model), enforce_eager=True), CPU, lambda *_: None)
     forms = [{}, *FORMS.values(), {"tensor_parallel_size": 4}, {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}]

@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 
 from candle_vllm.core import EngineConfig, InferenceEngine, LoRARequest, SamplingParams
-from candle_vllm.core.engine import rank
-from candle_vllm.core.engine.rank_line import (
+from candle_vllm.core.engine.ranks import rank
+from candle_vllm.core.engine.ranks.rank_line import (
     MOST_BYTES,
     AdapterLoaded,
     Failed,
@@ -32,7 +32,7 @@ from candle_vllm.core.engine.rank_line import (
     Score,
     ToRank,
 )
-from candle_vllm.core.engine.ranks import RankedRunner, Ranks, _Other
+from candle_vllm.core.engine.ranks.ranks import RankedRunner, Ranks, _Other
 from candle_vllm.core.errors import CandleVllmError, ConfigError, EngineDeadError, ModelLoadError
 from candle_vllm.core.fields import read_json
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
@@ -251,7 +251,7 @@ def test_what_a_rank_cannot_load_is_said(tmp_path: Path) -> None:
 
 
 def test_a_rank_that_cannot_begin_is_named(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("candle_vllm.core.engine.ranks.RANK", (sys.executable, "-c", "raise SystemExit(3)"))
+    monkeypatch.setattr("candle_vllm.core.engine.ranks.ranks.RANK", (sys.executable, "-c", "raise SystemExit(3)"))
     with pytest.raises(Exception, match=r"rank 1 has ended .*exit status 3"):
         engine_of(model, 2)
 
@@ -295,7 +295,7 @@ def test_a_rank_that_is_stopped_while_it_loads_is_named(
 
 BUSY = """
 import ctypes, functools, operator, sys, time
-from candle_vllm.core.engine import rank
+from candle_vllm.core.engine.ranks import rank
 
 def keeps_the_interpreter(seconds):
     until = time.monotonic() + seconds
@@ -326,8 +326,8 @@ def test_a_rank_that_computes_is_not_blamed_for_keeping_the_interpreter(
     model: Path, monkeypatch: pytest.MonkeyPatch, does: str, seconds: float, allowed: int
 ) -> None:
     """Longer than a rank may be silent while it loads, which is mostly shorter here."""
-    monkeypatch.setattr("candle_vllm.core.engine.ranks.RANK", (sys.executable, "-c", BUSY, does, str(seconds)))
-    monkeypatch.setattr("candle_vllm.core.engine.ranks._LOADING", allowed)
+    monkeypatch.setattr("candle_vllm.core.engine.ranks.ranks.RANK", (sys.executable, "-c", BUSY, does, str(seconds)))
+    monkeypatch.setattr("candle_vllm.core.engine.ranks.ranks._LOADING", allowed)
     if does == "sleeps":
         with pytest.raises(ModelLoadError, match=r"rank 1 has ended .*not been heard of"):
             engine_of(model, 2)

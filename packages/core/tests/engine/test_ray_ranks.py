@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from candle_vllm.core import ConfigError, EngineConfig, InferenceEngine
-from candle_vllm.core.engine import ray_ranks
+from candle_vllm.core.engine.ranks import ray_ranks
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 from packages.core.tests.engine.test_ranks import GREEDY, PROMPTS, dies, engine_of
 
@@ -74,7 +74,7 @@ def test_workers_run_in_the_environment_of_their_machine() -> None:
     pytest.importorskip("ray", reason="Ray is not installed")
     code = """
 import contextlib
-from candle_vllm.core.engine import ray_ranks
+from candle_vllm.core.engine.ranks import ray_ranks
 from candle_vllm.core.errors import ConfigError
 with contextlib.suppress(ConfigError):  # there is no cluster
     ray_ranks._connected()

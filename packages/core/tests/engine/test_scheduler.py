@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from candle_vllm.core.engine.block_manager import BlockManager
+from candle_vllm.core.engine.cache.block_manager import BlockManager
 from candle_vllm.core.engine.request import GenerationRequest
-from candle_vllm.core.engine.scheduler import Scheduler
-from candle_vllm.core.engine.sequence import Sequence
+from candle_vllm.core.engine.step.scheduler import Scheduler
+from candle_vllm.core.engine.step.sequence import Sequence
 from candle_vllm.core.sampling.params import SamplingParams
 
 

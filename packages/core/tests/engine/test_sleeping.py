@@ -27,14 +27,14 @@ from candle_vllm.core import (
 from candle_vllm.core.assembly.encoder import load_any_model
 from candle_vllm.core.assembly.model import LoadedModel
 from candle_vllm.core.devices import CPU, Device
-from candle_vllm.core.engine.block_manager import BlockManager
 from candle_vllm.core.engine.build import preparation_for
-from candle_vllm.core.engine.device_inputs import DeviceLimits
-from candle_vllm.core.engine.device_runner import DeviceRunner
-from candle_vllm.core.engine.engine import Engine
+from candle_vllm.core.engine.cache.block_manager import BlockManager
 from candle_vllm.core.engine.request import GenerationRequest
-from candle_vllm.core.engine.scheduler import Scheduler
-from candle_vllm.core.engine.sleeping import Sleeper
+from candle_vllm.core.engine.runners.device_inputs import DeviceLimits
+from candle_vllm.core.engine.runners.device_runner import DeviceRunner
+from candle_vllm.core.engine.runners.sleeping import Sleeper
+from candle_vllm.core.engine.step.engine import Engine
+from candle_vllm.core.engine.step.scheduler import Scheduler
 from candle_vllm.core.errors import EngineSleepingError
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory, loading, new_memory
 from candle_vllm.core.kernels.offloading import tensors_in

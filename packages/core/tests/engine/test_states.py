@@ -11,11 +11,11 @@ import random
 
 import pytest
 
-from candle_vllm.core.engine.block_manager import BlockManager, block_hashes
+from candle_vllm.core.engine.cache.block_manager import BlockManager, block_hashes
+from candle_vllm.core.engine.cache.states import StatePool
 from candle_vllm.core.engine.request import GenerationRequest
-from candle_vllm.core.engine.scheduler import Scheduler
-from candle_vllm.core.engine.sequence import Run, Sequence
-from candle_vllm.core.engine.states import StatePool
+from candle_vllm.core.engine.step.scheduler import Scheduler
+from candle_vllm.core.engine.step.sequence import Run, Sequence
 from candle_vllm.core.sampling.params import SamplingParams
 
 SIZE = 4

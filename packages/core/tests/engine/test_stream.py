@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 import pytest
 
-from candle_vllm.core.engine import stream as stream_module
 from candle_vllm.core.engine.request import FinishReason, GenerationRequest, TokenOutput
-from candle_vllm.core.engine.stream import Inbox, TokenStream
+from candle_vllm.core.engine.step import stream as stream_module
+from candle_vllm.core.engine.step.stream import Inbox, TokenStream
 from candle_vllm.core.errors import CandleVllmError, RequestAbortedError
 from candle_vllm.core.sampling.params import SamplingParams
 from tests.waiting import until

@@ -24,15 +24,15 @@ from candle_vllm.core import (
     StructuredOutputsParams,
 )
 from candle_vllm.core.assembly.model import LoadedModel, load_model
-from candle_vllm.core.engine.block_manager import BlockManager
 from candle_vllm.core.engine.build import preparation_for
-from candle_vllm.core.engine.device_inputs import DeviceLimits
-from candle_vllm.core.engine.device_runner import DeviceRunner
-from candle_vllm.core.engine.eager_runner import EagerRunner
-from candle_vllm.core.engine.engine import Engine
-from candle_vllm.core.engine.model_runner import ModelRunner
+from candle_vllm.core.engine.cache.block_manager import BlockManager
 from candle_vllm.core.engine.request import CompletionOutput, GenerationRequest, OutputCollector, TokenOutput
-from candle_vllm.core.engine.scheduler import Scheduler
+from candle_vllm.core.engine.runners.device_inputs import DeviceLimits
+from candle_vllm.core.engine.runners.device_runner import DeviceRunner
+from candle_vllm.core.engine.runners.eager_runner import EagerRunner
+from candle_vllm.core.engine.runners.model_runner import ModelRunner
+from candle_vllm.core.engine.step.engine import Engine
+from candle_vllm.core.engine.step.scheduler import Scheduler
 from candle_vllm.core.sampling import json_schema
 from candle_vllm.core.sampling.grammar import GrammarState
 from candle_vllm.core.sampling.llguidance_backend import LlguidanceBackend

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from candle_vllm.core import InferenceEngine, SamplingParams
-from candle_vllm.core.engine.recorded_runner import RecordedRunner
+from candle_vllm.core.engine.runners.recorded_runner import RecordedRunner
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_gguf
 
 pytest.importorskip("numba")

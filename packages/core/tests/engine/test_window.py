@@ -9,8 +9,8 @@ from typing import Any, cast
 import pytest
 
 from candle_vllm.core.engine.request import FinishReason, PoolingRequest, TokenOutput
-from candle_vllm.core.engine.stream import MAX_UNDER_WAY, Entry, Window
-from candle_vllm.core.engine.thread import EngineThread, Sink
+from candle_vllm.core.engine.step.stream import MAX_UNDER_WAY, Entry, Window
+from candle_vllm.core.engine.step.thread import EngineThread, Sink
 
 
 class Held:

@@ -23,12 +23,12 @@ from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 
 pytest.importorskip("numba")
 
-from candle_vllm.core.engine.batch import BatchBuilder
-from candle_vllm.core.engine.eager_runner import EagerRunner
-from candle_vllm.core.engine.model_runner import ModelRunner
-from candle_vllm.core.engine.recorded_runner import RecordedRunner, StepLimits
 from candle_vllm.core.engine.request import GenerationRequest
-from candle_vllm.core.engine.sequence import Run, Sequence
+from candle_vllm.core.engine.runners.eager_runner import EagerRunner
+from candle_vllm.core.engine.runners.model_runner import ModelRunner
+from candle_vllm.core.engine.runners.recorded_runner import RecordedRunner, StepLimits
+from candle_vllm.core.engine.step.batch import BatchBuilder
+from candle_vllm.core.engine.step.sequence import Run, Sequence
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
 from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.layers.attention import PagedAttention, StepInput

@@ -18,19 +18,19 @@ from candle_vllm.core import EngineConfig, GenerationOutput, InferenceEngine, Sa
 from candle_vllm.core.assembly.model import LoadedModel, load_model
 from candle_vllm.core.config import SpeculativeConfig
 from candle_vllm.core.devices import CPU
-from candle_vllm.core.engine.block_manager import BlockManager
 from candle_vllm.core.engine.build import preparation_for
-from candle_vllm.core.engine.device_inputs import DeviceLimits
-from candle_vllm.core.engine.device_runner import DeviceRunner
-from candle_vllm.core.engine.drafting import Drafter
-from candle_vllm.core.engine.eager_runner import EagerRunner, EagerTower, StageRunner
-from candle_vllm.core.engine.engine import Engine
-from candle_vllm.core.engine.images import ImageStore, TowerRunner
-from candle_vllm.core.engine.model_runner import ModelRunner
-from candle_vllm.core.engine.ranks import RankedRunner
+from candle_vllm.core.engine.cache.block_manager import BlockManager
+from candle_vllm.core.engine.cache.states import StatePool
+from candle_vllm.core.engine.drafts.drafting import Drafter
+from candle_vllm.core.engine.ranks.ranks import RankedRunner
 from candle_vllm.core.engine.request import GenerationRequest, OutputCollector
-from candle_vllm.core.engine.scheduler import Scheduler
-from candle_vllm.core.engine.states import StatePool
+from candle_vllm.core.engine.runners.device_inputs import DeviceLimits
+from candle_vllm.core.engine.runners.device_runner import DeviceRunner
+from candle_vllm.core.engine.runners.eager_runner import EagerRunner, EagerTower, StageRunner
+from candle_vllm.core.engine.runners.images import ImageStore, TowerRunner
+from candle_vllm.core.engine.runners.model_runner import ModelRunner
+from candle_vllm.core.engine.step.engine import Engine
+from candle_vllm.core.engine.step.scheduler import Scheduler
 from candle_vllm.core.kernels.device_stream import CudaStream, DeviceStream
 from candle_vllm.core.loading.cache_specs import NO_STATES, StateRoom, states
 from candle_vllm.core.remote import RemoteEngine

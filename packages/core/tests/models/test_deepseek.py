@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from candle_vllm.core import EngineConfig, InferenceEngine, InvalidFileError, SamplingParams, UnsupportedModelError
-from candle_vllm.core.engine.eager_runner import EagerRunner
+from candle_vllm.core.engine.runners.eager_runner import EagerRunner
 from candle_vllm.core.errors import WeightsError
 from candle_vllm.core.kernels.offloading import tensors_of
 from candle_vllm.core.layers.rotary import attention_scale

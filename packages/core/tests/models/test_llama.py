@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM
 
 from candle_vllm.core import EngineConfig, InvalidFileError, UnsupportedModelError, WeightsError
 from candle_vllm.core.assembly.model import load_model
-from candle_vllm.core.engine.batch import BatchBuilder
-from candle_vllm.core.engine.eager_runner import EagerRunner
 from candle_vllm.core.engine.request import GenerationRequest
-from candle_vllm.core.engine.sequence import Run, Sequence
+from candle_vllm.core.engine.runners.eager_runner import EagerRunner
+from candle_vllm.core.engine.step.batch import BatchBuilder
+from candle_vllm.core.engine.step.sequence import Run, Sequence
 from candle_vllm.core.fields import read_json
 from candle_vllm.core.loading.safetensors import open_safetensors
 from candle_vllm.core.models.registry import family_from_hf

@@ -13,9 +13,9 @@ import pytest
 
 from candle_vllm.core import ConfigError, EngineConfig, InferenceEngine, SamplingParams, memory
 from candle_vllm.core.assembly.stages import stage_of
-from candle_vllm.core.engine.drafting import Drafter
-from candle_vllm.core.engine.eager_runner import EagerRunner
-from candle_vllm.core.engine.recorded_runner import RecordedRunner
+from candle_vllm.core.engine.drafts.drafting import Drafter
+from candle_vllm.core.engine.runners.eager_runner import EagerRunner
+from candle_vllm.core.engine.runners.recorded_runner import RecordedRunner
 from candle_vllm.core.kernels.attention.rows import WindowedCache
 from candle_vllm.core.memory import Room, plan_cache
 from candle_vllm.core.models import registry

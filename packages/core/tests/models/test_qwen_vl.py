@@ -30,14 +30,14 @@ from candle_vllm.core import EngineConfig, InferenceEngine, LoRARequest, Samplin
 from candle_vllm.core.assembly.model import LoadedModel, load_model
 from candle_vllm.core.conversion import write_gguf
 from candle_vllm.core.devices import choose_device
-from candle_vllm.core.engine.batch import turned_rows
 from candle_vllm.core.engine.build import preparation_for
-from candle_vllm.core.engine.eager_runner import EagerTower
-from candle_vllm.core.engine.images import TowerRunner
-from candle_vllm.core.engine.live import LiveSequence
-from candle_vllm.core.engine.recorded_tower import RecordedTower
 from candle_vllm.core.engine.request import GenerationRequest
-from candle_vllm.core.engine.sequence import Run
+from candle_vllm.core.engine.runners.eager_runner import EagerTower
+from candle_vllm.core.engine.runners.images import TowerRunner
+from candle_vllm.core.engine.runners.recorded_tower import RecordedTower
+from candle_vllm.core.engine.step.batch import turned_rows
+from candle_vllm.core.engine.step.live import LiveSequence
+from candle_vllm.core.engine.step.sequence import Run
 from candle_vllm.core.errors import (
     ConfigError,
     InvalidFileError,

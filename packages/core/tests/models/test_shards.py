@@ -17,7 +17,7 @@ from candle_vllm.core.assembly import model as loading
 from candle_vllm.core.assembly.adapters import fit_adapter
 from candle_vllm.core.assembly.model import LoadedModel, load_model
 from candle_vllm.core.devices import CPU
-from candle_vllm.core.engine.eager_runner import EagerRunner
+from candle_vllm.core.engine.runners.eager_runner import EagerRunner
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.kernels.collectives import token_shares
 from candle_vllm.core.kernels.collectives.token_shares import TokenShares

@@ -25,9 +25,9 @@ from candle_vllm.core import EngineConfig, InferenceEngine, SamplingParams
 from candle_vllm.core.assembly.model import LoadedModel, load_model
 from candle_vllm.core.devices import choose_device
 from candle_vllm.core.engine import build
-from candle_vllm.core.engine.eager_runner import EagerTower
-from candle_vllm.core.engine.images import TowerRunner
-from candle_vllm.core.engine.recorded_tower import RecordedTower
+from candle_vllm.core.engine.runners.eager_runner import EagerTower
+from candle_vllm.core.engine.runners.images import TowerRunner
+from candle_vllm.core.engine.runners.recorded_tower import RecordedTower
 from candle_vllm.core.errors import (
     ConfigError,
     InvalidFileError,

@@ -25,11 +25,11 @@ from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImag
 
 from candle_vllm.core import InferenceEngine, SamplingParams
 from candle_vllm.core.devices import choose_device
-from candle_vllm.core.engine import recorded_tower
-from candle_vllm.core.engine.draft_model import DraftModel
-from candle_vllm.core.engine.eager_runner import EagerTower
-from candle_vllm.core.engine.images import TowerRunner
-from candle_vllm.core.engine.recorded_tower import RecordedTower
+from candle_vllm.core.engine.drafts.draft_model import DraftModel
+from candle_vllm.core.engine.runners import recorded_tower
+from candle_vllm.core.engine.runners.eager_runner import EagerTower
+from candle_vllm.core.engine.runners.images import TowerRunner
+from candle_vllm.core.engine.runners.recorded_tower import RecordedTower
 from candle_vllm.core.errors import ConfigError, InvalidFileError, InvalidParameterError, UnsupportedModelError
 from candle_vllm.core.fields import Fields, read_json
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam

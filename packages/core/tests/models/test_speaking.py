@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.train_small import FOLDER, HELD_OUT, docstrings, tokens_of
 from candle_vllm.core import InferenceEngine, SamplingParams
-from candle_vllm.core.engine.eager_runner import EagerRunner
-from candle_vllm.core.engine.recorded_runner import RecordedRunner, StepLimits
-from candle_vllm.core.engine.sequence import RunState
+from candle_vllm.core.engine.runners.eager_runner import EagerRunner
+from candle_vllm.core.engine.runners.recorded_runner import RecordedRunner, StepLimits
+from candle_vllm.core.engine.step.sequence import RunState
 from candle_vllm.core.loading.cache_specs import StateRoom
 from packages.core.tests.engine.test_draft_states import engine as drafting_engine
 from packages.core.tests.models.tiny import BLOCK, CPU, load, step_logits

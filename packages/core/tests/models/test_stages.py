@@ -15,7 +15,7 @@ from candle_vllm.core.assembly import model as loading
 from candle_vllm.core.assembly.model import load_model
 from candle_vllm.core.assembly.stages import divide
 from candle_vllm.core.devices import CPU
-from candle_vllm.core.engine.eager_runner import StageRunner
+from candle_vllm.core.engine.runners.eager_runner import StageRunner
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.loading.gguf import open_gguf
 from packages.core.tests.models.families import FORMATS, ROWS

@@ -13,16 +13,16 @@ import torch
 
 from candle_vllm.core import ConfigError, EngineConfig, InferenceEngine, SamplingParams
 from candle_vllm.core.config import SpeculativeConfig
-from candle_vllm.core.engine.block_manager import BlockManager
 from candle_vllm.core.engine.build import preparation_for
-from candle_vllm.core.engine.device_inputs import DeviceLimits
-from candle_vllm.core.engine.device_runner import DeviceRunner
-from candle_vllm.core.engine.drafting import Drafter
-from candle_vllm.core.engine.engine import Engine
-from candle_vllm.core.engine.live import LiveSequence
+from candle_vllm.core.engine.cache.block_manager import BlockManager
+from candle_vllm.core.engine.cache.states import StatePool
+from candle_vllm.core.engine.drafts.drafting import Drafter
 from candle_vllm.core.engine.request import GenerationRequest, OutputCollector
-from candle_vllm.core.engine.scheduler import Scheduler
-from candle_vllm.core.engine.states import StatePool
+from candle_vllm.core.engine.runners.device_inputs import DeviceLimits
+from candle_vllm.core.engine.runners.device_runner import DeviceRunner
+from candle_vllm.core.engine.step.engine import Engine
+from candle_vllm.core.engine.step.live import LiveSequence
+from candle_vllm.core.engine.step.scheduler import Scheduler
 from candle_vllm.core.errors import NoMemoryError
 from candle_vllm.core.loading.cache_specs import StateRoom
 from candle_vllm.core.models import registry

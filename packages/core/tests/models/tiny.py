@@ -20,12 +20,12 @@ from transformers.utils import logging as transformers_logging
 from candle_vllm.core import EngineConfig
 from candle_vllm.core.assembly import model as loading
 from candle_vllm.core.assembly.model import LoadedModel, load_model
-from candle_vllm.core.engine.batch import BatchBuilder
-from candle_vllm.core.engine.eager_runner import EagerRunner
-from candle_vllm.core.engine.model_runner import ModelRunner
-from candle_vllm.core.engine.recorded_runner import RecordedRunner, StepLimits
 from candle_vllm.core.engine.request import GenerationRequest
-from candle_vllm.core.engine.sequence import Run, RunState, Sequence
+from candle_vllm.core.engine.runners.eager_runner import EagerRunner
+from candle_vllm.core.engine.runners.model_runner import ModelRunner
+from candle_vllm.core.engine.runners.recorded_runner import RecordedRunner, StepLimits
+from candle_vllm.core.engine.step.batch import BatchBuilder
+from candle_vllm.core.engine.step.sequence import Run, RunState, Sequence
 from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.loading.cache_specs import NO_STATES, StateRoom, states
 from candle_vllm.core.models.family import Decoder

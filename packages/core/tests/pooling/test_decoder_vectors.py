@@ -24,15 +24,15 @@ from candle_vllm.core import (
     SamplingParams,
 )
 from candle_vllm.core.assembly.model import LoadedModel, load_model
-from candle_vllm.core.engine.block_manager import BlockManager
 from candle_vllm.core.engine.build import preparation_for
-from candle_vllm.core.engine.device_inputs import DeviceLimits
-from candle_vllm.core.engine.device_runner import DeviceRunner
-from candle_vllm.core.engine.eager_runner import EagerRunner
-from candle_vllm.core.engine.engine import Engine
-from candle_vllm.core.engine.model_runner import ModelRunner
+from candle_vllm.core.engine.cache.block_manager import BlockManager
 from candle_vllm.core.engine.request import GenerationRequest, PoolingRequest
-from candle_vllm.core.engine.scheduler import Scheduler
+from candle_vllm.core.engine.runners.device_inputs import DeviceLimits
+from candle_vllm.core.engine.runners.device_runner import DeviceRunner
+from candle_vllm.core.engine.runners.eager_runner import EagerRunner
+from candle_vllm.core.engine.runners.model_runner import ModelRunner
+from candle_vllm.core.engine.step.engine import Engine
+from candle_vllm.core.engine.step.scheduler import Scheduler
 from candle_vllm.core.pooling import PoolingKind, PoolingParams
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_gguf, write_toy_model
 from packages.core.tests.exact_sums import exact_sums

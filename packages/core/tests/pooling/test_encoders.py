@@ -31,8 +31,8 @@ from candle_vllm.core import (
     UnsupportedModelError,
     WeightsError,
 )
-from candle_vllm.core.engine.batch import Batch
-from candle_vllm.core.engine.model_runner import EncoderRunner
+from candle_vllm.core.engine.runners.model_runner import EncoderRunner
+from candle_vllm.core.engine.step.batch import Batch
 from candle_vllm.core.pooling import PoolingKind, PoolingParams
 from candle_vllm.core.testing.toy_encoder import toy_encoder_config, write_toy_encoder
 from candle_vllm.core.text.tokenizer import Tokenizer

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from candle_vllm.core import EngineConfig
 from candle_vllm.core.assembly import model as loading
 from candle_vllm.core.assembly.placement import choose_placement, memory_of
-from candle_vllm.core.engine.eager_runner import EagerRunner
+from candle_vllm.core.engine.runners.eager_runner import EagerRunner
 from candle_vllm.core.errors import ConfigError, InvalidFileError, UnsupportedModelError, WeightsError
 from candle_vllm.core.kernels import packed_linear, plain_linear, scaled_linear
 from candle_vllm.core.kernels.cpu_runtime.level import Isa

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from prometheus_client import generate_latest
 
 from candle_vllm.core.engine.request import EngineStats, FinishReason, GenerationRequest, RequestMetrics, TokenOutput
-from candle_vllm.core.engine.stream import Shortcut, TokenStream
-from candle_vllm.core.engine.watching import RequestInfo, watched_submit
+from candle_vllm.core.engine.step.stream import Shortcut, TokenStream
+from candle_vllm.core.engine.step.watching import RequestInfo, watched_submit
 from candle_vllm.core.errors import (
     CandleVllmError,
     EngineDeadError,

@@ -19,9 +19,7 @@ from msgspec.structs import replace
 
 from candle_vllm.core.arguments import explained
 from candle_vllm.core.config import EngineConfig
-from candle_vllm.core.engine.adapters import AdapterCall
-from candle_vllm.core.engine.admission import check_encoder_task
-from candle_vllm.core.engine.pooling_calls import MAX_TEXT, Apart, Pair, PoolingCalls
+from candle_vllm.core.engine.adapters.adapter_store import AdapterCall
 from candle_vllm.core.engine.request import (
     AdapterInfo,
     AdapterUse,
@@ -37,10 +35,12 @@ from candle_vllm.core.engine.request import (
     adapter_uses,
     each_adapter_uses,
 )
-from candle_vllm.core.engine.sleeping import check_sleep, read_tags
-from candle_vllm.core.engine.stream import Bar, Inbox, TokenIterator, TokenStream, run_all, whole
-from candle_vllm.core.engine.thread import PreparingEngine, RequestRunner
-from candle_vllm.core.engine.watching import RequestInfo, RequestWatcher, watched_pooling, watched_submit
+from candle_vllm.core.engine.runners.sleeping import check_sleep, read_tags
+from candle_vllm.core.engine.step.admission import check_encoder_task
+from candle_vllm.core.engine.step.pooling_calls import MAX_TEXT, Apart, Pair, PoolingCalls
+from candle_vllm.core.engine.step.stream import Bar, Inbox, TokenIterator, TokenStream, run_all, whole
+from candle_vllm.core.engine.step.thread import PreparingEngine, RequestRunner
+from candle_vllm.core.engine.step.watching import RequestInfo, RequestWatcher, watched_pooling, watched_submit
 from candle_vllm.core.errors import (
     ChatTemplateError,
     EngineDeadError,

@@ -19,12 +19,12 @@ from candle_vllm.core.assembly.model import LoadedModel
 from candle_vllm.core.assembly.placement import resolve_ranks
 from candle_vllm.core.config import EngineConfig, EngineSettings, require_one
 from candle_vllm.core.devices import choose_device, give_back
-from candle_vllm.core.engine.adapters import AdapterCall
+from candle_vllm.core.engine.adapters.adapter_store import AdapterCall
 from candle_vllm.core.engine.build import build_engine, model_info
-from candle_vllm.core.engine.engine import Engine
-from candle_vllm.core.engine.ranks import Ranks
+from candle_vllm.core.engine.ranks.ranks import Ranks
 from candle_vllm.core.engine.request import AdapterInfo, LoraChoice, TokenOutput, adapter_uses
-from candle_vllm.core.engine.thread import SLEEPS, EngineThread
+from candle_vllm.core.engine.step.engine import Engine
+from candle_vllm.core.engine.step.thread import SLEEPS, EngineThread
 from candle_vllm.core.engine_front import EngineFront
 from candle_vllm.core.errors import ConfigError, EngineDeadError, EngineSleepingError, InvalidParameterError
 from candle_vllm.core.kernels.cpu_runtime.operation import use_level

@@ -19,7 +19,7 @@ import pytest
 from gguf import GGUFWriter
 
 from candle_vllm.core import ConfigError, InferenceEngine, SamplingParams
-from candle_vllm.core.engine import recorded_runner
+from candle_vllm.core.engine.runners import recorded_runner
 from candle_vllm.core.kernels.cpu_runtime.level import Isa, host_isa
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.testing import toy_model

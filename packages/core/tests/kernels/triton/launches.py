@@ -28,13 +28,13 @@ from triton.runtime import driver, jit
 
 from candle_vllm.core import EngineConfig, SamplingParams
 from candle_vllm.core.assembly.model import LoadedModel, load_model
-from candle_vllm.core.engine.block_manager import BlockManager
 from candle_vllm.core.engine.build import preparation_for
-from candle_vllm.core.engine.device_inputs import DeviceLimits
-from candle_vllm.core.engine.device_runner import DeviceRunner
-from candle_vllm.core.engine.engine import Engine
+from candle_vllm.core.engine.cache.block_manager import BlockManager
 from candle_vllm.core.engine.request import GenerationRequest
-from candle_vllm.core.engine.scheduler import Scheduler
+from candle_vllm.core.engine.runners.device_inputs import DeviceLimits
+from candle_vllm.core.engine.runners.device_runner import DeviceRunner
+from candle_vllm.core.engine.step.engine import Engine
+from candle_vllm.core.engine.step.scheduler import Scheduler
 from candle_vllm.core.kernels import dispatch
 from candle_vllm.core.kernels.device_stream import DeviceStream, Work
 from candle_vllm.core.kernels.triton_build import SHARED_LIMITS, compile_together

@@ -13,13 +13,13 @@ import torch
 from candle_vllm.core import EngineConfig, SamplingParams
 from candle_vllm.core.assembly import model as loading
 from candle_vllm.core.assembly.model import LoadedModel
-from candle_vllm.core.engine.block_manager import BlockManager
 from candle_vllm.core.engine.build import preparation_for
-from candle_vllm.core.engine.device_inputs import DeviceLimits
-from candle_vllm.core.engine.device_runner import DeviceRunner
-from candle_vllm.core.engine.engine import Engine
+from candle_vllm.core.engine.cache.block_manager import BlockManager
 from candle_vllm.core.engine.request import GenerationOutput, GenerationRequest, OutputCollector
-from candle_vllm.core.engine.scheduler import Scheduler
+from candle_vllm.core.engine.runners.device_inputs import DeviceLimits
+from candle_vllm.core.engine.runners.device_runner import DeviceRunner
+from candle_vllm.core.engine.step.engine import Engine
+from candle_vllm.core.engine.step.scheduler import Scheduler
 from candle_vllm.core.kernels import dispatch
 from candle_vllm.core.kernels.device_stream import CudaStream
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_gguf, write_toy_model

@@ -12,8 +12,8 @@ import torch
 
 from candle_vllm.core import EngineConfig
 from candle_vllm.core.assembly import model as loading
-from candle_vllm.core.engine.device_inputs import DeviceLimits
-from candle_vllm.core.engine.device_runner import DeviceRunner
+from candle_vllm.core.engine.runners.device_inputs import DeviceLimits
+from candle_vllm.core.engine.runners.device_runner import DeviceRunner
 from candle_vllm.core.kernels import dispatch
 from candle_vllm.core.kernels.device_stream import CudaStream
 from packages.core.tests.lazy_stream import LazyStream

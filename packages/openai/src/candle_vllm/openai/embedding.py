@@ -17,9 +17,9 @@ from typing import Any, Protocol
 
 from msgspec import UNSET
 
-from candle_vllm.core.engine.pooling_calls import Apart
 from candle_vllm.core.engine.request import ClassificationOutput, EmbeddingOutput, ModelInfo, ScoreOutput
-from candle_vllm.core.engine.watching import RequestWatcher
+from candle_vllm.core.engine.step.pooling_calls import Apart
+from candle_vllm.core.engine.step.watching import RequestWatcher
 from candle_vllm.core.errors import (
     CandleVllmError,
     ConfigError,

@@ -77,7 +77,7 @@ def serve(configuration: Configuration, load: Load | None = None) -> int:
     """
     settings = configuration.settings
     if settings.node_rank:
-        from candle_vllm.core.engine.nodes import run_node
+        from candle_vllm.core.engine.ranks.nodes import run_node
 
         return run_node(engine_config(configuration.catalogue.default.settings))
     for entry in configuration.catalogue.entries:

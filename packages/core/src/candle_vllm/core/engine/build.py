@@ -17,22 +17,22 @@ from candle_vllm.core.assembly.placement import memory_of
 from candle_vllm.core.assembly.tower import LoadedTower
 from candle_vllm.core.config import WITH_WEIGHTS, EngineConfig, SpeculativeConfig, draft_settings
 from candle_vllm.core.devices import Device, leave_cores_to_others
-from candle_vllm.core.engine.adapter_admission import AdapterAdmission
-from candle_vllm.core.engine.adapter_loading import adapter_limits, adapter_loader
-from candle_vllm.core.engine.adapters import AdapterStore
-from candle_vllm.core.engine.admission import encoder_tasks
-from candle_vllm.core.engine.block_manager import BlockManager
-from candle_vllm.core.engine.engine import Engine
-from candle_vllm.core.engine.images import ImageStore
-from candle_vllm.core.engine.kept_blocks import keep_blocks
-from candle_vllm.core.engine.model_runner import MAX_SCORED_ROWS, HeadRunner, ModelRunner, StepwiseRunner
-from candle_vllm.core.engine.preparation import DecoderPreparation, EncoderPreparation
-from candle_vllm.core.engine.ranks import RankedParts, RankedRunner, Ranks
+from candle_vllm.core.engine.adapters.adapter_admission import AdapterAdmission
+from candle_vllm.core.engine.adapters.adapter_loading import adapter_limits, adapter_loader
+from candle_vllm.core.engine.adapters.adapter_store import AdapterStore
+from candle_vllm.core.engine.cache.block_manager import BlockManager
+from candle_vllm.core.engine.cache.block_tiers import keep_blocks
+from candle_vllm.core.engine.cache.states import StatePool
+from candle_vllm.core.engine.cache.window_pages import WindowedBlocks
+from candle_vllm.core.engine.ranks.ranks import RankedParts, RankedRunner, Ranks
 from candle_vllm.core.engine.request import ModelInfo
-from candle_vllm.core.engine.scheduler import Scheduler, WholeTexts
-from candle_vllm.core.engine.sleeping import Sleeper
-from candle_vllm.core.engine.states import StatePool
-from candle_vllm.core.engine.window_pages import WindowedBlocks
+from candle_vllm.core.engine.runners.images import ImageStore
+from candle_vllm.core.engine.runners.model_runner import MAX_SCORED_ROWS, HeadRunner, ModelRunner, StepwiseRunner
+from candle_vllm.core.engine.runners.sleeping import Sleeper
+from candle_vllm.core.engine.step.admission import encoder_tasks
+from candle_vllm.core.engine.step.engine import Engine
+from candle_vllm.core.engine.step.preparation import DecoderPreparation, EncoderPreparation
+from candle_vllm.core.engine.step.scheduler import Scheduler, WholeTexts
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.kernels.attention.cpu_cache import BLOCK, PLAIN, CacheKind, number_bytes
 from candle_vllm.core.kernels.collectives import Collective
@@ -55,7 +55,7 @@ from candle_vllm.core.sampling.sampler import Sampler
 from candle_vllm.core.threads import default_threads
 
 if TYPE_CHECKING:
-    from candle_vllm.core.engine.draft_model import DraftModel
+    from candle_vllm.core.engine.drafts.draft_model import DraftModel
     from candle_vllm.core.kernels.cpu_runtime.recorder import StepLimits
     from candle_vllm.core.layers.parameters import Placement
 
@@ -118,7 +118,7 @@ def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder, rank
     runner, draft, plan = _build_runner(config, loaded, collective)
     sequences, own = plan.states.running or sequences, runner
     if placement.device.type == "cuda":
-        from candle_vllm.core.engine.device_build import adapter_slots
+        from candle_vllm.core.engine.runners.device_build import adapter_slots
 
         most_adapters = adapter_slots(config)
     else:
@@ -154,7 +154,7 @@ def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder, rank
     )
     drafter = None
     if drafts is not None:
-        from candle_vllm.core.engine.drafting import Drafter
+        from candle_vllm.core.engine.drafts.drafting import Drafter
 
         model = None if draft is None else _draft_model(drafts, loaded, runner, draft, scheduler)
         drafter = Drafter(drafts, sequences, rows, model)
@@ -207,7 +207,7 @@ def _build_runner(
             "speculative_config: models and heads draft on the CPU alone: on a GPU take the method suffix or ngram",
             "speculative_config",
         )
-    from candle_vllm.core.engine.device_build import build_on_gpu
+    from candle_vllm.core.engine.runners.device_build import build_on_gpu
 
     runner, plan = build_on_gpu(config, loaded, budget, sequences, DEFAULTS["cuda"].share, rows, ranks)
     return runner, None, plan
@@ -230,8 +230,8 @@ def _require_room_for_images(loaded: LoadedModel, others: int, budget: int) -> N
 def _image_store(tower: LoadedTower, runner: ModelRunner) -> ImageStore:
     """What encodes the pictures of a model's requests."""
     if tower.placement.recorded:
-        from candle_vllm.core.engine.recorded_runner import RecordedRunner
-        from candle_vllm.core.engine.recorded_tower import RecordedTower
+        from candle_vllm.core.engine.runners.recorded_runner import RecordedRunner
+        from candle_vllm.core.engine.runners.recorded_tower import RecordedTower
 
         assert isinstance(runner, RecordedRunner)
         size = tower.tower.config.step_bytes(runner.team.threads)
@@ -239,7 +239,7 @@ def _image_store(tower: LoadedTower, runner: ModelRunner) -> ImageStore:
         way = "make pictures smaller with mm_processor_kwargs, or set max_images=0"
         with room_for("the patches of the largest picture", size, "mm_processor_kwargs", lambda _: way):
             return ImageStore(RecordedTower(tower.tower, runner.team), _MOST_FOR_IMAGES)
-    from candle_vllm.core.engine.eager_runner import EagerTower
+    from candle_vllm.core.engine.runners.eager_runner import EagerTower
 
     return ImageStore(EagerTower(tower.tower, tower.placement.device), _MOST_FOR_IMAGES)
 
@@ -263,8 +263,8 @@ def _draft_model(
     scheduler: Scheduler,
 ) -> DraftModel:
     """What asks the model or the head of drafts, which `runner` runs."""
-    from candle_vllm.core.engine.draft_head import DraftingHead
-    from candle_vllm.core.engine.draft_model import DraftModel
+    from candle_vllm.core.engine.drafts.draft_head import DraftingHead
+    from candle_vllm.core.engine.drafts.draft_model import DraftModel
 
     draft = loaded.draft
     assert draft is not None
@@ -337,7 +337,7 @@ def _build_encoder(config: EngineConfig, loaded: LoadedEncoder, sleeper: Sleeper
     sequences, budget = config.max_num_seqs or defaults.sequences, config.max_num_batched_tokens or defaults.tokens
     adapters = adapter_limits(config, loaded) if config.enable_lora else {}
     if placement.recorded:
-        from candle_vllm.core.engine.recorded_runner import RecordedEncoderRunner, StepLimits
+        from candle_vllm.core.engine.runners.recorded_runner import RecordedEncoderRunner, StepLimits
 
         leave_cores_to_others()
         limits = StepLimits(
@@ -354,7 +354,7 @@ def _build_encoder(config: EngineConfig, loaded: LoadedEncoder, sleeper: Sleeper
         with _room_for_rows(limits):
             runner = RecordedEncoderRunner(loaded.encoder, limits)
     else:
-        from candle_vllm.core.engine.eager_runner import EagerEncoderRunner
+        from candle_vllm.core.engine.runners.eager_runner import EagerEncoderRunner
 
         joined = None
         if adapters:
@@ -523,7 +523,7 @@ def _runner_on_cpu(
     model.prepare(min(plan.max_model_len, loaded.config.max_position))
     turning = loaded.turning(budget) if isinstance(loaded, LoadedModel) else None
     if not placement.recorded:
-        from candle_vllm.core.engine.eager_runner import EagerHead, EagerRunner, StageRunner
+        from candle_vllm.core.engine.runners.eager_runner import EagerHead, EagerRunner, StageRunner
 
         memory = blocks, config.block_size, placement.device, placement.torch_dtype
         room = plan.states, windows
@@ -540,7 +540,7 @@ def _runner_on_cpu(
         return EagerRunner(loaded.decoder, *memory, joined, taps, turning, *room)
     if adapters and isinstance(loaded, LoadedModel):
         number_places(loaded.decoder)
-    from candle_vllm.core.engine.recorded_runner import RecordedHead, RecordedRunner, StepLimits
+    from candle_vllm.core.engine.runners.recorded_runner import RecordedHead, RecordedRunner, StepLimits
 
     leave_cores_to_others()
     limits = StepLimits(

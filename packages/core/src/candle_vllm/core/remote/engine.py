@@ -13,7 +13,7 @@ from typing import Unpack, cast
 from tokenizers import Tokenizer as Backend
 
 from candle_vllm.core.config import EngineConfig, EngineSettings, require_one
-from candle_vllm.core.engine.adapters import AdapterCall
+from candle_vllm.core.engine.adapters.adapter_store import AdapterCall
 from candle_vllm.core.engine.request import AdapterInfo
 from candle_vllm.core.engine_front import EngineFront
 from candle_vllm.core.errors import ConfigError, EngineDeadError

@@ -22,8 +22,8 @@ from msgspec.structs import fields, replace
 from candle_vllm.core.assembly.placement import resolve_ranks
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.devices import means_gpus
-from candle_vllm.core.engine.adapters import MAX_LOOSE_NAMES, AdapterCall
-from candle_vllm.core.engine.block_manager import block_hashes
+from candle_vllm.core.engine.adapters.adapter_store import MAX_LOOSE_NAMES, AdapterCall
+from candle_vllm.core.engine.cache.block_manager import block_hashes
 from candle_vllm.core.engine.request import (
     STATS,
     AdapterInfo,
@@ -33,9 +33,9 @@ from candle_vllm.core.engine.request import (
     ModelInfo,
     ReplicaStats,
 )
-from candle_vllm.core.engine.sequence import PlacedImage
-from candle_vllm.core.engine.sleeping import TAGS
-from candle_vllm.core.engine.thread import Sink
+from candle_vllm.core.engine.runners.sleeping import TAGS
+from candle_vllm.core.engine.step.sequence import PlacedImage
+from candle_vllm.core.engine.step.thread import Sink
 from candle_vllm.core.errors import (
     CandleVllmError,
     EngineDeadError,

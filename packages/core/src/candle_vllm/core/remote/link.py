@@ -18,9 +18,9 @@ from typing import Any
 import msgspec
 import zmq
 
-from candle_vllm.core.engine.adapters import AdapterCall
+from candle_vllm.core.engine.adapters.adapter_store import AdapterCall
 from candle_vllm.core.engine.request import AdapterInfo, EngineStats, FinishReason, GenerationRequest, TokenOutput
-from candle_vllm.core.engine.thread import EngineThread, Prepared, Sink
+from candle_vllm.core.engine.step.thread import EngineThread, Prepared, Sink
 from candle_vllm.core.errors import CandleVllmError, EngineDeadError, EngineOverloadedError
 from candle_vllm.core.remote.line import Bell
 from candle_vllm.core.remote.parcels import Parcel, RequestWriter, write_check

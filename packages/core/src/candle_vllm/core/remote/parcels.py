@@ -14,8 +14,8 @@ import random
 
 import msgspec
 
-from candle_vllm.core.engine.admission import check_encoder_task, check_pooling_request, check_request
 from candle_vllm.core.engine.request import GenerationRequest, ModelInfo, PoolingRequest
+from candle_vllm.core.engine.step.admission import check_encoder_task, check_pooling_request, check_request
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.pooling import ModelPooling
 from candle_vllm.core.remote.wire import MAX_FRAME, Check, FrameTooLargeError, Pool, Submit, encode

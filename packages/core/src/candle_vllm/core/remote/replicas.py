@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Unpack, cast
 
 from candle_vllm.core.config import EngineConfig, EngineSettings
-from candle_vllm.core.engine.adapters import AdapterCall
+from candle_vllm.core.engine.adapters.adapter_store import AdapterCall
 from candle_vllm.core.engine.request import AdapterInfo
 from candle_vllm.core.engine_front import EngineFront, Texts
 from candle_vllm.core.errors import ConfigError, EngineDeadError

@@ -17,10 +17,10 @@ from typing import Any, Final
 import zmq
 
 from candle_vllm.core.config import EngineConfig
-from candle_vllm.core.engine.adapters import AdapterCall
-from candle_vllm.core.engine.engine import Engine
+from candle_vllm.core.engine.adapters.adapter_store import AdapterCall
 from candle_vllm.core.engine.request import AdapterInfo, EngineStats, GenerationRequest, TokenOutput
-from candle_vllm.core.engine.thread import Delivery, EngineThread, StepEngine
+from candle_vllm.core.engine.step.engine import Engine
+from candle_vllm.core.engine.step.thread import Delivery, EngineThread, StepEngine
 from candle_vllm.core.errors import CandleVllmError, EngineDeadError, RequestError
 from candle_vllm.core.inference_engine import InferenceEngine
 from candle_vllm.core.pooling import ModelPooling

@@ -14,7 +14,7 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from candle_vllm.core import errors
-from candle_vllm.core.engine.adapters import AdapterCall
+from candle_vllm.core.engine.adapters.adapter_store import AdapterCall
 from candle_vllm.core.engine.request import (
     AdapterInfo,
     EngineStats,

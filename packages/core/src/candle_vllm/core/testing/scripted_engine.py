@@ -16,7 +16,6 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
-from candle_vllm.core.engine.admission import check_encoder_task
 from candle_vllm.core.engine.request import (
     AdapterInfo,
     EngineStats,
@@ -26,10 +25,11 @@ from candle_vllm.core.engine.request import (
     ModelInfo,
     TokenOutput,
 )
-from candle_vllm.core.engine.sleeping import TAGS, check_sleep, read_tags
-from candle_vllm.core.engine.stream import Shortcut, TokenStream, whole
-from candle_vllm.core.engine.thread import SLEEPS
-from candle_vllm.core.engine.watching import RequestInfo, RequestWatcher, watched_submit
+from candle_vllm.core.engine.runners.sleeping import TAGS, check_sleep, read_tags
+from candle_vllm.core.engine.step.admission import check_encoder_task
+from candle_vllm.core.engine.step.stream import Shortcut, TokenStream, whole
+from candle_vllm.core.engine.step.thread import SLEEPS
+from candle_vllm.core.engine.step.watching import RequestInfo, RequestWatcher, watched_submit
 from candle_vllm.core.errors import (
     ChatTemplateError,
     EngineSleepingError,

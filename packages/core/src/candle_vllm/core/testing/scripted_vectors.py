@@ -9,8 +9,6 @@ from array import array
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from candle_vllm.core.engine.admission import check_pooling_request
-from candle_vllm.core.engine.pooling_calls import Apart
 from candle_vllm.core.engine.request import (
     ClassificationOutput,
     EmbeddingOutput,
@@ -19,7 +17,9 @@ from candle_vllm.core.engine.request import (
     PoolingRequest,
     ScoreOutput,
 )
-from candle_vllm.core.engine.watching import RequestInfo, RequestWatcher, watched_pooling
+from candle_vllm.core.engine.step.admission import check_pooling_request
+from candle_vllm.core.engine.step.pooling_calls import Apart
+from candle_vllm.core.engine.step.watching import RequestInfo, RequestWatcher, watched_pooling
 from candle_vllm.core.errors import CandleVllmError, RequestError
 from candle_vllm.core.pooling import ModelPooling, PoolingParams, PoolingPlan
 from candle_vllm.core.text.prompts import Prompt, as_prompts, read_prompt

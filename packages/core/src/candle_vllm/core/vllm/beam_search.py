@@ -15,7 +15,7 @@ from typing import Any
 
 from candle_vllm.core.arguments import ExplainedStruct
 from candle_vllm.core.engine.request import LoraChoice, adapter_uses, each_lora_choice
-from candle_vllm.core.engine.stream import Bar, shown_bar
+from candle_vllm.core.engine.step.stream import Bar, shown_bar
 from candle_vllm.core.engine_front import EngineFront
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.sampling.params import MAX_LOGPROBS, MAX_TOKENS, SamplingParams

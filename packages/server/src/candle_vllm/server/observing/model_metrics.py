@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from candle_vllm.core.engine.request import AdapterInfo, EngineStats, LoRARequest
-from candle_vllm.core.engine.watching import RequestInfo
+from candle_vllm.core.engine.step.watching import RequestInfo
 from candle_vllm.core.errors import CandleVllmError
 from candle_vllm.openai import EngineLike
 from candle_vllm.server.observing.request_context import NO_KEY, current_request

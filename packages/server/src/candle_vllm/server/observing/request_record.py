@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from candle_vllm.core.engine.request import FinishReason, RequestMetrics, TokenOutput
-from candle_vllm.core.engine.watching import Pooled, RequestInfo
+from candle_vllm.core.engine.step.watching import Pooled, RequestInfo
 from candle_vllm.core.errors import (
     EngineDeadError,
     EngineOverloadedError,

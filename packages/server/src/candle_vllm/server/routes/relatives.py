@@ -17,7 +17,7 @@ import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
-from candle_vllm.core.engine.sleeping import MODES, TAGS
+from candle_vllm.core.engine.runners.sleeping import MODES, TAGS
 from candle_vllm.core.errors import CandleVllmError, ConfigError, EngineDeadError
 from candle_vllm.core.sampling.params import DEFAULT_SAMPLING, SamplingParams
 from candle_vllm.openai import ChatCompletion, ChatCompletionChunk, ChatCompletionRequest, ErrorEnvelope, to_json_bytes

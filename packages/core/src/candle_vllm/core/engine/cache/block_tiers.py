@@ -1,0 +1,790 @@
+# SPDX-License-Identifier: MIT
+"""Full blocks of the KV cache in a store, behind the prefix cache (step 4 of a request's life).
+
+Every block that is published is written behind the steps' back, so that what a prompt began with is there after it has
+left the cache, and after a restart where the store outlives that. A waiting sequence whose next blocks may be in the
+store waits while they are read, in another thread, into free blocks, which are published; it then finds them as it
+finds any. What is short, damaged or late is computed anew, and costs nothing else.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from typing import Any, Protocol
+
+from candle_vllm.core.assembly.model import LoadedModel
+from candle_vllm.core.config import EngineConfig
+from candle_vllm.core.devices import device_name
+from candle_vllm.core.engine.cache.block_manager import BlockManager
+from candle_vllm.core.engine.cache.block_stores import BlockFolder, BlockStore, Bytes, HostBlocks, Tiers
+from candle_vllm.core.engine.cache.states import StatePool
+from candle_vllm.core.engine.runners.model_runner import ModelRunner
+from candle_vllm.core.engine.runners.sleeping import files_mark
+from candle_vllm.core.errors import ConfigError
+from candle_vllm.core.loading.cache_specs import states
+from candle_vllm.core.threads import default_threads
+
+logger = logging.getLogger(__name__)
+
+_WAITING_BYTES = 64 << 20
+"""Of blocks that are to be written, or were read and are not in the cache yet; each at least one block."""
+_Look = Callable[[Sequence[bytes]], None]
+_PATIENCE = 1.0  # seconds without a block, after which a sequence waits no longer
+_SILENCE = 60.0  # seconds in which nothing is written behind a failure, and none is told again
+_PAUSE = 0.05  # seconds between two looks at what is being written
+_MOST_READERS = 4
+_LOOK = 0.005  # seconds between two looks whether other ranks have written all
+_CLOSING = 10.0  # seconds that an end waits for what is to be written
+
+
+class BlockMemory(Protocol):
+    """What has the cache: a runner. What it says of a block it says of the states in a slot, too, with `state`."""
+
+    @property
+    def block_bytes(self) -> int:
+        """Of a block, of all layers."""
+        ...
+
+    @property
+    def state_bytes(self) -> int:
+        """Of the states of all layers in a slot."""
+        ...
+
+    def copy_out(self, place: int, *, state: bool = False) -> Callable[[], Bytes]:
+        """Begins to copy a block, as it is behind all steps that were launched.
+
+        What it gives waits for the bytes, in any thread; they are in an order of the cache's own.
+        """
+        ...
+
+    def copy_in(self, place: int, data: Bytes, *, state: bool = False) -> None:
+        """Writes a block, before all steps that are launched later."""
+        ...
+
+
+class Places(Protocol):
+    """Says where blocks are, or checkpoints, and has room for more."""
+
+    @property
+    def num_free(self) -> int:
+        """Places that something may be taken in to."""
+        ...
+
+    def lookup(self, hashes: Sequence[bytes]) -> list[int]:
+        """Where things of these names are, from the first on as far as each of them is there."""
+        ...
+
+    def take_in(self, digest: bytes) -> int | None:
+        """A place for what is written there at once, and can be found; None where there is none."""
+        ...
+
+
+class OtherParts(Protocol):
+    """The parts of blocks that other ranks have, each in a store of its own; see `BlockParts`, whose calls these are.
+
+    What they make of a reading comes to `KeptBlocks.heard`. A rank that has gone is no error: the engine ends by it.
+    """
+
+    @property
+    def count(self) -> int:
+        """Of other ranks, which are numbered from 1 on."""
+        ...
+
+    def listen(self, heard: Callable[[int, int, bool, bool], None]) -> None:
+        """Has it called with a rank's number and what `BlockParts.told` is given; in any thread."""
+        ...
+
+    def offer(self, blocks: Sequence[tuple[int, bytes]]) -> None: ...
+
+    def read(self, number: int, digests: Sequence[bytes]) -> None: ...
+
+    def bring(self, number: int, blocks: Sequence[int]) -> None: ...
+
+    def end(self, number: int, brought: int) -> None: ...
+
+    def clear(self) -> None: ...
+
+    def close(self) -> None:
+        """Has them begin to write what is to be written."""
+        ...
+
+    def closed(self) -> bool:
+        """Whether they have, or never will."""
+        ...
+
+
+class _Copied:
+    """A block on its way out of the cache, for several threads."""
+
+    def __init__(self, take: Callable[[], Bytes]) -> None:
+        self._take, self._lock = take, threading.Lock()
+        self._bytes: Bytes | None = None
+
+    def bytes(self) -> Bytes:
+        """Waits for them."""
+        with self._lock:
+            if self._bytes is None:
+                self._bytes = self._take()
+            return self._bytes
+
+
+class _PartsRead:
+    """Blocks of a reading in one rank."""
+
+    def __init__(self, digests: Sequence[bytes]) -> None:
+        self.left, self.read = deque(digests), deque[Bytes]()  # to be read, and to be brought
+        self.done: dict[int, tuple[Bytes | None, bool]] = {}  # by their places, of which one before is being read
+        self.begun = self.told = self.brought = 0
+        self.is_over = False  # nothing more is told
+        self.end: int | None = None  # how many are brought in all, once that is known
+
+
+class BlockParts:
+    """Brings what one rank has of blocks to its store and back, in threads of its own.
+
+    Several read and check neighbours side by side, so that a disk need not wait for the checks; what they read is told
+    and brought in order.
+
+    `offer` and `bring` belong to the thread of the rank's steps; the others are for any.
+
+    Args:
+        store: where they are.
+        memory: what has the rank's cache.
+        state: what is kept are states.
+        told: called for each block of a reading, in order, with the reading's number, whether it was read, and whether
+            that failed; no more come behind one that was not read. In any thread.
+    """
+
+    def __init__(
+        self,
+        store: BlockStore,
+        memory: BlockMemory,
+        told: Callable[[int, bool, bool], object],
+        *,
+        state: bool = False,
+    ) -> None:
+        self._store, self._memory, self._told, self._state = store, memory, told, state
+        self._size = memory.state_bytes if state else memory.block_bytes
+        self._readings: dict[int, _PartsRead] = {}
+        self._to_read: deque[int] = deque()
+        self._num_held = 0  # blocks that are being read, or were and are not brought
+        self._to_write: OrderedDict[bytes, _Copied] = OrderedDict()
+        self._wake = threading.Condition()  # guards what several threads touch
+        self._asked: dict[int, float] = {}  # when the store was asked for a block that has not come yet, by threads
+        self._writing: float | None = None  # when it was given one that it has not taken yet
+        self._closing, self._quiet_until, self._told_until = False, 0.0, 0.0
+        self.num_written = self.num_failed = self.num_skipped = 0
+        readers = min(_MOST_READERS, max(2, default_threads() // 2))
+        self._readers = [threading.Thread(target=self._reads, name="candle-vllm-blocks-read") for _ in range(readers)]
+        self._writer = threading.Thread(target=self._writes, name="candle-vllm-blocks-write")
+        for thread in (*self._readers, self._writer):
+            thread.daemon = True
+            thread.start()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in the store."""
+        return self._store.num_bytes
+
+    def may_have(self, digest: bytes) -> bool:
+        """Whether it is worth reading a block; waits not."""
+        return self._store.may_have(digest) or digest in self._to_write
+
+    def offer(self, block: int, digest: bytes) -> None:
+        """A block is full and published; its bytes are copied, to be written where the store has not got it."""
+        if self._store.has(digest) or digest in self._to_write or time.monotonic() < self._quiet_until:
+            return
+        if self._to_write and (len(self._to_write) + 1) * self._size > _WAITING_BYTES:
+            self.num_skipped += 1  # the store is slower than the model
+            return
+        copied = _Copied(self._memory.copy_out(block, state=self._state))
+        with self._wake:
+            self._to_write[digest] = copied
+            self._wake.notify_all()
+
+    def read(self, number: int, digests: Sequence[bytes]) -> None:
+        """Begins a reading, of a number that none had before."""
+        with self._wake:
+            reading = self._readings[number] = _PartsRead(digests)
+            if time.monotonic() - min(self._asked.values(), default=math.inf) > _PATIENCE:  # the store hangs
+                self._finish(reading)
+                self._told(number, False, False)
+            else:
+                self._to_read.append(number)
+                self._wake.notify_all()
+
+    def bring(self, number: int, block: int) -> None:
+        """Writes the next block that was read to the cache; -1: it is there already."""
+        with self._wake:
+            reading = self._readings[number]
+            data = reading.read.popleft()
+            reading.brought += 1
+            self._num_held -= 1
+            if reading.brought == reading.end:
+                del self._readings[number]
+            self._wake.notify_all()
+        if block >= 0:
+            self._memory.copy_in(block, data, state=self._state)
+
+    def end(self, number: int, brought: int) -> None:
+        """A reading is over, when so many of its blocks have been brought in all: no more are."""
+        with self._wake:
+            reading = self._readings[number]
+            reading.end = brought
+            self._finish(reading)
+            while len(reading.read) > brought - reading.brought:
+                reading.read.pop()
+                self._num_held -= 1
+            if reading.brought == brought:
+                del self._readings[number]
+            self._wake.notify_all()
+
+    def clear(self) -> None:
+        """Forgets all blocks, those of the store too."""
+        with self._wake:
+            self._to_write.clear()
+        self._store.clear()
+
+    def close(self) -> None:
+        """Writes what is to be written, for a while, and ends the threads."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify_all()
+        until = time.monotonic() + _PATIENCE
+        for reader in self._readers:
+            reader.join(max(0.0, until - time.monotonic()))
+        until = time.monotonic() + _CLOSING
+        while self._writer.is_alive() and time.monotonic() < until:
+            since = self._writing
+            if since is not None and time.monotonic() - since > _PATIENCE:
+                break  # the store hangs
+            self._writer.join(_PAUSE)
+        self._store.close()
+
+    def _next(self) -> tuple[int, _PartsRead] | None:
+        """The reading whose block is to be read next."""
+        while self._to_read:
+            reading = self._readings.get(self._to_read[0])
+            if reading is not None and reading.left:
+                return self._to_read[0], reading
+            self._to_read.popleft()
+        return None
+
+    def _reads(self) -> None:
+        """A thread that reads."""
+        mine = threading.get_ident()
+        while True:
+            with self._wake:
+                while (found := self._next()) is None or self._is_far_ahead or self._closing:
+                    if self._closing:
+                        return
+                    self._wake.wait()
+                number, reading = found
+                digest, place = reading.left.popleft(), reading.begun
+                reading.begun += 1
+                self._num_held += 1
+                written = self._to_write.get(digest)
+                self._asked[mine] = time.monotonic()
+            data, failed = None, False
+            try:
+                if written is not None:
+                    data = written.bytes()
+                elif self._store.may_have(digest):  # another rank, which was asked first, may have it alone
+                    data = self._store.read(digest)
+            except Exception as error:  # of any store
+                failed = True
+                self._tell("a block of the KV cache cannot be read: %s", error)
+            with self._wake:
+                del self._asked[mine]
+                if reading.is_over:  # nobody waits for it any more
+                    self._num_held -= 1
+                else:
+                    reading.done[place] = data, failed
+                    self._tell_in_order(number, reading)
+                self._wake.notify_all()
+
+    def _tell_in_order(self, number: int, reading: _PartsRead) -> None:
+        while not reading.is_over and reading.told in reading.done:
+            data, failed = reading.done[reading.told]
+            if data is None:  # those behind it are of no use
+                self.num_failed += failed
+                self._finish(reading)
+            else:
+                del reading.done[reading.told]
+                reading.told += 1
+                reading.read.append(data)
+            self._told(number, data is not None, failed)
+
+    def _finish(self, reading: _PartsRead) -> None:
+        """Nothing more of it is read."""
+        reading.is_over = True
+        reading.left.clear()
+        self._num_held -= len(reading.done)
+        reading.done.clear()
+
+    @property
+    def _is_far_ahead(self) -> bool:
+        """Whether as much was read as may wait for the cache."""
+        return self._num_held > 0 and (self._num_held + 1) * self._size > _WAITING_BYTES
+
+    def _tell(self, what: str, error: Exception) -> None:
+        """A warning, and none more for a while."""
+        if time.monotonic() >= self._told_until:
+            self._told_until = time.monotonic() + _SILENCE
+            logger.warning(what, error)
+
+    def _writes(self) -> None:
+        """The thread that writes."""
+        while True:
+            with self._wake:
+                while not self._closing and not self._to_write:
+                    self._wake.wait()
+                if not self._to_write:
+                    return
+                if time.monotonic() < self._quiet_until:
+                    self._to_write.clear()
+                    continue
+                digest, copied = next(iter(self._to_write.items()))
+            self._writing = time.monotonic()
+            try:
+                self._store.write(digest, copied.bytes())
+                self.num_written += 1
+            except Exception as error:  # of any store
+                with self._wake:
+                    self.num_failed += 1
+                self._quiet_until = time.monotonic() + _SILENCE
+                logger.warning("blocks of the KV cache cannot be kept, for %.0f s none is written: %s", _SILENCE, error)
+            self._writing = None
+            with self._wake:
+                forgotten = self._to_write.get(digest) is not copied
+                if not forgotten:
+                    del self._to_write[digest]
+            if forgotten:  # all was, meanwhile
+                self._store.forget(digest)
+
+
+class _Reading:
+    """Blocks that a sequence waits for; `found` and `ended` say of each rank how many it has, and if there are more."""
+
+    def __init__(self, number: int, digests: Sequence[bytes], ranks: int) -> None:
+        self.number, self.digests = number, digests
+        self.found, self.ended = [0] * ranks, [False] * ranks
+        self.brought = 0
+        self.moved = time.monotonic()  # when the last block came
+        self.is_over = False
+
+    @property
+    def num_ready(self) -> int:
+        """Blocks that all ranks have."""
+        return min(self.found)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether no more can come than `num_ready`."""
+        found = zip(self.found, self.ended, strict=True)
+        return any(ended and count == self.num_ready for count, ended in found) or self.num_ready == len(self.digests)
+
+
+class KeptBlocks:
+    """Has published blocks brought to a store, and those that waiting sequences begin with back.
+
+    `offer`, `is_ready`, `take`, `left` and `reset` belong to the engine's thread. Where the model is divided among
+    ranks, each has its part of every block in a store of its own, and is told by the first one what to write and read;
+    a block is found where every rank has found its part.
+
+    Args:
+        store: where this rank's parts are.
+        memory: what has its cache.
+        blocks: says which are whose.
+        others: of the other ranks; None where there are none.
+        state: what is kept are checkpoints of states.
+    """
+
+    def __init__(
+        self,
+        store: BlockStore,
+        memory: BlockMemory,
+        blocks: Places,
+        others: OtherParts | None = None,
+        *,
+        state: bool = False,
+    ) -> None:
+        self._blocks, self._others = blocks, others
+        self._readings: dict[object, _Reading] = {}
+        self._under_way: dict[int, _Reading] = {}  # by their numbers
+        self._numbers = itertools.count()
+        self._offered: list[tuple[int, bytes]] = []  # of which the others are to be told
+        self._wake = threading.Condition()  # guards what ranks say of readings
+        self._ranks = 1 if others is None else 1 + others.count
+        self.num_read = self._num_failed = 0
+        self._own = BlockParts(store, memory, lambda *said: self.heard(0, *said), state=state)
+        if others is not None:
+            others.listen(self.heard)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in this rank's store."""
+        return self._own.num_bytes
+
+    @property
+    def num_written(self) -> int:
+        """Blocks, since the start."""
+        return self._own.num_written
+
+    @property
+    def num_skipped(self) -> int:
+        """Blocks that were not written because that was behind, since the start."""
+        return self._own.num_skipped
+
+    @property
+    def num_failed(self) -> int:
+        """Blocks that this rank could not read or write, that others could not read, or that came late."""
+        return self._own.num_failed + self._num_failed
+
+    @property
+    def reads(self) -> bool:
+        """Whether a sequence waits for blocks."""
+        return any(not reading.is_over for reading in self._readings.values())
+
+    def heard(self, rank: int, number: int, found: bool, failed: bool) -> None:
+        """What a rank made of the next block of a reading; see `BlockParts`."""
+        with self._wake:
+            if rank:
+                self._num_failed += failed
+            reading = self._under_way.get(number)
+            if reading is None:
+                return
+            reading.found[rank] += found
+            reading.ended[rank] = not found
+            self._wake.notify_all()
+
+    def offer(self, block: int, digest: bytes) -> None:
+        """A block is full and published; see `BlockParts`. The others are told before the next step."""
+        if self._others is not None:
+            self._offered.append((block, digest))
+        self._own.offer(block, digest)
+
+    def may_have(self, digest: bytes) -> bool:
+        """Whether the store may have it."""
+        return self._own.may_have(digest)
+
+    def is_ready(self, sequence: object, hashes: Sequence[bytes], num_blocks: int) -> bool:
+        """Whether a waiting sequence may begin: nothing of what it begins with is in the store alone.
+
+        Args:
+            sequence: whose.
+            hashes: of its full blocks, as far as they may be shared.
+            num_blocks: that it takes in all.
+        """
+        reading = self._readings.get(sequence)
+        if reading is not None:
+            if not reading.is_over and time.monotonic() - reading.moved > _PATIENCE:
+                self._end(reading)
+                with self._wake:
+                    self._num_failed += 1
+            return reading.is_over
+        first = len(self._blocks.lookup(hashes))
+        missing: list[bytes] = []
+        for digest in hashes[first:]:
+            if not self._own.may_have(digest):
+                break
+            missing.append(digest)
+        if not missing or self._blocks.num_free < num_blocks:
+            return True
+        reading = self._readings[sequence] = _Reading(next(self._numbers), missing, self._ranks)
+        with self._wake:
+            self._under_way[reading.number] = reading
+        if self._others is not None:
+            self._others.read(reading.number, missing)
+        self._own.read(reading.number, missing)
+        return False
+
+    def left(self, sequence: object) -> None:
+        """A sequence waits no longer: it begins, or is over."""
+        reading = self._readings.pop(sequence, None)
+        if reading is not None:
+            self._end(reading)
+
+    def take(self) -> None:
+        """Brings blocks that were read to the cache; the bound on them is what a step waits for at most."""
+        self._tell_of_offers()
+        for reading in list(self._readings.values()):
+            if reading.is_over:
+                continue
+            with self._wake:
+                ready, ended = reading.num_ready, reading.has_ended
+            ended = not self._bring(reading, ready - reading.brought) or ended
+            if ended:
+                self._end(reading)
+
+    def _bring(self, reading: _Reading, count: int) -> bool:
+        """Brings the next blocks of a reading; whether there was room for all of them."""
+        places: list[int] = []
+        for digest in reading.digests[reading.brought : reading.brought + count]:
+            place = -1
+            if not self._blocks.lookup([digest]):
+                taken = self._blocks.take_in(digest)
+                if taken is None:
+                    break
+                place = taken
+                self.num_read += 1
+            self._own.bring(reading.number, place)
+            places.append(place)
+        if places:
+            reading.moved = time.monotonic()
+            reading.brought += len(places)
+            if self._others is not None:
+                self._others.bring(reading.number, places)
+        return len(places) == count
+
+    def wait(self, seconds: float) -> None:
+        """Waits for a block that is being read, so long at most."""
+        with self._wake:
+            waiting = [reading for reading in self._readings.values() if not reading.is_over]
+            if waiting and not any(each.num_ready > each.brought or each.has_ended for each in waiting):
+                self._wake.wait(seconds)
+
+    def rest(self) -> None:
+        """The cache is about to go: what was read for it is not brought there any more."""
+        for reading in self._readings.values():
+            self._end(reading)
+        self._tell_of_offers()
+
+    def reset(self) -> None:
+        """Forgets all blocks, those of the store too."""
+        self.rest()
+        self._own.clear()
+        if self._others is not None:
+            self._others.clear()
+
+    def close(self) -> None:
+        """Writes what is to be written, for a while, and ends the threads."""
+        self._tell_of_offers()
+        if self._others is not None:
+            self._others.close()
+        until = time.monotonic() + _CLOSING
+        self._own.close()
+        while self._others is not None and not self._others.closed() and time.monotonic() < until:
+            time.sleep(_LOOK)
+
+    def _tell_of_offers(self) -> None:
+        """One message for all: many small ones might fill a line that nobody reads in the midst of a step."""
+        if self._offered and self._others is not None:
+            self._others.offer(self._offered)
+            self._offered = []
+
+    def _end(self, reading: _Reading) -> None:
+        if reading.is_over:
+            return
+        reading.is_over = True
+        with self._wake:
+            del self._under_way[reading.number]
+        self._own.end(reading.number, reading.brought)
+        if self._others is not None:
+            self._others.end(reading.number, reading.brought)
+
+
+class KeptPrefixes:
+    """`KeptBlocks` of a model whose layers keep states: a prefix is brought with the checkpoint at its end, or not.
+
+    Args:
+        blocks: keeps the blocks.
+        states: keeps the checkpoints of prompts.
+        pool: which of these are there.
+        look: finds out which checkpoints other servers have written; None where there are no others.
+    """
+
+    def __init__(self, blocks: KeptBlocks, states: KeptBlocks, pool: StatePool, look: _Look | None) -> None:
+        self._blocks, self._states, self._pool, self._look = blocks, states, pool, look
+        self._looks: dict[object, threading.Thread] = {}
+        self._both = blocks, states
+        pool.offer = states.offer
+        self.offer = blocks.offer
+
+    def is_ready(self, sequence: object, hashes: Sequence[bytes], num_blocks: int) -> bool:
+        """See `KeptBlocks`."""
+        if self._look is not None and sequence not in self._looks:
+            self._looks[sequence] = threading.Thread(target=self._look, args=(hashes,), daemon=True)
+            self._looks[sequence].start()
+        if sequence in self._looks and self._looks[sequence].is_alive():
+            return False
+        there = (n for n in range(len(hashes), 0, -1) if self._is_within_reach(hashes[n - 1]))
+        end = next(there, 0)
+        if end and not self._states.is_ready(sequence, hashes[end - 1 : end], 1):
+            return False
+        if end and not self._pool.lookup(hashes[end - 1 : end]):  # it was damaged, or came late
+            end = self._pool.depth(hashes)
+        return self._blocks.is_ready(sequence, hashes[:end], num_blocks)
+
+    def _is_within_reach(self, digest: bytes) -> bool:
+        return bool(self._pool.lookup([digest])) or self._states.may_have(digest)
+
+    def left(self, sequence: object) -> None:
+        """See `KeptBlocks`."""
+        self._looks.pop(sequence, None)
+        for each in self._both:
+            each.left(sequence)
+
+    @property
+    def reads(self) -> bool:
+        """See `KeptBlocks`."""
+        return any(each.reads for each in self._both) or any(each.is_alive() for each in self._looks.values())
+
+    def take(self) -> None:
+        """See `KeptBlocks`."""
+        for each in self._both:
+            each.take()
+
+    def wait(self, seconds: float) -> None:
+        """See `KeptBlocks`."""
+        look = next((each for each in self._looks.values() if each.is_alive()), None)
+        (look.join if look is not None else (self._states if self._states.reads else self._blocks).wait)(seconds)
+
+    def rest(self) -> None:
+        """See `KeptBlocks`."""
+        for each in self._both:
+            each.rest()
+
+    def reset(self) -> None:
+        """See `KeptBlocks`."""
+        for each in self._both:
+            each.reset()
+
+    def close(self) -> None:
+        """See `KeptBlocks`."""
+        for each in self._both:
+            each.close()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in the folder, which is that of both; in Redis each has its own."""
+        return (max if self._look is None else sum)(each.num_bytes for each in self._both)
+
+    @property
+    def num_read(self) -> int:
+        """Blocks and checkpoints, since the start."""
+        return sum(each.num_read for each in self._both)
+
+    @property
+    def num_written(self) -> int:
+        """See `num_read`."""
+        return sum(each.num_written for each in self._both)
+
+    @property
+    def num_skipped(self) -> int:
+        """See `num_read`."""
+        return sum(each.num_skipped for each in self._both)
+
+    @property
+    def num_failed(self) -> int:
+        """See `num_read`."""
+        return sum(each.num_failed for each in self._both)
+
+
+def keep_blocks(
+    config: EngineConfig,
+    loaded: LoadedModel,
+    runner: ModelRunner,
+    blocks: BlockManager,
+    drafts: bool,
+    others: OtherParts | None = None,
+    pool: StatePool | None = None,
+) -> KeptBlocks | KeptPrefixes | None:
+    """What keeps the cache's blocks elsewhere, where anything is set for that; ConfigError where it cannot be."""
+    memory: Any = runner
+    store = _store(config, loaded, memory.block_bytes, drafts, 0)
+    if store is None:
+        return None
+    kept = KeptBlocks(store, memory, blocks, others)
+    if pool is None:
+        return kept
+    checkpoints = _store(config, loaded, memory.state_bytes, drafts, 0, " states")
+    assert checkpoints is not None
+    keeps = KeptBlocks(checkpoints, memory, pool, state=True)
+    return KeptPrefixes(kept, keeps, pool, getattr(checkpoints, "look", None))
+
+
+def keep_parts(
+    config: EngineConfig, loaded: LoadedModel, runner: ModelRunner, rank: int, told: Callable[[int, bool, bool], object]
+) -> BlockParts | None:
+    """The same for the parts that another rank has, which `KeptBlocks` of the first one asks for."""
+    memory: Any = runner
+    store = _store(config, loaded, memory.block_bytes, False, rank)
+    return None if store is None else BlockParts(store, memory, told)
+
+
+def _store(
+    config: EngineConfig, loaded: LoadedModel, size: int, drafts: bool, rank: int, what: str = ""
+) -> BlockStore | None:
+    """Where a rank's parts of blocks, or `what` else of `size` bytes, are kept; None where they are not."""
+    placement = loaded.placement
+    if config.kv_offloading_size and placement.device.type == "cpu":
+        raise ConfigError(
+            "kv_offloading_size is of a GPU, behind whose cache it puts main memory: on the CPU the cache is there "
+            "already, and kv_cache_memory makes it larger",
+            "kv_offloading_size",
+        )
+    set_to_outlive = (name for name in ("prompt_cache_path", "prompt_cache_url") if getattr(config, name) is not None)
+    outliving = next(set_to_outlive, None)
+    if outliving is None and not config.kv_offloading_size:
+        return None
+    if states(loaded.config.cache_specs):
+        if config.kv_offloading_size:
+            name = "kv_offloading_size"
+            raise ConfigError(f"{name} cannot be had with a model whose layers keep a state: leave it out", name)
+        if config.ranks > 1:
+            raise ConfigError(
+                f"{outliving} cannot be had with several ranks of a model whose layers keep a state: leave it out",
+                outliving,
+            )
+    if not config.enable_prefix_caching:
+        logger.warning("%s sets nothing where nothing is kept in memory", outliving or "kv_offloading_size")
+        return None
+    stores = list[BlockStore]()
+    if config.kv_offloading_size:
+        stores.append(HostBlocks(int(config.kv_offloading_size * (1 << 30)) // config.ranks, size))
+        logger.info("blocks are kept in main memory: at most %g GiB", config.kv_offloading_size)
+    if outliving is not None:
+        refused = "models that draft" if drafts else "random weights" if not loaded.files else ""
+        if refused:
+            raise ConfigError(f"{outliving} cannot be had with {refused}: leave it out", outliving)
+        name = _fingerprint(config, loaded, rank) + what
+        if config.prompt_cache_path is not None:
+            folder = BlockFolder(config.prompt_cache_path.expanduser(), name, config.prompt_cache_bytes, size)
+            logger.info("blocks are kept in %s: %.1f MB there", config.prompt_cache_path, folder.num_bytes / 1e6)
+            stores.append(folder)
+        if config.prompt_cache_url is not None:
+            from candle_vllm.core.engine.cache.redis_blocks import RedisBlocks
+
+            halves = 2 if states(loaded.config.cache_specs) else 1  # of blocks and of checkpoints
+            most = config.prompt_cache_bytes // (config.ranks * halves)
+            stores.append(RedisBlocks(config.prompt_cache_url, name, most, size, listed=bool(what)))
+    return stores[0] if len(stores) == 1 else Tiers(stores)
+
+
+def _fingerprint(config: EngineConfig, loaded: LoadedModel, rank: int) -> str:
+    """All that decides over the bytes of a rank's part of a block beside its tokens, adapters and pictures."""
+    placement = loaded.placement
+    if placement.recorded:
+        from candle_vllm.core.kernels.cpu_runtime.kernel_cache import fingerprint
+        from candle_vllm.core.kernels.cpu_runtime.level import host_level
+
+        kernels = fingerprint(host_level())
+    else:
+        kernels = f"{version('torch')} {device_name(placement.device)}"
+    settings = ("isq", "dtype", "block_size", "kv_cache_dtype", "key_cache_dtype", "value_cache_dtype", "lora_dtype",
+                "mm_processor_kwargs", "yarn_scaling_factor", "enforce_eager", "attention_backend",
+                "deterministic")  # fmt: skip
+    if config.ranks > 1:  # parts of other divisions are others, and sums over machines may be rounded otherwise
+        settings += ("tensor_parallel_size", "pipeline_parallel_size", "enable_expert_parallel", "nnodes",
+                     "distributed_executor_backend")  # fmt: skip
+    said = [f"{name}={getattr(config, name)}" for name in settings] + [f"rank={rank}"] * (config.ranks > 1)
+    about = [version("candle-vllm-core"), kernels, files_mark(loaded.files), loaded.config.max_position, *said]
+    return " ".join(map(str, about))

@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: MIT
+"""Blocks of the KV cache in Redis, which all servers of a model share.
+
+Each block is a key of its own; a sorted set says which there are, by the time of their last use. Nothing that comes
+from there is believed before its seal is looked at, and a Redis that is slow, gone or wrong is left alone for a while:
+blocks are computed, as without it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any, Final
+from urllib.parse import parse_qs, urlsplit
+
+from candle_vllm.core.engine.cache.block_stores import HEADER, BlockError, Bytes, opened, own_name, sealed
+from candle_vllm.core.engine.ranks.rank_line import time_left
+from candle_vllm.core.errors import ConfigError, with_extra
+
+logger = logging.getLogger(__name__)
+
+TIMEOUT: Final = 1.0  # seconds for a connection, for each piece of an answer, and for one without a block
+_SLOWEST: Final = 8 << 20  # bytes of a block that come in a second, at least
+_SPARE: Final = 1 << 16  # bytes of an answer beside a block; 500 hashes take 20,000
+QUIET: Final = 10.0  # seconds in which nothing is asked behind a failure
+UNUSED: Final = 7 * 24 * 3600  # seconds after which a block goes that nobody has used
+_KNOWN: Final = 1 << 16  # blocks that are remembered as written
+_AT_ONCE: Final = 500  # blocks that are deleted, or asked for, in one message
+_OPTIONS: Final = frozenset({"ssl_ca_certs", "ssl_certfile", "ssl_keyfile"})
+
+
+class RedisBlocks:
+    """See `BlockStore`.
+
+    Args:
+        url: redis://[user:password@]host[:port][/db], rediss:// for TLS, unix://path; behind ? there may be files of
+            certificates (`ssl_ca_certs`, `ssl_certfile`, `ssl_keyfile`).
+        fingerprint: of all that blocks of equal hashes have in common.
+        most_bytes: of all blocks of this fingerprint.
+        block_bytes: of a block.
+        listed: `may_have` knows of blocks that were found here, and of no others.
+
+    Raises:
+        ConfigError: no such address is possible, there is no room for a block, or the package redis is missing. One
+            where nobody answers is a warning.
+    """
+
+    def __init__(self, url: str, fingerprint: str, most_bytes: int, block_bytes: int, *, listed: bool = False) -> None:
+        self._size, self._listed, self._most = block_bytes, listed, most_bytes // (block_bytes + HEADER)
+        if not self._most:
+            raise ConfigError(
+                f"prompt_cache_bytes {most_bytes} has no room for one block of {block_bytes + HEADER} bytes",
+                "prompt_cache_bytes",
+            )
+        own = own_name(fingerprint)
+        self._prefix, self._index = f"candle-vllm:kv:{own}:".encode(), f"candle-vllm:kv-index:{own}".encode()
+        self._client = _client(url, HEADER + block_bytes)
+        self._known: dict[bytes, None] = {}  # written or read here, the longest ago first
+        self._quiet_until = 0.0
+        self._to_clear, self._clearing = False, threading.Lock()
+        self.num_bytes = 0
+        looking = threading.Thread(target=self._look, name="candle-vllm-blocks-look", daemon=True)
+        looking.start()
+        looking.join(TIMEOUT)
+
+    def has(self, digest: bytes) -> bool:
+        """Whether this process has written or read it; others may have it there besides."""
+        return digest in self._known and not self._to_clear
+
+    def may_have(self, digest: bytes) -> bool:
+        """Any block may be there while Redis answers: another server may have written it. See `listed`."""
+        answers = not self._to_clear and time.monotonic() >= self._quiet_until
+        return answers and (not self._listed or digest in self._known)
+
+    def look(self, digests: Sequence[bytes]) -> None:
+        """Finds out which of these blocks are there, the last ones where they are many; not in the engine's thread."""
+        asked = list(digests[-_AT_ONCE:])
+        try:
+            if asked and time.monotonic() >= self._quiet_until:
+                for digest, used in zip(asked, self._client.zmscore(self._index, asked), strict=True):
+                    if used is not None:
+                        self._remember(digest)
+        except Exception as error:
+            logger.warning("checkpoints in Redis are not looked for: %s", self._failed(error))
+
+    def read(self, digest: bytes) -> Bytes | None:
+        """See `BlockStore`; one message there and back."""
+        key = self._prefix + digest
+        if self._to_clear:
+            return None
+        try:
+            asked = self._client.pipeline(transaction=False)
+            asked.getrange(key, 0, HEADER + self._size)  # one byte more than there may be
+            asked.expire(key, UNUSED)
+            asked.zadd(self._index, {digest: time.time()}, xx=True)
+            data = asked.execute()[0]
+        except Exception as error:
+            raise self._failed(error) from error
+        if data == b"":
+            self._known.pop(digest, None)
+            return None
+        payload = opened(digest, memoryview(data), self._size) if isinstance(data, bytes) else None
+        if payload is None:
+            with suppress(Exception):
+                self.forget(digest)
+            raise BlockError("a block in Redis is damaged: it is deleted, and computed again")
+        self._remember(digest)
+        return payload
+
+    def write(self, digest: bytes, data: Bytes) -> None:
+        """See `BlockStore`; those used longest ago go where there are too many."""
+        if time.monotonic() < self._quiet_until:
+            raise BlockError("Redis did not answer, and is left alone for a while")
+        try:
+            if self._to_clear:
+                self._clear()
+            key, now = self._prefix + digest, time.time()
+            sent = self._client.pipeline(transaction=False)
+            sent.set(key, sealed(digest, data) + bytes(data), ex=UNUSED)
+            sent.zadd(self._index, {digest: now})
+            sent.zremrangebyscore(self._index, 0, now - UNUSED)
+            sent.expire(self._index, UNUSED)
+            sent.zcard(self._index)
+            count = int(sent.execute()[-1])
+            if count > self._most:
+                oldest = [member for member, _ in self._client.zpopmin(self._index, min(count - self._most, _AT_ONCE))]
+                self._delete(oldest)
+                count -= len(oldest)
+        except Exception as error:
+            raise self._failed(error) from error
+        self.num_bytes = count * (HEADER + self._size)
+        self._remember(digest)
+
+    def forget(self, digest: bytes) -> None:
+        """See `BlockStore`."""
+        with suppress(Exception):
+            self._client.zrem(self._index, digest)
+            self._delete([digest])
+
+    def clear(self) -> None:
+        """See `BlockStore`: it is as if there was none from now on; they are deleted behind the caller's back."""
+        self._to_clear, self.num_bytes = True, 0
+        threading.Thread(target=self._try_to_clear, name="candle-vllm-blocks-clear", daemon=True).start()
+
+    def close(self) -> None:
+        """See `BlockStore`."""
+        with suppress(Exception):
+            self._client.close()
+
+    def _look(self) -> None:
+        """Says what is there; in a thread, for whoever starts the engine need not wait for it."""
+        try:
+            self.num_bytes = int(self._client.zcard(self._index)) * (self._size + HEADER)
+        except Exception as error:  # whatever an answer that is none makes of it
+            self._fails()
+            logger.warning("Redis does not answer, and blocks are computed meanwhile: %s", error)
+        else:
+            logger.info("blocks are kept in Redis: %.1f MB of this model there", self.num_bytes / 1e6)
+
+    def _try_to_clear(self) -> None:
+        try:
+            self._clear()
+        except Exception as error:
+            self._failed(error)
+            logger.warning("blocks in Redis could not be deleted, and are left alone until they are: %s", error)
+
+    def _clear(self) -> None:
+        """Deletes all blocks of the fingerprint, those included that others write meanwhile."""
+        with self._clearing:
+            if not self._to_clear:
+                return
+            while members := self._client.zrange(self._index, 0, _AT_ONCE - 1):
+                self._delete(members)
+                self._client.zrem(self._index, *members)
+            self._known.clear()
+            self._to_clear = False
+
+    def _delete(self, digests: list[bytes]) -> None:
+        for digest in digests:
+            self._known.pop(digest, None)
+        if digests:
+            self._client.unlink(*(self._prefix + digest for digest in digests))
+
+    def _remember(self, digest: bytes) -> None:
+        self._known.pop(digest, None)
+        self._known[digest] = None
+        if len(self._known) > _KNOWN:
+            with suppress(StopIteration, RuntimeError):  # another thread may be at it
+                self._known.pop(next(iter(self._known)), None)
+
+    def _fails(self) -> None:
+        self._quiet_until = time.monotonic() + QUIET
+        with suppress(Exception):
+            self._client.connection_pool.disconnect()  # what else stands in a broken answer is nobody's
+
+    def _failed(self, error: Exception) -> BlockError:
+        self._fails()
+        return BlockError(f"Redis: {type(error).__name__}: {error}")
+
+
+class _BoundedSocket:
+    """A connection's end, over which one answer takes no more bytes and no more time than it may.
+
+    What is sent begins the next answer, that of several commands included.
+    """
+
+    def __init__(self, end: Any, most: int) -> None:
+        self._end, self._most = end, most
+        self._left, self._until = most, time.monotonic() + TIMEOUT
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._end, name)
+
+    def sendall(self, data: Bytes) -> None:
+        self._end.sendall(data)
+        self._left, self._until = self._most, time.monotonic() + TIMEOUT + self._most / _SLOWEST
+
+    def recv(self, size: int) -> bytes:
+        data = self._waited(self._end.recv, size)
+        self._count(len(data))
+        return data
+
+    def recv_into(self, buffer: Any, *size: int) -> int:
+        count = self._waited(self._end.recv_into, buffer, *size)
+        self._count(count)
+        return count
+
+    def _waited(self, receive: Any, *args: Any) -> Any:
+        if self._end.gettimeout() != 0:  # the client looks whether anything is there
+            self._end.settimeout(min(TIMEOUT, time_left(self._until)))
+        return receive(*args)
+
+    def _count(self, size: int) -> None:
+        self._left -= size
+        if self._left < 0:
+            raise OSError(f"an answer has more than the {self._most} bytes that it may have")
+
+
+def _client(url: str, block_bytes: int) -> Any:
+    """A client, which has not connected yet; no answer is larger than one with a block."""
+    said = "prompt_cache_url must be redis://[user:password@]host[:port][/db], rediss://... or unix://path"
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError:  # whose text has what stands behind a colon: with a slash in a password, the password
+        raise ConfigError(f"{said}: host or port cannot be read", "prompt_cache_url") from None
+    unknown = sorted(parse_qs(parts.query, keep_blank_values=True).keys() - _OPTIONS)
+    if parts.scheme not in ("redis", "rediss", "unix") or not (parts.hostname or parts.scheme == "unix"):
+        raise ConfigError(said, "prompt_cache_url")
+    if parts.scheme != "unix" and parts.path.strip("/") and not parts.path.strip("/").isdecimal():
+        raise ConfigError(f"{said}: the database is a number", "prompt_cache_url")
+    if unknown:
+        raise ConfigError(
+            f"prompt_cache_url: {', '.join(unknown)[:100]} cannot be set there; {', '.join(sorted(_OPTIONS))} can",
+            "prompt_cache_url",
+        )
+    if importlib.util.find_spec("redis") is None:
+        raise ConfigError(f"prompt_cache_url needs the package redis: {with_extra('redis')}", "prompt_cache_url")
+    import redis
+    from redis.backoff import NoBackoff
+    from redis.retry import Retry
+
+    client = redis.Redis.from_url(
+        url, socket_timeout=TIMEOUT, socket_connect_timeout=TIMEOUT, retry=Retry(NoBackoff(), 0), protocol=2
+    )
+    usual: Any = client.connection_pool.connection_class
+
+    class Bounded(usual):
+        def _connect(self) -> Any:
+            return _BoundedSocket(super()._connect(), block_bytes + _SPARE)
+
+    client.connection_pool.connection_class = Bounded
+    return client

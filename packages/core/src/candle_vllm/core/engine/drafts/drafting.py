@@ -1,0 +1,496 @@
+# SPDX-License-Identifier: MIT
+"""Drafts: what may come next, guessed without a model, and how many guesses a step tries (behind step 9).
+
+A step reads the weights once, whatever its rows are, so trying a few guessed tokens costs little more than a plain
+token; each that was right is a step less. Guesses are what the grammar leaves no choice about, and what followed the
+end of the text where it stood before: in the prompt, in the answer, or in an answer of the past. A guess is tried in
+rows behind the sequence's last token and holds as far as it equals what is drawn, so answers stay what they are.
+
+How likely a guessed token is right follows from how such guesses fared, by the length of what matched and by sequence.
+A guess is judged whether it was tried or not: a sequence that begins to repeat itself is noticed for nothing. A step
+tries as many as make the most tokens a second, by the times that steps of so many rows took so far; where that is none,
+it is a plain step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary, WeakValueDictionary
+
+from candle_vllm.core.config import LONGEST_MATCH, SpeculativeConfig
+from candle_vllm.core.engine.drafts.draft_model import FADING, FIXED, OWN_WEIGHT, SURE, DraftModel
+from candle_vllm.core.engine.drafts.repeats import SEPARATOR, Past, Text
+from candle_vllm.core.engine.step.live import LiveSequence
+from candle_vllm.core.engine.step.prediction import Prediction
+
+if TYPE_CHECKING:
+    from candle_vllm.core.engine.step.batch import Batch
+    from candle_vllm.core.sampling.grammar import GrammarState
+
+_OPENING = 12  # tokens of a match that are as good as the place where a predicted text begins
+_WORTH, _REST = 1.15, 7  # where sure guesses would make less than this, they are looked for in one step of eight
+_COUNTS = (1, 2, 4, 8, 16)  # of drafts that are looked at to see whether any pay
+_PATIENCE = 16  # steps in which there were guesses and none was worth a try
+_SLOW = 0.003  # seconds that asking a grammar takes at most, before nothing is guessed for its text any more
+_LOOKED = 1024  # tokens of prompts and predictions that are looked at in a step, so that no long one holds it up
+_SHORT, _MARK_WEIGHT = 2, 1.5  # matches that fare by what stands before them, and what is believed of them at first
+_FORM = 1  # the length of a match of one token, or of none behind what a grammar left no choice about: forms alone
+
+# How long a match is, in buckets, and what is believed of the next token before any was judged: (hits, of tries).
+_BUCKETS = (0, 8, 1, 2, 3, 4, 4, 5, 5, 5, *[6] * 6, *[7] * (LONGEST_MATCH - 15))
+# Of short matches less than pays: guesses are judged untried, so that it is soon known where they are better.
+_PRIOR = ((7.6, 8.0), (0.8, 8.0), (1.2, 8.0), (2.0, 8.0), (3.2, 8.0), (4.4, 8.0), (5.6, 8.0), (6.8, 8.0),
+          (4.0, 8.0))  # fmt: skip
+
+
+class _Guess:
+    """What a sequence may go on with.
+
+    Attributes:
+        tokens, place: where it stands, and the next token's place there.
+        length: tokens before that which matched; 0 for what a grammar leaves no choice about.
+        mark: in a form, the token before a short match while none of it was judged; None elsewhere.
+        end, then: the place where the text goes on in another way, and what it goes on with; None where it does not.
+    """
+
+    __slots__ = ("end", "length", "mark", "place", "then", "tokens")
+
+    def __init__(self, tokens: list[int], place: int, length: int, mark: int | None = None) -> None:
+        self.tokens, self.place, self.length, self.mark = tokens, place, length, mark
+        self.end: int | None = None
+        self.then: _Guess | None = None
+
+    @property
+    def rest(self) -> _Guess | None:
+        """What is left of it: itself, what it goes on with, or nothing."""
+        over = self.place == self.end or (not self.length and self.place >= len(self.tokens))
+        return self.then if over else self
+
+    def upcoming(self, count: int) -> list[int]:
+        """The next tokens; where they are the end of the same text, what repeats there goes on."""
+        drafts = self.tokens[self.place : self.place + count]
+        if drafts and len(drafts) < count and self.length and self.tokens[-1] != SEPARATOR:
+            period = len(drafts)
+            drafts += [drafts[i % period] for i in range(count - period)]
+        if SEPARATOR in drafts:
+            del drafts[drafts.index(SEPARATOR) :]
+        return drafts
+
+
+class _Record:
+    """What is known of one sequence."""
+
+    __slots__ = ("behind", "fared", "guess", "hits", "known", "prediction", "seconds", "spent", "text", "tries")
+
+    def __init__(self, live: LiveSequence, prompt: Text, prediction: Text | None) -> None:
+        self.text = Text(live.sequence.tokens, prompt)
+        self.known = len(live.sequence.tokens)  # tokens that the guess was judged by
+        self.guess: _Guess | None = None
+        self.behind: dict[int, int] = {}  # in a form: the place behind each token of the answer, where it stood last
+        self.fared: dict[int, tuple[float, float]] = {}  # short matches behind each token there: right, of all
+        self.prediction = prediction
+        if prediction is not None:
+            self.known, self.guess = live.sequence.num_prompt_tokens, _Guess(prediction.tokens, 0, _OPENING)
+        self.hits = self.tries = 0.0
+        self.spent = self.seconds = 0.0  # that its grammar was asked in this step, and is in a usual one
+
+    def note(self) -> None:
+        """A step's guesses are made; what happens once is no habit."""
+        self.seconds += 0.5 * (self.spent - self.seconds)
+        self.spent = 0.0
+
+
+def _asks(live: LiveSequence) -> bool:
+    """Whether a sequence may have guesses: it asks for them, and its grammar, if any, is looked ahead in while the step
+    runs, and by a copy. So a guess that meets a limit of the grammar changes nothing where the text stands.
+    """
+    state = live.state
+    grammar = state.grammar
+    if live.is_over or not state.params.num_speculative_tokens:
+        return False
+    return grammar is None or (grammar.looks_ahead and state.only_masks and state.params.logprobs is None)
+
+
+class StepTimes:
+    """How long a step of so many rows takes: a curve that is known beforehand and follows what is measured.
+
+    Plain steps say how quick the machine is now, steps with drafts how much longer they took than plain ones just now.
+    One time moves what is believed by a few percent at most, whatever else the machine did meanwhile; and what is not
+    tried because it seems to cost too much is believed to cost less as time goes by, so that it is tried again.
+
+    Args:
+        most: rows.
+    """
+
+    GAIN = 1.05  # how much more a step with drafts must seem to make than a plain one
+    LEAVING = 0.15  # of a plain step: what going on from step to step saves, and this step and the next one do not
+
+    def __init__(self, most: int) -> None:
+        self._known = [FIXED + rows for rows in range(most + 2)]
+        self._curve = self._known[:]  # in a unit of its own
+        self._unit = 0.0  # seconds; 0 where no step was seen
+
+    def note(self, rows: int, seconds: float, drafts: int) -> None:
+        """A step of that many rows, so many of them drafts, took so long."""
+        if rows >= len(self._curve):
+            return
+        if not self._unit:
+            self._unit = seconds / self._curve[rows]
+        change = seconds / (self._unit * self._curve[rows])
+        if not drafts:
+            self._unit *= min(max(change, 0.9), 1.1)
+            return
+        part = min(max(change, 0.95), 1.05) - 1
+        for near in range(rows - drafts + 1, min(len(self._curve), rows + 8)):
+            time, known = self._curve[near] * (1 + part / (1 + 0.5 * abs(near - rows))), self._known[near]
+            self._curve[near] = min(max(time, 0.25 * known), 4 * known)
+
+    def relax(self) -> None:
+        """Nothing was tried for a while."""
+        self._curve = [
+            time if time < known else time + 0.05 * (known - time)
+            for time, known in zip(self._curve, self._known, strict=True)
+        ]
+
+    def seconds(self, rows: int) -> float:
+        """As they are now; 0 where no step was seen."""
+        return self(rows) * self._unit
+
+    def __call__(self, rows: int) -> float:
+        """Relative to steps of other rows; 0 where no step was seen."""
+        return self._curve[min(rows, len(self._curve) - 1)] if self._unit else 0.0
+
+
+@dataclasses.dataclass
+class DraftCounts:
+    """Since the start: sequences' steps with drafts, drafts, those that were right, and those by their place."""
+
+    drafts: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    accepted_per_position: list[int] = dataclasses.field(default_factory=list)
+
+
+class Drafter:
+    """Guesses for the sequences of an engine; what is to be tried stands in `Sequence.drafts`.
+
+    Args:
+        config: how.
+        max_seqs: most sequences of a step.
+        rows: most drafts of a step.
+        model: guesses where nothing as likely was found; None where there is none.
+    """
+
+    def __init__(self, config: SpeculativeConfig, max_seqs: int, rows: int, model: DraftModel | None = None) -> None:
+        self.counts = DraftCounts(accepted_per_position=[0] * config.num_speculative_tokens)
+        self.times = StepTimes(max_seqs + rows)
+        self.model = model
+        self._config, self._rows = config, rows
+        keeps = config.method not in ("ngram", "none") and config.suffix_decoding_max_cached_requests > 0
+        self._past = Past(answers=config.suffix_decoding_max_cached_requests) if keeps else None
+        self._records: dict[LiveSequence, _Record] = {}
+        self._predictions = WeakKeyDictionary[Prediction, Text]()
+        self._prompts = WeakValueDictionary[str, Text]()  # of requests, by their ids
+        self._left = 0  # how much more is looked at in this step
+        self._idle = self._rest = 0
+        self._hits = [hits for hits, _ in _PRIOR]
+        self._tries = [tries for _, tries in _PRIOR]
+
+    def tried(self, drafts: int, right: int) -> None:
+        """Counts what came of one sequence's drafts in a step."""
+        counts = self.counts
+        counts.drafts += 1
+        counts.draft_tokens += drafts
+        counts.accepted_tokens += right
+        for place in range(right):
+            counts.accepted_per_position[place] += 1
+
+    def close(self) -> None:
+        """Ends what runs beside the caller's thread."""
+        if self.model is not None:
+            self.model.close()
+
+    def forget(self, live: LiveSequence) -> None:
+        """The sequence has ended."""
+        if self.model is not None:
+            self.model.forget(live)
+        record = self._records.pop(live, None)
+        salted = live.sequence.request.params.cache_salt is not None  # what is salted is shared with nobody
+        if record is not None and self._past is not None and not salted:
+            self._past.add(live.sequence.tokens[live.sequence.num_prompt_tokens :])
+
+    @property
+    def reads_states(self) -> bool:
+        """Whether every step is to be told by `ran`."""
+        return self.model is not None and self.model.reads_states
+
+    def ran(self, batch: Batch, lives: Sequence[object]) -> None:
+        """A step is over and settled; must be followed by `propose`.
+
+        Args:
+            batch: the step, whose hidden states can still be had.
+            lives: the sequence of each of its runs; None of one that has ended.
+        """
+        if self.model is not None:
+            self.model.ran(batch, [live if isinstance(live, LiveSequence) and _asks(live) else None for live in lives])
+
+    def propose(self, lives: Sequence[LiveSequence]) -> bool:
+        """Chooses the drafts of the next step of sequences that all have a token to be run.
+
+        Returns:
+            Whether there are any.
+        """
+        found = self._propose(lives)
+        if self.model is not None:
+            self.model.settle()
+        for live in lives:
+            grammar = live.state.grammar
+            if grammar is not None:
+                grammar.waits = True  # from now on: what must come is asked before its mask is made
+                if not live.sequence.drafts:  # else the masks behind them are made with it
+                    grammar.begin()
+        return found
+
+    def _propose(self, lives: Sequence[LiveSequence]) -> bool:
+        rows, times = len(lives), self.times
+        plain = times(rows) / times.GAIN
+        if not plain:
+            return False
+        if self._rest:
+            self._rest -= 1
+            return False
+        # What all guesses of a step must be right with, so that it pays; and how much it would make if all were sure.
+        left = times.LEAVING * times(rows)
+        needs = [
+            (rows * ((times(rows + count) + left) / plain - 1) / count, count)
+            for count in _COUNTS
+            if count <= self._rows
+        ]
+        least, count = min(needs)
+        if (rows + SURE * count) * plain < _WORTH * rows * times(rows + count):
+            self._rest = _REST
+        if self.model is not None:
+            self.model.hopeless = least > SURE or self._rest > 0
+        if least > SURE:
+            return False  # what is guessed is judged when it may pay again
+        self._left = _LOOKED
+        offers: list[tuple[LiveSequence, tuple[list[int], list[float]] | None]] = []
+        for live in lives:
+            live.sequence.drafts = ()
+            if not _asks(live):
+                continue
+            record = self._records.get(live)
+            if record is None:
+                record = _Record(live, self._prompt(live), self._predicted(live.prediction))
+                self._records[live] = record
+            if record.seconds > _SLOW:
+                continue
+            guess = self._guess(live, record)
+            offers.append((live, None if guess is None else self._offer(live, record, guess, least)))
+            record.note()
+        if self.model is None:
+            guesses = [(live, *offer) for live, offer in offers if offer is not None]
+        else:
+            guesses = self.model.improve(offers, rows, times.seconds, self._rows)
+        chosen = bool(guesses) and self._choose(guesses, rows)
+        if chosen:
+            self._idle = self._rest = 0
+        elif guesses:
+            self._idle += 1
+            if self._idle % _PATIENCE == 0:
+                times.relax()
+        return chosen
+
+    def _predicted(self, prediction: Prediction | None) -> Text | None:
+        """A prediction as a text that ends where it ends; one for all sequences of a request."""
+        if prediction is None:
+            return None
+        text = self._predictions.get(prediction)
+        if text is None:
+            text = self._predictions[prediction] = Text([*prediction.tokens, SEPARATOR])
+        return text
+
+    def _prompt(self, live: LiveSequence) -> Text:
+        """A prompt as a text; one for all sequences of a request."""
+        sequence, request_id = live.sequence, live.request.request_id
+        text = self._prompts.get(request_id)
+        if text is None:
+            text = self._prompts[request_id] = Text(sequence.tokens, size=sequence.num_prompt_tokens)
+        return text
+
+    def _guess(self, live: LiveSequence, record: _Record) -> _Guess | None:
+        """What the sequence may go on with; the last guess is judged before."""
+        tokens, guess, grammar = live.sequence.tokens, record.guess, live.state.grammar
+        for place in range(record.known, len(tokens)):
+            if grammar is not None and place > live.sequence.num_prompt_tokens:
+                record.behind[tokens[place - 1]] = place
+            if guess is None:
+                continue
+            if guess.place >= len(guess.tokens) or guess.tokens[guess.place] == SEPARATOR:
+                guess = None
+                continue
+            right = guess.tokens[guess.place] == tokens[place]
+            self._judge(record, guess, right)
+            if not right:
+                guess = None
+                continue
+            guess.place += 1
+            if guess.length > _FORM:
+                guess.length = min(guess.length + 1, LONGEST_MATCH)
+            elif not guess.length and guess.place == len(guess.tokens):
+                record.behind[SEPARATOR] = place + 1
+            guess = guess.rest
+        record.known = len(tokens)
+        self._left -= record.text.follow(self._left)
+        if record.prediction is not None:
+            self._left -= record.prediction.follow(self._left)
+        if grammar is not None and (guess is None or guess.length):
+            began = time.thread_time()
+            if forced := grammar.forced():
+                guess = guess or self._found(live, record)
+                if guess is None or not self._is_better(record, guess, grammar):
+                    guess = _Guess(forced, 0, 0)
+            record.spent += time.thread_time() - began
+        record.guess = guess or self._found(live, record) or self._behind(record, tokens[-1])
+        return record.guess
+
+    def _is_better(self, record: _Record, guess: _Guess, grammar: GrammarState) -> bool:
+        """Whether what followed before is likelier than what must come as the tokenizer writes it: a model may cut the
+        same text in another way, and then does so again.
+        """
+        likelier = self._luck(record, guess.length, guess.mark) > self._luck(record, 0)
+        return likelier and bool(grammar.legal(guess.upcoming(1)))
+
+    def _behind(self, record: _Record, token: int) -> _Guess | None:
+        """In a form what followed a token when it stood there last; `SEPARATOR` for what left no choice."""
+        place = record.behind.get(token)
+        if place is None or place >= len(record.text.tokens):
+            return None
+        return _Guess(record.text.tokens, place, _FORM, token)
+
+    def _found(self, live: LiveSequence, record: _Record) -> _Guess | None:
+        text, prediction = record.text, record.prediction
+        least, most = self._config.prompt_lookup_min, self._config.prompt_lookup_max
+        place, length = text.find(text.tokens, least, most)
+        tokens = text.tokens
+        if self._past is not None and length < most and live.sequence.request.params.cache_salt is None:
+            other, there, longer = self._past.find(text.tokens, least, most)
+            if longer > length:
+                tokens, place, length = other, there, longer
+        if prediction is not None:
+            there, longer = prediction.find(text.tokens, least, most)
+            if longer and longer >= length:
+                tokens, place, length = prediction.tokens, there, longer
+        mark = None if live.state.grammar is None or length > _SHORT else text.tokens[-1]
+        return _Guess(tokens, place, length, mark) if length else None
+
+    def _judge(self, record: _Record, guess: _Guess, right: bool) -> None:
+        bucket = _BUCKETS[guess.length]
+        if guess.mark is not None:
+            hits, tries = record.fared.get(guess.mark, (0.0, 0.0))
+            record.fared[guess.mark], guess.mark = (hits + right, tries + 1), None
+        if self._tries[bucket] >= FADING:
+            self._tries[bucket] *= 0.5
+            self._hits[bucket] *= 0.5
+        self._tries[bucket] += 1
+        record.tries = record.tries * 0.95 + 1
+        record.hits *= 0.95
+        if right:
+            self._hits[bucket] += 1
+            record.hits += 1
+
+    def _offer(
+        self, live: LiveSequence, record: _Record, guess: _Guess, least: float
+    ) -> tuple[list[int], list[float]] | None:
+        """Drafts, and for each how likely it and all before it are right; None where the first is less so than that."""
+        config, sequence = self._config, live.sequence
+        asked = min(config.num_speculative_tokens, live.state.params.num_speculative_tokens)
+        most = min(asked, self._rows, sequence.max_length - len(sequence.tokens) - 1)
+        if config.suffix_decoding_max_spec_factor is not None and guess.length:
+            most = min(most, int(guess.length * config.suffix_decoding_max_spec_factor))
+        least = max(least, config.suffix_decoding_min_token_prob)
+        grammar = live.state.grammar
+        if grammar is None:
+            chances = self._chances(record, guess, 1.0, least, most)
+            drafts = guess.upcoming(len(chances))
+            return (drafts, chances[: len(drafts)]) if drafts else None
+        began = time.thread_time()
+        found = self._in_form(grammar, record, guess, least, most)
+        record.spent += time.thread_time() - began
+        return found if found[0] else None
+
+    def _in_form(
+        self, grammar: GrammarState, record: _Record, guess: _Guess, least: float, most: int
+    ) -> tuple[list[int], list[float]]:
+        """Drafts that the grammar takes, and their chances: where a guess ends, another one goes on."""
+        drafts, chances = list[int](), list[float]()
+        scout = None
+        while True:
+            more = self._chances(record, guess, chances[-1] if chances else 1.0, least, most - len(drafts))
+            least = self._config.suffix_decoding_min_token_prob
+            tokens = guess.upcoming(len(more))
+            if guess.length:
+                tokens = tokens[: (scout or grammar).legal(tokens)]
+                ended = len(tokens) < len(more)
+            else:
+                ended = guess.place + len(tokens) == len(guess.tokens)
+            drafts += tokens
+            chances += more[: len(tokens)]
+            guess.end = guess.then = None
+            if not ended or not tokens or len(drafts) >= most:
+                return drafts, chances
+            scout = scout or grammar.ahead()
+            if scout is None or not all(map(scout.accept, tokens)):
+                return drafts, chances
+            guess.end = guess.place + len(tokens)
+            forced = scout.ff_tokens() if guess.length else []
+            then = _Guess(forced, 0, 0) if forced else self._behind(record, drafts[-1] if guess.length else SEPARATOR)
+            if then is None:
+                return drafts, chances
+            guess.then = guess = then
+
+    def _luck(self, record: _Record, length: int, mark: int | None = None) -> float:
+        """How likely the next token of a guess is right."""
+        luck = self._hits[_BUCKETS[length]] / self._tries[_BUCKETS[length]]
+        if length:
+            luck = (record.hits + OWN_WEIGHT * luck) / (record.tries + OWN_WEIGHT)
+        if mark is not None:
+            hits, tries = record.fared.get(mark, (0.0, 0.0))
+            luck = (hits + _MARK_WEIGHT * luck) / (tries + _MARK_WEIGHT)
+        return min(luck, SURE)
+
+    def _chances(self, record: _Record, guess: _Guess, chance: float, least: float, most: int) -> list[float]:
+        """How likely the next tokens of a guess are right, each with all before it, as far as that is likely enough."""
+        chances, length, mark = list[float](), guess.length, guess.mark
+        for _ in range(most):
+            chance *= self._luck(record, length, mark)
+            mark = None
+            if chance < least:
+                break
+            least = self._config.suffix_decoding_min_token_prob
+            chances.append(chance)
+            if length > _FORM:
+                length = min(length + 1, LONGEST_MATCH)
+        return chances
+
+    def _choose(self, guesses: list[tuple[LiveSequence, list[int], list[float]]], rows: int) -> bool:
+        """Gives the step the drafts that make the most tokens in its time; False where that is none."""
+        offers = [(chance, place) for place, (_, _, chances) in enumerate(guesses) for chance in chances]
+        if len(guesses) > 1:
+            offers.sort(reverse=True)
+        plain = self.times(rows)
+        best, rate, tokens = 0, self.times.GAIN * rows / plain, float(rows)
+        for count, (chance, _) in enumerate(offers[: self._rows], 1):
+            tokens += chance
+            seconds = self.times(rows + count) + self.times.LEAVING * plain
+            if tokens > rate * seconds:
+                best, rate = count, tokens / seconds
+        counts = [0] * len(guesses)
+        for _, place in offers[:best]:
+            counts[place] += 1
+        for (live, drafts, _), count in zip(guesses, counts, strict=True):
+            live.sequence.drafts = tuple(drafts[:count])
+        return best > 0

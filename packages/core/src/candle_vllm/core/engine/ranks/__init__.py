@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""Divide a model among processes, devices and machines."""

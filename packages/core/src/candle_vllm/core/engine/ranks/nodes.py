@@ -1,0 +1,473 @@
+# SPDX-License-Identifier: MIT
+"""Several machines: where the ranks of other nodes come in, how they join, and what runs on a node but the first.
+
+The first node listens at one address for as long as ranks are missing. Whoever connects proves that it has the key of
+the cluster, and so does the first node; what both say afterwards is signed, frame by frame, by keys of that connection.
+Nothing is hidden, and what Gloo and NCCL send is not even signed: the network between nodes must be private.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import hashlib
+import hmac
+import logging
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from importlib.metadata import version
+from typing import IO, Any, NamedTuple
+
+import msgspec
+
+from candle_vllm.core.assembly.placement import resolve_ranks
+from candle_vllm.core.config import EngineConfig
+from candle_vllm.core.engine.ranks.rank_line import SILENCE, TICK, Line, read_exactly, time_left
+from candle_vllm.core.errors import ConfigError, EngineDeadError
+from candle_vllm.core.threads import default_threads, ending
+
+logger = logging.getLogger(__name__)
+
+RANK = (sys.executable, "-P", "-m", "candle_vllm.core.engine.ranks.rank")
+REFUSED = 2  # exit status of a rank that the first node does not want
+OWN = ("model", "weight_file", "revision", "tokenizer", "download_dir", "hf_token", "offline", "device", "threads",
+       "prompt_cache_url")  # fmt: skip
+"""Settings that are each node's own: where files lie, what computes, secrets. All else is as the first node has it."""
+_PROCESS = secrets.token_bytes(16)  # of this process
+_MAGIC = b"candle-vllm ranks 1\n"
+_NONCE = 32
+_MOST_HELLO = 1024  # bytes
+_SHAKING = 5.0  # seconds that a handshake may take, all of it
+_AT_ONCE = 64  # connections that have not proved yet that they know the key
+_AGAIN = 1.0  # seconds until a rank asks again whether the first node is there
+_GLANCE = 0.2  # seconds between two looks whether anybody is to come in any more
+_NOTICE = 30.0  # seconds between two lines of the log about who is missing
+JOINING = 1800.0  # seconds that the first node waits for the others
+_ENDING = 10.0  # seconds that the ranks of a node may take to end
+
+
+class Hello(msgspec.Struct, frozen=True):
+    """Who wants to join; `process` tells it from others that say they are the same rank."""
+
+    rank: int
+    size: int
+    nodes: int
+    side: bool
+    process: bytes
+    version: str
+    nonce: bytes
+
+
+class Verdict(msgspec.Struct, frozen=True):
+    """Whether it may; "" is yes."""
+
+    refusal: str
+
+
+class Invitation(msgspec.Struct, frozen=True):
+    """What a rank reads from its standard input, as a line of JSON, to join the first node.
+
+    `own` are settings that the first one does not decide; the end of that input ends the rank.
+    """
+
+    host: str
+    port: int
+    key: str
+    rank: int
+    size: int
+    nodes: int
+    own: dict[str, Any]
+    log_level: int
+
+
+class Joined(NamedTuple):
+    """A rank of another machine: the line by which it is told, the other one, and where it is."""
+
+    line: Line
+    side: Line
+    where: str
+
+
+class Door:
+    """Where the ranks of other machines come in.
+
+    Args:
+        host, port: where to listen; port 0 is any.
+        key: what who comes in must know.
+        ranks: those that are missing.
+        size, nodes: of the engine.
+
+    Attributes:
+        host, port: where it listens.
+
+    Raises:
+        ConfigError: nobody can listen there.
+    """
+
+    def __init__(self, host: str, port: int, key: str, ranks: range, size: int, nodes: int) -> None:
+        self._key, self._ranks, self._size, self._nodes = key.encode(), ranks, size, nodes
+        try:
+            self._listener = socket.create_server((host, port), backlog=128, family=_family(host, port))
+        except OSError as error:
+            raise ConfigError(
+                f"the first node cannot listen on {host} port {port} (master_addr, master_port): "
+                f"{error.strerror or error}. "
+                "master_addr is an address of the first node that the others can reach",
+                "master_addr",
+            ) from None
+        self._listener.settimeout(_GLANCE)  # not by select(2), which knows no descriptor from 1024 on
+        self.host, self.port = self._listener.getsockname()[:2]
+        self._changed = threading.Condition()
+        self._found: dict[int, tuple[bytes, dict[bool, Line]]] = {}
+        self._closed = False
+        self._strangers: dict[socket.socket, str] = {}  # and their addresses, who came first at the beginning
+        threading.Thread(target=self._listen, name="candle-vllm-nodes", daemon=True).start()
+
+    def _listen(self) -> None:
+        said = ""
+        while not self._closed:
+            try:
+                self._let_in()
+                said = ""
+            except TimeoutError:
+                continue
+            except (
+                OSError,
+                RuntimeError,
+            ) as error:  # this process may have no more files or threads, and again at once
+                if str(error) != said:
+                    said = str(error)
+                    logger.warning("who wants to join as a rank cannot be let in: %s", said)
+                time.sleep(_GLANCE)
+        self._listener.close()
+
+    def _let_in(self) -> None:
+        """Waits for one and has a thread of its own look who it is."""
+        connection, (address, *_) = self._listener.accept()
+        with self._changed:
+            if len(self._strangers) >= _AT_ONCE:
+                self._send_one_away()
+            self._strangers[connection] = address
+        looking = threading.Thread(target=self._admit, args=(connection,), name="candle-vllm-joining", daemon=True)
+        try:
+            looking.start()
+        except RuntimeError:
+            self._is_stranger_no_more(connection)
+            connection.close()
+            raise
+
+    def _send_one_away(self) -> None:
+        """Of the address with most strangers, whoever came first: a rank with the key is done in a moment."""
+        ((crowd, _),) = collections.Counter(self._strangers.values()).most_common(1)
+        first = next(each for each, address in self._strangers.items() if address == crowd)
+        del self._strangers[first]
+        with contextlib.suppress(OSError):
+            first.shutdown(socket.SHUT_RDWR)  # its thread closes it
+
+    def _is_stranger_no_more(self, connection: socket.socket) -> bool:
+        """False where it was sent away before."""
+        with self._changed:
+            return self._strangers.pop(connection, None) is not None
+
+    def _admit(self, connection: socket.socket) -> None:
+        try:
+            self._shake_hands(connection, time.monotonic() + _SHAKING)
+        except (EOFError, OSError, ValueError, msgspec.MsgspecError) as error:
+            with contextlib.suppress(OSError):
+                logger.warning("%s cannot join as a rank: %s", connection.getpeername()[0], error)
+            connection.close()
+        finally:
+            self._is_stranger_no_more(connection)
+
+    def _shake_hands(self, connection: socket.socket, until: float) -> None:
+        connection.settimeout(time_left(until))
+        nonce = secrets.token_bytes(_NONCE)
+        connection.sendall(_MAGIC + nonce)
+        said = _take(connection, until)
+        if not hmac.compare_digest(read_exactly(connection, 32, until), _mac(self._key, b"hello", nonce, said)):
+            connection.sendall(_frame(b"") + bytes(32))  # which is no proof: it is not to ask again
+            raise ValueError("it does not know the key of this cluster (cluster_key)")
+        if not self._is_stranger_no_more(connection):
+            raise EOFError("too many others came meanwhile")
+        hello = msgspec.msgpack.decode(said, type=Hello)
+        refusal = self._refusal(hello)
+        verdict = msgspec.msgpack.encode(Verdict(refusal))
+        connection.sendall(_frame(verdict) + _mac(self._key, b"verdict", nonce, said, verdict))
+        if refusal:
+            raise ValueError(refusal)
+        _keep(connection)
+        line = Line(connection, _keys(self._key, nonce, said))
+        with self._changed:
+            if self._closed:
+                connection.close()
+                return
+            process, lines = self._found.get(hello.rank, (hello.process, {}))
+            if process != hello.process:  # the rank was started again meanwhile
+                for former in lines.values():
+                    former.socket.close()
+                lines = {}
+            lines[hello.side] = line
+            self._found[hello.rank] = hello.process, lines
+            self._changed.notify_all()
+
+    def _refusal(self, hello: Hello) -> str:
+        if hello.version != version("candle-vllm-core"):
+            return f"it has version {hello.version}, and the first node {version('candle-vllm-core')}: install the same"
+        if (hello.size, hello.nodes) != (self._size, self._nodes) or hello.rank not in self._ranks:
+            return (
+                f"it is rank {hello.rank} of {hello.size} on {hello.nodes} nodes, and the first node waits for ranks "
+                f"{self._ranks.start} to {self._ranks.stop - 1} of {self._size} on {self._nodes} nodes: start all with "
+                "the same nnodes, tensor_parallel_size and pipeline_parallel_size, each with a node_rank of its own"
+            )
+        return ""
+
+    def _missing(self) -> list[int]:
+        return [rank for rank in self._ranks if len(self._found.get(rank, (b"", {}))[1]) < 2]
+
+    def everyone(self) -> dict[int, Joined]:
+        """Waits until all are there; nobody comes in afterwards.
+
+        Raises:
+            EngineDeadError: the door was closed.
+            ConfigError: some did not come.
+        """
+        until = time.monotonic() + JOINING
+        with self._changed:
+            while missing := self._missing():
+                if self._closed:
+                    raise EngineDeadError("a rank has ended before all were there")
+                if time.monotonic() > until:
+                    raise ConfigError(
+                        f"ranks {_listed(missing)} have not joined at {self.host} port {self.port} within "
+                        f"{JOINING:.0f} s: "
+                        "start candle-vllm on every node with the same --master-addr, --master-port and key, and a "
+                        "--node-rank of its own",
+                        "nnodes",
+                    )
+                if not self._changed.wait(_NOTICE):
+                    logger.info("waiting at %s port %d for ranks %s", self.host, self.port, _listed(missing))
+            self._closed = True
+            found, self._found = self._found, {}
+        lines = {rank: found[rank][1] for rank in self._ranks}
+        return {
+            rank: Joined(each[False], each[True], each[False].socket.getpeername()[0]) for rank, each in lines.items()
+        }
+
+    def close(self) -> None:
+        """Nobody comes in any more; who has come and was not asked for is sent away."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+            for _, lines in self._found.values():
+                for line in lines.values():
+                    line.socket.close()
+
+
+def join(given: IO[bytes]) -> tuple[Line, Line, Invitation]:
+    """A rank of another machine joins the first one: the line by which it is told, its side line, and by what.
+
+    Args:
+        given: where the invitation comes from; the end of it is the end of this process.
+
+    Raises:
+        ConfigError: the first node does not want it, or it is not the first node of this cluster.
+    """
+    invitation = msgspec.json.decode(given.readline(), type=Invitation)
+    threading.Thread(target=_end_with, args=(given,), name="candle-vllm-node", daemon=True).start()
+    line = _connect(invitation, side=False)
+    return line, _connect(invitation, side=True), invitation
+
+
+def _end_with(given: IO[bytes]) -> None:
+    given.read()
+    os._exit(0)  # whatever its threads wait for
+
+
+def _connect(invitation: Invitation, *, side: bool) -> Line:
+    said_so = False
+    while True:
+        try:
+            connection = socket.create_connection((invitation.host, invitation.port), _SHAKING)
+        except OSError as error:
+            if not said_so:
+                logger.info("waiting for the first node at %s port %d (%s)", invitation.host, invitation.port, error)
+            said_so = True
+            time.sleep(_AGAIN)
+            continue
+        try:
+            return _introduce(connection, invitation, side)
+        except (EOFError, OSError) as error:  # of a node that just ends
+            connection.close()
+            logger.info("the first node let this rank go: %s; it asks again", error)
+            time.sleep(_AGAIN)
+        except ValueError as error:
+            connection.close()
+            raise ConfigError(str(error), "cluster_key") from None
+
+
+def _introduce(connection: socket.socket, invitation: Invitation, side: bool) -> Line:
+    until = time.monotonic() + _SHAKING
+    key = invitation.key.encode()
+    if read_exactly(connection, len(_MAGIC), until) != _MAGIC:
+        raise ValueError(f"who listens at {invitation.host} port {invitation.port} is no first node of this version")
+    nonce = read_exactly(connection, _NONCE, until)
+    said = Hello(
+        invitation.rank,
+        invitation.size,
+        invitation.nodes,
+        side,
+        _PROCESS,
+        version("candle-vllm-core"),
+        secrets.token_bytes(_NONCE),
+    )
+    hello = msgspec.msgpack.encode(said)
+    connection.sendall(_frame(hello) + _mac(key, b"hello", nonce, hello))
+    verdict = _take(connection, until)
+    if not hmac.compare_digest(read_exactly(connection, 32, until), _mac(key, b"verdict", nonce, hello, verdict)):
+        raise ValueError(
+            f"the first node at {invitation.host} port {invitation.port} and this one do not know the same key: "
+            "cluster_key is the same on all nodes"
+        )
+    refusal = msgspec.msgpack.decode(verdict, type=Verdict).refusal
+    if refusal:
+        raise ValueError(f"the first node refuses this rank: {refusal}")
+    _keep(connection)
+    here, there = _keys(key, nonce, hello)
+    return Line(connection, (there, here))
+
+
+def _keys(key: bytes, nonce: bytes | bytearray, hello: bytes | bytearray) -> tuple[bytes, bytes]:
+    """By which the first node signs, and by which the other rank does."""
+    return _mac(key, b"to the rank", nonce, hello), _mac(key, b"to the first", nonce, hello)
+
+
+def _mac(key: bytes, *parts: bytes | bytearray) -> bytes:
+    digest = hmac.new(key, digestmod=hashlib.sha256)
+    for part in parts:
+        digest.update(len(part).to_bytes(4, "little"))
+        digest.update(part)
+    return digest.digest()
+
+
+def _frame(data: bytes) -> bytes:
+    return len(data).to_bytes(2, "little") + data
+
+
+def _take(connection: socket.socket, until: float | None = None) -> bytearray:
+    size = int.from_bytes(read_exactly(connection, 2, until), "little")
+    if size > _MOST_HELLO:
+        raise ValueError("what it says is too long")
+    return read_exactly(connection, size, until)
+
+
+def _keep(connection: socket.socket) -> None:
+    """Nothing waits to be sent, and a cut is noticed while a process is too busy to say that it lives."""
+    connection.settimeout(None)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    milliseconds = int(SILENCE * TICK * 1000)
+    for name, value in (
+        ("TCP_KEEPIDLE", 2),
+        ("TCP_KEEPINTVL", 2),
+        ("TCP_KEEPCNT", 3),
+        ("TCP_USER_TIMEOUT", milliseconds),
+    ):
+        if hasattr(socket, name):
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def _family(host: str, port: int) -> socket.AddressFamily:
+    return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+
+
+def _listed(ranks: list[int]) -> str:
+    shown = ", ".join(map(str, ranks[:8]))
+    return shown if len(ranks) <= 8 else f"{shown} and {len(ranks) - 8} more"
+
+
+def share_of_threads(asked: int | None, ranks: int) -> int:
+    """Threads of one of so many ranks of this machine: as many as were asked for, or its share of the cores."""
+    return asked or max(1, default_threads() // ranks)
+
+
+def rank_device(config: EngineConfig, rank: int) -> dict[str, Any]:
+    """The device of a rank's own among those of its node, on the CPU a share of the threads: settings."""
+    here = config.ranks // config.nnodes
+    devices = config.device.split(",")
+    if devices == ["cpu"]:
+        return {"threads": share_of_threads(config.threads, here)}
+    if len(devices) == 1:
+        devices = [f"cuda:{number}" for number in range(here)]
+    return {"device": devices[rank % here]}
+
+
+def invited(config: EngineConfig, host: str, port: int, key: str, rank: int) -> Invitation:
+    """The invitation of a rank of this node."""
+    plain = config.plain()
+    own = {name: plain[name] for name in OWN if plain[name] is not None} | rank_device(config, rank)
+    level = logging.getLogger("candle_vllm").getEffectiveLevel()
+    return Invitation(host, port, key, rank, config.ranks, config.nnodes, own, level)
+
+
+def start_rank(invitation: Invitation) -> subprocess.Popen[bytes]:
+    """A process of this machine that is to be a rank, and ends with this one."""
+    process = subprocess.Popen((*RANK, "join"), stdin=subprocess.PIPE, start_new_session=True)
+    assert process.stdin is not None
+    process.stdin.write(msgspec.json.encode(invitation) + b"\n")
+    process.stdin.flush()
+    return process
+
+
+def run_node(config: EngineConfig) -> int:
+    """Runs the ranks of a node that is not the first, until SIGTERM or Ctrl+C; returns the exit status.
+
+    When the first node goes, or any rank, they end, and others wait for the first node to come back.
+
+    Raises:
+        ConfigError: as of `resolve_ranks`.
+    """
+    config = resolve_ranks(config)
+    assert config.cluster_key is not None
+    here = config.ranks // config.nnodes
+    ranks = range(config.node_rank * here, (config.node_rank + 1) * here)
+    stopped = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopped.set())
+    logger.info(
+        "node %d of %d: ranks %s join at %s port %d",
+        config.node_rank, config.nnodes, _listed(list(ranks)), config.master_addr, config.master_port,
+    )  # fmt: skip
+    while not stopped.is_set():
+        processes = [
+            start_rank(invited(config, config.master_addr, config.master_port, config.cluster_key, rank))
+            for rank in ranks
+        ]
+        try:
+            while not stopped.wait(0.1) and all(process.poll() is None for process in processes):
+                pass
+            until = time.monotonic() + (0 if stopped.is_set() else _ENDING)  # the others end because one did
+            for process in processes:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(max(0.0, until - time.monotonic()))
+        finally:
+            for process in processes:
+                assert process.stdin is not None
+                process.stdin.close()
+                process.kill()
+                process.wait()
+        if stopped.is_set():
+            return 0
+        if any(process.returncode == REFUSED for process in processes):
+            return REFUSED
+        fates = ", ".join(
+            f"rank {rank} {ending(process.returncode)}" for rank, process in zip(ranks, processes, strict=True)
+        )
+        logger.info("the ranks of this node have ended (%s); new ones wait for the first node", fates)
+        stopped.wait(_AGAIN)
+    return 0

@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: MIT
+"""A rank's process: loads its part of the model, and runs its part of every step that the first rank tells it.
+
+Started as `python -m candle_vllm.core.engine.ranks.rank LINE,SIDE,RING,MEMORY` by `Ranks`, with the descriptors of its
+lines, which say everything else, of the ring by which ranks of one machine are told, and of the memory in which they
+add up ("" where there is none); or as `... rank join`, with an `Invitation` on its standard input, to be a rank of
+another machine.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO, TypeAlias
+
+from candle_vllm.core.assembly.encoder import load_any_model
+from candle_vllm.core.assembly.model import LoadedModel
+from candle_vllm.core.config import EngineConfig
+from candle_vllm.core.devices import choose_device
+from candle_vllm.core.engine.adapters.adapter_loading import adapter_loader
+from candle_vllm.core.engine.adapters.adapter_store import LoadedAdapter
+from candle_vllm.core.engine.build import build_rank
+from candle_vllm.core.engine.cache.block_tiers import BlockParts, keep_parts
+from candle_vllm.core.engine.ranks.message_ring import RingLine
+from candle_vllm.core.engine.ranks.nodes import REFUSED, Invitation, join
+from candle_vllm.core.engine.ranks.rank_line import (
+    SILENCE,
+    AdapterLoaded,
+    Begin,
+    BlockRead,
+    BlocksClosed,
+    BringBlocks,
+    CloseBlocks,
+    EndReading,
+    Failed,
+    ForgetAdapters,
+    ForgetBlocks,
+    Go,
+    KeepBlocks,
+    Line,
+    LoadAdapter,
+    ReadBlocks,
+    Ready,
+    Side,
+    Sleep,
+    ToldBatches,
+    ToRank,
+    WakeUp,
+    as_ints,
+)
+from candle_vllm.core.engine.ranks.ranks import meet
+from candle_vllm.core.engine.runners.model_runner import ModelRunner
+from candle_vllm.core.engine.runners.sleeping import Sleeper, files_mark
+from candle_vllm.core.errors import CandleVllmError, ConfigError, EngineDeadError
+from candle_vllm.core.kernels.collectives import Collective
+from candle_vllm.core.memory import available_memory
+from candle_vllm.core.shown import start_logging
+from candle_vllm.core.threads import LOADING_THREADS, collect_seldom
+
+logger = logging.getLogger(__name__)
+
+_LATER = 3  # ticks that the first rank has to say of a link that was cut, before this one ends and so says nothing
+
+Load: TypeAlias = Callable[[Path], LoadedAdapter]
+
+
+def main(given: str) -> int:
+    """Runs a rank until the line ends; returns the exit status."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # meant for the first rank, which ends the others
+        signal.signal(number, signal.SIG_IGN)
+    collect_seldom()
+    try:
+        if given == "join":
+            return _join()
+        line, side, ring, memory = given.split(",")
+        return _run(_descriptor(line), _descriptor(side), None, _shared(ring), _shared(memory))
+    except (EOFError, ConnectionError):
+        logger.debug("the first rank has gone", exc_info=True)
+        return 0
+    except Exception:
+        logger.exception("a rank has failed")
+        return 1
+
+
+def _descriptor(number: str) -> Line:
+    line = Line(socket.socket(fileno=int(number)))
+    line.socket.set_inheritable(False)
+    return line
+
+
+def _shared(number: str) -> BinaryIO | None:
+    if not number:
+        return None
+    os.set_inheritable(int(number), False)
+    return os.fdopen(int(number), "r+b", buffering=0)
+
+
+def _join() -> int:
+    given = sys.stdin.buffer
+    _log_as("rank", logging.INFO)
+    try:
+        line, side, invitation = join(given)
+    except ConfigError as error:
+        logger.error("%s", error)
+        return REFUSED
+    return _run(line, side, invitation)
+
+
+def _log_as(name: str, level: int) -> None:
+    start_logging(level, format=f"%(asctime)s %(levelname)s {name}: %(name)s: %(message)s")
+
+
+def _run(
+    line: Line,
+    side_line: Line,
+    invitation: Invitation | None,
+    ring: BinaryIO | None = None,
+    memory: BinaryIO | None = None,
+) -> int:
+    side = Side(side_line, line, None if invitation is None else SILENCE + _LATER)
+    begin: Begin = line.receive(Begin)
+    if ring is not None:
+        line = RingLine(line.socket, ring, begin.rank)
+    _log_as(f"rank {begin.rank}", begin.log_level)
+    try:
+        own: dict[str, Any] = {} if invitation is None else invitation.own | {"cluster_key": invitation.key}
+        if begin.kept_in_redis and own.get("prompt_cache_url") is None:
+            raise ConfigError(
+                "prompt_cache_url is set on the first node, and not on this one; it may have a password, which is not "
+                "sent: set it on every node",
+                "prompt_cache_url",
+            )
+        if invitation is not None and not begin.kept_in_redis:
+            own.pop("prompt_cache_url", None)
+        config = EngineConfig(**begin.config | own)
+        line.send(Ready(0))
+        line.receive(Go)
+        host = begin.host or line.socket.getsockname()[0]
+        stages = config.pipeline_parallel_size
+        ranks = meet(begin.rank, begin.size, config.device, side, host, stages, memory)
+        runner, sleeper, load, parts = _loaded(config, ranks, begin.rank, line, side, theirs=invitation is not None)
+    except EngineDeadError:
+        return 0
+    except CandleVllmError as error:
+        line.send(Failed(str(error), getattr(error, "setting", None)))
+        return 1
+    _serve(runner, sleeper, load, parts, line, side)
+    return 0
+
+
+def _loaded(
+    config: EngineConfig, ranks: Collective, rank: int, line: Line, side: Side, *, theirs: bool
+) -> tuple[ModelRunner, Sleeper, Load | None, BlockParts | None]:
+    LOADING_THREADS.set(config.threads)
+    loaded = load_any_model(config, choose_device(config.device), lambda *_: None, ranks=ranks)
+    assert isinstance(loaded, LoadedModel)
+    line.send(Ready(1, files_mark(loaded.files, times=False) if theirs else None))
+    line.receive(Go)
+    runner, sleeper = build_rank(config, loaded, ranks)
+    load = None
+    if config.enable_lora:
+        load = adapter_loader(config, loaded, runner, config.lora_memory or available_memory())  # the first one counts
+    parts = keep_parts(config, loaded, runner, rank, lambda *said: side.tell(BlockRead(*said)))
+    if parts is not None:
+        side.read_by(functools.partial(_read_blocks, parts))
+    return runner, sleeper, load, parts
+
+
+def _read_blocks(parts: BlockParts, asked: ReadBlocks | EndReading) -> None:
+    if isinstance(asked, ReadBlocks):
+        parts.read(asked.reading, asked.digests)
+    else:
+        parts.end(asked.reading, asked.brought)
+
+
+def _load_adapters(asked: queue.SimpleQueue[LoadAdapter], load: Load, batches: ToldBatches, line: Line) -> None:
+    """Loads what is asked for, in a thread of its own."""
+    while True:
+        each = asked.get()
+        try:
+            packed: Any = load(Path(each.path)).packed
+        except CandleVllmError as error:
+            line.send(AdapterLoaded(each.number, b"", str(error)))
+        except Exception as error:
+            logger.exception("an adapter could not be loaded")
+            line.send(AdapterLoaded(each.number, b"", f"{type(error).__name__}: {error}"))
+        else:
+            batches.adapters[each.number] = packed
+            line.send(AdapterLoaded(each.number, packed.digest))
+
+
+def _serve(
+    runner: ModelRunner, sleeper: Sleeper, load: Load | None, parts: BlockParts | None, line: Line, side: Side
+) -> None:
+    batches, asked = ToldBatches(), queue.SimpleQueue[LoadAdapter]()
+    if load is not None:
+        threading.Thread(target=_load_adapters, args=(asked, load, batches, line), daemon=True).start()
+    while True:
+        message: ToRank = line.receive(ToRank)
+        if batches.run(runner, message):
+            continue
+        if isinstance(message, LoadAdapter):
+            asked.put(message)
+        elif isinstance(message, ForgetAdapters):
+            for number in message.numbers:
+                batches.adapters.pop(number, None)
+        elif isinstance(message, Sleep):
+            sleeper.check(message.level)
+            sleeper.sleep(message.level)
+        elif isinstance(message, WakeUp):
+            sleeper.wake_up(message.tags)
+        elif parts is not None and isinstance(message, KeepBlocks):
+            for block, digest in zip(as_ints(message.blocks).tolist(), message.digests, strict=True):
+                parts.offer(block, digest)
+        elif parts is not None and isinstance(message, BringBlocks):
+            for block in as_ints(message.blocks).tolist():
+                parts.bring(message.reading, block)
+        elif parts is not None and isinstance(message, ForgetBlocks):
+            parts.clear()
+        elif parts is not None and isinstance(message, CloseBlocks):
+            parts.close()
+            side.tell(BlocksClosed())
+        else:
+            raise ValueError(f"a rank at work is told {type(message).__name__}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,673 @@
+# SPDX-License-Identifier: MIT
+"""What goes over the lines between the first rank and the others: frames of a few types, behind their length.
+
+Each has two: over the line it is told what to run, in the order of the steps. Over the side line, beside the steps,
+both say that they live, the others read and write the board by which the ranks find each other, and blocks are read.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import functools
+import hashlib
+import hmac
+import itertools
+import logging
+import os
+import queue
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, TypeAlias, TypeVar
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from candle_vllm.core.engine.runners.model_runner import ModelRunner
+from candle_vllm.core.engine.step.batch import AdapterRows, Batch, EmbeddedRows, Ints, TurnedRows
+from candle_vllm.core.errors import EngineDeadError
+from candle_vllm.core.kernels.sampling.contract import Control
+from candle_vllm.core.kernels.sampling.shares import Wish
+from candle_vllm.core.kernels.states import StateRows
+
+logger = logging.getLogger(__name__)
+
+MOST_BYTES = 1 << 28  # of a frame
+_PIECE = 1 << 20  # bytes of a frame that are given memory before they have come
+_TAG_BYTES = 16  # behind each frame of a line to another machine
+TICK = 1.0  # seconds between two signs of life
+SILENCE = 8  # ticks without a sign of life after which the other end counts as gone
+_GRACE = 1.0  # seconds that a rank has to end in good order when the first one has gone
+_FINDING = 120.0  # seconds that a rank waits for what another one writes to the board
+
+
+class Begin(msgspec.Struct, tag=True, frozen=True):
+    """What a rank is: its settings, which one of how many, at which address the others reach it ("": its line's).
+
+    `kept_in_redis`: where, it must know itself, for the address has a password.
+    """
+
+    config: dict[str, Any]
+    rank: int
+    size: int
+    host: str
+    log_level: int
+    kept_in_redis: bool = False
+
+
+class Go(msgspec.Struct, tag=True, frozen=True):
+    """All ranks are where this one is; the next thing is done together."""
+
+
+class Adapters(msgspec.Struct, frozen=True):
+    """Which rows of a step have which adapters: an `AdapterRows` as bytes, and the numbers of its adapters."""
+
+    rows: bytes
+    scales: bytes
+    starts: bytes
+    sources: bytes
+    numbers: tuple[int, ...]
+
+
+class Seen(msgspec.Struct, frozen=True):
+    """Which rows of a step stand for pictures, and how many numbers each is given, which the first rank has."""
+
+    rows: bytes
+    width: int
+
+
+class Turned(msgspec.Struct, frozen=True):
+    """A `TurnedRows` as bytes of int64."""
+
+    shifts: bytes
+    rows: bytes
+    places: bytes
+
+
+class LoadAdapter(msgspec.Struct, tag=True, frozen=True):
+    """Load a part of the adapter at a path, beside the steps."""
+
+    number: int
+    path: str
+
+
+class ForgetAdapters(msgspec.Struct, tag=True, frozen=True):
+    """No step has these any more."""
+
+    numbers: tuple[int, ...]
+
+
+class Forward(msgspec.Struct, tag=True, frozen=True):
+    """A step: the arrays of a `Batch` as bytes of int64; no tables where they are those of the step before.
+
+    `wishes` are those of the draw, as bytes of float64; None where logits are not divided. `states` are the arrays of
+    `StateRows`; None where no layer keeps a state.
+    """
+
+    tokens: bytes
+    query_start: bytes
+    context_lens: bytes
+    drawn_rows: bytes
+    num_decodes: int
+    tables: bytes | None
+    ahead: bytes | None
+    adapters: Adapters | None
+    seen: Seen | None = None
+    turned: Turned | None = None
+    wishes: bytes | None = None
+    states: tuple[bytes, ...] | None = None
+
+
+class Whole(msgspec.Struct, tag=True, frozen=True):
+    """Put these of the rows together that the last step draws from: candidates do not say what is drawn."""
+
+    rows: bytes
+
+
+class Next(msgspec.Struct, tag=True, frozen=True):
+    """The step behind the one that was told last, each of whose sequences goes on by one token; see `Batch.begun`."""
+
+    token_ids: bytes
+    begun: tuple[tuple[int, int, int], ...]
+    wishes: bytes | None = None
+    states: tuple[bytes, ...] | None = None
+
+
+class Land(msgspec.Struct, tag=True, frozen=True):
+    """The step that was begun first: what the last stage made of it comes back to the first one, which has the head."""
+
+
+class Score(msgspec.Struct, tag=True, frozen=True):
+    """Logits of rows of the last step."""
+
+    rows: bytes
+
+
+class Sleep(msgspec.Struct, tag=True, frozen=True):
+    """Give memory back; see `Sleeper`."""
+
+    level: int
+
+
+class WakeUp(msgspec.Struct, tag=True, frozen=True):
+    """Fill it again."""
+
+    tags: frozenset[str]
+
+
+class KeepBlocks(msgspec.Struct, tag=True, frozen=True):
+    """Write this rank's parts of blocks, whose numbers are bytes of int64, by their hashes; see `BlockParts.offer`."""
+
+    blocks: bytes
+    digests: tuple[bytes, ...]
+
+
+class BringBlocks(msgspec.Struct, tag=True, frozen=True):
+    """Write the next parts of a reading to the cache, at these blocks; see `BlockParts.bring`."""
+
+    reading: int
+    blocks: bytes
+
+
+class ForgetBlocks(msgspec.Struct, tag=True, frozen=True):
+    """Delete all parts of blocks that are kept."""
+
+
+class CloseBlocks(msgspec.Struct, tag=True, frozen=True):
+    """Write what is to be written; the answer is `BlocksClosed`."""
+
+
+ToRank: TypeAlias = (
+    Begin | Go | Forward | Next | Whole | Land | Score | Sleep | WakeUp | LoadAdapter | ForgetAdapters
+    | KeepBlocks | BringBlocks | ForgetBlocks | CloseBlocks
+)  # fmt: skip
+
+
+class Ready(msgspec.Struct, tag=True, frozen=True):
+    """A rank has come so far: 0 it is there, 1 its weights are, of files with this mark where they are its own."""
+
+    stage: int
+    files: str | None = None
+
+
+class Failed(msgspec.Struct, tag=True, frozen=True):
+    """A rank cannot go on; `setting` is which one is to blame, if any."""
+
+    message: str
+    setting: str | None = None
+
+
+class AdapterLoaded(msgspec.Struct, tag=True, frozen=True):
+    """A rank's part of an adapter is there, of files with this digest; or why it is not."""
+
+    number: int
+    digest: bytes
+    failure: str | None = None
+
+
+FromRank: TypeAlias = Ready | Failed | AdapterLoaded
+
+
+class Alive(msgspec.Struct, tag=True, frozen=True):
+    """Who sends it lives; both ends do, once a tick."""
+
+
+class Write(msgspec.Struct, tag=True, frozen=True):
+    """Write to the board."""
+
+    key: str
+    value: bytes
+
+
+class Read(msgspec.Struct, tag=True, frozen=True):
+    """What is there; once it is, unless `wait` is False."""
+
+    number: int
+    key: str
+    wait: bool = True
+
+
+class Add(msgspec.Struct, tag=True, frozen=True):
+    """Add to a number there; the answer is the sum, in decimal."""
+
+    number: int
+    key: str
+    amount: int
+
+
+class Found(msgspec.Struct, tag=True, frozen=True):
+    """The answer to a `Read` or an `Add`."""
+
+    number: int
+    value: bytes | None
+
+
+class ReadBlocks(msgspec.Struct, tag=True, frozen=True):
+    """Begin to read parts of blocks, beside the steps; see `BlockParts.read`."""
+
+    reading: int
+    digests: tuple[bytes, ...]
+
+
+class EndReading(msgspec.Struct, tag=True, frozen=True):
+    """No more of a reading is brought than so many blocks in all; see `BlockParts.end`."""
+
+    reading: int
+    brought: int
+
+
+class BlockRead(msgspec.Struct, tag=True, frozen=True):
+    """What became of the next block of a reading; see `BlockParts`."""
+
+    reading: int
+    found: bool
+    failed: bool
+
+
+class BlocksClosed(msgspec.Struct, tag=True, frozen=True):
+    """What was to be written is, as far as it can be."""
+
+
+FromSide: TypeAlias = Alive | Write | Read | Add | BlockRead | BlocksClosed
+ToSide: TypeAlias = Alive | Found | ReadBlocks | EndReading
+_Message = TypeVar("_Message")
+
+
+class Line:
+    """One end of a line between the first rank and another one.
+
+    Args:
+        end: the socket.
+        keys: by which frames are signed that are sent, and those that come; None within one machine. Frames are
+            counted, so that none can be left out, sent again or changed; they are not hidden.
+    """
+
+    def __init__(self, end: socket.socket, keys: tuple[bytes, bytes] | None = None) -> None:
+        self.socket = end
+        self._keys, self._sent, self._received = keys, itertools.count(), itertools.count()
+        self._sending = threading.Lock()  # steps and adapters have threads of their own
+
+    def send(self, message: ToRank | FromRank | FromSide | ToSide) -> None:
+        """Sends a message; OSError where the other end has gone."""
+        self.send_encoded(encoded(message))
+
+    def send_encoded(self, data: bytes) -> None:
+        """Sends a message that `encoded` has made, which may be sent over several lines."""
+        with self._sending:
+            tag = b"" if self._keys is None else _tag(self._keys[0], next(self._sent), data)
+            self.socket.sendall(len(data).to_bytes(4, "little") + data + tag)
+
+    def receive(self, kind: type[_Message] | Any) -> _Message:
+        """Waits for a message.
+
+        Raises:
+            EOFError: the other end has gone.
+            ValueError: what came is no such message.
+        """
+        size = int.from_bytes(read_exactly(self.socket, 4), "little")
+        if size > MOST_BYTES:
+            raise ValueError(f"a message of {size} bytes is announced; at most {MOST_BYTES} are read")
+        data = read_exactly(self.socket, size)
+        if self._keys is not None:
+            tag = read_exactly(self.socket, _TAG_BYTES)
+            if not hmac.compare_digest(tag, _tag(self._keys[1], next(self._received), data)):
+                raise ValueError("what came over a line was not sent by its other end")
+        return decoder(kind).decode(data)
+
+    def end(self) -> None:
+        """Ends it at both ends, for whoever waits for it here as well; what has come can still be received."""
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
+
+
+def encoded(message: ToRank | FromRank | FromSide | ToSide) -> bytes:
+    """A message as it is sent; ValueError where it is too long."""
+    data = msgspec.msgpack.encode(message)
+    if len(data) > MOST_BYTES:
+        raise ValueError(f"a message of {len(data)} bytes; at most {MOST_BYTES} are sent")
+    return data
+
+
+@functools.cache
+def decoder(kind: Any) -> msgspec.msgpack.Decoder[Any]:
+    """What reads messages of a kind, and refuses others; making one takes longer than reading a message."""
+    return msgspec.msgpack.Decoder(kind)
+
+
+def read_exactly(end: socket.socket, count: int, until: float | None = None) -> bytearray:
+    """So many bytes; memory is taken as they come.
+
+    Args:
+        end: what is read from.
+        count: bytes.
+        until: by `time.monotonic`, when all of them must be there, however they come.
+
+    Raises:
+        EOFError: the other end has gone.
+        TimeoutError: they are not there in time.
+    """
+    data, done = bytearray(), 0
+    while done < count:
+        if done == len(data):
+            data.extend(bytes(min(_PIECE, count - done)))
+        if until is not None:
+            end.settimeout(time_left(until))
+        with memoryview(data) as view:
+            try:
+                got = end.recv_into(view[done:])
+            except ConnectionError:
+                got = 0
+        if not got:
+            raise EOFError("the other end of the line has gone")
+        done += got
+    return data
+
+
+def time_left(until: float) -> float:
+    """Seconds until the deadline, more than 0; raises TimeoutError when the deadline has passed."""
+    left = until - time.monotonic()
+    if left <= 0:
+        raise TimeoutError("it took too long")
+    return left
+
+
+def _tag(key: bytes, number: int, data: bytes | bytearray) -> bytes:
+    digest = hashlib.blake2b(number.to_bytes(8, "little"), key=key, digest_size=_TAG_BYTES)
+    digest.update(data)
+    return digest.digest()
+
+
+class Board:
+    """What ranks write for each other, by names: where they are found; the first rank has it."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, bytes] = {}
+        self._waiting: dict[str, list[Callable[[bytes], object]]] = collections.defaultdict(list)
+        self._changed = threading.Condition()
+        self._closed = False
+
+    def set(self, key: str, value: bytes) -> None:
+        """Writes."""
+        with self._changed:
+            self._found[key] = value
+            told = self._waiting.pop(key, ())
+            self._changed.notify_all()
+        for each in told:
+            each(value)
+
+    def get(self, key: str) -> bytes:
+        """Waits until it is there.
+
+        Raises:
+            EngineDeadError: the ranks are ended.
+        """
+        with self._changed:
+            there = self._changed.wait_for(lambda: self._closed or key in self._found, _FINDING)
+            if self._closed or not there:
+                raise EngineDeadError("the ranks did not find each other")
+            return self._found[key]
+
+    def has(self, key: str) -> bool:
+        """Whether it is there."""
+        with self._changed:
+            return key in self._found
+
+    def add(self, key: str, amount: int) -> int:
+        """Adds to a number, 0 at first; the sum."""
+        with self._changed:
+            total = int(self._found.get(key, b"0")) + amount
+            self.set(key, str(total).encode())
+            return total
+
+    def answer(self, asked: Write | Read | Add, side: Line) -> None:
+        """Does what another rank asks for."""
+        if isinstance(asked, Write):
+            self.set(asked.key, asked.value)
+            return
+        number = asked.number
+        if isinstance(asked, Add):
+            found: bytes | None = str(self.add(asked.key, asked.amount)).encode()
+        else:
+            with self._changed:
+                found = self._found.get(asked.key)
+                if found is None and asked.wait:
+                    self._waiting[asked.key].append(lambda value: _reply(side, Found(number, value)))
+                    return
+        _reply(side, Found(number, found))
+
+    def close(self) -> None:
+        """Nobody waits any more."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+
+def _reply(side: Line, found: Found) -> None:
+    with contextlib.suppress(OSError):  # who asked has gone
+        side.send(found)
+
+
+class Side:
+    """A rank's end of its side line: says that it lives, asks for the board, ends the process when the first has gone.
+
+    Args:
+        line: the side line.
+        told: the other line, which ends with it.
+        silence: ticks without a sign of life after which the first rank counts as gone; None: only the end of the line
+            says so.
+    """
+
+    def __init__(self, line: Line, told: Line, silence: int | None) -> None:
+        self._line, self._told, self._silence = line, told, silence
+        self._quiet = 0
+        self._numbers = itertools.count()
+        self._asked: dict[int, queue.SimpleQueue[bytes | None]] = {}
+        self._reads: Callable[[ReadBlocks | EndReading], object] | None = None
+        self._early: list[ReadBlocks | EndReading] = []  # said before anybody reads
+        self._reading = threading.Lock()
+        for work in (self._listen, self._beat):
+            threading.Thread(target=work, name="candle-vllm-rank-side", daemon=True).start()
+
+    def _listen(self) -> None:
+        try:
+            while (said := self._heard()) is not None:
+                self._quiet = 0
+                if isinstance(said, Found) and said.number in self._asked:
+                    self._asked.pop(said.number).put(said.value)
+                elif isinstance(said, ReadBlocks | EndReading):
+                    with self._reading:
+                        if self._reads is None:
+                            self._early.append(said)
+                        else:
+                            self._reads(said)
+        except Exception:  # of who reads: the first rank would wait for blocks, for this one says that it lives
+            logger.exception("a rank ends, since it can no longer be asked for blocks")
+        self._end()
+
+    def _heard(self) -> ToSide | None:
+        """The next thing that the first rank says; None when it has gone."""
+        try:
+            return self._line.receive(ToSide)
+        except (EOFError, OSError, ValueError):
+            return None
+
+    def _beat(self) -> None:
+        with contextlib.suppress(OSError):
+            while self._silence is None or self._quiet < self._silence:
+                self._line.send(Alive())
+                time.sleep(TICK)
+                self._quiet += 1  # ticks of this process, for one that was stopped is not to blame the other
+        self._end()
+
+    def _end(self) -> None:
+        self._line.end()
+        self._told.end()
+        time.sleep(_GRACE)
+        os._exit(0)  # what waits in the midst of a step would wait for ever
+
+    def _ask(self, make: Callable[[int], Read | Add]) -> bytes | None:
+        number, answer = next(self._numbers), queue.SimpleQueue[bytes | None]()
+        self._asked[number] = answer
+        self._line.send(make(number))
+        try:
+            return answer.get(timeout=_FINDING)
+        except queue.Empty:
+            raise EngineDeadError("the ranks did not find each other") from None
+
+    def tell(self, message: BlockRead | BlocksClosed) -> None:
+        """Tells the first rank, as long as it is there."""
+        with contextlib.suppress(OSError):
+            self._line.send(message)
+
+    def read_by(self, reads: Callable[[ReadBlocks | EndReading], object]) -> None:
+        """Who reads blocks, quick to answer; called in the thread that listens, in order."""
+        with self._reading:
+            for each in self._early:
+                reads(each)
+            self._reads, self._early = reads, []
+
+    def set(self, key: str, value: bytes) -> None:
+        """See `Board`."""
+        self._line.send(Write(key, value))
+
+    def get(self, key: str) -> bytes:
+        """See `Board`."""
+        found = self._ask(lambda number: Read(number, key))
+        assert found is not None
+        return found
+
+    def has(self, key: str) -> bool:
+        """See `Board`."""
+        return self._ask(lambda number: Read(number, key, wait=False)) is not None
+
+    def add(self, key: str, amount: int) -> int:
+        """See `Board`."""
+        return int(self._ask(lambda number: Add(number, key, amount)) or 0)
+
+
+_ONE_ON = np.array([[0], [1], [1], [0]])  # of a token's numbers, see `Batch`
+
+
+class ToldBatches:
+    """Makes batches of what another rank is told; their runs are known to the first rank alone.
+
+    Attributes:
+        adapters: those that are loaded, by their numbers.
+    """
+
+    def __init__(self) -> None:
+        self.adapters: dict[int, Any] = {}
+        self._tables, self._version = np.zeros((0, 0), np.int64), object()
+        self._width = 0  # of the tables, which may have room for more
+        self._last: Batch | None = None
+
+    def batch(self, told: Forward | Next) -> Batch:
+        """The step.
+
+        Raises:
+            ValueError: it is the next one, and is not behind any.
+        """
+        self._last = batch = self._next(told) if isinstance(told, Next) else self._forward(told)
+        return batch
+
+    def run(self, runner: ModelRunner, told: ToRank) -> bool:
+        """Has a rank's part run of what is told, where it is one of a step; whether it was."""
+        if isinstance(told, Forward | Next):
+            runner.forward(self.batch(told), ())
+        elif isinstance(told, Whole):
+            runner.put_together(as_ints(told.rows))
+        elif isinstance(told, Land):
+            runner.land()
+        elif isinstance(told, Score):
+            runner.score(as_ints(told.rows))
+        else:
+            return False
+        return True
+
+    def _next(self, told: Next) -> Batch:
+        last, ids = self._last, as_ints(told.token_ids)
+        if last is None or not len(ids) == len(last.context_lens) == last.tokens.shape[1]:
+            raise ValueError(f"a step of {len(ids)} sequences goes on, and the one before was not like it")
+        tokens = last.tokens + _ONE_ON
+        tokens[0], tokens[3] = ids, -1
+        for row, column, block in told.begun:
+            if not (0 <= row < len(ids) and 0 < column <= self._width):
+                raise ValueError(f"block {column} of sequence {row} begins, of {len(ids)} with up to {self._width}")
+            if column == self._tables.shape[1]:
+                wider = np.zeros((len(ids), 2 * column), np.int64)
+                wider[:, :column] = self._tables
+                self._tables = wider
+            self._tables[row, column] = block
+            tokens[2, row] = block * (tokens[1, row] // column)  # a block's first token is at column * its size
+            self._width = max(self._width, column + 1)
+            self._version = object()
+        return msgspec.structs.replace(
+            last,
+            tokens=tokens,
+            context_lens=last.context_lens + 1,
+            block_tables=self._tables[:, : self._width],
+            tables_version=self._version,
+            embedded=None,  # what goes on writes, and sees nothing behind itself
+            ahead=None,
+            wishes=_wishes(told),
+            states=_states(told),
+        )
+
+    def _forward(self, told: Forward) -> Batch:
+        contexts = as_ints(told.context_lens)
+        if told.tables is not None:
+            self._tables, self._version = as_ints(told.tables).reshape(len(contexts), -1), object()
+            self._width = self._tables.shape[1]
+        return Batch(
+            tokens=as_ints(told.tokens).reshape(4, -1),
+            query_start=as_ints(told.query_start),
+            context_lens=contexts,
+            block_tables=self._tables[:, : self._width],
+            tables_version=self._version,
+            num_decodes=told.num_decodes,
+            runs=(),
+            drawing=(),
+            drafted=False,
+            drawn_rows=as_ints(told.drawn_rows),
+            ahead=None if told.ahead is None else as_ints(told.ahead),
+            adapters=None if told.adapters is None else self._rows(told.adapters),
+            embedded=None if told.seen is None else _seen(told.seen),
+            turned=None if told.turned is None else _turned(told.turned),
+            wishes=_wishes(told),
+            states=_states(told),
+        )
+
+    def _rows(self, told: Adapters) -> AdapterRows:
+        scales = np.frombuffer(told.scales, np.float32).copy()
+        adapters = [self.adapters[number] for number in told.numbers]
+        return AdapterRows(as_ints(told.rows), scales, as_ints(told.starts), adapters, as_ints(told.sources))
+
+
+def _wishes(told: Forward | Next) -> NDArray[np.float64] | None:
+    return None if told.wishes is None else np.frombuffer(told.wishes).reshape(-1, len(Control) + len(Wish))
+
+
+def _states(told: Forward | Next) -> StateRows | None:
+    return None if told.states is None else StateRows(*map(as_ints, told.states))
+
+
+def _seen(told: Seen) -> EmbeddedRows:
+    rows = as_ints(told.rows)
+    return EmbeddedRows(rows, np.zeros((len(rows), told.width), np.float32))
+
+
+def _turned(told: Turned) -> TurnedRows:
+    return TurnedRows(as_ints(told.shifts), as_ints(told.rows), as_ints(told.places).reshape(-1, 3))
+
+
+def as_bytes(array: Ints) -> bytes:
+    """Numbers as a message has them."""
+    return np.ascontiguousarray(array, np.int64).tobytes()
+
+
+def as_ints(data: bytes) -> Ints:
+    """What `as_bytes` was given."""
+    return np.frombuffer(data, np.int64).copy()

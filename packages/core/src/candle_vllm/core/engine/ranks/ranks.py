@@ -1,0 +1,749 @@
+# SPDX-License-Identifier: MIT
+"""Ranks: processes that each run a part of the model, told every step by the first of them.
+
+The first rank is the engine's own process: it schedules, tells the others what to run in one message each, runs its own
+part, and draws. A line that ends, ends the rank at its other end; a rank that ends, ends all others and the engine.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import itertools
+import logging
+import socket
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeVar
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from candle_vllm.core.config import EngineConfig
+from candle_vllm.core.engine.adapters.adapter_store import Adapter
+from candle_vllm.core.engine.ranks.message_ring import MessageRing, made_ring
+from candle_vllm.core.engine.ranks.nodes import RANK, Door, rank_device
+from candle_vllm.core.engine.ranks.rank_line import (
+    SILENCE,
+    TICK,
+    AdapterLoaded,
+    Adapters,
+    Alive,
+    Begin,
+    BlockRead,
+    BlocksClosed,
+    Board,
+    BringBlocks,
+    CloseBlocks,
+    EndReading,
+    Failed,
+    ForgetAdapters,
+    ForgetBlocks,
+    Forward,
+    FromRank,
+    FromSide,
+    Go,
+    KeepBlocks,
+    Land,
+    Line,
+    LoadAdapter,
+    Next,
+    ReadBlocks,
+    Ready,
+    Score,
+    Seen,
+    Sleep,
+    ToRank,
+    ToSide,
+    Turned,
+    WakeUp,
+    Whole,
+    as_bytes,
+    encoded,
+)
+from candle_vllm.core.engine.runners.model_runner import Launched, ModelRunner, StepwiseRunner
+from candle_vllm.core.engine.runners.sleeping import files_mark
+from candle_vllm.core.engine.step.batch import AdapterRows, Batch, EmbeddedRows, Ints, StepMemory, TurnedRows
+from candle_vllm.core.errors import AdapterError, CandleVllmError, ConfigError, EngineDeadError, ModelLoadError
+from candle_vllm.core.kernels.collectives import Collective, Notes, ProcessGroup, shared_memory
+from candle_vllm.core.kernels.recorded import Value
+from candle_vllm.core.sampling.sampler import Drawn
+from candle_vllm.core.sampling.shared_rows import wishes
+from candle_vllm.core.sampling.state import SamplingState
+from candle_vllm.core.threads import ending, process_state
+
+if TYPE_CHECKING:
+    from candle_vllm.core.engine.ranks.ray_ranks import RayRanks
+
+logger = logging.getLogger(__name__)
+
+_Result = TypeVar("_Result")
+
+PATIENCE = 60.0  # seconds that a rank waits for the others in the midst of a step
+_FATE_SECONDS = 3.0
+_LAST_WORDS = 0.5  # seconds that what a rank says before it ends may take to get here
+_ENDING = 5.0  # seconds that a rank may take to end
+_LOADING = 30  # ticks without a sign of life while it loads, where one operation may keep the interpreter for long
+_SECRETS: dict[str, Any] = {"hf_token": None, "cluster_key": None, "prompt_cache_url": None}  # stay on this machine
+_LOOK = 0.1  # seconds between two looks at whether all live
+_STOPPED = "Tt"  # states of a process that was stopped, by a signal or a debugger
+_COMPUTES = 0.1  # seconds of CPU time a second, from which a process computes
+
+
+class _Other:
+    """Another rank, as the first one sees it.
+
+    Attributes:
+        line: by which it is told.
+        side: where it says that it lives.
+        process: where it is one of this machine.
+        where: the address of its machine; "" for this one.
+        quiet: ticks since it last said that it lives, or was seen to compute while it loaded.
+        gone: how it went, once it has.
+    """
+
+    def __init__(self, line: Line, side: Line, process: subprocess.Popen[bytes] | None, where: str = "") -> None:
+        self.line, self.side, self.process, self.where = line, side, process, where
+        self.quiet = 0
+        self.gone: str | None = None
+        self._computed = 0.0
+
+    def limit(self) -> int:
+        """Ticks for which it may be quiet while it loads; none count in which it has computed.
+
+        Its own signs of life wait for the interpreter, which importing a library or laying out a matrix may keep. The
+        system knows what it does, if it is a process of this machine and there is /proc.
+        """
+        seen = None if self.process is None else process_state(self.process.pid)
+        if seen is None:
+            return _LOADING
+        state, computed = seen
+        if computed - self._computed >= _COMPUTES * TICK:  # its threads look for the interpreter from time to time
+            self.quiet = 0
+        self._computed = computed
+        return SILENCE if state in _STOPPED else _LOADING
+
+    def fate(self) -> str | None:
+        """How it ended, or None where it lives."""
+        if self.gone is None and self.process is not None and self.process.poll() is not None:
+            return ending(self.process.returncode)
+        return self.gone
+
+
+class Ranks:
+    """The other ranks, as the first one sees them. They load their parts while this process loads its own.
+
+    Args:
+        config: of the engine.
+
+    Attributes:
+        config: of this rank.
+        fail: ends the engine that has them; called when one has died.
+        on_blocks: called with what a rank, by its number, says of blocks that are kept; in any thread.
+
+    Raises:
+        ConfigError: this system cannot have several ranks.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        if not hasattr(socket, "AF_UNIX") or sys.platform == "win32":
+            raise ConfigError("several ranks are not implemented on Windows: leave tensor_parallel_size out")
+        if config.node_rank:
+            raise ConfigError(
+                f"this is node {config.node_rank} of {config.nnodes}, which runs ranks and no engine: `candle-vllm "
+                "serve` with node_rank runs them, and the engine is on node 0",
+                "node_rank",
+            )
+        self.size, here = config.ranks, config.ranks // config.nnodes
+        self._collective: ProcessGroup | None = None
+        self._failure: str | None = None
+        self._lock = threading.Lock()
+        self._closing = False
+        self._loading = True
+        self.fail: Callable[[EngineDeadError], object] = lambda _: None
+        self._callbacks: list[Callable[[], None]] = []
+        self.on_blocks: Callable[[int, BlockRead | BlocksClosed], object] = lambda *_: None
+        self._board = Board()
+        self._others: dict[int, _Other] = {}
+        self._door: Door | None = None
+        self._placed: RayRanks | None = None
+        self._ring: MessageRing | None = None
+        self._memory: BinaryIO | None = None
+        self._settings = config.plain() | {"mmproj": None}  # the first rank alone sees
+        try:
+            if config.distributed_executor_backend == "ray":
+                from candle_vllm.core.engine.ranks.ray_ranks import RayRanks
+
+                self._placed = RayRanks(config)
+                self.config, self._door, here = self._placed.config, self._placed.door, 1
+            else:
+                self.config = dataclasses.replace(config, **rank_device(config, 0))
+            if config.nnodes > 1:
+                assert config.cluster_key is not None
+                where, missing = (config.master_addr, config.master_port), range(here, self.size)
+                self._door = Door(*where, config.cluster_key, missing, self.size, config.nnodes)
+            self._host = "127.0.0.1" if self._door is None else self._door.host
+            if config.device == "cpu" and here == self.size:
+                self._memory = shared_memory(self.size)
+            if here > 1:
+                self._ring = made_ring(here - 1)
+            for rank in range(1, here):
+                self._start(config, rank)
+            threading.Thread(target=self._watch, name="candle-vllm-ranks", daemon=True).start()
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, config: EngineConfig, rank: int) -> None:
+        (near, far), (near_side, far_side) = socket.socketpair(), socket.socketpair()
+        with far, far_side:
+            ring = None if self._ring is None else self._ring.memory
+            given = [None if each is None else each.fileno() for each in (far, far_side, ring, self._memory)]
+            process = subprocess.Popen(
+                (*RANK, ",".join("" if each is None else str(each) for each in given)),
+                stdin=subprocess.DEVNULL,
+                pass_fds=[each for each in given if each is not None],
+                start_new_session=True,
+            )
+        self._begin(rank, _Other(Line(near), Line(near_side), process), rank_device(config, rank), self._host)
+
+    def _begin(self, rank: int, other: _Other, own: dict[str, Any], host: str, *, kept_in_redis: bool = False) -> None:
+        level = logging.getLogger("candle_vllm").getEffectiveLevel()
+        self._others[rank] = other
+        threading.Thread(target=self._attend, args=(rank, other), name="candle-vllm-rank", daemon=True).start()
+        with contextlib.suppress(OSError):  # it has ended, which is noticed
+            other.line.send(Begin(self._settings | own, rank, self.size, host, level, kept_in_redis))
+
+    def _attend(self, rank: int, other: _Other) -> None:
+        """Hears what a rank says beside the steps, until it has gone."""
+        with contextlib.suppress(EOFError, OSError, ValueError):
+            while True:
+                said: FromSide = other.side.receive(FromSide)
+                other.quiet = 0
+                if isinstance(said, BlockRead | BlocksClosed):
+                    self.on_blocks(rank, said)
+                elif not isinstance(said, Alive):
+                    self._board.answer(said, other.side)
+        if other.process is None:  # one of this machine is waited for, to say how it ended
+            other.gone = other.gone or "its connection has ended"
+
+    @property
+    def collective(self) -> Collective:
+        """What the ranks do together; made when they are all there."""
+        if self._collective is None:
+            if self._door is not None:
+                for rank, (line, side, where) in self._door.everyone().items():
+                    kept = self.config.prompt_cache_url is not None
+                    self._begin(rank, _Other(line, side, None, where), _SECRETS, "", kept_in_redis=kept)
+            self._wait(0)
+            stages = self.config.pipeline_parallel_size
+            self._collective = meet(0, self.size, self.config.device, self._board, self._host, stages, self._memory)
+        return self._collective
+
+    def all_loaded(self, files: Sequence[Path]) -> None:
+        """Waits until every rank has its weights.
+
+        Args:
+            files: from which this one has its own.
+
+        Raises:
+            CandleVllmError: one cannot have them; what it said.
+        """
+        marks = [said.files for said in self._wait(1) if said.files is not None]
+        others = [path for path in files if path != self.config.mmproj]
+        if marks and set(marks) != {files_mark(others, times=False)}:
+            raise ModelLoadError(
+                "the nodes have different files of the model: have the same revision or the same folder on each"
+            )
+
+    def _wait(self, stage: int) -> list[Ready]:
+        """Until all have come so far; then they go on together."""
+        found: list[Ready] = []
+        for number, other in self._others.items():
+            try:
+                said: FromRank = other.line.receive(FromRank)
+            except (EOFError, OSError):  # all lines end where one rank has gone, which may be another
+                raise self._said_last() or ModelLoadError(
+                    f"{self._failure or self._gone() or f'rank {number} has ended'} while it loaded its part of the "
+                    "model; its last words are in the log. Where memory is short, the system kills it"
+                ) from None
+            if isinstance(said, Failed):
+                raise ConfigError(_said_by(number, other) + said.message, said.setting)
+            if not isinstance(said, Ready) or said.stage != stage:
+                raise ModelLoadError(f"rank {number} says {type(said).__name__} where it should be ready")
+            found.append(said)
+        self.tell(Go())
+        return found
+
+    def tell(self, message: ToRank) -> None:
+        """Tells all others: those of this machine by the ring where there is one, each of the rest over its line.
+
+        Raises:
+            EngineDeadError: one of them has gone.
+        """
+        data = encoded(message)
+        try:
+            if self._ring is not None:
+                self._ring.write(data, PATIENCE)
+            for other in self._others.values():
+                if self._ring is None or other.process is None:
+                    other.line.send_encoded(data)
+        except TimeoutError as error:
+            raise self.dead(str(error)) from None
+        except OSError:
+            raise self.dead() from None
+
+    def tell_beside(self, message: ToSide) -> None:
+        """Tells all others beside the steps; one that has gone hears nothing."""
+        for other in self._others.values():
+            with contextlib.suppress(OSError):
+                other.side.send(message)
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether one of them has gone, and all are ended."""
+        return self._failure is not None
+
+    def adapters_loaded(self, number: int) -> list[AdapterLoaded]:
+        """Waits until the others have loaded an adapter or failed to; one is loaded at a time, by one thread.
+
+        Raises:
+            EngineDeadError: one of them has gone.
+        """
+        found: list[AdapterLoaded] = []
+        for other in self._others.values():
+            try:
+                said: FromRank = other.line.receive(FromRank)
+            except (EOFError, OSError):
+                raise self.dead() from None
+            assert isinstance(said, AdapterLoaded)
+            assert said.number == number
+            found.append(said)
+        return found
+
+    @contextlib.contextmanager
+    def starting(self) -> Iterator[None]:
+        """Around making an engine: where that fails, the others are ended, and what one of them said is raised."""
+        try:
+            yield
+            self._loading = False
+        except BaseException as error:
+            known = isinstance(error, CandleVllmError) and not isinstance(error, EngineDeadError)
+            blamed = None if known else self._blamed()
+            self.close()
+            if blamed is None:
+                raise
+            raise blamed from error
+
+    def _blamed(self) -> CandleVllmError | None:
+        gone = self._said_last() or self._failure or self._gone()
+        return ModelLoadError(f"the model cannot be divided: {gone}") if isinstance(gone, str) else gone
+
+    def _said_last(self) -> ConfigError | None:
+        """What a rank said before it ended, which no one has read yet."""
+        for number, other in self._others.items():
+            other.line.socket.settimeout(_LAST_WORDS)
+            with contextlib.suppress(EOFError, OSError, ValueError):
+                said: FromRank = other.line.receive(FromRank)
+                if isinstance(said, Failed):
+                    return ConfigError(_said_by(number, other) + said.message, said.setting)
+        return None
+
+    def dead(self, here: str = "") -> EngineDeadError:
+        """All are ended, for one has gone; who it was, and how.
+
+        Args:
+            here: how what ranks do together failed in this one, which is told where none of them is known to have gone.
+        """
+        with self._lock:
+            if self._failure is None:
+                self._failure = self._gone() or "a step over several ranks failed" + (here and f": {here}")
+                self._end()
+        return EngineDeadError(f"the engine has stopped: {self._failure}")
+
+    def _end(self) -> None:
+        """Ends them at once, and whoever waits for them here."""
+        for other in list(self._others.values()):  # some may join meanwhile
+            if other.process is not None:
+                other.process.kill()
+            other.line.end()
+            other.side.end()
+        if self._ring is not None:
+            self._ring.end()
+        if self._door is not None:
+            self._door.close()
+        self._board.close()
+        if self._collective is not None:
+            self._collective.abort()
+
+    def _gone(self) -> str | None:
+        """Return which rank has ended; None after `_FATE_SECONDS`.
+
+        What the ranks do together fails at once where one has ended, and the report of its end may come later: over a
+        network, and from a machine that is busy.
+        """
+        until = time.monotonic() + _FATE_SECONDS
+        while time.monotonic() < until:
+            for number, other in list(self._others.items()):
+                fate = other.fate()
+                if fate is not None:
+                    where = f" at {other.where}" if other.where else ""
+                    return f"rank {number}{where} has ended ({fate})"
+            time.sleep(0.01)
+        return None
+
+    def add_death_callback(self, callback: Callable[[], None]) -> None:
+        """Calls it once, when one has died; at once where one has."""
+        with self._lock:
+            if self._failure is None:
+                self._callbacks.append(callback)
+                return
+        callback()
+
+    def _watch(self) -> None:
+        """Says that this rank lives, and waits until another one has gone."""
+        while not self._closing:
+            others = list(self._others.values())
+            for other in others:
+                with contextlib.suppress(OSError):
+                    other.side.send(Alive())
+            until = time.monotonic() + TICK
+            while time.monotonic() < until:
+                if self._closing or any(other.fate() is not None for other in others):
+                    break
+                time.sleep(_LOOK)
+            for other in others:  # in ticks of this process: where it was stopped, the others are not to blame
+                other.quiet += 1
+                limit = other.limit() if self._loading else SILENCE
+                if other.gone is None and other.quiet >= limit:
+                    other.gone = f"it has not been heard of for {other.quiet * TICK:.0f} s"
+            if not self._closing and any(other.fate() is not None for other in others):
+                self._tell_of_death()
+                return
+
+    def _tell_of_death(self) -> None:
+        if self._loading:
+            time.sleep(_LAST_WORDS)  # whoever loads may be told why
+        if self._closing:
+            return
+        self.fail(self.dead())
+        with self._lock:
+            callbacks, self._callbacks = self._callbacks, []
+        for callback in callbacks:
+            callback()
+
+    def close(self) -> None:
+        """Ends the other ranks, and waits until they have."""
+        self._closing = True
+        if self._door is not None:
+            self._door.close()
+        self._board.close()
+        for other in self._others.values():
+            other.line.end()
+            other.side.end()
+        if self._ring is not None:
+            self._ring.end()
+        if self._collective is not None:
+            self._collective.close()
+        until = time.monotonic() + _ENDING
+        for other in self._others.values():
+            if other.process is not None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    other.process.wait(max(0.0, until - time.monotonic()))
+                other.process.kill()
+                other.process.wait()
+            other.line.socket.close()
+            other.side.socket.close()
+        if self._ring is not None:
+            self._ring.close()
+        if self._memory is not None:
+            self._memory.close()
+        if self._placed is not None:
+            self._placed.close()
+
+
+def _said_by(number: int, other: _Other) -> str:
+    """Before what a rank of another machine says; one of this machine says what this one would."""
+    return f"rank {number} at {other.where}: " if other.where else ""
+
+
+def meet(
+    rank: int, size: int, device: str, notes: Notes, host: str, stages: int = 1, memory: BinaryIO | None = None
+) -> ProcessGroup:
+    """The ranks, which find each other by notes; all of them call it. Those of a stage stand beside each other."""
+    beside = size // stages
+    stage, number = divmod(rank, beside)
+    line = None
+    if stages > 1:
+        line = ProcessGroup(stage, stages, device, notes, f"line{number}", patience=PATIENCE, host=host, ring=True)
+    return ProcessGroup(
+        number, beside, device, notes, f"stage{stage}",
+        patience=PATIENCE, host=host, stages=line, memory=memory, first=stage * beside,
+    )  # fmt: skip
+
+
+class RankedParts:
+    """The parts of blocks that the other ranks keep; see `OtherParts`."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks, self.count = ranks, ranks.size - 1
+        self._closed: set[int] = set()
+
+    def listen(self, heard: Callable[[int, int, bool, bool], None]) -> None:
+        """See `OtherParts`."""
+
+        def said(rank: int, message: BlockRead | BlocksClosed) -> None:
+            if isinstance(message, BlockRead):
+                heard(rank, message.reading, message.found, message.failed)
+            else:
+                self._closed.add(rank)
+
+        self._ranks.on_blocks = said
+
+    def offer(self, blocks: Sequence[tuple[int, bytes]]) -> None:
+        """See `OtherParts`."""
+        numbers, digests = zip(*blocks, strict=True)
+        self._tell(KeepBlocks(as_bytes(np.array(numbers)), digests))
+
+    def read(self, number: int, digests: Sequence[bytes]) -> None:
+        """See `OtherParts`; at once, whatever steps are under way."""
+        self._ranks.tell_beside(ReadBlocks(number, tuple(digests)))
+
+    def bring(self, number: int, blocks: Sequence[int]) -> None:
+        """See `OtherParts`; between the steps that were told before and those that are told later."""
+        self._tell(BringBlocks(number, as_bytes(np.array(blocks))))
+
+    def end(self, number: int, brought: int) -> None:
+        """See `OtherParts`."""
+        self._ranks.tell_beside(EndReading(number, brought))
+
+    def clear(self) -> None:
+        """See `OtherParts`."""
+        self._tell(ForgetBlocks())
+
+    def close(self) -> None:
+        """See `OtherParts`."""
+        self._tell(CloseBlocks())
+
+    def closed(self) -> bool:
+        """See `OtherParts`."""
+        return self._ranks.is_dead or len(self._closed) == self.count
+
+    def _tell(self, message: ToRank) -> None:
+        with contextlib.suppress(EngineDeadError):  # by which the engine ends anyway
+            self._ranks.tell(message)
+
+
+class _InFlight(NamedTuple):
+    """See `Launched`."""
+
+    land: Callable[[Sequence[SamplingState]], Sequence[Drawn]]
+    states: Sequence[SamplingState]
+
+    def tokens(self) -> Sequence[Drawn]:
+        """See `Launched`."""
+        return self.land(self.states)
+
+
+class RankedRunner:
+    """The first rank's runner, which has the others run their parts of each step; see `ModelRunner`.
+
+    Whatever fails in a step is the end of the engine: nobody knows where the other ranks are.
+
+    Attributes:
+        own: what runs the first rank's part.
+    """
+
+    overlaps = False
+
+    def __init__(self, runner: ModelRunner, ranks: Ranks) -> None:
+        self.own = self._runner = runner
+        self.in_flight = runner.in_flight
+        self._ranks = ranks
+        self._numbers: dict[int, int] = {}  # of adapters in memory, by their serial numbers
+        self._adapters = itertools.count(1)
+        self._forgotten: collections.deque[int] = collections.deque()
+        self.fatal = (*runner.fatal, EngineDeadError)
+        self._tables_version: object = None
+        self._told: Batch | None = None  # the step that was told last
+        self._place = 0  # in its first sequence
+        self.divides = runner.divides
+        self.fetch: Callable[[Ints], Value] | None = self._fetch
+        runner.fetch = self.fetch
+
+    @property
+    def step_memory(self) -> StepMemory | None:
+        """See `ModelRunner`."""
+        return self._runner.step_memory
+
+    def forward(self, batch: Batch, states: Sequence[SamplingState]) -> None:
+        """See `ModelRunner`."""
+        if self.divides:
+            drafts = [run.drafts for run in batch.drawing] if batch.drafted else None
+            batch = msgspec.structs.replace(batch, wishes=wishes(states, drafts))
+        self._together(self._message(batch), lambda: self._runner.forward(batch, states))
+
+    def draw(self, states: Sequence[SamplingState]) -> Launched:
+        """See `ModelRunner`. Where several steps are in flight, this one's tokens are drawn when they are taken."""
+        if self.in_flight > 1:
+            return _InFlight(self._land, states)
+        return self._runner.draw(states)
+
+    def land(self) -> None:
+        """See `ModelRunner`; it is part of taking the tokens."""
+
+    def _land(self, states: Sequence[SamplingState]) -> Sequence[Drawn]:
+        """What the step that was begun first draws, once it is over."""
+        self._together(Land() if self._ranks.config.tensor_parallel_size > 1 else None, self._runner.land)
+        return self._runner.draw(states).tokens()
+
+    def put_together(self, rows: Ints) -> Value:
+        """See `ModelRunner`."""
+        return self._runner.put_together(rows)
+
+    def _fetch(self, rows: Ints) -> Value:
+        return self._together(Whole(as_bytes(rows)), lambda: self._runner.put_together(rows))
+
+    def score(self, rows: Ints) -> Value:
+        """See `ModelRunner`."""
+        return self._together(Score(as_bytes(rows)), lambda: self._runner.score(rows))
+
+    def hidden_sum(self, rows: Ints) -> NDArray[np.float64]:
+        """See `ModelRunner`; each rank has the hidden states whole."""
+        return self._runner.hidden_sum(rows)
+
+    def hidden_rows(self, rows: Ints) -> NDArray[np.float32]:
+        """See `StepwiseRunner`."""
+        assert isinstance(self._runner, StepwiseRunner)
+        return self._runner.hidden_rows(rows)
+
+    def drop_cache(self) -> None:
+        """See `ModelRunner`; the others are told by `sleep`."""
+        self._runner.drop_cache()
+
+    def restore_cache(self) -> None:
+        """See `ModelRunner`."""
+        self._runner.restore_cache()
+
+    def wake_up(self) -> None:
+        """See `ModelRunner`."""
+        self._runner.wake_up()
+
+    def load_adapter(self, path: Path) -> int:
+        """Has the others begin to load an adapter; gives its number. In one thread, beside the steps."""
+        self._tell_of_forgotten()  # where no step comes between, others would keep all that were ever loaded
+        number = next(self._adapters)
+        self._ranks.tell(LoadAdapter(number, str(path)))
+        return number
+
+    def adapter_is_loaded(self, number: int, packed: Adapter | None) -> None:
+        """Waits until the others have it; None where the first rank could not load it, and nobody is to have it.
+
+        Raises:
+            AdapterError: another rank could not load it, or found others files than this one.
+        """
+        found = self._ranks.adapters_loaded(number)
+        if packed is not None:
+            self._numbers[packed.serial] = number
+            weakref.finalize(packed, self._forget, packed.serial)
+            failed = next((each.failure for each in found if each.failure is not None), None)
+            if failed is None and any(each.digest != packed.digest for each in found):
+                failed = "the files changed while the ranks loaded them"
+            if failed is not None:
+                raise AdapterError(failed)
+        else:
+            self._forgotten.append(number)
+
+    def _forget(self, serial: int) -> None:
+        self._forgotten.append(self._numbers.pop(serial))
+
+    def _tell_of_forgotten(self) -> None:
+        """By the thread of the steps or of the adapters: whatever is yet to be told of a step has not let go of its."""
+        gone = list[int]()
+        with contextlib.suppress(IndexError):
+            while True:
+                gone.append(self._forgotten.popleft())
+        if gone:
+            self._ranks.tell(ForgetAdapters(tuple(gone)))
+
+    def _numbered(self, adapters: AdapterRows | None) -> Adapters | None:
+        if adapters is None:
+            return None
+        return Adapters(
+            as_bytes(adapters.rows),
+            np.ascontiguousarray(adapters.scales, np.float32).tobytes(),
+            as_bytes(adapters.starts),
+            as_bytes(adapters.sources),
+            tuple(self._numbers[each.serial] for each in adapters.adapters),
+        )
+
+    def sleep(self, asked: int | frozenset[str]) -> None:
+        """Has the others sleep at a level, or wake by tags."""
+        self._ranks.tell(Sleep(asked) if isinstance(asked, int) else WakeUp(asked))
+
+    def close(self) -> None:
+        """See `ModelRunner`."""
+        self._ranks.close()
+        self._runner.close()
+
+    def _together(self, message: ToRank | None, own: Callable[[], _Result]) -> _Result:
+        if message is not None:
+            self._ranks.tell(message)
+        try:
+            return own()
+        except Exception as error:
+            logger.debug("a step over ranks failed", exc_info=error)
+            raise self._ranks.dead(f"{type(error).__name__}: {error}") from error
+
+    def _message(self, batch: Batch) -> Forward | Next:
+        if self._forgotten:
+            self._tell_of_forgotten()
+        told, place = self._told, self._place
+        self._told, self._place = batch, batch.runs[0].start
+        behind = told is not None and batch.tokens is told.tokens and self._place == place + 1
+        if behind and batch.goes_on and not self.overlaps:  # else tokens are not known
+            self._tables_version = batch.tables_version
+            return Next(as_bytes(batch.token_ids), tuple(batch.begun), _wishes(batch), _states(batch))
+        if batch.drafted and not isinstance(self._runner, StepwiseRunner):
+            from candle_vllm.core.engine.runners.device_inputs import by_rows
+
+            batch = by_rows(batch)  # as the first rank runs it
+        known = batch.tables_version is self._tables_version
+        self._tables_version = batch.tables_version
+        return Forward(
+            as_bytes(batch.tokens),
+            as_bytes(batch.query_start),
+            as_bytes(batch.context_lens),
+            as_bytes(batch.drawn_rows),
+            batch.num_decodes,
+            None if known else as_bytes(batch.block_tables),
+            None if batch.ahead is None else as_bytes(batch.ahead),
+            self._numbered(batch.adapters),
+            None if batch.embedded is None else _seen(batch.embedded),
+            None if batch.turned is None else _turned(batch.turned),
+            _wishes(batch),
+            _states(batch),
+        )
+
+
+def _wishes(batch: Batch) -> bytes | None:
+    return None if batch.wishes is None else batch.wishes.tobytes()
+
+
+def _states(batch: Batch) -> tuple[bytes, ...] | None:
+    return None if batch.states is None else tuple(map(as_bytes, batch.states))
+
+
+def _seen(given: EmbeddedRows) -> Seen:
+    return Seen(as_bytes(given.rows), given.vectors.shape[1])
+
+
+def _turned(turned: TurnedRows) -> Turned:
+    return Turned(as_bytes(turned.shifts), as_bytes(turned.rows), as_bytes(turned.places))

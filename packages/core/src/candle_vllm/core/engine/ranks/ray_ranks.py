@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: MIT
+"""Ranks on the machines of a Ray cluster: Ray finds places, starts them and gives devices; everything else is as ever.
+
+Source: placement groups and actors of Ray, docs.ray.io.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import secrets
+import time
+from typing import Any
+
+import msgspec
+
+from candle_vllm.core.config import EngineConfig
+from candle_vllm.core.engine.ranks.nodes import JOINING, Door, Invitation, share_of_threads, start_rank
+from candle_vllm.core.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+_NOTICE = 30.0  # seconds between two lines of the log about places that are not free
+_SETTING = "distributed_executor_backend"
+
+
+class RankActor:
+    """What Ray starts for a rank: it has the rank's device, and starts a process that joins the first rank."""
+
+    def device(self) -> str | None:
+        """Which GPU is its own, by its number on its machine; None where it has none."""
+        import ray
+
+        found = ray.get_gpu_ids()
+        return str(found[0]) if found else None
+
+    def run(self, invitation: bytes, share: int) -> int:
+        """Until the rank ends; its exit status.
+
+        Args:
+            invitation: of the rank, as JSON.
+            share: how many ranks are on this machine; each takes as many of its cores, if nobody said how many.
+        """
+        given = msgspec.json.decode(invitation, type=Invitation)
+        if given.own["device"] == "cpu":
+            given.own["threads"] = share_of_threads(given.own["threads"], share)
+        with start_rank(given) as process:
+            return process.wait()
+
+
+class RayRanks:
+    """Places for the ranks of an engine in a Ray cluster; the first rank's is on the machine of this process.
+
+    Args:
+        config: of the engine.
+
+    Attributes:
+        config: of the first rank.
+        door: where the others come in.
+
+    Raises:
+        ConfigError: there is no Ray, no cluster, or no place.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        ray = _connected()
+        from ray.util.placement_group import placement_group, placement_group_table
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        self._ray, self._actors = ray, list[Any]()
+        self.door: Door | None = None
+        gpu = config.device != "cpu"
+        here = ray.get_runtime_context().get_node_id()
+        bundles = [{"GPU": 1.0} if gpu else {"CPU": 1.0}] * config.ranks
+        where = [{"ray.io/node-id": here}, *[{}] * (config.ranks - 1)]
+        self._group = placement_group(bundles, "PACK", bundle_label_selector=where)
+        try:
+            self._wait(bundles)
+            found: dict[int, str] = placement_group_table(self._group)["bundles_to_node_id"]
+            # Ranks of one machine stand beside each other, for they say most to each other; the first one's first.
+            order = sorted(found, key=lambda bundle: (bundle != 0, found[bundle] != here, found[bundle], bundle))
+            on_each = [found[bundle] for bundle in order]
+            actor: Any = ray.remote(RankActor)
+            for bundle in order:
+                strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle)
+                asked: dict[str, Any] = {"num_gpus": 1, "num_cpus": 0} if gpu else {"num_cpus": 1}
+                self._actors.append(actor.options(**asked, scheduling_strategy=strategy, max_concurrency=2).remote())
+            share = share_of_threads(config.threads, on_each.count(here))
+            self.config = self._with_gpu(config) if gpu else dataclasses.replace(config, threads=share)
+            key = secrets.token_hex(32)
+            self.door = Door(ray.util.get_node_ip_address(), 0, key, range(1, config.ranks), config.ranks, 1)
+            logger.info("Ray has places for %d ranks on %d machines", config.ranks, len(set(on_each)))
+            level = logging.getLogger("candle_vllm").getEffectiveLevel()
+            own = {"device": "cuda:0" if gpu else "cpu", "hf_token": config.hf_token, "threads": config.threads}
+            own["prompt_cache_url"] = config.prompt_cache_url
+            for rank in range(1, config.ranks):
+                said = Invitation(self.door.host, self.door.port, key, rank, config.ranks, 1, own, level)
+                self._actors[rank].run.remote(msgspec.json.encode(said), on_each.count(on_each[rank]))
+        except BaseException:
+            self.close()
+            raise
+
+    def _wait(self, bundles: list[dict[str, float]]) -> None:
+        """Until all places are free; machines may have to be started first."""
+        until, ready = time.monotonic() + JOINING, self._group.ready()
+        while not self._ray.wait([ready], timeout=min(_NOTICE, max(0.0, until - time.monotonic())))[0]:
+            free = {name: self._ray.available_resources().get(name, 0.0) for name in bundles[0]}
+            wanted = f"{len(bundles)} times {bundles[0]}, the first on this machine; the cluster has {free} free"
+            if time.monotonic() > until:
+                raise ConfigError(f"Ray has no places for the ranks: {wanted}", _SETTING)
+            logger.info("waiting for places in the Ray cluster: %s", wanted)
+
+    def _with_gpu(self, config: EngineConfig) -> EngineConfig:
+        """The GPU that Ray gave the first rank, by the number that it has in this process."""
+        given = self._ray.get(self._actors[0].device.remote())
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+        if seen is None:
+            return dataclasses.replace(config, device=f"cuda:{given}")
+        if given not in seen.split(","):
+            raise ConfigError(
+                f"Ray gave the first rank GPU {given}, and this process sees {seen} (CUDA_VISIBLE_DEVICES): leave that "
+                "variable out",
+                _SETTING,
+            )
+        return dataclasses.replace(config, device=f"cuda:{seen.split(',').index(given)}")
+
+    def close(self) -> None:
+        """Gives the places back, and lets nobody in any more."""
+        if self.door is not None:
+            self.door.close()
+        from ray.util.placement_group import remove_placement_group
+
+        with contextlib.suppress(Exception):  # a cluster that has gone has nothing to give back
+            for each in self._actors:
+                self._ray.kill(each)
+            remove_placement_group(self._group)
+
+
+def _connected() -> Any:
+    """Ray, with a cluster, whose workers run in the environments that the machines have."""
+    # Started by `uv run`, Ray would else send this process's working directory to all of them and make an environment
+    # in it there, which `--no-sync` forbids; then no rank ever comes.
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    try:
+        import ray
+    except ImportError:
+        raise ConfigError(
+            'Ray is not installed: `pip install "candle-vllm-core[ray]"`, on every machine of the cluster', _SETTING
+        ) from None
+    if not ray.is_initialized():
+        try:
+            ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), logging_level=logging.WARNING)
+        except (ConnectionError, ValueError) as error:
+            raise ConfigError(
+                "there is no Ray cluster here: `ray start --head` starts one, `ray start --address=HOST:6379` on the "
+                f"other machines joins it, and RAY_ADDRESS says where it is ({error})",
+                _SETTING,
+            ) from None
+    return ray

@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: MIT
+"""An engine's runner on a GPU, and the plan of its memory.
+
+The largest steps are run over a cache of one block: once without their kernels, which are compiled side by side
+meanwhile, then as they are. What they took at their peak is put aside; of what is free then, the cache gets its share.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from candle_vllm.core.assembly.model import LoadedModel
+from candle_vllm.core.config import EngineConfig, draft_settings
+from candle_vllm.core.devices import Device, give_back, leave_cores_to_others
+from candle_vllm.core.engine.runners.device_inputs import DeviceLimits
+from candle_vllm.core.engine.runners.device_runner import MOST_CAPTURED, DeviceRunner
+from candle_vllm.core.errors import ConfigError, NoMemoryError
+from candle_vllm.core.kernels.attention.backend import AttentionNeeds
+from candle_vllm.core.kernels.attention.backends import choose, choose_latent
+from candle_vllm.core.kernels.collectives import Collective
+from candle_vllm.core.kernels.device_stream import CudaStream, DeviceStream, Work
+from candle_vllm.core.kernels.moe.host import HostExperts
+from candle_vllm.core.kernels.torch_numbers import NAMES
+from candle_vllm.core.kernels.triton_build import capability, compile_together
+from candle_vllm.core.layers.adapters import number_places
+from candle_vllm.core.layers.moe import mixtures_of
+from candle_vllm.core.loading.cache_specs import paged
+from candle_vllm.core.memory import MIB, CachePlan, Room, device_element_bytes, plan_cache
+from candle_vllm.core.threads import default_threads
+
+if TYPE_CHECKING:
+    from candle_vllm.core.kernels.lora.device import DeviceAdapters
+
+logger = logging.getLogger(__name__)
+
+_SLOTS = 8  # adapters of a step, where nobody says how many
+_USUAL_RANK = 64  # memory is kept for as many adapters of it
+_GRAPH_BYTES = 8 * MIB  # of a captured step, besides its tensors; generous
+_SLACK = 128 * MIB  # modules of kernels, a workspace of cuBLAS for each thread, pieces that memory is cut into
+
+
+def build_on_gpu(
+    config: EngineConfig,
+    loaded: LoadedModel,
+    budget: int,
+    sequences: int,
+    share: float,
+    draft_rows: int = 0,
+    ranks: Collective | None = None,
+) -> tuple[DeviceRunner, CachePlan]:
+    """The runner, its cache allocated and its steps captured, and the plan of the cache; `draft_rows` are the most
+    drafts of a step, which are rows of their own. `ranks` have the other parts of the model, and do the same.
+
+    Raises:
+        ConfigError: settings that cannot work with this model, GPU and memory.
+    """
+    device, model = loaded.placement.device, loaded.decoder.config
+    _refuse_cache_of_cpu(config)
+    _refuse_images(config, loaded)
+    select = choose if model.latent is None else choose_latent
+    backend = select(config.attention_backend, _needs(config, loaded))
+    if backend.note:
+        logger.info("attention by %s: %s", backend.name, backend.note)
+    graphs = config.cuda_graphs and backend.capturable and not config.enforce_eager
+    if config.cuda_graphs and not backend.capturable:
+        logger.warning("steps are not captured as CUDA graphs: attention by %s cannot be", backend.name)
+    if config.max_cudagraph_capture_size and not (graphs and backend.mixed):
+        raise ConfigError(
+            "max_cudagraph_capture_size needs CUDA graphs and attention by triton: leave it at 0, or leave out what "
+            "stands against it (cuda_graphs=False, enforce_eager=True, attention_backend)",
+            "max_cudagraph_capture_size",
+        )
+    dtype, row_scales = _cache_type(config, loaded)
+    rows = sequences + draft_rows
+    limits = DeviceLimits(budget, rows, -(-model.max_position // config.block_size), config.block_size)
+    stream = CudaStream(device)
+    give_back()
+    try:
+        loaded.decoder.prepare(model.max_position)
+        turning = loaded.turning(budget)
+        host = host_experts(config, loaded, stream, budget)
+        adapters, adapter_bytes = _adapters(config, loaded, stream, rows) if config.enable_lora else (None, 0)
+        runner = DeviceRunner(
+            loaded.decoder,
+            limits,
+            stream,
+            dtype,
+            attend=backend.attend,
+            graphs=graphs,
+            finite_cache=backend.finite_cache,
+            captured_prompts=config.max_cudagraph_capture_size,
+            # tokens are drawn by the first rank alone; where the host computes, nothing is ahead of it
+            overlaps=not draft_rows and ranks is None and host is None,
+            adapters=adapters,
+            host=host,
+            row_scales=row_scales,
+            turning=turning,
+            state_dtype=loaded.placement.torch_dtype,
+        )
+        steps = runner.largest_steps()
+        compile_together(lambda: _pass(steps, stream), device)
+        _, *peaks = [_peak(work, stream) for work in steps]
+    except torch.OutOfMemoryError as error:
+        raise _too_little(budget, sequences, device) from error
+    aside = sum(peaks) + runner.edit_bytes + runner.num_graphs * _GRAPH_BYTES + _SLACK + adapter_bytes
+    if loaded.tower is not None:
+        aside += loaded.tower.tower.config.step_bytes(1)  # the largest picture, while it is encoded
+    free, total = torch.cuda.mem_get_info(device)
+    if aside >= free:
+        raise _too_little(budget, sequences, device)
+    kept = f" beside {torch.cuda.memory_allocated(device) // MIB} MiB of weights and {aside // MIB} MiB for steps"
+    room = Room(free - aside, share, kept, total=total)
+    size = device_element_bytes(config, loaded.placement.torch_dtype.itemsize)
+    drafts = draft_settings(config.speculative_config) if draft_rows else None
+    most = 0 if drafts is None else drafts.num_speculative_tokens
+    plan = plan_cache(config, model, size, sequences, room, layers=loaded.layers, drafts=most)
+    plan = plan if ranks is None else plan.agreed(ranks)
+    logger.info(plan.message)
+    if plan.warning:
+        logger.warning(plan.warning)
+    try:
+        runner.allocate(plan.num_blocks, plan.states)
+    except torch.OutOfMemoryError as error:
+        size = plan.num_blocks * plan.block_bytes // MIB
+        raise NoMemoryError(
+            f"a KV cache of {size} MiB leaves too little of the GPU's memory for captured steps: set "
+            f"kv_cache_memory={size * 3 // 4 * MIB} (bytes), or a smaller `kv_fraction`, or cuda_graphs=False",
+            "kv_cache_memory",
+        ) from error
+    return runner, plan
+
+
+def _refuse_images(config: EngineConfig, loaded: LoadedModel) -> None:
+    if loaded.sight is not None and loaded.sight.parts.whole and config.deterministic:
+        raise ConfigError(
+            f"deterministic: where tokens of a picture see each other, as with {loaded.name}, their sums on a GPU "
+            "depend on what else is in the step: set max_images=0, or leave 'deterministic' out",
+            "deterministic",
+        )
+
+
+def _refuse_cache_of_cpu(config: EngineConfig) -> None:
+    if config.kv_cache_dtype in ("q8_0", "q5_1", "q4_0"):
+        raise ConfigError(
+            f"kv_cache_dtype={config.kv_cache_dtype!r} is of the CPU: on a GPU set 'int8_per_token_head', which has "
+            "the size of q8_0, or leave it out",
+            "kv_cache_dtype",
+        )
+    for name in ("key_cache_dtype", "value_cache_dtype"):
+        if getattr(config, name) is not None:
+            raise ConfigError(
+                f"on a GPU keys and values have one type: leave {name} out, or set kv_cache_dtype for both", name
+            )
+
+
+def _cache_type(config: EngineConfig, loaded: LoadedModel) -> tuple[torch.dtype, bool]:
+    """The type of a cache's numbers, and whether its rows have scales of their own."""
+    if config.kv_cache_dtype == "auto":
+        return loaded.placement.torch_dtype, False
+    if config.kv_cache_dtype == "int8_per_token_head":
+        return torch.int8, True
+    if config.kv_cache_dtype == "fp8_per_token_head":
+        return torch.float8_e4m3fn if capability(loaded.placement.device) >= 89 else torch.uint8, True
+    return torch.float8_e4m3fn, False
+
+
+def adapter_slots(config: EngineConfig) -> int:
+    """Most adapters of a step on a GPU."""
+    return config.max_loras or _SLOTS
+
+
+def _adapters(config: EngineConfig, loaded: LoadedModel, stream: DeviceStream, rows: int) -> tuple[DeviceAdapters, int]:
+    """What layers add to their products, and the memory that is kept for it."""
+    from candle_vllm.core.kernels.lora.device import DeviceAdapters
+
+    dtype, slots, rank = loaded.placement.torch_dtype, adapter_slots(config), config.max_lora_rank
+    if config.lora_dtype not in ("auto", NAMES[dtype].lower()):
+        raise ConfigError(
+            f"lora_dtype {config.lora_dtype!r}: on a GPU adapters are multiplied in the type of activations, here "
+            f"{NAMES[dtype].lower()}: leave it out, or set dtype",
+            "lora_dtype",
+        )
+    places = [place for of in number_places(loaded.decoder).values() for place in of]
+    products = [place for place in places if not (place.lookup or place.experts)]
+    sizes = sum(place.columns * len(place.parts) + max(end for _, _, end in place.parts.values()) for place in products)
+    room = slots * min(rank, _USUAL_RANK) * sizes * dtype.itemsize
+    most, flying = min(rows, MOST_CAPTURED), config.pipeline_parallel_size
+    adapters = DeviceAdapters(stream, places, dtype, slots=slots, rank=rank, rows=most, memory=room, in_flight=flying)
+    number_places(loaded.decoder, adapters)
+    return adapters, room
+
+
+def host_experts(config: EngineConfig, loaded: LoadedModel, stream: DeviceStream, tokens: int) -> HostExperts | None:
+    """What computes experts that are in main memory, which their layers know from then on; None where none are."""
+    if loaded.split is None or loaded.split.host is None:
+        return None
+    decoder: Any = loaded.decoder
+    there = [each for number, each in mixtures_of(decoder.layers).items() if number < loaded.split.experts]
+    memory = loaded.split.host.weight_memory
+    ranks = None if memory is None else memory.ranks
+    leave_cores_to_others()
+    size, experts = there[0].sizes
+    host = HostExperts(
+        stream,
+        [each.record_experts for each in there],
+        size=size,
+        experts=experts,
+        tokens=tokens,
+        dtype=loaded.placement.torch_dtype,
+        threads=(config.threads or default_threads()) if ranks is None else ranks.threads,
+        ranks=ranks,
+    )
+    for each, layer in zip(there, host.layers, strict=True):
+        each.elsewhere = layer
+    return host
+
+
+def _needs(config: EngineConfig, loaded: LoadedModel) -> AttentionNeeds:
+    model, placement = loaded.config, loaded.placement
+    return AttentionNeeds(
+        capability=(capability(placement.device) // 10, capability(placement.device) % 10),
+        dtype=placement.torch_dtype,
+        head_dim=max(spec.key_dim for spec in paged(model.cache_specs)),
+        block_size=config.block_size,
+        windows=any(window is not None for window in model.sliding_windows),
+        soft_caps=model.attention_softcap is not None,
+        sinks=model.attention_sinks,
+        cache_dtype=config.kv_cache_dtype,
+        deterministic=config.deterministic,
+    )
+
+
+def _pass(steps: Sequence[Work], stream: DeviceStream) -> None:
+    """All steps, to their end."""
+    for work in steps:
+        work()
+    stream.mark().wait()
+
+
+def _peak(work: Work, stream: DeviceStream) -> int:
+    """Bytes that work takes at its peak beyond those that are taken before it."""
+    device = stream.device
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_reserved(device)
+    work()
+    stream.mark().wait()
+    peak = torch.cuda.max_memory_reserved(device) - before
+    torch.cuda.empty_cache()
+    return max(0, peak)
+
+
+def _too_little(budget: int, sequences: int, device: Device) -> NoMemoryError:
+    free, total = (size // MIB for size in torch.cuda.mem_get_info(device))
+    ways = []
+    if budget > sequences:
+        ways.append(f"max_num_batched_tokens={max(sequences, budget // 4)}")
+    if sequences > 1:
+        ways.append(f"max_num_seqs={max(1, sequences // 4)}")
+    ways.append("a smaller model, or one with fewer bits")
+    return NoMemoryError(
+        f"the GPU's memory is too small for steps of {budget} tokens and {sequences} sequences beside the weights: "
+        f"{free} of {total} MiB are free; try {' or '.join(ways)}",
+        "max_num_batched_tokens",
+    )

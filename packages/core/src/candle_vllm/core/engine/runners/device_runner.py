@@ -1,0 +1,719 @@
+# SPDX-License-Identifier: MIT
+"""Steps 5 to 7 on a GPU: a step is launched, and the next one prepared while it runs.
+
+The host writes a step's numbers into staged memory; one copy brings them over. Tokens that the step before drew are
+taken from where they were left on the device, so the host need not know them. A step that only decodes is the replay
+of a captured graph, one for each size of batch; what remains of a graph's rows decodes nothing. A step with prompts is
+launched operation by operation, or, up to a number of tokens, the replay of a graph too. Tokens go back to the host
+behind a mark.
+
+Where experts are in main memory (`kernels/moe/host.py`), the host computes within a step: it is launched, or replayed,
+in pieces, and the next one is not launched ahead.
+
+A stage of a model has as many steps under way as there are stages (`device_borders.py`). On the first one a step lands
+when what the last one made of it is back: the head and the draw follow then, and are not captured with the layers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from candle_vllm.core.engine.runners.device_borders import Border, DeviceBorders
+from candle_vllm.core.engine.runners.device_inputs import DeviceInputs, DeviceLimits, StepSize, by_rows
+from candle_vllm.core.engine.runners.eager_runner import GivenTensors, layer_caches_of
+from candle_vllm.core.engine.runners.model_runner import MAX_SCORED_ROWS, Landed
+from candle_vllm.core.engine.step.batch import AdapterRows, Batch, Ints, turns
+from candle_vllm.core.engine.step.sequence import Tokens
+from candle_vllm.core.kernels.attention.backends import attend_by_reference
+from candle_vllm.core.kernels.attention.rows import DeviceRows
+from candle_vllm.core.kernels.device_stream import DeviceStream, Mark, Sent, Work, copy
+from candle_vllm.core.kernels.kv_write.scaled_rows import SCALE
+from candle_vllm.core.kernels.lora.device import DeviceAdapters
+from candle_vllm.core.kernels.moe.host import HostExperts
+from candle_vllm.core.kernels.offloading import LayerCache, block_bytes, block_parts, state_parts
+from candle_vllm.core.kernels.sampling import asks
+from candle_vllm.core.kernels.sampling.device_shares import KINDS, DeviceShares, LandingShares
+from candle_vllm.core.kernels.triton_build import next_power_of_2
+from candle_vllm.core.layers.attention import StepInput
+from candle_vllm.core.layers.rotary import Rotary
+from candle_vllm.core.loading.cache_specs import NO_STATES, StateRoom
+from candle_vllm.core.loading.cache_specs import states as state_specs
+from candle_vllm.core.models.family import Decoder
+from candle_vllm.core.models.stack import DecoderStack
+from candle_vllm.core.sampling.device_sampler import DeviceSampler, DrawnRows
+from candle_vllm.core.sampling.sampler import Drawn, Sampler
+from candle_vllm.core.sampling.sampler import controls as controls_of
+from candle_vllm.core.sampling.shared_rows import draw_shared, sample_some
+from candle_vllm.core.sampling.state import SamplingState
+
+logger = logging.getLogger(__name__)
+
+_SMALL_PROMPTS = (1, 8, 16, 32, 64, 128)  # tokens; kernels have forms for as many
+MOST_CAPTURED = 512
+"""Sequences of the largest step that is captured."""
+
+
+def bucket_sizes(sequences: int) -> list[int]:
+    """Sizes of captured steps: 1, 2, 4, 8, then multiples of 8 to 64, of 16 to 256, of 32 beyond."""
+    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, MOST_CAPTURED + 1, 32)]
+    most = min(sequences, MOST_CAPTURED)
+    return [*(size for size in sizes if size < most), most]
+
+
+def mixed_sizes(tokens: int) -> list[int]:
+    """Tokens of captured steps with prompts, up to `tokens`: multiples of 16 to 128, then four for each doubling."""
+    sizes = [*range(16, 128, 16)]
+    while sizes[-1] < tokens:
+        sizes.append(sizes[-1] + max(16, next_power_of_2(sizes[-1] + 1) // 8))
+    return [*(size for size in sizes if size < tokens), tokens] if tokens else []
+
+
+class DeviceRunner:
+    """Runs a decoder on a GPU; see `ModelRunner`. `allocate` must be called before the first step.
+
+    Args:
+        decoder: the model, on the stream's device.
+        limits: the largest step.
+        stream: where steps run.
+        dtype: of the cache; float8_e4m3fn is scaled by 1, where rows have no scales of their own.
+        attend: what computes attention, see `kernels/attention`; None is the package's own.
+        graphs: capture decoding steps.
+        finite_cache: every number of the cache must be finite from the start.
+        captured_prompts: capture steps with prompts, too, up to so many tokens; `attend` must be `mixed`.
+        overlaps: whether the next step may be launched before this one's tokens are known; not where there are drafts,
+            which begin with these tokens. `limits` must have a sequence for each draft, too.
+        adapters: see below.
+        host: computes the experts that are in main memory; None where none are. It is closed with the runner.
+        row_scales: the cache's rows have scales of their own, see `kernels/kv_write/scaled_rows`.
+        turning: as for `RecordedRunner`.
+        state_dtype: of activations, where layers keep states.
+
+    Attributes:
+        adapters: what the decoder's layers add to their products; None where there are no adapters.
+        in_flight: as many as the model has stages.
+    """
+
+    fatal: tuple[type[Exception], ...] = (torch.AcceleratorError,)
+    step_memory = None
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        limits: DeviceLimits,
+        stream: DeviceStream,
+        dtype: torch.dtype,
+        *,
+        attend: Callable[..., torch.Tensor] | None = None,
+        graphs: bool = True,
+        finite_cache: bool = False,
+        captured_prompts: int = 0,
+        overlaps: bool = True,
+        adapters: DeviceAdapters | None = None,
+        host: HostExperts | None = None,
+        row_scales: bool = False,
+        turning: Rotary | None = None,
+        state_dtype: torch.dtype | None = None,
+    ) -> None:
+        self.decoder, self._host = decoder, host
+        self._room = StateRoom(1, 0, 1) if state_specs(decoder.config.cache_specs) else NO_STATES
+        limits = dataclasses.replace(limits, states=self._room is not NO_STATES)
+        stage = decoder.stage if isinstance(decoder, DecoderStack) else None
+        self._has_head = stage is None or stage.is_first
+        self.in_flight = 1 if stage is None else stage.line.size
+        self.overlaps = overlaps and stage is None
+        self._empty = torch.zeros if finite_cache else torch.empty
+        self._limits = limits
+        self._stream = stream
+        self._dtype, self._state_dtype = dtype, state_dtype or dtype
+        self._attend: dict[str, Any] = {} if attend is None else {"attend": attend}
+        one = torch.ones(1, dtype=torch.float32, device=stream.device)
+        self._scales = (one, one) if dtype == torch.float8_e4m3fn and not row_scales else None
+        self._beside = SCALE if row_scales else 0
+        self._turning = turning
+        self._inputs = DeviceInputs(stream, limits, self.in_flight)
+        vocabulary, sequences = decoder.config.vocab_size, limits.sequences
+        self._logits = torch.zeros(sequences, vocabulary, dtype=torch.float32, device=stream.device)
+        share = decoder.scoring.share if isinstance(decoder, DecoderStack) and self._has_head else None
+        controls = self._inputs.controls
+        self._shares: DeviceShares | None = None
+        self._own = self._logits  # what the step leaves: all columns, or those of this rank
+        if share is not None:
+            columns = min(share.most, vocabulary - share.first)
+            self._own = torch.zeros(sequences, columns, dtype=torch.float32, device=stream.device)
+            self._shares = DeviceShares(stream, share, self._own, controls, graphs=graphs)
+            controls = torch.zeros_like(controls)  # of the rows that were put together
+        self._controls, self._landing = controls, None
+        self._sampler = DeviceSampler(stream, self._logits, controls, graphs=graphs)
+        self.fetch: Callable[[Ints], torch.Tensor] | None = None
+        self._buckets = [StepSize(rows, rows, False) for rows in bucket_sizes(sequences)] if graphs else []
+        most = min(captured_prompts, limits.tokens) if graphs else 0
+        self._mixed = [StepSize(size, min(size, sequences), True) for size in mixed_sizes(most)]
+        self._graphs: dict[tuple[StepSize, bool], Work] = {}
+        self._borders: DeviceBorders | None = None
+        self._begun: deque[_Begun] = deque()  # on the first stage
+        if stage is not None:
+            largest = [sizes[-1].tokens for sizes in (self._buckets, self._mixed) if sizes]
+            self._borders = DeviceBorders(stage, stream, limits.tokens, max(largest, default=0))
+        self.adapters = adapters
+        self._entries: AdapterRows | None = None  # of the last step
+        self._hidden = torch.empty(0)
+        self._kept = torch.empty(0)  # [most tokens of a captured step with prompts, E]: what `score` and `hidden` read
+        self._size: StepSize | None = None
+        self._asks = (False, False)
+        self._drafts: list[Tokens] | None = None
+        self._run_sampler = Sampler()
+        self._allocate(1, self._room)
+
+    def forward(self, batch: Batch, states: Sequence[SamplingState]) -> None:
+        """See `ModelRunner`. Rows of drafts are run as decoding ones, by the same graphs and kernels."""
+        shifts, self._drafts = self._turn(batch), None
+        if batch.drafted:
+            self._drafts = [run.drafts for run in batch.drawing]
+            self._run_sampler.look_ahead(states, self._drafts)
+            batch, states = by_rows(batch), ()
+        with self._over_if_it_fails():
+            size, entries, tokens = self._captured_size(batch), batch.adapters, batch.tokens.shape[1]
+            if self._borders is not None:
+                self._pass_on(self._borders, batch, size, shifts)
+                return
+            self._size, self._entries = size, entries
+            self._asks = self._inputs.send(batch, states, size, shifts)
+            self._count_on_host(tokens)
+            if size is None:
+                self._stream.run(self._eager(batch))
+            else:
+                if entries is not None:
+                    self._added().send(entries, batch.drawn_rows)
+                self._stream.run(self._captured(size, adapted=entries is not None))
+            if size is not None and size.mixed:
+                self._stream.run(self._take_kept)
+            self._count_on_host(0)  # what is run besides holds no tokens
+            self._launch_shares(batch.wishes)
+
+    def _launch_shares(self, wishes: NDArray[np.float64] | None) -> None:
+        """Has the ranks tell each other what a step's draw needs of its logits, where these are divided."""
+        self._landing = None
+        if self._shares is not None and wishes is not None and len(wishes):
+            self._landing = self._shares.launch(wishes, self._padded_rows(len(wishes)))
+
+    @property
+    def divides(self) -> bool:
+        """See `ModelRunner`."""
+        return self._shares is not None
+
+    def put_together(self, rows: Ints) -> torch.Tensor:
+        """See `ModelRunner`. Waits for the step."""
+        found: list[torch.Tensor] = []
+        if self._shares is not None:
+            self._stream.run(self._shares.putting_together(rows, found))
+            self._stream.mark().wait()
+        return found[0] if found else torch.empty(0)
+
+    def _pass_on(self, borders: DeviceBorders, batch: Batch, size: StepSize | None, shifts: Ints | None) -> None:
+        """A stage's part of a step: captured between the borders, over which go the tokens there are, and no more."""
+        entries, tokens = batch.adapters, batch.tokens.shape[1]
+        self._inputs.send(batch, (), size, shifts)
+        rows, width = (0, 0) if batch.embedded is None else batch.embedded.vectors.shape
+        border = borders.enter(tokens, rows, width)
+        if size is None:
+            self._stream.run(self._eager(batch, border))
+        else:
+            if entries is not None:
+                self._added().send(entries, batch.drawn_rows)
+            self._stream.run(functools.partial(borders.fill, border, size.tokens))
+            self._stream.run(self._captured(size, adapted=entries is not None))
+            self._stream.run(functools.partial(borders.empty, border))
+        borders.leave(border)
+        if self._has_head:
+            self._begun.append(_Begun(size, batch.drawn_rows, entries, batch.wishes))
+
+    def _turn(self, batch: Batch) -> Ints | None:
+        """Writes what turns rows of pictures, and gives how far from its position's row each row's own is."""
+        turned = batch.turned
+        if turned is None or self._turning is None:
+            return None
+        if len(turned.rows):
+            turn, sources = self._turning.turn_there, Sent(self._stream, self._turning.sources(turned.places))
+            self._stream.run(lambda: turn(sources.there()))
+        return turns(turned, batch.positions, self._turning.first_turned)
+
+    def _count_on_host(self, tokens: int) -> None:
+        if self._host is not None:
+            self._stream.run(functools.partial(self._host.begin, tokens))
+
+    def draw(self, states: Sequence[SamplingState]) -> DrawnRows | SharedDraw | Passed | Landed:
+        """See `ModelRunner`."""
+        if self._landing is not None:
+            return self._draw_shared(states, self._drafts, self._landing)
+        if self._drafts is not None:
+            return self._draw_runs(states, self._drafts)
+        if not states:
+            return Passed(self._stream.mark())
+        with self._over_if_it_fails():
+            if self._borders is not None:
+                self._asks = self._inputs.send_draws(states)
+            return self._sampler.launch(states, self._asks, self._padded_rows(len(states)))
+
+    def _padded_rows(self, count: int) -> int | None:
+        """Rows of the captured draw for so many; None where there is none."""
+        return None if self._size is None else next((s.rows for s in self._buckets if s.rows >= count), None)
+
+    def _draw_shared(
+        self, states: Sequence[SamplingState], drafts: list[Tokens] | None, landing: LandingShares
+    ) -> SharedDraw:
+        """Draws from what the ranks told each other; what was put together is edited and drawn from first."""
+        numbers, launched = landing.apart, None
+        if drafts is None and len(numbers):
+            some, gathered = [states[number] for number in numbers], landing.gathered
+            wanted = controls_of(some)
+            sent = Sent(self._stream, wanted)
+
+            def place() -> None:
+                copy(self._logits[: len(some)], gathered[0])
+                copy(self._controls[: len(some)], sent.there())
+
+            with self._over_if_it_fails():
+                self._stream.run(place)
+                launched = self._sampler.launch(some, asks(wanted), self._padded_rows(len(some)))
+
+        def apart(numbers: list[int], logits: torch.Tensor) -> Sequence[Drawn]:
+            if launched is not None:
+                return launched.tokens()
+            return sample_some(self._run_sampler, numbers, logits, states, drafts)
+
+        def taken() -> Sequence[Drawn]:
+            with self._over_if_it_fails(), self._here():
+                drawn = draw_shared(landing.landed(), drafts, apart, self.fetch or self.put_together)
+            if drafts is not None:
+                self._sampler.forget_counts(states)
+            return drawn
+
+        return SharedDraw(taken)
+
+    def _draw_runs(self, states: Sequence[SamplingState], drafts: Sequence[Tokens]) -> Landed:
+        """Draws for runs with drafts: which of their rows count, the host decides."""
+        with self._over_if_it_fails(), self._here():
+            self._stream.mark().wait()
+            rows = self._logits[: sum(1 + len(own) for own in drafts)]
+            drawn = self._run_sampler.sample_runs(rows, states, drafts)
+        self._sampler.forget_counts(states)
+        return Landed(drawn)
+
+    def _here(self) -> AbstractContextManager[object]:
+        """The engine's thread has a device of its own."""
+        device = self._stream.device
+        return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def _over_if_it_fails(self) -> Iterator[None]:
+        """Nobody waits for a step that failed on the way; so its copies must be over before others are prepared."""
+        try:
+            yield
+        except Exception:
+            with contextlib.suppress(RuntimeError):  # a broken device is what the first error says
+                self._stream.mark().wait()
+            raise
+
+    def land(self) -> None:
+        """See `ModelRunner`; on a stage alone, elsewhere a step is over before the next one is launched. Waits for
+        nothing here: what is given to the stream from now on does."""
+        if self._borders is not None and self._has_head:
+            with self._over_if_it_fails():
+                step = self._begun.popleft()
+                self._size, self._entries = step.size, step.entries
+                self._stream.run(functools.partial(self._take_hidden, self._borders.land()))
+                self._stream.run(self._head(step.drawn_rows))
+                if step.wishes is not None:
+                    self._inputs.send_wishes(step.wishes)
+                self._launch_shares(step.wishes)
+
+    def score(self, rows: Ints) -> torch.Tensor:
+        """See `ModelRunner`. Waits for the step; a stage behind the first has no head, and gives nothing."""
+        if not self._has_head:
+            return torch.empty(0)
+        scores: list[torch.Tensor] = []
+        self._stream.run(self._score(rows, scores))
+        self._stream.mark().wait()
+        return scores[0] if scores else torch.empty(0)
+
+    def hidden_sum(self, rows: Ints) -> NDArray[np.float64]:
+        """See `ModelRunner`. Waits for the step."""
+        found: list[torch.Tensor] = []
+        wanted = Sent(self._stream, rows)
+        self._stream.run(lambda: found.append(self._hidden[wanted.there()].float().sum(0, dtype=torch.float64)))
+        self._stream.mark().wait()
+        return found[0].cpu().numpy()
+
+    def close(self) -> None:
+        """Waits for what was launched, and lets go of caches and graphs."""
+        with contextlib.suppress(torch.AcceleratorError):  # a broken device has nothing to wait for
+            self._stream.mark().wait()
+        self._graphs.clear()
+        self._sampler.close()
+        if self._shares is not None:
+            self._shares.close()
+        if self._host is not None:
+            self._host.close()
+        self.caches: tuple[LayerCache, ...] = ()
+
+    @property
+    def block_bytes(self) -> int:
+        """See `BlockMemory`."""
+        return block_bytes(self.caches)
+
+    @property
+    def state_bytes(self) -> int:
+        """See `BlockMemory`."""
+        return sum(map(len, state_parts(self.caches, 0)))
+
+    def _parts(self, place: int, *, state: bool) -> list[torch.Tensor]:
+        return (state_parts if state else block_parts)(self.caches, place)
+
+    def copy_out(self, place: int, *, state: bool = False) -> Callable[[], bytearray]:
+        """See `BlockMemory`; the copy is behind the steps that were launched, and nobody waits for it here."""
+        parts = self._parts(place, state=state)
+        staged = self._stream.staged(sum(map(len, parts)))
+
+        def work() -> None:
+            start = 0
+            for part in parts:
+                copy(staged[start : start + len(part)], part)
+                start += len(part)
+
+        self._stream.run(work)
+        mark = self._stream.mark()
+
+        def taken() -> bytearray:
+            mark.wait()
+            return bytearray(staged.numpy())  # what is staged is scarce
+
+        return taken
+
+    def copy_in(self, place: int, data: bytes | bytearray | memoryview, *, state: bool = False) -> None:
+        """See `BlockMemory`."""
+        parts = self._parts(place, state=state)
+        sent = Sent(self._stream, np.frombuffer(data, np.uint8))
+
+        def work() -> None:
+            there, start = sent.there(), 0
+            for part in parts:
+                copy(part, there[start : start + len(part)])
+                start += len(part)
+
+        self._stream.run(work)
+
+    def drop_cache(self) -> None:
+        """See `ModelRunner`; what was captured goes too, for it knows addresses."""
+        self._stream.mark().wait()
+        self._graphs.clear()
+        self._hidden = self._kept = torch.empty(0)
+        self.caches = ()
+        if self._borders is not None:
+            self._borders.drop()
+
+    def restore_cache(self) -> None:
+        """See `ModelRunner`."""
+        if self._borders is not None:
+            self._borders.make()
+        self._allocate(self._num_blocks, self._room)
+
+    def wake_up(self) -> None:
+        """See `ModelRunner`."""
+        self._stream.join()
+        self._capture()
+
+    def allocate(self, num_blocks: int, room: StateRoom = NO_STATES) -> None:
+        """Makes the cache, with room for so many states, and captures steps."""
+        self._allocate(num_blocks, room)
+        self._capture()
+
+    def _capture(self) -> None:
+        began = time.perf_counter()
+        sizes = [*self._buckets, *self._mixed]
+        for size in reversed(sizes):  # the memory of the largest serves the others
+            self._inputs.send_blank(size)
+            self._captured(size, adapted=False)
+            if self.adapters is not None and not size.mixed:
+                self.adapters.send(None, np.empty(0, np.int64))
+                self._captured(size, adapted=True)
+        self._inputs.send_blank(_ONE)
+        self._sampler.warm_up(1)
+        for size in (*self._buckets[-1:], *self._buckets[:1]):
+            (self._sampler if self._shares is None else self._shares).capture(size.rows)
+        self._stream.mark().wait()
+        if sizes:
+            logger.info("captured %d sizes of steps in %.1f s", len(sizes), time.perf_counter() - began)
+
+    @property
+    def num_graphs(self) -> int:
+        """How many graphs there may be: of each size a step, with adapters another, and of those that decode the three
+        kinds of draws, and those over ranks."""
+        draws = 3 if self._shares is None else 3 + len(KINDS)
+        return (1 + draws + (self.adapters is not None)) * len(self._buckets) + len(self._mixed)
+
+    @property
+    def edit_bytes(self) -> int:
+        """What masks, penalties and log-probabilities may take: copies of the logits, and a table as large."""
+        return 3 * self._logits.nbytes
+
+    def largest_steps(self) -> tuple[Work, ...]:
+        """A small step, and a prompt and a decoding step of the largest size, over a cache of one block.
+
+        Where steps with prompts are captured, the largest of those follows.
+
+        They show what memory steps take, and compile on the way what later ones use; the small one comes first, for it
+        is not measured. The results mean nothing: blocks and positions are all 0. Nothing is captured, for they may be
+        run without their kernels first. A stage runs them by itself; the small one connects it to the others.
+        """
+        limits = self._limits
+        # The last token stands for the chunk that ends the longest prompt: what is made of its context counts too.
+        others = limits.sequences - 1
+        tokens = min(limits.tokens, others * limits.longest + 1 if others else limits.longest)
+        begins = [*range(0, tokens - 1, limits.longest), tokens - 1] if others else [0]
+        starts = np.unique([*begins, tokens])
+
+        def smallest() -> None:
+            self._inputs.send_blank(_ONE)
+            border = None if self._borders is None else self._borders.blank(1)
+            self._stream.run(lambda: self._padded(_ONE, border, adapted=False))
+            for count in _SMALL_PROMPTS:
+                if count <= min(tokens, limits.longest):
+                    self._run_blank(self._inputs.send_zeros(np.array([0, count]), count))
+            if self._borders is not None:
+                self._borders.connect()
+
+        def prompt() -> None:
+            self._run_blank(self._inputs.send_zeros(starts, limits.longest))
+            if self._has_head:
+                self._stream.run(self._score(np.arange(min(MAX_SCORED_ROWS, tokens)), []))
+
+        def decoding() -> None:
+            blank(StepSize(limits.sequences, limits.sequences, False))
+            self._run_blank_head(limits.sequences, np.arange(limits.sequences))
+            self._sampler.warm_up(limits.sequences)
+            if self._shares is not None:
+                self._shares.warm_up(limits.sequences)
+
+        def blank(size: StepSize) -> None:
+            self._inputs.send_blank(size)
+            if self.adapters is not None:
+                self.adapters.send(None, np.empty(0, np.int64))
+            border = None if self._borders is None else self._borders.blank(size.tokens)
+            self._stream.run(lambda: self._padded(size, border, adapted=self.adapters is not None and not size.mixed))
+
+        return smallest, prompt, decoding, *(functools.partial(blank, size) for size in self._mixed[-1:])
+
+    def _run_blank(self, batch: Batch) -> None:
+        """Runs a step that means nothing, and its head."""
+        tokens = batch.tokens.shape[1]
+        border = None if self._borders is None else self._borders.blank(tokens)
+        self._stream.run(self._eager(batch, border, measured=True))
+        self._run_blank_head(tokens, batch.drawn_rows)
+
+    def _run_blank_head(self, tokens: int, rows: Ints) -> None:
+        """The head of the first stage over rows of a step that means nothing; elsewhere it is part of the step."""
+        if self._borders is not None and self._has_head:
+            self._stream.run(functools.partial(self._take_hidden, self._borders.blank_hidden(tokens)))
+            self._stream.run(self._head(rows))
+
+    def _allocate(self, num_blocks: int, room: StateRoom) -> None:
+        self._num_blocks, self._room = num_blocks, room
+        empty = functools.partial(self._empty, dtype=self._dtype, device=self._stream.device)
+        blocks = num_blocks, self._limits.block_size
+        self.caches = layer_caches_of(self.decoder, blocks, empty, self._beside, room, self._state_dtype)
+        self._stream.join()
+
+    def _captured_size(self, batch: Batch) -> StepSize | None:
+        """What the captured step that runs a batch is made for; None where none runs it."""
+        if batch.embedded is not None:
+            return None
+        decodes = batch.num_decodes == len(batch.context_lens)
+        if batch.adapters is not None and not (decodes and self._added().capturable(batch.adapters)):
+            return None
+        sizes = self._buckets if decodes else self._mixed
+        return next((size for size in sizes if size.tokens >= batch.tokens.shape[1]), None)
+
+    def _captured(self, size: StepSize, *, adapted: bool) -> Work:
+        """The graph of a step. The first of a size runs as it is, and is captured for those after it."""
+        if (size, adapted) in self._graphs:
+            return self._graphs[size, adapted]
+
+        border = None if self._borders is None else self._borders.still(size.tokens)
+
+        def step() -> None:
+            self._padded(size, border, adapted=adapted)
+
+        self._stream.run(step)
+        self._graphs[size, adapted] = self._stream.capture(step)
+        return _nothing
+
+    def _added(self) -> DeviceAdapters:
+        assert self.adapters is not None, "an engine without adapters has sequences without"
+        return self.adapters
+
+    def _eager(self, batch: Batch, border: Border | None = None, *, measured: bool = False) -> Work:
+        """Any step, operation by operation, of a stage without the head; one that is measured has all that any rank may
+        get."""
+        tokens, samples, places = len(batch.token_ids), len(batch.drawn_rows), self._inputs.rows_of(batch)
+        size = StepSize(tokens, len(batch.context_lens), True)
+        entries, given = batch.adapters, self._inputs.given(batch)
+        ahead = None if batch.ahead is None else Sent(self._stream, batch.ahead)
+        take, take_drawn = (
+            self._taking(some) for some in (entries, None if entries is None else entries.among(batch.drawn_rows))
+        )
+
+        def layers() -> torch.Tensor:
+            take()
+            pictures, there = given(), None if ahead is None else ahead.there()
+            divide = not measured and entries is None
+            if self._borders is None or border is None or pictures is None:
+                return self._forward(size, places, pictures, there, border, may_divide=divide)
+            self._borders.give(border, pictures)
+            left = self._forward(size, places, pictures, there, border, may_divide=divide)
+            self._borders.keep(border, pictures)
+            return left
+
+        def work() -> None:
+            self._hidden = torch.empty(0)  # that of the step before makes room
+            self._hidden = layers()
+            take_drawn()
+            if samples and self._has_head:
+                self._leave_logits(self._hidden[self._inputs.sample_rows(samples)])
+
+        def part() -> None:
+            layers()
+
+        return work if border is None else part
+
+    def _taking(self, entries: AdapterRows | None) -> Work:
+        """Work that has these adapters added from then on."""
+        return _nothing if self.adapters is None else self.adapters.taking(entries)
+
+    def _take_sent(self, adapted: bool, *, head: bool) -> None:
+        """The same of those that were sent for a captured step."""
+        if adapted:
+            self._added().taking_sent(head=head)
+        elif self.adapters is not None:
+            self.adapters.taking_none()
+
+    def _padded(self, size: StepSize, border: Border | None, *, adapted: bool) -> None:
+        """Any step that is at most so large, of a stage without the head; work on the device."""
+        self._take_sent(adapted, head=False)
+        hidden = self._forward(size, self._inputs.rows_for(size), border=border)
+        if border is not None:
+            return
+        if size.mixed:
+            if not len(self._kept):
+                self._kept = hidden.new_zeros(self._mixed[-1].tokens, hidden.shape[1])
+            copy(self._kept[: size.tokens], hidden)
+            hidden = hidden[self._inputs.sample_rows(size.rows)]
+        self._take_sent(adapted, head=True)
+        self._leave_logits(hidden)
+
+    def _leave_logits(self, hidden: torch.Tensor) -> None:
+        """Logits of rows, or what this rank has of them, where the draw looks for them; work."""
+        own = self._own[: len(hidden)]
+        if self._shares is None:
+            self.decoder.logits(hidden, own)
+        else:
+            assert isinstance(self.decoder, DecoderStack)
+            self.decoder.own_logits(hidden, own)
+
+    def _take_kept(self) -> None:
+        """What is asked for of the last step is what a captured one left."""
+        self._hidden = self._kept
+
+    def _take_hidden(self, hidden: torch.Tensor) -> None:
+        """The same of the step that has landed."""
+        self._hidden = hidden
+
+    def _forward(
+        self,
+        size: StepSize,
+        places: DeviceRows,
+        given: GivenTensors | None = None,
+        ahead: torch.Tensor | None = None,
+        border: Border | None = None,
+        *,
+        may_divide: bool = False,
+    ) -> torch.Tensor:
+        tokens = size.tokens
+        positions, slots = self._inputs.positions_and_slots(tokens)
+        how: dict[str, Any] = {**self._attend, "given": given, "may_divide": may_divide}
+        how["states"] = self._inputs.states(size)
+        if ahead is not None:  # no kernel here has rows that see what is behind them
+            places = dataclasses.replace(places, host=dataclasses.replace(places.on_host(), ahead=ahead))
+            how["attend"] = attend_by_reference
+        step = StepInput(positions, slots, places, self.caches, self._scales, **how)
+        if border is None:
+            return self.decoder.forward(self._inputs.token_ids(tokens, self._sampler.ids), step)
+        assert isinstance(self.decoder, DecoderStack)
+        token_ids = self._inputs.token_ids(tokens, self._sampler.ids)
+        return self.decoder.part(token_ids, step, border.arrived, border.left)
+
+    def _head(self, rows: Ints) -> Work:
+        """Logits of rows of the step that has landed, from which its tokens are drawn."""
+        return self._of_rows(rows, self._leave_logits) if len(rows) else _nothing
+
+    def _score(self, rows: Ints, scores: list[torch.Tensor]) -> Work:
+        """Logits of some rows of the last step, into the list."""
+        return self._of_rows(rows, lambda hidden: scores.append(self.decoder.logits(hidden)))
+
+    def _of_rows(self, rows: Ints, use: Callable[[torch.Tensor], None]) -> Work:
+        """What is made of the hidden states of some rows of the last step."""
+        wanted, entries = Sent(self._stream, rows), self._entries
+        take = self._taking(None if entries is None else entries.among(rows))
+
+        def work() -> None:
+            take()
+            use(self._hidden[wanted.there()])
+
+        return work
+
+
+class _Begun(NamedTuple):
+    """A step under way on the first stage: of which captured size it was, and of its `Batch` what is needed when it
+    has landed."""
+
+    size: StepSize | None
+    drawn_rows: Ints
+    entries: AdapterRows | None
+    wishes: NDArray[np.float64] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class SharedDraw:
+    """A step whose tokens are drawn from what ranks told each other; see `Launched`."""
+
+    tokens: Callable[[], Sequence[Drawn]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Passed:
+    """A step that draws nothing; see `Launched`."""
+
+    mark: Mark
+
+    def tokens(self) -> tuple[()]:
+        """Nothing; waits for the step."""
+        self.mark.wait()
+        return ()
+
+
+_ONE = StepSize(1, 1, False)
+
+
+def _nothing() -> None:
+    """The step has run already."""

@@ -1,0 +1,432 @@
+# SPDX-License-Identifier: MIT
+"""Steps 6 and 7 in torch, one operation after the other: any decoder or encoder on any device."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from candle_vllm.core.devices import Device
+from candle_vllm.core.engine.runners.images import Encoding
+from candle_vllm.core.engine.runners.model_runner import EncoderRunner, StepwiseRunner
+from candle_vllm.core.engine.step.batch import AdapterRows, Batch, Ints, in_pages, turns
+from candle_vllm.core.kernels.attention.rows import AttentionRows, PagedCache, WindowedCache
+from candle_vllm.core.kernels.collectives import Collective
+from candle_vllm.core.kernels.lora.reference import EagerAdapters
+from candle_vllm.core.kernels.offloading import block_bytes, block_parts, state_parts, states_of, tensors_of
+from candle_vllm.core.kernels.sampling.shares import Shares, prepare
+from candle_vllm.core.kernels.states import StateCache, StateRows
+from candle_vllm.core.layers.attention import StepInput, Taps
+from candle_vllm.core.layers.rotary import Rotary
+from candle_vllm.core.loading.cache_specs import (
+    NO_STATES,
+    NO_WINDOWS,
+    PagedSpec,
+    StatePart,
+    StateRoom,
+    StateSpec,
+    WindowRoom,
+    layer_caches,
+)
+from candle_vllm.core.models.family import Decoder, DraftHead, Encoder, Tower, TowerStep
+from candle_vllm.core.models.stack import DecoderStack, layers_here
+from candle_vllm.core.sampling.state import SamplingState
+
+
+class EagerRunner(StepwiseRunner):
+    """Runs the layers one operation after the other, in torch.
+
+    Args:
+        decoder: the model with its weights.
+        num_blocks, block_size: shape of the cache.
+        room: of layers that keep states.
+        device, dtype: where the cache lives, and its numbers.
+        adapters: what the decoder's layers add to their products; None where there are no adapters.
+        taps: `hidden_rows` are what goes into these layers; None for what the last norm gives.
+        turning, windows: as for `RecordedRunner`, and so is the attribute `page_of`.
+    """
+
+    fatal: tuple[type[Exception], ...] = (torch.AcceleratorError,)
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        num_blocks: int,
+        block_size: int,
+        device: torch.device | Device,
+        dtype: torch.dtype,
+        adapters: EagerAdapters | None = None,
+        taps: Sequence[int] | None = None,
+        turning: Rotary | None = None,
+        room: StateRoom = NO_STATES,
+        windows: WindowRoom = NO_WINDOWS,
+    ) -> None:
+        config = decoder.config
+        self.page_of = np.zeros(num_blocks if windows.pages else 0, np.int64)
+        super().__init__()
+        self.decoder = decoder
+        self.device = device
+        # Not cleared: the system hands out pages as they are first written, and attention reads only what was.
+        empty = functools.partial(torch.empty, device=device, dtype=dtype)
+        self._block_size = block_size
+        self.caches = layer_caches_of(decoder, (num_blocks, block_size), empty, room=room, windows=windows)
+        self._hidden = torch.empty(0, config.hidden_size)
+        self.adapters, self._adapter_rows = adapters, None
+        self._taps = taps
+        self._kept = None if taps is None else Taps(taps)
+        self._turning = turning
+        if self.divides and torch.device(device).type == "cpu":
+            prepare()
+
+    @torch.inference_mode()
+    def run(self, batch: Batch) -> torch.Tensor | Shares:
+        """See `StepwiseRunner`."""
+        token_ids, step = self._step(batch)
+        self._hidden = self.decoder.forward(token_ids, step)
+        return self.score(batch.drawn_rows, batch.wishes)
+
+    @property
+    def divides(self) -> bool:
+        """See `ModelRunner`."""
+        decoder = self.decoder
+        if not isinstance(decoder, DecoderStack) or not (decoder.stage is None or decoder.stage.is_first):
+            return False  # a stage behind the first has no head
+        return decoder.scoring.share is not None
+
+    def _step(self, batch: Batch) -> tuple[torch.Tensor, StepInput]:
+        places = batch.positions
+        if batch.turned is not None and self._turning is not None:
+            places = places + turns(batch.turned, places, self._turning.turn(batch.turned.places))
+        token_ids, positions, slots, tables = (
+            torch.from_numpy(array).to(self.device)
+            for array in (batch.token_ids, places, batch.slots, batch.block_tables)
+        )
+        ahead = None if batch.ahead is None else torch.from_numpy(batch.ahead).to(self.device)
+        starts, contexts, windowed = tuple(batch.query_start.tolist()), tuple(batch.context_lens.tolist()), None
+        rows = AttentionRows(starts, contexts, tables, ahead)
+        if len(self.page_of):
+            pages = in_pages(batch, self.page_of, self._block_size)
+            slots_there, tables_there = (torch.from_numpy(each).to(self.device) for each in pages)
+            windowed = slots_there, AttentionRows(starts, contexts, tables_there, ahead)
+        if self.adapters is not None:
+            self._adapter_rows = batch.adapters
+            self.adapters.choose(batch.adapters, self.device)
+        given = None
+        if batch.embedded is not None:
+            places, vectors = (
+                torch.from_numpy(each).to(self.device) for each in (batch.embedded.rows, batch.embedded.vectors)
+            )
+            given = GivenTensors(places, vectors)
+        states = None
+        if batch.states is not None:
+            states = StateRows(*(torch.from_numpy(each).to(self.device) for each in batch.states))
+        how: dict[str, Any] = {"taps": self._kept, "given": given, "may_divide": batch.adapters is None}
+        return token_ids, StepInput(positions, slots, rows, self.caches, states=states, windowed=windowed, **how)
+
+    @torch.inference_mode()
+    def score(self, rows: Ints, wishes: NDArray[np.float64] | None = None) -> Any:
+        """See `ModelRunner`; with wishes this rank's `Shares` of the logits."""
+        if self.adapters is not None:
+            self.adapters.choose(self._adapter_rows, self.device, rows)
+        hidden = self._hidden[torch.from_numpy(rows).to(self.device)]
+        if wishes is None:
+            return self.decoder.logits(hidden)
+        assert isinstance(self.decoder, DecoderStack)
+        share = self.decoder.scoring.share
+        assert share is not None
+        return Shares(self.decoder.own_logits(hidden), share, wishes)
+
+    def hidden_sum(self, rows: Ints) -> NDArray[np.float64]:
+        """See `ModelRunner`."""
+        return _sum_of(self._hidden, rows)
+
+    @property
+    def block_bytes(self) -> int:
+        """See `BlockMemory`."""
+        return block_bytes(self.caches)
+
+    @property
+    def state_bytes(self) -> int:
+        """See `BlockMemory`."""
+        return sum(map(len, state_parts(self.caches, 0)))
+
+    def _parts(self, place: int, *, state: bool) -> list[torch.Tensor]:
+        if state:
+            return state_parts(self.caches, place)
+        return block_parts(self.caches, place, int(self.page_of[place]) if len(self.page_of) else 0)
+
+    def copy_out(self, place: int, *, state: bool = False) -> Callable[[], memoryview]:
+        """See `BlockMemory`; it is copied now."""
+        data = torch.cat(self._parts(place, state=state)).cpu().numpy().data
+        return lambda: data
+
+    def copy_in(self, place: int, data: bytes | bytearray | memoryview, *, state: bool = False) -> None:
+        """See `BlockMemory`."""
+        start, there = 0, torch.from_numpy(np.frombuffer(data, np.uint8).copy())
+        for part in self._parts(place, state=state):
+            part.copy_(there[start : start + len(part)])
+            start += len(part)
+
+    def drop_cache(self) -> None:
+        """See `StepwiseRunner`."""
+        self._hidden = self._hidden[:0].clone()
+        for part in (*tensors_of(self.caches), *states_of(self.caches)):
+            part.untyped_storage().resize_(0)
+
+    def restore_cache(self) -> None:
+        """See `StepwiseRunner`."""
+        for part in (*tensors_of(self.caches), *states_of(self.caches)):
+            part.untyped_storage().resize_(part.numel() * part.itemsize)
+
+    @torch.inference_mode()
+    def hidden_rows(self, rows: Ints) -> NDArray[np.float32]:
+        """See `StepwiseRunner`."""
+        kept = [self._hidden] if self._kept is None else [self._kept.values[number] for number in self._taps or ()]
+        wanted = torch.from_numpy(rows).to(self.device)
+        return torch.cat([value[wanted].float() for value in kept], 1).cpu().numpy()
+
+
+def layer_caches_of(
+    decoder: Decoder,
+    blocks: tuple[int, int],
+    empty: Callable[..., torch.Tensor],
+    beside: int = 0,
+    room: StateRoom = NO_STATES,
+    state_dtype: torch.dtype | None = None,
+    windows: WindowRoom = NO_WINDOWS,
+) -> tuple[PagedCache | tuple[StateCache, ...], ...]:
+    """The cache of each layer of a decoder; without elements where the layer is another stage's.
+
+    Args:
+        decoder: the model.
+        blocks: how many there are, and how many tokens each has.
+        empty: makes a tensor of a shape, and of a type other than that of keys where `dtype` is given.
+        beside: elements that stand behind those of a key and of a value, see `kernels/kv_write/scaled_rows.py`.
+        room: of layers that keep states.
+        state_dtype: of activations, where that of keys is another.
+        windows: pages of layers with a window.
+    """
+    here = layers_here(decoder, decoder.config.num_layers)
+
+    def state(number: int, part: StatePart) -> StateCache:
+        slots, kept = (room.slots, room.running) if number in here else (0, 0)
+        dtype = torch.float32 if part.exact else state_dtype
+        states = empty((slots, *part.shape), **({} if dtype is None else {"dtype": dtype}))
+        return StateCache(states, empty((kept, room.drafts, part.inputs), dtype=torch.float32))
+
+    def make(number: int, spec: PagedSpec | StateSpec) -> PagedCache | tuple[StateCache, ...]:
+        if isinstance(spec, StateSpec):
+            return tuple(state(number, part) for part in spec.parts)
+        sizes = (spec.key_dim, spec.value_dim) if number in here else ()
+        count = windows.count(spec, blocks[0])
+        parts = [empty((count, blocks[1], spec.kv_heads, size + beside)) for size in sizes]
+        return (WindowedCache if windows.holds(spec) else PagedCache)(*(parts or (empty(0), empty(0))))
+
+    return layer_caches(decoder.config.cache_specs, make)
+
+
+class StageRunner(EagerRunner):
+    """Runs a stage of a model. On the first one steps are under way from `forward` to `land`, as many as there are
+    stages; what is drawn and asked for is of the step that landed last.
+
+    Args:
+        decoder: of which this is a stage.
+        others: as for `EagerRunner`.
+    """
+
+    def __init__(self, decoder: Decoder, *others: Any) -> None:
+        super().__init__(decoder, *others)
+        assert isinstance(decoder, DecoderStack)
+        assert decoder.stage is not None
+        self._stack, self._stage = decoder, decoder.stage
+        self.in_flight = self._stage.line.size
+        self._begun: collections.deque[_Begun] = collections.deque()
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch, states: Sequence[SamplingState]) -> None:
+        """See `ModelRunner`; what the stages behind do is not waited for."""
+        del states
+        token_ids, step = self._step(batch)
+        stage, tokens = self._stage, len(token_ids)
+        given, width = step.given, 0 if batch.embedded is None else batch.embedded.vectors.shape[1]
+        arrived = None if stage.is_first else stage.take(stage.empty(*stage.arrives(tokens)))
+        if given is not None and stage.vectors_arrive(width):
+            stage.take(given.vectors)
+        stage.hand_on(self._stack.part(token_ids, step, arrived))
+        if given is not None and stage.vectors_leave(width):
+            stage.hand_on(given.vectors)
+        if stage.is_first:
+            self._begun.append(_Begun(tokens, batch.drawn_rows, batch.adapters, batch.wishes))
+
+    @torch.inference_mode()
+    def land(self) -> None:
+        """See `RankedRunner.draw`."""
+        if self._stage.is_first:
+            step, stage = self._begun.popleft(), self._stage
+            self._hidden = stage.take_back(stage.empty(*stage.returns(step.tokens)))
+            self._adapter_rows = step.adapters
+            self._drawn_from = self.score(step.drawn_rows, step.wishes)
+
+    def score(self, rows: Ints, wishes: NDArray[np.float64] | None = None) -> Any:
+        """See `ModelRunner`; a stage behind the first has no head, and gives nothing."""
+        return super().score(rows, wishes) if self._stage.is_first else torch.empty(0)
+
+    def put_together(self, rows: Ints) -> Any:
+        """See `ModelRunner`."""
+        return super().put_together(rows) if self._stage.is_first else torch.empty(0)
+
+
+class _Begun(NamedTuple):
+    """A step under way: its tokens, and of its `Batch` what is needed when it is over."""
+
+    tokens: int
+    drawn_rows: Ints
+    adapters: AdapterRows | None
+    wishes: NDArray[np.float64] | None
+
+
+@dataclasses.dataclass
+class GivenTensors:
+    """See `GivenRows`."""
+
+    rows: torch.Tensor
+    vectors: torch.Tensor
+
+    def put(self, x: torch.Tensor, ranks: Collective | None) -> torch.Tensor:
+        if ranks is not None:
+            self.vectors = ranks.sum(self.vectors)
+        x[self.rows] = self.vectors[:, : x.shape[1]].to(x.dtype)
+        return x
+
+    def add(
+        self, layer: int, x: torch.Tensor, residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        size = x.shape[1]
+        more = self.vectors[:, (layer + 1) * size : (layer + 2) * size]
+        if not more.shape[1]:
+            return x, residual
+        total = x if residual is None else residual + x
+        total[self.rows] += more.to(x.dtype)
+        return total, None
+
+
+class EagerTower:
+    """Runs a tower; see `TowerRunner`. On a GPU beside the steps, which have a stream of their own."""
+
+    fatal: tuple[type[Exception], ...] = (torch.AcceleratorError,)
+
+    def __init__(self, tower: Tower, device: torch.device | Device) -> None:
+        self._tower, self._device = tower, torch.device(device)
+
+    @contextlib.contextmanager
+    def _there(self) -> Iterator[None]:
+        """Around each piece: the engine's thread has a device of its own, and others compute between the pieces."""
+        where = torch.cuda.device(self._device) if self._device.type == "cuda" else contextlib.nullcontext()
+        with where, torch.inference_mode():
+            yield
+
+    def embeddings(self, tiles: NDArray[np.uint8]) -> Encoding:
+        """See `TowerRunner`."""
+        tower, config = self._tower, self._tower.config
+        made: list[NDArray[np.float32]] = []
+        for tile in tiles:
+            rows = config.read(tile)
+            with self._there():
+                placed = tower.place(rows.places, 0, rows.grid)
+                patches, numbers, start = (
+                    None if each is None else torch.from_numpy(each).to(self._device)
+                    for each in (rows.patches(), *placed)
+                )
+                step = TowerStep(numbers, (len(rows.places),), rows.windows, start)
+                x, deep = tower.begin(patches, step), list[torch.Tensor]()
+            for number, layer in enumerate(tower.layers):
+                with self._there():
+                    x = layer(x, step)
+                    if number in config.deep:
+                        deep.append(tower.mergers[len(deep)](config.cells(x)))
+                yield
+            with self._there():
+                found = torch.cat([tower.project(config.cells(tower.norm(x))), *deep], 1)
+                made.append(rows.in_order(found.float().cpu().numpy()))
+        return np.concatenate(made)
+
+
+class EagerHead(EagerRunner):
+    """Runs a head that drafts; see `HeadRunner`. Arguments as those of `EagerRunner`, without taps.
+
+    `adapters` are those of the model, whose embedding and head it may have; to its own steps they add nothing.
+    """
+
+    def __init__(
+        self,
+        head: DraftHead,
+        num_blocks: int,
+        block_size: int,
+        device: torch.device | Device,
+        dtype: torch.dtype,
+        adapters: EagerAdapters | None = None,
+    ) -> None:
+        super().__init__(head, num_blocks, block_size, device, dtype, adapters)  # type: ignore[arg-type]
+        self._head, self._dtype = head, dtype
+        self._back = self._hidden
+
+    @torch.inference_mode()
+    def run_on(self, batch: Batch, states: NDArray[np.float32], *, fused: bool) -> torch.Tensor:
+        """See `HeadRunner`."""
+        token_ids, step = self._step(batch)
+        given = torch.from_numpy(states).to(self.device, self._dtype)
+        self._hidden, self._back = self._head.forward(token_ids, given if fused else self._head.fuse(given), step)
+        return self.score(batch.drawn_rows)
+
+    @torch.inference_mode()
+    def given_back(self, rows: Ints) -> NDArray[np.float32]:
+        """See `HeadRunner`."""
+        return self._back[torch.from_numpy(rows).to(self.device)].float().cpu().numpy()
+
+
+class EagerEncoderRunner(EncoderRunner):
+    """The same for an encoder; see `EncoderRunner`."""
+
+    fatal: tuple[type[Exception], ...] = (torch.AcceleratorError,)
+
+    def __init__(self, encoder: Encoder, device: torch.device | Device, adapters: EagerAdapters | None = None) -> None:
+        super().__init__(encoder.config)
+        self.encoder = encoder
+        self.device = device
+        self.adapters = adapters
+        self._hidden = torch.empty(0)
+
+    @torch.inference_mode()
+    def encode(
+        self, token_ids: Ints, positions: Ints, types: Ints, query_start: Ints, adapters: AdapterRows | None
+    ) -> NDArray[np.float32] | None:
+        """See `EncoderRunner`."""
+        if self.adapters is not None:
+            self.adapters.choose(adapters, self.device)
+        ids, places, kinds = (torch.from_numpy(array).to(self.device) for array in (token_ids, positions, types))
+        self._hidden = self.encoder.forward(ids, places, kinds, np.diff(query_start).tolist())
+        if not self.encoder.config.scores:
+            return None
+        if self.adapters is not None:
+            self.adapters.choose(adapters, self.device, query_start[:-1])
+        first = torch.from_numpy(query_start[:-1]).to(self.device)
+        return self.encoder.scores(self._hidden[first]).float().cpu().numpy()
+
+    def states_sum(self, rows: Ints) -> NDArray[np.float64]:
+        """See `EncoderRunner`."""
+        return _sum_of(self._hidden, rows)
+
+
+@torch.inference_mode()
+def _sum_of(hidden: torch.Tensor, rows: Ints) -> NDArray[np.float64]:
+    """See `ModelRunner.hidden_sum`."""
+    wanted = hidden[torch.from_numpy(rows).to(hidden.device)].float()
+    return wanted.sum(0, dtype=torch.float64).cpu().numpy()

@@ -1,0 +1,660 @@
+# SPDX-License-Identifier: MIT
+"""Steps that are recorded once and replayed: the layers run on recorded values, and later steps replay the plan.
+
+On the CPU a plan is a table of operations over fixed buffers, walked by the threads of a `ThreadTeam` in one call. One
+plan serves every step up to its limits: what varies (tokens, positions, tables) is read from arrays when it runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import weakref
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from candle_vllm.core.engine.runners.model_runner import EncoderRunner, Landed, StepwiseRunner
+from candle_vllm.core.engine.step.batch import AdapterRows, Batch, Ints, StepMemory, in_pages, turns
+from candle_vllm.core.kernels import sampling
+from candle_vllm.core.kernels.attention.cpu_cache import (
+    PLAIN,
+    CacheKind,
+    key_cache_shape,
+    number_bytes,
+    value_cache_shape,
+)
+from candle_vllm.core.kernels.attention.rows import PagedCache, WindowedCache
+from candle_vllm.core.kernels.collectives import Collective
+from candle_vllm.core.kernels.cpu_runtime import team
+from candle_vllm.core.kernels.cpu_runtime.level import Isa, host_isa
+from candle_vllm.core.kernels.cpu_runtime.numa import CpuRanks
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, compile_first, operation
+from candle_vllm.core.kernels.cpu_runtime.recorder import (
+    Adapted,
+    EntryArrays,
+    Recorder,
+    StepLimits,
+    aligned,
+)
+from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
+from candle_vllm.core.kernels.cpu_runtime.values import buffer_of, buffer_value, step_tokens
+from candle_vllm.core.kernels.cpu_runtime.weight_memory import drop_pages
+from candle_vllm.core.kernels.latent_attention.layout import cache_shape as latent_cache_shape
+from candle_vllm.core.kernels.recorded import Recorded, Value
+from candle_vllm.core.kernels.sampling import RowDraw, draw
+from candle_vllm.core.kernels.states import StateCache
+from candle_vllm.core.layers.attention import StepInput, Taps
+from candle_vllm.core.layers.rotary import Rotary
+from candle_vllm.core.loading.cache_specs import (
+    NO_STATES,
+    NO_WINDOWS,
+    CacheSpec,
+    PagedSpec,
+    SharedKVSpec,
+    StatePart,
+    StateRoom,
+    StateSpec,
+    WindowRoom,
+    layer_caches,
+    paged,
+)
+from candle_vllm.core.memory import MIB, cache_bytes, room_for
+from candle_vllm.core.models.family import Decoder, DraftHead, Encoder
+from candle_vllm.core.sampling.sampler import Draw, Sampler, Token, drawn_tokens, right_runs
+from candle_vllm.core.sampling.state import SamplingState
+
+
+def _less(left: int) -> str:
+    return f"set kv_cache_memory={max(1, left // 2 // MIB) * MIB} (bytes)"
+
+
+class RecordedRunner(StepwiseRunner):
+    """Replays a decoder on the CPU; see `ModelRunner`.
+
+    Args:
+        decoder: the model, its matrices in the layouts of the compiled kernels.
+        num_blocks: blocks of the cache.
+        limits: the largest step.
+        isa: instructions that the kernels may use; None is what the CPU has.
+        team: threads that are there, of whoever closes them: two teams would wait on the same CPUs.
+        taps: `hidden_rows` are what goes into these layers; None for what the last norm gives.
+        images: vectors of each row that is a picture's: one, and one more for each layer behind which some is added;
+            0 where steps have no such rows.
+        whole: `hidden_rows` may be asked for of any row of any step.
+        kinds: how keys and values are stored.
+        turning: the model's, where it turns tokens of pictures by three positions; it has room for those of a step.
+        room: of layers that keep states.
+        windows: pages of layers with a window.
+
+    Attributes:
+        team: the threads.
+        page_of: see `WindowedBlocks`.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        num_blocks: int,
+        limits: StepLimits,
+        isa: Isa | None = None,
+        team: ThreadTeam | None = None,
+        taps: Sequence[int] | None = None,
+        *,
+        images: int = 0,
+        whole: bool = False,
+        kinds: tuple[CacheKind, CacheKind] = PLAIN,
+        turning: Rotary | None = None,
+        room: StateRoom = NO_STATES,
+        windows: WindowRoom = NO_WINDOWS,
+    ) -> None:
+        config = decoder.config
+        window = windows.window if windows.pages else 0
+        limits = dataclasses.replace(limits, turned=turning is not None, states=room.running > 0, window=window)
+        self.page_of = np.zeros(num_blocks if window else 0, np.int64)
+        self._turning, self._turned = turning, False  # the last step's were
+        specs = config.cache_specs
+        tokens = [(spec, windows.count(spec, num_blocks) * limits.block_size) for spec in paged(specs)]
+        size = sum(cache_bytes([spec], count, lambda key_dim: number_bytes(key_dim, kinds)) for spec, count in tokens)
+        with room_for("the KV cache", size, "kv_cache_memory", _less):
+            caches = _caches(specs, num_blocks, limits.block_size, kinds, limits.ranks, room, windows)
+        super().__init__()
+        self._recorder = recorder = Recorder(limits, host_isa() if isa is None else isa)
+        nothing: Any = None  # what varies is read when the plan runs
+        self._taps = tuple(taps or ())
+        self._looked_up = _RecordedGiven(images) if images else None
+        kept = None if taps is None else Taps(taps)
+        step = StepInput(nothing, nothing, nothing, caches, taps=kept, given=self._looked_up)
+        shared = [isinstance(spec, SharedKVSpec) for spec in specs]
+        own = [cache for cache, other in zip(caches, shared, strict=True) if not other]
+        self._own = [cache for cache in own if isinstance(cache, PagedCache)]
+        self._states = [part for cache in own if not isinstance(cache, PagedCache) for part in cache]
+        self._decoder, self._step = decoder, step
+        self._narrows = not (whole or limits.ahead) and decoder.narrows and images <= config.num_layers
+
+        def record_all() -> None:
+            for adapted in (Adapted.NOT, Adapted.ADDED)[: 2 if limits.adapter_rank else 1]:
+                self._record(Recorder(limits, recorder.isa), adapted)
+            if self._narrows:
+                self._record(Recorder(limits, recorder.isa), Adapted.NOT, narrows=True)
+
+        compile_together(record_all, sampling.CODE, sampling.RARE_CODE)
+        hidden, *ends = self._record(recorder, Adapted.NOT)
+        assert recorder.logits is not None
+        self._logits = self._wanted = recorder.logits
+        self._owns_team, self.team = team is None, ThreadTeam(limits.threads, limits.ranks) if team is None else team
+        self._arrays = arrays = recorder.arrays
+        self._draw_rows = RowDraw(recorder.logits, arrays.numbers, self.team, arrays)
+        self._draw_drafted = RowDraw(recorder.logits, arrays.numbers, self.team)
+        self._sampler = Sampler(_drawing(self), self._draw_rows.controls, self._draw_drafted.controls)
+        self._plan = self._planned(hidden, *ends)  # of the last step
+        self._plans = {(Adapted.NOT, False): self._plan}
+        if limits.adapter_rank:
+            self._plan_of(Adapted.ADDED)
+        self._adapters: AdapterRows | None = None  # of the last step
+        self._plan_draws = False  # the last step's did
+        # Whose logits were made last, in most steps the same object, and what was drawn from them. Where a step goes
+        # on, nothing of numpy is called: the weights have driven it out of the caches.
+        self._rows, self._ids = np.empty(0, np.int64), memoryview(b"")
+
+    def _record(
+        self, recorder: Recorder, adapted: Adapted, *, narrows: bool = False
+    ) -> tuple[list[Recorded], int, int]:
+        """Records a plan: what the layers gave and what is kept of them, and where the head begins.
+
+        One that `narrows` has, behind the last layer's keys and values, the rows alone whose logits are wanted.
+        """
+        recorder.begin(adapted)
+        if self._looked_up is not None:
+            self._looked_up.begin(recorder)
+        last = self._decoder.config.num_layers - 1 if narrows else None
+        positions = step_tokens(recorder, recorder.arrays.positions)
+        hidden = self._layers(
+            self._decoder, recorder, dataclasses.replace(self._step, positions=positions, narrows=last)
+        )
+        ends = len(recorder.plan), recorder.num_rows
+        self._decoder.logits(hidden)
+        kept = self._step.taps
+        return [hidden, *([] if kept is None else [kept.values[layer] for layer in self._taps])], *ends
+
+    def _layers(self, decoder: Any, recorder: Recorder, step: StepInput) -> Recorded:
+        """Records what comes before the logits, and gives what they are made of."""
+        return decoder.forward(step_tokens(recorder), step)
+
+    @property
+    def step_memory(self) -> StepMemory:
+        """See `ModelRunner`."""
+        return self._arrays
+
+    def forward(self, batch: Batch, states: Sequence[SamplingState]) -> None:
+        """See `ModelRunner`. Where logits are drawn from as they are, the plan does that too."""
+        sampler, moves = self._sampler, False
+        if batch.drafted:
+            self._plan_draws = sampler.only_draws_runs(states, [run.drafts for run in batch.drawing])
+        else:
+            self._plan_draws = moves = bool(states) and sampler.only_draws(states, goes_on=batch.goes_on)
+        self._arrays.moved_on = moves
+        super().forward(batch, states)
+
+    def draw(self, states: Sequence[SamplingState]) -> Landed:
+        """See `ModelRunner`."""
+        if not self._plan_draws:
+            return super().draw(states)
+        ids, drafts = self._ids.tolist(), self._drafts
+        tokens: Sequence[Token] = ids
+        if -1 in ids:
+            rows = self._draw_rows if drafts is None else self._draw_drafted
+            tokens = drawn_tokens(ids, rows.largest[: len(ids)].tolist())
+        return Landed(tokens if drafts is None else right_runs(tokens, drafts))
+
+    def run(self, batch: Batch) -> NDArray[np.float32]:
+        """See `StepwiseRunner`."""
+        if len(self.page_of):
+            self._find_pages(batch)
+        if batch.goes_on and batch.drawn_rows is self._rows:
+            self._recorder.look_up()
+            self.team.run(self._plan.rows, self._plan.count + self._plan_draws)
+            return self._wanted
+        self._lay_out(batch)
+        self._recorder.look_up()
+        self._adapters = batch.adapters
+        narrows = self._narrows and batch.ends_alone and batch.adapters is None
+        self._plan = plan = self._plan_of(_lay_out_adapters(self._recorder, batch.adapters), narrows=narrows)
+        if narrows:
+            starts = np.searchsorted(batch.drawn_rows, batch.query_start)
+            self._arrays.wanted_start[: len(starts)] = starts
+        rows, count = plan.of_runs if batch.drafted else plan.rows, plan.count + self._plan_draws
+        if (given := batch.embedded) is not None:
+            done, parts = 0, plan.between_stops(drafted=batch.drafted)
+            for number, (stop, part) in enumerate(zip(plan.stops, parts)):
+                self.team.run(part, stop.operations - done)
+                done, size = stop.operations, stop.rows.shape[1]
+                vectors = given.vectors[:, number * size : (number + 1) * size]
+                stop.rows[given.rows] = stop.rows[given.rows] + vectors if number else vectors
+            rows, count = parts[-1], count - done
+        return self._with_rows(batch.drawn_rows, rows, count)
+
+    def _find_pages(self, batch: Batch) -> None:
+        """Slots and tables of layers with a window."""
+        arrays, (sequences, width) = self._arrays, batch.block_tables.shape
+        if batch.goes_on and not batch.begun:
+            arrays.page_slots[:sequences] += 1
+            return
+        slots, tables = in_pages(batch, self.page_of, self._recorder.limits.block_size)
+        arrays.page_slots[: len(slots)], arrays.page_tables[:sequences, :width] = slots, tables
+
+    def _lay_out(self, batch: Batch) -> None:
+        arrays, count, sequences = self._arrays, batch.tokens.shape[1], len(batch.context_lens)
+        assert batch.tokens.base is arrays.tokens
+        arrays.query_start[: sequences + 1] = batch.query_start
+        arrays.numbers[StepNumber.TOKENS] = count
+        arrays.numbers[StepNumber.SEQUENCES] = sequences
+        if len(arrays.ahead):
+            arrays.ahead[:count] = 0 if batch.ahead is None else batch.ahead
+        assert batch.ahead is None or len(arrays.ahead)
+        if arrays.turns is not None and self._turning is not None:
+            turned = batch.turned
+            if turned is not None:
+                arrays.turns[:count] = turns(turned, batch.positions, self._turning.turn(turned.places))
+            elif self._turned:
+                arrays.turns[:] = 0
+            self._turned = turned is not None
+
+    def score(self, rows: Ints) -> NDArray[np.float32]:
+        """See `ModelRunner`."""
+        return self._with_rows(rows, self._plan.head, self._plan.head_count)
+
+    def hidden_sum(self, rows: Ints) -> NDArray[np.float64]:
+        """See `ModelRunner`."""
+        return self._plan.hidden.rows(rows).sum(0, dtype=np.float64)
+
+    def hidden_rows(self, rows: Ints) -> NDArray[np.float32]:
+        """See `StepwiseRunner`."""
+        return np.concatenate([value.rows(rows) for value in self._plan.kept or (self._plan.hidden,)], 1)
+
+    @property
+    def block_bytes(self) -> int:
+        """See `BlockMemory`."""
+        return sum(part.nbytes for part in self._parts(0, state=False))
+
+    @property
+    def state_bytes(self) -> int:
+        """See `BlockMemory`."""
+        return sum(part.nbytes for part in self._parts(0, state=True))
+
+    def copy_out(self, place: int, *, state: bool = False) -> Callable[[], bytearray]:
+        """See `BlockMemory`; it is copied now."""
+        parts, start = self._parts(place, state=state), 0
+        data = bytearray(sum(part.nbytes for part in parts))
+        flat = np.frombuffer(data, np.uint8)
+        for part in parts:
+            flat[start : start + part.nbytes].view(part.dtype).reshape(part.shape)[...] = part
+            start += part.nbytes
+        return lambda: data
+
+    def copy_in(self, place: int, data: bytes | bytearray | memoryview, *, state: bool = False) -> None:
+        """See `BlockMemory`."""
+        flat, start = np.frombuffer(data, np.uint8), 0
+        for part in self._parts(place, state=state):
+            part[...] = flat[start : start + part.nbytes].view(part.dtype).reshape(part.shape)
+            start += part.nbytes
+
+    def _parts(self, place: int, *, state: bool) -> list[NDArray[Any]]:
+        """The parts of a block of the cache, or of a slot, of all layers, to be read and written."""
+        if state:
+            return [part.states[place] for part in self._states]
+        own, parts = self._own, list[NDArray[Any]]()
+        for which in range(2):
+            for part, cache in ((cache[which], cache) for cache in own if cache[which] is not None):
+                at = int(self.page_of[place]) if isinstance(cache, WindowedCache) else place
+                if cache.values is None:  # of latent attention: [stretches, blocks, ...]
+                    parts.append(part[divmod(at, part.shape[1])])
+                else:  # [stretches, heads, blocks, ...]
+                    parts.append(part[at // part.shape[2], :, at % part.shape[2]])
+        return parts
+
+    def drop_cache(self) -> None:
+        """See `ModelRunner`."""
+        caches: list[PagedCache | StateCache] = [*self._own, *self._states]
+        parts = [part for cache in caches for part in cache if part is not None]
+        for memory in {id(part.base): part.base for part in parts}.values():
+            assert memory is not None
+            drop_pages(memory)
+
+    def close(self) -> None:
+        """Ends the threads that are its own."""
+        if self._owns_team:
+            self.team.close()
+
+    def _plan_of(self, adapted: Adapted, *, narrows: bool = False) -> _Plan:
+        """The plan of steps with adapters or of those that narrow, recorded when it is first needed."""
+        which = adapted, narrows
+        if which not in self._plans:
+            hidden, *ends = self._record(self._recorder, adapted, narrows=narrows)
+            self._plans[which] = self._planned(hidden, *ends)
+        return self._plans[which]
+
+    def _planned(self, values: list[Recorded], head_start: int, layer_rows: int) -> _Plan:
+        """The plan that was recorded just now."""
+        recorder = self._recorder
+        rows, runs = (
+            np.array([*recorder.plan, *draw.plan], np.int64) for draw in (self._draw_rows, self._draw_drafted)
+        )
+        head = rows[head_start:], recorder.num_rows - layer_rows
+        stops = () if self._looked_up is None else tuple(self._looked_up.stops)
+        return _Plan(rows, runs, recorder.num_rows, *head, values[0], values[1:], stops)
+
+    def _with_rows(self, rows: Ints, plan: Ints, num_rows: int) -> NDArray[np.float32]:
+        arrays, count = self._arrays, len(rows)
+        self._rows = rows
+        arrays.logit_rows[:count] = rows
+        arrays.numbers[StepNumber.LOGIT_ROWS] = count
+        self._wanted = self._logits[:count]
+        self._ids = (self._draw_rows if self._drafts is None else self._draw_drafted).ids[:count].data
+        if self._adapters is not None:
+            _lay_out_wanted(self._recorder, self._adapters.among(rows))
+        self.team.run(plan, num_rows)
+        return self._wanted
+
+    def draw_rows(self, logits: NDArray[np.float32], controls: NDArray[np.float64]) -> tuple[Ints, NDArray[np.float32]]:
+        """As `kernels.draw`; by the team, but for copies of some rows."""
+        if logits is not self._wanted:
+            return draw(logits, controls)
+        if self._drafts is not None:
+            return self._draw_drafted(controls)
+        self._arrays.moved_on = True
+        return self._draw_rows(controls)
+
+
+class RecordedHead(RecordedRunner):
+    """Replays a head that drafts on the CPU; see `HeadRunner`. Arguments as those of `RecordedRunner`, without taps."""
+
+    def __init__(
+        self,
+        head: DraftHead,
+        num_blocks: int,
+        limits: StepLimits,
+        isa: Isa | None = None,
+        team: ThreadTeam | None = None,
+    ) -> None:
+        self._given: tuple[NDArray[np.float32], ...] = ()  # rows that a step reads: the model's, and fused ones
+        self._fusing = (0, 0)  # operations of the plan that fuse, and numbers of them
+        super().__init__(head, num_blocks, limits, isa, team, whole=True)  # type: ignore[arg-type]
+
+    def _layers(self, decoder: Any, recorder: Recorder, step: StepInput) -> Recorded:
+        """The plan begins with what makes fused hidden states of the model's."""
+        given = recorder.buffer(decoder.input_size)
+        fused = buffer_of(decoder.fuse(buffer_value(recorder, given)))
+        self._buffers = given, fused  # nothing else may be put there
+        self._given = tuple(each.array.reshape(-1, each.stride)[:, : each.width] for each in self._buffers)
+        self._fusing = recorder.num_rows, len(recorder.plan)
+        hidden, self._back = decoder.forward(step_tokens(recorder), buffer_value(recorder, fused), step)
+        return hidden
+
+    def run_on(self, batch: Batch, states: NDArray[np.float32], *, fused: bool) -> NDArray[np.float32]:
+        """See `HeadRunner`."""
+        operations, numbers = self._fusing if fused else (0, 0)
+        self._given[fused][: len(states)] = states
+        self._lay_out(batch)
+        return self._with_rows(batch.drawn_rows, self._plan.rows[numbers:], self._plan.count - operations)
+
+    def given_back(self, rows: Ints) -> NDArray[np.float32]:
+        """See `HeadRunner`."""
+        return self._back.rows(rows)
+
+
+class _Stop(NamedTuple):
+    """Where a plan waits in steps with rows of pictures.
+
+    Attributes:
+        numbers, operations: of the plan before it.
+        rows: float32 [T, E], in which those of pictures are written, and behind layers added to.
+    """
+
+    numbers: int
+    operations: int
+    rows: NDArray[np.float32]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """A recorded step.
+
+    Attributes:
+        rows, of_runs: the plan. The draw is the last row: of one token of each sequence, which the next step may go on
+            from, or of runs.
+        count: operations before the draw.
+        head, head_count: what of it makes logits.
+        hidden: what the layers gave.
+        kept: what went into some of them.
+        stops: behind what looks tokens up, and behind the layers whose rows are added to; none where none are given.
+    """
+
+    rows: Ints
+    of_runs: Ints
+    count: int
+    head: Ints
+    head_count: int
+    hidden: Recorded
+    kept: list[Recorded]
+    stops: tuple[_Stop, ...] = ()
+
+    def between_stops(self, *, drafted: bool) -> Sequence[Ints]:
+        """`rows` or `of_runs`, from their beginning and from each stop on."""
+        return self._between[drafted]
+
+    @functools.cached_property
+    def _between(self) -> tuple[Sequence[Ints], Sequence[Ints]]:
+        begins = [0, *(stop.numbers for stop in self.stops)]
+        return [self.rows[at:] for at in begins], [self.of_runs[at:] for at in begins]
+
+
+class _RecordedGiven:
+    """See `GivenRows`: where recorded steps stop, that rows of pictures are written, which have so many `vectors`."""
+
+    vectors: Value = None  # written while a plan stops
+
+    def __init__(self, vectors: int) -> None:
+        self._vectors = vectors
+
+    def begin(self, recorder: Recorder) -> None:
+        """Another plan is recorded."""
+        self._recorder, self.stops = recorder, list[_Stop]()
+
+    def put(self, x: Recorded, ranks: Collective | None) -> Recorded:
+        assert ranks is None, "ranks run op by op"
+        self._stop(x)
+        return x
+
+    def add(self, layer: int, x: Recorded, residual: Recorded | None) -> tuple[Recorded, Recorded | None]:
+        if layer + 1 >= self._vectors:
+            return x, residual
+        total = x if residual is None else residual + x
+        self._stop(total)
+        return total, None
+
+    def _stop(self, x: Recorded) -> None:
+        rows = buffer_of(x).rows
+        self.stops.append(_Stop(len(self._recorder.plan), self._recorder.num_rows, rows))
+
+
+def _fill_entries(entries: EntryArrays, adapters: AdapterRows) -> None:
+    """Writes down which rows have which adapters."""
+    count, groups = len(adapters.rows), len(adapters.adapters)
+    entries.rows[:count], entries.scales[:count] = adapters.rows, adapters.scales
+    entries.starts[: groups + 1] = adapters.starts
+    entries.tables[:groups] = [adapter.layout.address for adapter in adapters.adapters]
+
+
+def _lay_out_adapters(recorder: Recorder, adapters: AdapterRows | None) -> Adapted:
+    """Writes down which rows of a step have which adapters, and says what its plan must have of them."""
+    if adapters is None:
+        return Adapted.NOT
+    _fill_entries(recorder.entries, adapters)
+    recorder.arrays.numbers[StepNumber.ADAPTERS] = len(adapters.adapters)
+    return Adapted.APART if any(adapter.apart for adapter in adapters.adapters) else Adapted.ADDED
+
+
+def _lay_out_wanted(recorder: Recorder, among: AdapterRows | None) -> None:
+    """The same of the rows whose logits are wanted."""
+    recorder.arrays.numbers[StepNumber.LOGIT_ADAPTERS] = 0 if among is None else len(among.adapters)
+    if among is not None:
+        _fill_entries(recorder.logit_entries, among)
+
+
+def _drawing(runner: RecordedRunner) -> Draw:
+    """What the runner's sampler draws by. It does not keep the runner: weights and cache go when nobody asks for them
+    any more, not when garbage is looked for."""
+    weakly = weakref.proxy(runner)
+    return lambda logits, controls: weakly.draw_rows(logits, controls)
+
+
+def compile_together(record: Callable[[], object], more: Sequence[str] = (), later: Sequence[str] = ()) -> None:
+    """Has what a plan needs compiled side by side at a machine's first start."""
+
+    def ask() -> None:
+        record()
+        for code in (team.CODE, *more):
+            operation(code)
+
+    compile_first(ask, later)
+
+
+class RecordedEncoderRunner(EncoderRunner):
+    """Replays an encoder on the CPU; see `EncoderRunner`.
+
+    Args:
+        encoder: the model, its matrices in the layouts of the compiled kernels.
+        limits: the largest step, which has room for the longest text.
+        isa: as for `RecordedRunner`.
+    """
+
+    def __init__(self, encoder: Encoder, limits: StepLimits, isa: Isa | None = None) -> None:
+        super().__init__(encoder.config)
+        self._recorder = recorder = Recorder(limits, host_isa() if isa is None else isa)
+
+        def record(recorder: Recorder, adapted: Adapted) -> Recorded:
+            recorder.begin(adapted)
+            arrays = recorder.arrays
+            ids, places = step_tokens(recorder), step_tokens(recorder, arrays.positions)
+            hidden: Recorded = encoder.forward(ids, places, step_tokens(recorder, arrays.token_types), ())
+            if encoder.config.scores:
+                encoder.scores(hidden.wanted()).logits(None, 1.0, None)
+            return hidden
+
+        def record_all() -> None:
+            for adapted in (Adapted.NOT, Adapted.ADDED)[: 2 if limits.adapter_rank else 1]:
+                record(Recorder(limits, recorder.isa), adapted)
+
+        compile_together(record_all)
+        self._record, self._plans = record, dict[Adapted, tuple[Recorded, Ints, int]]()
+        self._hidden = self._plan_of(Adapted.NOT)[0]  # of the last step
+        self._logits = recorder.logits
+        self._team = ThreadTeam(limits.threads, limits.ranks)
+
+    def _plan_of(self, adapted: Adapted) -> tuple[Recorded, Ints, int]:
+        """What the layers give, and the plan and its rows: recorded when it is first needed."""
+        if adapted not in self._plans:
+            recorder = self._recorder
+            hidden = self._record(recorder, adapted)
+            self._plans[adapted] = hidden, np.array(recorder.plan, np.int64), recorder.num_rows
+        return self._plans[adapted]
+
+    def encode(
+        self, token_ids: Ints, positions: Ints, types: Ints, query_start: Ints, adapters: AdapterRows | None
+    ) -> NDArray[np.float32] | None:
+        """See `EncoderRunner`."""
+        arrays, count, texts = self._recorder.arrays, len(token_ids), len(query_start) - 1
+        arrays.token_ids[:count] = token_ids
+        arrays.positions[:count] = positions
+        arrays.token_types[:count] = types
+        arrays.query_start[: texts + 1] = query_start
+        arrays.logit_rows[:texts] = query_start[:-1]
+        arrays.numbers[StepNumber.TOKENS] = count
+        arrays.numbers[StepNumber.SEQUENCES] = arrays.numbers[StepNumber.LOGIT_ROWS] = texts
+        self._hidden, plan, rows = self._plan_of(_lay_out_adapters(self._recorder, adapters))
+        if adapters is not None:
+            _lay_out_wanted(self._recorder, adapters.among(query_start[:-1]))
+        self._team.run(plan, rows)
+        return None if self._logits is None else self._logits[:texts]
+
+    def states_sum(self, rows: Ints) -> NDArray[np.float64]:
+        """See `EncoderRunner`."""
+        return self._hidden.rows(rows).sum(0, dtype=np.float64)
+
+    def close(self) -> None:
+        """Ends the team's threads."""
+        self._team.close()
+
+
+def _caches(
+    specs: Sequence[CacheSpec],
+    num_blocks: int,
+    block_size: int,
+    kinds: tuple[CacheKind, CacheKind],
+    ranks: CpuRanks | None,
+    room: StateRoom,
+    windows: WindowRoom,
+) -> tuple[PagedCache | tuple[StateCache, ...], ...]:
+    """The cache of each layer. Pages of layers of one shape, and of one pool, lie in one piece of memory."""
+    pools = Counter((spec.shape, windows.count(spec, num_blocks)) for spec in paged(specs))
+    rest = {pool: iter(_layers(pool[0], count, pool[1], block_size, kinds, ranks)) for pool, count in pools.items()}
+
+    def make(_: int, spec: PagedSpec | StateSpec) -> PagedCache | tuple[StateCache, ...]:
+        if isinstance(spec, PagedSpec):
+            cache = next(rest[spec.shape, windows.count(spec, num_blocks)])
+            return WindowedCache(*cache) if windows.holds(spec) else cache
+        return tuple(StateCache(*map(_zeros, _state_shapes(part, room))) for part in spec.parts)
+
+    return layer_caches(specs, make)
+
+
+def _state_shapes(part: StatePart, room: StateRoom) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return (room.slots, *part.shape), (room.running, room.drafts, part.inputs)
+
+
+def _zeros(shape: tuple[int, ...]) -> NDArray[np.float32]:
+    return aligned(math.prod(shape), np.float32).reshape(shape)
+
+
+def _layers(
+    shape: tuple[int, int, int],
+    layers: int,
+    num_blocks: int,
+    block_size: int,
+    kinds: tuple[CacheKind, CacheKind],
+    ranks: CpuRanks | None,
+) -> list[PagedCache]:
+    """The caches of layers of one shape (`PagedSpec.shape`).
+
+    A rank's heads lie on its node; where there are no heads to divide, pages come from all nodes in turns.
+    """
+    kv_heads, key_dim, value_dim = shape
+    if not value_dim:
+        shapes = [latent_cache_shape(num_blocks, block_size, layers, key_dim)]
+    else:
+        sizes = (num_blocks, block_size, layers, kv_heads, key_dim)
+        shapes = [key_cache_shape(*sizes, kinds[0]), value_cache_shape(*sizes, kinds[1])]
+    types = [np.int16 if kind is CacheKind.BF16 else np.uint8 for kind in kinds]
+    by_heads = bool(value_dim) and ranks is not None and ranks.divides(kv_heads)
+    made: list[NDArray[Any]] = []
+    for each, dtype in zip(shapes, types):
+        count = math.prod(each)
+        if ranks is None or not ranks.apart:
+            memory = aligned(count, dtype)
+        else:
+            memory = ranks.pages(count * np.dtype(dtype).itemsize)
+            if by_heads:
+                ranks.place(memory, ranks.borders(memory.size))
+            memory = memory.view(dtype)
+        if by_heads:  # to [stretches, layers, heads, ...], as it is without ranks
+            stretches, _, heads, *rest = each
+            every = memory.reshape(heads, stretches, layers, *rest)
+            made.append(np.moveaxis(every, 0, 2).swapaxes(0, 1))
+        else:
+            made.append(memory.reshape(each).swapaxes(0, 1))
+    return [PagedCache(*each) for each in zip(*made)]

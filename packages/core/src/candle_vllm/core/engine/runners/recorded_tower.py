@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: MIT
+"""A tower that is recorded once and replayed, a tile at a time, in pieces between steps (before step 4)."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from candle_vllm.core.engine.runners.images import Encoding
+from candle_vllm.core.engine.runners.recorded_runner import compile_together
+from candle_vllm.core.engine.step.batch import Ints
+from candle_vllm.core.kernels.cpu_runtime.level import Isa, host_isa
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber
+from candle_vllm.core.kernels.cpu_runtime.recorder import Adapted, Recorder, StepLimits
+from candle_vllm.core.kernels.cpu_runtime.team import PART_CODE, ThreadTeam
+from candle_vllm.core.kernels.cpu_runtime.values import buffer_of, buffer_value, step_tokens
+from candle_vllm.core.kernels.recorded import Recorded
+from candle_vllm.core.models.family import Tower, TowerStep
+
+_PIECE = 0.03  # seconds that others wait for a piece, as far as is foreseen
+_SLOWEST = 2e10  # multiplications and additions a second, until it is measured
+_MOST_PARTS = 1 << 12  # of an operation
+_TOUCHED = 1 << 24  # bytes of memory at a time
+_STRIP = 1 << 10  # patches that are read at a time; a quarter as many cells are joined
+
+
+class RecordedTower:
+    """Replays a tower on the CPU, a tile at a time; see `TowerRunner`.
+
+    How long an operation takes is known from the layer before, or from an earlier picture. What takes longer than
+    others are to wait is done in parts.
+
+    Args:
+        tower: the model, its matrices in the layouts of the compiled kernels.
+        team: threads that are there, of whoever closes them.
+        isa: as for `RecordedRunner`.
+
+    Attributes:
+        nbytes: that the largest tile takes while it is encoded.
+    """
+
+    fatal: tuple[type[Exception], ...] = ()
+
+    def __init__(self, tower: Tower, team: ThreadTeam, isa: Isa | None = None) -> None:
+        config = self._config = tower.config
+        self._place = tower.place
+        level, most = host_isa() if isa is None else isa, config.patches // config.cell**2
+        tiles, cells = (
+            StepLimits(tokens=rows, sequences=windows, logit_rows=1, table_width=0, block_size=1, threads=team.threads)
+            for rows, windows in ((config.patches, config.windows), (min(most, _STRIP // 4), 1))
+        )
+
+        def record() -> None:
+            self._record(tower, Recorder(tiles, level))
+            self._join(tower, Recorder(cells, level))
+
+        compile_together(record, [PART_CODE])
+        self._team = team
+        self._tile, self._cells = Recorder(tiles, level), Recorder(cells, level)
+        self._layers = self._record(tower, self._tile)
+        self._joins = self._join(tower, self._cells)
+        self.nbytes = sum(each.nbytes for recorder in (self._tile, self._cells) for each in recorder.allocated)
+        self._touched = 0  # patches, whose memory the system has handed out
+        self._took: dict[tuple[_Kind, int], tuple[int, float]] = {}  # rows and seconds of operations, and of all (-1)
+
+    def _record(self, tower: Tower, recorder: Recorder) -> list[_Piece]:
+        """Records the layers, with what is before and behind them."""
+        config, given = tower.config, recorder.buffer(tower.config.patch_size)
+        start = recorder.buffer(config.hidden_size) if config.learned else None
+        begins = None if start is None else buffer_value(recorder, start)
+        self._patches, self._start = given.rows, None if start is None else start.rows
+        self._deep = dict[int, NDArray[np.float32]]()  # x behind these layers
+        step = TowerStep(step_tokens(recorder, recorder.arrays.positions), start=begins)
+        x = tower.begin(buffer_value(recorder, given), step)
+        ends = [0]
+        for number, layer in enumerate(tower.layers):
+            x = layer(x, step)
+            ends.append(recorder.num_rows)
+            if number in config.deep:
+                self._deep[number] = buffer_of(x).rows
+        self._hidden: Recorded = tower.norm(x)
+        size, inner = config.hidden_size, config.intermediate_size
+        each, before = 2 * size * (2 * size + 2 * inner), 4 * size  # of a patch, and of two
+        made = [
+            _piece(recorder, first, last, number in config.windowed, (each, before))
+            for number, (first, last) in enumerate(itertools.pairwise(ends))
+        ]
+        if recorder.num_rows != ends[-1]:
+            made.append(_piece(recorder, ends[-1], recorder.num_rows, False, (0, 0)))
+        return made
+
+    @staticmethod
+    def _join(tower: Tower, recorder: Recorder) -> list[_Join]:
+        """What makes embeddings of cells: of those of the last norm, and of each of the `deep` layers."""
+        made: list[_Join] = []
+        config = tower.config
+        for project in (tower.project, *tower.mergers):
+            recorder.begin(Adapted.NOT)
+            given = recorder.buffer(config.cell_size)
+            found = buffer_of(project(buffer_value(recorder, given)))
+            each = 2 * config.cell_size * (config.cell_size + config.text_size)
+            made.append(_Join(_piece(recorder, 0, recorder.num_rows, False, (each, 0)), given.rows, found.rows))
+        return made
+
+    def embeddings(self, tiles: NDArray[np.uint8]) -> Encoding:
+        """See `TowerRunner`."""
+        config, clock = self._config, _Clock()
+        cells = math.prod(tiles.shape[1:3]) // config.cell_pixels**2
+        made = np.empty((len(tiles), cells, config.vectors * config.text_size), np.float32)
+        for tile, target in zip(tiles, made):
+            yield from self._encode(tile, target, clock)
+        return made.reshape(-1, made.shape[2])
+
+    def _encode(self, tile: NDArray[np.uint8], target: NDArray[np.float32], clock: _Clock) -> Iterator[None]:
+        """Writes the embeddings of a tile, [C, vectors * text size]."""
+        arrays, read = self._tile.arrays, self._config.read(tile)
+        rows = len(read.places)
+        yield from self._touch(rows, clock)
+        for numbers, patches in read.strips(_STRIP):
+            self._patches[numbers] = patches
+            yield from clock.pause(clock.waited)
+        for first in range(0, rows, _STRIP):
+            last = min(first + _STRIP, rows)
+            placed = self._place(read.places[first:last], first, read.grid)
+            arrays.positions[first:last] = placed.numbers
+            if self._start is not None:
+                self._start[first:last] = placed.start
+            yield from clock.pause(clock.waited)
+        deep = 0
+        for number, layer in enumerate(self._layers):
+            lengths = read.windows if layer.kind.windowed else (rows,)
+            arrays.numbers[StepNumber.TOKENS] = rows
+            arrays.numbers[StepNumber.SEQUENCES] = len(lengths)
+            arrays.query_start[: len(lengths) + 1] = 0, *itertools.accumulate(lengths)
+            yield from self._run(layer, rows, clock)
+            if number in self._deep:
+                deep += 1
+                x = self._deep[number]
+                yield from self._project(deep, lambda numbers, x=x: x[numbers], read.order, target, clock)
+        yield from self._project(0, self._hidden.rows, read.order, target, clock)
+
+    def _touch(self, rows: int, clock: _Clock) -> Iterator[None]:
+        """Has the system hand out the memory of more patches than any tile has had yet, which takes its time too."""
+        for array in self._tile.allocated if rows > self._touched else ():
+            whole = array.view(np.uint8)
+            first, last = (whole.nbytes * count // self._tile.limits.tokens for count in (self._touched, rows))
+            for begin in range(first, last, _TOUCHED):
+                whole[begin : min(begin + _TOUCHED, last) : 4096] = 0
+                yield from clock.pause(_PIECE / 4)
+        self._touched = max(self._touched, rows)
+
+    def _project(
+        self,
+        number: int,
+        rows_of: Callable[[Ints], NDArray[np.float32]],
+        order: Ints | None,
+        target: NDArray[np.float32],
+        clock: _Clock,
+    ) -> Iterator[None]:
+        """Writes those embeddings of a tile that a join makes, of what `rows_of` gives of its patches."""
+        config, join = self._config, self._joins[number]
+        size, most = config.text_size, self._cells.limits.tokens
+        columns = target[:, number * size : (number + 1) * size]
+        for first in range(0, len(target), most):
+            last = min(first + most, len(target))
+            join.cells[: last - first] = config.cells(rows_of(np.arange(first * config.cell**2, last * config.cell**2)))
+            self._cells.arrays.numbers[StepNumber.TOKENS] = last - first
+            yield from self._run(join.piece, last - first, clock)
+            columns[slice(first, last) if order is None else order[first:last]] = join.made[: last - first]
+
+    def _run(self, piece: _Piece, rows: int, clock: _Clock) -> Iterator[None]:
+        """Runs a piece, whole, or, where that takes too long, its operations by themselves, in parts."""
+        least = max(_PIECE, 1e-6) / 2
+        expected = self._foreseen(piece.kind, -1, rows)
+        if expected is None:
+            expected = rows * (piece.work[0] + piece.work[1] * rows) / _SLOWEST
+        if expected <= _PIECE:
+            yield from clock.pause(expected)
+            self._took[piece.kind, -1] = rows, _seconds(self._team.run, piece.plan, piece.kind.operations)
+            return
+        total = 0.0
+        for number, operation in enumerate(piece.each):
+            alone = self._foreseen(piece.kind, number, rows)
+            alone = expected if alone is None else alone
+            parts, done, step, took = min(math.ceil(alone / least), _MOST_PARTS) or 1, 0, 1, 0.0
+            while done < parts:
+                count = min(step, parts - done)
+                yield from clock.pause(took / done * count if done else least)
+                if parts == 1:
+                    seconds = _seconds(self._team.run, operation, 1)
+                else:
+                    seconds = _seconds(self._team.run_parts, operation, done, done + count, parts)
+                done, took = done + count, took + seconds
+                step = max(1, min(2 * count, int(least * count / max(seconds, 1e-9))))  # a part may have nothing in it
+            self._took[piece.kind, number] = rows, took
+            total += took
+        self._took[piece.kind, -1] = rows, total
+
+    def _foreseen(self, kind: _Kind, number: int, rows: int) -> float | None:
+        """Seconds that an operation takes of so many rows, at most; None where it has not run yet."""
+        before, seconds = self._took.get((kind, number), (0, 0.0))
+        if not before:
+            return None
+        return seconds * max(rows / before, (rows / before) ** 2)
+
+
+class _Kind(NamedTuple):
+    """What pieces that take equally long have in common: operations, whether patches see windows, and whose it is."""
+
+    operations: int
+    windowed: bool
+    recorder: int
+
+
+class _Piece(NamedTuple):
+    """Operations that follow each other.
+
+    Attributes:
+        plan: all of them.
+        each: the same one by one.
+        kind: see there.
+        work: multiplications and additions for a row, and for each row that a row sees.
+    """
+
+    plan: Ints
+    each: list[Ints]
+    kind: _Kind
+    work: tuple[int, int]
+
+
+class _Join(NamedTuple):
+    """What makes embeddings of cells, where the cells go, and where the embeddings are."""
+
+    piece: _Piece
+    cells: NDArray[np.float32]
+    made: NDArray[np.float32]
+
+
+def _piece(recorder: Recorder, first: int, last: int, windowed: bool, work: tuple[int, int]) -> _Piece:
+    """The operations `first`..`last` of a plan."""
+    ends = [0, *recorder.ends]
+    plan = np.array(recorder.plan[ends[first] : ends[last]], np.int64)
+    each = [np.array(recorder.plan[begin:end], np.int64) for begin, end in itertools.pairwise(ends[first : last + 1])]
+    return _Piece(plan, each, _Kind(last - first, windowed, id(recorder)), work)
+
+
+class _Clock:
+    """How long others have waited."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+
+    @property
+    def waited(self) -> float:
+        """Seconds."""
+        return time.perf_counter() - self._began
+
+    def pause(self, ahead: float) -> Iterator[None]:
+        """Lets others go on, where they would wait too long for what takes `ahead` seconds too."""
+        if self.waited + ahead > _PIECE:
+            yield
+            self._began = time.perf_counter()
+
+
+def _seconds(run: Callable[..., object], *given: Any) -> float:
+    """How long it takes."""
+    started = time.perf_counter()
+    run(*given)
+    return time.perf_counter() - started

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: MIT
+"""An engine that sleeps: what of its memory it gives back, and how that comes to be filled again with the same bits.
+
+At level 1 the KV cache is given back; weights on a GPU go to the host's memory, and on the CPU they stay where they
+are, which is there. At level 2 the weights go too, and are read from the model's files again. What stays in either case
+is what captured and recorded steps know by its address, adapters, and what requests are prepared with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from candle_vllm.core.assembly.encoder import LoadedEncoder, load_any_model
+from candle_vllm.core.assembly.model import LoadedModel
+from candle_vllm.core.config import EngineConfig
+from candle_vllm.core.devices import give_back
+from candle_vllm.core.engine.runners.model_runner import HeadRunner, ModelRunner
+from candle_vllm.core.errors import CandleVllmError, InvalidParameterError
+from candle_vllm.core.kernels.collectives import Collective
+from candle_vllm.core.kernels.cpu_runtime.weight_memory import can_drop_pages
+from candle_vllm.core.threads import LOADING_THREADS
+
+if TYPE_CHECKING:
+    from candle_vllm.core.kernels.offloading import OffloadedWeights
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS: Final = "weights"
+KV_CACHE: Final = "kv_cache"
+TAGS: Final = frozenset({WEIGHTS, KV_CACHE})
+LEVELS: Final = (1, 2)
+MODES: Final = ("abort", "wait")
+
+_SAMPLES, _SAMPLE = 16, 1 << 16  # places of a weight file that are looked at, and bytes there
+
+
+def files_mark(paths: Iterable[Path], *, times: bool = True) -> str:
+    """Tells files of weights apart without reading all of them: size, time of change (if asked) and samples of each."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            info = os.fstat(file.fileno())
+            digest.update(f"{info.st_size} {info.st_mtime_ns if times else 0} ".encode())
+            for number in range(_SAMPLES):
+                file.seek(max(0, info.st_size - _SAMPLE) * number // (_SAMPLES - 1))
+                digest.update(file.read(_SAMPLE))
+    return digest.hexdigest()
+
+
+def read_tags(tags: Sequence[str] | None) -> frozenset[str]:
+    """What is to be woken; None is everything.
+
+    Raises:
+        InvalidParameterError: there is no such tag.
+    """
+    if tags is None:
+        return TAGS
+    if isinstance(tags, str) or not TAGS.issuperset(tags):
+        raise InvalidParameterError(f"tags {tags!r:.100}: a list of {' and '.join(sorted(TAGS))} is possible", "tags")
+    return frozenset(tags) or TAGS
+
+
+def check_sleep(level: int, mode: str) -> None:
+    """Raises `InvalidParameterError` where there is no such level or mode."""
+    if isinstance(level, bool) or level not in LEVELS:
+        raise InvalidParameterError(f"level {level!r:.40}: 1 (keep the weights in memory) or 2 (drop them)", "level")
+    if mode not in MODES:
+        raise InvalidParameterError(
+            f"mode {mode!r:.40}: abort (requests that run or wait end now) or wait (they end first)", "mode"
+        )
+
+
+class Sleeper:
+    """What an engine has that can be given back; belongs to the engine's thread.
+
+    Args:
+        config: the engine's settings.
+        loaded: its model, before anything was prepared with it.
+        ranks: among which the model is divided, if it is.
+
+    Attributes:
+        tell: has the other ranks do the same, before this one does; called with a level, or tags.
+        asleep: tags of what is given back.
+        level: 0 while nothing is.
+        runners: what has caches: of the model, and of what drafts for it.
+    """
+
+    def __init__(
+        self, config: EngineConfig, loaded: LoadedModel | LoadedEncoder, ranks: Collective | None = None
+    ) -> None:
+        self.asleep: frozenset[str] = frozenset()
+        self.level = 0
+        self.runners: Sequence[ModelRunner | HeadRunner] = ()
+        self.tell: Callable[[int | frozenset[str]], object] = lambda _: None
+        self._config, self._loaded, self._ranks = _as_split(config, loaded), loaded, ranks
+        self._mark = ""
+        self._tensors: OffloadedWeights | None = None
+        if not loaded.placement.recorded:
+            from candle_vllm.core.kernels.offloading import OffloadedWeights, tensors_in
+
+            bus = None if loaded.split is None else loaded.split.bus
+            self._tensors = OffloadedWeights(tensors_in(*_layers(loaded)), bus)
+
+    def check(self, level: int) -> None:
+        """Raises `CandleVllmError` where this engine cannot sleep so."""
+        if (self._tensors is None or (level == 2 and self._loaded.memories)) and not can_drop_pages():
+            raise CandleVllmError("on the CPU an engine sleeps on Linux alone: close it, or unload the model")
+        if level == 2 and not self._loaded.files:
+            raise CandleVllmError("random weights cannot be read again: sleep at level 1, or unload the model")
+        if level == 2 and (self.level < 2 or WEIGHTS not in self.asleep):
+            self._mark = self._marked()
+
+    def sleep(self, level: int) -> None:
+        """Gives memory back, at a level that was checked; nothing may run, and no block may be published."""
+        if self.asleep == TAGS and level <= self.level:
+            return
+        level = max(level, self.level if WEIGHTS in self.asleep else 0)
+        began = time.perf_counter()
+        self.tell(level)
+        if KV_CACHE not in self.asleep:
+            for runner in self.runners:
+                runner.drop_cache()
+        if level == 2:
+            if self._tensors is not None:
+                self._tensors.drop()
+            for memory in self._loaded.memories:
+                memory.drop()
+        elif WEIGHTS not in self.asleep and self._tensors is not None and self._loaded.placement.device.type != "cpu":
+            self._tensors.to_host()
+        give_back()
+        self.asleep, self.level = TAGS, level
+        logger.info("asleep at level %d after %.2f s", level, time.perf_counter() - began)
+
+    def wake_up(self, tags: Iterable[str]) -> None:
+        """Fills what was given back again.
+
+        Raises:
+            CandleVllmError: it cannot be; what was asked for sleeps on.
+        """
+        began, asked = time.perf_counter(), self.asleep.intersection(tags)
+        if asked:
+            self.tell(asked)
+        if WEIGHTS in asked:
+            if self.level == 2:
+                self._load_again()
+            elif self._tensors is not None:
+                self._tensors.to_device()
+            self.asleep -= {WEIGHTS}
+        if KV_CACHE in asked:
+            for runner in self.runners:
+                runner.restore_cache()
+            self.asleep -= {KV_CACHE}
+        if asked and not self.asleep:
+            self.level = 0
+            for runner in self.runners:
+                runner.wake_up()
+            logger.info("awake after %.2f s", time.perf_counter() - began)
+
+    def _marked(self) -> str:
+        try:
+            return files_mark(self._loaded.files)
+        except OSError as error:
+            raise CandleVllmError(f"the files of {self._loaded.name} cannot be read again: {error}") from error
+
+    def _load_again(self) -> None:
+        loaded = self._loaded
+        if self._marked() != self._mark:
+            raise CandleVllmError(f"the files of {loaded.name} are others than when it went to sleep: unload it")
+        LOADING_THREADS.set(self._config.threads)  # in the engine's thread
+        nothing: Callable[[int, int], object] = lambda *_: None  # noqa: E731
+        fresh = load_any_model(self._config, loaded.placement.device, nothing, loaded.memories, self._ranks)
+        if self._tensors is not None:
+            from candle_vllm.core.kernels.offloading import tensors_in
+
+            self._tensors.adopt(tensors_in(*_layers(fresh)), None if fresh.split is None else fresh.split.bus)
+
+
+def _as_split(config: EngineConfig, loaded: LoadedModel | LoadedEncoder) -> EngineConfig:
+    """The settings by which as much of the model goes to main memory again, whatever a GPU has free then."""
+    if isinstance(loaded, LoadedEncoder) or loaded.placement.device.type == "cpu":
+        return config
+    split = loaded.split
+    if split is None:
+        return dataclasses.replace(config, cpu_experts=0, cpu_offload_gb=0, gpu_layers=None)
+    return dataclasses.replace(config, cpu_experts=split.experts, cpu_offload_gb=None, gpu_layers=split.layers)
+
+
+def _layers(loaded: LoadedModel | LoadedEncoder) -> list[Any]:
+    """All that has weights."""
+    if isinstance(loaded, LoadedEncoder):
+        return [loaded.encoder]
+    draft = loaded.draft
+    drafts = [] if draft is None else [draft.decoder if isinstance(draft, LoadedModel) else draft.head]
+    return [loaded.decoder, *([] if loaded.tower is None else [loaded.tower.tower]), *drafts]

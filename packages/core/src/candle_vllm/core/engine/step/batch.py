@@ -1,0 +1,541 @@
+# SPDX-License-Identifier: MIT
+"""Step 5: what was scheduled, as arrays."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence as Seq
+from typing import NamedTuple, Protocol, TypeGuard
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from candle_vllm.core.engine.step.sequence import Run, Sequence, Step
+from candle_vllm.core.kernels.lora import PackedAdapter
+from candle_vllm.core.kernels.states import StateRows
+
+Ints = NDArray[np.int64]
+
+_FEW = 32  # rows that are laid out one by one
+
+
+class StepMemory(Protocol):
+    """Where a runner reads the numbers of steps, as in `Batch`, with room for the largest.
+
+    Attributes:
+        tokens, context_lens, block_tables: the memory.
+        moved_on: where the step before was one token of each sequence, they hold the one that goes on from it already.
+        states: the same for `Batch.states`, but for `query_start`.
+    """
+
+    @property
+    def tokens(self) -> Ints: ...
+    @property
+    def context_lens(self) -> Ints: ...
+    @property
+    def block_tables(self) -> Ints: ...
+    @property
+    def moved_on(self) -> bool: ...
+    @property
+    def states(self) -> StateRows: ...
+
+
+class AdapterRows(msgspec.Struct, frozen=True, eq=False):
+    """Which rows of a step have which adapters: entries in groups, one for each adapter, by their serial numbers.
+
+    Attributes:
+        rows: [N] int64, of each entry: a row of the step, or of what is asked of it.
+        scales: [N] float32, how much of the adapter it has.
+        starts: [G + 1] offsets into N.
+        adapters: [G].
+        sources: [N] the row of the step.
+    """
+
+    rows: Ints
+    scales: NDArray[np.float32]
+    starts: Ints
+    adapters: Seq[PackedAdapter]
+    sources: Ints
+
+    def among(self, wanted: Ints) -> AdapterRows | None:
+        """Those of some rows of the step, by their places among them."""
+        places = np.full(max(int(wanted.max(initial=-1)), int(self.sources.max())) + 1, -1)
+        places[wanted] = np.arange(len(wanted))
+        found = places[self.sources]
+        kept = found >= 0
+        starts = np.concatenate(([0], np.cumsum(kept)))[self.starts]
+        some = np.flatnonzero(np.diff(starts))
+        if not len(some):
+            return None
+        return AdapterRows(
+            found[kept],
+            self.scales[kept],
+            np.append(starts[some], starts[-1]),
+            [self.adapters[group] for group in some.tolist()],
+            self.sources[kept],
+        )
+
+
+def adapter_rows(scheduled: Seq[Run], query_start: Ints) -> AdapterRows | None:
+    """The adapters of a step whose runs begin at these rows; None where no row has one."""
+    if not any(run.sequence.adapters for run in scheduled):
+        return None
+    found: dict[int, list[tuple[int, int, float]]] = {}
+    adapters: dict[int, PackedAdapter] = {}
+    for run, first in zip(scheduled, query_start.tolist()):
+        sequence = run.sequence
+        for (adapter, scale), start in zip(sequence.adapters, sequence.adapted_from):
+            begin = first + max(0, start - run.start)
+            if begin < first + run.count:
+                assert isinstance(adapter, PackedAdapter)
+                adapters[adapter.serial] = adapter
+                found.setdefault(adapter.serial, []).append((begin, first + run.count, scale))
+    if not found:
+        return None
+    serials = sorted(found)
+    runs = [run for serial in serials for run in found[serial]]
+    counts = np.array([end - begin for begin, end, _ in runs])
+    begins = np.array([begin for begin, _, _ in runs])
+    starts = np.concatenate(([0], np.cumsum(counts)))
+    rows = np.arange(starts[-1]) + np.repeat(begins - starts[:-1], counts)
+    scales = np.repeat(np.array([scale for *_, scale in runs], np.float32), counts)
+    groups = np.concatenate(([0], np.cumsum([len(found[serial]) for serial in serials])))
+    return AdapterRows(rows, scales, starts[groups], [adapters[serial] for serial in serials], rows)
+
+
+class EmbeddedRows(msgspec.Struct, frozen=True, eq=False):
+    """Rows of a step that are no rows of the embedding table.
+
+    Attributes:
+        rows: [N] int64, which ones.
+        vectors: [N, V * E] float32, what stands in their place, and behind it what is added behind each of the first
+            V - 1 layers.
+    """
+
+    rows: Ints
+    vectors: NDArray[np.float32]
+
+
+def embedded_rows(scheduled: Seq[Run], query_start: Ints) -> EmbeddedRows | None:
+    """The pictures' embeddings among the rows of a step; None where there are none."""
+    rows: list[Ints] = []
+    vectors: list[NDArray[np.float32]] = []
+    for run, first in zip(scheduled, query_start.tolist()):
+        for image in run.sequence.images if run.start < run.sequence.num_prompt_tokens else ():
+            begin, end = (bisect.bisect_left(image.positions, place) for place in (run.start, run.start + run.count))
+            if begin < end:
+                assert image.rows is not None, "a sequence begins when its pictures are there"
+                rows.append(np.array(image.positions[begin:end]) + (first - run.start))
+                vectors.append(image.rows[begin:end])
+    return EmbeddedRows(np.concatenate(rows), np.concatenate(vectors)) if rows else None
+
+
+def rows_ahead(scheduled: Seq[Run], query_start: Ints) -> Ints | None:
+    """How many positions behind its own each row of a step sees; None where none sees any."""
+    found: Ints | None = None
+    for run, first in zip(scheduled, query_start.tolist()):
+        for image in run.sequence.images if run.start < run.sequence.num_prompt_tokens else ():
+            for begin, end in image.spans:
+                begin = max(begin, run.start)
+                if begin < min(end, run.start + run.count):
+                    assert end <= run.start + run.count, "a tile is not cut"
+                    found = np.zeros(query_start[-1], np.int64) if found is None else found
+                    place = first - run.start
+                    found[place + begin : place + end] = np.arange(end - begin)[::-1]
+    return found
+
+
+class TurnedRows(msgspec.Struct, frozen=True, eq=False):
+    """Rows of a step that other positions turn than those in their sequences.
+
+    Attributes:
+        shifts: [T] int64, what is added to the position of a row.
+        rows: [N] int64, those of pictures, whose shifts are 0.
+        places: [N, 3] int64, their positions in time, height and width.
+    """
+
+    shifts: Ints
+    rows: Ints
+    places: Ints
+
+
+def turned_rows(scheduled: Seq[Run], query_start: Ints) -> TurnedRows | None:
+    """By what the rows of a step are turned where pictures have grids; None where each is by its position alone.
+
+    The tokens of a picture are at one time and have their row and column beside it; the text behind it goes on at the
+    largest of their positions + 1. Source: Wang et al., 2024, arXiv:2409.12191.
+    """
+    if not any(run.sequence.images for run in scheduled):
+        return None
+    shifts, rows, places = np.zeros(query_start[-1], np.int64), list[Ints](), list[Ints]()
+    for run, first in zip(scheduled, query_start.tolist()):
+        last = first + run.count
+        for image in run.sequence.images:
+            if image.grid is None:
+                continue
+            start, end = image.positions[0] - run.start, image.positions[-1] + 1 - run.start
+            if end < run.count:
+                shifts[first + max(end, 0) : last] = image.shift
+            begin, stop = max(start, 0), min(end, run.count)
+            if begin < stop:
+                shifts[first + begin : first + stop] = 0
+                numbers = np.arange(begin - start, stop - start)
+                row, column = np.divmod(numbers, image.grid[1])
+                rows.append(np.arange(first + begin, first + stop))
+                places.append(image.first + np.stack([np.zeros_like(row), row, column], 1))
+    if not rows:
+        return TurnedRows(shifts, np.zeros(0, np.int64), np.zeros((0, 3), np.int64)) if shifts.any() else None
+    return TurnedRows(shifts, np.concatenate(rows), np.concatenate(places))
+
+
+def turns(turned: TurnedRows, positions: Ints, first: int) -> Ints:
+    """How far behind its position's row each row's own is in rotary tables that have those of pictures from `first`."""
+    turns = turned.shifts.copy()
+    turns[turned.rows] = first + np.arange(len(turned.rows)) - positions[turned.rows]
+    return turns
+
+
+def state_rows(scheduled: Seq[Run], query_start: Ints, memory: StateRows | None) -> StateRows | None:
+    """What a step whose runs begin at these rows does with states; None where no layer keeps one."""
+    if scheduled[0].state is None:
+        return None
+    count, total = len(scheduled), int(query_start[-1])
+    if memory is None:
+        memory = StateRows(query_start, *np.empty((3, count), np.int64), *np.empty((2, total), np.int64))
+    rows = StateRows(
+        query_start,
+        *(each[:count] for each in (memory.slots, memory.sources, memory.replays)),
+        *(each[:total] for each in (memory.stores, memory.keeps)),
+    )
+    found = [run.state for run in scheduled if run.state is not None]
+    rows.slots[:], rows.sources[:] = [each.slot for each in found], [each.source for each in found]
+    rows.replays[:] = [each.replays for each in found]
+    rows.stores[:] = rows.keeps[:] = -1
+    drafts = np.array([len(run.drafts) for run in scheduled])
+    rows.stores[query_start[1:] - 1 - drafts] = rows.slots
+    for run, state, first in zip(scheduled, found, query_start.tolist(), strict=False):
+        for row, slot in state.marks:
+            rows.stores[first + row] = slot
+        if run.drafts:
+            end = first + run.count
+            rows.keeps[end - len(run.drafts) : end] = range(len(run.drafts))
+    return rows
+
+
+class Batch(msgspec.Struct, frozen=True, eq=False):
+    """The numbers of one step, all int64; the arrays are valid until it has run, or the next one is built.
+
+    Attributes:
+        tokens: [4, T] `token_ids`, `positions`, `slots` and `sources`, one below the other.
+        query_start: [R + 1] offsets into T; sequence r has query_start[r]..query_start[r + 1].
+        context_lens: [R] tokens of each sequence, the new ones included.
+        block_tables: [R, most blocks]; a row's tail beyond its context is not read.
+        tables_version: the same object as of the step before where the tables are the same.
+        num_decodes: how many sequences at the front have one token that was generated.
+        runs: what was scheduled.
+        drawing: those of the runs that draw.
+        drafted: whether any of the runs has drafts.
+        drawn_rows: indices into T of the tokens whose successor is drawn: the last ones that each of `drawing` wants.
+        goes_on: as in `Step`, and the step before was built here, too.
+        adapters: which rows have which; None where none has one. The same object where a step goes on.
+        embedded: rows of pictures; None where there are none.
+        ahead: [T] how many positions behind its own each row sees; None where none sees any.
+        turned: what turns rows behind and in pictures that have grids; None where their positions alone do.
+        ends_alone: whether of its rows the drawn ones alone are asked for.
+        begun: where it goes on, what has changed of the tables: row, column and block of each that was begun.
+        states: what it does with states; None where no layer keeps one.
+        wishes: [drawn rows, 7] what is drawn from logits that are divided among ranks, see `kernels/sampling/shares`;
+            None where they are not.
+    """
+
+    tokens: Ints
+    query_start: Ints
+    context_lens: Ints
+    block_tables: Ints
+    tables_version: object
+    num_decodes: int
+    runs: Seq[Run]
+    drawing: Seq[Run]
+    drafted: bool
+    drawn_rows: Ints
+    goes_on: bool = False
+    adapters: AdapterRows | None = None
+    embedded: EmbeddedRows | None = None
+    ahead: Ints | None = None
+    turned: TurnedRows | None = None
+    ends_alone: bool = False
+    begun: Seq[tuple[int, int, int]] = ()
+    wishes: NDArray[np.float64] | None = None
+    states: StateRows | None = None
+
+    @property
+    def token_ids(self) -> Ints:
+        """[T]; 0 where it is not known yet."""
+        return self.tokens[0]
+
+    @property
+    def positions(self) -> Ints:
+        """[T] in their sequences."""
+        return self.tokens[1]
+
+    @property
+    def slots(self) -> Ints:
+        """[T] block * block size + offset."""
+        return self.tokens[2]
+
+    @property
+    def sources(self) -> Ints:
+        """[T] where a token is not known yet: which of the tokens that the step before drew it is; else -1."""
+        return self.tokens[3]
+
+
+def in_pages(batch: Batch, page_of: Ints, block_size: int) -> tuple[Ints, Ints]:
+    """Slots [T] and tables of a step for layers whose block n is in page `page_of[n]`."""
+    blocks = batch.slots // block_size
+    return batch.slots + (page_of[blocks] - blocks) * block_size, page_of[batch.block_tables]
+
+
+class _Laid(NamedTuple):
+    """Where the rows of a step are: numbers as in `Batch`."""
+
+    query_start: Ints
+    contexts: Ints | list[int]
+    positions: Ints | list[int]
+    slots: Ints | list[int] | int
+    drawn_rows: Ints
+
+
+class BatchBuilder:
+    """Lays out one step after the other.
+
+    Block tables stay from step to step, for most sequences of a step were in the one before: only those that are new,
+    or have begun a block since, are written. Where a step goes on, its arrays are those of the step before, with one
+    added in place.
+
+    Args:
+        block_size: tokens of a block; 0 where there is no cache, and so no slots and no tables.
+        memory: where the arrays are to be; None for anywhere.
+        images: whether pictures stand where their marks do.
+    """
+
+    def __init__(self, block_size: int, memory: StepMemory | None = None, *, images: bool = True) -> None:
+        self._block_size = block_size
+        self._memory = memory
+        self._images = images
+        self._rows: list[tuple[Sequence, int]] = []  # whose each row of the tables is, and since which admission
+        self._tables = np.zeros((0, 1), np.int64) if memory is None else memory.block_tables
+        self._known: list[int] = []  # blocks that stand in each row
+        self._version = object()
+        self._numbers = np.arange(1)
+        self._last: Batch | None = None  # the step before, if all of its sequences decoded
+        self._moving = self._tables  # its positions and slots
+
+    def build(self, scheduled: Seq[Run], before: Seq[Run] = (), *, ends_alone: bool = False) -> Batch:
+        """Lays the scheduled tokens of all sequences behind each other.
+
+        Args:
+            scheduled: what runs, decoding sequences first.
+            before: the sequences whose next token is not known yet, in the order in which the step before drew them.
+            ends_alone: as in `Batch`.
+        """
+        last = self._last
+        if last is not None and _goes_on(scheduled, last, before):
+            return self._next(last, scheduled, before)
+        count, size = len(scheduled), self._block_size
+        decodes = count if scheduled[-1].decodes else sum(run.decodes for run in scheduled)  # it is the last of them
+        whole = decodes == count or all(run.wanted for run in scheduled)
+        tables = self._follow(scheduled) if size else np.zeros((count, 0), np.int64)
+        few = count <= _FEW and sum([run.count for run in scheduled]) <= _FEW
+        laid = _by_hand(scheduled, size) if few else self._by_arrays(scheduled, tables, whole)
+        total = len(laid.positions)
+        if self._memory is None:
+            tokens, context_lens = np.empty((4, total), np.int64), np.empty(count, np.int64)
+        else:
+            tokens, context_lens = self._memory.tokens[:, :total], self._memory.context_lens[:count]
+        tokens[1], tokens[2], tokens[3], context_lens[:] = laid.positions, laid.slots, -1, laid.contexts
+        if before:
+            drawn = {item.sequence: place for place, item in enumerate(before)}
+            tokens[3, laid.query_start[1:] - 1] = [drawn.get(item.sequence, -1) for item in scheduled]
+        self._name_tokens(scheduled, tokens, known=not before)
+        shown = scheduled if self._images and decodes < count else ()
+        batch = Batch(
+            tokens=tokens,
+            query_start=laid.query_start,
+            context_lens=context_lens,
+            block_tables=tables,
+            tables_version=self._version,
+            num_decodes=decodes,
+            runs=scheduled,
+            drawing=scheduled if whole else [item for item in scheduled if item.wanted],
+            drafted=decodes < count and any(run.drafts for run in scheduled),
+            drawn_rows=laid.drawn_rows,
+            adapters=adapter_rows(scheduled, laid.query_start),
+            embedded=embedded_rows(shown, laid.query_start),
+            ahead=rows_ahead(shown, laid.query_start),
+            turned=turned_rows(scheduled, laid.query_start) if self._images else None,
+            ends_alone=ends_alone and len(laid.drawn_rows) < total,
+            states=self._state_rows(scheduled, laid.query_start),
+        )
+        self._last = batch if decodes == count and size else None
+        self._moving = tokens[1:3]
+        return batch
+
+    def _state_rows(self, scheduled: Seq[Run], query_start: Ints) -> StateRows | None:
+        return state_rows(scheduled, query_start, None if self._memory is None else self._memory.states)
+
+    def _by_arrays(self, scheduled: Seq[Run], tables: Ints, whole: bool) -> _Laid:
+        """Where the rows of a step are, all wanted or not."""
+        count, size = len(scheduled), self._block_size
+        positions = np.array([run.start for run in scheduled])
+        if scheduled[-1].decodes:  # so do all others
+            rows = places = self._up_to(count)
+            query_start, contexts = self._up_to(count + 1), positions + 1
+        else:
+            counts = np.array([run.count for run in scheduled])
+            contexts = positions + counts
+            query_start = np.concatenate(([0], np.cumsum(counts)))
+            rows, places = np.repeat(self._up_to(count), counts), query_start[1:] - 1  # of each sequence's last token
+            positions = self._up_to(len(rows)) + (positions - query_start[:-1])[rows]
+        slots: Ints | int = -1
+        if size:
+            blocks = positions // size
+            slots = (tables[rows, blocks] - blocks) * size + positions
+        if any(run.wanted > 1 for run in scheduled):
+            runs = zip(scheduled, places.tolist())
+            drawn = np.concatenate([np.arange(place + 1 - run.wanted, place + 1) for run, place in runs])
+        else:
+            drawn = places if whole else places[[run.wanted > 0 for run in scheduled]]
+        return _Laid(query_start, contexts, positions, slots, drawn)
+
+    def _next(self, last: Batch, step: Step, before: Seq[Run]) -> Batch:
+        """The step behind `last`, where `_goes_on` says so."""
+        tokens, contexts, tables, begun = last.tokens, last.context_lens, last.block_tables, ()
+        if self._memory is None or not self._memory.moved_on:
+            self._moving += 1
+            contexts += 1
+            if before:  # what the step before drew, all of it and in this order
+                tokens[0], tokens[3] = 0, last.drawn_rows
+            else:
+                tokens[0], tokens[3] = [item.sequence.tokens[item.start] for item in step], -1
+        if step.begins:
+            tables, begun = self._begin_blocks(step, last)
+        self._last = batch = Batch(
+            tokens=tokens,
+            query_start=last.query_start,
+            context_lens=contexts,
+            block_tables=tables,
+            tables_version=self._version,
+            num_decodes=last.num_decodes,
+            runs=step,
+            drawing=step,
+            drafted=False,
+            drawn_rows=last.drawn_rows,
+            goes_on=True,
+            adapters=last.adapters,
+            turned=last.turned,
+            begun=begun,
+            states=None if last.states is None else self._state_rows(step, last.query_start),
+        )
+        return batch
+
+    def _begin_blocks(self, step: Step, last: Batch) -> tuple[Ints, Seq[tuple[int, int, int]]]:
+        """The tables where some sequences of a step that goes on begin a block, and these; their slots are of that."""
+        self._version = object()
+        tables, slots, begun = self._tables, last.slots, list[tuple[int, int, int]]()
+        for row in step.begins:
+            run, number = step[row], self._known[row]
+            assert number * self._block_size == run.start
+            if number == tables.shape[1]:
+                tables = self._widen(number + 1)
+            block = tables[row, number] = run.sequence.block_table[number]
+            slots[row] = block * self._block_size
+            self._known[row] = number + 1
+            begun.append((row, number, block))
+        return tables[: len(step), : max(self._known)], begun
+
+    @staticmethod
+    def _name_tokens(scheduled: Seq[Run], tokens: Ints, *, known: bool) -> None:
+        """Writes the ids that are known, and 0 for those that are on their way, where not all are known."""
+        if not known and len(scheduled) == tokens.shape[1] and tokens[3].min() >= 0:
+            tokens[0] = 0
+            return
+        ids: list[int] = []
+        for item in scheduled:
+            named = item.sequence.tokens[item.start : item.start + item.count]
+            ids += named
+            if len(named) < item.count:
+                ids += item.drafts or (0,)
+        tokens[0] = ids
+
+    def _follow(self, scheduled: Seq[Run]) -> Ints:
+        """The block tables of a step [R, most blocks], kept for the next one."""
+        rows = [(item.sequence, item.admission) for item in scheduled]
+        if rows != self._rows:
+            self._take_over(rows)
+        size, known = self._block_size, self._known
+        needed = [(item.start + item.count - 1) // size + 1 for item in scheduled]
+        most = max(needed)
+        if needed != known:
+            self._version = object()
+            if most > self._tables.shape[1]:
+                self._widen(most)
+            for row, (first, last) in enumerate(zip(known, needed)):
+                if first < last:
+                    self._tables[row, first:last] = scheduled[row].sequence.block_table[first:last]
+            self._known = needed
+        return self._tables[: len(rows), :most]
+
+    def _widen(self, most: int) -> Ints:
+        """Makes room for more blocks in a row of the tables, where they have no given memory."""
+        assert self._memory is None
+        rows, width = self._tables.shape
+        wider = np.zeros((rows, max(most, 2 * width)), np.int64)
+        wider[:, :width] = self._tables
+        self._tables = wider
+        return wider
+
+    def _take_over(self, rows: list[tuple[Sequence, int]]) -> None:
+        """Makes the tables those of other rows; of new ones nothing is known."""
+        places = {row: place for place, row in enumerate(self._rows)}
+        found = [places.get(row, -1) for row in rows]
+        width = max(self._known, default=0)
+        self._known = [self._known[place] if place >= 0 else 0 for place in found]
+        if self._memory is not None:
+            self._tables[: len(rows), :width] = self._tables[found, :width]
+        else:
+            self._tables = self._tables[found] if self._rows else np.zeros((len(rows), 1), np.int64)
+        self._rows, self._version = rows, object()
+
+    def _up_to(self, count: int) -> Ints:
+        """0, 1, ... [count]; not to be written to."""
+        if count > len(self._numbers):
+            self._numbers = np.arange(2 * count)
+        return self._numbers[:count]
+
+
+def _goes_on(scheduled: Seq[Run], last: Batch, before: Seq[Run]) -> TypeGuard[Step]:
+    """Whether a step is the one behind `last` and goes on from it."""
+    if not (isinstance(scheduled, Step) and scheduled.goes_on) or (before and before is not last.drawing):
+        return False
+    run, old = scheduled[0], last.runs[0]
+    return run.sequence is old.sequence and run.start == old.start + 1 and len(scheduled) == len(last.runs)
+
+
+def _by_hand(scheduled: Seq[Run], size: int) -> _Laid:
+    """As `BatchBuilder._by_arrays`, for a few rows: the weights have driven numpy out of the processor's caches, where
+    each of its functions takes longer than all of this."""
+    ends, contexts, positions, slots, drawn = [0], list[int](), list[int](), list[int](), list[int]()
+    for run in scheduled:
+        place, context, table = run.start, run.start + run.count, run.sequence.block_table
+        ends.append(ends[-1] + run.count)
+        contexts.append(context)
+        positions += range(place, context)
+        drawn += range(ends[-1] - run.wanted, ends[-1])
+        while size and place < context:
+            number = place // size
+            last = min((number + 1) * size, context)
+            first = (table[number] - number) * size
+            slots += range(first + place, first + last)
+            place = last
+    return _Laid(np.array(ends), contexts, positions, slots or -1, np.array(drawn, np.int64))

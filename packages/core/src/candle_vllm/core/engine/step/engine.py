@@ -1,0 +1,556 @@
+# SPDX-License-Identifier: MIT
+"""One step of the engine: schedule, run, sample, settle. Single-threaded; `EngineThread` drives it.
+
+`prepare` does all work that needs no engine state (checks, sampling state) and may run in any thread; everything else
+belongs to the thread that runs the steps.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections import Counter, deque
+from collections.abc import Sequence as Seq
+from typing import TYPE_CHECKING, Any, cast
+
+import msgspec
+
+from candle_vllm.core.engine.adapters.adapter_store import AdapterCall, AdapterStore
+from candle_vllm.core.engine.cache.block_tiers import KeptBlocks, KeptPrefixes
+from candle_vllm.core.engine.request import AdapterInfo, EngineStats, FinishReason, TokenOutput, joined
+from candle_vllm.core.engine.runners.images import ImageStore
+from candle_vllm.core.engine.runners.model_runner import Launched, ModelRunner
+from candle_vllm.core.engine.runners.sleeping import Sleeper
+from candle_vllm.core.engine.step.batch import Batch, BatchBuilder
+from candle_vllm.core.engine.step.live import Live, LiveSequence
+from candle_vllm.core.engine.step.pooled import PooledText
+from candle_vllm.core.engine.step.preparation import Preparation
+from candle_vllm.core.engine.step.scheduler import Scheduler, WholeTexts
+from candle_vllm.core.engine.step.sequence import Run, Sequence, Step
+from candle_vllm.core.errors import CandleVllmError, InvalidParameterError, RequestError
+from candle_vllm.core.sampling.sampler import Drawn, Token
+from candle_vllm.core.sampling.state import SamplingState
+
+if TYPE_CHECKING:
+    from candle_vllm.core.engine.drafts.drafting import Drafter
+
+logger = logging.getLogger(__name__)
+_PAUSE = 0.01  # seconds that a step waits for blocks on disk, where there is nothing else to do
+_SILENCE = 60.0  # seconds after which a failure to guess is told again
+_TIMED_ROWS = 32  # of `EngineStats.step_seconds`
+_TOLD_ADAPTERS = 64  # of those with sequences
+
+
+class _Flight(msgspec.Struct, frozen=True, eq=False):
+    """A step that was launched at a time, `began`, and is not settled; `lives` are those that it draws for, `ahead` by
+    sequences booked."""
+
+    step: Step
+    batch: Batch
+    lives: Seq[LiveSequence]
+    launched: Launched
+    ahead: bool
+    began: float
+
+
+class Engine:
+    """Scheduler, model and the live sequences.
+
+    Args:
+        runner: the model, and its cache if it has one.
+        scheduler: queues, and blocks where there is a cache.
+        preparation: makes sequences of requests.
+        drafter: guesses tokens that may come next; None where nothing is guessed. The steps of `runner` are over when
+            they are drawn.
+
+    Attributes:
+        adapters: those that requests may name; None where they may name none.
+        images: what pictures become; None where the model sees none.
+        kept: the scheduler's blocks besides the cache; None where none are kept.
+        sleeper: gives memory back and fills it again; None where a model was not loaded from files.
+        guess_failures: the first failure to guess of each kind; answers go on without guesses.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        scheduler: Scheduler | WholeTexts,
+        preparation: Preparation,
+        drafter: Drafter | None = None,
+        images: ImageStore | None = None,
+        kept: KeptBlocks | KeptPrefixes | None = None,
+        sleeper: Sleeper | None = None,
+    ) -> None:
+        assert drafter is None or not runner.overlaps
+        self.runner = runner
+        self.scheduler = scheduler
+        self.prepare = preparation.prepare
+        self.check_structured_outputs = preparation.check_structured_outputs
+        self.max_model_len = preparation.max_model_len
+        self.adapters: AdapterStore | None = preparation.adapters
+        self.images = images
+        self.kept = kept
+        self.sleeper = sleeper
+        self.cache_bytes = 0  # of a full KV cache, where that is known
+        self.state_bytes = 0  # of these, for states of layers
+        self._preparation = preparation
+        self._drafter = drafter
+        block_size = scheduler.blocks.block_size if scheduler.blocks.num_blocks else 0
+        self._batches = BatchBuilder(block_size, runner.step_memory)
+        self._drawing: tuple[list[LiveSequence], list[SamplingState]] = ([], [])  # those that the last step draws for
+        self._flights: deque[_Flight] = deque()  # in the order in which they were launched
+        self._live: dict[Sequence, Live] = {}
+        self._requests: dict[str, list[Live]] = {}
+        self._arrivals = 0
+        self.guess_failures: dict[type[Exception], str] = {}
+        self._said: dict[type[Exception], float] = {}  # when which failure to guess was told
+        self._counts: Counter[str] = Counter()
+        self._num_steps = self._num_generated = 0
+        self._finished: Counter[str] = Counter()
+        self._waits_since = -1  # `changes` of the adapters, without a change of which no step does anything
+        self._failures_seen = -1  # of adapters
+
+    @property
+    def max_step_tokens(self) -> int:
+        """Most tokens of one step."""
+        return self.scheduler.max_num_batched_tokens
+
+    @property
+    def max_num_seqs(self) -> int:
+        """Most sequences of one step."""
+        return self.scheduler.max_num_seqs
+
+    @property
+    def has_work(self) -> bool:
+        """True while any sequence is unfinished, or a step is under way."""
+        return bool(self._live) or bool(self._flights)
+
+    @property
+    def waits(self) -> bool:
+        """True while there is nothing to do before an adapter is loaded: a step would do nothing."""
+        return self.adapters is not None and self._waits_since == self.adapters.changes
+
+    def wait(self, seconds: float) -> None:
+        """Waits while `waits` is true, for so long at most."""
+        if self.adapters is not None and self._waits_since >= 0:
+            self.adapters.wait(self._waits_since, seconds)
+
+    def add(self, prepared: Seq[Live]) -> None:
+        """Queues a prepared request; its id must not be in use."""
+        request_id = prepared[0].request.request_id
+        if request_id in self._requests:
+            raise InvalidParameterError(f"request id {request_id!r} is in use", "request_id")
+        self._requests[prepared[0].request.request_id] = list(prepared)
+        self._waits_since = self._failures_seen = -1
+        for live in prepared:
+            live.sequence.order = self._arrivals
+            self._arrivals += 1
+            self._live[live.sequence] = live
+            self.scheduler.add(live.sequence)
+
+    def abort(self, request_id: str) -> list[TokenOutput]:
+        """Ends a request now; its blocks are free before the next step. Unknown ids are ignored."""
+        pieces = []
+        for live in self._requests.get(request_id, ())[:]:
+            if live.sequence in self._live:
+                pieces.append(self._finish(live, live.end(FinishReason.ABORT)))
+        return pieces
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets what prompts began with; what is running keeps its blocks."""
+        self.scheduler.blocks.reset_prefix_cache()
+        if self.kept is not None:
+            self.kept.reset()
+
+    def sleep(self, level: int) -> list[TokenOutput]:
+        """Gives memory back; see `Sleeper`. What runs or waits is aborted: its last pieces.
+
+        Raises:
+            CandleVllmError: this engine cannot sleep so; nothing was aborted then.
+        """
+        if self.sleeper is None:
+            raise CandleVllmError("this engine was not loaded from files, and cannot sleep")
+        self.sleeper.check(level)
+        pieces = [piece for request_id in list(self._requests) for piece in self.abort(request_id)]
+        while self._flights:
+            pieces += self._land()
+        self.scheduler.blocks.reset_prefix_cache()
+        if self.kept is not None:
+            self.kept.rest()
+        self.sleeper.sleep(level)
+        return pieces
+
+    @property
+    def is_sleeping(self) -> bool:
+        """Whether anything is given back that a step needs."""
+        return self.sleeper is not None and bool(self.sleeper.asleep)
+
+    def wake_up(self, tags: Seq[str]) -> None:
+        """Fills memory again; nothing may be added before all of it is. Errors as `Sleeper.wake_up`."""
+        if self.sleeper is not None:
+            self.sleeper.wake_up(tags)
+
+    def call_adapters(self, call: AdapterCall) -> tuple[AdapterInfo, ...]:
+        """What is asked of the adapters by hand, for any thread; see `AdapterStore.call`."""
+        if self.adapters is None:
+            raise InvalidParameterError("adapters are off: load the model with enable_lora=True", "lora_request")
+        return self.adapters.call(call)
+
+    def step(self) -> list[TokenOutput]:
+        """Runs one step; one piece for every sequence that got a token or ended.
+
+        Where steps overlap, this launches a step and settles the one before, which ran while this one was prepared.
+        A sequence whose next draw depends on its last token (a grammar) does not change that: the step before is
+        settled when the model's part of this one has been launched, and the draw follows.
+
+        Where several steps may be in flight, this launches one more and settles the first of them once they are as many
+        as may be, or there was none to launch.
+        """
+        pieces: list[TokenOutput] = [] if self.adapters is None else self._end_unloadable(self.adapters)
+        if self.images is not None and self.images.works:
+            pieces += self._encode(self.images)
+        if self.kept is not None:
+            self.kept.take()
+        began = time.perf_counter()
+        changes = -1 if self.adapters is None else self.adapters.changes
+        flight = self._launch(pieces)
+        idle = flight is None and not self._flights and bool(self._live)
+        if idle and self.kept is not None and self.kept.reads:
+            self.kept.wait(_PAUSE)
+            idle = False
+        self._waits_since = changes if idle and (self.images is None or not self.images.works) else -1
+        if self.runner.in_flight > 1:
+            if flight is not None:
+                self._flights.append(flight)
+            full = flight is None or len(self._flights) == self.runner.in_flight
+            return pieces + self._land() if full else pieces
+        pieces += self._land()
+        if flight is not None:
+            self._flights.append(flight)
+        if not self.runner.overlaps:
+            pieces += self._land()
+            if self._drafter is not None and flight is not None:
+                self._guess(self._drafter, flight, time.perf_counter() - began)
+        return pieces
+
+    def _encode(self, images: ImageStore) -> list[TokenOutput]:
+        """Encodes a piece of a picture; ends the sequences whose picture cannot be encoded."""
+        images.work()
+        if not images.failures:
+            return []
+        failed = [(each, error) for each in self.scheduler.waiting if (error := images.failure(each)) is not None]
+        for _, error in failed:
+            logger.error("a picture could not be encoded", exc_info=error)
+        return [self._fail(sequence, error) for sequence, error in failed]
+
+    def _end_unloadable(self, adapters: AdapterStore) -> list[TokenOutput]:
+        """Ends the waiting sequences whose adapters could not be loaded."""
+        failures, pieces = adapters.counts.failures, []
+        if failures != self._failures_seen:
+            self._failures_seen = failures
+            for sequence in list(self.scheduler.waiting):
+                failed = next((entry for entry, _ in sequence.entries if entry.state == "failed"), None)
+                if failed is not None:
+                    pieces.append(self._fail(sequence, adapters.failure(failed)))
+        return pieces
+
+    def _guess(self, drafter: Drafter, flight: _Flight, seconds: float) -> None:
+        """Chooses the drafts of the next step; this one took so long."""
+        assert isinstance(self.scheduler, Scheduler)
+        batch = flight.batch
+        rows = len(batch.drawn_rows)
+        if batch.tokens.shape[1] == rows:  # prompts have a time of their own
+            drafter.times.note(rows, seconds, rows - len(flight.lives))
+        lives = [live for live in flight.lives if not live.is_over]
+        try:
+            if drafter.reads_states:
+                drafter.ran(batch, [self._live.get(run.sequence) for run in batch.runs])
+            self.scheduler.has_drafts = drafter.propose(lives)
+        except self.runner.fatal:
+            raise
+        except Exception as error:  # a guess is worth no answer
+            now, kind = time.monotonic(), type(error)
+            self.guess_failures.setdefault(kind, str(error))
+            if now - self._said.get(kind, -math.inf) >= _SILENCE:
+                self._said[kind] = now
+                logger.exception("nothing is guessed for a step of %d sequences", len(lives))
+            self.scheduler.has_drafts = False
+            for live in lives:
+                live.sequence.drafts = ()
+
+    def stats(self) -> EngineStats:
+        """Counters and gauges of now."""
+        blocks = self.scheduler.blocks
+        return EngineStats(
+            num_running=len(self.scheduler.running),
+            num_waiting=len(self.scheduler.waiting),
+            num_blocks=blocks.num_blocks,
+            num_free_blocks=blocks.num_free,
+            block_size=blocks.block_size,
+            prompt_tokens=self._counts["prompt"],
+            cached_prompt_tokens=self._counts["cached"],
+            generation_tokens=self._num_generated,
+            finished=dict(self._finished),
+            preemptions=self.scheduler.num_preemptions,
+            steps=self._num_steps,
+            sleep_level=0 if self.sleeper is None else self.sleeper.level,
+            **self._draft_counts(),
+            **self._adapter_counts(),
+            **self._kept_counts(),
+            **self._image_counts(),
+            **self._state_counts(),
+        )
+
+    def _state_counts(self) -> dict[str, Any]:
+        states = self.scheduler.states
+        if states is None:
+            return {}
+        return {"checkpoints": states.num_checkpoints, "checkpoint_slots": states.num_checkpoint_slots}
+
+    def _adapter_counts(self) -> dict[str, Any]:
+        if self.adapters is None:
+            return {}
+        assert self.scheduler.adapters is not None
+        counts = self.adapters.counts
+        known, held, nbytes = self.adapters.numbers
+        waiting = Counter(entry.name for each in list(self.scheduler.waiting) for entry, _ in each.entries)
+        return {
+            "adapters": known,
+            "adapters_in_memory": held,
+            "adapter_bytes": nbytes,
+            "adapter_loads": counts.loads,
+            "adapter_load_failures": counts.failures,
+            "adapter_evictions": counts.evictions,
+            "adapter_load_seconds": counts.seconds,
+            "max_adapters": self.scheduler.adapters.most,
+            "running_adapters": dict(self.scheduler.adapters.running().most_common(_TOLD_ADAPTERS)),
+            "waiting_adapters": dict(waiting.most_common(_TOLD_ADAPTERS)),
+        }
+
+    def _kept_counts(self) -> dict[str, Any]:
+        if self.kept is None:
+            return {}
+        return {
+            "kept_block_bytes": self.kept.num_bytes,
+            "kept_blocks_read": self.kept.num_read,
+            "kept_blocks_written": self.kept.num_written,
+            "kept_blocks_skipped": self.kept.num_skipped,
+            "kept_block_failures": self.kept.num_failed,
+        }
+
+    def _image_counts(self) -> dict[str, Any]:
+        if self.images is None:
+            return {}
+        return {
+            "images_encoded": self.images.num_encoded,
+            "images_reused": self.images.num_reused,
+            "image_failures": self.images.num_failed,
+            "image_seconds": self.images.seconds,
+        }
+
+    def _draft_counts(self) -> dict[str, Any]:
+        if self._drafter is None:
+            return {}
+        counts = self._drafter.counts
+        return {
+            "drafts": counts.drafts,
+            "draft_tokens": counts.draft_tokens,
+            "accepted_draft_tokens": counts.accepted_tokens,
+            "accepted_per_position": tuple(counts.accepted_per_position),
+            "step_seconds": tuple(self._drafter.times(rows) for rows in range(1, _TIMED_ROWS + 1)),
+        }
+
+    def _launch(self, pieces: list[TokenOutput]) -> _Flight | None:
+        """Schedules and starts a step. Pieces of what failed are added."""
+        scheduled = self.scheduler.schedule()
+        if not scheduled:
+            return None
+        began, several = time.monotonic(), self.runner.in_flight > 1
+        before = () if several or not self._flights else self._flights[-1].batch.drawing
+        try:
+            ends_alone = not scheduled.goes_on and not any(self._live[run.sequence].reads_rows for run in scheduled)
+            batch = self._batches.build(scheduled, before, ends_alone=ends_alone)
+            if not batch.goes_on:
+                lives = cast("list[LiveSequence]", [self._live[item.sequence] for item in batch.drawing])
+                self._drawing = lives, [live.state for live in lives]
+            lives, states = self._drawing
+            self.runner.forward(batch, states)
+            if self._flights and not several and any(state.reads_tokens for state in states):
+                pieces += self._land()
+            launched = self.runner.draw(states)
+        except self.runner.fatal:
+            raise
+        except Exception as error:
+            logger.exception("a step of %d sequences failed", len(scheduled))
+            pieces += self._land()  # what was drawn before is not lost
+            pieces += [self._fail(item.sequence, error) for item in scheduled if item.sequence in self._live]
+            return None
+        ahead = self.runner.overlaps or not batch.goes_on  # else tokens are known before anything else is scheduled
+        if ahead:
+            self.scheduler.launched(scheduled)
+            for state in states if self.runner.overlaps else ():
+                state.num_ahead += 1  # of drafts nothing is known ahead: a sequence with them waits for its step
+        if batch.num_decodes < len(scheduled) and not several:
+            pieces += self._read_prompts(batch, began)
+        return _Flight(scheduled, batch, lives, launched, ahead, began)
+
+    def _land(self) -> list[TokenOutput]:
+        """Waits for the first of the steps that were launched, if any, and settles it."""
+        if not self._flights:
+            return []
+        flight, pieces = self._flights.popleft(), list[TokenOutput]()
+        try:
+            drawn = flight.launched.tokens()
+        except self.runner.fatal:
+            raise
+        except Exception as error:
+            logger.exception("a step of %d sequences failed", len(flight.batch.runs))
+            return [self._fail(item.sequence, error) for item in flight.batch.runs if item.sequence in self._live]
+        if self.runner.in_flight > 1 and flight.batch.num_decodes < len(flight.step):
+            pieces = self._read_prompts(flight.batch, flight.began)
+        return pieces + self._settle(flight, drawn)
+
+    def _settle(self, flight: _Flight, drawn: Seq[Drawn]) -> list[TokenOutput]:
+        """Books the step, then appends, stops, frees and publishes."""
+        self._num_steps += 1
+        step, batch = flight.step, flight.batch
+        if flight.ahead:
+            for live in flight.lives:
+                live.sequence.num_ahead -= 1
+                live.state.num_ahead -= self.runner.overlaps
+        if batch.drafted:
+            self.scheduler.settle([run for run in step if not run.drafts])
+        elif step.fills or not step.goes_on:
+            self.scheduler.settle(step.filling)
+        prompts = step[batch.num_decodes :]
+        self._count_prompts(prompts)
+        if batch.drafted:
+            pieces = self._advance_runs(flight, cast("Seq[tuple[Token, ...]]", drawn))
+        else:
+            pieces: list[TokenOutput] = []
+            for live, token in zip(flight.lives, cast("Seq[Token]", drawn), strict=True):
+                if live.is_over:  # it has ended since it was launched
+                    continue
+                piece = self._accept(live, token)
+                pieces.append(piece if piece.finish_reason is None else self._finish(live, piece))
+        self._num_generated += sum([len(piece.token_ids) for piece in pieces])
+        for item in prompts:
+            if item.sequence.is_pooled and item.sequence in self._live:
+                pieces += self._end_pooled(item)
+        return pieces
+
+    def _advance_runs(self, flight: _Flight, drawn: Seq[tuple[Token, ...]]) -> list[TokenOutput]:
+        """Gives each sequence what came of a step with drafts."""
+        lives = zip(flight.batch.drawing, flight.lives, drawn, strict=True)
+        return [self._advance_run(run, live, tokens) for run, live, tokens in lives if not live.is_over]
+
+    def _count_prompts(self, prompts: Seq[Run]) -> None:
+        """Books the prompts that a step has ended, each once however often its sequence was preempted."""
+        for item in prompts:
+            sequence = item.sequence
+            ends = item.wanted and len(sequence.tokens) == sequence.num_prompt_tokens
+            if ends and sequence.index == 0 and sequence in self._live:
+                self._counts["prompt"] += sequence.num_prompt_tokens
+                self._counts["cached"] += sequence.num_cached_tokens or 0
+
+    def _accept(self, live: LiveSequence, token: Token) -> TokenOutput:
+        """Gives one sequence a token; a failure ends this sequence alone."""
+        try:
+            return live.accept(token)
+        except RequestError as error:  # of the request's own form: no failure of ours
+            return _failed(live, error)
+        except Exception as error:
+            logger.exception("a token could not be added to its sequence")
+            return _failed(live, error)
+
+    def _advance_run(self, run: Run, live: LiveSequence, drawn: Seq[Token]) -> TokenOutput:
+        """Gives one sequence what came of its drafts, up to its end; its cache keeps no more than that."""
+        live.draft_tokens += len(run.drafts)
+        pieces: list[TokenOutput] = []
+        for token in drawn:
+            live.accepted_draft_tokens += bool(pieces)  # each but the first came of a guess
+            pieces.append(self._accept(live, token))
+            if pieces[-1].finished:
+                break
+        if run.drafts:
+            assert isinstance(self.scheduler, Scheduler)
+            self.scheduler.settle_drafts(run)
+            if self._drafter is not None:
+                self._drafter.tried(len(run.drafts), len(pieces) - 1)
+        piece = joined(pieces)
+        return self._finish(live, piece) if piece.finished else piece
+
+    def _finish(self, live: Live, piece: TokenOutput) -> TokenOutput:
+        """Takes an ended sequence out of the engine."""
+        self.scheduler.remove(live.sequence)
+        live.is_over = True
+        if self._drafter is not None and isinstance(live, LiveSequence):
+            self._drafter.forget(live)
+        del self._live[live.sequence]
+        siblings = self._requests[piece.request_id]
+        siblings.remove(live)
+        if not siblings:
+            del self._requests[piece.request_id]
+        assert piece.finish_reason is not None
+        self._finished[piece.finish_reason.value] += 1
+        return piece
+
+    def _fail(self, sequence: Sequence, error: Exception) -> TokenOutput:
+        """Ends one sequence that failed; all others go on."""
+        live = self._live[sequence]
+        return self._finish(live, _failed(live, error))
+
+    def _read_prompts(self, batch: Batch, began: float) -> list[TokenOutput]:
+        """What some sequences want of their prompts' rows in this step beside a token; pieces of what failed.
+
+        Args:
+            began: when the step did.
+        """
+        failed, first = [], batch.num_decodes
+        for run, offset in zip(batch.runs[first:], batch.query_start[first:].tolist()):
+            live = self._live.get(run.sequence)
+            if live is None:  # it ended when the step before was settled
+                continue
+            live.scheduled(began)
+            try:
+                live.read_rows(run, offset, self.runner)
+            except self.runner.fatal:
+                raise
+            except Exception as error:
+                if not isinstance(error, RequestError):
+                    logger.exception("the rows of a sequence could not be read")
+                failed.append(self._fail(run.sequence, error))
+        return failed
+
+    def _end_pooled(self, run: Run) -> list[TokenOutput]:
+        """The piece of a text whose last token has been run."""
+        live, sequence = self._live[run.sequence], run.sequence
+        if run.start + run.count < sequence.num_prompt_tokens:
+            return []
+        assert isinstance(live, PooledText)
+        self._counts["prompt"] += sequence.num_prompt_tokens
+        self._counts["cached"] += sequence.num_cached_tokens or 0
+        try:
+            piece = live.finish()
+        except Exception as error:
+            return [self._fail(sequence, error)]
+        return [self._finish(live, piece)]
+
+    def close(self) -> None:
+        """Lets go of the model's caches and of the threads that fill masks."""
+        if self._drafter is not None:
+            self._drafter.close()
+        if self.adapters is not None:
+            self.adapters.close()
+        if self.kept is not None:
+            self.kept.close()
+        self.runner.close()
+        self._preparation.close()
+
+
+def _failed(live: Live, error: Exception) -> TokenOutput:
+    """The last piece of a sequence that failed."""
+    if isinstance(error, RequestError):
+        return live.end(FinishReason.ERROR, error)
+    return live.end(FinishReason.ERROR, f"the engine failed on this request: {type(error).__name__}: {error}")

@@ -1,0 +1,335 @@
+# SPDX-License-Identifier: MIT
+"""Steps 8 and 9 for one sequence: append the sampled token, decide whether it ends, and turn it into text."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Collection
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from candle_vllm.core.engine.request import (
+    FinishReason,
+    GenerationRequest,
+    PositionLogprobs,
+    RequestMetrics,
+    TokenLogprob,
+    TokenOutput,
+)
+from candle_vllm.core.engine.runners.model_runner import MAX_SCORED_ROWS, ModelRunner
+from candle_vllm.core.engine.step.prediction import Prediction
+from candle_vllm.core.engine.step.sequence import Run, Sequence
+from candle_vllm.core.errors import RequestError
+from candle_vllm.core.sampling.sampler import LogprobRow, SampledToken, Sampler, Token
+from candle_vllm.core.sampling.state import SamplingState
+from candle_vllm.core.text.detokenizer import Detokenizer
+from candle_vllm.core.text.tokenizer import Tokenizer
+
+
+class Live(ABC):
+    """One sequence of a request from admission to its last piece.
+
+    Args:
+        sequence: the scheduler's view.
+    """
+
+    __slots__ = ("first_scheduled_time", "first_token_time", "is_over", "sequence")
+
+    def __init__(self, sequence: Sequence) -> None:
+        self.sequence = sequence
+        self.is_over = False  # the engine has taken it out
+        self.first_scheduled_time: float | None = None
+        self.first_token_time: float | None = None
+
+    @property
+    def request(self) -> GenerationRequest:
+        """The request it belongs to."""
+        return self.sequence.request
+
+    def scheduled(self, now: float) -> None:
+        """Takes note of the first step that runs it."""
+        if self.first_scheduled_time is None:
+            self.first_scheduled_time = now
+
+    @property
+    @abstractmethod
+    def reads_rows(self) -> bool:
+        """Whether `read_rows` may read any."""
+
+    @abstractmethod
+    def read_rows(self, run: Run, offset: int, runner: ModelRunner) -> None:
+        """Reads what it wants of a step's rows beside a token, if anything, from the step that was launched last.
+
+        Args:
+            run: which of its tokens the step has.
+            offset: of the first of them among the step's rows.
+            runner: has the rows.
+
+        Raises:
+            RequestError: the rows cannot be what was asked for.
+        """
+
+    def end(self, reason: FinishReason, failure: RequestError | str | None = None) -> TokenOutput:
+        """The last piece of a sequence that ends without a token of its own; a text is a failure of the engine."""
+        return TokenOutput(
+            request_id=self.request.request_id,
+            index=self.sequence.index,
+            finish_reason=reason,
+            num_prompt_tokens=self.sequence.num_prompt_tokens,
+            num_cached_tokens=self.sequence.num_cached_tokens or 0,
+            metrics=self._metrics(),
+            **_told(failure),
+        )
+
+    def _metrics(self) -> RequestMetrics:
+        return RequestMetrics(
+            arrival_time=self.request.arrival_time,
+            first_scheduled_time=self.first_scheduled_time,
+            first_token_time=self.first_token_time,
+            finished_time=time.monotonic(),
+        )
+
+
+def _told(failure: RequestError | str | None) -> dict[str, Any]:
+    """What a piece says of a failure, and whose it is."""
+    if isinstance(failure, RequestError):
+        return {"error": str(failure), "error_kind": "request", "error_param": failure.param}
+    return {} if failure is None else {"error": failure, "error_kind": "engine"}
+
+
+class LiveSequence(Live):
+    """One sequence from admission to its last piece: scheduler's view, sampling state, detokenizer and times.
+
+    Args:
+        sequence: the scheduler's view.
+        state: how its tokens are chosen.
+        tokenizer: for text and for the texts of log-probabilities.
+        eos_token_ids: tokens that end it, unless the request ignores them.
+        max_length: total length, prompt included, at which it ends.
+        prediction: what its text may be, where the request says it.
+
+    Attributes:
+        draft_tokens: guesses that were tried.
+        accepted_draft_tokens: tokens of the answer that came of them.
+    """
+
+    __slots__ = (
+        "_ends",
+        "_index",
+        "_is_plain",
+        "_max_length",
+        "_notes_texts",
+        "_num_cached_tokens",
+        "_num_prompt_tokens",
+        "_only_appends",
+        "_request_id",
+        "_texts",
+        "_tokens",
+        "accepted_draft_tokens",
+        "detokenizer",
+        "draft_tokens",
+        "eos_token_ids",
+        "prediction",
+        "prompt_logprobs",
+        "state",
+        "stop_token_ids",
+        "tokenizer",
+    )
+
+    def __init__(
+        self,
+        sequence: Sequence,
+        state: SamplingState,
+        tokenizer: Tokenizer,
+        eos_token_ids: Collection[int],
+        max_length: int,
+        prediction: Prediction | None = None,
+    ) -> None:
+        super().__init__(sequence)
+        params = sequence.request.params
+        self.prediction = prediction
+        self.draft_tokens = self.accepted_draft_tokens = 0
+        sequence.max_length = max_length
+        self.state = state
+        self.tokenizer = tokenizer
+        self._max_length = max_length
+        # A grammar takes an end token where the text may end, and then nothing else: `ignore_eos` only holds it back.
+        ends = not params.ignore_eos or state.grammar is not None
+        self.eos_token_ids = frozenset(eos_token_ids) if ends else frozenset()
+        self.stop_token_ids = frozenset(params.stop_token_ids or ())
+        # Where a token is none of these, only the length can end the sequence.
+        self._ends = self.eos_token_ids | self.stop_token_ids if self.stop_token_ids else self.eos_token_ids
+        stops = params.stop_scanner(() if params.stop_marks is None else tokenizer.special_token_ids)
+        sequence.tokens = state.tokens  # from here on there is one list
+        self._tokens, self._texts = state.tokens, tokenizer.plain_texts
+        # What `accept` needs of nearly every token, in one place: a step has driven all of it out of the caches.
+        self._only_appends = False  # the state does nothing with a token but to append it; never before the first one
+        self._is_plain = False  # as of the detokenizer
+        self._request_id, self._index = sequence.request.request_id, sequence.index
+        self._num_prompt_tokens, self._num_cached_tokens = sequence.num_prompt_tokens, 0
+        self._notes_texts = not params.skip_special_tokens
+        self.detokenizer = Detokenizer(
+            tokenizer,
+            prompt_token_ids=sequence.request.prompt_token_ids,
+            stops=stops,
+            skip_special_tokens=params.skip_special_tokens,
+            min_tokens=params.min_tokens,
+            continues_prompt=params.continues_prompt,
+        )
+        self.prompt_logprobs: list[PositionLogprobs | None] = [None]
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens generated so far."""
+        return len(self.sequence.tokens) - self.sequence.num_prompt_tokens
+
+    def accept(self, drawn: Token) -> TokenOutput:
+        """Appends a token that was drawn; the piece has a finish reason when it was the last."""
+        tokens = self._tokens
+        ends = not self._only_appends or len(tokens) + 1 >= self._max_length
+        if ends or not isinstance(drawn, int) or drawn in self._ends:
+            return self._accept(SampledToken.of(drawn))
+        tokens.append(drawn)
+        text = self._texts.get(drawn) if self._is_plain else None
+        if text is None:
+            detokenizer = self.detokenizer
+            text, self._is_plain = detokenizer.add(drawn), detokenizer.is_plain
+            if detokenizer.stopped_by is not None:
+                return self._piece(text, (drawn,), None, FinishReason.STOP, detokenizer.stopped_by)
+            if detokenizer.special_tokens:
+                return self._piece(text, (drawn,), None, None, None)
+        elif self._notes_texts:
+            self.detokenizer.note_plain(text)
+        return TokenOutput(
+            request_id=self._request_id,
+            index=self._index,
+            text=text,
+            token_ids=(drawn,),
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_cached_tokens=self._num_cached_tokens,
+        )
+
+    def _accept(self, sampled: SampledToken) -> TokenOutput:
+        """As `accept`, of any token."""
+        if sampled.error is not None:
+            return self._failed(sampled)
+        token = sampled.token_id
+        self.state.append(token)
+        first = self.num_output_tokens == 1
+        self.first_token_time = self.first_token_time or time.monotonic()
+        logprobs = None if sampled.logprobs is None else (self.describe(sampled.logprobs),)
+        reason, stop_reason, text = self._ending(token, self.request.params.include_stop_str_in_output)
+        self._is_plain, self._only_appends = self.detokenizer.is_plain, not self.state.notes_tokens
+        self._num_cached_tokens = self.sequence.num_cached_tokens or 0
+        return self._piece(text, (token,), logprobs, reason, stop_reason, first=first)
+
+    def _failed(self, sampled: SampledToken) -> TokenOutput:
+        """The last piece where no token could be drawn."""
+        grammar = self.state.grammar
+        failure = None if grammar is None else grammar.failure
+        if failure is None and sampled.by_request:
+            field = "allowed_token_ids" if grammar is None else "structured_outputs"
+            field = field if self.state.failure is None else "logits_processors"
+            failure = RequestError(f"{field}: {sampled.error}", field)
+        return self.end(FinishReason.ERROR, failure or sampled.error)
+
+    def end(self, reason: FinishReason, failure: RequestError | str | None = None) -> TokenOutput:
+        """See `Live`; text that was held back comes with it."""
+        piece = self._piece(self.detokenizer.finish(), (), None, reason, None)
+        return msgspec.structs.replace(piece, **_told(failure))
+
+    def _metrics(self) -> RequestMetrics:
+        times = super()._metrics()
+        if not self.draft_tokens and self.prediction is None:
+            return times
+        told, found = 0, 0
+        if self.prediction is not None:
+            told = len(self.prediction.tokens)
+            found = self.prediction.found_in(self._tokens[self._num_prompt_tokens :])
+        return msgspec.structs.replace(
+            times,
+            draft_tokens=self.draft_tokens,
+            accepted_draft_tokens=self.accepted_draft_tokens,
+            predicted_tokens=told,
+            accepted_predicted_tokens=found,
+        )
+
+    @property
+    def reads_rows(self) -> bool:
+        """See `Live`."""
+        return self.request.params.prompt_logprobs is not None and not self.sequence.index
+
+    def read_rows(self, run: Run, offset: int, runner: ModelRunner) -> None:
+        """See `Live`: log-probabilities of the prompt, where they are asked for."""
+        top = self.request.params.prompt_logprobs
+        if top is None or not self.reads_rows:
+            return
+        known = len(self.prompt_logprobs) - 1  # after a preemption the first positions are known already
+        last = min(run.start + run.count, self.sequence.num_prompt_tokens - 1)
+        for first in range(max(run.start, known), last, MAX_SCORED_ROWS):
+            end = min(first + MAX_SCORED_ROWS, last)
+            rows = np.arange(offset + first - run.start, offset + end - run.start)
+            scored = Sampler.prompt_logprobs(runner.score(rows), self.sequence.tokens[first + 1 : end + 1], top)
+            self.prompt_logprobs += [self.describe(row) for row in scored]
+
+    def describe(self, row: LogprobRow) -> PositionLogprobs:
+        """Log-probabilities with the texts of their tokens."""
+        top = tuple(
+            self._logprob(token, value, rank)
+            for rank, (token, value) in enumerate(zip(row.top_ids, row.top_logprobs, strict=True), 1)
+        )
+        return PositionLogprobs(self._logprob(row.token_id, row.logprob, row.rank), top)
+
+    def _ending(self, token: int, include_stop: bool) -> tuple[FinishReason | None, str | int | None, str]:
+        """Finish reason, stop reason and new text after `token`."""
+        enough = self.num_output_tokens >= self.request.params.min_tokens
+        exhausted = self.state.grammar is not None and self.state.grammar.exhausted
+        ends = token in self.eos_token_ids and (enough or exhausted)
+        if ends or (enough and token in self.stop_token_ids):
+            text = (self.detokenizer.add(token) if include_stop else "") + self.detokenizer.finish()
+            stop_reason = token if enough and token in self.stop_token_ids else None
+            return FinishReason.STOP, self.detokenizer.stopped_by or stop_reason, text
+        text = self.detokenizer.add(token)
+        if self.detokenizer.stopped_by is not None:
+            return FinishReason.STOP, self.detokenizer.stopped_by, text
+        if exhausted or len(self.sequence.tokens) >= self._max_length:
+            text += self.detokenizer.finish()
+            if self.detokenizer.stopped_by is not None:
+                return FinishReason.STOP, self.detokenizer.stopped_by, text
+            return FinishReason.STOP if exhausted else FinishReason.LENGTH, None, text
+        return None, None, text
+
+    def _piece(
+        self,
+        text: str,
+        token_ids: tuple[int, ...],
+        logprobs: tuple[PositionLogprobs, ...] | None,
+        reason: FinishReason | None,
+        stop_reason: str | int | None,
+        *,
+        first: bool = False,
+    ) -> TokenOutput:
+        special_tokens = tuple(self.detokenizer.special_tokens)
+        self.detokenizer.special_tokens.clear()
+        asked = first and self.sequence.index == 0 and self.request.params.prompt_logprobs is not None
+        return TokenOutput(
+            request_id=self.request.request_id,
+            index=self.sequence.index,
+            text=text,
+            token_ids=token_ids,
+            special_tokens=special_tokens,
+            logprobs=logprobs,
+            prompt_logprobs=tuple(self.prompt_logprobs) if asked else None,
+            finish_reason=reason,
+            stop_reason=stop_reason,
+            num_prompt_tokens=self.sequence.num_prompt_tokens,
+            num_cached_tokens=self.sequence.num_cached_tokens or 0,
+            metrics=self._metrics() if reason is not None else None,
+        )
+
+    def _logprob(self, token: int, value: float, rank: int) -> TokenLogprob:
+        data = self.tokenizer.token_bytes(token)
+        return TokenLogprob(token, value, rank, data.decode("utf-8", "replace"), data)

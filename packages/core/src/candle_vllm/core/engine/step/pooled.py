@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: MIT
+"""A text of which numbers are wanted, from admission to its only piece (steps 6 and 8 of a request's life).
+
+The hidden states of its positions may come in pieces. Sums are float64, so that the pieces in which a text was run make
+no difference that float32 shows.
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from candle_vllm.core.engine.request import FinishReason, TokenOutput
+from candle_vllm.core.engine.runners.model_runner import MAX_HIDDEN_ROWS, ModelRunner
+from candle_vllm.core.engine.step.live import Live
+from candle_vllm.core.engine.step.sequence import Run, Sequence
+from candle_vllm.core.errors import CandleVllmError
+from candle_vllm.core.pooling import PoolingPlan
+
+_SMALLEST_NORM = 1e-12
+
+assert sys.byteorder == "little"  # vectors leave as the bytes that they are
+
+
+class PooledText(Live):
+    """One text whose hidden states are pooled.
+
+    Args:
+        sequence: the scheduler's view; no token comes behind it.
+        plan: what is asked for.
+    """
+
+    def __init__(self, sequence: Sequence, plan: PoolingPlan) -> None:
+        super().__init__(sequence)
+        sequence.max_length = sequence.num_prompt_tokens + 1
+        self.pooler = Pooler(plan, sequence.num_prompt_tokens)
+
+    @property
+    def reads_rows(self) -> bool:
+        """See `Live`."""
+        return True
+
+    def read_rows(self, run: Run, offset: int, runner: ModelRunner) -> None:
+        """See `Live`."""
+        wanted = self.pooler.wanted(run.start, run.start + run.count)
+        for first in range(0, len(wanted), MAX_HIDDEN_ROWS):
+            rows = np.array(wanted[first : first + MAX_HIDDEN_ROWS], np.int64) + (offset - run.start)
+            self.pooler.add(runner.hidden_sum(rows), len(rows))
+
+    def finish(self) -> TokenOutput:
+        """The only piece, once the text's last token has been run.
+
+        Raises:
+            CandleVllmError: the model gave a number that is not finite.
+        """
+        return msgspec.structs.replace(self.end(FinishReason.STOP), pooled=self.pooler.vector())
+
+
+class Pooler:
+    """Collects what a plan wants of a text's positions.
+
+    Args:
+        plan: what is asked for.
+        num_positions: tokens of the text.
+    """
+
+    def __init__(self, plan: PoolingPlan, num_positions: int) -> None:
+        self.plan = plan
+        self.num_positions = num_positions
+        self._next = num_positions - 1 if plan.pooling == "last" else 0
+        self._end = 1 if plan.pooling == "cls" else num_positions
+        self._sum: NDArray[np.float64] | None = None
+
+    @property
+    def is_complete(self) -> bool:
+        """Every position that counts has been added."""
+        return self._next >= self._end
+
+    def wanted(self, start: int, end: int) -> range:
+        """Which of the positions from `start` to before `end` are missing yet; a preempted text is run again."""
+        missing = range(max(start, self._next), min(end, self._end))
+        assert not missing or missing.start == self._next, "a position that counts was left out"
+        return missing
+
+    def add(self, total: NDArray[np.float64], positions: int) -> None:
+        """Takes the sum [E] of the hidden states of the next positions."""
+        self._sum = total if self._sum is None else self._sum + total
+        self._next += positions
+
+    def vector(self) -> array[float]:
+        """The vector, float32.
+
+        Raises:
+            CandleVllmError: the model gave a number that is not finite.
+        """
+        assert self.is_complete
+        assert self._sum is not None
+        pooled = self._sum / (self.num_positions if self.plan.pooling == "mean" else 1)
+        pooled = pooled[: self.plan.dimensions]
+        if self.plan.normalize:
+            pooled = pooled / max(np.linalg.norm(pooled), _SMALLEST_NORM)
+        return as_array(pooled)
+
+
+def as_array(values: NDArray[np.float64]) -> array[float]:
+    """A vector as float32 numbers that need no numpy.
+
+    Raises:
+        CandleVllmError: one of them is not finite.
+    """
+    with np.errstate(over="ignore"):
+        numbers = values.astype(np.float32)
+    if not np.isfinite(numbers).all():
+        raise CandleVllmError("the model gave numbers that are not finite (NaN or infinite): its weights are damaged")
+    made = array("f")
+    made.frombytes(numbers.tobytes())
+    return made

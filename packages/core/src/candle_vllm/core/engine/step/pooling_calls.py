@@ -1,0 +1,322 @@
+# SPDX-License-Identifier: MIT
+"""PoolingCalls: what `InferenceEngine.embed` and `score` do, for callers that wait and for those in an event loop.
+
+A call may bring thousands of texts. All are checked before any is run; then the engine holds a window of them at a
+time, so that one call does not fill the queue.
+"""
+
+from __future__ import annotations
+
+import uuid
+from array import array
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import numpy as np
+
+from candle_vllm.core.engine.request import (
+    ClassificationOutput,
+    EmbeddingOutput,
+    LoraChoice,
+    ModelInfo,
+    PoolingRequest,
+    ScoreOutput,
+    TokenOutput,
+    each_adapter_uses,
+)
+from candle_vllm.core.engine.step.stream import Bar, Entry, Window
+from candle_vllm.core.engine.step.thread import PreparingEngine, RequestRunner
+from candle_vllm.core.errors import InvalidParameterError, PromptTooLongError, RequestError
+from candle_vllm.core.pooling import PoolingParams
+from candle_vllm.core.text.prompts import Prompt, as_prompts, read_prompt
+from candle_vllm.core.text.tokenizer import Tokenizer
+
+MAX_TEXT = 1 << 22
+"""Characters of a text for an encoder: far more than any holds, for many characters may be one token or none."""
+
+Pair = tuple[str, str]
+
+Apart = Callable[..., Awaitable[Any]]
+"""Runs a function with its arguments in a thread, as `asyncio.to_thread` does."""
+
+
+class PoolingCalls:
+    """Texts and pairs in, vectors and scores out.
+
+    Args:
+        engine: checks and runs requests.
+        thread: the thread that drives it, started on first use.
+        tokenizer, info: the model's.
+        lora_request: the adapters of all inputs, or of each.
+    """
+
+    def __init__(
+        self,
+        engine: PreparingEngine,
+        thread: Callable[[], RequestRunner],
+        tokenizer: Tokenizer,
+        info: ModelInfo,
+        lora_request: LoraChoice | Sequence[LoraChoice] = None,
+    ) -> None:
+        self._engine = engine
+        self._thread = thread
+        self._tokenizer = tokenizer
+        self._info = info
+        self._lora_request = lora_request
+
+    # ---- vectors -----------------------------------------------------------------------------------------------------
+
+    def embed(
+        self,
+        inputs: Prompt | Sequence[Prompt],
+        params: PoolingParams | Sequence[PoolingParams] | None,
+        *,
+        use_tqdm: Bar,
+    ) -> list[EmbeddingOutput]:
+        """See `InferenceEngine.embed`."""
+        entries = self._texts(inputs, params, uuid.uuid4().hex, 0, True)
+        return _vectors(entries, self._window(entries).run(use_tqdm=use_tqdm))
+
+    async def aembed(
+        self,
+        inputs: Prompt | Sequence[Prompt],
+        params: PoolingParams | None,
+        *,
+        request_id: str,
+        priority: int,
+        add_special_tokens: bool,
+        apart: Apart,
+    ) -> list[EmbeddingOutput]:
+        """See `InferenceEngine.aembed`. Tokenizing many texts takes long enough to hold up an event loop."""
+        entries = await apart(self._texts, inputs, params, request_id, priority, add_special_tokens)
+        return _vectors(entries, await self._window(entries).arun())
+
+    # ---- classes -----------------------------------------------------------------------------------------------------
+
+    def classify(self, inputs: Prompt | Sequence[Prompt], *, use_tqdm: Bar) -> list[ClassificationOutput]:
+        """See `InferenceEngine.classify`."""
+        entries = self._texts(inputs, None, uuid.uuid4().hex, 0, True, "classify")
+        return _classes(entries, self._window(entries).run(use_tqdm=use_tqdm))
+
+    async def aclassify(
+        self,
+        inputs: Prompt | Sequence[Prompt],
+        *,
+        request_id: str,
+        priority: int,
+        add_special_tokens: bool,
+        apart: Apart,
+    ) -> list[ClassificationOutput]:
+        """See `InferenceEngine.aclassify`."""
+        entries = await apart(self._texts, inputs, None, request_id, priority, add_special_tokens, "classify")
+        return _classes(entries, await self._window(entries).arun())
+
+    # ---- scores ------------------------------------------------------------------------------------------------------
+
+    def score(self, pairs: Sequence[Pair], *, use_tqdm: Bar) -> list[ScoreOutput]:
+        """See `InferenceEngine.score`."""
+        if self._is_cross_encoder:
+            entries = self._pairs(pairs, uuid.uuid4().hex, 0)
+            return _scores(entries, self._window(entries).run(use_tqdm=use_tqdm))
+        entries = self._distinct(pairs, uuid.uuid4().hex, 0)
+        return _cosines(pairs, _vectors(entries, self._window(entries).run(use_tqdm=use_tqdm)))
+
+    async def ascore(self, pairs: Sequence[Pair], *, request_id: str, priority: int, apart: Apart) -> list[ScoreOutput]:
+        """See `InferenceEngine.ascore`."""
+        if self._is_cross_encoder:
+            entries = await apart(self._pairs, pairs, request_id, priority)
+            return _scores(entries, await self._window(entries).arun())
+        entries = await apart(self._distinct, pairs, request_id, priority)
+        pieces = await self._window(entries).arun()
+        return await apart(lambda: _cosines(pairs, _vectors(entries, pieces), with_ids=False))
+
+    def _window(self, entries: Sequence[Entry]) -> Window:
+        return Window(self._thread(), entries, self._engine.max_step_tokens)
+
+    # ---- requests ----------------------------------------------------------------------------------------------------
+
+    @property
+    def _is_cross_encoder(self) -> bool:
+        return "embed" not in self._info.tasks and "score" in self._info.tasks
+
+    def _texts(
+        self,
+        inputs: Prompt | Sequence[Prompt],
+        params: PoolingParams | Sequence[PoolingParams] | None,
+        request_id: str,
+        priority: int,
+        add_special_tokens: bool,
+        task: Literal["embed", "classify"] = "embed",
+    ) -> list[Entry]:
+        """The checked request of each text."""
+        prompts = as_prompts(inputs)
+        each = _each_params(params, len(prompts))
+        uses = each_adapter_uses(self._lora_request, len(prompts))
+        entries = []
+        for number, (prompt, one, own) in enumerate(zip(prompts, each, uses, strict=True)):
+            with _blaming(number, len(prompts)):
+                text, ids = read_prompt(prompt)
+                ids = self._encode(text or "", add_special_tokens) if ids is None else ids
+                request = PoolingRequest(
+                    request_id=_numbered(request_id, number, len(prompts)),
+                    prompt=text,
+                    prompt_token_ids=ids,
+                    pooling=one,
+                    task=task,
+                    priority=priority,
+                    adapters=own,
+                )
+                entries.append(Entry(request, self._engine.prepare(request)))
+        return entries
+
+    def _distinct(self, pairs: Sequence[Pair], request_id: str, priority: int) -> list[Entry]:
+        """The checked request of each text of the pairs, once, for a vector of length 1."""
+        _check_pairs(pairs)
+        uses = each_adapter_uses(self._lora_request, 1)[0]
+        entries: dict[str, Entry] = {}
+        for number, pair in enumerate(pairs):
+            for side, text in enumerate(pair):
+                if text in entries:
+                    continue
+                with _blaming(number, len(pairs), side):
+                    request = PoolingRequest(
+                        request_id=f"{request_id}-{len(entries)}",
+                        prompt=text,
+                        prompt_token_ids=self._encode(text, add_special_tokens=True),
+                        pooling=PoolingParams(normalize=True),
+                        priority=priority,
+                        adapters=uses,
+                    )
+                    entries[text] = Entry(request, self._engine.prepare(request))
+        return list(entries.values())
+
+    def _pairs(self, pairs: Sequence[Pair], request_id: str, priority: int) -> list[Entry]:
+        """The checked request of each pair, for a cross-encoder."""
+        _check_pairs(pairs)
+        uses = each_adapter_uses(self._lora_request, 1)[0]
+        entries = []
+        for number, pair in enumerate(pairs):
+            with _blaming(number, len(pairs)):
+                self._check_size(sum(map(len, pair)))
+                ids, types = self._tokenizer.encode_pair(*pair)
+                request = PoolingRequest(
+                    request_id=_numbered(request_id, number, len(pairs)),
+                    prompt_token_ids=ids,
+                    token_type_ids=types if any(types) else None,
+                    task="score",
+                    priority=priority,
+                    adapters=uses,
+                )
+                entries.append(Entry(request, self._engine.prepare(request)))
+        return entries
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        self._check_size(len(text) if isinstance(text, str) else 0)
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+    def _check_size(self, characters: int) -> None:
+        """Refuses what is longer than any text could be, before work is spent on it."""
+        most = self._info.max_model_len * self._tokenizer.longest_token
+        most = most if "generate" in self._info.tasks else max(most, MAX_TEXT)
+        if characters > most:
+            raise PromptTooLongError(
+                f"the text has {characters} characters; the model takes {self._info.max_model_len} tokens, and no "
+                f"text of more than {most} characters is read",
+                "prompt",
+            )
+
+
+def _each_params(params: Any, count: int) -> list[PoolingParams]:
+    each = [params] * count if params is None or isinstance(params, PoolingParams) else params
+    if not isinstance(each, (list, tuple)) or not all(isinstance(one, (PoolingParams, type(None))) for one in each):
+        raise InvalidParameterError("params must be PoolingParams", "params")
+    if len(each) != count:
+        raise InvalidParameterError(f"{count} inputs and {len(each)} params", "params")
+    return [one or PoolingParams() for one in each]
+
+
+def _check_pairs(pairs: Any) -> None:
+    if isinstance(pairs, (str, bytes)) or not isinstance(pairs, Sequence):
+        raise InvalidParameterError("pairs must be a list of pairs of texts", "pairs")
+    for number, pair in enumerate(pairs):
+        good = isinstance(pair, Sequence) and len(pair) == 2 and all(isinstance(text, str) and text for text in pair)
+        with _blaming(number, len(pairs)):
+            if isinstance(pair, str) or not good:
+                raise InvalidParameterError("a pair is two texts that are not empty", "pairs")
+
+
+def _numbered(request_id: str, number: int, count: int) -> str:
+    return request_id if count == 1 else f"{request_id}-{number}"
+
+
+@contextmanager
+def _blaming(number: int, count: int, side: int | None = None) -> Iterator[None]:
+    """Names the input that an error is about: its number where there are several, and which text of a pair."""
+    try:
+        yield
+    except RequestError as error:
+        if error.param not in ("prompt", "pairs", "token_type_ids") or (count == 1 and side is None):
+            raise
+        which = "" if side is None else (", first text", ", second text")[side]
+        param = f"inputs.{number}" if side is None else f"inputs.{number}.{side}"
+        raise type(error)(f"input {number}{which}: {error}", param) from None
+
+
+def _vectors(entries: Sequence[Entry], pieces: Sequence[TokenOutput]) -> list[EmbeddingOutput]:
+    return [
+        EmbeddingOutput(
+            request_id=entry.request.request_id,
+            embedding=_numbers(piece),
+            prompt_token_ids=tuple(entry.request.prompt_token_ids),
+            num_cached_tokens=piece.num_cached_tokens,
+        )
+        for entry, piece in zip(entries, pieces, strict=True)
+    ]
+
+
+def _classes(entries: Sequence[Entry], pieces: Sequence[TokenOutput]) -> list[ClassificationOutput]:
+    return [
+        ClassificationOutput(
+            request_id=entry.request.request_id,
+            probs=_numbers(piece),
+            prompt_token_ids=tuple(entry.request.prompt_token_ids),
+        )
+        for entry, piece in zip(entries, pieces, strict=True)
+    ]
+
+
+def _scores(entries: Sequence[Entry], pieces: Sequence[TokenOutput]) -> list[ScoreOutput]:
+    return [
+        ScoreOutput(
+            score=_numbers(piece)[0],
+            num_tokens=piece.num_prompt_tokens,
+            prompt_token_ids=tuple(entry.request.prompt_token_ids),
+        )
+        for entry, piece in zip(entries, pieces, strict=True)
+    ]
+
+
+def _numbers(piece: TokenOutput) -> array[float]:
+    assert piece.pooled is not None
+    return piece.pooled
+
+
+def _cosines(pairs: Sequence[Pair], outputs: Sequence[EmbeddingOutput], *, with_ids: bool = True) -> list[ScoreOutput]:
+    """The score of each pair from the vectors of its distinct texts, in order of first appearance."""
+    vectors = dict(zip(dict.fromkeys(text for pair in pairs for text in pair), outputs, strict=True))
+    counted: set[str] = set()
+    made = []
+    for pair in pairs:
+        new = set(pair) - counted
+        counted |= new
+        tokens = sum(len(vectors[text].prompt_token_ids) for text in new)
+        first, second = (vectors[text].embedding for text in pair)
+        ids = tuple(token for text in pair for token in vectors[text].prompt_token_ids) if with_ids else ()
+        made.append(ScoreOutput(score=_cosine(first, second), num_tokens=tokens, prompt_token_ids=ids))
+    return made
+
+
+def _cosine(first: array[float], second: array[float]) -> float:
+    """Of vectors of length 1, which rounding may have made a little longer."""
+    return max(-1.0, min(1.0, float(np.dot(np.asarray(first, np.float64), np.asarray(second, np.float64)))))

@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: MIT
+"""Checks of a request, and what is made of it before it is queued: sequences and sampling states (before step 4).
+
+It needs no engine state and may run in any thread.
+"""
+
+from __future__ import annotations
+
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Sequence as Seq
+
+import msgspec
+
+from candle_vllm.core.engine.adapters.adapter_store import AdapterStore, Entries
+from candle_vllm.core.engine.request import GenerationRequest, PoolingRequest
+from candle_vllm.core.engine.step.admission import (
+    check_encoder_task,
+    check_pooling_request,
+    check_request,
+    encoder_tasks,
+)
+from candle_vllm.core.engine.step.live import Live, LiveSequence
+from candle_vllm.core.engine.step.pooled import PooledText
+from candle_vllm.core.engine.step.prediction import Prediction
+from candle_vllm.core.engine.step.sequence import PlacedImage, Sequence
+from candle_vllm.core.errors import InvalidParameterError
+from candle_vllm.core.loading.config import EncoderConfig
+from candle_vllm.core.pooling import ModelPooling, PoolingPlan
+from candle_vllm.core.sampling.dry import BreakerTable, breakers_of
+from candle_vllm.core.sampling.grammar import GrammarState
+from candle_vllm.core.sampling.llguidance_backend import LlguidanceBackend
+from candle_vllm.core.sampling.params import SamplingParams
+from candle_vllm.core.sampling.state import SamplingState
+from candle_vllm.core.sampling.structured import StructuredOutputsParams
+from candle_vllm.core.sampling.thoughts import ThoughtCount, ThoughtLimit, budget_in_tokens
+from candle_vllm.core.text.tokenizer import Tokenizer
+from candle_vllm.core.vision.prompts import Sight, spans_of
+
+
+class Preparation(ABC):
+    """Makes sequences of requests to one model. Thread-safe.
+
+    Attributes:
+        max_model_len: longest prompt plus output, in tokens.
+        adapters: those that requests may name; None where they may name none.
+    """
+
+    max_model_len: int
+    adapters: AdapterStore | None = None
+
+    @abstractmethod
+    def prepare(self, request: GenerationRequest) -> Seq[Live]:
+        """Checks a request and makes its sequences.
+
+        Raises:
+            InvalidParameterError, PromptTooLongError: the request cannot be served as it is.
+        """
+
+    def check_structured_outputs(self, params: StructuredOutputsParams) -> None:
+        """Raises what a request with such a form would raise; the compiled grammar is kept.
+
+        Raises:
+            InvalidParameterError: the form is wrong or not supported.
+        """
+        raise NotImplementedError
+
+    def _entries(self, request: GenerationRequest) -> Entries:
+        """The adapters of a request, which are expected from now on; errors as `AdapterStore.found`, or without any."""
+        if not request.adapters:
+            return ()
+        if self.adapters is None:
+            raise InvalidParameterError(
+                f"adapter {request.adapters[0].name!r:.80}: adapters are off; load the model with enable_lora=True",
+                "lora_request",
+            )
+        entries = self.adapters.found(request.adapters)
+        self.adapters.expect(entries)
+        return entries
+
+    def close(self) -> None:  # noqa: B027  # most have nothing to end
+        """Lets go of threads."""
+
+
+class EncoderPreparation(Preparation):
+    """Makes sequences of requests to a model that reads texts whole and generates nothing.
+
+    Args:
+        name: the model's name, for messages.
+        config: its description.
+        pooling: how its vectors are made; None where it has a head.
+        max_model_len: longest text, in tokens.
+        adapters: see `Preparation`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        config: EncoderConfig,
+        pooling: ModelPooling | None,
+        max_model_len: int,
+        adapters: AdapterStore | None = None,
+    ) -> None:
+        self.max_model_len = max_model_len
+        self.adapters = adapters
+        self._name = name
+        self._config = config
+        self._pooling = pooling
+
+    def prepare(self, request: GenerationRequest) -> list[PooledText]:
+        """See `Preparation`."""
+        wanted = request.task if isinstance(request, PoolingRequest) else "generate"
+        check_encoder_task(self._name, wanted, encoder_tasks(self._config))
+        entries = self._entries(request)
+        assert isinstance(request, PoolingRequest)
+        check_pooling_request(request, self._config.vocab_size, self.max_model_len)
+        kinds = self._config.token_types
+        if kinds == 1:  # it tells no texts of a pair apart, whatever its tokenizer says
+            request = msgspec.structs.replace(request, token_type_ids=None)
+        if any(not 0 <= kind < kinds for kind in request.token_type_ids or ()):
+            raise InvalidParameterError(f"token_type_ids must be 0 to {kinds - 1} for this model", "token_type_ids")
+        plan = self._of_head() if self._pooling is None else self._pooling.plan(request.pooling)
+        sequence = Sequence(request, 0, order=-1)
+        sequence.entries = entries
+        return [PooledText(sequence, plan)]
+
+    def _of_head(self) -> PoolingPlan:
+        """What `EncoderRunner` has of a text where a model has a head."""
+        return PoolingPlan("cls", normalize=False, dimensions=len(self._config.labels))
+
+
+class DecoderPreparation(Preparation):
+    """Makes sequences of requests to a model that continues prompts.
+
+    Args:
+        tokenizer: tokens to text.
+        eos_token_ids: the model's end-of-sequence tokens.
+        vocab_size: V, the width of the logits.
+        max_model_len: longest prompt plus output.
+        pooling: how vectors are made of hidden states; None refuses to make any.
+        seed: makes requests without a seed reproducible, in order of preparation.
+        adapters: see `Preparation`.
+        images: how the model sees; None where it does not.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        eos_token_ids: Seq[int],
+        vocab_size: int,
+        max_model_len: int,
+        *,
+        pooling: ModelPooling | None = None,
+        seed: int | None = None,
+        adapters: AdapterStore | None = None,
+        images: Sight | None = None,
+    ) -> None:
+        self.adapters = adapters
+        self._images = images
+        self._tokenizer = tokenizer
+        self._eos_token_ids = tuple(eos_token_ids)
+        self._ends = frozenset(eos_token_ids)  # one for all sequences
+        self._vocab_size = vocab_size
+        self.max_model_len = max_model_len
+        self._pooling = pooling
+        self._grammars = LlguidanceBackend(tokenizer, vocab_size, self._eos_token_ids)
+        self._breakers = BreakerTable(tokenizer, vocab_size)
+        self._seeds = random.Random(seed) if seed is not None else random.SystemRandom()  # noqa: S311
+
+    def prepare(self, request: GenerationRequest) -> Seq[Live]:
+        """See `Preparation`."""
+        if isinstance(request, PoolingRequest):
+            return [self._prepare_pooled(request)]
+        max_length = check_request(request, self._vocab_size, self.max_model_len)
+        entries = self._entries(request)
+        placed = self._placed(request)
+        if request.params.seed is None:
+            seeded = msgspec.structs.replace(request.params, seed=self._seeds.getrandbits(63))
+            request = msgspec.structs.replace(request, params=seeded)
+        state = SamplingState(
+            request.params,
+            request.prompt_token_ids,
+            vocab_size=self._vocab_size,
+            eos_token_ids=self._eos_token_ids,
+            bad_word_token_ids=self._bad_words(request.params.bad_words or ()),
+            grammar=self._grammar(request.params),
+            thoughts=self._thoughts(request.params, request.prompt_token_ids),
+            breakers=breakers_of(self._breakers, request.params),
+        )
+        states = [state, *(state.sibling(index) for index in range(1, request.params.n))]
+        predicted = None if request.params.prediction is None else self._prediction(request.params.prediction)
+        made: list[LiveSequence] = []
+        for index, own in enumerate(states):
+            sequence = Sequence(request, index, order=-1)
+            sequence.entries = entries
+            sequence.images = tuple(msgspec.structs.replace(each) for each in placed)
+            made.append(LiveSequence(sequence, own, self._tokenizer, self._ends, max_length, predicted))
+        return made
+
+    def _placed(self, request: GenerationRequest) -> list[PlacedImage]:
+        """The pictures of a request, where they stand, and what of each sees itself; see `PlacedImage`."""
+        if not request.images:
+            return []
+        if self._images is None:
+            raise InvalidParameterError("image: the model reads text alone", "image")
+        made, sight = list[PlacedImage](), self._images
+        for image, places in zip(request.images, sight.places(request.prompt_token_ids, request.images)):
+            spans = spans_of(places) if sight.parts.whole else []
+            first = int(places[0]) + (made[-1].shift if made else 0)
+            made.append(PlacedImage(image, places.tolist(), spans, grid=sight.grid(image), first=first))
+        return made
+
+    def check_structured_outputs(self, params: StructuredOutputsParams) -> None:
+        """See `Preparation`."""
+        self._grammars.compile(params)
+
+    def close(self) -> None:
+        """Ends the threads that fill masks."""
+        self._grammars.close()
+
+    def _prepare_pooled(self, request: PoolingRequest) -> PooledText:
+        """The sequence of a text whose hidden states are pooled."""
+        if request.task != "embed" or self._pooling is None:
+            raise InvalidParameterError(
+                "the model gives vectors and is no cross-encoder: it has no scores or classes", "task"
+            )
+        check_pooling_request(request, self._vocab_size, self.max_model_len)
+        plan = self._pooling.plan(request.pooling)
+        params = msgspec.structs.replace(request.params, seed=0, skip_reading_prefix_cache=plan.needs_every_position)
+        sequence = Sequence(msgspec.structs.replace(request, params=params), 0, order=-1)
+        sequence.entries = self._entries(request)
+        return PooledText(sequence, plan)
+
+    def _grammar(self, params: SamplingParams) -> GrammarState | None:
+        if params.structured_outputs is None:
+            return None
+        held_back = self._eos_token_ids if params.ignore_eos else ()
+        return GrammarState(self._grammars, params.structured_outputs, self._vocab_size, held_back)
+
+    def _thoughts(self, params: SamplingParams, prompt: Seq[int]) -> ThoughtCount | None:
+        text, budget, tokens = self._tokenizer, params.thoughts, params.thinking_token_budget
+
+        def encode(said: str, special: bool = True) -> Seq[int]:
+            return text.encode(said, add_special_tokens=False, parse_special=special)
+
+        if tokens is not None and tokens >= 0:
+            budget = budget_in_tokens(tokens, encode, prompt, self._ends)
+        if budget is None:
+            return None
+        return ThoughtCount(ThoughtLimit(budget, encode, text.token_bytes, text.special_token_ids))
+
+    def _prediction(self, text: str) -> Prediction:
+        tokens = self._tokenizer.encode(text, add_special_tokens=False, parse_special=False)
+        if len(tokens) > self.max_model_len:
+            raise InvalidParameterError(
+                f"prediction has {len(tokens)} tokens, but prompt and answer together at most {self.max_model_len}",
+                "prediction",
+            )
+        return Prediction(tokens)
+
+    def _bad_words(self, words: Seq[str]) -> list[list[int]]:
+        """Token sequences of each word, at the start of a text and behind a space."""
+        texts = [text for word in words for text in (word, " " + word.lstrip())]
+        return [ids for ids in self._tokenizer.encode_batch(texts, add_special_tokens=False) if ids]

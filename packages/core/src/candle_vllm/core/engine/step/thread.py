@@ -1,0 +1,419 @@
+# SPDX-License-Identifier: MIT
+"""The thread that runs the engine's steps, and how requests and pieces cross its boundary."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import CancelledError, Future
+from typing import Any, Protocol
+
+from candle_vllm.core.engine.request import EngineStats, GenerationRequest, TokenOutput
+from candle_vllm.core.engine.runners.sleeping import TAGS
+from candle_vllm.core.errors import (
+    CandleVllmError,
+    EngineDeadError,
+    EngineOverloadedError,
+    EngineSleepingError,
+    InvalidParameterError,
+)
+from candle_vllm.core.threads import deep_stacks
+
+logger = logging.getLogger(__name__)
+
+SLEEPS = "the engine sleeps: wake it up (`wake_up`, POST /wake_up), or try again later"
+_LOOK = 0.01  # seconds between two looks whether all requests have ended
+
+BATCH = 8  # readers that are woken before the loop may look at its sockets
+
+Delivery = TokenOutput | CandleVllmError
+"""What a caller gets: a piece, or the error that ends its request."""
+
+
+class Sink(Protocol):
+    """Where the pieces of one request go."""
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop | None:
+        """The event loop in which `put` must be called; None for any thread."""
+        ...
+
+    def put(self, item: Delivery) -> None:
+        """Takes one piece, or the error that ends the request."""
+        ...
+
+
+_Item = tuple[Sink, TokenOutput]
+
+
+class Courier:
+    """Hands items to the sinks of one event loop; those of one sink arrive in the order of their sending.
+
+    A step of a thousand sequences wakes a thousand readers. Woken at once, they keep the loop from its sockets until
+    the last one has run; woken some at a time, a request that arrives meanwhile is read between two batches. First
+    pieces go before all others, for somebody waits for them.
+
+    Args:
+        loop: where the sinks want to be called.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._first: deque[tuple[Sink, Delivery]] = deque()
+        self._others: deque[tuple[Sink, Delivery]] = deque()
+        self._under_way = False
+
+    def send(self, first: Sequence[tuple[Sink, Delivery]], others: Sequence[tuple[Sink, Delivery]]) -> None:
+        """Takes items from any thread; one wake-up of the loop, however many there are.
+
+        Args:
+            first: items of sinks that got none before.
+            others: all other items.
+        """
+        try:
+            self._loop.call_soon_threadsafe(self._take, first, others)
+        except RuntimeError:
+            logger.debug("an event loop was closed before its requests ended")
+
+    def _take(self, first: Sequence[tuple[Sink, Delivery]], others: Sequence[tuple[Sink, Delivery]]) -> None:
+        self._first.extend(first)
+        self._others.extend(others)
+        if not self._under_way:
+            self._hand_out()
+
+    def _hand_out(self) -> None:
+        for _ in range(BATCH):
+            queue = self._first or self._others
+            if not queue:
+                break
+            sink, item = queue.popleft()
+            sink.put(item)
+        self._under_way = bool(self._first or self._others)
+        if self._under_way:
+            self._loop.call_soon(self._hand_out)
+
+
+@dataclasses.dataclass
+class _Client:
+    """A live request as its caller sees it."""
+
+    sink: Sink
+    unfinished: int
+    begun: bool = False  # it has got a piece
+
+
+class Prepared(Protocol):
+    """One sequence of a request that was checked: a `Live` or a `Parcel`."""
+
+    @property
+    def request(self) -> GenerationRequest: ...
+
+
+class PreparingEngine(Protocol):
+    """What callers need of an engine before they hand a request to whoever runs it."""
+
+    max_model_len: int
+
+    @property
+    def max_step_tokens(self) -> int: ...
+
+    def prepare(self, request: GenerationRequest) -> Sequence[Any]: ...
+
+    def stats(self) -> EngineStats: ...
+
+
+class RequestRunner(Protocol):
+    """What runs requests that were prepared: an `EngineThread`, or several behind one front."""
+
+    def submit(self, prepared: Sequence[Any], sink: Sink) -> None:
+        """See `EngineThread.submit`."""
+        ...
+
+    def abort(self, request_id: str, sink: Sink | None = None) -> None:
+        """See `EngineThread.abort`."""
+        ...
+
+
+class StepEngine(PreparingEngine, Protocol):
+    """What the thread needs of an engine: `Engine` and `RemoteLink` have it."""
+
+    @property
+    def has_work(self) -> bool: ...
+
+    @property
+    def waits(self) -> bool:
+        """A step would do nothing before `wake` is called, or anything new is asked for."""
+        ...
+
+    def add(self, prepared: Sequence[Any]) -> None: ...
+
+    def abort(self, request_id: str) -> list[TokenOutput]: ...
+
+    def reset_prefix_cache(self) -> None: ...
+
+    def sleep(self, level: int) -> list[TokenOutput]: ...
+
+    def wake_up(self, tags: Sequence[str]) -> None: ...
+
+    def step(self) -> list[TokenOutput]: ...
+
+
+class EngineThread:
+    """Runs steps while there is work and sleeps otherwise; wakes at once for a new request.
+
+    Args:
+        engine: the engine, which only this thread touches from now on.
+        max_sequences: most live sequences before new requests are refused.
+    """
+
+    def __init__(self, engine: StepEngine, max_sequences: int) -> None:
+        self._engine = engine
+        self._max_sequences = max_sequences
+        self._clients: dict[str, _Client] = {}
+        self._live_sequences = 0
+        self._commands: list[Callable[[], None]] = []
+        self._couriers: dict[asyncio.AbstractEventLoop, Courier] = {}  # for this thread alone
+        self._wake = threading.Condition()  # guards everything above that callers touch
+        self._asleep: frozenset[str] = frozenset()  # while any tag is there, nothing is taken
+        self._answers: set[Future[None]] = set()
+        self._nights = threading.Lock()  # one sleeps or wakes at a time
+        self._closing = False
+        self._dead: EngineDeadError | None = None
+        self._owner = os.getpid()
+        self._thread = threading.Thread(target=self._run, name="candle-vllm-engine", daemon=True)
+        with deep_stacks():
+            self._thread.start()
+
+    @property
+    def is_alive(self) -> bool:
+        """False once the thread has stopped or failed."""
+        return self._thread.is_alive() and self._dead is None and not self._closing
+
+    def submit(self, prepared: Sequence[Prepared], sink: Sink) -> None:
+        """Hands a prepared request to the engine; its pieces go to `sink`.
+
+        Raises:
+            EngineOverloadedError: too many sequences are live.
+            EngineDeadError: the engine has stopped.
+            EngineSleepingError: it sleeps.
+            InvalidParameterError: the request id is in use.
+        """
+        request_id = prepared[0].request.request_id
+        with self._wake:
+            if self._dead is not None or self._closing:
+                raise self._dead or EngineDeadError("the engine is closed")
+            if self._asleep:
+                raise EngineSleepingError(SLEEPS)
+            if request_id in self._clients:
+                raise InvalidParameterError(f"request id {request_id!r} is in use", "request_id")
+            if self._clients and self._live_sequences + len(prepared) > self._max_sequences:
+                raise EngineOverloadedError(
+                    f"{self._live_sequences} sequences are running or waiting and {self._max_sequences} may be "
+                    "(`max_queued_requests`): try again later"
+                )
+            self._clients[request_id] = _Client(sink, len(prepared))
+            self._live_sequences += len(prepared)
+            self._commands.append(lambda: self._engine.add(prepared))
+            self._wake.notify()
+
+    def abort(self, request_id: str, sink: Sink | None = None) -> None:
+        """Ends a request before the next step; unknown or finished ids are ignored.
+
+        With `sink`, only if the request is still the one that `sink` belongs to: an id may be used again.
+        """
+        if os.getpid() != self._owner:  # a stream that a forked child drops
+            return
+        with self._wake:
+            client = self._clients.get(request_id)
+            if client is not None and sink in (None, client.sink):
+                self._commands.append(lambda: self._abort(request_id, client))
+                self._wake.notify()
+
+    def reset_prefix_cache(self) -> None:
+        """Has the engine forget what prompts began with, before its next step and before every later request."""
+        with self._wake:
+            if self._dead is not None or self._closing:
+                raise self._dead or EngineDeadError("the engine is closed")
+            self._commands.append(self._engine.reset_prefix_cache)
+            self._wake.notify()
+
+    @property
+    def is_sleeping(self) -> bool:
+        """Whether anything of it is asleep."""
+        return bool(self._asleep)
+
+    def sleep(self, level: int, mode: str) -> None:
+        """Takes no request any more, and gives memory back when nothing runs; returns when that is done.
+
+        Args:
+            level, mode: as of `InferenceEngine.sleep`.
+
+        Raises:
+            CandleVllmError: the engine cannot sleep so.
+            EngineDeadError: it has stopped.
+        """
+        with self._nights:
+            with self._wake:
+                before, self._asleep = self._asleep, TAGS
+            try:
+                while mode == "wait" and self._clients and self.is_alive:
+                    time.sleep(_LOOK)
+                self._engine_sleep(level)
+            except BaseException:
+                with self._wake:
+                    self._asleep = before
+                raise
+
+    def wake_up(self, tags: frozenset[str]) -> None:
+        """Fills the memory of these tags again; once that of all is, requests are taken. Errors as `sleep`."""
+        with self._nights:
+            self._engine_wake_up(tags)
+            with self._wake:
+                self._asleep -= tags
+
+    def _engine_sleep(self, level: int) -> None:
+        self._do(lambda: self._deliver(self._engine.sleep(level)))
+
+    def _engine_wake_up(self, tags: frozenset[str]) -> None:
+        self._do(lambda: self._engine.wake_up(sorted(tags)))
+
+    def _do(self, work: Callable[[], None]) -> None:
+        """Has the thread do something between two steps, and waits for it."""
+        answer: Future[None] = Future()
+
+        def command() -> None:
+            try:
+                work()
+            except Exception as error:
+                answer.set_exception(error)
+            else:
+                answer.set_result(None)
+
+        with self._wake:
+            if self._dead is not None or self._closing:
+                raise self._dead or EngineDeadError("the engine is closed")
+            self._answers.add(answer)
+            self._commands.append(command)
+            self._wake.notify()
+        try:
+            answer.result()
+        except CancelledError:
+            raise self._dead or EngineDeadError("the engine is closed") from None
+        finally:
+            with self._wake:
+                self._answers.discard(answer)
+
+    def wake(self) -> None:
+        """Has the engine make a step and tell its numbers, whatever it waits for; from any thread."""
+        with self._wake:
+            self._commands.append(lambda: None)
+            self._wake.notify()
+
+    def fail(self, error: EngineDeadError) -> None:
+        """Has the engine end with an error before its next step; from any thread."""
+
+        def end() -> None:
+            raise error
+
+        with self._wake:
+            self._commands.append(end)
+            self._wake.notify()
+
+    def close(self) -> None:
+        """Aborts what is left, stops the thread and waits for it."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def _run(self) -> None:
+        end = EngineDeadError("the engine is closed")
+        try:
+            while True:
+                with self._wake:
+                    while not (self._commands or self._closing or (self._engine.has_work and not self._engine.waits)):
+                        self._wake.wait()
+                    commands, self._commands = self._commands, []
+                    closing = self._closing
+                for command in commands:
+                    command()
+                if closing:
+                    for request_id in list(self._clients):
+                        self._deliver(self._engine.abort(request_id))
+                    return
+                self._deliver(self._engine.step())
+                self._after_step()
+        except EngineDeadError as error:  # of an engine elsewhere
+            logger.error("%s", error)
+            end = error
+        except BaseException as error:
+            logger.exception("the engine thread failed")
+            end = EngineDeadError(f"the engine has stopped: {type(error).__name__}: {error}")
+        finally:
+            self._end(end)
+
+    def _after_step(self) -> None:
+        """Called in the thread after each step, when its pieces have been handed over."""
+
+    def _refuse(self, request_id: str, error: CandleVllmError) -> None:
+        """Ends a request with an error in place of pieces."""
+        with self._wake:
+            client = self._clients.pop(request_id)
+            self._live_sequences -= client.unfinished
+        self._put(client.sink, error)
+
+    def _abort(self, request_id: str, client: _Client) -> None:
+        if self._clients.get(request_id) is client:
+            self._deliver(self._engine.abort(request_id))
+
+    def _deliver(self, pieces: Iterable[TokenOutput]) -> None:
+        """Hands the pieces of a step over; one wake-up per event loop, however many requests it has."""
+        by_loop: dict[asyncio.AbstractEventLoop, tuple[list[_Item], list[_Item]]] = {}
+        for piece in pieces:
+            client = self._clients[piece.request_id]
+            if piece.finished:
+                with self._wake:
+                    client.unfinished -= 1
+                    self._live_sequences -= 1
+                    if client.unfinished == 0:
+                        del self._clients[piece.request_id]
+            loop = client.sink.loop
+            if loop is None:
+                client.sink.put(piece)
+            else:
+                first, others = by_loop.get(loop) or by_loop.setdefault(loop, ([], []))
+                (others if client.begun else first).append((client.sink, piece))
+                client.begun = True
+        for loop, (first, others) in by_loop.items():
+            self._courier(loop).send(first, others)
+
+    def _put(self, sink: Sink, item: Delivery) -> None:
+        if sink.loop is None:
+            sink.put(item)
+        else:
+            self._courier(sink.loop).send((), [(sink, item)])
+
+    def _courier(self, loop: asyncio.AbstractEventLoop) -> Courier:
+        if loop not in self._couriers:
+            self._couriers = {known: at for known, at in self._couriers.items() if not known.is_closed()}
+            self._couriers[loop] = Courier(loop)
+        return self._couriers[loop]
+
+    def _end(self, error: EngineDeadError) -> None:
+        """Takes no more requests and tells every caller that still waits."""
+        with self._wake:
+            self._dead = error
+            clients, self._clients = list(self._clients.values()), {}
+            self._live_sequences = 0
+            answers = list(self._answers)
+        for answer in answers:
+            answer.cancel()
+        for client in clients:
+            self._put(client.sink, error)
