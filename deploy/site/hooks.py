@@ -10,12 +10,16 @@ import ast
 import posixpath
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+
+sys.path.insert(0, str(Path(__file__).parent))
+from modules import PACKAGES, modules_page
 
 ROOT = Path(__file__).parents[2]
 ELSEWHERE = {
@@ -24,7 +28,6 @@ ELSEWHERE = {
     "CONTRIBUTING.md": "contributing.md",
     "deploy/README.md": "deploy.md",
 }
-PACKAGES = ("core", "openai", "responses", "server")
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
 
 
@@ -44,6 +47,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         files.append(File.generated(config, page, content=(ROOT / name).read_text(encoding="utf-8")))
     for package in PACKAGES:
         files.append(File.generated(config, f"reference/{package}.md", content=reference(package)))
+    files.append(File.generated(config, "modules.md", content=modules_page()))
     return files
 
 
