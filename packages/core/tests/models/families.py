@@ -303,6 +303,23 @@ GRANITE_HYBRID = GRANITE | {
     "shared_intermediate_size": 96,
     "position_embedding_type": "rope",
 }
+GRANITE_MAMBA = GRANITE_HYBRID | {
+    "num_hidden_layers": 3,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "position_embedding_type": None,
+    "mamba_expand": 3,
+    "mamba_n_heads": 6,
+    "mamba_d_head": 32,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 16,
+}
+GRANITE_MAMBA_MOE = {
+    "num_local_experts": 6,
+    "num_experts_per_tok": 3,
+    "position_embedding_type": "rope",
+    "mamba_proj_bias": False,
+    "mamba_conv_bias": False,
+}
 
 EVERY_THIRD = ["sliding_attention", "sliding_attention", "full_attention"]
 WINDOWS = {"num_hidden_layers": 3, "layer_types": EVERY_THIRD, "sliding_window": 16}
@@ -446,6 +463,10 @@ ROWS: Mapping[str, Row] = {
     "Granite 4": Row("granitemoehybrid", GRANITE_HYBRID, "granite", common=False),
     "Granite 4 unrotated": Row(
         "granitemoehybrid", GRANITE_HYBRID | {"position_embedding_type": None}, "granite", common=False
+    ),
+    "Granite 4 H": Row("granitemoehybrid", GRANITE_MAMBA, "granitehybrid"),
+    "Granite 4 H experts": Row(
+        "granitemoehybrid", GRANITE_MAMBA | GRANITE_MAMBA_MOE, "granitehybrid", undecided=0.1, common=False
     ),
     "OLMo 2": Row("olmo2", OLMO, "olmo2", common=False),
     "OLMo 2 biases": Row("olmo2", OLMO | {"attention_bias": True}, common=False),

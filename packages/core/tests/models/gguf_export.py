@@ -48,7 +48,7 @@ def export_gguf(folder: Path, path: Path, architecture: str, *, quantization: st
     for name, data in tensors.items():
         found = names.get_name(name, try_suffixes=(".weight", ".bias")) or name
         data = np.ascontiguousarray(data)
-        kernels = "shortconv.conv" in found or "ssm_conv1d" in found
+        kernels = "shortconv.conv" in found or found.endswith(("ssm_conv1d.weight", "ssm_a", "ssm_d", "ssm_norm.weight"))
         kept = "ffn_gate_inp" in found or kernels or found.endswith(".bias")  # of experts
         plain = data.ndim < 2 or kept
         if kind is not GGMLQuantizationType.F32 and not plain:
@@ -522,6 +522,8 @@ def _granite(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) ->
         writer.add_expert_used_count(config["num_experts_per_tok"])
         if config.get("shared_intermediate_size"):
             writer.add_expert_shared_feed_forward_length(config["shared_intermediate_size"])
+    if "linear_attention" in config.get("layer_types", ()):
+        tensors = _mamba(writer, config, tensors)
     made: Tensors = {}
     end = "_shexp" if config.get("num_local_experts") else ""
     for name, data in tensors.items():
@@ -535,6 +537,39 @@ def _granite(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) ->
             made[f"{at}down{end if 'shared_mlp' in name else '_exps'}.weight"] = data
         elif "router" in name:
             made[f"{at}gate_inp.weight"] = data
+        else:
+            made[name] = data
+    return made
+
+
+def _mamba(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    """Shapes of Mamba 2, whose layers have no key-value heads, and its tensors."""
+    kinds, groups = config["layer_types"], config["mamba_n_groups"]
+    inner = config["mamba_n_heads"] * config["mamba_d_head"]
+    writer.add_head_count_kv([0 if kind == "linear_attention" else config["num_key_value_heads"] for kind in kinds])
+    writer.add_ssm_conv_kernel(config["mamba_d_conv"])
+    writer.add_ssm_state_size(config["mamba_d_state"])
+    writer.add_ssm_group_count(groups)
+    writer.add_ssm_time_step_rank(config["mamba_n_heads"])
+    writer.add_ssm_inner_size(inner)
+    names = {
+        "in_proj.weight": ("ssm_in.weight", lambda x: x),
+        "in_proj.bias": ("ssm_in.bias", lambda x: x),
+        "out_proj.weight": ("ssm_out.weight", lambda x: x),
+        "out_proj.bias": ("ssm_out.bias", lambda x: x),
+        "conv1d.weight": ("ssm_conv1d.weight", lambda x: x.squeeze(1)),
+        "conv1d.bias": ("ssm_conv1d.bias", lambda x: x),
+        "A_log": ("ssm_a", lambda x: -np.exp(x)[:, None]),
+        "D": ("ssm_d", lambda x: x[:, None]),
+        "dt_bias": ("ssm_dt.bias", lambda x: x),
+        "norm.weight": ("ssm_norm.weight", lambda x: x.reshape(groups, -1)),
+    }
+    made: Tensors = {}
+    for name, data in tensors.items():
+        start, part = name.rpartition(".mamba.")[::2]
+        if start:
+            to, change = names[part]
+            made[f"blk.{start.split('.')[2]}.{to}"] = change(data)
         else:
             made[name] = data
     return made
@@ -684,6 +719,7 @@ CONVERTERS: Mapping[str, Convert] = {
     "qwen35moe": _qwen3_next,
     "glm4moe": _glm4_moe,
     "gpt-oss": _gpt_oss,
+    "granitehybrid": _granite,
     "lfm2": _lfm2,
     "lfm2moe": _lfm2,
     "llama": _llama,

@@ -215,10 +215,10 @@ def shard_of(
         raise ConfigError(
             f"{name} has no experts, and enable_expert_parallel divides nothing: leave it out", "enable_expert_parallel"
         )
-    if getattr(config, "delta_layers", None):  # which every rank computes whole
+    if getattr(config, "delta_layers", None) or getattr(config, "mamba_layers", None):  # every rank computes them whole
         if exchanges == "all_to_all":
             raise ConfigError(
-                f"all2all_backend='all_to_all' divides tokens among ranks, and each rank computes the delta nets of "
+                f"all2all_backend='all_to_all' divides tokens among ranks, and each rank computes the delta nets or Mamba layers of "
                 f"{name} for all tokens: leave it out",
                 "all2all_backend",
             )

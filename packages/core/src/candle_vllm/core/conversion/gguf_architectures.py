@@ -14,6 +14,7 @@ from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.layers.moe import Mixture
 from candle_vllm.core.layers.rotary import attention_scale
 from candle_vllm.core.loading.config import ModelConfig
+from candle_vllm.core.models.mamba2 import MambaSizes
 
 _GATING = {"softmax": 1, "sigmoid": 2}
 
@@ -98,6 +99,23 @@ def _granite(config: Any) -> Keys:
         return keys
     shared = config.mixture.shared_size
     return keys | _counts(config.mixture) | ({"expert_shared_feed_forward_length": shared} if shared else {})
+
+
+def _granite_hybrid(config: Any) -> Keys:
+    """Layers with Mamba 2 have no key-value heads."""
+    heads = [0 if layer in config.mamba_layers else config.num_kv_heads for layer in range(config.num_layers)]
+    return _granite(config) | mamba_keys(config.mamba) | {"attention.head_count_kv": heads}
+
+
+def mamba_keys(sizes: MambaSizes) -> Keys:
+    """Shapes of Mamba 2."""
+    return {
+        "ssm.conv_kernel": sizes.taps,
+        "ssm.state_size": sizes.state,
+        "ssm.group_count": sizes.groups,
+        "ssm.time_step_rank": sizes.heads,
+        "ssm.inner_size": sizes.inner,
+    }
 
 
 def _local(config: Any) -> Keys:
@@ -349,6 +367,9 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "youtu": _DEEPSEEK,
         "granite": Architecture(name="granite", more=_granite, interleaved=True, square=True, unread=()),
         "granitemoe": Architecture(name="granitemoe", more=_granite, interleaved=True, square=True, unread=()),
+        "granitehybrid": Architecture(
+            name="granitehybrid", more=_granite_hybrid, interleaved=True, square=True, unread=(".ssm_in.bias",)
+        ),
         "seed_oss": Architecture(name="seed_oss", names=lambda _: (".post_attention_norm.",)),
         "olmo2": _OLMO2,
         "olmo3": _OLMO2,

@@ -38,6 +38,7 @@ FAMILIES = (
     "smollm3",
     "lfm2",
     "granite",
+    "granite_hybrid",
     "olmo2",
     "olmoe",
     "minimax_m2",
