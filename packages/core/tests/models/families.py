@@ -313,6 +313,17 @@ GRANITE_MAMBA = GRANITE_HYBRID | {
     "mamba_n_groups": 2,
     "mamba_d_state": 16,
 }
+NEMOTRON_H = {
+    "num_hidden_layers": 5,
+    "layers_block_type": ["linear_attention", "mlp", "full_attention", "linear_attention", "mlp"],
+    "head_dim": 32,
+    "mamba_num_heads": 6,
+    "mamba_head_dim": 32,
+    "n_groups": 2,
+    "ssm_state_size": 16,
+    "time_step_min": 1e-30,  # by which transformers limits dt in prompts alone, where published models have no limit
+}
+NEMOTRON_BIASES = {"mlp_bias": True, "mamba_proj_bias": True, "use_conv_bias": False, "tie_word_embeddings": True}
 GRANITE_MAMBA_MOE = {
     "num_local_experts": 6,
     "num_experts_per_tok": 3,
@@ -468,6 +479,8 @@ ROWS: Mapping[str, Row] = {
     "Granite 4 H experts": Row(
         "granitemoehybrid", GRANITE_MAMBA | GRANITE_MAMBA_MOE, "granitehybrid", undecided=0.1, common=False
     ),
+    "Nemotron-H": Row("nemotron_h", NEMOTRON_H, "nemotron_h"),
+    "Nemotron-H biases": Row("nemotron_h", NEMOTRON_H | NEMOTRON_BIASES, common=False),
     "OLMo 2": Row("olmo2", OLMO, "olmo2", common=False),
     "OLMo 2 biases": Row("olmo2", OLMO | {"attention_bias": True}, common=False),
     "OLMo 3": Row("olmo3", OLMO | WINDOWS | {"rope_parameters": OLMO3_ROPE}, "olmo2"),

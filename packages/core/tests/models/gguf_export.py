@@ -544,35 +544,44 @@ def _granite(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) ->
 
 def _mamba(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
     """Shapes of Mamba 2, whose layers have no key-value heads, and its tensors."""
-    kinds, groups = config["layer_types"], config["mamba_n_groups"]
-    inner = config["mamba_n_heads"] * config["mamba_d_head"]
-    writer.add_head_count_kv([0 if kind == "linear_attention" else config["num_key_value_heads"] for kind in kinds])
-    writer.add_ssm_conv_kernel(config["mamba_d_conv"])
-    writer.add_ssm_state_size(config["mamba_d_state"])
+    kinds = config.get("layer_types") or config["layers_block_type"]
+    of_granite = config["model_type"] == "granitemoehybrid"
+    names = ("mamba_n_heads", "mamba_d_head", "mamba_n_groups", "mamba_d_state", "mamba_d_conv")
+    others = ("mamba_num_heads", "mamba_head_dim", "n_groups", "ssm_state_size", "conv_kernel")
+    heads, dim, groups, state, taps = (config[name] for name in (names if of_granite else others))
+    attends = [kind == "full_attention" for kind in kinds]
+    writer.add_head_count_kv([config["num_key_value_heads"] * here for here in attends])
+    writer.add_ssm_conv_kernel(taps)
+    writer.add_ssm_state_size(state)
     writer.add_ssm_group_count(groups)
-    writer.add_ssm_time_step_rank(config["mamba_n_heads"])
-    writer.add_ssm_inner_size(inner)
-    names = {
-        "in_proj.weight": ("ssm_in.weight", lambda x: x),
-        "in_proj.bias": ("ssm_in.bias", lambda x: x),
-        "out_proj.weight": ("ssm_out.weight", lambda x: x),
-        "out_proj.bias": ("ssm_out.bias", lambda x: x),
+    writer.add_ssm_time_step_rank(heads)
+    writer.add_ssm_inner_size(heads * dim)
+    changes = {
         "conv1d.weight": ("ssm_conv1d.weight", lambda x: x.squeeze(1)),
-        "conv1d.bias": ("ssm_conv1d.bias", lambda x: x),
         "A_log": ("ssm_a", lambda x: -np.exp(x)[:, None]),
         "D": ("ssm_d", lambda x: x[:, None]),
         "dt_bias": ("ssm_dt.bias", lambda x: x),
         "norm.weight": ("ssm_norm.weight", lambda x: x.reshape(groups, -1)),
+        **{f"{part}_proj.{kind}": (f"ssm_{part}.{kind}", lambda x: x) for part in ("in", "out") for kind in ("weight", "bias")},
+        "conv1d.bias": ("ssm_conv1d.bias", lambda x: x),
     }
     made: Tensors = {}
     for name, data in tensors.items():
-        start, part = name.rpartition(".mamba.")[::2]
-        if start:
-            to, change = names[part]
+        start, part = name.rpartition(".mamba." if of_granite else ".mixer.")[::2]
+        if start and part in changes:
+            to, change = changes[part]
             made[f"blk.{start.split('.')[2]}.{to}"] = change(data)
         else:
             made[name] = data
     return made
+
+
+def _nemotron_h(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    """Feed-forward layers alone have a width."""
+    writer.add_feed_forward_length([config["intermediate_size"] * (k == "mlp") for k in config["layers_block_type"]])
+    writer.add_layer_norm_rms_eps(config["layer_norm_epsilon"])
+    made = _mamba(writer, config, tensors)
+    return {name.replace("model.layers", "backbone.layers"): data for name, data in made.items()}
 
 
 def _olmo2(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
@@ -720,6 +729,7 @@ CONVERTERS: Mapping[str, Convert] = {
     "glm4moe": _glm4_moe,
     "gpt-oss": _gpt_oss,
     "granitehybrid": _granite,
+    "nemotron_h": _nemotron_h,
     "lfm2": _lfm2,
     "lfm2moe": _lfm2,
     "llama": _llama,

@@ -104,10 +104,17 @@ def _granite(config: Any) -> Keys:
 def _granite_hybrid(config: Any) -> Keys:
     """Layers with Mamba 2 have no key-value heads."""
     heads = [0 if layer in config.mamba_layers else config.num_kv_heads for layer in range(config.num_layers)]
-    return _granite(config) | mamba_keys(config.mamba) | {"attention.head_count_kv": heads}
+    return _granite(config) | _mamba_keys(config.mamba) | {"attention.head_count_kv": heads}
 
 
-def mamba_keys(sizes: MambaSizes) -> Keys:
+def _nemotron_h(config: Any) -> Keys:
+    """Key-value heads of the layers that have attention, and widths of the feed-forward layers; 0 for the others."""
+    heads = [config.num_kv_heads if kind == "attention" else 0 for kind in config.kinds]
+    widths = [config.intermediate_size if kind == "mlp" else 0 for kind in config.kinds]
+    return _mamba_keys(config.mamba) | {"attention.head_count_kv": heads, "feed_forward_length": widths}
+
+
+def _mamba_keys(sizes: MambaSizes) -> Keys:
     """Shapes of Mamba 2."""
     return {
         "ssm.conv_kernel": sizes.taps,
@@ -370,6 +377,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "granitehybrid": Architecture(
             name="granitehybrid", more=_granite_hybrid, interleaved=True, square=True, unread=(".ssm_in.bias",)
         ),
+        "nemotron_h": Architecture(name="nemotron_h", more=_nemotron_h, unread=(".ssm_in.bias", ".ssm_out.bias")),
         "seed_oss": Architecture(name="seed_oss", names=lambda _: (".post_attention_norm.",)),
         "olmo2": _OLMO2,
         "olmo3": _OLMO2,

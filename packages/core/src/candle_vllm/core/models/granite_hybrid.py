@@ -16,6 +16,7 @@ from candle_vllm.core.layers.rotary import Rotary
 from candle_vllm.core.loading.cache_specs import CacheSpec
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.models import granite, llama
+from candle_vllm.core.models.attention_names import HF
 from candle_vllm.core.models.family import Family
 from candle_vllm.core.models.llama import Llama, LlamaConfig, Mixer
 from candle_vllm.core.models.mamba2 import Mamba2Mixer, MambaSizes, mixer_names, sizes_from_gguf, sizes_from_hf
@@ -112,6 +113,6 @@ FAMILY = Family(
     config_from_hf=config_from_hf,
     config_from_gguf=config_from_gguf,
     build=GraniteHybrid,
-    weights=[*granite.WEIGHTS, *mixer_names("attention", "mamba")],
+    weights=[*granite.WEIGHTS, *mixer_names("attention", HF + "mamba")],
     ignored=llama.ignored,
 )

@@ -29,7 +29,7 @@ from candle_vllm.core.layers.parameters import Placement, TensorParameter
 from candle_vllm.core.loading.cache_specs import StatePart, StateSpec
 from candle_vllm.core.loading.views import View, flattened
 from candle_vllm.core.loading.weights import Parameter, WeightName
-from candle_vllm.core.models.attention_names import GG, HF, Either, pair
+from candle_vllm.core.models.attention_names import GG, pair
 from candle_vllm.core.models.qwen3_next_config import convolution_taps, decay_of_log
 from candle_vllm.core.quantization.tensors import StoredTensor
 
@@ -186,16 +186,24 @@ def one_row(stored: StoredTensor, config: object) -> StoredTensor:
     return dataclasses.replace(stored, shape=stored.shape[:1]) if stored.shape[1:] == (1,) else stored
 
 
-def mixer_names(target: str, hf: str) -> list[WeightName]:
-    """The lines of a mixer: `target` is its name in a layer, "mixer", `hf` what Hugging Face calls it there."""
-    to, name = f"layers.{{i}}.{target}", f"{HF}{hf}."
+def mixer_names(target: str, *hf: str) -> list[WeightName]:
+    """The lines of a mixer.
 
-    def line(part: str, stored: str, gguf: Either, view: View | None = None, own: View | None = None) -> WeightName:
-        return WeightName(f"{to}:{part}", name + stored, GG + str(gguf), view, own)
+    Args:
+        target: its name in a layer, "attention".
+        hf: what Hugging Face's files may call it: "model.layers.{i}.mamba".
+    """
+    to = f"layers.{{i}}.{target}"
+
+    def names(part: str) -> tuple[str, ...]:
+        return tuple(f"{name}.{part}" for name in hf)
+
+    def line(part: str, stored: str, gguf: str, view: View | None = None, own: View | None = None) -> WeightName:
+        return WeightName(f"{to}:{part}", names(stored), GG + gguf, view, own)
 
     return [
-        *pair(f"{to}.inputs:", name + "in_proj", GG + "ssm_in"),
-        *pair(f"{to}.result:", name + "out_proj", GG + "ssm_out"),
+        *pair(f"{to}.inputs:", names("in_proj"), GG + "ssm_in"),
+        *pair(f"{to}.result:", names("out_proj"), GG + "ssm_out"),
         line("taps", "conv1d.weight", "ssm_conv1d.weight", flattened),
         line("taps_bias", "conv1d.bias", "ssm_conv1d.bias"),
         line("decay", "A_log", "ssm_a", decay_of_log, one_row),

@@ -39,6 +39,7 @@ FAMILIES = (
     "lfm2",
     "granite",
     "granite_hybrid",
+    "nemotron_h",
     "olmo2",
     "olmoe",
     "minimax_m2",
