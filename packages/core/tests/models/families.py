@@ -317,13 +317,14 @@ NEMOTRON_H = {
     "num_hidden_layers": 5,
     "layers_block_type": ["linear_attention", "mlp", "full_attention", "linear_attention", "mlp"],
     "head_dim": 32,
-    "mamba_num_heads": 6,
+    "expand": 4,
+    "mamba_num_heads": 8,
     "mamba_head_dim": 32,
     "n_groups": 2,
     "ssm_state_size": 16,
     "time_step_min": 1e-30,  # by which transformers limits dt in prompts alone, where published models have no limit
 }
-NEMOTRON_BIASES = {"mlp_bias": True, "mamba_proj_bias": True, "use_conv_bias": False, "tie_word_embeddings": True}
+NEMOTRON_BIASES = {"mlp_bias": True, "use_bias": True, "use_conv_bias": False}
 GRANITE_MAMBA_MOE = {
     "num_local_experts": 6,
     "num_experts_per_tok": 3,

@@ -76,6 +76,7 @@ _USUAL_KEYS = {
 def usual_config(folder: Path) -> dict[str, Any]:
     """A checkpoint's config, with what the older families name otherwise under the usual keys too."""
     config = config_of(folder)
+    config.setdefault("num_hidden_layers", len(config.get("layers_block_type", ())))
     return config | {usual: config[own] for own, usual in _USUAL_KEYS.items() if own in config}
 
 

@@ -50,7 +50,7 @@ _KEYS = {
     "groups": "n_groups",
     "state": "ssm_state_size",
     "taps": "conv_kernel",
-    "bias": "mamba_proj_bias",
+    "bias": "use_bias",
     "conv_bias": "use_conv_bias",
 }
 _DEFAULTS = {"n_groups": 8, "ssm_state_size": 128, "conv_kernel": 4, "layer_norm_epsilon": 1e-5}
