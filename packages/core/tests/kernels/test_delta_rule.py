@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The gated delta rule and Mamba 2: transformers', plain torch's and the CPU's, and the same bits however texts are cut."""
+"""The gated delta rule and Mamba 2: transformers', plain torch's and the CPU's; the same bits however texts are cut."""
 
 from __future__ import annotations
 

@@ -324,6 +324,17 @@ NEMOTRON_H = {
     "ssm_state_size": 16,
     "time_step_min": 1e-30,  # by which transformers limits dt in prompts alone, where published models have no limit
 }
+NEMOTRON_MOE = NEMOTRON_H | {
+    "num_hidden_layers": 4,
+    "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"],
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 64,
+    "moe_shared_expert_intermediate_size": 96,
+    "n_group": 2,
+    "topk_group": 1,
+    "routed_scaling_factor": 2.5,
+}
 NEMOTRON_BIASES = {"mlp_bias": True, "use_bias": True, "use_conv_bias": False}
 GRANITE_MAMBA_MOE = {
     "num_local_experts": 6,
@@ -481,6 +492,7 @@ ROWS: Mapping[str, Row] = {
         "granitemoehybrid", GRANITE_MAMBA | GRANITE_MAMBA_MOE, "granitehybrid", undecided=0.1, common=False
     ),
     "Nemotron-H": Row("nemotron_h", NEMOTRON_H, "nemotron_h"),
+    "Nemotron 3 experts": Row("nemotron_h", NEMOTRON_MOE, "nemotron_h_moe", undecided=0.1),
     "Nemotron-H biases": Row("nemotron_h", NEMOTRON_H | NEMOTRON_BIASES, common=False),
     "OLMo 2": Row("olmo2", OLMO, "olmo2", common=False),
     "OLMo 2 biases": Row("olmo2", OLMO | {"attention_bias": True}, common=False),

@@ -48,7 +48,9 @@ def export_gguf(folder: Path, path: Path, architecture: str, *, quantization: st
     for name, data in tensors.items():
         found = names.get_name(name, try_suffixes=(".weight", ".bias")) or name
         data = np.ascontiguousarray(data)
-        kernels = "shortconv.conv" in found or found.endswith(("ssm_conv1d.weight", "ssm_a", "ssm_d", "ssm_norm.weight"))
+        kernels = "shortconv.conv" in found or found.endswith(
+            ("ssm_conv1d.weight", "ssm_a", "ssm_d", "ssm_norm.weight")
+        )
         kept = "ffn_gate_inp" in found or kernels or found.endswith(".bias")  # of experts
         plain = data.ndim < 2 or kept
         if kind is not GGMLQuantizationType.F32 and not plain:
@@ -563,7 +565,11 @@ def _mamba(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> T
         "D": ("ssm_d", lambda x: x[:, None]),
         "dt_bias": ("ssm_dt.bias", lambda x: x),
         "norm.weight": ("ssm_norm.weight", lambda x: x.reshape(groups, -1)),
-        **{f"{part}_proj.{kind}": (f"ssm_{part}.{kind}", lambda x: x) for part in ("in", "out") for kind in ("weight", "bias")},
+        **{
+            f"{part}_proj.{kind}": (f"ssm_{part}.{kind}", lambda x: x)
+            for part in ("in", "out")
+            for kind in ("weight", "bias")
+        },
         "conv1d.bias": ("ssm_conv1d.bias", lambda x: x),
     }
     made: Tensors = {}
@@ -581,8 +587,36 @@ def _nemotron_h(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors)
     """Feed-forward layers alone have a width."""
     writer.add_feed_forward_length([config["intermediate_size"] * (k == "mlp") for k in config["layers_block_type"]])
     writer.add_layer_norm_rms_eps(config["layer_norm_epsilon"])
-    made = _mamba(writer, config, tensors)
-    return {name.replace("model.layers", "backbone.layers"): data for name, data in made.items()}
+    made = {name.replace("model.layers", "backbone.layers"): x for name, x in _mamba(writer, config, tensors).items()}
+    if "moe" not in config["layers_block_type"]:
+        return made
+    writer.add_expert_count(config["n_routed_experts"])
+    writer.add_expert_used_count(config["num_experts_per_tok"])
+    writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+    writer.add_expert_shared_feed_forward_length(config["moe_shared_expert_intermediate_size"])
+    writer.add_expert_group_count(config["n_group"])
+    writer.add_expert_group_used_count(config["topk_group"])
+    writer.add_expert_weights_scale(config["routed_scaling_factor"])
+    writer.add_expert_weights_norm(config["norm_topk_prob"])
+    count, found = config["n_routed_experts"], Tensors()
+    for name, data in made.items():
+        start, part = name.rpartition(".mixer.")[::2]
+        at = f"blk.{start.split('.')[2]}." if start else ""
+        if part.startswith("experts.") and part.split(".")[1].isdigit():
+            kind = part.split(".")[2].removesuffix("_proj")
+            every = [made[f"{start}.mixer.experts.{e}.{kind}_proj.weight"] for e in range(count)]
+            found[f"{at}ffn_{kind}_exps.weight"] = np.stack(every)
+        elif part.startswith("experts."):
+            found[f"{at}ffn_{part.split('.')[1].removesuffix('_proj')}_exps.weight"] = data
+        elif part == "gate.weight":
+            found[at + "ffn_gate_inp.weight"] = data
+        elif part.startswith("gate."):
+            found[at + "exp_probs_b.bias"] = data
+        elif part.startswith("shared_experts."):
+            found[f"{at}ffn_{part.split('.')[1].removesuffix('_proj')}_shexp.weight"] = data
+        else:
+            found[name] = data
+    return found
 
 
 def _olmo2(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
@@ -731,6 +765,7 @@ CONVERTERS: Mapping[str, Convert] = {
     "gpt-oss": _gpt_oss,
     "granitehybrid": _granite,
     "nemotron_h": _nemotron_h,
+    "nemotron_h_moe": _nemotron_h,
     "lfm2": _lfm2,
     "lfm2moe": _lfm2,
     "llama": _llama,

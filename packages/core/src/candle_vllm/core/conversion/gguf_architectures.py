@@ -111,7 +111,11 @@ def _nemotron_h(config: Any) -> Keys:
     """Key-value heads of the layers that have attention, and widths of the feed-forward layers; 0 for the others."""
     heads = [config.num_kv_heads if kind == "attention" else 0 for kind in config.kinds]
     widths = [config.intermediate_size if kind == "mlp" else 0 for kind in config.kinds]
-    return _mamba_keys(config.mamba) | {"attention.head_count_kv": heads, "feed_forward_length": widths}
+    keys = _mamba_keys(config.mamba) | {"attention.head_count_kv": heads, "feed_forward_length": widths}
+    if config.mixture is None:
+        return keys
+    shared = {"expert_shared_count": 1, "expert_shared_feed_forward_length": config.mixture.shared_size}
+    return keys | _routed(config.mixture) | shared
 
 
 def _mamba_keys(sizes: MambaSizes) -> Keys:
@@ -377,7 +381,12 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "granitehybrid": Architecture(
             name="granitehybrid", more=_granite_hybrid, interleaved=True, square=True, unread=(".ssm_in.bias",)
         ),
-        "nemotron_h": Architecture(name="nemotron_h", more=_nemotron_h, unread=(".ssm_in.bias", ".ssm_out.bias")),
+        **{
+            name: Architecture(
+                name=name, more=_nemotron_h, otherwise=_ungrouped, unread=(".ssm_in.bias", ".ssm_out.bias")
+            )
+            for name in ("nemotron_h", "nemotron_h_moe")
+        },
         "seed_oss": Architecture(name="seed_oss", names=lambda _: (".post_attention_norm.",)),
         "olmo2": _OLMO2,
         "olmo3": _OLMO2,

@@ -2,7 +2,7 @@
 """IBM Granite 3 and 4, dense and with experts: the Llama wiring (`llama.py`) with four factors.
 
 They scale the embeddings, attention scores, what each sublayer adds to the residual stream, and the logits. Granite 4,
-with Mamba layers and without, stands in `granite_hybrid.py`; its feed-forward layer is the one that experts would share.
+with Mamba layers and without, stands in `granite_hybrid.py`; its feed-forward layer is what experts would share.
 Source: IBM, 2024, "Granite 3.0 Language Models".
 """
 

@@ -50,14 +50,18 @@ class GraniteHybridConfig(LlamaConfig):
     def cache_specs(self) -> tuple[CacheSpec, ...]:
         """See `ModelConfig`."""
         specs, mamba = super().cache_specs, self.mamba
-        return specs if mamba is None else tuple(mamba.spec if n in self.mamba_layers else s for n, s in enumerate(specs))
+        return (
+            specs if mamba is None else tuple(mamba.spec if n in self.mamba_layers else s for n, s in enumerate(specs))
+        )
 
 
 def config_from_hf(fields: Fields, model_type: str) -> GraniteHybridConfig:
     """Reads `config.json` of granitemoehybrid."""
     key = "layer_types" if "layer_types" in fields else "layers_block_type"
     kinds = fields.get(key, list, ["attention"] * fields.count("num_hidden_layers"))
-    if len(kinds) != fields.count("num_hidden_layers") or not all(kind in ("attention", "full_attention", "mamba", "linear_attention") for kind in kinds):
+    if len(kinds) != fields.count("num_hidden_layers") or not all(
+        kind in ("attention", "full_attention", "mamba", "linear_attention") for kind in kinds
+    ):
         raise UnsupportedModelError(f"{fields.path}: {key} must name attention or mamba for each layer")
     plain = Fields(dict(fields.values) | {"layer_types": ["attention"] * len(kinds)}, fields.path, fields.prefix)
     shared = _flags(granite.config_from_hf(plain, model_type))

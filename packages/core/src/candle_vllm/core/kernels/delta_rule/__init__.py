@@ -25,10 +25,10 @@ other, on every backend; columns beyond Dv hold zeros. A kept row is k [Hk, Dk],
 value head, in float32: as the rule takes them in, or, on a GPU, as they came; who wrote it reads it. A row's result
 depends on its own sequence alone.
 
-On a GPU with tensor cores, by the delta rule alone, where q, k and v have 16 bits, whole chunks of 64 tokens between absolute multiples of 64
-are computed at once, as far as a step has all rows of a chunk and stores no state within it. For that it must be told
-the `positions` [T] of rows: how many tokens of their sequence stand before each. Without them, as in steps in which no
-sequence has 64 rows, tokens are taken in one by one, as everywhere else.
+By the delta rule on a GPU with tensor cores, where q, k and v have 16 bits, whole chunks of 64 tokens between absolute
+multiples of 64 are computed at once, as far as a step has all rows of a chunk and stores no state within it. For that
+it must be told the `positions` [T] of rows: how many tokens of their sequence stand before each. Without them, as in
+steps in which no sequence has 64 rows, tokens are taken in one by one, as everywhere else.
 
 Source: Yang, Kautz and Hatamizadeh, 2024, arXiv:2412.06464, with the gates of Qwen3-Next; Dao and Gu, 2024,
 arXiv:2405.21060 (Mamba 2).

@@ -181,7 +181,8 @@ def _take_in(
 ) -> Any:
     """A token, in some tiles of a state at `at`; the state behind it goes `to`, which may be the same.
 
-    tiles, reads, corrects: how many, whether q reads, and whether the rule is the delta rule: constants. k, q: addresses of `rows` floats. v, out: of `columns`.
+    tiles, reads, corrects: how many, whether q reads, and whether the rule is the delta rule: constants.
+    k, q: addresses of `rows` floats. v, out: of `columns`.
     ahead: where tiles are that are asked for meanwhile.
     """
     width, gives, delta = tiles.literal_value, bool(reads.literal_value), bool(corrects.literal_value)

@@ -57,10 +57,11 @@ def take_in(state, k, v, a, b, bias, decay, most, NORMED: tl.constexpr, EPS: tl.
     if NORMED:
         k = k / tl.sqrt(tl.sum(k * k) + EPS)
     state = state * tl.exp(decay * time)
+    strength = time
     if CORRECTS:
-        added = strength_of(b, most) * (v - tl.sum(state * k[:, None], axis=0))
-    else:
-        added = time * v
+        v -= tl.sum(state * k[:, None], axis=0)
+        strength = strength_of(b, most)
+    added = strength * v
     return state + k[:, None] * added[None, :]
 
 
@@ -108,9 +109,7 @@ def scan_rows(
         query = tl.load(q + at * q_token + row, mask=row < DK, other=0.0).to(tl.float32)
         value = tl.load(v + at * v_token + column, mask=column < DV, other=0.0).to(tl.float32)
         given = tl.load(a + at * a_token)
-        state = take_in(
-            state, key, value, given, tl.load(b + at * b_token), bias, decay, most, NORMED, EPS, CORRECTS
-        )
+        state = take_in(state, key, value, given, tl.load(b + at * b_token), bias, decay, most, NORMED, EPS, CORRECTS)
         if NORMED:
             query = query / tl.sqrt(tl.sum(query * query) + EPS)
         result = tl.sum(state * (query * scale)[:, None], axis=0)
