@@ -585,8 +585,9 @@ def _mamba(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> T
 
 def _nemotron_h(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
     """Feed-forward layers alone have a width."""
-    writer.add_feed_forward_length([config["intermediate_size"] * (k == "mlp") for k in config["layers_block_type"]])
-    writer.add_layer_norm_rms_eps(config["layer_norm_epsilon"])
+    widths = {"mlp": config["intermediate_size"], "moe": config["moe_intermediate_size"]}
+    writer.add_feed_forward_length([widths.get(kind, 0) for kind in config["layers_block_type"]])
+    writer.add_layer_norm_eps(config["layer_norm_epsilon"])
     made = {name.replace("model.layers", "backbone.layers"): x for name, x in _mamba(writer, config, tensors).items()}
     if "moe" not in config["layers_block_type"]:
         return made

@@ -110,7 +110,10 @@ def _granite_hybrid(config: Any) -> Keys:
 def _nemotron_h(config: Any) -> Keys:
     """Key-value heads of the layers that have attention, and widths of the feed-forward layers; 0 for the others."""
     heads = [config.num_kv_heads if kind == "attention" else 0 for kind in config.kinds]
-    widths = [config.intermediate_size if kind == "mlp" else 0 for kind in config.kinds]
+    own = {"mlp": config.intermediate_size, "moe": config.mixture.inner_size if config.mixture else 0}
+    if {"mlp", "moe"} <= set(config.kinds):
+        raise UnsupportedModelError("llama.cpp's nemotron_h_moe has experts in all feed-forward layers")
+    widths = [own.get(kind, 0) for kind in config.kinds]
     keys = _mamba_keys(config.mamba) | {"attention.head_count_kv": heads, "feed_forward_length": widths}
     if config.mixture is None:
         return keys
@@ -319,6 +322,7 @@ def _lfm2(config: Any) -> Keys:
 # ---- the rows --------------------------------------------------------------------------------------------------------
 
 _LAYER_NORM = "attention.layer_norm_epsilon"
+_PROJECTED = (".ssm_in.bias", ".ssm_out.bias")
 _CONVOLVED = (DIVISORS, *(f".shortconv.{part}.bias" for part in ("in_proj", "conv", "out_proj")))
 _LLAMA = Architecture(name="llama", more=_window, interleaved=True, unread=())
 _GLM4_MOE = Architecture(name="glm4moe", more=_glm4_moe, otherwise=_ungrouped)
@@ -382,9 +386,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
             name="granitehybrid", more=_granite_hybrid, interleaved=True, square=True, unread=(".ssm_in.bias",)
         ),
         **{
-            name: Architecture(
-                name=name, more=_nemotron_h, otherwise=_ungrouped, unread=(".ssm_in.bias", ".ssm_out.bias")
-            )
+            name: Architecture(name=name, more=_nemotron_h, eps=_LAYER_NORM, otherwise=_ungrouped, unread=_PROJECTED)
             for name in ("nemotron_h", "nemotron_h_moe")
         },
         "seed_oss": Architecture(name="seed_oss", names=lambda _: (".post_attention_norm.",)),

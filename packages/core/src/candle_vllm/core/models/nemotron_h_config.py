@@ -113,7 +113,8 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> NemotronHConfig:
     if not (set(heads) <= {0, max(heads)} and set(dense) <= {0, max(dense)}):
         raise UnsupportedModelError(f"{fields.path}: {' and '.join(one)} must have one number, or 0, for each layer")
     usual = {fields.prefix + name: number for name, number in one.items()}
-    shared = shared_from_gguf(Fields({**fields.values, **usual}, fields.path, fields.prefix), checkpoint)
+    fields = Fields({**fields.values, **usual}, fields.path, fields.prefix)
+    shared = shared_from_gguf(fields, checkpoint, eps="attention.layer_norm_epsilon")
     kinds: list[Kind] = [
         "moe" if layer in sparse else "mlp" if width else "attention" if count else "mamba"
         for layer, (count, width) in enumerate(zip(heads, widths))
