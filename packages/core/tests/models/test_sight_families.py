@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 
 from candle_vllm.core import InferenceEngine, SamplingParams
@@ -65,6 +66,26 @@ GEMMA3 = {
     "sliding_window": 6,  # less than a picture has tokens
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
 }
+GEMMA4 = {
+    "model_type": "gemma4_text",
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "num_hidden_layers": 4,
+    "num_kv_shared_layers": 2,
+    "sliding_window": 16,  # less than an image has tokens
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "hidden_size_per_layer_input": 16,
+    "vocab_size_per_layer_input": 264,
+    "vocab_size": 264,
+}
+GEMMA4_WIDE = GEMMA4 | {
+    "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0, "use_bidirectional_attention": "vision"
+}  # fmt: skip
+GEMMA4_VISION = VISION | {
+    "model_type": "gemma4_vision", "num_key_value_heads": 2, "head_dim": 16, "pooling_kernel_size": 2,
+    "rope_parameters": {"rope_type": "axial", "rope_theta": 100.0},
+}  # fmt: skip
+GEMMA4_TOKENS = {"image_token_id": 261, "boi_token_id": 259, "eoi_token_id": 260, "audio_config": None}
 MISTRAL = {"model_type": "mistral", "head_dim": 16, "rms_norm_eps": 1e-4}  # not that of the tower's norms
 
 
@@ -105,6 +126,18 @@ ROWS = {
         ("<start_of_image>", "<end_of_image>", "<image_soft_token>"), "<start_of_image>",
         261, ("gemma3", {"image_size": 32, "projector.scale_factor": 2, **HALF}),
     ),
+    "Gemma 4 E2B": Row(
+        "gemma4", GEMMA4, GEMMA4_VISION | {"use_clipped_linears": True, "position_embedding_size": 10240},
+        GEMMA4_TOKENS, {"patch_size": 4, "max_soft_tokens": 70, "pooling_kernel_size": 2},
+        ("<|image>", "<image|>", "<|image|>"), "<|image|>",
+        261, ("gemma4", {"projector.scale_factor": 2}),
+    ),
+    "Gemma 4 31B": Row(
+        "gemma4", GEMMA4_WIDE, GEMMA4_VISION | {"standardize": True, "position_embedding_size": 10240},
+        GEMMA4_TOKENS, {"patch_size": 4, "max_soft_tokens": 70, "pooling_kernel_size": 2},
+        ("<|image>", "<image|>", "<|image|>"), "<|image|>",
+        261, ("gemma4", {"projector.scale_factor": 2}),
+    ),
 }  # fmt: skip
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{% if message.content is string %}"
@@ -121,6 +154,11 @@ def write_sight(folder: Path, name: str, processor: Mapping[str, Any] = {}, **co
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(made, dtype=torch.float32, attn_implementation="eager")
     randomise(model)
+    for key, buffer in model.named_buffers():  # of Gemma 4's tower, so that none is idle
+        if key.endswith(("put_min", "put_max")):
+            buffer.fill_(-0.8 if key.endswith("min") else 0.7)
+        elif key.endswith(("std_bias", "std_scale")):
+            buffer.copy_(torch.randn_like(buffer))
     model.save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(dict(row.processor) | dict(processor)))
     write_toy_tokenizer(folder)
@@ -154,6 +192,9 @@ def their_inputs(name: str, folder: Path, pictures: list[NDArray[np.uint8]]) -> 
     if name == "Gemma 3":
         made = Gemma3ImageProcessorPil(**said)(images=images, return_tensors="pt")
         return {"pixel_values": made["pixel_values"]}
+    if "Gemma 4" in name:
+        made = Gemma4ImageProcessorPil(**said)(images=images, return_tensors="pt")
+        return {key: made[key] for key in ("pixel_values", "image_position_ids")}
     patch = 4 * ROWS[name].own.get("spatial_merge_size", 1)
     made = PixtralImageProcessorPil(**said | {"patch_size": {"height": patch, "width": patch}})(
         images=images, return_tensors="pt"
@@ -236,7 +277,8 @@ def test_logits_are_those_of_transformers(name: str, eager: bool, folders: Calla
         params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=1)
         found = engine.generate(prompt(name, *pictures), params, use_tqdm=False)[0]
     ids = torch.tensor([found.prompt_token_ids])
-    more = {"token_type_ids": (ids == 261).long()} if name == "Gemma 3" else {}
+    kind = {"Gemma 3": "token_type_ids", "Gemma 4": "mm_token_type_ids"}.get(name[:7])
+    more = {kind: (ids == 261).long()} if kind else {}
     with torch.inference_mode():
         logits = theirs(folder)(input_ids=ids, **their_inputs(name, folder, pictures), **more).logits[0]
     # keys and values are bfloat16 in the compiled steps

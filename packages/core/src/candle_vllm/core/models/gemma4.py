@@ -43,7 +43,9 @@ class Attention:
         self.q_norm, window = RMSNorm(dim, eps, placement), config.sliding_windows[layer]
         self.k_norm = RMSNorm(dim, eps, placement) if source == layer else None
         self.v_norm = RMSNorm(dim, eps, placement, weighted=False)
-        self.attend = PagedAttention(source, dim, rotary, self.q_norm, self.k_norm, window=window, scale=1.0)
+        self.attend = PagedAttention(
+            source, dim, rotary, self.q_norm, self.k_norm, window=window, scale=1.0, causal=window is None
+        )
 
     def __call__(self, x: Value, step: StepInput) -> Value:
         qkv = self.qkv(x)
@@ -109,7 +111,11 @@ class Gemma4(gemma.Gemma):
 
     def begun(self, token_ids: Value, x: Value, step: StepInput) -> StepInput:
         """See `DecoderStack.begun`."""
-        return step if self.inputs is None else dataclasses.replace(step, layer_inputs=self.inputs(token_ids, x))
+        if self.inputs is None:
+            return step
+        if step.given is not None:  # an image's tokens stand as padding here, whose embedding is not scaled
+            x = step.given.scale(x, 1 / self.config.embedding_scale)
+        return dataclasses.replace(step, layer_inputs=self.inputs(token_ids, x))
 
 
 # ---- weight names ----------------------------------------------------------------------------------------------------

@@ -306,6 +306,10 @@ class GivenTensors:
         x[self.rows] = self.vectors[:, : x.shape[1]].to(x.dtype)
         return x
 
+    def scale(self, x: torch.Tensor, factor: float) -> torch.Tensor:
+        x[self.rows] *= factor
+        return x
+
     def add(
         self, layer: int, x: torch.Tensor, residual: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -354,7 +358,7 @@ class EagerTower:
                         deep.append(tower.mergers[len(deep)](config.cells(x)))
                 yield
             with self._there():
-                found = torch.cat([tower.project(config.cells(tower.norm(x))), *deep], 1)
+                found = torch.cat([tower.project(tower.cells(tower.norm(x))), *deep], 1)
                 made.append(rows.in_order(found.float().cpu().numpy()))
         return np.concatenate(made)
 

@@ -1,0 +1,416 @@
+# SPDX-License-Identifier: MIT
+"""Gemma 4's tower. (Its unified models have none; see `gemma4_unified_tower.py`.)
+
+Each block is x + norm(attention(norm(x))), then x + norm(mlp(norm(x))); queries and keys rotate by the column and the
+row of their patch, and values have a norm without a weight. The mean of a cell's patches becomes an embedding. Some
+models bound what goes into a matrix and what comes out of it. Source: Gemma Team, 2026, "Gemma 4 model card".
+Shapes: T patches, E hidden, H heads, D head size, C cells, N rows of the table of positions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
+from candle_vllm.core.fields import Fields
+from candle_vllm.core.kernels.recorded import Value
+from candle_vllm.core.kernels.rotary import Turned
+from candle_vllm.core.kernels.scale_cap import clamp_
+from candle_vllm.core.kernels.side_by_side import side_by_side
+from candle_vllm.core.kernels.silu_mul import gated
+from candle_vllm.core.kernels.whole_attention import whole_attention
+from candle_vllm.core.layers.linear import Linear
+from candle_vllm.core.layers.norm import RMSNorm
+from candle_vllm.core.layers.parameters import Placement, TensorParameter, on_host, write_rows
+from candle_vllm.core.loading.config import MAX_LAYERS
+from candle_vllm.core.loading.views import computed, constant
+from candle_vllm.core.loading.weights import Parameter, WeightName
+from candle_vllm.core.models.family import Placed, TowerConfig, TowerFamily, TowerStep
+from candle_vllm.core.models.siglip import patch_kernel
+from candle_vllm.core.quantization.tensors import StoredTensor
+from candle_vllm.core.vision.preprocessing import NOTHING, Cut, budget_rule, over
+
+# ---- config ----------------------------------------------------------------------------------------------------------
+
+_CAUSAL = (1536, 2560)  # widths of E2B and E4B, where the tokens of an image do not see each other
+MOST_POSITIONS = 1 << 16
+_BOUNDS = MappingProxyType({"input_min": -np.inf, "input_max": np.inf, "output_min": -np.inf, "output_max": np.inf})
+"""By the name of a matrix's bound, the one that changes nothing."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gemma4TowerConfig(TowerConfig):
+    """The flags of these models.
+
+    Attributes:
+        clipped: inputs and results of a layer's matrices have bounds.
+        standardised: what cells are the mean of is shifted and scaled.
+        theta: of the rotation.
+    """
+
+    clipped: bool = False
+    standardised: bool = False
+    theta: float = 100.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_layers and self.hidden_size // self.num_heads % 4:
+            raise InvalidFileError(
+                f"vision_config: heads of {self.hidden_size // self.num_heads} numbers, which must be a multiple of 4"
+            )
+        if self.learned * self.patch < self.side * self.patch or not 0 < self.theta <= 1e9:
+            raise InvalidFileError(
+                f"vision_config: {self.learned} positions, of which an image may have {self.side}; theta {self.theta}"
+            )
+
+
+def config_from_hf(
+    fields: Fields, processor: Fields, text_size: int, said: Mapping[str, Any] = NOTHING
+) -> Gemma4TowerConfig:
+    """Reads `config.json` and `preprocessor_config.json` of gemma4."""
+    vision, text = fields.section("vision_config"), fields.section("text_config")
+    vision.choice("hidden_activation", "gelu_pytorch_tanh", "gelu_pytorch_tanh")
+    rotation = vision.section("rope_parameters")
+    rotation.choice("rope_type", "axial", "axial", "default")
+    size, heads = vision.count("hidden_size", 768), vision.count("num_attention_heads", 12)
+    for key, usual, known in (("num_key_value_heads", heads, heads), ("head_dim", 64, size // heads)):
+        if vision.count(key, usual) != known:
+            raise UnsupportedModelError(f"{fields.path}: vision_config.{key} is not {known}, which is not implemented")
+    return _config(
+        over(processor, said),
+        hidden_size=size,
+        norm_eps=vision.get("rms_norm_eps", float, 1e-6),
+        learned=vision.count("position_embedding_size", 10240, most=MOST_POSITIONS),
+        intermediate_size=vision.count("intermediate_size", 3072),
+        num_layers=vision.count("num_hidden_layers", 16, most=MAX_LAYERS),
+        num_heads=heads,
+        clipped=vision.get("use_clipped_linears", bool, False),
+        standardised=vision.get("standardize", bool, False),
+        theta=rotation.get("rope_theta", float, 100.0),
+        patch=vision.count("patch_size", 16, most=256),
+        cell=vision.count("pooling_kernel_size", 3, most=64),
+        text_size=text_size,
+        whole=text.get("use_bidirectional_attention", str, "") == "vision",
+        blank=text.get("pad_token_id", int, 0),
+    )
+
+
+def config_from_gguf(fields: Fields, text_size: int, said: Mapping[str, Any] = NOTHING) -> Gemma4TowerConfig:
+    """Reads the metadata of llama.cpp's `mmproj` files of Gemma 4; keys begin with `clip.vision.`."""
+    return _config(
+        over(Fields({}, fields.path), said),
+        hidden_size=fields.count("embedding_length"),
+        norm_eps=fields.get("attention.layer_norm_epsilon", float, 1e-6),
+        learned=10240,
+        intermediate_size=fields.count("feed_forward_length"),
+        num_layers=fields.count("block_count", most=MAX_LAYERS),
+        num_heads=fields.count("attention.head_count"),
+        clipped=True,  # `prepared` has bounds and shifts that change nothing where a file has none
+        standardised=True,
+        patch=fields.count("patch_size", most=256),
+        cell=fields.count("projector.scale_factor", 3, most=64),
+        text_size=text_size,
+        whole=text_size not in _CAUSAL,
+        blank=0,
+    )
+
+
+def _config(processor: Fields, *, patch: int, cell: int, **own: Any) -> Gemma4TowerConfig:
+    rule = budget_rule(processor, patch, cell)
+    given = rule.normalisation  # the tower reads 2 x - 1
+    mean, std = tuple(m + s / 2 for m, s in zip(given.mean, given.std)), tuple(s / 2 for s in given.std)
+    rule = msgspec.structs.replace(rule, normalisation=dataclasses.replace(given, mean=mean, std=std))
+    own |= {"most_patches": rule.most_cells * cell**2, "side": rule.longest // patch, "pooled": True, "gated": True}
+    return Gemma4TowerConfig(**own, activation="gelu_tanh", patch=patch, cell=cell, rule=rule)
+
+
+def prepared(tensors: Mapping[str, StoredTensor], config: Any) -> Mapping[str, StoredTensor]:
+    """The tensors of images alone, with the bounds and shifts that a file leaves out."""
+    found = {name: each for name, each in tensors.items() if not name.startswith(("a.", "mm.a."))}
+    if "v.patch_embd.weight" not in found:
+        return found
+    path, size = found["v.patch_embd.weight"].path, config.hidden_size
+    missing = {"v.std_bias": np.zeros(size), "v.std_scale": np.ones(size)}
+    for layer in range(config.num_layers):
+        matrices = [f"v.blk.{layer}.{name}" for _, name in _MATRICES.values()]
+        missing |= {f"{name}.{bound}": np.array([value]) for name in matrices for bound, value in _BOUNDS.items()}
+    for name, values in missing.items():
+        found.setdefault(name, constant(name, values, path))
+    return found
+
+
+# ---- block -----------------------------------------------------------------------------------------------------------
+
+
+class Bounds:
+    """The least and the largest number of a matrix's inputs, and of its results; the parts are those of `_BOUNDS`."""
+
+    def __init__(self, placement: Placement) -> None:
+        self._stored = {name: placement.empty(1) for name in _BOUNDS}
+        self.inputs = self.results = (-math.inf, math.inf)
+
+    def finish(self) -> None:
+        """See `Finishes`."""
+        low, high, least, most = (float(on_host(each)[0]) for each in self._stored.values())
+        self.inputs, self.results = (low, high), (least, most)
+
+    def parameters(self) -> Mapping[str, Parameter]:
+        """Every parameter that must be loaded."""
+        return {name: TensorParameter(each) for name, each in self._stored.items()}
+
+
+class BoundedLinear:
+    """x [T, E] times a matrix without a bias, inputs and results within the matrix's bounds, where it has any."""
+
+    def __init__(self, size: int, results: int, config: Gemma4TowerConfig, placement: Placement) -> None:
+        self.matrix = Linear(size, results, placement)
+        self.bounds = Bounds(placement) if config.clipped else None
+
+    def __call__(self, x: Value) -> Value:
+        if self.bounds is None:
+            return self.matrix(x)
+        if any(map(math.isfinite, self.bounds.inputs)):
+            x = clamp_(side_by_side(x), *self.bounds.inputs)
+        x = self.matrix(x)
+        return clamp_(x, *self.bounds.results) if any(map(math.isfinite, self.bounds.results)) else x
+
+
+class QueryNorm(RMSNorm):
+    """The norm of queries, times the root of D, by which `whole_attention` divides scores: here they are unscaled."""
+
+    def finish(self) -> None:
+        """See `Finishes`."""
+        self.weight *= len(self.weight) ** 0.5
+
+
+class Block:
+    """One layer: x [T, E] -> [T, E] in fp32."""
+
+    def __init__(self, config: Gemma4TowerConfig, tables: tuple[Value, Value], placement: Placement) -> None:
+        size, inner, eps = config.hidden_size, config.intermediate_size, config.norm_eps
+        self.heads, self.head_dim, self.tables = config.num_heads, size // config.num_heads, tables
+        self.q, self.k, self.v, self.output = (BoundedLinear(size, size, config, placement) for _ in range(4))
+        self.gate, self.up = (BoundedLinear(size, inner, config, placement) for _ in range(2))
+        self.down = BoundedLinear(inner, size, config, placement)
+        self.attention_norm, self.attention_post_norm, self.mlp_norm, self.mlp_post_norm = (
+            RMSNorm(size, eps, placement) for _ in range(4)
+        )
+        self.q_norm, self.k_norm = QueryNorm(self.head_dim, eps, placement), RMSNorm(self.head_dim, eps, placement)
+        self.v_norm = RMSNorm(self.head_dim, eps, placement, weighted=False)
+
+    def __call__(self, x: Value, step: TowerStep) -> Value:
+        normed, turned = self.attention_norm(x), Turned(step.places, *self.tables)
+        parts = ((self.q, self.q_norm), (self.k, self.k_norm), (self.v, self.v_norm))
+        qkv = [norm(made(normed).unflatten(-1, (-1, self.head_dim))).flatten(1) for made, norm in parts]
+        attended = whole_attention(side_by_side(*qkv), self.heads, step.lengths, turned)
+        x = x + self.attention_post_norm(self.output(attended))
+        normed = self.mlp_norm(x)
+        inner = gated(self.up(normed), self.gate(normed), "gelu_tanh")
+        return x + self.mlp_post_norm(self.down(inner))
+
+
+class Standard:
+    """(x - bias) * scale, of means x [C, E] on the host or the device."""
+
+    def __init__(self, config: Gemma4TowerConfig, placement: Placement) -> None:
+        self.bias, self.scale = (placement.empty(config.hidden_size) for _ in range(2))
+
+    def __call__(self, means: Any) -> Any:
+        return (means - self.bias) * self.scale
+
+    def parameters(self) -> Mapping[str, Parameter]:
+        """Every parameter that must be loaded."""
+        return {"bias": TensorParameter(self.bias), "scale": TensorParameter(self.scale)}
+
+
+# ---- model -----------------------------------------------------------------------------------------------------------
+
+
+class Positions:
+    """Learned vectors of columns, and behind them of rows: a table [2 * N, E] that the host looks up."""
+
+    def __init__(self, config: TowerConfig, placement: Placement) -> None:
+        self.weight = placement.empty(2 * config.learned, config.hidden_size)
+
+    def __call__(self, places: NDArray[np.int64]) -> NDArray[np.float32]:
+        """[n, E], of the row and column of each patch [n, 2]."""
+        table = on_host(self.weight)
+        return table[places[:, 1]] + table[len(table) // 2 + places[:, 0]]
+
+    def parameters(self) -> Mapping[str, Parameter]:
+        """Every parameter that must be loaded."""
+        return {"weight": TensorParameter(self.weight)}
+
+
+class Gemma4Tower:
+    """The tower: patches of an image to embeddings; see `Tower`."""
+
+    mergers = ()
+
+    def __init__(self, config: Gemma4TowerConfig, placement: Placement) -> None:
+        self.config, size = config, config.hidden_size
+        self.patches, self.positions = Linear(config.patch_size, size, placement), Positions(config, placement)
+        empty = np.zeros((config.most_patches, size // config.num_heads // 2), np.float32)
+        self._tables = placement.constant(empty), placement.constant(empty.copy())  # of an image
+        self.layers = [Block(config, self._tables, placement) for _ in range(config.num_layers)]
+        self.standard = Standard(config, placement) if config.standardised else None
+        self.cell_norm = RMSNorm(size, config.norm_eps, placement, weighted=False)
+        self.projector = Linear(size, config.text_size, placement)
+
+    def place(self, places: NDArray[np.int64], first: int, grid: tuple[int, int]) -> Placed:
+        """See `Tower`: a row of the tables for each patch, whose first half its column rotates, the other its row."""
+        del grid
+        quarter = self._tables[0].shape[1] // 2
+        exponents = np.arange(quarter, dtype=np.float32) / np.float32(quarter)
+        frequencies = np.float32(1) / np.float32(self.config.theta) ** exponents
+        angles = (places[:, ::-1, None].astype(np.float32) * frequencies).reshape(len(places), -1)
+        for table, function in zip(self._tables, (np.cos, np.sin)):
+            write_rows(table, first, function(angles.astype(np.float64)).astype(np.float32))
+        return Placed(np.arange(first, first + len(places)), self.positions(places))
+
+    def begin(self, patches: Value, step: TowerStep) -> Value:
+        """See `Tower`."""
+        return step.start + self.patches(patches)
+
+    def norm(self, x: Value) -> Value:
+        """See `Tower`: there is none."""
+        return x
+
+    def cells(self, hidden: Any) -> Any:
+        """See `Tower`: means of patches times the root of E, shifted and scaled."""
+        means = self.config.cells(hidden) * self.config.hidden_size**0.5
+        return means if self.standard is None else self.standard(means)
+
+    def project(self, cells: Value) -> Value:
+        """See `Tower`."""
+        return self.projector(self.cell_norm(cells))
+
+
+# ---- weight names ----------------------------------------------------------------------------------------------------
+
+_MATRICES = {
+    "q": ("self_attn.q_proj", "attn_q"),
+    "k": ("self_attn.k_proj", "attn_k"),
+    "v": ("self_attn.v_proj", "attn_v"),
+    "output": ("self_attn.o_proj", "attn_out"),
+    "gate": ("mlp.gate_proj", "ffn_gate"),
+    "up": ("mlp.up_proj", "ffn_up"),
+    "down": ("mlp.down_proj", "ffn_down"),
+}
+_NORMS = {
+    "attention_norm": ("input_layernorm", "ln1"),
+    "attention_post_norm": ("post_attention_layernorm", "attn_post_norm"),
+    "mlp_norm": ("pre_feedforward_layernorm", "ln2"),
+    "mlp_post_norm": ("post_feedforward_layernorm", "ffn_post_norm"),
+    "q_norm": ("self_attn.q_norm", "attn_q_norm"),
+    "k_norm": ("self_attn.k_norm", "attn_k_norm"),
+}
+_LAYER, _BLOCK = "vision_tower.encoder.layers.{i}.", "v.blk.{i}."
+
+
+def _halves(stored: StoredTensor, config: Any) -> StoredTensor:
+    """Rows of q or k, or of their norm, whose halves of a head have their own pairs, as pairs of the head's halves."""
+    size = config.hidden_size // config.num_heads
+    if not stored.shape or stored.shape[0] % size:
+        return stored  # a wrong shape is named by the loader
+    head = np.arange(size).reshape(2, 2, -1).swapaxes(0, 1).reshape(-1)
+    order = (np.arange(0, stored.shape[0], size)[:, None] + head).reshape(-1)
+    if len(stored.shape) == 1:
+        return computed(stored, stored.shape, lambda values: values[order])
+    return stored.select(order)
+
+
+def pixels_last(stored: StoredTensor, config: Any) -> StoredTensor:
+    """Columns, or a vector, whose numbers of a patch have its channels last, with channels before pixels."""
+    if stored.shape[-1:] != (config.patch_size,):
+        return stored
+    sides = (*stored.shape[:-1], config.patch, config.patch, 3)
+    return computed(
+        stored, stored.shape, lambda values: np.moveaxis(values.reshape(sides), -1, -3).reshape(stored.shape)
+    )
+
+
+def stacked(stored: StoredTensor, config: Any) -> StoredTensor:
+    """The tables of columns and of rows [2, N, E] as one [2 * N, E]."""
+    shape = (2 * config.learned, config.hidden_size)
+    if stored.shape != (2, config.learned, config.hidden_size):
+        return stored
+    return computed(stored, shape, lambda values: values.reshape(shape))
+
+
+def _one(stored: StoredTensor, config: Any) -> StoredTensor:
+    del config
+    return computed(stored, (1,), lambda values: values.reshape(1)) if stored.shape == () else stored
+
+
+def _matrix(target: str, hf: str, gguf: str) -> list[WeightName]:
+    view = _halves if target in "qk" else None
+    matrix, bounds = f"layers.{{i}}.{target}.matrix:weight", f"layers.{{i}}.{target}.bounds:"
+    return [
+        WeightName(matrix, f"{_LAYER}{hf}.linear.weight", f"{_BLOCK}{gguf}.weight", hf_view=view, gguf_view=view),
+        *(
+            WeightName(f"{bounds}{name}", f"{_LAYER}{hf}.{name}", f"{_BLOCK}{gguf}.{name}", hf_view=_one)
+            for name in _BOUNDS
+        ),
+    ]
+
+
+def _norm(target: str, hf: str, gguf: str) -> WeightName:
+    view = _halves if target in ("q_norm", "k_norm") else None
+    name = f"layers.{{i}}.{target}:weight"
+    return WeightName(name, f"{_LAYER}{hf}.weight", f"{_BLOCK}{gguf}.weight", hf_view=view, gguf_view=view)
+
+
+_AT = "vision_tower.patch_embedder."
+WEIGHTS: Sequence[WeightName] = (
+    WeightName(
+        "patches:weight", _AT + "input_proj.weight", "v.patch_embd.weight", hf_view=pixels_last, gguf_view=patch_kernel
+    ),
+    WeightName(
+        "positions:weight",
+        _AT + "position_embedding_table",
+        "v.position_embd.weight",
+        hf_view=stacked,
+        gguf_view=stacked,
+    ),
+    *(line for target, (hf, gguf) in _MATRICES.items() for line in _matrix(target, hf, gguf)),
+    *(_norm(target, hf, gguf) for target, (hf, gguf) in _NORMS.items()),
+    WeightName("standard:bias", "vision_tower.std_bias", "v.std_bias"),
+    WeightName("standard:scale", "vision_tower.std_scale", "v.std_scale"),
+    WeightName("projector:weight", "embed_vision.embedding_projection.weight", "mm.input_projection.weight"),
+)
+
+
+# ---- prompts ---------------------------------------------------------------------------------------------------------
+
+MARK = "<|image|>"
+
+
+def words_around(cut: Cut, grid: tuple[int, int]) -> str:
+    """What stands in a prompt for an image of `grid` rows and columns of cells."""
+    del cut
+    return f"<|image>{MARK * math.prod(grid)}<image|>"
+
+
+FAMILY = TowerFamily(
+    name="gemma4_tower",
+    hf={"Gemma4ForConditionalGeneration": "gemma4"},
+    seen=("gemma4_vision",),
+    gguf=("gemma4v",),
+    settings=("max_soft_tokens",),
+    config_from_hf=config_from_hf,
+    config_from_gguf=config_from_gguf,
+    prepared=prepared,
+    build=Gemma4Tower,
+    weights=WEIGHTS,
+    mark=MARK,
+    words_around=words_around,
+)
