@@ -44,6 +44,7 @@ def test_the_operation_makes_what_the_reference_makes(
     team.close()
     chosen = gates[picked] if picks else gates[:rows]
     wanted = gated(torch.from_numpy(before[:rows, :columns]), torch.from_numpy(chosen[:, :columns]), kind)
-    np.testing.assert_allclose(x[:rows, :columns], wanted.numpy(), rtol=2e-6, atol=1e-7)
+    near = {"rtol": 1e-5, "atol": 1e-6} if kind == "gelu_tanh" else {"rtol": 2e-6, "atol": 1e-7}  # as `test_functions`
+    np.testing.assert_allclose(x[:rows, :columns], wanted.numpy(), **near)
     x[:rows, :columns] = before[:rows, :columns]
     assert np.array_equal(x, before)

@@ -347,6 +347,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "deepseek_v3": _DEEPSEEK,
         "glm4_moe_lite": _DEEPSEEK,
         "youtu": _DEEPSEEK,
+        "mistral4": dataclasses.replace(_DEEPSEEK, name="mistral4", more=lambda it: _deepseek(it) | _mistral3(it)),
         "granite": Architecture(name="granite", more=_granite, interleaved=True, square=True, unread=()),
         "granitemoe": Architecture(name="granitemoe", more=_granite, interleaved=True, square=True, unread=()),
         "seed_oss": Architecture(name="seed_oss", names=lambda _: (".post_attention_norm.",)),

@@ -60,10 +60,6 @@ class GivenRows(Protocol):
         """x [T, E] with these in their places; of several ranks the first has them, and the others get them here."""
         ...
 
-    def scale(self, x: Value, factor: float) -> Value:
-        """x [T, E] with these rows times a factor, before `put` gives them."""
-        ...
-
     def add(self, layer: int, x: Value, residual: Value | None) -> tuple[Value, Value | None]:
         """What a layer gave, x [T, E] as two summands, with what is added to these rows behind it.
 

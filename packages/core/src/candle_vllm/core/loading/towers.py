@@ -27,7 +27,11 @@ TOWERS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "LlavaForConditionalGeneration": {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"},
         "Idefics3ForConditionalGeneration": {"llama": "LlamaForCausalLM"},
         "SmolVLMForConditionalGeneration": {"llama": "LlamaForCausalLM"},
-        "Mistral3ForConditionalGeneration": {"mistral": "MistralForCausalLM", "ministral3": "Ministral3ForCausalLM"},
+        "Mistral3ForConditionalGeneration": {
+            "mistral": "MistralForCausalLM",
+            "ministral3": "Ministral3ForCausalLM",
+            "mistral4": "Mistral4ForCausalLM",
+        },
         "Qwen2VLForConditionalGeneration": {"qwen2_vl_text": "Qwen2ForCausalLM"},
         "Qwen2_5_VLForConditionalGeneration": {"qwen2_5_vl_text": "Qwen2ForCausalLM"},
         "Qwen3VLForConditionalGeneration": {"qwen3_vl_text": "Qwen3ForCausalLM"},
@@ -184,7 +188,8 @@ def split_towers(config: Mapping[str, Any], checkpoint: Checkpoint) -> tuple[Che
     for name, tensor in checkpoint.tensors.items():
         other = _OTHER.fullmatch(name)
         if other is not None:
-            others[other[1]] = dataclasses.replace(tensor, name=other[1])
+            if "audio" not in other[1].split(".")[0]:  # no model hears yet
+                others[other[1]] = dataclasses.replace(tensor, name=other[1])
             continue
         found = _TEXT.fullmatch(name)
         plain = name if found is None else ("" if name.startswith("language_model.") else "model.") + found.group(1)

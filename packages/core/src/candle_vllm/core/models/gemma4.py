@@ -111,11 +111,7 @@ class Gemma4(gemma.Gemma):
 
     def begun(self, token_ids: Value, x: Value, step: StepInput) -> StepInput:
         """See `DecoderStack.begun`."""
-        if self.inputs is None:
-            return step
-        if step.given is not None:  # an image's tokens stand as padding here, whose embedding is not scaled
-            x = step.given.scale(x, 1 / self.config.embedding_scale)
-        return dataclasses.replace(step, layer_inputs=self.inputs(token_ids, x))
+        return step if self.inputs is None else dataclasses.replace(step, layer_inputs=self.inputs(token_ids, x))
 
 
 # ---- weight names ----------------------------------------------------------------------------------------------------

@@ -85,7 +85,7 @@ def _families() -> Iterator[Family | EncoderFamily]:
         yield import_module(f"{__package__}.{name}").FAMILY
 
 
-TOWER_FAMILIES = ("siglip", "pixtral", "gemma_tower", "gemma4_tower", "qwen_vl")
+TOWER_FAMILIES = ("siglip", "pixtral", "gemma_tower", "gemma4_tower", "gemma4_unified_tower", "qwen_vl")
 """The files of this folder that have a `TowerFamily` as `FAMILY`."""
 
 

@@ -115,8 +115,7 @@ class DecoderStack:
         return self._normed(*self._through(token_ids, step, None))
 
     def begun(self, token_ids: Value, x: Value, step: StepInput) -> StepInput:
-        """The step with what a family's layers are given beside x, made of the tokens and their embeddings x [T, E],
-        before those of pictures are in their places."""
+        """The step with what a family's layers are given beside x, made of the tokens and their embeddings x [T, E]."""
         del token_ids, x
         return step
 
@@ -151,9 +150,9 @@ class DecoderStack:
             shares.begin(len(token_ids), may_divide=step.may_divide)
         if arrived is None:
             x = self.start(token_ids, step)
-            step = self.begun(token_ids, x, step)
             if given is not None:
                 x = given.put(x, None if self.embed.share is None else self.embed.share.collective)
+            step = self.begun(token_ids, x, step)
         else:
             x, residual = arrived[0], arrived[1]
         for number, layer in enumerate(self.layers):

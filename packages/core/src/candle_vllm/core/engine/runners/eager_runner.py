@@ -306,10 +306,6 @@ class GivenTensors:
         x[self.rows] = self.vectors[:, : x.shape[1]].to(x.dtype)
         return x
 
-    def scale(self, x: torch.Tensor, factor: float) -> torch.Tensor:
-        x[self.rows] *= factor
-        return x
-
     def add(
         self, layer: int, x: torch.Tensor, residual: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:

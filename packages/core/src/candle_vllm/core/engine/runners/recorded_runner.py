@@ -230,14 +230,11 @@ class RecordedRunner(StepwiseRunner):
         rows, count = plan.of_runs if batch.drafted else plan.rows, plan.count + self._plan_draws
         if (given := batch.embedded) is not None:
             done, parts = 0, plan.between_stops(drafted=batch.drafted)
-            for stop, part in zip(plan.stops, parts):
+            for number, (stop, part) in enumerate(zip(plan.stops, parts)):
                 self.team.run(part, stop.operations - done)
                 done, size = stop.operations, stop.rows.shape[1]
-                if stop.factor is not None:
-                    stop.rows[given.rows] *= np.float32(stop.factor)
-                    continue
-                vectors = given.vectors[:, stop.number * size : (stop.number + 1) * size]
-                stop.rows[given.rows] = stop.rows[given.rows] + vectors if stop.number else vectors
+                vectors = given.vectors[:, number * size : (number + 1) * size]
+                stop.rows[given.rows] = stop.rows[given.rows] + vectors if number else vectors
             rows, count = parts[-1], count - done
         return self._with_rows(batch.drawn_rows, rows, count)
 
@@ -416,15 +413,11 @@ class _Stop(NamedTuple):
     Attributes:
         numbers, operations: of the plan before it.
         rows: float32 [T, E], in which those of pictures are written, and behind layers added to.
-        number: which of the pictures' vectors.
-        factor: by what these rows are multiplied instead; None where vectors are written or added.
     """
 
     numbers: int
     operations: int
     rows: NDArray[np.float32]
-    number: int = 0
-    factor: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -477,20 +470,16 @@ class _RecordedGiven:
         self._stop(x)
         return x
 
-    def scale(self, x: Recorded, factor: float) -> Recorded:
-        self._stop(x, factor=factor)
-        return x
-
     def add(self, layer: int, x: Recorded, residual: Recorded | None) -> tuple[Recorded, Recorded | None]:
         if layer + 1 >= self._vectors:
             return x, residual
         total = x if residual is None else residual + x
-        self._stop(total, layer + 1)
+        self._stop(total)
         return total, None
 
-    def _stop(self, x: Recorded, number: int = 0, factor: float | None = None) -> None:
+    def _stop(self, x: Recorded) -> None:
         rows = buffer_of(x).rows
-        self.stops.append(_Stop(len(self._recorder.plan), self._recorder.num_rows, rows, number, factor))
+        self.stops.append(_Stop(len(self._recorder.plan), self._recorder.num_rows, rows))
 
 
 def _fill_entries(entries: EntryArrays, adapters: AdapterRows) -> None:

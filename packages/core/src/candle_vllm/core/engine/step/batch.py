@@ -118,7 +118,7 @@ class EmbeddedRows(msgspec.Struct, frozen=True, eq=False):
 
 
 def embedded_rows(scheduled: Seq[Run], query_start: Ints, token_ids: Ints) -> EmbeddedRows | None:
-    """The embeddings of images among the rows of a step, whose `token_ids` become `blank`; None where there are none."""
+    """Embeddings of images among the rows of a step, whose `token_ids` become `blank`; None where there are none."""
     rows: list[Ints] = []
     vectors: list[NDArray[np.float32]] = []
     for run, first in zip(scheduled, query_start.tolist()):

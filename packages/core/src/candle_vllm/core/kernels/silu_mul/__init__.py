@@ -3,8 +3,8 @@
 
 Contract: x [T, 2F] holds gate then up, of any float dtype; y [T, F] = act(gate) * up has x's dtype, in new memory; the
 arithmetic is fp32. act is SiLU, or GELU in its tanh form: 0.5 g (1 + tanh(sqrt(2 / pi) (g + 0.044715 g^3))).
-`gated` takes x [T, F] and its gate [T, F] apart: y = x * act(gate), where act is the sigmoid, or one of these. Recorded steps
-do so in place: x is changed. The elements of a row lie next to each other, rows any distance apart.
+`gated` takes x [T, F] and its gate [T, F] apart: y = x * act(gate), where act is one of these or the sigmoid. Recorded
+steps do so in place: x is changed. The elements of a row lie next to each other, rows any distance apart.
 Source: Shazeer, 2020, arXiv:2002.05202; Hendrycks and Gimpel, 2016, arXiv:1606.08415.
 """
 
