@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""DeepSeek-V2, V3 and R1, GLM-4.7-Flash, Mistral Small 4 and Youtu: latent attention, and experts in all but the first layers.
+"""DeepSeek-V2 to R1, GLM-4.7-Flash, Mistral Small 4 and Youtu: latent attention, and experts in all but some layers.
 
 Each block is x + attention(norm(x)), then x + mlp(norm(x)). Queries come from x, or from a latent vector of their own.
 Source: DeepSeek-AI, 2024, arXiv:2405.04434 and arXiv:2412.19437.

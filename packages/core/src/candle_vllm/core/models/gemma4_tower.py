@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -19,67 +18,22 @@ from numpy.typing import NDArray
 
 from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.kernels.rotary import Turned
-from candle_vllm.core.kernels.scale_cap import clamp_
 from candle_vllm.core.kernels.side_by_side import side_by_side
 from candle_vllm.core.kernels.silu_mul import gated
 from candle_vllm.core.kernels.whole_attention import whole_attention
 from candle_vllm.core.layers.linear import Linear
 from candle_vllm.core.layers.norm import RMSNorm
-from candle_vllm.core.layers.parameters import Placement, TensorParameter, on_host, write_rows
+from candle_vllm.core.layers.parameters import Placement, write_rows
 from candle_vllm.core.loading.views import computed, constant
-from candle_vllm.core.loading.weights import Parameter, WeightName
-from candle_vllm.core.models.family import Placed, TowerConfig, TowerFamily, TowerStep
+from candle_vllm.core.loading.weights import WeightName
+from candle_vllm.core.models.family import Placed, TowerFamily, TowerStep
 from candle_vllm.core.models.gemma4_tower_config import Gemma4TowerConfig, config_from_gguf, config_from_hf
+from candle_vllm.core.models.gemma4_tower_parts import BOUNDS, BoundedLinear, Positions, QueryNorm, Standard
 from candle_vllm.core.models.siglip import patch_kernel
 from candle_vllm.core.quantization.tensors import StoredTensor
 from candle_vllm.core.vision.preprocessing import Cut
 
-_BOUNDS = MappingProxyType({"input_min": -np.inf, "input_max": np.inf, "output_min": -np.inf, "output_max": np.inf})
-"""By the name of a matrix's bound, the one that changes nothing."""
-
-
 # ---- block -----------------------------------------------------------------------------------------------------------
-
-
-class Bounds:
-    """The least and the largest number of a matrix's inputs, and of its results; the parts are those of `_BOUNDS`."""
-
-    def __init__(self, placement: Placement) -> None:
-        self._stored = {name: placement.empty(1) for name in _BOUNDS}
-        self.inputs = self.results = (-math.inf, math.inf)
-
-    def finish(self) -> None:
-        """See `Finishes`."""
-        low, high, least, most = (float(on_host(each)[0]) for each in self._stored.values())
-        self.inputs, self.results = (low, high), (least, most)
-
-    def parameters(self) -> Mapping[str, Parameter]:
-        """Every parameter that must be loaded."""
-        return {name: TensorParameter(each) for name, each in self._stored.items()}
-
-
-class BoundedLinear:
-    """x [T, E] times a matrix without a bias, inputs and results within the matrix's bounds, where it has any."""
-
-    def __init__(self, size: int, results: int, config: Gemma4TowerConfig, placement: Placement) -> None:
-        self.matrix = Linear(size, results, placement)
-        self.bounds = Bounds(placement) if config.clipped else None
-
-    def __call__(self, x: Value) -> Value:
-        if self.bounds is None:
-            return self.matrix(x)
-        if any(map(math.isfinite, self.bounds.inputs)):
-            x = clamp_(side_by_side(x), *self.bounds.inputs)
-        x = self.matrix(x)
-        return clamp_(x, *self.bounds.results) if any(map(math.isfinite, self.bounds.results)) else x
-
-
-class QueryNorm(RMSNorm):
-    """The norm of queries, times the root of D, by which `whole_attention` divides scores: here they are unscaled."""
-
-    def finish(self) -> None:
-        """See `Finishes`."""
-        self.weight *= len(self.weight) ** 0.5
 
 
 class Block:
@@ -88,9 +42,9 @@ class Block:
     def __init__(self, config: Gemma4TowerConfig, tables: tuple[Value, Value], placement: Placement) -> None:
         size, inner, eps = config.hidden_size, config.intermediate_size, config.norm_eps
         self.heads, self.head_dim, self.tables = config.num_heads, size // config.num_heads, tables
-        self.q, self.k, self.v, self.output = (BoundedLinear(size, size, config, placement) for _ in range(4))
-        self.gate, self.up = (BoundedLinear(size, inner, config, placement) for _ in range(2))
-        self.down = BoundedLinear(inner, size, config, placement)
+        self.q, self.k, self.v, self.output = (BoundedLinear(size, size, config.clipped, placement) for _ in range(4))
+        self.gate, self.up = (BoundedLinear(size, inner, config.clipped, placement) for _ in range(2))
+        self.down = BoundedLinear(inner, size, config.clipped, placement)
         self.attention_norm, self.attention_post_norm, self.mlp_norm, self.mlp_post_norm = (
             RMSNorm(size, eps, placement) for _ in range(4)
         )
@@ -108,37 +62,7 @@ class Block:
         return x + self.mlp_post_norm(self.down(inner))
 
 
-class Standard:
-    """(x - bias) * scale, of means x [C, E] on the host or the device."""
-
-    def __init__(self, config: Gemma4TowerConfig, placement: Placement) -> None:
-        self.bias, self.scale = (placement.empty(config.hidden_size) for _ in range(2))
-
-    def __call__(self, means: Any) -> Any:
-        return (means - self.bias) * self.scale
-
-    def parameters(self) -> Mapping[str, Parameter]:
-        """Every parameter that must be loaded."""
-        return {"bias": TensorParameter(self.bias), "scale": TensorParameter(self.scale)}
-
-
 # ---- model -----------------------------------------------------------------------------------------------------------
-
-
-class Positions:
-    """Learned vectors of columns, and behind them of rows: a table [2 * N, E] that the host looks up."""
-
-    def __init__(self, config: TowerConfig, placement: Placement) -> None:
-        self.weight = placement.empty(2 * config.learned, config.hidden_size)
-
-    def __call__(self, places: NDArray[np.int64]) -> NDArray[np.float32]:
-        """[n, E], of the row and column of each patch [n, 2]."""
-        table = on_host(self.weight)
-        return table[places[:, 1]] + table[len(table) // 2 + places[:, 0]]
-
-    def parameters(self) -> Mapping[str, Parameter]:
-        """Every parameter that must be loaded."""
-        return {"weight": TensorParameter(self.weight)}
 
 
 class Gemma4Tower:
@@ -249,7 +173,7 @@ def _matrix(target: str, hf: str, gguf: str) -> list[WeightName]:
         WeightName(matrix, f"{_LAYER}{hf}.linear.weight", f"{_BLOCK}{gguf}.weight", hf_view=view, gguf_view=view),
         *(
             WeightName(f"{bounds}{name}", f"{_LAYER}{hf}.{name}", f"{_BLOCK}{gguf}.{name}", hf_view=_one)
-            for name in _BOUNDS
+            for name in BOUNDS
         ),
     ]
 
@@ -289,7 +213,7 @@ def prepared(tensors: Mapping[str, StoredTensor], config: Any) -> Mapping[str, S
     missing = {"v.std_bias": np.zeros(size), "v.std_scale": np.ones(size)}
     for layer in range(config.num_layers):
         matrices = [f"v.blk.{layer}.{name}" for _, name in _MATRICES.values()]
-        missing |= {f"{name}.{bound}": np.array([value]) for name in matrices for bound, value in _BOUNDS.items()}
+        missing |= {f"{name}.{bound}": np.array([value]) for name in matrices for bound, value in BOUNDS.items()}
     for name, values in missing.items():
         found.setdefault(name, constant(name, values, path))
     return found
