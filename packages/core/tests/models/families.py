@@ -402,7 +402,7 @@ ROWS: Mapping[str, Row] = {
     "Mistral Small 4": Row(
         "mistral4",
         DEEPSEEK
-        | {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 0}
+        | {"n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0}
         | {"rope_parameters": DEEPSEEK_YARN | {"llama_4_scaling_beta": 0.1, "mscale": 1.0, "mscale_all_dim": 1.0}},
         "mistral4",
         common=False,

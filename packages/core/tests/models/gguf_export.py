@@ -241,8 +241,8 @@ def _experts(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) ->
     names = {"w1": "gate", "w2": "down", "w3": "up", "gate_proj": "gate", "down_proj": "down", "up_proj": "up"}
     for name, data in tensors.items():
         start, found, rest = name.partition(".experts.")
-        if not found:
-            made[name] = data
+        if not found or "." not in rest:  # of all experts already
+            made[f"{name}.weight" if found else name] = data
             continue
         expert, part, _ = rest.split(".")
         merged.setdefault((start.split(".")[2], names[part]), {})[int(expert)] = data

@@ -753,8 +753,10 @@ PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any], int, int, list[int]]]
             "text_config": {"model_type": "gemma4_text", "hidden_size": 1536},
             "vision_config": {
                 "head_dim": 64, "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 768,
-                "model_type": "gemma4_vision", "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 16,
-                "patch_size": 16, "num_key_value_heads": 12, "pooling_kernel_size": 3, "position_embedding_size": 10240,
+                "model_type": "gemma4_vision", "intermediate_size": 3072, "num_attention_heads": 12,
+                "num_hidden_layers": 16,
+                "patch_size": 16, "num_key_value_heads": 12, "pooling_kernel_size": 3,
+                "position_embedding_size": 10240,
                 "rope_parameters": {"rope_theta": 100.0, "rope_type": "default"}, "use_clipped_linears": True,
             },
         },

@@ -304,6 +304,12 @@ _DEEPSEEK = Architecture(
     names=_query_names,
     log_multiplier=0.1,
 )
+_MISTRAL4 = dataclasses.replace(
+    _DEEPSEEK,
+    name="mistral4",
+    more=lambda config: _deepseek(config) | _mistral3(config),
+    names=lambda config: (*_query_names(config), "gate_up_exps"),
+)
 
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
     {
@@ -347,7 +353,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "deepseek_v3": _DEEPSEEK,
         "glm4_moe_lite": _DEEPSEEK,
         "youtu": _DEEPSEEK,
-        "mistral4": dataclasses.replace(_DEEPSEEK, name="mistral4", more=lambda it: _deepseek(it) | _mistral3(it)),
+        "mistral4": _MISTRAL4,
         "granite": Architecture(name="granite", more=_granite, interleaved=True, square=True, unread=()),
         "granitemoe": Architecture(name="granitemoe", more=_granite, interleaved=True, square=True, unread=()),
         "seed_oss": Architecture(name="seed_oss", names=lambda _: (".post_attention_norm.",)),

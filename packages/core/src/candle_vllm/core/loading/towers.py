@@ -19,11 +19,15 @@ from candle_vllm.core.fields import Fields
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.quantization.tensors import StoredTensor
 
+_KIMI = MappingProxyType({"kimi_k2": "DeepseekV3ForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM"})
+
 TOWERS: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
         "Gemma3ForConditionalGeneration": {"gemma3_text": "Gemma3ForCausalLM"},
         "Gemma4ForConditionalGeneration": {"gemma4_text": "Gemma4ForCausalLM"},
         "Gemma4UnifiedForConditionalGeneration": {"gemma4_unified_text": "Gemma4UnifiedForCausalLM"},
+        "KimiK25ForConditionalGeneration": _KIMI,
+        "Kimi_K25ForConditionalGeneration": _KIMI,  # as transformers writes it
         "LlavaForConditionalGeneration": {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"},
         "Idefics3ForConditionalGeneration": {"llama": "LlamaForCausalLM"},
         "SmolVLMForConditionalGeneration": {"llama": "LlamaForCausalLM"},
@@ -127,7 +131,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 
 _CARRIED = ("dtype", "torch_dtype")  # said of the whole model, and meant of the text tower too
 _TEXT = re.compile(r"(?:language_model\.(?=model\.|lm_head\.)|model\.(?:language_model|text_model)\.)(.*)")
-_PARTS = "vision_(?:tower|model|embedder)|audio_tower|embed_(?:vision|audio)|multi_modal_projector|connector|visual"
+_PARTS = "vision_(?:tower|model|embedder)|audio_tower|embed_(?:vision|audio)|multi_modal_projector|mm_projector|connector|visual"
 _OTHER = re.compile(rf"(?:model\.)?((?:{_PARTS})\..*)")
 
 
