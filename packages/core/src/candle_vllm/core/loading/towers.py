@@ -131,7 +131,9 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 
 _CARRIED = ("dtype", "torch_dtype")  # said of the whole model, and meant of the text tower too
 _TEXT = re.compile(r"(?:language_model\.(?=model\.|lm_head\.)|model\.(?:language_model|text_model)\.)(.*)")
-_PARTS = "vision_(?:tower|model|embedder)|audio_tower|embed_(?:vision|audio)|(?:multi_modal|mm)_projector|connector|visual"
+_PARTS = (
+    "vision_(?:tower|model|embedder)|audio_tower|embed_(?:vision|audio)|(?:multi_modal|mm)_projector|connector|visual"
+)
 _OTHER = re.compile(rf"(?:model\.)?((?:{_PARTS})\..*)")
 
 
