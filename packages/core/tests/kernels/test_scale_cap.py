@@ -21,7 +21,7 @@ from candle_vllm.core.kernels.cpu_runtime import emit_functions
 from candle_vllm.core.kernels.cpu_runtime.emit import F32, Emitter, vector
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, plan_row
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
-from candle_vllm.core.kernels.scale_cap import scale_cap_, scale_cap_arguments, scale_cap_operation
+from candle_vllm.core.kernels.scale_cap import clamp_, scale_cap_, scale_cap_arguments, scale_cap_operation
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -38,10 +38,28 @@ def test_rows_become_what_the_reference_makes(threads: int, columns: int, scale:
         x=address_of(x), stride=stride, columns=columns, scale=scale, cap=cap, rows_from=StepNumber.LOGIT_ROWS
     )
     team = ThreadTeam(threads)
-    operation = scale_cap_operation(cap is not None)
+    operation = scale_cap_operation(int(cap is not None))
     team.run(np.array(plan_row(operation, address_of(numbers), arguments)), 1)
     team.close()
     np.testing.assert_allclose(x[:rows, :columns], wanted.numpy(), rtol=1e-6)
+    assert np.array_equal(x[rows], before[rows])
+    assert np.array_equal(x[:rows, -16:], before[:rows, -16:])
+
+
+@pytest.mark.parametrize("columns", [1, 45, 272])
+@pytest.mark.parametrize("bounds", [(-0.5, 2.0), (-np.inf, 0.25), (0.5, np.inf)])
+def test_clamped_rows_are_within_bounds(columns: int, bounds: tuple[float, float]) -> None:
+    rows, stride = 5, -(-columns // 16) * 16 + 16
+    x = np.random.default_rng(0).standard_normal((rows + 1, stride)).astype(np.float32)
+    before = x.copy()
+    wanted = clamp_(torch.from_numpy(before[:rows, :columns]).clone(), *bounds)
+    numbers = np.zeros(StepNumber.COUNT, np.int64)
+    numbers[StepNumber.TOKENS] = rows
+    arguments = scale_cap_arguments(x=address_of(x), stride=stride, columns=columns, scale=bounds[0], cap=None)
+    team = ThreadTeam(2)
+    team.run(np.array(plan_row(scale_cap_operation(2), address_of(numbers), arguments._replace(cap=bounds[1]))), 1)
+    team.close()
+    assert np.array_equal(x[:rows, :columns], wanted.numpy())
     assert np.array_equal(x[rows], before[rows])
     assert np.array_equal(x[:rows, -16:], before[:rows, -16:])
 

@@ -439,6 +439,15 @@ ROWS: Mapping[str, Row] = {
     "GLM-4.7-Flash": Row(
         "glm4_moe_lite", DEEPSEEK | {"n_group": 1, "topk_group": 1}, "deepseek2", common=False, undecided=0.1
     ),
+    "Mistral Small 4": Row(
+        "mistral4",
+        DEEPSEEK
+        | {"n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0}
+        | {"rope_parameters": DEEPSEEK_YARN | {"llama_4_scaling_beta": 0.1, "mscale": 1.0, "mscale_all_dim": 1.0}},
+        "mistral4",
+        common=False,
+        undecided=0.1,
+    ),
     "DeepSeek-V3 dense": Row("deepseek_v3", DEEPSEEK | {"first_k_dense_replace": 2, "q_lora_rank": None}, "deepseek2"),
     "Mixtral": Row("mixtral", {"head_dim": 32} | MIXTRAL, "llama", undecided=0.1),
     "Mixtral window": Row(

@@ -196,13 +196,13 @@ def _gemma4(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> 
     turned, ropes = dim // 8, config["rope_parameters"]
     writer.add_rope_freq_base(ropes["full_attention"]["rope_theta"])
     writer.add_rope_freq_base_swa(ropes["sliding_attention"]["rope_theta"])
-    if config["enable_moe_block"]:
+    if config.get("enable_moe_block"):
         writer.add_expert_count(config["num_experts"])
         writer.add_expert_used_count(config["top_k_experts"])
         writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
     made = {"rope_freqs.weight": np.array([1.0] * turned + [1e30] * (dim // 2 - turned), np.float32)}
     for name, data in tensors.items():
-        layer = f"blk.{name.split('.')[2]}."
+        layer = f"blk.{[*name.split('.'), ''][2]}."
         scales = {"router.scale": "ffn_gate_inp.scale", "per_expert_scale": "ffn_down_exps.scale"}
         scale = next((layer + new for old, new in scales.items() if name.endswith(old)), None)
         parts = name.endswith(("layer_scalar", "experts.gate_up_proj", "experts.down_proj"))
@@ -244,8 +244,8 @@ def _experts(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) ->
     names = {"w1": "gate", "w2": "down", "w3": "up", "gate_proj": "gate", "down_proj": "down", "up_proj": "up"}
     for name, data in tensors.items():
         start, found, rest = name.partition(".experts.")
-        if not found:
-            made[name] = data
+        if not found or "." not in rest:  # of all experts already
+            made[f"{name}.weight" if found else name] = data
             continue
         expert, part, _ = rest.split(".")
         merged.setdefault((start.split(".")[2], names[part]), {})[int(expert)] = data
@@ -414,6 +414,8 @@ def deepseek2(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors, *
         writer.add_rope_scaling_factor(scaling["factor"])
         writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
         writer.add_rope_scaling_yarn_log_mul(0.1 * scaling["mscale_all_dim"])
+    if "llama_4_scaling_beta" in scaling:
+        writer.add_attn_temperature_scale(scaling["llama_4_scaling_beta"])
     made: Tensors = {}
     for name, data in _deepseek_experts(writer, config, tensors).items():
         if split and name.endswith("kv_b_proj.weight"):
@@ -433,8 +435,9 @@ def _deepseek_experts(writer: GGUFWriter, config: Mapping[str, Any], tensors: Te
     writer.add_expert_shared_count(config["n_shared_experts"])
     writer.add_expert_weights_scale(config["routed_scaling_factor"])
     if newer:
+        soft = config["model_type"] == "mistral4"
         writer.add_expert_weights_norm(config["norm_topk_prob"])
-        writer.add_expert_gating_func(ExpertGatingFuncType.SIGMOID)
+        writer.add_expert_gating_func(ExpertGatingFuncType.SOFTMAX if soft else ExpertGatingFuncType.SIGMOID)
     if newer or config["topk_method"] == "group_limited_greedy":
         writer.add_expert_group_count(config["n_group"])
         writer.add_expert_group_used_count(config["topk_group"])
@@ -778,4 +781,5 @@ CONVERTERS: Mapping[str, Convert] = {
     "glm4": _glm4,
     "chatglm": _chatglm,
     "deepseek2": deepseek2,
+    "mistral4": deepseek2,
 }

@@ -17,7 +17,7 @@ from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError, Wei
 from candle_vllm.core.loading.towers import DEFAULTS, text_fields
 from candle_vllm.core.models.registry import family_from_hf
 from candle_vllm.core.testing.toy_model import write_toy_tokenizer
-from packages.core.tests.models.families import GEMMA3, GEMMA4_E4B, MINISTRAL3_ROPE, QWEN35, QWEN_MOE
+from packages.core.tests.models.families import DEEPSEEK, GEMMA3, GEMMA4_E4B, MINISTRAL3_ROPE, QWEN35, QWEN_MOE
 from packages.core.tests.models.family_formats import write_format
 from packages.core.tests.models.tiny import (
     SMALL,
@@ -36,6 +36,7 @@ VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "n
 ROWS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "Gemma-3": ("gemma3", "siglip_vision_model", {"model_type": "gemma3_text"} | GEMMA3),
     "Gemma-4": ("gemma4", "gemma4_vision", {"model_type": "gemma4_text"} | GEMMA4_E4B),
+    "Kimi K2.5": ("kimi_k25", "kimi_k25_vision", {"model_type": "deepseek_v3"} | DEEPSEEK),
     "Mistral 3": ("mistral3", "pixtral", {"model_type": "mistral", "head_dim": 32}),
     "Mistral 3 with Ministral 3": (
         "mistral3",
@@ -71,6 +72,14 @@ def write_tower(folder: Path, model_type: str, vision: str, text: dict[str, Any]
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32, attn_implementation="eager")
     randomise(model)
     model.save_pretrained(folder)
+    if model_type == "kimi_k25":  # transformers writes the text model's layers under the tower's name for layers
+        stored = load_file(folder / "model.safetensors")
+        renamed = {
+            part.replace("language_model.model.blocks.", "language_model.model.layers."): part for part in stored
+        }
+        save_file(
+            {name: stored[part] for name, part in renamed.items()}, folder / "model.safetensors", {"format": "pt"}
+        )
     write_toy_tokenizer(folder)
     return folder
 

@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.mistral4 import Mistral4Config, Mistral4ForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from candle_vllm.core import EngineConfig
@@ -31,6 +32,8 @@ from candle_vllm.core.loading.cache_specs import NO_STATES, StateRoom, states
 from candle_vllm.core.models.family import Decoder
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.testing.toy_model import TOY_VOCAB_SIZE, write_toy_tokenizer
+
+AutoModelForCausalLM.register(Mistral4Config, Mistral4ForCausalLM, exist_ok=True)  # which transformers left out
 
 CPU = torch.device("cpu")
 LENGTH, BLOCK = 70, 16

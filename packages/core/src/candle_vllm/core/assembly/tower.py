@@ -211,7 +211,7 @@ def _loaded(
     nbytes = sum(tensor.nbytes for tensor in stored.tensors.values())
     logger.info("loaded the tower of %s: %.1f MB in %.2f s", name, nbytes / 1e6, time.perf_counter() - started)
     mark, asks = (_token(token, tokenizer, described) for token in (family.mark, family.asks or family.mark))
-    seen: dict[str, Any] = {"whole": family.whole, "turned": family.turned}
+    seen: dict[str, Any] = {"whole": model.whole, "turned": family.turned, "blank": model.blank}
     seen |= {"written": family.written or family.asks or family.mark}
     parts = Sighted(family=family.name, rule=model.rule, mark=mark, asks=asks, cell=model.cell_pixels, **seen)
     sight = sight_of(parts, tokenizer, config.max_images)

@@ -337,6 +337,12 @@ _DEEPSEEK = Architecture(
     names=_query_names,
     log_multiplier=0.1,
 )
+_MISTRAL4 = dataclasses.replace(
+    _DEEPSEEK,
+    name="mistral4",
+    more=lambda config: _deepseek(config) | _mistral3(config),
+    names=lambda config: (*_query_names(config), "gate_up_exps"),
+)
 
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
     {
@@ -380,6 +386,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "deepseek_v3": _DEEPSEEK,
         "glm4_moe_lite": _DEEPSEEK,
         "youtu": _DEEPSEEK,
+        "mistral4": _MISTRAL4,
         "granite": Architecture(name="granite", more=_granite, interleaved=True, square=True, unread=()),
         "granitemoe": Architecture(name="granitemoe", more=_granite, interleaved=True, square=True, unread=()),
         "granitehybrid": Architecture(

@@ -218,7 +218,7 @@ def _require_room_for_images(loaded: LoadedModel, others: int, budget: int) -> N
     if loaded.tower is None or not loaded.tower.sight.parts.whole:
         return
     config = loaded.tower.tower.config
-    needed = others + (config.side // config.cell) ** 2
+    needed = others + config.patches // config.cell**2
     if budget < needed:
         raise ConfigError(
             f"max_num_batched_tokens {budget}: {loaded.name} reads a picture's {needed - others} tokens in one step, "

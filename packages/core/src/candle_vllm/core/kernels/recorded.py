@@ -19,7 +19,7 @@ Value: TypeAlias = Any
 Activation: TypeAlias = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "tanh"]
 """Without a gate, see `kernels/activation`."""
 
-GateKind: TypeAlias = Literal["sigmoid", "silu"]
+GateKind: TypeAlias = Literal["sigmoid", "silu", "gelu_tanh"]
 """Of a gate that stands apart, see `kernels/silu_mul`."""
 
 if TYPE_CHECKING:
@@ -92,6 +92,10 @@ class Recorded(ABC):
     @abstractmethod
     def scaled(self, factor: float) -> Recorded:
         """Times a factor, without a cap as `kernels/scale_cap` has it; this value is changed in place."""
+
+    @abstractmethod
+    def clamped(self, low: float, high: float) -> Recorded:
+        """See `kernels/scale_cap`: in place, so that earlier uses of this value must have been recorded."""
 
     @abstractmethod
     def beside(self, *others: Recorded) -> Recorded:
@@ -193,10 +197,11 @@ class Recorded(ABC):
         sinks: NDArray[np.float32] | None = None,
         offset: NDArray[np.float32] | None = None,
         narrows: bool = False,
+        causal: bool = False,
     ) -> Recorded:
         """See `kernels/kv_write` and `kernels/attention`; this value is q, and `offset` [K * D] what keys may be taken
         relative to. Without k and v nothing is written. Where it `narrows`, the result has the rows alone whose
-        successor is wanted."""
+        successor is wanted. `causal` rows see none behind their own."""
 
     @abstractmethod
     def attend_whole(

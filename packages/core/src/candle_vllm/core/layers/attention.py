@@ -123,6 +123,7 @@ class PagedAttention:
         sinks: [H] fp32 on the model's device, to be loaded as the part "sinks": a score more of each head, see
             `kernels/attention`.
         key_bias: [K * D], what the projection adds to keys.
+        causal: tokens of an image do not see each other in this layer, whatever the step says.
 
     Attributes:
         cache_scales: of keys and of values, [1] fp32 each, for float8 caches; None for those of the step.
@@ -141,8 +142,9 @@ class PagedAttention:
         softcap: float | None = None,
         sinks: Value | None = None,
         key_bias: Value | None = None,
+        causal: bool = False,
     ) -> None:
-        self.layer = layer
+        self.layer, self.causal = layer, causal
         self.head_dim = head_dim
         self.rotary = rotary
         self.q_norm, self.k_norm = q_norm, k_norm
@@ -175,8 +177,10 @@ class PagedAttention:
                 else:
                     q, k = self.rotary(q, k, step.positions)
             narrows = self.layer == step.narrows
-            return q.attend(k, v, cache, **scores, offset=self._common_key(), narrows=narrows)
+            how = {"narrows": narrows, "causal": self.causal}
+            return q.attend(k, v, cache, **scores, offset=self._common_key(), **how)
         slots, rows = (step.windowed if isinstance(cache, WindowedCache) else None) or (step.slots, step.rows)
+        rows = rows.causal() if self.causal else rows
         if k is None or v is None:
             q = q if self.rotary is None else self.rotary.queries(q, step.positions)
         else:

@@ -72,9 +72,10 @@ class LatentAttention:
     def __call__(self, q: Value, kv: Value, step: StepInput) -> Value:
         """q [T, H * (nope + R)] of heads [nope | rope], kv [T, L + R] of latent rows and the key part that rotates."""
         cache, sizes = step.caches[self.layer].keys, self.sizes
+        heads = self.rotary.scaled(q.unflatten(-1, (-1, sizes.nope + sizes.rope)), step.positions)
         if isinstance(q, Recorded):
-            return q.attend_latent(kv, self._parts(), cache, scale=self.scale)
-        nope, rope = q.unflatten(-1, (sizes.heads, -1)).split((sizes.nope, sizes.rope), -1)
+            return heads.flatten(1).attend_latent(kv, self._parts(), cache, scale=self.scale)
+        nope, rope = heads.split((sizes.nope, sizes.rope), -1)
         latent, key = kv.split((sizes.latent, sizes.rope), -1)
         rope, key = self.rotary(rope, key.unsqueeze(1), step.positions)
         latent_write(key.squeeze(1), self.norm(latent), cache, step.slots)

@@ -19,15 +19,23 @@ from candle_vllm.core.fields import Fields
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.quantization.tensors import StoredTensor
 
+_KIMI = MappingProxyType({"kimi_k2": "DeepseekV3ForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM"})
+
 TOWERS: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
         "Gemma3ForConditionalGeneration": {"gemma3_text": "Gemma3ForCausalLM"},
         "Gemma4ForConditionalGeneration": {"gemma4_text": "Gemma4ForCausalLM"},
         "Gemma4UnifiedForConditionalGeneration": {"gemma4_unified_text": "Gemma4UnifiedForCausalLM"},
+        "KimiK25ForConditionalGeneration": _KIMI,
+        "Kimi_K25ForConditionalGeneration": _KIMI,  # as transformers writes it
         "LlavaForConditionalGeneration": {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"},
         "Idefics3ForConditionalGeneration": {"llama": "LlamaForCausalLM"},
         "SmolVLMForConditionalGeneration": {"llama": "LlamaForCausalLM"},
-        "Mistral3ForConditionalGeneration": {"mistral": "MistralForCausalLM", "ministral3": "Ministral3ForCausalLM"},
+        "Mistral3ForConditionalGeneration": {
+            "mistral": "MistralForCausalLM",
+            "ministral3": "Ministral3ForCausalLM",
+            "mistral4": "Mistral4ForCausalLM",
+        },
         "Qwen2VLForConditionalGeneration": {"qwen2_vl_text": "Qwen2ForCausalLM"},
         "Qwen2_5_VLForConditionalGeneration": {"qwen2_5_vl_text": "Qwen2ForCausalLM"},
         "Qwen3VLForConditionalGeneration": {"qwen3_vl_text": "Qwen3ForCausalLM"},
@@ -123,7 +131,9 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 
 _CARRIED = ("dtype", "torch_dtype")  # said of the whole model, and meant of the text tower too
 _TEXT = re.compile(r"(?:language_model\.(?=model\.|lm_head\.)|model\.(?:language_model|text_model)\.)(.*)")
-_PARTS = "vision_(?:tower|model|embedder)|audio_tower|embed_(?:vision|audio)|multi_modal_projector|connector|visual"
+_PARTS = (
+    "vision_(?:tower|model|embedder)|audio_tower|embed_(?:vision|audio)|(?:multi_modal|mm)_projector|connector|visual"
+)
 _OTHER = re.compile(rf"(?:model\.)?((?:{_PARTS})\..*)")
 
 
@@ -184,7 +194,8 @@ def split_towers(config: Mapping[str, Any], checkpoint: Checkpoint) -> tuple[Che
     for name, tensor in checkpoint.tensors.items():
         other = _OTHER.fullmatch(name)
         if other is not None:
-            others[other[1]] = dataclasses.replace(tensor, name=other[1])
+            if "audio" not in other[1].split(".")[0]:  # no model hears yet
+                others[other[1]] = dataclasses.replace(tensor, name=other[1])
             continue
         found = _TEXT.fullmatch(name)
         plain = name if found is None else ("" if name.startswith("language_model.") else "model.") + found.group(1)

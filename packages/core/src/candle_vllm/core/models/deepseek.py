@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""DeepSeek-V2, V3 and R1, GLM-4.7-Flash and Youtu: latent attention, and experts in all but the first layers.
+"""DeepSeek-V2 to R1, GLM-4.7-Flash, Mistral Small 4 and Youtu: latent attention, and experts in all but some layers.
 
 Each block is x + attention(norm(x)), then x + mlp(norm(x)). Queries come from x, or from a latent vector of their own.
 Source: DeepSeek-AI, 2024, arXiv:2405.04434 and arXiv:2412.19437.
@@ -216,9 +216,10 @@ FAMILY = Family(
         "DeepseekV2ForCausalLM": "deepseek_v2",
         "DeepseekV3ForCausalLM": "deepseek_v3",
         "Glm4MoeLiteForCausalLM": "glm4_moe_lite",
+        "Mistral4ForCausalLM": "mistral4",
         "YoutuForCausalLM": "youtu",
     },
-    gguf=("deepseek2",),
+    gguf=("deepseek2", "mistral4"),
     config_from_hf=config_from_hf,
     config_from_gguf=config_from_gguf,
     build=lambda config, placement, _: Deepseek(config, placement),

@@ -70,12 +70,16 @@ class DeepseekConfig(ModelConfig):
 
 
 def config_from_hf(fields: Fields, model_type: str) -> DeepseekConfig:
-    """Reads `config.json` of deepseek_v2, deepseek_v3, glm4_moe_lite and youtu, which has no experts."""
+    """Reads `config.json` of deepseek_v2, deepseek_v3, glm4_moe_lite, mistral4, and youtu, which has no experts."""
     fields.choice("hidden_act", "silu", "silu", "swish")
     shared = shared_from_hf(fields, model_type)
     rope_dim, nope = fields.count("qk_rope_head_dim"), fields.count("qk_nope_head_dim")
     position = fields.count("max_position_embeddings")
-    rope = rope_from_hf(fields, rope_dim, position)
+    turning = fields
+    if model_type == "mistral4":  # whose configs say a second time which part of a head rotates
+        nested = dict(fields.section("rope_parameters").values) | {"partial_rotary_factor": 1.0}
+        turning = Fields({"rope_parameters": nested}, fields.path)
+    rope = rope_from_hf(turning, rope_dim, position)
     q_rank, bias = fields.count("q_lora_rank", 0), fields.get("attention_bias", bool, False)
     if bias and not q_rank:
         raise UnsupportedModelError(f"{fields.path}: attention_bias without q_lora_rank is not implemented")
@@ -117,10 +121,14 @@ def _mixture_from_hf(fields: Fields, model_type: str, layers: int) -> tuple[int,
         "noaux_tc" if newer else "greedy",
         *(("noaux_tc",) if newer else ("greedy", "group_limited_greedy")),
     )
+    if model_type == "mistral4":
+        newer = False
+        if fields.count("n_group", 1) != 1:
+            raise UnsupportedModelError(f"{fields.path}: n_group is not 1, which is not implemented for {model_type}")
     scoring = "sigmoid" if newer else "softmax"
     fields.choice("scoring_func", scoring, scoring)
-    renormalise = fields.get("norm_topk_prob", bool, newer)
-    if renormalise and not newer:
+    renormalise = fields.get("norm_topk_prob", bool, newer or model_type == "mistral4")
+    if renormalise and model_type == "deepseek_v2":
         raise UnsupportedModelError(f"{fields.path}: norm_topk_prob is not implemented for {model_type}")
     grouped = method != "greedy"
     inner = fields.count("moe_intermediate_size")
@@ -144,8 +152,6 @@ def _mixture_from_hf(fields: Fields, model_type: str, layers: int) -> tuple[int,
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> DeepseekConfig:
     """Reads GGUF metadata of deepseek2, in which newer files say the sizes of heads by keys that end in `_mla`."""
     shared = shared_from_gguf(fields, checkpoint)
-    if fields.get("attention.temperature_scale", float, 0.0):
-        raise UnsupportedModelError(f"{fields.path}: {fields.prefix}attention.temperature_scale is not implemented")
     layers = without_next_tokens(fields, shared["num_layers"])
     rope, scale = shared["rope"], fields.get("rope.scaling.yarn_log_multiplier", float, 0.0) / 0.1
     if rope.kind == "yarn" and scale:  # the file has 0.1 times the model's two numbers, which are equal

@@ -114,8 +114,10 @@ class TowerConfig:
         window: cells of the side of a window.
         windowed: the layers in which patches see those of their window alone.
         gated: layers have a gate in the feed-forward part.
-        learned: of the side of the table of positions that is resampled to a tile's grid; 0 where none is.
+        learned: of the side of a table of positions that the host looks up; 0 where there is none.
         deep: layers whose results become embeddings too, which are added behind the first layers of the text model.
+        whole: the embeddings of a tile see each other in the text model, those behind them too.
+        blank: see `Sighted.blank`.
     """
 
     hidden_size: int
@@ -136,6 +138,8 @@ class TowerConfig:
     gated: bool = False
     learned: int = 0
     deep: tuple[int, ...] = ()
+    whole: bool = False
+    blank: int | None = None
     num_experts: int = 0
 
     def __post_init__(self) -> None:
@@ -314,6 +318,10 @@ class Tower(Protocol):
         """x [T, E] of patches [T, numbers of one]."""
         ...
 
+    def cells(self, hidden: Any) -> Any:
+        """Cells [C, cell size] of what `norm` gives [T, E], an array or a tensor."""
+        ...
+
     def project(self, cells: Value) -> Value:
         """Embeddings [C, text size] of cells [C, cell size]."""
         ...
@@ -340,7 +348,6 @@ class TowerFamily:
         asks: the token that a template writes for a picture; empty where it is `mark`.
         written: all that a template writes for one; empty where it is `asks`.
         words_around: what stands in a prompt for a picture, of how it is cut, and rows and columns of a tile's cells.
-        whole: the embeddings of a tile see each other in the text model, those behind them too.
         turned: the text model turns embeddings by their time, row and column; see `engine/batch.py`.
     """
 
@@ -358,7 +365,6 @@ class TowerFamily:
     asks: str = ""
     written: str = ""
     words_around: Callable[[Cut, tuple[int, int]], str]
-    whole: bool = False
     turned: bool = False
 
 

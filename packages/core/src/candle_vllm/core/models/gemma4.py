@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Gemma 4: layers with a window and layers without differ in heads, and the last layers may read others' keys.
 
-Values have an RMSNorm without a weight, scores are not scaled, and a layer's result is multiplied by a number. Layers
-may have embeddings of their own, and experts beside the dense part. Source: Gemma Team, 2026, "Gemma 4 model card".
+Values have a norm without a weight, scores are unscaled, and a layer's result is multiplied by a number. Layers may
+have embeddings of their own, and experts beside the dense part. Source: Gemma Team, 2026, "Gemma 4 model card".
 Shapes: T tokens, H heads, K key-value heads, D head size, E hidden, P size of a layer's own embedding, V vocabulary.
 """
 
@@ -44,6 +44,7 @@ class Attention:
         self.k_norm = RMSNorm(dim, eps, placement) if source == layer else None
         self.v_norm = RMSNorm(dim, eps, placement, weighted=False)
         self.attend = PagedAttention(source, dim, rotary, self.q_norm, self.k_norm, window=window, scale=1.0)
+        self.attend.causal = window is None  # an image's tokens see each other in windows alone
 
     def __call__(self, x: Value, step: StepInput) -> Value:
         qkv = self.qkv(x)

@@ -50,6 +50,7 @@ def config_from_hf(fields: Fields, processor: Fields, text_size: int, said: Mapp
         processor,
         stretch_rule(processor),
         pooled=True,
+        whole=True,
         hidden_size=vision.count("hidden_size", 768),
         intermediate_size=vision.count("intermediate_size", 3072),
         num_layers=vision.count("num_hidden_layers", 12, most=MAX_LAYERS),
@@ -68,7 +69,7 @@ def config_from_gguf(fields: Fields, text_size: int, said: Mapping[str, Any] = N
     tile = fields.count("image_size", most=MAX_TILE)
     processor = over(processor_of_gguf(fields, {"size": {"height": tile, "width": tile}}), said)
     values = gguf_values(fields, tile)
-    return config_of_tiles(processor, stretch_rule(processor), pooled=True, **values, text_size=text_size)
+    return config_of_tiles(processor, stretch_rule(processor), pooled=True, whole=True, **values, text_size=text_size)
 
 
 # ---- model -----------------------------------------------------------------------------------------------------------
@@ -138,5 +139,4 @@ FAMILY = TowerFamily(
     mark=_MARK,
     asks=_ASKS,
     words_around=words_around,
-    whole=True,
 )

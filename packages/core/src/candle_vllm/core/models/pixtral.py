@@ -236,6 +236,10 @@ class Pixtral:
         """See `Tower`: the norm of what joins cells, for this tower has none of its own."""
         return x if self.merged_norm is None else self.merged_norm(x)
 
+    def cells(self, hidden: Any) -> Any:
+        """See `Tower`."""
+        return self.config.cells(hidden)
+
     def project(self, cells: Value) -> Value:
         """See `Tower`."""
         x = cells if self.merger is None else self.merger(cells)

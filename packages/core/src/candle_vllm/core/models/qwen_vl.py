@@ -320,6 +320,10 @@ class QwenTower:
         x = self.patches(patches)
         return x if step.start is None else step.start + x
 
+    def cells(self, hidden: Any) -> Any:
+        """See `Tower`."""
+        return self.config.cells(hidden)
+
     def project(self, cells: Value) -> Value:
         """See `Tower`."""
         return self.projector(activation(self.joined(cells), "gelu"))

@@ -97,7 +97,7 @@ def _installed() -> tuple[Family | EncoderFamily, ...]:
     return tuple(point.load() for point in entry_points(group="candle_vllm.models"))
 
 
-TOWER_FAMILIES = ("siglip", "pixtral", "gemma_tower", "qwen_vl")
+TOWER_FAMILIES = ("siglip", "pixtral", "gemma_tower", "gemma4_tower", "gemma4_unified_tower", "qwen_vl")
 """The files of this folder that have a `TowerFamily` as `FAMILY`."""
 
 

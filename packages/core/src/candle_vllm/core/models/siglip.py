@@ -178,6 +178,10 @@ class Siglip:
         """See `Tower`."""
         return self.positions(step.places) + self.patches(patches)
 
+    def cells(self, hidden: Any) -> Any:
+        """See `Tower`."""
+        return self.config.cells(hidden)
+
     def project(self, cells: Value) -> Value:
         """See `Tower`."""
         return self.projector(cells)

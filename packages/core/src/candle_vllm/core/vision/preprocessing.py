@@ -236,6 +236,7 @@ class AreaRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
         least, most: pixels of the picture; a very long one may have more.
         resample: Pillow's number of the filter.
         normalisation: of the pixels.
+        fills: Gemma 4's: sides are the largest that the most pixels allow, rounded down, for small pictures too.
     """
 
     cell: int
@@ -243,15 +244,20 @@ class AreaRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     most: int
     resample: int
     normalisation: Normalisation
+    fills: bool = False
 
     @property
     def longest(self) -> int:
         """Pixels that no side has more of."""
+        if self.fills:
+            return self.most // self.cell
         return self.cell * (math.isqrt(2 * _MOST_RATIO * self.most) // self.cell + 2)
 
     @property
     def most_cells(self) -> int:
         """Cells that no picture has more of: where a side is one cell at least, or rounded up, the area is exceeded."""
+        if self.fills:
+            return self.most // self.cell**2
         return self.most // self.cell**2 + (self.longest + math.isqrt(self.most)) // self.cell + 2
 
     def cut(self, height: int, width: int) -> Cut:
@@ -268,6 +274,13 @@ class AreaRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     def _size(self, height: int, width: int) -> tuple[int, int]:
         """Both sides, rounded to cells (from the middle to even numbers of them); scaled first where it has to be."""
+        if self.fills:
+            grown = math.sqrt(self.most / (height * width))
+            rows, columns = (math.floor(grown * side / self.cell) for side in (height, width))
+            if not rows or not columns:  # a very long picture is one cell wide
+                longer = min(max(height, width) // min(height, width), self.most // self.cell**2)
+                rows, columns = (rows and longer) or 1, (columns and longer) or 1
+            return rows * self.cell, columns * self.cell
         if max(height, width) > _MOST_RATIO * min(height, width):
             said = f"image: {width} x {height} pixels; the longer side may be {_MOST_RATIO} times the other"
             raise InvalidParameterError(said, "image")
@@ -393,6 +406,25 @@ def area_rule(fields: Fields, cell: int, most: int) -> AreaRule:
         resample=_filter(fields, _BICUBIC),
         normalisation=_normalisation(fields, _CLIP),
     )
+
+
+def budget_rule(fields: Fields, patch: int, cell: int) -> AreaRule:
+    """Reads `preprocessor_config.json` of Gemma 4, for cells of `cell` x `cell` patches of so many pixels.
+
+    Raises:
+        InvalidFileError, UnsupportedModelError: as those of `tile_rule`.
+    """
+    _require_usual(fields)
+    for key, known in (("patch_size", patch), ("pooling_kernel_size", cell)):
+        if fields.count(key, known) != known:
+            raise InvalidFileError(f"{fields.path}: {key} is {fields.count(key)}; config.json says {known}")
+    count = fields.count("max_soft_tokens", 280)
+    if count not in (70, 140, 280, 560, 1120):
+        raise InvalidFileError(f"{fields.path}: max_soft_tokens is {count}; it must be 70, 140, 280, 560 or 1120")
+    plain = Fields({"do_normalize": False, **fields.values}, fields.path)
+    pixels = count * (cell * patch) ** 2
+    rule = {"least": pixels, "most": pixels, "resample": _filter(fields, _BICUBIC), "fills": True}
+    return AreaRule(cell=cell * patch, normalisation=_normalisation(plain, ((0.0,) * 3, (1.0,) * 3)), **rule)
 
 
 def window_order(rows: int, columns: int, side: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

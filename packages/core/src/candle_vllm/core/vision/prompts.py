@@ -38,6 +38,7 @@ class Sighted(ShownStruct, frozen=True, kw_only=True):
         cell: pixels of the side of what is one embedding.
         whole: the embeddings of a tile see each other.
         turned: they are turned by their time, row and column.
+        blank: the token that stands for a mark where tokens are looked up; None for the mark itself.
     """
 
     family: str
@@ -48,6 +49,7 @@ class Sighted(ShownStruct, frozen=True, kw_only=True):
     cell: int
     whole: bool = False
     turned: bool = False
+    blank: int | None = None
 
     def embeddings(self, cut: Cut) -> int:
         """Of a tile of a picture that is cut so."""

@@ -354,7 +354,7 @@ class EagerTower:
                         deep.append(tower.mergers[len(deep)](config.cells(x)))
                 yield
             with self._there():
-                found = torch.cat([tower.project(config.cells(tower.norm(x))), *deep], 1)
+                found = torch.cat([tower.project(tower.cells(tower.norm(x))), *deep], 1)
                 made.append(rows.in_order(found.float().cpu().numpy()))
         return np.concatenate(made)
 

@@ -49,7 +49,7 @@ class RecordedTower:
 
     def __init__(self, tower: Tower, team: ThreadTeam, isa: Isa | None = None) -> None:
         config = self._config = tower.config
-        self._place = tower.place
+        self._place, self._cells_of = tower.place, tower.cells
         level, most = host_isa() if isa is None else isa, config.patches // config.cell**2
         tiles, cells = (
             StepLimits(tokens=rows, sequences=windows, logit_rows=1, table_width=0, block_size=1, threads=team.threads)
@@ -169,7 +169,8 @@ class RecordedTower:
         columns = target[:, number * size : (number + 1) * size]
         for first in range(0, len(target), most):
             last = min(first + most, len(target))
-            join.cells[: last - first] = config.cells(rows_of(np.arange(first * config.cell**2, last * config.cell**2)))
+            rows = rows_of(np.arange(first * config.cell**2, last * config.cell**2))
+            join.cells[: last - first] = config.cells(rows) if number else self._cells_of(rows)
             self._cells.arrays.numbers[StepNumber.TOKENS] = last - first
             yield from self._run(join.piece, last - first, clock)
             columns[slice(first, last) if order is None else order[first:last]] = join.made[: last - first]

@@ -117,8 +117,8 @@ class EmbeddedRows(msgspec.Struct, frozen=True, eq=False):
     vectors: NDArray[np.float32]
 
 
-def embedded_rows(scheduled: Seq[Run], query_start: Ints) -> EmbeddedRows | None:
-    """The pictures' embeddings among the rows of a step; None where there are none."""
+def embedded_rows(scheduled: Seq[Run], query_start: Ints, token_ids: Ints) -> EmbeddedRows | None:
+    """Embeddings of images among the rows of a step, whose `token_ids` become `blank`; None where there are none."""
     rows: list[Ints] = []
     vectors: list[NDArray[np.float32]] = []
     for run, first in zip(scheduled, query_start.tolist()):
@@ -127,6 +127,8 @@ def embedded_rows(scheduled: Seq[Run], query_start: Ints) -> EmbeddedRows | None
             if begin < end:
                 assert image.rows is not None, "a sequence begins when its pictures are there"
                 rows.append(np.array(image.positions[begin:end]) + (first - run.start))
+                if image.blank is not None:
+                    token_ids[rows[-1]] = image.blank
                 vectors.append(image.rows[begin:end])
     return EmbeddedRows(np.concatenate(rows), np.concatenate(vectors)) if rows else None
 
@@ -371,7 +373,7 @@ class BatchBuilder:
             drafted=decodes < count and any(run.drafts for run in scheduled),
             drawn_rows=laid.drawn_rows,
             adapters=adapter_rows(scheduled, laid.query_start),
-            embedded=embedded_rows(shown, laid.query_start),
+            embedded=embedded_rows(shown, laid.query_start, tokens[0]),
             ahead=rows_ahead(shown, laid.query_start),
             turned=turned_rows(scheduled, laid.query_start) if self._images else None,
             ends_alone=ends_alone and len(laid.drawn_rows) < total,

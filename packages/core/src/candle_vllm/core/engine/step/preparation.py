@@ -207,7 +207,9 @@ class DecoderPreparation(Preparation):
         for image, places in zip(request.images, sight.places(request.prompt_token_ids, request.images)):
             spans = spans_of(places) if sight.parts.whole else []
             first = int(places[0]) + (made[-1].shift if made else 0)
-            made.append(PlacedImage(image, places.tolist(), spans, grid=sight.grid(image), first=first))
+            made.append(
+                PlacedImage(image, places.tolist(), spans, grid=sight.grid(image), first=first, blank=sight.parts.blank)
+            )
         return made
 
     def check_structured_outputs(self, params: StructuredOutputsParams) -> None:

@@ -31,6 +31,7 @@ class PlacedImage(msgspec.Struct, eq=False):
         rows: its embeddings float32 [count, E], once they are there.
         grid: its rows and columns of embeddings, where these are turned by three positions; they stand side by side.
         first: the position by which its first embedding is turned then, in time, height and width.
+        blank: the token that the text model is given where its embeddings stand; None leaves the mark.
     """
 
     given: ImageInput
@@ -39,6 +40,7 @@ class PlacedImage(msgspec.Struct, eq=False):
     rows: Any = None
     grid: tuple[int, int] | None = None
     first: int = 0
+    blank: int | None = None
 
     @property
     def shift(self) -> int:

@@ -38,6 +38,7 @@ class Scores:
     Attributes:
         offset: [K * D], what quantised keys are taken relative to.
         narrows: only the rows whose logits are wanted attend.
+        causal: no row sees one behind its own.
     """
 
     scale: float
@@ -46,6 +47,7 @@ class Scores:
     sinks: NDArray[np.float32] | None
     offset: NDArray[np.float32] | None = None
     narrows: bool = False
+    causal: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +124,7 @@ def record_attention(
         window=scores.window or 0,
         cap=(scores.softcap or 0.0) * LOG2E,
         sinks=0 if scores.sinks is None else recorder.keep(scores.sinks * np.float32(LOG2E)),
-        ahead=address_of(arrays.ahead) if limits.ahead else 0,
+        ahead=address_of(arrays.ahead) if limits.ahead and not scores.causal else 0,
         head_gap=head_gap(cache.keys.strides, limits.block_size, dim, keys),
         ranks=recorder.ranks if limits.ranks is not None and limits.ranks.divides(kv_heads) else 0,
     )

@@ -45,6 +45,10 @@ class AttentionRows:
     block_tables: torch.Tensor
     ahead: torch.Tensor | None = None
 
+    def causal(self) -> AttentionRows:
+        """The same rows, none of which sees what is behind it."""
+        return self if self.ahead is None else dataclasses.replace(self, ahead=None)
+
     def on_device(self) -> DeviceRows:
         """The same numbers beside the block tables. Leading sequences of one token count as decodes."""
         import torch
@@ -96,6 +100,11 @@ class DeviceRows:
     lists: dict[tuple[int, ...], torch.Tensor] = dataclasses.field(
         default_factory=dict, init=False, repr=False, compare=False
     )
+
+    def causal(self) -> DeviceRows:
+        """See `AttentionRows.causal`."""
+        host = self.host
+        return self if host is None or host.ahead is None else dataclasses.replace(self, host=host.causal())
 
     def on_host(self) -> AttentionRows:
         """The same numbers as tuples. Waits for the device where `host` is None."""

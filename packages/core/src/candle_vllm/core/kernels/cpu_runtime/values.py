@@ -171,12 +171,18 @@ class _Value(Recorded):
         return made
 
     def scaled(self, factor: float) -> Recorded:
+        return self._changed(0, factor, 0.0)
+
+    def clamped(self, low: float, high: float) -> Recorded:
+        return self._changed(2, low, high)
+
+    def _changed(self, kind: int, factor: float, cap: float) -> Recorded:
         buffer, counted = self.buffer, self.rows_from
         assert (self.column, self.width) == (0, buffer.width)
         row = scale_cap_arguments(
             x=self.address, stride=buffer.stride, columns=self.width, scale=factor, cap=None, rows_from=counted
         )
-        self.recorder.add(scale_cap_operation(False), row)
+        self.recorder.add(scale_cap_operation(kind), row._replace(cap=cap))
         buffer.version += 1
         return _Value(self.recorder, buffer, 0, self.width, rows_from=counted)
 
@@ -350,10 +356,11 @@ class _Value(Recorded):
         sinks: NDArray[np.float32] | None = None,
         offset: NDArray[np.float32] | None = None,
         narrows: bool = False,
+        causal: bool = False,
     ) -> Recorded:
         assert k is None or isinstance(k, _Value)
         assert v is None or isinstance(v, _Value)
-        return _attend(self, k, v, cache, Scores(scale, window, softcap, sinks, offset, narrows), None)
+        return _attend(self, k, v, cache, Scores(scale, window, softcap, sinks, offset, narrows, causal), None)
 
     def attend_whole(
         self, heads: int, turned: tuple[RecordedTokens, NDArray[np.float32], NDArray[np.float32]] | None = None
@@ -570,7 +577,7 @@ class _TableRows(_Pending):
                 self._joins.replace(made, own, numbers=self._numbers)
         if self._scale is not None:
             row = scale_cap_arguments(x=x, stride=stride, columns=columns, scale=self._scale, cap=None)
-            recorder.add(scale_cap_operation(False), row)
+            recorder.add(scale_cap_operation(0), row)
         if accumulate:
             row = AddArguments(x, stride, columns, address_of(target.array), target.stride)
             recorder.add(add_operation(), row)
@@ -616,7 +623,7 @@ class _Product(_Pending):
         if scale != 1 or cap is not None:
             x, counted = address_of(made), self.rows_from
             row = scale_cap_arguments(x=x, stride=stride, columns=columns, scale=scale, cap=cap, rows_from=counted)
-            recorder.add(scale_cap_operation(cap is not None), row)
+            recorder.add(scale_cap_operation(int(cap is not None)), row)
         return self
 
     def silu_mul(self) -> Recorded:
@@ -768,11 +775,12 @@ class _Rotated(_Wrapper):
         sinks: NDArray[np.float32] | None = None,
         offset: NDArray[np.float32] | None = None,
         narrows: bool = False,
+        causal: bool = False,
     ) -> Recorded:
         assert k is None or isinstance(k, _Rotated)
         assert v is None or isinstance(v, _Value)
         keys = None if k is None else k.source
-        scores = Scores(scale, window, softcap, sinks, offset, narrows)
+        scores = Scores(scale, window, softcap, sinks, offset, narrows, causal)
         return _attend(self.source, keys, v, cache, scores, self.tables)
 
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Scaling and soft-capping rows in place: embeddings times a factor, logits that end in c tanh(z / c).
+"""Scaling, soft-capping and clamping rows in place: embeddings times a factor, logits that end in c tanh(z / c).
 
 Contract: x [T, N] float32 (without a cap any float dtype) becomes x * scale, and with a cap c > 0,
-c * tanh(x * scale / c); the arithmetic is fp32. Recorded steps have it as an operation of their own, `cpu.py`.
+c * tanh(x * scale / c); the arithmetic is fp32. `clamp_` bounds every number. Recorded steps have each as an operation
+of its own, `cpu.py`.
 Source: Gemma Team, 2024, arXiv:2408.00118 (soft cap).
 """
 
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from candle_vllm.core.kernels.cpu_runtime.level import LANES
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, operation
+from candle_vllm.core.kernels.recorded import Recorded, Value
 
 if TYPE_CHECKING:
     import torch
@@ -27,13 +29,18 @@ def scale_cap_(x: torch.Tensor, scale: float, cap: float | None = None) -> torch
     return reference.scale_cap_(x, scale, cap)
 
 
+def clamp_(x: Value, low: float, high: float) -> Value:
+    """Changes x [T, N] to min(max(x, low), high) and returns it; in a recorded step x must be all of its memory."""
+    return x.clamped(low, high) if isinstance(x, Recorded) else x.clamp_(low, high)
+
+
 class ScaleCapArguments(NamedTuple):
     """The operation's arguments.
 
     Attributes:
         x: address of float32 rows, `stride` floats apart.
         lines: of 16 numbers, of a row.
-        factor, cap: x becomes x * factor, or cap * tanh(x * factor).
+        factor, cap: x becomes x * factor, or cap * tanh(x * factor); clamped, min(max(x, factor), cap).
         rows_from: which of the step's numbers counts the rows.
     """
 
@@ -45,9 +52,9 @@ class ScaleCapArguments(NamedTuple):
     rows_from: int
 
 
-def scale_cap_operation(capped: bool) -> int:
-    """Address of the compiled operation."""
-    return operation("scale_cap.cpu:make_scale_cap", capped)
+def scale_cap_operation(kind: int) -> int:
+    """Address of the compiled operation: 0 scales, 1 caps too, 2 clamps."""
+    return operation("scale_cap.cpu:make_scale_cap", kind)
 
 
 def scale_cap_arguments(

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
-"""Scaling and soft-capping rows on the CPU, in place (part of step 6 of a request's life)."""
+"""Scaling, soft-capping and clamping rows on the CPU, in place (part of step 6 of a request's life)."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from candle_vllm.core.kernels.scale_cap import ScaleCapArguments
 
 
 @intrinsic(prefer_literal=True)
-def scale_cap_lines(_: Any, at: Any, lines: Any, factor: Any, cap: Any, capped: Any) -> Any:
-    """16 floats `lines` times: x <- x * factor, or cap * tanh(x * factor) where the constant `capped` is 1."""
-    signature = types.void(types.int64, types.int64, types.float32, types.float32, capped)
+def scale_cap_lines(_: Any, at: Any, lines: Any, factor: Any, cap: Any, kind: Any) -> Any:
+    """16 floats `lines` times: x <- x * factor; cap * tanh(x * factor) where the constant `kind` is 1; of kind 2,
+    min(max(x, factor), cap)."""
+    signature = types.void(types.int64, types.int64, types.float32, types.float32, kind)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e = Emitter(b)
@@ -28,8 +29,14 @@ def scale_cap_lines(_: Any, at: Any, lines: Any, factor: Any, cap: Any, capped: 
 
         def body(index: Any, state: list[Any]) -> list[Any]:
             place = b.add(args[0], b.mul(index, e.int64(4 * LANES)))
-            value = b.fmul(e.load(place, vector(F32)), factor)
-            e.store(place, b.fmul(emit_tanh(e, value), cap) if capped.literal_value else value)
+            x = e.load(place, vector(F32))
+            if kind.literal_value == 2:
+                value = b.select(b.fcmp_ordered("<", x, factor), factor, x)
+                value = b.select(b.fcmp_ordered(">", value, cap), cap, value)
+            else:
+                value = b.fmul(x, factor)
+                value = b.fmul(emit_tanh(e, value), cap) if kind.literal_value else value
+            e.store(place, value)
             return state
 
         e.loop_or_skip(args[1], [], body)
@@ -38,7 +45,7 @@ def scale_cap_lines(_: Any, at: Any, lines: Any, factor: Any, cap: Any, capped: 
     return signature, code
 
 
-def make_scale_cap(CAPPED: int) -> Callable[..., None]:
+def make_scale_cap(KIND: int) -> Callable[..., None]:
     """The operation."""
 
     def scale_cap(row, thread, threads):
@@ -48,7 +55,7 @@ def make_scale_cap(CAPPED: int) -> Callable[..., None]:
         while unit < last:
             t, line = unit // given.lines, unit % given.lines
             count = min(given.lines - line, last - unit)
-            scale_cap_lines(given.x + t * given.stride * 4 + 64 * line, count, given.factor, given.cap, CAPPED)
+            scale_cap_lines(given.x + t * given.stride * 4 + 64 * line, count, given.factor, given.cap, KIND)
             unit += count
 
     return scale_cap

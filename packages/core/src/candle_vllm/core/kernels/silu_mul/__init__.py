@@ -3,8 +3,8 @@
 
 Contract: x [T, 2F] holds gate then up, of any float dtype; y [T, F] = act(gate) * up has x's dtype, in new memory; the
 arithmetic is fp32. act is SiLU, or GELU in its tanh form: 0.5 g (1 + tanh(sqrt(2 / pi) (g + 0.044715 g^3))).
-`gated` takes x [T, F] and its gate [T, F] apart: y = x * act(gate), where act is the sigmoid, or SiLU. Recorded steps
-do so in place: x is changed. The elements of a row lie next to each other, rows any distance apart.
+`gated` takes x [T, F] and its gate [T, F] apart: y = x * act(gate), where act is one of these or the sigmoid. Recorded
+steps do so in place: x is changed. The elements of a row lie next to each other, rows any distance apart.
 Source: Shazeer, 2020, arXiv:2002.05202; Hendrycks and Gimpel, 2016, arXiv:1606.08415.
 """
 
@@ -93,4 +93,4 @@ class GatedRowsArguments(NamedTuple):
 
 def gated_rows_operation(kind: GateKind) -> int:
     """Address of the compiled operation."""
-    return operation("silu_mul.cpu:make_gated_rows", kind == "silu")
+    return operation("silu_mul.cpu:make_gated_rows", ("sigmoid", "silu", "gelu_tanh").index(kind))

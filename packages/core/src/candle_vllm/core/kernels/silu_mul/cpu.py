@@ -12,15 +12,15 @@ from numba.extending import intrinsic
 
 from candle_vllm.core.kernels.cpu_runtime.emit import Emitter
 from candle_vllm.core.kernels.cpu_runtime.emit_columns import emit_columns, load_columns, store_columns
-from candle_vllm.core.kernels.cpu_runtime.emit_functions import emit_sigmoid_times, emit_silu
+from candle_vllm.core.kernels.cpu_runtime.emit_functions import emit_gelu_tanh, emit_sigmoid_times, emit_silu
 from candle_vllm.core.kernels.cpu_runtime.level import LANES
 from candle_vllm.core.kernels.cpu_runtime.primitives import int64_at, read, step_number
 from candle_vllm.core.kernels.silu_mul import GatedRowsArguments
 
 
 @intrinsic(prefer_literal=True)
-def _gate_columns(_: Any, x: Any, gate: Any, count: Any, silu: Any) -> Any:
-    """x <- x * act(gate) for `count` floats; act is SiLU where the constant `silu` is 1, else the sigmoid."""
+def _gate_columns(_: Any, x: Any, gate: Any, count: Any, kind: Any) -> Any:
+    """x <- x * act(gate) for `count` floats; the constant `kind` numbers act: sigmoid, SiLU, GELU."""
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e = Emitter(b)
@@ -28,17 +28,18 @@ def _gate_columns(_: Any, x: Any, gate: Any, count: Any, silu: Any) -> Any:
         def body(place: Any, mask: Any, state: list[Any]) -> list[Any]:
             at = b.add(args[0], place)
             value, gates = load_columns(e, at, mask), load_columns(e, b.add(args[1], place), mask)
-            made = b.fmul(value, emit_silu(e, gates)) if silu.literal_value else emit_sigmoid_times(e, value, gates)
+            act = (None, emit_silu, emit_gelu_tanh)[kind.literal_value]
+            made = emit_sigmoid_times(e, value, gates) if act is None else b.fmul(value, act(e, gates))
             store_columns(e, at, made, mask)
             return state
 
         emit_columns(e, args[2], [], body)
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 3, silu), code
+    return types.void(*[types.int64] * 3, kind), code
 
 
-def make_gated_rows(SILU: int) -> Callable[..., None]:
+def make_gated_rows(KIND: int) -> Callable[..., None]:
     """The operation."""
 
     def gated_rows(row, thread, threads):
@@ -53,7 +54,7 @@ def make_gated_rows(SILU: int) -> Callable[..., None]:
             first = LANES * line
             of_gate = t if given.picked == 0 else picked[t]
             at, gate = given.x + 4 * (t * given.stride + first), given.gate + 4 * (of_gate * given.gate_stride + first)
-            _gate_columns(at, gate, min(LANES * count, columns - first), SILU)
+            _gate_columns(at, gate, min(LANES * count, columns - first), KIND)
             unit += count
 
     return gated_rows

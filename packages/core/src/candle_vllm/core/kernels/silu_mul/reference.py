@@ -21,4 +21,6 @@ def gelu_tanh_mul(x: torch.Tensor) -> torch.Tensor:
 def gated(x: torch.Tensor, gate: torch.Tensor, kind: str) -> torch.Tensor:
     """See the contract in the package."""
     wide = gate.float()
+    if kind == "gelu_tanh":
+        return (x.float() * torch.nn.functional.gelu(wide, approximate="tanh")).to(x.dtype)
     return (x.float() * (torch.nn.functional.silu(wide) if kind == "silu" else wide.sigmoid())).to(x.dtype)

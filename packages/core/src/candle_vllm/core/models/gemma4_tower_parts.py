@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: MIT
+"""Parts of Gemma 4's tower: matrices with bounds, the norm of queries, positions, and the shift of means.
+
+Shapes: T patches, E hidden, D head size, C cells, N rows of the table of positions for columns, and for rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from candle_vllm.core.kernels.recorded import Value
+from candle_vllm.core.kernels.scale_cap import clamp_
+from candle_vllm.core.kernels.side_by_side import side_by_side
+from candle_vllm.core.layers.linear import Linear
+from candle_vllm.core.layers.norm import RMSNorm
+from candle_vllm.core.layers.parameters import Placement, TensorParameter, on_host
+from candle_vllm.core.loading.weights import Parameter
+from candle_vllm.core.models.family import TowerConfig
+
+BOUNDS = MappingProxyType({"input_min": -np.inf, "input_max": np.inf, "output_min": -np.inf, "output_max": np.inf})
+"""By the name of a matrix's bound, the one that changes nothing."""
+
+
+class Bounds:
+    """The least and the largest number of a matrix's inputs, and of its results; the parts are those of `BOUNDS`."""
+
+    def __init__(self, placement: Placement) -> None:
+        self._stored = {name: placement.empty(1) for name in BOUNDS}
+        self.inputs = self.results = (-math.inf, math.inf)
+
+    def finish(self) -> None:
+        """See `Finishes`."""
+        low, high, least, most = (float(on_host(each)[0]) for each in self._stored.values())
+        self.inputs, self.results = (low, high), (least, most)
+
+    def parameters(self) -> Mapping[str, Parameter]:
+        """Every parameter that must be loaded."""
+        return {name: TensorParameter(each) for name, each in self._stored.items()}
+
+
+class BoundedLinear:
+    """x [T, E] times a matrix without a bias, inputs and results within the matrix's bounds, where it has any."""
+
+    def __init__(self, size: int, results: int, clipped: bool, placement: Placement) -> None:
+        self.matrix = Linear(size, results, placement)
+        self.bounds = Bounds(placement) if clipped else None
+
+    def __call__(self, x: Value) -> Value:
+        if self.bounds is None:
+            return self.matrix(x)
+        if any(map(math.isfinite, self.bounds.inputs)):
+            x = clamp_(side_by_side(x), *self.bounds.inputs)
+        x = self.matrix(x)
+        return clamp_(x, *self.bounds.results) if any(map(math.isfinite, self.bounds.results)) else x
+
+
+class QueryNorm(RMSNorm):
+    """The norm of queries, times the root of D, by which `whole_attention` divides scores: here they are unscaled."""
+
+    def finish(self) -> None:
+        """See `Finishes`."""
+        self.weight *= len(self.weight) ** 0.5
+
+
+class Standard:
+    """(x - bias) * scale, of means x [C, E] on the host or the device."""
+
+    def __init__(self, config: TowerConfig, placement: Placement) -> None:
+        self.bias, self.scale = (placement.empty(config.hidden_size) for _ in range(2))
+
+    def __call__(self, means: Any) -> Any:
+        return (means - self.bias) * self.scale
+
+    def parameters(self) -> Mapping[str, Parameter]:
+        """Every parameter that must be loaded."""
+        return {"bias": TensorParameter(self.bias), "scale": TensorParameter(self.scale)}
+
+
+class Positions:
+    """Learned vectors of columns, and behind them of rows: a table [2 * N, E] that the host looks up."""
+
+    def __init__(self, config: TowerConfig, placement: Placement) -> None:
+        self.weight = placement.empty(2 * config.learned, config.hidden_size)
+
+    def __call__(self, places: NDArray[np.int64]) -> NDArray[np.float32]:
+        """[n, E], of the row and column of each patch [n, 2]."""
+        table = on_host(self.weight)
+        return table[places[:, 1]] + table[len(table) // 2 + places[:, 0]]
+
+    def parameters(self) -> Mapping[str, Parameter]:
+        """Every parameter that must be loaded."""
+        return {"weight": TensorParameter(self.weight)}
