@@ -106,6 +106,16 @@ class ModelConfig:
         assert len(self.sliding_windows) == self.num_layers
 
     @property
+    def op_by_op(self) -> bool:
+        """Whether its layers run in torch alone, one operation after the other."""
+        return False
+
+    @property
+    def one_at_a_time(self) -> str | None:
+        """Why its state is in no cache of this engine, so that it runs one sequence at a time; None where it is."""
+        return None
+
+    @property
     def latent(self) -> LatentSizes | None:
         """The sizes of latent attention; None where a model has keys and values."""
         return None
