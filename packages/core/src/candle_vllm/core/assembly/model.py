@@ -286,6 +286,12 @@ def describe_model(config: EngineConfig, device: Device, opened: Opened) -> Desc
     config = fit_settings(config, model_config)
     model_config = stretched(model_config, config.yarn_scaling_factor, checkpoint)
     refuse_longer(config, model_config)
+    if model_config.one_at_a_time is not None:
+        logger.warning(
+            "%s runs one sequence at a time, without prefix cache and drafts, on a cache of transformers: %s",
+            files.name,
+            model_config.one_at_a_time,
+        )
     limit = min(model_config.max_position, config.max_model_len or model_config.max_position)
     model_config = dataclasses.replace(model_config, max_position=limit)
     generation = _generation_config(files)
@@ -324,12 +330,14 @@ def fit_settings(config: EngineConfig, model: ModelConfig | EncoderConfig) -> En
     Raises:
         ConfigError: such a model is to be divided, or to be drafted for where it has a cache of its own.
     """
-    if not isinstance(model, ModelConfig) or not model.op_by_op:
+    if not isinstance(model, ModelConfig) or model.implementation == "native":
         return config
     if config.ranks > 1:
-        raise ConfigError(f"{model.model_type} runs by transformers, whose layers are not divided among ranks: leave "
-                          "tensor_parallel_size and pipeline_parallel_size out, or set model_impl='native'",
-                          "tensor_parallel_size")
+        raise ConfigError(
+            f"{model.model_type} runs by transformers, whose layers are not divided among ranks: leave "
+            "tensor_parallel_size and pipeline_parallel_size out, or set model_impl='native'",
+            "tensor_parallel_size",
+        )
     config = dataclasses.replace(config, enforce_eager=True)
     if not model.one_at_a_time:
         return config

@@ -629,6 +629,7 @@ def model_info(loaded: LoadedModel | LoadedEncoder, engine: Engine) -> ModelInfo
         image_text="" if loaded.sight is None else loaded.sight.parts.written,
         labels=() if isinstance(loaded, LoadedModel) else loaded.config.labels,
         embedding_size=0 if loaded.pooling is None else loaded.pooling.size,
+        implementation=loaded.config.implementation,
         max_num_seqs=engine.max_num_seqs,
         kv_cache_bytes=engine.cache_bytes,
         state_bytes=engine.state_bytes,

@@ -21,7 +21,16 @@ PAGED, PROBE = "candle_vllm", "candle_vllm_probe"
 
 
 class NotPagedError(Exception):
-    """The model asks for something of which its keys and values in pages know nothing; the message says what."""
+    """The model asks for something that this engine's pages do not give; the message says what.
+
+    Args:
+        message: what it asks for, and where.
+        causal: it may run on a cache of its own, for a token's result does not depend on later tokens.
+    """
+
+    def __init__(self, message: str, *, causal: bool = True) -> None:
+        super().__init__(message)
+        self.causal = causal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +117,7 @@ def _write_down(
     if key.shape[3] != dim or heads % key.shape[1] or value.shape[3] > dim:
         raise NotPagedError(f"{name} has queries {list(query.shape)} and keys {list(key.shape)}")
     if more.get("is_causal", getattr(module, "is_causal", True)) is False:
-        raise NotPagedError(f"{name} sees the tokens behind its own")
+        raise NotPagedError(f"{name} sees the tokens behind its own", causal=False)
     others = [key for key in _UNKNOWN if more.get(key) is not None]
     if others:
         raise NotPagedError(f"{name} adds {', '.join(others)} to its scores")

@@ -35,6 +35,7 @@ from candle_vllm.core.models.family import Family
 
 logger = logging.getLogger(__name__)
 
+_CACHES = ("past_key_values", "cache_params", "state")  # names of a cache, as arguments and in results
 _TRIED = 3  # tokens of the pass that writes the calls down
 _ROUTERS = ("gate", "router", "shared_expert_gate")  # which `isq` leaves plain
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers")
@@ -55,9 +56,9 @@ class AnyConfig(ModelConfig):
     obstacle: str | None = None
 
     @property
-    def op_by_op(self) -> bool:
-        """See `ModelConfig`."""
-        return True
+    def implementation(self) -> str:
+        """See `ModelInfo`."""
+        return "transformers" if self.obstacle is None else "transformers, one sequence at a time"
 
     @property
     def one_at_a_time(self) -> str | None:
@@ -96,10 +97,10 @@ def config_from_hf(values: Mapping[str, Any], path: Path) -> AnyConfig:
         calls = _calls_of(model)
     except NotPagedError as error:
         obstacle = str(error)
-        if not _keeps_its_own_cache(model):
+        if not error.causal or not _keeps_its_own_cache(model):
             raise UnsupportedModelError(f"{path}: {type(model).__name__} cannot run here: {obstacle}") from error
     text = described.get_text_config(decoder=True)
-    first = calls[0] if calls else AttentionCall("", 1, 1, 1, 1, None, 1.0, None)
+    first = calls[0] if calls else AttentionCall("", 1, 1, 2, 2, None, 1.0, None)
     hidden = _number(text, "hidden_size", "n_embd", "d_model") or 1
     return AnyConfig(
         model_type=kind,
@@ -137,7 +138,7 @@ def _number(config: Any, *names: str) -> int | None:
     return next((value for value in found if isinstance(value, int) and value > 0), None)
 
 
-def _without_memory(described: Any, attention: str, dtype: torch.dtype) -> Any:
+def _without_memory(described: Any, attention: str | None, dtype: torch.dtype) -> Any:
     """The model of transformers on torch's meta device."""
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(described, attn_implementation=attention, dtype=dtype)
@@ -154,7 +155,7 @@ def _calls_of(model: Any) -> tuple[AttentionCall, ...]:
     if getattr(model, "_is_stateful", False):
         raise NotPagedError(f"{type(model).__name__} keeps a recurrent state")
     base = model.base_model
-    if "position_ids" not in inspect.signature(base.forward).parameters:
+    if "position_ids" not in _arguments(base):
         raise NotPagedError(f"{type(base).__name__} is not told the positions of tokens")
     tried = Pass({module: name for name, module in model.named_modules()}, [])
     ids = torch.zeros(1, _TRIED, dtype=torch.int64, device="meta")
@@ -189,8 +190,11 @@ def _check_layers(model: Any, callers: set[str]) -> None:
 
 def _keeps_its_own_cache(model: Any) -> bool:
     """Whether the model continues a sequence from a cache of transformers."""
-    names = inspect.signature(model.base_model.forward).parameters
-    return "past_key_values" in names or "cache_params" in names
+    return model.base_model is not model and any(name in _arguments(model.base_model) for name in _CACHES)
+
+
+def _arguments(module: torch.nn.Module) -> Mapping[str, Any]:
+    return inspect.signature(module.forward).parameters
 
 
 # ---- the model -------------------------------------------------------------------------------------------------------
@@ -214,7 +218,7 @@ class AnyDecoder:
     def __init__(self, config: AnyConfig, placement: Placement) -> None:
         self.config, self._placement = config, placement
         dtype = torch.float32 if placement.shapes_only else placement.torch_dtype
-        self.model = _without_memory(config.described, PAGED if config.calls else "sdpa", dtype)
+        self.model = _without_memory(config.described, None if config.obstacle else PAGED, dtype)
         tables = {self.model.get_input_embeddings(): "embed", self.model.get_output_embeddings(): "head"}
         at = {name: tables[module] for name, module in self.model.named_modules() if module in tables}
         self.named = replace_products(self.model, placement, self.model.all_tied_weights_keys)
@@ -231,6 +235,7 @@ class AnyDecoder:
         self._head = _Head(self._base)
         self._attentions = [call.attention(number) for number, call in enumerate(config.calls)]
         self._names = {module: name for name, module in self.model.named_modules()}
+        self._cache, self._length = dict[str, Any](), 0  # of the one sequence, where it is transformers'
 
     def prepare(self, positions: int) -> None:
         """See `Decoder.prepare`; transformers computes its tables in each step."""
@@ -238,10 +243,35 @@ class AnyDecoder:
     def forward(self, token_ids: Value, step: StepInput) -> Value:
         """See `Decoder.forward`."""
         ids, positions = token_ids.long()[None], step.positions.long()[None]
+        if self.config.obstacle is not None:
+            return self._alone(ids, int(positions[0, 0]))
         this = Pass(self._names, list(self.config.calls), step, self._attentions)
         with under_way(this):
             out = self._base(input_ids=ids, position_ids=positions, use_cache=False, return_dict=True)
         assert this.done == len(this.calls), "a model's calls of attention are the same in each step"
+        return out.last_hidden_state[0]
+
+    def _alone(self, ids: torch.Tensor, first: int) -> torch.Tensor:
+        """Hidden states [T, E] of tokens [1, T] of the one sequence from position `first` on, whose cache goes on."""
+        if first == 0:
+            self._cache, self._length = dict[str, Any](), 0
+            if "past_key_values" in _arguments(self._base):
+                self._cache["past_key_values"] = transformers.DynamicCache(config=self._base.config)
+        assert first == self._length, "a sequence begins at its first token, and no other runs beside it"
+        # Layers with a state begin with a prompt as a whole, and go on by one token.
+        pieces = [ids] if first == 0 else ids.split(1, 1)
+        return torch.cat([self._continued(piece) for piece in pieces])
+
+    def _continued(self, ids: torch.Tensor) -> torch.Tensor:
+        """Hidden states [T, E] of the next tokens [1, T]."""
+        before, self._length = self._length, self._length + ids.shape[1]
+        positions = torch.arange(before, self._length, device=ids.device)
+        given: dict[str, Any] = {
+            "attention_mask": ids.new_ones(1, self._length), "position_ids": positions[None], "cache_position": positions,
+        }  # fmt: skip
+        given = {name: value for name, value in given.items() if name in _arguments(self._base)} | self._cache
+        out = self._base(input_ids=ids, use_cache=True, return_dict=True, **given)
+        self._cache = {name: out[name] for name in _CACHES if out.get(name) is not None}
         return out.last_hidden_state[0]
 
     def logits(self, hidden: Value, out: Value | None = None) -> Value:
