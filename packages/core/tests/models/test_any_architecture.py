@@ -99,7 +99,7 @@ def test_native_layers_come_first(tmp_path: Path) -> None:
 
 def test_unknown_architectures_name_the_way(tmp_path: Path) -> None:
     folder = write_tiny(tmp_path, "arcee")
-    with mock.patch.object(registry, "_has_transformers", lambda: False):
+    with mock.patch.object(registry, "_has_transformers", return_value=False):
         with pytest.raises(UnsupportedModelError, match=r"ArceeForCausalLM.*pip install 'candle-vllm\[transformers\]'"):
             load(folder)
         with pytest.raises(ConfigError, match=r"pip install 'candle-vllm\[transformers\]'"):
@@ -115,7 +115,7 @@ def test_unknown_architectures_name_the_way(tmp_path: Path) -> None:
         ({"model_type": "nobody", "auto_map": {"AutoModelForCausalLM": "x.Y"}}, "code beside the weights is never run"),
         ({"num_hidden_layers": 1 << 40}, "num_hidden_layers is"),
         ({"model_type": "t5"}, "is no decoder"),
-        ({"model_type": "bert", "is_decoder": False}, "sees the tokens behind its own"),
+        ({"model_type": "bert", "is_decoder": False}, "see those behind their own"),
     ],
 )
 def test_what_cannot_run_is_refused(changed: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -133,3 +133,14 @@ def test_ranks_are_refused(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match="not divided among ranks"):
         fit_settings(settings, load(folder, model_impl="transformers").config)
+
+
+PAGED = (
+    "afmoe apertus arcee aria_text bert bitnet cohere cohere2 cohere2_moe ctrl cwm deepseek_v2 deepseek_v3 "
+    "electra ernie ernie4_5 ernie4_5_moe exaone4 exaone_moe flex_olmo flint fuyu gemma gemma2 gemma3_text glm glm4 "
+    "glm4_moe gpt-sw3 gpt2 gpt_bigcode gpt_neox gpt_oss granite granite_swa granitemoe granitemoe_swa granitemoeshared "
+    "helium hrm_text hy_v3 hyperclovax internlm3 iquestcoder jais2 kolibri1 laguna llama mellum mimo_v2_flash "
+    "minimax_m2 ministral3 mistral mixtral nanochat nemotron olmo olmo2 olmo3 olmoe persimmon phi phi3 phimoe qwen2 "
+    "qwen3 qwen3_moe seed_oss smollm3 solar_open starcoder2 vaultgemma"
+).split()
+"""Types whose keys and values are in this engine's pages."""

@@ -241,7 +241,8 @@ class EngineConfig(ExplainedSettings):
     load_format: Annotated[LoadFormat, Choice(get_args(LoadFormat)), "auto reads the weights; dummy fills them with "
                            "random numbers, to measure a model without its files",
                            '"dummy" needs config.json and the tokenizer alone.'] = "auto"
-    model_impl: Annotated[ModelImpl, Choice(get_args(ModelImpl), {"vllm": "native"}), "whose layers run: native for this project's own, "
+    model_impl: Annotated[ModelImpl, Choice(get_args(ModelImpl), {"vllm": "native"}),
+                          "whose layers run: native for this project's own, "
                           "transformers for those of the library of this name, op by op (docs/models.md); auto takes "
                           "native ones where there are any"] = "auto"
     device: Annotated[str, Device(several=True), "auto, cpu, cuda, cuda:N, or several GPUs, as cuda:0,cuda:1",

@@ -159,9 +159,7 @@ def _attend(
     return y[None].to(query.dtype), None
 
 
-def _rule(
-    q_length: int, mask_function: Callable[..., Any], device: Any, local_size: int | None = None, **_: Any
-) -> torch.Tensor:
+def _rule(q_length: int, mask_function: Callable[..., Any], local_size: int | None = None, **_: Any) -> torch.Tensor:
     """A mask without memory that has the window that `mask_function` means, which is tried at its edge."""
     size = local_size or 1
 
@@ -169,12 +167,14 @@ def _rule(
         return bool(mask_function(0, 0, torch.tensor(query), torch.tensor(key)))
 
     try:
-        causal = sees(2 * size, 2 * size) and not sees(0, 1) and not sees(size, size + 1)
+        causal = not sees(0, 1) and not sees(size, size + 1)
         full = sees(2 * size, 0)
         slides = sees(size, 1) and not sees(size, 0) and sees(2 * size, size + 1) and not sees(2 * size, size)
     except (RuntimeError, NotImplementedError) as error:
         raise NotPagedError("a mask depends on more than positions") from error
-    if not causal or not (full or (local_size is not None and slides)):
+    if not causal:
+        raise NotPagedError("a mask lets tokens see those behind their own", causal=False)
+    if not (full or (local_size is not None and slides)):
         raise NotPagedError("a mask is neither causal nor a sliding window")
     mask = torch.empty(1, 1, q_length, q_length, device=torch.device("meta"))
     mask.window = None if full else local_size  # type: ignore[attr-defined]

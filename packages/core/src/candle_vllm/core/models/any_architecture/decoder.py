@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import itertools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
@@ -26,9 +26,15 @@ from candle_vllm.core.layers.parameters import SHAPES, Placement
 from candle_vllm.core.loading.cache_specs import CacheSpec, PagedSpec
 from candle_vllm.core.loading.config import MAX_EXPERTS, MAX_LAYERS, ModelConfig
 from candle_vllm.core.loading.rope import RopeConfig
-from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.weights import WeightName
-from candle_vllm.core.models.any_architecture.attention import PAGED, PROBE, AttentionCall, NotPagedError, Pass, under_way
+from candle_vllm.core.models.any_architecture.attention import (
+    PAGED,
+    PROBE,
+    AttentionCall,
+    NotPagedError,
+    Pass,
+    under_way,
+)
 from candle_vllm.core.models.any_architecture.modules import replace_products
 from candle_vllm.core.models.any_architecture.weights import named_for
 from candle_vllm.core.models.family import Family
@@ -89,7 +95,8 @@ def config_from_hf(values: Mapping[str, Any], path: Path) -> AnyConfig:
         described = transformers.CONFIG_MAPPING[kind].from_dict(dict(values))
         if type(described) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise UnsupportedModelError(f"{path}: {kind} of transformers {transformers.__version__} is no decoder")
-        model = _without_memory(described, PROBE, torch.float32)
+        declared = MODEL_FOR_CAUSAL_LM_MAPPING[type(described)]._supports_attention_backend
+        model = _without_memory(described, PROBE if declared else None, torch.float32)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, IndexError) as error:
         raise InvalidFileError(f"{path}: transformers {transformers.__version__} refuses it: {error!s:.300}") from error
     calls, obstacle = tuple[AttentionCall, ...](), None
@@ -154,7 +161,11 @@ def _calls_of(model: Any) -> tuple[AttentionCall, ...]:
         raise NotPagedError(f"{type(model).__name__} does not declare that it follows the attention interface")
     if getattr(model, "_is_stateful", False):
         raise NotPagedError(f"{type(model).__name__} keeps a recurrent state")
-    base = model.base_model
+    for name, module in model.named_modules():
+        _freeze_rotary(module)
+        if isinstance(module, torch.nn.Conv1d) or any(part in ("A_log", "dt_bias") for part in module._parameters):
+            raise NotPagedError(f"{name} keeps a state beside attention")
+    base = getattr(model, _layers_of(model))
     if "position_ids" not in _arguments(base):
         raise NotPagedError(f"{type(base).__name__} is not told the positions of tokens")
     tried = Pass({module: name for name, module in model.named_modules()}, [])
@@ -180,8 +191,6 @@ def _all_nonzero() -> Iterator[None]:
 def _check_layers(model: Any, callers: set[str]) -> None:
     """NotPagedError where a layer mixes tokens by anything but attention."""
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Conv1d) or any(part in ("A_log", "dt_bias") for part in module._parameters):
-            raise NotPagedError(f"{name} keeps a state beside attention")
         if isinstance(module, torch.nn.ModuleList) and name.rpartition(".")[2] in ("layers", "h", "blocks"):
             for number in range(len(module)):
                 if not any(caller.startswith(f"{name}.{number}.") for caller in callers):
@@ -190,7 +199,15 @@ def _check_layers(model: Any, callers: set[str]) -> None:
 
 def _keeps_its_own_cache(model: Any) -> bool:
     """Whether the model continues a sequence from a cache of transformers."""
-    return model.base_model is not model and any(name in _arguments(model.base_model) for name in _CACHES)
+    return any(name in _arguments(getattr(model, _layers_of(model))) for name in _CACHES)
+
+
+def _layers_of(model: Any) -> str:
+    """The attribute of a model that has all of it but the head."""
+    for name in (model.base_model_prefix, "model", "transformer", "decoder"):
+        if name and isinstance(getattr(model, name, None), torch.nn.Module):
+            return name
+    raise UnsupportedModelError(f"{type(model).__name__} has no layers apart from its head")
 
 
 def _arguments(module: torch.nn.Module) -> Mapping[str, Any]:
@@ -231,10 +248,11 @@ class AnyDecoder:
                 setattr(self, at[name], layer)
         if not placement.shapes_only:
             _make_buffers(self.model, placement, config)
-        self._base = self.model.base_model
+        self._base = getattr(self.model, _layers_of(self.model))
         self._head = _Head(self._base)
         self._attentions = [call.attention(number) for number, call in enumerate(config.calls)]
         self._names = {module: name for name, module in self.model.named_modules()}
+        self._first_position = _first_position(self.model)
         self._cache, self._length = dict[str, Any](), 0  # of the one sequence, where it is transformers'
 
     def prepare(self, positions: int) -> None:
@@ -247,7 +265,9 @@ class AnyDecoder:
             return self._alone(ids, int(positions[0, 0]))
         this = Pass(self._names, list(self.config.calls), step, self._attentions)
         with under_way(this):
-            out = self._base(input_ids=ids, position_ids=positions, use_cache=False, return_dict=True)
+            out = self._base(
+                input_ids=ids, position_ids=positions + self._first_position, use_cache=False, return_dict=True
+            )
         assert this.done == len(this.calls), "a model's calls of attention are the same in each step"
         return out.last_hidden_state[0]
 
@@ -266,9 +286,8 @@ class AnyDecoder:
         """Hidden states [T, E] of the next tokens [1, T]."""
         before, self._length = self._length, self._length + ids.shape[1]
         positions = torch.arange(before, self._length, device=ids.device)
-        given: dict[str, Any] = {
-            "attention_mask": ids.new_ones(1, self._length), "position_ids": positions[None], "cache_position": positions,
-        }  # fmt: skip
+        places = positions[None] + self._first_position
+        given: dict[str, Any] = {"position_ids": places, "cache_position": positions}
         given = {name: value for name, value in given.items() if name in _arguments(self._base)} | self._cache
         out = self._base(input_ids=ids, use_cache=True, return_dict=True, **given)
         self._cache = {name: out[name] for name in _CACHES if out.get(name) is not None}
@@ -276,7 +295,7 @@ class AnyDecoder:
 
     def logits(self, hidden: Value, out: Value | None = None) -> Value:
         """See `Decoder.logits`; whatever the class does behind its last norm is done by its own code."""
-        prefix = self.model.base_model_prefix
+        prefix = _layers_of(self.model)
         self._head.hidden = hidden[None]
         setattr(self.model, prefix, self._head)
         try:
@@ -298,7 +317,8 @@ class _Head(torch.nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(self.__dict__["_base"][0], name)
+            found = getattr(self.__dict__["_base"][0], name)
+            return self if isinstance(found, transformers.PreTrainedModel) else found  # some heads ask an inner model
 
     def forward(self, *_: Any, **__: Any) -> _Output:
         """The hidden states as the layers' result."""
@@ -319,6 +339,12 @@ class _Output:
         return (self.last_hidden_state,)[index]
 
 
+def _first_position(model: Any) -> int:
+    """Row of the position table for a sequence's first token: RoBERTa's and its kin begin behind the padding token."""
+    tables = (m for m in model.modules() if hasattr(m, "create_position_ids_from_input_ids"))
+    return next((table.padding_idx + 1 for table in tables if table.padding_idx is not None), 0)
+
+
 def _make_buffers(model: Any, placement: Placement, config: AnyConfig) -> None:
     """Computes what no checkpoint stores, such as rotary frequencies, by each class's own rules."""
     owners: list[tuple[str, Any]] = [("", model)]
@@ -335,6 +361,27 @@ def _make_buffers(model: Any, placement: Placement, config: AnyConfig) -> None:
             owner = max((o for o in owners if not o[0] or name.startswith(f"{o[0]}.")), key=lambda o: len(o[0]))[1]
             with torch.no_grad():
                 owner._init_weights(module)
+        for layer, kind in _freeze_rotary(module):
+            _settle_rotary(module, layer, kind, config.max_position, placement.device)
+
+
+def _freeze_rotary(module: Any) -> list[tuple[str | None, str]]:
+    """The kinds of layers, and of their frequencies, that change with the longest text, which they do no more."""
+    kinds = getattr(module, "rope_type", None)
+    each = list(kinds.items()) if isinstance(kinds, dict) else [(None, kinds)]
+    changing = [(layer, kind) for layer, kind in each if kind in ("dynamic", "longrope")]
+    if changing:
+        module.rope_type = dict.fromkeys(kinds, "default") if isinstance(kinds, dict) else "default"
+    return changing
+
+
+def _settle_rotary(module: Any, layer: str | None, kind: str, longest: int, device: Any) -> None:
+    """Frequencies for the context that is served: by its own code they would depend on all sequences of a step."""
+    prefix = "" if layer is None else f"{layer}_"
+    which = {} if layer is None else {"layer_type": layer}
+    found, scale = ROPE_INIT_FUNCTIONS[kind](module.config, device, seq_len=longest, **which)
+    module._buffers[f"{prefix}inv_freq"] = found
+    setattr(module, f"{prefix}attention_scaling", scale)
 
 
 # ---- family ----------------------------------------------------------------------------------------------------------
@@ -348,8 +395,8 @@ def family_of(values: Mapping[str, Any], path: Path) -> tuple[Family, AnyConfig]
     sizes = {name: part.shape for name, part in _parameters(shapes)}
     return Family(
         hf={},
-        config_from_hf=lambda fields, model_type: config,
-        build=lambda config, placement, checkpoint: AnyDecoder(config, placement),
+        config_from_hf=lambda *_: config,
+        build=lambda config, placement, _: AnyDecoder(config, placement),
         weights=table,
         ignored=partial(_ignored, shapes.model),
         prepared=partial(named_for, shapes.model, sizes),
@@ -366,7 +413,9 @@ def _parameters(decoder: AnyDecoder) -> Iterator[tuple[str, Any]]:
 def _table(decoder: AnyDecoder) -> Iterator[WeightName]:
     for name, layer in decoder.named.items():
         for part in layer.parameters():
-            yield WeightName(f"{decoder.targets[name]}:{part}", name if part == "tensor" else f"{name}.{part}", None)
+            stored = name if part == "tensor" else f"{name}.{part}"
+            tied = decoder.model.all_tied_weights_keys.get(stored)  # of a head with a bias, which has its own copy
+            yield WeightName(f"{decoder.targets[name]}:{part}", stored if tied is None else (tied, stored), None)
 
 
 def _ignored(model: Any, config: Any) -> Sequence[str]:

@@ -153,7 +153,7 @@ def replace_products(model: torch.nn.Module, placement: Placement, tied: Mapping
                 if path not in tied:
                     parts[path] = PlainTensor(module, part, placement)
     for path, source in tied.items():
-        if source in parts:  # of a table that is not this engine's
-            owner, _, part = path.rpartition(".")
+        owner, _, part = path.rpartition(".")
+        if source in parts and not isinstance(model.get_submodule(owner), _Own):  # where neither is this engine's
             setattr(model.get_submodule(owner), part, model.get_parameter(source))
     return parts

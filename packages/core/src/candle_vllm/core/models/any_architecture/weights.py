@@ -59,7 +59,7 @@ class ConvertedTensor(StoredTensor):
         found = found[0] if isinstance(found, list) else found
         if tuple(found.shape) != self.shape:
             raise WeightsError(
-                f"{self.path}: {self.name} has shape {list(found.shape)}; the model's config asks for {list(self.shape)}"
+                f"{self.path}: {self.name} has shape {list(found.shape)}; the config asks for {list(self.shape)}"
             )
         return found.contiguous().numpy()
 
@@ -112,5 +112,3 @@ def _targets(converter: Any, first: str, shapes: Mapping[str, Any]) -> list[str]
 def _natural(name: str) -> list[tuple[int, int | str]]:
     """Sort key by which expert 10 comes behind expert 9."""
     return [(0, int(part)) if part.isdigit() else (1, part) for part in name.split(".")]
-
-
