@@ -9,9 +9,11 @@ from typing import Any
 from unittest import mock
 
 import pytest
+from transformers import CONFIG_MAPPING
 
 from candle_vllm.core import ConfigError, EngineConfig, InferenceEngine, SamplingParams, UnsupportedModelError
 from candle_vllm.core.models import registry
+from packages.core.tests.models.families import ROWS as FAMILIES
 from packages.core.tests.models.tiny import (
     eager_logits,
     eager_runner,
@@ -31,18 +33,140 @@ ROWS: dict[str, dict[str, Any]] = {
     "cwm": {"sliding_window": 24},
     "nemotron": {"head_dim": 16},
 }
-"""Architectures of the common run, each with what it has beside the others; no file of this project has all of them."""
+"""Architectures of the common run, each with its config beside `SMALL`."""
 
-ALONE: dict[str, dict[str, Any]] = {"bloom": {"n_layer": 2, "n_head": 4}, "mamba": {"state_size": 8}}
+PAGED = [
+    "afmoe",
+    "apertus",
+    "aria_text",
+    "bert",
+    "bitnet",
+    "camembert",
+    "cohere",
+    "cohere2",
+    "cohere2_moe",
+    "ctrl",
+    "deepseek_v2",
+    "deepseek_v3",
+    "electra",
+    "ernie",
+    "ernie4_5",
+    "ernie4_5_moe",
+    "exaone4",
+    "exaone_moe",
+    "flex_olmo",
+    "flint",
+    "fuyu",
+    "gemma",
+    "gemma3_text",
+    "glm",
+    "glm4",
+    "glm4_moe",
+    "glm4_moe_lite",
+    "gpt-sw3",
+    "gpt2",
+    "gpt_bigcode",
+    "gpt_oss",
+    "granite",
+    "granite_swa",
+    "granitemoe",
+    "granitemoe_swa",
+    "granitemoeshared",
+    "helium",
+    "hrm_text",
+    "hy_v3",
+    "hyperclovax",
+    "internlm3",
+    "iquestcoder",
+    "jais2",
+    "kolibri1",
+    "laguna",
+    "llama",
+    "mellum",
+    "mimo_v2_flash",
+    "minimax_m2",
+    "ministral",
+    "ministral3",
+    "modernbert-decoder",
+    "mistral",
+    "nanochat",
+    "olmo",
+    "olmo2",
+    "olmo3",
+    "olmoe",
+    "opt",
+    "persimmon",
+    "phi",
+    "phi3",
+    "phimoe",
+    "qwen2",
+    "qwen2_moe",
+    "qwen3",
+    "qwen3_moe",
+    "seed_oss",
+    "smollm3",
+    "solar_open",
+    "starcoder2",
+    "vaultgemma",
+]
+"""Types beside those whose keys and values are in this engine's pages."""
+
+ALONE = ["bloom", "mamba"]
+MORE_ALONE = [
+    "biogpt",
+    "doge",
+    "falcon",
+    "falcon_mamba",
+    "git",
+    "gpt_neo",
+    "gptj",
+    "jetmoe",
+    "lfm2",
+    "llama4_text",
+    "megatron-bert",
+    "mpt",
+    "olmo_hybrid",
+]
+"""Types that run one sequence at a time."""
+
+_ENCODERS = {"is_decoder": True, "pad_token_id": 257}  # positions count no padding tokens, which prompts have none of
+_OWN: dict[str, dict[str, Any]] = dict.fromkeys(("bert", "camembert", "electra", "ernie", "megatron-bert"), _ENCODERS)
+_SIZES: dict[str, Any] = {
+    **dict.fromkeys(["num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"], 4),
+    **dict.fromkeys(
+        ["num_experts_per_tok", "moe_topk", "moe_k", "num_layers", "n_layer", "decoder_layers", "encoder_layers"], 2
+    ),
+    **dict.fromkeys(["moe_intermediate_size", "shared_expert_intermediate_size"], 32),
+    **dict.fromkeys(
+        ["head_dim", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim", "mamba_d_state", "state_size"], 16
+    ),
+    **dict.fromkeys(["n_group", "topk_group", "first_k_dense_replace", "n_shared_experts", "num_shared_experts"], 1),
+    **dict.fromkeys(["ffn_dim", "d_ff", "n_inner", "decoder_ffn_dim", "encoder_ffn_dim"], 96),
+    **dict.fromkeys(["decoder_attention_heads", "encoder_attention_heads", "n_head"], 4),
+    "qk_rope_head_dim": 8,
+    "sliding_window": 24,
+}
+"""Sizes by the names that some config has for them."""
+
+
+def _config(name: str) -> dict[str, Any]:
+    """What a tiny model of a type is made with beside `SMALL`."""
+    row = next((row.config for row in FAMILIES.values() if row.model_type == name), None)
+    if name in ROWS or row is not None:
+        return ROWS[name] if row is None else dict(row)
+    usual = CONFIG_MAPPING[name]()
+    known = {*vars(usual), *usual.attribute_map}
+    sizes = {key: size for key, size in _SIZES.items() if key in known and getattr(usual, key, None) is not None}
+    return sizes | _OWN.get(name, {})
 
 
 def _settings(**more: Any) -> dict[str, Any]:
     return {"device": "cpu", "threads": 1, "block_size": 16, "kv_cache_memory": 1 << 24, **more}
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", [*ROWS, *(pytest.param(each, marks=pytest.mark.every_case) for each in PAGED)])
 def test_logits_and_tokens_equal_transformers(name: str, tmp_path: Path) -> None:
-    folder, tokens = write_tiny(tmp_path, name, **ROWS[name]), some_tokens()
+    folder, tokens = write_tiny(tmp_path, name, **_config(name)), some_tokens()
     theirs = their_logits(folder, tokens)
     for chunks in ([70], [17, 33, 1, 1, 18]):
         assert error(eager_logits(folder, tokens, chunks, model_impl="transformers"), theirs) < 1e-5, chunks
@@ -56,18 +180,18 @@ def test_logits_and_tokens_equal_transformers(name: str, tmp_path: Path) -> None
     assert together[1][0] == int(theirs[39].argmax())
 
 
-@pytest.mark.parametrize("name", ALONE)
+@pytest.mark.parametrize("name", [*ALONE, *(pytest.param(each, marks=pytest.mark.every_case) for each in MORE_ALONE)])
 def test_a_cache_of_its_own_runs_one_sequence_at_a_time(
     name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder, tokens = write_tiny(tmp_path, name, **ALONE[name]), some_tokens()
+    folder, tokens = write_tiny(tmp_path, name, **_config(name)), some_tokens()
     theirs = their_logits(folder, tokens)
     loaded = load(folder, model_impl="transformers")
     runner = eager_runner(loaded, 5)
     assert error(step_logits(runner, tokens, [40] + [1] * 30), theirs) < 1e-5
     assert error(step_logits(runner, tokens, [70]), theirs) < 1e-5, "the next sequence begins anew"
     prompts = [tokens[:length] for length in (7, 40, 18)]
-    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, n=1)
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
     with InferenceEngine(str(folder), **_settings(model_impl="transformers")) as engine:
         info = engine.model_info
         assert (info.implementation, info.max_num_seqs) == ("transformers, one sequence at a time", 1)
@@ -133,14 +257,3 @@ def test_ranks_are_refused(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match="not divided among ranks"):
         fit_settings(settings, load(folder, model_impl="transformers").config)
-
-
-PAGED = (
-    "afmoe apertus arcee aria_text bert bitnet cohere cohere2 cohere2_moe ctrl cwm deepseek_v2 deepseek_v3 "
-    "electra ernie ernie4_5 ernie4_5_moe exaone4 exaone_moe flex_olmo flint fuyu gemma gemma2 gemma3_text glm glm4 "
-    "glm4_moe gpt-sw3 gpt2 gpt_bigcode gpt_neox gpt_oss granite granite_swa granitemoe granitemoe_swa granitemoeshared "
-    "helium hrm_text hy_v3 hyperclovax internlm3 iquestcoder jais2 kolibri1 laguna llama mellum mimo_v2_flash "
-    "minimax_m2 ministral3 mistral mixtral nanochat nemotron olmo olmo2 olmo3 olmoe persimmon phi phi3 phimoe qwen2 "
-    "qwen3 qwen3_moe seed_oss smollm3 solar_open starcoder2 vaultgemma"
-).split()
-"""Types whose keys and values are in this engine's pages."""

@@ -126,6 +126,8 @@ def _write_down(
         if not hasattr(attention_mask, "window"):
             raise NotPagedError(f"{name} has a mask of its own")
         window = attention_mask.window  # type: ignore[attr-defined]  # what plain attention in transformers goes by
+        if isinstance(window, NotPagedError):
+            raise window
     scale = dim**-0.5 if scaling is None else float(scaling)
     sizes = heads, key.shape[1], dim, value.shape[3]
     this.calls.append(AttentionCall(name, *sizes, window, scale, more.get("softcap")))
@@ -159,28 +161,36 @@ def _attend(
     return y[None].to(query.dtype), None
 
 
-def _rule(q_length: int, mask_function: Callable[..., Any], local_size: int | None = None, **_: Any) -> torch.Tensor:
-    """A mask without memory that has the window that `mask_function` means, which is tried at its edge."""
+def _mask(q_length: int, mask_function: Callable[..., Any], local_size: int | None = None, **_: Any) -> torch.Tensor:
+    """A mask [1, 1, T, T] without memory that has the window that `mask_function` means, or why it has none.
+
+    Nothing is raised here, for models make masks that none of their layers uses.
+    """
+    mask: Any = torch.empty(1, 1, q_length, q_length, device=torch.device("meta"))
+    try:
+        mask.window = _window(mask_function, local_size)
+    except (NotPagedError, RuntimeError, NotImplementedError) as error:
+        known = isinstance(error, NotPagedError)
+        mask.window = error if known else NotPagedError("a mask depends on more than positions")
+    return mask
+
+
+def _window(mask_function: Callable[..., Any], local_size: int | None) -> int | None:
+    """The window of a mask, which is tried at its edge; NotPagedError where it is another kind of mask."""
     size = local_size or 1
 
     def sees(query: int, key: int) -> bool:
         return bool(mask_function(0, 0, torch.tensor(query), torch.tensor(key)))
 
-    try:
-        causal = not sees(0, 1) and not sees(size, size + 1)
-        full = sees(2 * size, 0)
-        slides = sees(size, 1) and not sees(size, 0) and sees(2 * size, size + 1) and not sees(2 * size, size)
-    except (RuntimeError, NotImplementedError) as error:
-        raise NotPagedError("a mask depends on more than positions") from error
-    if not causal:
+    if sees(0, 1) or sees(size, size + 1):
         raise NotPagedError("a mask lets tokens see those behind their own", causal=False)
-    if not (full or (local_size is not None and slides)):
-        raise NotPagedError("a mask is neither causal nor a sliding window")
-    mask = torch.empty(1, 1, q_length, q_length, device=torch.device("meta"))
-    mask.window = None if full else local_size  # type: ignore[attr-defined]
-    return mask
+    if sees(2 * size, 0):
+        return None
+    if local_size and sees(size, 1) and not sees(size, 0) and sees(2 * size, size + 1) and not sees(2 * size, size):
+        return local_size
+    raise NotPagedError("a mask is neither causal nor a sliding window")
 
 
 AttentionInterface.register(PAGED, _attend)
 AttentionInterface.register(PROBE, _write_down)
-AttentionMaskInterface.register(PROBE, _rule)
+AttentionMaskInterface.register(PROBE, _mask)

@@ -92,7 +92,7 @@ def config_from_hf(values: Mapping[str, Any], path: Path) -> AnyConfig:
             f"{path}: transformers {transformers.__version__} has no model_type {kind!r:.80} either{code}"
         )
     try:
-        described = transformers.CONFIG_MAPPING[kind].from_dict(dict(values))
+        described = transformers.CONFIG_MAPPING[kind].from_dict(_with_floats(values))
         if type(described) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise UnsupportedModelError(f"{path}: {kind} of transformers {transformers.__version__} is no decoder")
         declared = MODEL_FOR_CAUSAL_LM_MAPPING[type(described)]._supports_attention_backend
@@ -128,6 +128,14 @@ def config_from_hf(values: Mapping[str, Any], path: Path) -> AnyConfig:
         calls=calls,
         obstacle=obstacle,
     )
+
+
+def _with_floats(value: Any) -> Any:
+    """The values with the floats that JSON has no word for, which transformers writes as {"__float__": "Infinity"}."""
+    if isinstance(value, Mapping):
+        special = value.get("__float__")
+        return float(special) if isinstance(special, str) else {key: _with_floats(each) for key, each in value.items()}
+    return [_with_floats(each) for each in value] if isinstance(value, list) else value
 
 
 def _check_sizes(values: Mapping[str, Any], path: Path) -> None:
