@@ -240,6 +240,7 @@ def test_unknown_architectures_name_the_way(tmp_path: Path) -> None:
         ({"num_hidden_layers": 1 << 40}, "num_hidden_layers is"),
         ({"model_type": "t5"}, "is no decoder"),
         ({"model_type": "bert", "is_decoder": False}, "see those behind their own"),
+        ({"model_type": "rembert", "is_decoder": False}, "is_decoder false"),
     ],
 )
 def test_what_cannot_run_is_refused(changed: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -95,7 +95,8 @@ def config_from_hf(values: Mapping[str, Any], path: Path) -> AnyConfig:
         described = transformers.CONFIG_MAPPING[kind].from_dict(_with_floats(values))
         if type(described) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise UnsupportedModelError(f"{path}: {kind} of transformers {transformers.__version__} is no decoder")
-        declared = MODEL_FOR_CAUSAL_LM_MAPPING[type(described)]._supports_attention_backend
+        kind_of: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(described)]
+        declared = kind_of._supports_attention_backend
         model = _without_memory(described, PROBE if declared else None, torch.float32)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, IndexError) as error:
         raise InvalidFileError(f"{path}: transformers {transformers.__version__} refuses it: {error!s:.300}") from error
@@ -166,6 +167,8 @@ def _without_memory(described: Any, attention: str | None, dtype: torch.dtype) -
 def _calls_of(model: Any) -> tuple[AttentionCall, ...]:
     """The calls of attention in a pass of some tokens; NotPagedError where not all of the model's memory is in them."""
     if not model._supports_attention_backend:
+        if getattr(model.config.get_text_config(decoder=True), "is_decoder", True) is False:
+            raise NotPagedError("its config says is_decoder false, so that tokens see later ones", causal=False)
         raise NotPagedError(f"{type(model).__name__} does not declare that it follows the attention interface")
     if getattr(model, "_is_stateful", False):
         raise NotPagedError(f"{type(model).__name__} keeps a recurrent state")
@@ -192,7 +195,8 @@ def _all_nonzero() -> Iterator[None]:
     """On the meta device, which has no numbers, experts are asked which tokens are theirs: all."""
     from torch.fx.experimental import _config
 
-    with _config.patch(meta_nonzero_assume_all_nonzero=True):
+    config: Any = _config
+    with config.patch(meta_nonzero_assume_all_nonzero=True):
         yield
 
 
@@ -362,7 +366,7 @@ def _make_buffers(model: Any, placement: Placement, config: AnyConfig) -> None:
         mine = [part for part in module._non_persistent_buffers_set if module._buffers.get(part) is not None]
         plain = [part for part, value in vars(module).items() if isinstance(value, torch.Tensor) and value.is_meta]
         for part in mine:
-            module._buffers[part] = torch.zeros_like(module._buffers[part], device=placement.device)
+            module._buffers[part] = torch.zeros_like(module.get_buffer(part), device=placement.device)
         for part in plain:
             setattr(module, part, torch.zeros_like(getattr(module, part), device=placement.device))
         if mine or plain:

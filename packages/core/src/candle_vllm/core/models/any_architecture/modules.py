@@ -43,7 +43,7 @@ class _Own:
         self._parameters: dict[str, Any] = {}
 
 
-class OwnLinear(_Own, torch.nn.Linear):
+class OwnLinear(_Own, torch.nn.Linear):  # type: ignore[misc]  # `weight` is no parameter
     """`nn.Linear` by a `Linear`: x [..., K] to [..., N]."""
 
     @property
@@ -51,18 +51,20 @@ class OwnLinear(_Own, torch.nn.Linear):
         """The bias [N]; None where there is none."""
         return self.table.bias
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # torch's name
         """See `nn.Linear`."""
+        x = input
         if x.is_meta:
             return x.new_empty(*x.shape[:-1], self.shape[0])
         return self.table(x.reshape(-1, self.shape[1])).view(*x.shape[:-1], self.shape[0])
 
 
-class OwnEmbedding(_Own, torch.nn.Embedding):
+class OwnEmbedding(_Own, torch.nn.Embedding):  # type: ignore[misc]
     """`nn.Embedding` by an `Embedding`: ids [...] to rows [..., K]."""
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # torch's name
         """See `nn.Embedding`."""
+        ids = input
         if ids.is_meta:
             return torch.empty(*ids.shape, self.shape[1], dtype=self.own_dtype, device=ids.device)
         return self.own(ids.reshape(-1)).view(*ids.shape, self.shape[1])
@@ -132,17 +134,17 @@ def replace_products(model: torch.nn.Module, placement: Placement, tied: Mapping
     dtype = torch.float32 if placement.shapes_only else placement.torch_dtype
     parts: dict[str, Loadable] = {}
     tables: dict[str, Linear] = {}
-    modules = [(name, module) for name, module in model.named_modules() if _multiplies(module)]
+    modules: list[tuple[str, Any]] = [(name, module) for name, module in model.named_modules() if _multiplies(module)]
     for name, module in sorted(modules, key=lambda item: isinstance(item[1], torch.nn.Linear)):  # tables come first
-        shape = tuple(module.weight.shape)
+        rows, columns = shape = module.weight.shape[0], module.weight.shape[1]
         source = tied.get(f"{name}.weight", "").removesuffix(".weight")
         if isinstance(module, torch.nn.Embedding):
-            parts[name] = own = Embedding(*shape, placement)
+            parts[name] = own = Embedding(rows, columns, placement)
             tables[name] = own.table
         elif source in tables and module.bias is None:
             own = tables[source]
         else:
-            parts[name] = own = Linear(shape[1], shape[0], placement, bias=module.bias is not None)
+            parts[name] = own = Linear(columns, rows, placement, bias=module.bias is not None)
         kind = OwnEmbedding if isinstance(module, torch.nn.Embedding) else OwnLinear
         module.__class__ = _own_class(type(module), kind)
         module.become(own, dtype, shape)
