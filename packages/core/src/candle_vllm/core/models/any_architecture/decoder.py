@@ -287,8 +287,6 @@ class AnyDecoder:
         """Hidden states [T, E] of tokens [1, T] of the one sequence from position `first` on, whose cache goes on."""
         if first == 0:
             self._cache, self._length = dict[str, Any](), 0
-            if "past_key_values" in _arguments(self._base):
-                self._cache["past_key_values"] = transformers.DynamicCache(config=self._base.config)
         assert first == self._length, "a sequence begins at its first token, and no other runs beside it"
         # Layers with a state begin with a prompt as a whole, and go on by one token.
         pieces = [ids] if first == 0 else ids.split(1, 1)
@@ -303,6 +301,8 @@ class AnyDecoder:
         given = {name: value for name, value in given.items() if name in _arguments(self._base)} | self._cache
         out = self._base(input_ids=ids, use_cache=True, return_dict=True, **given)
         self._cache = {name: out[name] for name in _CACHES if out.get(name) is not None}
+        if not self._cache:
+            raise RuntimeError(f"{type(self._base).__name__} gave no cache to go on from")
         return out.last_hidden_state[0]
 
     def logits(self, hidden: Value, out: Value | None = None) -> Value:

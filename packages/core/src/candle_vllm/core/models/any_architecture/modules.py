@@ -147,7 +147,8 @@ def replace_products(model: torch.nn.Module, placement: Placement, tied: Mapping
             parts[name] = own = Linear(columns, rows, placement, bias=module.bias is not None)
         kind = OwnEmbedding if isinstance(module, torch.nn.Embedding) else OwnLinear
         module.__class__ = _own_class(type(module), kind)
-        module.become(own, dtype, shape)
+        replaced: Any = module
+        replaced.become(own, dtype, shape)
     for name, module in model.named_modules():
         for part in [*module._parameters, *module._buffers]:
             if getattr(module, part) is not None and part not in module._non_persistent_buffers_set:
