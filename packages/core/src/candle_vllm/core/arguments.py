@@ -44,7 +44,7 @@ _SETTINGS: Rows = (
     ("cache_dir", "download_dir"),
     ("local_files_only", "offline"),
     ("tokenizer_path tokenizer_name", "tokenizer, which is a folder"),
-    ("tokenizer_mode tokenizer_revision hf_config_path model_impl config_format", "the model's files say it",
+    ("tokenizer_mode tokenizer_revision hf_config_path config_format", "the model's files say it",
      (None, "auto")),
     ("hf_overrides override_generation_config", "the model's files say it", (None, {})),
     ("generation_config", "the model's files say it", ("auto",)),

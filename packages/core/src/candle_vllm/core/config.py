@@ -37,6 +37,7 @@ DType = Literal[
 ExecutorBackend = Literal["mp", "ray"]
 All2AllBackend = Literal["auto", "allgather_reducescatter", "all_to_all"]
 LoadFormat = Literal["auto", "dummy"]
+ModelImpl = Literal["auto", "native", "transformers"]
 KvCacheDType = Literal["auto", "fp8", "fp8_per_token_head", "int8_per_token_head", "q8_0", "q5_1", "q4_0"]
 LoraDType = Literal[
     "auto", "f32", "bf16", "f16", "int8", "float32", "fp32", "float", "bfloat16", "float16", "fp16", "half"
@@ -240,6 +241,10 @@ class EngineConfig(ExplainedSettings):
     load_format: Annotated[LoadFormat, Choice(get_args(LoadFormat)), "auto reads the weights; dummy fills them with "
                            "random numbers, to measure a model without its files",
                            '"dummy" needs config.json and the tokenizer alone.'] = "auto"
+    model_impl: Annotated[ModelImpl, Choice(get_args(ModelImpl), {"vllm": "native"}),
+                          "whose layers run: native for this project's own, "
+                          "transformers for those of the library of this name, op by op (docs/models.md); auto takes "
+                          "native ones where there are any"] = "auto"
     device: Annotated[str, Device(several=True), "auto, cpu, cuda, cuda:N, or several GPUs, as cuda:0,cuda:1",
                       '"auto" is the first GPU that can be used, else the CPU; several divide the model among them.'
                       ] = "auto"
@@ -637,6 +642,7 @@ class EngineSettings(TypedDict, total=False):
     isq: str | None
     imatrix: Path | None
     load_format: LoadFormat
+    model_impl: ModelImpl
     device: str
     tensor_parallel_size: int
     pipeline_parallel_size: int

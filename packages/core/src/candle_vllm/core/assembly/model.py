@@ -27,7 +27,7 @@ from candle_vllm.core.assembly.opening import (
 from candle_vllm.core.assembly.placement import choose_placement, computing_dtype, room_for_weights
 from candle_vllm.core.assembly.shards import Shard, shard_of
 from candle_vllm.core.assembly.tower import LoadedTower, load_tower
-from candle_vllm.core.config import All2AllBackend, EngineConfig
+from candle_vllm.core.config import All2AllBackend, EngineConfig, ModelImpl
 from candle_vllm.core.devices import Device
 from candle_vllm.core.errors import ConfigError, InvalidFileError, InvalidParameterError
 from candle_vllm.core.fields import Fields, read_json
@@ -281,9 +281,17 @@ def describe_model(config: EngineConfig, device: Device, opened: Opened) -> Desc
     files, checkpoint, metadata = opened.files, opened.checkpoint, opened.metadata
     described = config_file(files)
     with naming(described):
-        family, model_config = describe_family(files, checkpoint, metadata)
+        family, model_config = describe_family(files, checkpoint, metadata, config.model_impl)
+        checkpoint = checkpoint if family.prepared is None else family.prepared(checkpoint)
+    config = fit_settings(config, model_config)
     model_config = stretched(model_config, config.yarn_scaling_factor, checkpoint)
     refuse_longer(config, model_config)
+    if model_config.one_at_a_time is not None:
+        logger.warning(
+            "%s runs one sequence at a time, without prefix cache and drafts, on a cache of transformers: %s",
+            files.name,
+            model_config.one_at_a_time,
+        )
     limit = min(model_config.max_position, config.max_model_len or model_config.max_position)
     model_config = dataclasses.replace(model_config, max_position=limit)
     generation = _generation_config(files)
@@ -316,16 +324,43 @@ def describe_model(config: EngineConfig, device: Device, opened: Opened) -> Desc
     )
 
 
+def fit_settings(config: EngineConfig, model: ModelConfig | EncoderConfig) -> EngineConfig:
+    """The settings as a model can have them: layers of transformers run op by op, some of them for one sequence alone.
+
+    Raises:
+        ConfigError: such a model is to be divided, or to be drafted for where it has a cache of its own.
+    """
+    if not isinstance(model, ModelConfig) or model.implementation == "native":
+        return config
+    if config.ranks > 1:
+        raise ConfigError(
+            f"{model.model_type} runs by transformers, whose layers are not divided among ranks: leave "
+            "tensor_parallel_size and pipeline_parallel_size out, or set model_impl='native'",
+            "tensor_parallel_size",
+        )
+    config = dataclasses.replace(config, enforce_eager=True)
+    if not model.one_at_a_time:
+        return config
+    if config.speculative_config is not None:
+        raise ConfigError(
+            f"{model.model_type} cannot be drafted for ({model.one_at_a_time}): leave speculative_config out",
+            "speculative_config",
+        )
+    return dataclasses.replace(config, max_num_seqs=1, max_num_batched_tokens=0, enable_prefix_caching=False)
+
+
 def describe_family(
-    files: ModelFiles, checkpoint: Checkpoint, metadata: Mapping[str, Any]
+    files: ModelFiles, checkpoint: Checkpoint, metadata: Mapping[str, Any], impl: ModelImpl = "auto"
 ) -> tuple[Family, ModelConfig]:
-    """The family of a decoder's files, and what they say of it."""
+    """The family of a decoder's files, and what they say of it; `impl` as for `family_from_hf`."""
     if files.format == "gguf":
+        if impl == "transformers":
+            raise ConfigError("model_impl='transformers' reads safetensors alone, not GGUF files", "model_impl")
         return family_from_gguf(metadata, checkpoint)
     if files.config is None:
         raise InvalidFileError(f"{files.folder}: there is no config.json beside the safetensors files")
     tensors = None if files.format == "dummy" else checkpoint.tensors
-    return family_from_hf(read_json(files.config), files.config, tensors)
+    return family_from_hf(read_json(files.config), files.config, tensors, impl)
 
 
 def _check_weights(family: Family, config: ModelConfig, checkpoint: Checkpoint) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from candle_vllm.core.assembly.draft import DescribedHead
 from candle_vllm.core.assembly.encoder import LoadedEncoder
-from candle_vllm.core.assembly.model import Described, LoadedHead, LoadedModel
+from candle_vllm.core.assembly.model import Described, LoadedHead, LoadedModel, fit_settings
 from candle_vllm.core.assembly.placement import memory_of
 from candle_vllm.core.assembly.tower import LoadedTower
 from candle_vllm.core.config import WITH_WEIGHTS, EngineConfig, SpeculativeConfig, draft_settings
@@ -108,6 +108,7 @@ def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder, rank
     Raises:
         ConfigError: settings that cannot work together, or not with this model and memory.
     """
+    config = fit_settings(config, loaded.config)
     collective = None if ranks is None else ranks.collective
     sleeper = Sleeper(config, loaded, collective)  # before anything is made of what is loaded
     if isinstance(loaded, LoadedEncoder):
@@ -628,6 +629,7 @@ def model_info(loaded: LoadedModel | LoadedEncoder, engine: Engine) -> ModelInfo
         image_text="" if loaded.sight is None else loaded.sight.parts.written,
         labels=() if isinstance(loaded, LoadedModel) else loaded.config.labels,
         embedding_size=0 if loaded.pooling is None else loaded.pooling.size,
+        implementation=loaded.config.implementation,
         max_num_seqs=engine.max_num_seqs,
         kv_cache_bytes=engine.cache_bytes,
         state_bytes=engine.state_bytes,

@@ -56,6 +56,8 @@ class ModelInfo(ShownStruct, frozen=True, kw_only=True):
         image_text: what its template writes for one; empty there.
         labels: names of what a classifier tells apart, or of a cross-encoder's score.
         embedding_size: length of its vectors; 0 where it gives none.
+        implementation: whose layers run, "native" or "transformers", and with "one sequence at a time" behind it where
+            these keep a cache of their own.
         max_num_seqs: most sequences in one step.
         kv_cache_bytes: size of the KV cache when it is full, states of layers included; memory of a CPU is taken as it
             fills.
@@ -69,6 +71,7 @@ class ModelInfo(ShownStruct, frozen=True, kw_only=True):
             "eos_token_ids",
             "has_chat_template",
             "embedding_size",
+            "implementation",
             "max_num_seqs",
             "kv_cache_bytes",
             "state_bytes",
@@ -98,6 +101,7 @@ class ModelInfo(ShownStruct, frozen=True, kw_only=True):
     image_text: str = ""
     labels: tuple[str, ...] = ()
     embedding_size: int = 0
+    implementation: str = "native"
     max_num_seqs: int = 1
     kv_cache_bytes: int = 0
     state_bytes: int = 0

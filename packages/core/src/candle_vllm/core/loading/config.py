@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.fields import MAX_COUNT, Fields
@@ -104,6 +104,16 @@ class ModelConfig:
         if not 0 <= self.num_experts <= MAX_EXPERTS:
             raise InvalidFileError(f"the model has {self.num_experts} experts in a layer; at most {MAX_EXPERTS}")
         assert len(self.sliding_windows) == self.num_layers
+
+    @property
+    def one_at_a_time(self) -> str | None:
+        """Why its state is in no cache of this engine, so that it runs one sequence at a time; None where it is."""
+        return None
+
+    @property
+    def implementation(self) -> str:
+        """See `ModelInfo`."""
+        return "native"
 
     @property
     def latent(self) -> LatentSizes | None:
@@ -251,6 +261,7 @@ class EncoderConfig:
     num_experts: int = 0
     tie_embeddings: bool = False
     has_head: bool = False  # of tokens
+    implementation: ClassVar[str] = "native"
 
     @property
     def scores(self) -> bool:

@@ -380,6 +380,7 @@ class Family:
         build: the model without its weights.
         weights: its table of names.
         ignored: patterns of stored names that carry nothing.
+        prepared: the tensors of a checkpoint under the names of the table; None where they are stored under these.
     """
 
     hf: Mapping[str, str]
@@ -389,6 +390,7 @@ class Family:
     build: Callable[[Any, Placement, Checkpoint], Decoder]
     weights: Sequence[WeightName]
     ignored: Callable[[Any], Sequence[str]]
+    prepared: Callable[[Checkpoint], Checkpoint] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

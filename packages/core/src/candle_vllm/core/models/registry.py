@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import difflib
 import functools
+import importlib.util
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
+from candle_vllm.core.config import ModelImpl
+from candle_vllm.core.errors import ConfigError, InvalidFileError, UnsupportedModelError
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.loading.config import EncoderConfig, ModelConfig
 from candle_vllm.core.loading.tensors import Checkpoint
@@ -20,6 +22,8 @@ from candle_vllm.core.models.family import EncoderFamily, Family, TowerFamily
 from candle_vllm.core.quantization.tensors import StoredTensor
 
 Row = TypeVar("Row", Family, EncoderFamily)
+
+_INSTALL = "pip install 'candle-vllm[transformers]'"
 
 FAMILIES = (
     "llama",
@@ -166,22 +170,42 @@ def encoder_from_gguf(
 
 
 def family_from_hf(
-    config: Mapping[str, Any], path: Path, tensors: Mapping[str, StoredTensor] | None = None
+    config: Mapping[str, Any],
+    path: Path,
+    tensors: Mapping[str, StoredTensor] | None = None,
+    impl: ModelImpl = "auto",
 ) -> tuple[Family, ModelConfig]:
     """The family and configuration of a `config.json`, or of its text tower.
 
     Args:
         config, path: what the file says, and the file.
         tensors: what the checkpoint holds; None where there is nothing to look at.
+        impl: whose layers: this project's own, those of transformers, or the latter where there are none of the former.
     """
+    if impl == "transformers":
+        return _family_of_transformers(config, path)
     names = Fields(config, path).get("architectures", list)
     if len(names) != 1 or not isinstance(names[0], str):
         raise InvalidFileError(f"{path}: architectures must name one model class, not {names!r:.80}")
     named, fields = text_fields(names[0], config, path, tensors)
     name = decoder_class(named, HF_FAMILIES)
+    if impl == "auto" and name not in HF_FAMILIES and _has_transformers():
+        return _family_of_transformers(config, path)
     family = _find(name, HF_FAMILIES, path, [*TOWERS, *HF_ENCODERS])
     found = family.config_from_hf(fields, family.hf[name])
     return family, head_as_stored(without_head(named, found, HF_FAMILIES, tensors), tensors, path)
+
+
+def _has_transformers() -> bool:
+    """Whether transformers, and torch for its layers, are installed; neither is imported."""
+    return all(importlib.util.find_spec(name) is not None for name in ("transformers", "torch"))
+
+
+def _family_of_transformers(config: Mapping[str, Any], path: Path) -> tuple[Family, ModelConfig]:
+    if not _has_transformers():
+        raise ConfigError(f"model_impl='transformers' needs transformers: {_INSTALL}", "model_impl")
+    module: Any = import_module(f"{__package__}.any_architecture.decoder")
+    return module.family_of(config, path)
 
 
 def family_from_gguf(metadata: Mapping[str, Any], checkpoint: Checkpoint) -> tuple[Family, ModelConfig]:
@@ -202,6 +226,7 @@ def _find(name: str, families: Mapping[str, Row], path: Path, others: Iterable[s
     known = [*families, *others]
     near = difflib.get_close_matches(name, known, n=1)
     hint = f" (the nearest is {near[0]})" if near else ""
+    way = "" if path.suffix == ".gguf" else f"; transformers may have it: {_INSTALL}, or set model_impl='transformers'"
     raise UnsupportedModelError(
-        f"{path}: architecture {name!r:.80} is not implemented{hint}; implemented: {', '.join(known)}"
+        f"{path}: architecture {name!r:.80} is not implemented{hint}{way}; implemented: {', '.join(known)}"
     )

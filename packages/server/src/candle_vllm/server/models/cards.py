@@ -48,7 +48,10 @@ FAILURES: tuple[tuple[type[Exception], str], ...] = (  # the first that fits
 """What kinds of failure clients are told of; what the failure itself says may hold paths, and is for operators."""
 
 
-_KNOWN = ("architecture", "num_parameters", "quantization", "dtype", "device", "weight_bytes", "kv_cache_bytes")
+_KNOWN = (
+    "architecture", "num_parameters", "implementation", "quantization", "dtype", "device", "weight_bytes",
+    "kv_cache_bytes",
+)  # fmt: skip
 
 
 class LoadProgress(msgspec.Struct, frozen=True, kw_only=True):
@@ -87,6 +90,7 @@ class LoadedCard(ModelCard, frozen=True, kw_only=True):
 
     Attributes:
         architecture, num_parameters: of the model.
+        implementation: whose layers run, see `ModelInfo`.
         quantization: the format of its weights; null where they are plain numbers.
         dtype, device: what it computes in, and on.
         weight_bytes: memory of the weights.
@@ -97,6 +101,7 @@ class LoadedCard(ModelCard, frozen=True, kw_only=True):
     default: bool
     architecture: str
     num_parameters: int
+    implementation: str
     quantization: str | None
     dtype: str
     device: str

@@ -166,7 +166,7 @@ ROWS: tuple[Row, ...] = (
     Row("--quantize", "--isq, or candle-vllm quantize, which writes a file"),
     Row("--trust-remote-code", NO_CODE),
     _so("--no-trust-remote-code", NO_CODE),
-    _only("--tokenizer-mode --config-format --model-impl", "the model's files say it", "auto", "hf"),
+    _only("--tokenizer-mode --config-format", "the model's files say it", "auto", "hf"),
     Row("--tokenizer-revision --hf-config-path --hf-overrides --override-kv --skip-tokenizer-init --code-revision",
         "the model's files say it; --tokenizer names another folder"),
     Row("--generation-config", "auto is the model's generation_config.json, vllm is none: --temperature 1, --top-p 1, "

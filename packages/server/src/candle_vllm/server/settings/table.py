@@ -135,6 +135,7 @@ class Settings:
         "TYPE", reading={"aliases": _ISQ_ALIASES})] = None
     imatrix: Annotated[Path | None, engine(MODEL, "FILE")] = None
     load_format: Annotated[str | None, engine(MODEL, "FORMAT", commands=_LOADING)] = None
+    model_impl: Annotated[str | None, engine(MODEL, "LAYERS", commands=_LOADING)] = None
     enable_lora: Annotated[bool, engine(MODEL, commands=_WITH_ADAPTERS)] = False
     device: Annotated[str | None, engine(DEVICE,
         "DEVICE", text="auto, cpu, cuda, cuda:N, or N alone for a GPU; among several (0,1) the model is divided; --cpu "

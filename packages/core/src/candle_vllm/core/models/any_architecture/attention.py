@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: MIT
+"""This engine's paged attention in transformers' attention interface, and what a model's layers ask of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from candle_vllm.core.layers.attention import PagedAttention, StepInput
+from candle_vllm.core.loading.cache_specs import PagedSpec
+
+PAGED, PROBE = "candle_vllm", "candle_vllm_probe"
+"""Names in transformers' attention interface: of steps, and of the one pass that finds out what the layers ask."""
+
+
+class NotPagedError(Exception):
+    """The model asks for something that this engine's pages do not give; the message says what.
+
+    Args:
+        message: what it asks for, and where.
+        causal: it may run on a cache of its own, for a token's result does not depend on later tokens.
+    """
+
+    def __init__(self, message: str, *, causal: bool = True) -> None:
+        super().__init__(message)
+        self.causal = causal
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionCall:
+    """One call of the attention interface in a pass through the model. A model's calls come in the same order always.
+
+    Attributes:
+        module: name of the module that calls.
+        heads, kv_heads: H and K.
+        key_dim, value_dim: elements of a head of keys, and of values, which are filled up with zeros to the former.
+        window: positions that a token sees, its own included; None is all.
+        scale, softcap: of scores, see `kernels/attention`.
+    """
+
+    module: str
+    heads: int
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    window: int | None
+    scale: float
+    softcap: float | None
+
+    @property
+    def spec(self) -> PagedSpec:
+        """What the call keeps of each token."""
+        return PagedSpec(self.kv_heads, self.key_dim, self.key_dim, self.window)
+
+    def attention(self, number: int) -> PagedAttention:
+        """The attention of the call, which has the cache of this number."""
+        how: dict[str, Any] = {"window": self.window, "scale": self.scale, "softcap": self.softcap}
+        return PagedAttention(number, self.key_dim, None, **how)
+
+
+@dataclasses.dataclass
+class Pass:
+    """One pass through a model's layers: a step, or the one that writes down the calls.
+
+    Attributes:
+        names: of the model's modules.
+        calls: what was written down.
+        step: what attention is computed with; None while calls are written down.
+        attentions: of each call, in a step.
+        done: calls that the pass has come by.
+    """
+
+    names: dict[Any, str]
+    calls: list[AttentionCall]
+    step: StepInput | None = None
+    attentions: list[PagedAttention] = dataclasses.field(default_factory=list)
+    done: int = 0
+
+
+_PASS: ContextVar[Pass] = ContextVar("pass")
+
+
+@contextmanager
+def under_way(each: Pass) -> Iterator[Pass]:
+    """Around a pass through the model."""
+    token = _PASS.set(each)
+    try:
+        yield each
+    finally:
+        _PASS.reset(token)
+
+
+def _write_down(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **more: Any,
+) -> tuple[torch.Tensor, None]:
+    """Notes the call of q [1, H, T, D], k [1, K, T, D] and v [1, K, T, V], and gives zeros [1, T, H, V]."""
+    del dropout
+    this = _PASS.get()
+    name = this.names.get(module, type(module).__name__)
+    tokens, (_, heads, count, dim) = query.shape[2], query.shape
+    if query.shape[0] != 1 or key.shape[2] != count or value.shape[2] != count:
+        raise NotPagedError(f"{name} attends to other tokens than those of the sequence")
+    if key.shape[3] != dim or heads % key.shape[1] or value.shape[3] > dim:
+        raise NotPagedError(f"{name} has queries {list(query.shape)} and keys {list(key.shape)}")
+    if more.get("is_causal", getattr(module, "is_causal", True)) is False:
+        raise NotPagedError(f"{name} sees the tokens behind its own", causal=False)
+    others = [key for key in _UNKNOWN if more.get(key) is not None]
+    if others:
+        raise NotPagedError(f"{name} adds {', '.join(others)} to its scores")
+    window = more.get("sliding_window")
+    if attention_mask is not None:
+        if not hasattr(attention_mask, "window"):
+            raise NotPagedError(f"{name} has a mask of its own")
+        window = attention_mask.window  # type: ignore[attr-defined]  # what plain attention in transformers goes by
+        if isinstance(window, NotPagedError):
+            raise window
+    scale = dim**-0.5 if scaling is None else float(scaling)
+    sizes = heads, key.shape[1], dim, value.shape[3]
+    this.calls.append(AttentionCall(name, *sizes, window, scale, more.get("softcap")))
+    return query.new_zeros(1, tokens, heads, value.shape[3]), None
+
+
+_UNKNOWN = ("position_bias", "alibi", "attention_bias", "bias", "indices", "block_indices", "sinks")
+
+
+def _attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **more: Any,
+) -> tuple[torch.Tensor, None]:
+    """Writes k and v [1, K, T, D] into the cache of this call, and gives attention of q [1, H, T, D]: [1, T, H, V]."""
+    del module, attention_mask, scaling, dropout
+    this = _PASS.get()
+    assert this.step is not None
+    attention, call = this.attentions[this.done], this.calls[this.done]
+    this.done += 1
+    attention.sinks = None if more.get("s_aux") is None else more["s_aux"].float()
+    q, k, v = (each[0].transpose(0, 1).contiguous() for each in (query, key, value))
+    if call.value_dim < call.key_dim:
+        v = torch.nn.functional.pad(v, (0, call.key_dim - call.value_dim))
+    y = attention(q, k, v, this.step)[:, :, : call.value_dim]
+    return y[None].to(query.dtype), None
+
+
+def _mask(q_length: int, mask_function: Callable[..., Any], local_size: int | None = None, **_: Any) -> torch.Tensor:
+    """A mask [1, 1, T, T] without memory that has the window that `mask_function` means, or why it has none.
+
+    Nothing is raised here, for models make masks that none of their layers uses.
+    """
+    mask: Any = torch.empty(1, 1, q_length, q_length, device=torch.device("meta"))
+    try:
+        mask.window = _window(mask_function, local_size)
+    except (NotPagedError, RuntimeError, NotImplementedError) as error:
+        known = isinstance(error, NotPagedError)
+        mask.window = error if known else NotPagedError("a mask depends on more than positions")
+    return mask
+
+
+def _window(mask_function: Callable[..., Any], local_size: int | None) -> int | None:
+    """The window of a mask, which is tried at its edge; NotPagedError where it is another kind of mask."""
+    size = local_size or 1
+
+    def sees(query: int, key: int) -> bool:
+        return bool(mask_function(0, 0, torch.tensor(query), torch.tensor(key)))
+
+    if sees(0, 1) or sees(size, size + 1):
+        raise NotPagedError("a mask lets tokens see those behind their own", causal=False)
+    if sees(2 * size, 0):
+        return None
+    if local_size and sees(size, 1) and not sees(size, 0) and sees(2 * size, size + 1) and not sees(2 * size, size):
+        return local_size
+    raise NotPagedError("a mask is neither causal nor a sliding window")
+
+
+AttentionInterface.register(PAGED, _attend)
+AttentionInterface.register(PROBE, _write_down)
+AttentionMaskInterface.register(PROBE, _mask)
