@@ -60,8 +60,12 @@ async def ollama_body(request: Request, parse: Callable[[bytes], Any]) -> Any:
     return wire.model_copy(update={"model": await served_name(request, named)})
 
 
-async def served_name(request: Request, name: str) -> str:
-    """A model's name here, or an adapter's: as it is, or without `:latest`; raises `ModelNotServedError`."""
+async def served_name(request: Request, name: str, *, exact: bool = False) -> str:
+    """A model's name here, or an adapter's: as it is, or without `:latest`.
+
+    Raises:
+        ModelNotServedError: there is none of that name, and `exact` or several models keep the only one from answering.
+    """
     manager, caller = _manager(request), caller_of(request.scope)
     for given in (name, name.removesuffix(_LATEST)):
         try:
@@ -73,7 +77,7 @@ async def served_name(request: Request, name: str) -> str:
         manager.permit(given, caller)
         return given
     manager.permit(name, caller)
-    return manager.find(name, caller=caller).entry.names[0]
+    return manager.find(name, caller=caller, exact=exact).entry.names[0]
 
 
 # ---- answers ---------------------------------------------------------------------------------------------------------

@@ -195,6 +195,7 @@ class Settings:
         "N", name="max_num_batched_tokens", flags=("--prefill-chunk-size", "--max-num-batched-tokens"))] = None
     enable_prefix_caching: Annotated[bool | None, engine(LIMITS,
         off=("--disable-prefix-cache", "--no-enable-prefix-caching"), commands=_REUSING)] = None
+    open_objects: Annotated[bool, engine(MODEL, commands=_CALLING)] = False
     state_cache_gb: Annotated[float | None, engine(LIMITS, "GIB", commands=_REUSING)] = None
     kv_offloading_size: Annotated[float | None, engine(LIMITS, "GIB", commands=_REUSING)] = None
     prompt_cache_path: Annotated[Path | None, engine(LIMITS, "DIR", commands=_REUSING)] = None
