@@ -108,8 +108,15 @@ def test_models(start) -> None:
     with pytest.raises(openai.NotFoundError) as missing:
         client.models.retrieve("third")
     assert missing.value.code == "model_not_found"
-    for name in ("third", ""):  # there is but one that can be meant
-        assert client.chat.completions.create(model=name, messages=MESSAGES).model == "org/name"
+    with running.http() as plain:  # there is but one that can be meant
+        answer = plain.post("/v1/chat/completions", json={"model": "third", "messages": MESSAGES})
+        assert answer.json()["model"] == "org/name"
+        assert answer.headers["x-warning"] == "the model 'third' is not served here: 'org/name' answers"
+        shown = {name: plain.post("/api/show", json={"model": name}) for name in ("third", "third:latest", "org/name")}
+        assert [each.status_code for each in shown.values()] == [404, 404, 200]
+        assert "x-warning" not in shown["org/name"].headers
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model="", messages=MESSAGES)
     strict = start(served_model_name=("org/name",), strict_model_names=True).openai()
     with pytest.raises(openai.NotFoundError):
         strict.chat.completions.create(model="third", messages=MESSAGES)

@@ -107,6 +107,7 @@ class Settings:
         Text(128), "format of the model's tool calls (docs/tool-calling.md); without it, chosen by the model's files",
         "NAME", in_yaml=True, flags=("--tool-parser", "--tool-call-parser", "--enforce-parser"),
         commands=_CALLING)] = None
+    open_objects: Annotated[bool, engine(MODEL, commands=_CALLING)] = False
     reasoning_parser: Annotated[str | None, own(MODEL,
         Text(128), "format of the model's reasoning; without it, chosen by the model's files", "NAME", in_yaml=True,
         commands=_WITH_TEXT)] = None
@@ -195,7 +196,6 @@ class Settings:
         "N", name="max_num_batched_tokens", flags=("--prefill-chunk-size", "--max-num-batched-tokens"))] = None
     enable_prefix_caching: Annotated[bool | None, engine(LIMITS,
         off=("--disable-prefix-cache", "--no-enable-prefix-caching"), commands=_REUSING)] = None
-    open_objects: Annotated[bool, engine(MODEL, commands=_CALLING)] = False
     state_cache_gb: Annotated[float | None, engine(LIMITS, "GIB", commands=_REUSING)] = None
     kv_offloading_size: Annotated[float | None, engine(LIMITS, "GIB", commands=_REUSING)] = None
     prompt_cache_path: Annotated[Path | None, engine(LIMITS, "DIR", commands=_REUSING)] = None
