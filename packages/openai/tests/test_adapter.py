@@ -39,6 +39,7 @@ from candle_vllm.openai import (
 )
 from candle_vllm.openai import adapter as adapter_module
 from candle_vllm.openai.protocol.fields import MAX_LOGPROBS
+from candle_vllm.openai.remarks import collect_remarks
 from tests.waiting import PATIENCE, until
 
 HI = [{"role": "user", "content": "hi"}]

@@ -13,6 +13,7 @@ from candle_vllm.core.config import DEMO_NAME, SETTINGS
 from candle_vllm.core.errors import EngineDeadError, ModelNotFoundError, NoMemoryError
 from candle_vllm.openai import ModelNotServedError
 from candle_vllm.openai.fair_threads import asker
+from candle_vllm.openai.remarks import collect_remarks
 from candle_vllm.server import Settings
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.routing import Caller

@@ -251,7 +251,7 @@ def _add_layers(app: FastAPI, settings: Settings) -> None:
             expose_headers=["x-request-id", "retry-after", *LIMIT_HEADERS],
         )
     app.add_middleware(HttpMetricsMiddleware, metrics=app.state.metrics)
-    app.add_middleware(RequestIdMiddleware, log=settings.log_requests)
+    app.add_middleware(RequestIdMiddleware, log=settings.log_requests, unknown_fields=settings.unknown_fields == "warn")
     app.add_middleware(UnversionedMiddleware)
     if settings.root_path:
         app.add_middleware(PrefixMiddleware, prefix=settings.root_path)

@@ -51,13 +51,17 @@ route = routing(router, functools.partial(Operation, tag="ollama", error=Failure
 _LATEST = ":latest"
 
 
-async def ollama_body(request: Request, parse: Callable[[bytes], Any]) -> Any:
-    """The checked body of a request to one of Ollama's routes, whose model is named as it is here."""
+async def ollama_body(request: Request, parse: Callable[[bytes], Any], *, exact: bool = False) -> Any:
+    """The checked body of a request to one of Ollama's routes, whose model is named as it is here.
+
+    Raises:
+        ModelNotServedError: see `served_name`.
+    """
     wire = await parsed(request, parse, typed=False)
     named = getattr(wire, "model", None)
     if named is None:
         return wire
-    return wire.model_copy(update={"model": await served_name(request, named)})
+    return wire.model_copy(update={"model": await served_name(request, named, exact=exact)})
 
 
 async def served_name(request: Request, name: str, *, exact: bool = False) -> str:

@@ -364,6 +364,9 @@ class Settings:
         Text(), "ciphers of TLS 1.2, as OpenSSL writes them", "CIPHERS", commands=_SERVE)] = None
     enable_ssl_refresh: Annotated[bool, own(HTTP,
         Boolean(), "read certificate and key again when their files change", commands=_SERVE)] = False
+    unknown_fields: Annotated[str, own(HTTP,
+        Choice(("refuse", "warn")), "what becomes of a request's fields that no API knows: refuse, or warn, which "
+        "leaves them out and says so in x-warning", commands=_SERVE)] = "refuse"
     max_body_mb: Annotated[int, own(HTTP, Integer(1, 1024), "largest request body, in MB of 2^20 bytes", "MB")] = 8
     max_held_mb: Annotated[int, own(HTTP,
         Integer(1, 1 << 20), "most of all bodies and messages that have not been parsed or whose requests wait for "
