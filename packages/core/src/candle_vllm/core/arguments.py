@@ -23,6 +23,7 @@ from candle_vllm.core.shown import ShownStruct
 P = ParamSpec("P")
 R = TypeVar("R")
 
+
 @functools.cache
 def foreign_names(owner: str) -> Mapping[str, str]:
     """The answer to each name that a class of the tables or (for any other owner) a method lacks.

@@ -27,11 +27,13 @@ class Row(NamedTuple):
             where it is so anyway, or what makes them (ValueError: why not). "" is the flag without a value, `ANY` every
             other value; a value that is not there is refused with the answer.
         idle: what is taken has no effect, and a start says so.
+        elsewhere: a command that lacks the setting takes it without effect; otherwise it refuses it.
     """
 
     answer: str
     becomes: Mapping[str, Becomes]
     idle: bool
+    elsewhere: bool
 
 
 def _origins(text: str) -> list[str]:
@@ -116,7 +118,7 @@ _MADE: Mapping[str, Callable[[str], list[str]]] = {
     "socket": _socket,
 }
 
-COMMANDS: Mapping[str, str] = {name: what for name, what in foreign_tables()["Commands"]}
+COMMANDS = {row[0]: row[1] for row in foreign_tables()["Commands"]}
 
 
 @cache
@@ -128,7 +130,7 @@ def foreign_flags() -> Mapping[str, Row]:
 def told() -> Iterator[tuple[str, Row]]:
     """Every flag of the table with its row."""
     for flags, becomes, here, answer in foreign_tables()["Flags"]:
-        row = Row(answer, _becomes(becomes), here == "no effect")
+        row = Row(answer, _becomes(becomes), here == "no effect", here.endswith("or no effect"))
         for flag in flags.split():
             yield flag, row
 
