@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from deploy.site.tables import PAGES, PROGRAMS, ROOT, TABLES, filled
+from deploy.site.tables import CONFIG, PAGES, PROGRAMS, ROOT, TABLES, filled, with_settings
 
 from candle_vllm.core.foreign_names import flags_of
 from candle_vllm.server.settings.command_line import SHORT, flag_commands, parse
@@ -21,6 +21,12 @@ CASES = {f"{flag} {value}".strip(): (flag, value, row) for flag, row in foreign_
 def test_a_page_has_the_tables_that_the_code_has(name: str) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")
     assert filled(text) == text, "run python -m deploy.site.tables"
+
+
+def test_the_settings_of_an_engine_are_those_of_its_config() -> None:
+    source = CONFIG.read_text(encoding="utf-8")
+    assert with_settings(source) == source, "run python -m deploy.site.tables"
+    assert with_settings(source.replace("    open_objects: bool\n", "")) == source
 
 
 def test_every_table_stands_in_a_page() -> None:

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: MIT
 """Fill the tables of pages that repeat what the code reads: routes, foreign flags and variables, fields of requests.
 
-A table stands in a page between `<!-- table: NAME -->` and `<!-- end of table -->`.
+A table stands in a page between `<!-- table: NAME -->` and `<!-- end of table -->`. The fields of `EngineSettings`,
+which type checkers must find as source, are written from those of `EngineConfig` as well.
 """
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,12 +30,26 @@ PAGES = (
     "packages/openai/README.md",
 )
 PROGRAMS = ("vLLM", "llama.cpp", "Ollama", "candle-vllm", "Others")
+CONFIG = ROOT / "packages/core/src/candle_vllm/core/config.py"
+_SETTINGS = re.compile(r"(class EngineSettings\([^\n]*\n[^\n]*\n\n)((?:    \w+: [^\n]*\n)+)")
 _BLOCK = re.compile(r"(<!-- table: (.*?) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
 
 
 def filled(text: str) -> str:
     """Return a page with its tables as the code has them."""
     return _BLOCK.sub(lambda found: f"{found[1]}\n{TABLES[found[2]]()}\n\n{found[4]}", text)
+
+
+def with_settings(source: str) -> str:
+    """Return the source of `core/config.py` with the fields of `EngineSettings` as `EngineConfig` has them."""
+    classes = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
+    fields = []
+    for node in classes["EngineConfig"].body:
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) != "model":
+            assert isinstance(node.annotation, ast.Subscript)
+            assert isinstance(node.annotation.slice, ast.Tuple)
+            fields.append(f"    {ast.unparse(node.target)}: {ast.unparse(node.annotation.slice.elts[0])}\n")
+    return _SETTINGS.sub(lambda found: found[1] + "".join(fields), source)
 
 
 def here(row: Row) -> str:
@@ -124,3 +140,4 @@ if __name__ == "__main__":
     for name in PAGES:
         path = ROOT / name
         path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
+    CONFIG.write_text(with_settings(CONFIG.read_text(encoding="utf-8")), encoding="utf-8")

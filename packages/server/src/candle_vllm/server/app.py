@@ -42,7 +42,6 @@ from candle_vllm.server.http.routing import (
 )
 from candle_vllm.server.keeping import Keeper
 from candle_vllm.server.mcp.access import response_servers
-from candle_vllm.server.models.catalogue import ModelEntry
 from candle_vllm.server.models.loader import serve_engine
 from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.observing.http_metrics import HttpMetricsMiddleware
@@ -74,6 +73,7 @@ from candle_vllm.server.routes import mailbox as mailbox_routes
 from candle_vllm.server.routes import mcp as mcp_routes
 from candle_vllm.server.routes.webui import public_paths, web_ui_router
 from candle_vllm.server.settings import Settings
+from candle_vllm.server.settings.catalogue import ModelEntry
 from candle_vllm.server.settings.derived import store_options
 
 if TYPE_CHECKING:
