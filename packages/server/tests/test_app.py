@@ -122,6 +122,20 @@ def test_models(start) -> None:
         strict.chat.completions.create(model="third", messages=MESSAGES)
 
 
+def test_fields_that_nobody_knows_are_refused_or_warned_of(start) -> None:
+    body = {"messages": MESSAGES, "made_up": 1, "samplers": ["top_k"]}
+    with start().http() as client:
+        refused = client.post("/v1/chat/completions", json=body)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "made_up")
+    with start(unknown_fields="warn").http() as client:
+        answer = client.post("/v1/chat/completions", json=body)
+        assert answer.status_code == 200
+        assert answer.headers.get_list("x-warning") == [
+            "the field 'made_up' has no effect: nobody knows it",
+            "the field 'samplers' has no effect: samplers have one order",
+        ]
+
+
 def test_root_and_version(start) -> None:
     with start().http() as client:
         assert client.get("/").json()["models"] == ["scripted"]

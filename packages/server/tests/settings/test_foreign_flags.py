@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 
+from candle_vllm.core.text.chat_template import ChatTemplate
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings import foreign_flags as foreign_module
 from candle_vllm.server.settings.command_line import flag_commands, parse, split_command
+from candle_vllm.server.settings.derived import engine_config
 from candle_vllm.server.settings.foreign_flags import COMMANDS as FOREIGN_COMMANDS
 from candle_vllm.server.settings.foreign_flags import foreign_flags
 from candle_vllm.server.settings.options import COMMANDS, UsageError
@@ -215,3 +217,31 @@ def test_values_and_texts_are_no_flags() -> None:
     assert own["prompt"] == "-ngl"
     given, _ = parse("serve", ["--mcp-args=--parallel,3"])
     assert given.values["mcp_args"] == "--parallel,3"
+
+
+def test_a_flag_of_another_command_is_taken_where_the_answer_is_right_without_it() -> None:
+    source, _ = parse("serve", ["-n", "128", "--repeat-penalty", "1.1", "--trust-remote-code"])
+    assert dict(source.values) == {"repetition_penalty": 1.1}
+    assert [remark.split(" has no effect here: ")[0] for remark in source.remarks] == ["-n", "--trust-remote-code"]
+    generating, own = parse("generate", ["hi", "-n", "128"])
+    assert (own["max_tokens"], generating.remarks) == (128, ())
+
+
+def test_eager_steps_without_torch_are_compiled_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "a.gguf").touch()
+    settings = Settings(model=str(tmp_path / "a.gguf"), enforce_eager=True)
+    for there, eager in ((object(), True), (None, False)):
+        monkeypatch.setattr("importlib.util.find_spec", lambda _name, found=there: found)
+        assert engine_config(settings).enforce_eager is eager
+    assert [record.message.split(":")[0] for record in caplog.records] == ["enforce_eager has no effect"]
+
+
+def test_chatml_is_a_template_by_its_name(tmp_path: Path) -> None:
+    (tmp_path / "a.gguf").touch()
+    text = engine_config(Settings(model=str(tmp_path / "a.gguf"), chat_template=Path("chatml"))).chat_template
+    assert text is not None
+    template = ChatTemplate(text, {})
+    rendered = template.render([{"role": "user", "content": "hi"}], add_generation_prompt=True)
+    assert rendered == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"

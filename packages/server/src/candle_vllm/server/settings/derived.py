@@ -239,7 +239,7 @@ def _template(path: Path | None) -> str | None:
     """The template of a file, or ChatML by llama.cpp's name, `chatml`."""
     if path is None:
         return None
-    if str(path) == "chatml" and not path.exists():
+    if path.name == "chatml" and not path.exists():
         return CHATML
     try:
         text = path.read_text("utf-8")

@@ -94,7 +94,7 @@ class Settings:
     revision: Annotated[str | None, engine(MODEL, "REV")] = None
     tokenizer: Annotated[Path | None, engine(MODEL, "DIR")] = None
     chat_template: Annotated[Path | None, own(MODEL,
-        FilePath(), "file with the Jinja chat template to use instead", "FILE", in_yaml=True,
+        FilePath(), "file with the Jinja chat template to use instead, or chatml", "FILE", in_yaml=True,
         commands=(*_WITH_TEXT, "quantize"))] = None
     mmproj: Annotated[Path | None, engine(MODEL, "FILE", flags=("--mmproj", "--vision-model-path"),
         commands=_WITH_TEXT)] = None
