@@ -107,7 +107,7 @@ def not_served(fields: Mapping[str, Any]) -> list[Row]:
     return [
         Row(name, "x-1", code="unsupported_parameter")
         for name, field in fields.items()
-        if not getattr(field, "idle", False)
+        if not field.idle
     ]
 
 
