@@ -15,9 +15,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a program
 
 from candle_vllm.server import serve
 from candle_vllm.server.cli import main as command
-from candle_vllm.server.models.catalogue import ModelEntry
 from candle_vllm.server.models.loader import serve_engine
 from candle_vllm.server.models.slot import ServedModel
+from candle_vllm.server.settings.catalogue import ModelEntry
 from packages.server.tests.server_fakes import PacedEngine
 
 _SIOCSIFFLAGS, _IFF_UP = 0x8914, 1  # linux/sockios.h, linux/if.h

@@ -27,9 +27,9 @@ from paced import MAX_STREAMS, PacedEngine
 
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.server import serve as serving
-from candle_vllm.server.models.catalogue import Catalogue, ModelEntry
 from candle_vllm.server.models.loader import ModelLoader, local_engine, remote_engine
 from candle_vllm.server.settings import Settings
+from candle_vllm.server.settings.catalogue import Catalogue, ModelEntry
 from candle_vllm.server.settings.configuration import Configuration
 from candle_vllm.server.settings.derived import demo_model
 

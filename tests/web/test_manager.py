@@ -17,8 +17,8 @@ from packages.server.tests.fake_hub import FakeHub  # pyright: ignore[reportMiss
 from packages.server.tests.server_fakes import FakeLoader  # pyright: ignore[reportMissingImports]  # isort: skip
 
 from candle_vllm.server import Settings
-from candle_vllm.server.models.catalogue import Catalogue, ModelEntry
 from candle_vllm.server.models.manager import ModelManager
+from candle_vllm.server.settings.catalogue import Catalogue, ModelEntry
 
 
 @contextlib.contextmanager

@@ -21,9 +21,9 @@ from candle_vllm.core.errors import InvalidFileError, ModelNotFoundError, NoMemo
 from candle_vllm.core.progress import tell
 from candle_vllm.server import Settings
 from candle_vllm.server.models.cards import FAILURES
-from candle_vllm.server.models.catalogue import Catalogue, ModelEntry
 from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.models.slot import ServedModel
+from candle_vllm.server.settings.catalogue import Catalogue, ModelEntry
 
 ROOT = Path(__file__).parents[2]
 

@@ -42,7 +42,6 @@ def engine(toy_model: Path) -> Iterator[InferenceEngine]:
         ("tp_size", "called tensor_parallel_size"),
         ("mem_fraction_static", "it is called gpu_memory_utilization"),
         ("temperature", r"generate\(prompts, SamplingParams"),
-        ("trust_remote_code", "never run"),
     ],
 )
 @pytest.mark.parametrize("make", [EngineConfig, InferenceEngine])

@@ -65,6 +65,7 @@ WRONG: dict[str, list[Any]] = {
     "kv_fraction": ["a", 0, 1, 0.0, 1.0, True, math.nan],
     "state_cache_gb": ["a", -1, True, math.nan],
     "gpu_memory_utilization": ["a", 0, 1.01, True, math.nan],
+    "open_objects": ["no", 0, None],
     "enable_prefix_caching": ["no", 0, None],
     "enable_lora": [1, "yes"],
     "max_loras": [0, 5000, "4", 4],

@@ -39,6 +39,7 @@ from candle_vllm.openai import (
 )
 from candle_vllm.openai import adapter as adapter_module
 from candle_vllm.openai.protocol.fields import MAX_LOGPROBS
+from candle_vllm.openai.remarks import collect_remarks
 from tests.waiting import PATIENCE, until
 
 HI = [{"role": "user", "content": "hi"}]
@@ -315,8 +316,13 @@ async def test_served_names() -> None:
         request = parse_chat_request({"messages": HI, "model": given})
         assert (await adapter.chat(request)).model == used
     for other in ("org/model", ""):
-        request = parse_chat_request({"messages": HI, "model": other})
-        assert (await adapter.chat(request)).model == "small"
+        request, remarks = parse_chat_request({"messages": HI, "model": other}), collect_remarks()
+        if other:
+            assert (await adapter.chat(request)).model == "small"
+            assert remarks == ["the model 'org/model' is not served here: 'small' answers"]
+        else:
+            with pytest.raises(ModelNotServedError, match="'' is not served here; served are: small, alias"):
+                await adapter.chat(request)
         strict = OpenAIAdapter(ScriptedEngine(), served_model_names=["small", "alias"], strict_model_names=True)
         with pytest.raises(ModelNotServedError, match=f"'{other}' is not served here; served are: small, alias"):
             await strict.chat(request)

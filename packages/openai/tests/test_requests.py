@@ -34,6 +34,7 @@ from candle_vllm.openai.protocol.fields import (
     MAX_MESSAGES,
     MAX_PROMPTS,
 )
+from candle_vllm.openai.remarks import collect_remarks
 
 HI = [{"role": "user", "content": "hi"}]
 
@@ -193,15 +194,37 @@ def test_null_is_absent_everywhere() -> None:
 
 def test_every_refused_field_is_refused_by_name_and_its_neutral_values_are_not() -> None:
     for name, entry in REFUSED_FIELDS.items():
-        with pytest.raises(UnsupportedParameterError) as caught:
-            chat(**{name: {"asks": "something"}})
-        assert caught.value.param == name
+        asking: dict[str, Any] = {name: {"asks": "something"}}
+        remarks = collect_remarks()
+        if entry.idle:
+            assert chat(**asking) == chat()
+            assert remarks == [f"the field {name!r} has no effect: {entry.reason}"]
+        else:
+            with pytest.raises(UnsupportedParameterError) as caught:
+                chat(**asking)
+            assert caught.value.param == name
+            assert not remarks
         for neutral in entry.neutral:
             assert chat(**{name: neutral}) == chat()
     for name, entry in COMPLETION_REFUSED_FIELDS.items():
         for neutral in entry.neutral:
             assert completion(**{name: neutral}) == completion()
     assert refusal(chat, use_beam_search=0)[0] == "use_beam_search"  # 0 is not false
+
+
+def test_fields_that_nobody_knows_are_refused_or_warned_of() -> None:
+    for asking in ({"made_up": 1}, {"stream": True, "stream_options": {"made_up": 1}}):
+        collect_remarks()
+        with pytest.raises(UnknownParameterError, match="made_up is not a known field"):
+            chat(**asking)
+        remarks = collect_remarks(unknown_fields=True)
+        assert chat(**asking) == chat(**{name: {} if isinstance(each, dict) else each for name, each in asking.items()
+                                         if name != "made_up"})  # fmt: skip
+        assert remarks == ["the field 'made_up' has no effect: nobody knows it"]
+    collect_remarks(unknown_fields=True)
+    with pytest.raises(UnsupportedParameterError):  # a known name still says what is not there
+        chat(audio={"voice": "alloy"})
+    collect_remarks()
 
 
 def test_advisory_fields_are_declared_and_change_nothing() -> None:
@@ -383,13 +406,6 @@ def test_llama_cpps_name_for_the_most_guesses(make: Any) -> None:
     assert to_sampling_params(make(**{"speculative.n_min": 0, "speculative.p_min": 0.0}), {}) == to_sampling_params(
         make(), {}
     )
-
-
-@pytest.mark.parametrize("name", ["speculative.n_min", "speculative.p_min", "speculative.type"])
-def test_what_cannot_be_said_of_guesses_is_refused_by_name(name: str) -> None:
-    param, text = refusal(chat, **{name: 0.5})
-    assert param == name
-    assert "num_speculative_tokens" in text or "--speculative-config" in text
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

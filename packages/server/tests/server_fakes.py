@@ -16,12 +16,12 @@ from candle_vllm.core.engine.stats import EngineStats
 from candle_vllm.core.progress import tell
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.testing import ScriptedEngine
-from candle_vllm.server.models.catalogue import ModelEntry
 from candle_vllm.server.models.loader import serve_engine
 from candle_vllm.server.models.slot import ServedModel
 from candle_vllm.server.models.switcher import NoRoomError
 from candle_vllm.server.observing.metrics import Metrics
 from candle_vllm.server.observing.model_metrics import EngineWatcher
+from candle_vllm.server.settings.catalogue import ModelEntry
 
 
 async def whole_answer(

@@ -108,11 +108,32 @@ def test_models(start) -> None:
     with pytest.raises(openai.NotFoundError) as missing:
         client.models.retrieve("third")
     assert missing.value.code == "model_not_found"
-    for name in ("third", ""):  # there is but one that can be meant
-        assert client.chat.completions.create(model=name, messages=MESSAGES).model == "org/name"
+    with running.http() as plain:  # there is but one that can be meant
+        answer = plain.post("/v1/chat/completions", json={"model": "third", "messages": MESSAGES})
+        assert answer.json()["model"] == "org/name"
+        assert answer.headers["x-warning"] == "the model 'third' is not served here: 'org/name' answers"
+        shown = {name: plain.post("/api/show", json={"model": name}) for name in ("third", "third:latest", "org/name")}
+        assert [each.status_code for each in shown.values()] == [404, 404, 200]
+        assert "x-warning" not in shown["org/name"].headers
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model="", messages=MESSAGES)
     strict = start(served_model_name=("org/name",), strict_model_names=True).openai()
     with pytest.raises(openai.NotFoundError):
         strict.chat.completions.create(model="third", messages=MESSAGES)
+
+
+def test_fields_that_nobody_knows_are_refused_or_warned_of(start) -> None:
+    body = {"messages": MESSAGES, "made_up": 1, "samplers": ["top_k"]}
+    with start().http() as client:
+        refused = client.post("/v1/chat/completions", json=body)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "made_up")
+    with start(unknown_fields="warn").http() as client:
+        answer = client.post("/v1/chat/completions", json=body)
+        assert answer.status_code == 200
+        assert answer.headers.get_list("x-warning") == [
+            "the field 'made_up' has no effect: nobody knows it",
+            "the field 'samplers' has no effect: samplers have one order",
+        ]
 
 
 def test_root_and_version(start) -> None:

@@ -24,9 +24,9 @@ from candle_vllm.core.vision import fetching
 from candle_vllm.core.vision.fetching import MAX_HELD_BYTES, ImageSources
 from candle_vllm.core.vision.pictures import picture_of
 from candle_vllm.server import Settings
-from candle_vllm.server.models.catalogue import ModelEntry
 from candle_vllm.server.models.loader import ModelLoader
 from candle_vllm.server.observing.metrics import Observation
+from candle_vllm.server.settings.catalogue import ModelEntry
 from packages.core.tests.toy_sight import write_toy_sight
 from packages.server.tests.server_fakes import PacedEngine
 from tests.trusted import trusted

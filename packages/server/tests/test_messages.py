@@ -12,8 +12,8 @@ import pytest
 
 from candle_vllm.core.errors import EngineOverloadedError, ModelLoadError
 from candle_vllm.server import Settings
-from candle_vllm.server.models.catalogue import Catalogue, ModelEntry
 from candle_vllm.server.models.manager import ModelManager
+from candle_vllm.server.settings.catalogue import Catalogue, ModelEntry
 from packages.server.tests.server_fakes import FakeLoader, PacedEngine
 from tests.trusted import trusted
 

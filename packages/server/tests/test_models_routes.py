@@ -23,9 +23,9 @@ from candle_vllm.core.errors import (
 )
 from candle_vllm.core.progress import tell
 from candle_vllm.server import Settings
-from candle_vllm.server.models.catalogue import Catalogue, ModelEntry
 from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.models.switcher import ManagerLimits, NoRoomError
+from candle_vllm.server.settings.catalogue import Catalogue, ModelEntry
 from packages.server.tests.server_fakes import FakeLoader
 from tests.trusted import trusted
 from tests.waiting import wait_for

@@ -21,10 +21,10 @@ import pytest
 from candle_vllm.core.errors import EngineOverloadedError
 from candle_vllm.core.testing.toy_model import write_toy_model
 from candle_vllm.server import Settings, create_app
-from candle_vllm.server.models.catalogue import Catalogue, ModelEntry
 from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.routes.ollama_library import refuse_open_changes
 from candle_vllm.server.serve import bind, bind_second, make_server
+from candle_vllm.server.settings.catalogue import Catalogue, ModelEntry
 from candle_vllm.server.settings.options import UsageError
 from packages.server.tests.server_fakes import FakeLoader, PacedEngine
 from tests.trusted import trusted

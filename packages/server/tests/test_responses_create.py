@@ -19,8 +19,8 @@ from candle_vllm.responses.api.mcp_source import McpServers
 from candle_vllm.responses.tools.registry import ToolRegistry
 from candle_vllm.server import Settings
 from candle_vllm.server.mailbox.policy import MAILBOX_MODE
-from candle_vllm.server.models.catalogue import Catalogue, ModelEntry
 from candle_vllm.server.models.manager import ModelManager
+from candle_vllm.server.settings.catalogue import Catalogue, ModelEntry
 from packages.server.tests.running_server import Running
 from packages.server.tests.server_fakes import FakeLoader, PacedEngine
 from tests.response_judges import judge_events, judge_response

@@ -24,9 +24,9 @@ from candle_vllm.core.engine.stats import EngineStats
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.server import serve as serve_module
 from candle_vllm.server.app import create_app
-from candle_vllm.server.models.catalogue import Catalogue, ModelEntry
 from candle_vllm.server.serve import banner, bind, serve
 from candle_vllm.server.settings import Settings
+from candle_vllm.server.settings.catalogue import Catalogue, ModelEntry
 from candle_vllm.server.settings.configuration import Configuration
 from candle_vllm.server.settings.options import UsageError
 from packages.server.tests.forks import Forked

@@ -86,7 +86,7 @@ OBJECTS = schemas().filter(lambda schema: isinstance(schema, dict))
 @pytest.fixture(scope="module")
 def letters() -> LlguidanceBackend:
     tokenizer = ByteTokenizer()
-    return LlguidanceBackend(tokenizer, tokenizer.vocab_size, (tokenizer.eos_token_id,))
+    return LlguidanceBackend(tokenizer, tokenizer.vocab_size, (tokenizer.eos_token_id,), open_objects=True)
 
 
 def judge(schema: Any) -> Any:

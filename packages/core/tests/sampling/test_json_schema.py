@@ -62,7 +62,7 @@ from candle_vllm.core.sampling.json_schema import checked_schema, compilable_sch
         ({"enum": [{"a": [1e999]}]}, "number that is too large"),
         ({"minimum": "1"}, "a bound must be a number"),
         (
-            {"properties": {"a": {"const": "a\x00"}}},
+            {"properties": {"a": {"const": "a\x00"}}, "additionalProperties": True},
             r"control character U\+0000 .at #/properties/a. beside",
         ),
         ({"enum": "abc"}, "enum must be a list"),

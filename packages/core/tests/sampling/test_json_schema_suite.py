@@ -53,7 +53,7 @@ NEVER_WRITTEN = {
 )
 def test_suite(json_schema_suite: Path, draft: str, least: int, known: dict[str, int]) -> None:
     tokenizer = ByteTokenizer()
-    backend = LlguidanceBackend(tokenizer, tokenizer.vocab_size, (tokenizer.eos_token_id,))
+    backend = LlguidanceBackend(tokenizer, tokenizer.vocab_size, (tokenizer.eos_token_id,), open_objects=True)
     counts, wrong = Counter[str](), []
     for path in sorted((json_schema_suite / draft).rglob("*.json")):
         name = path.relative_to(json_schema_suite / draft).as_posix()

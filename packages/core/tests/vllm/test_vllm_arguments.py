@@ -36,7 +36,7 @@ from candle_vllm.core.vllm.arguments import translated
         ),
         ({"attention_backend": "FLASH_ATTN"}, {"attention_backend": "flash_attn"}),
         (
-            {"pipeline_parallel_size": 1, "trust_remote_code": False, "runner": "pooling", "disable_log_stats": False},
+            {"pipeline_parallel_size": 1, "trust_remote_code": True, "runner": "pooling", "disable_log_stats": False},
             {},
         ),
         ({"chat_template": "{{ messages }}"}, {"chat_template": "{{ messages }}"}),
@@ -76,7 +76,6 @@ def test_how_vectors_are_made() -> None:
     [
         ({"decode_context_parallel_size": 2}, TypeError, "in no other way"),
         ({"fully_sharded_loras": True}, TypeError, "adapters lie whole"),
-        ({"trust_remote_code": True}, TypeError, "never run"),
         ({"spec_model": "draft", "spec_method": "ngram"}, ConfigError, "model belongs to the method draft_model"),
         ({"spec_method": "eagle"}, ConfigError, "speculative_config: the method 'eagle' is not there"),
         ({"served_model_name": "m"}, TypeError, "names are a server's"),

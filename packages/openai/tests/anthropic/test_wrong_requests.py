@@ -163,7 +163,6 @@ WRONG: list[tuple[str, Any, str]] = [  # where, what, the field to blame
     ("thinking", {"type": "adaptive", "display": "all"}, "thinking.display"),
     ("thinking", {"type": "disabled", "budget_tokens": 2000}, "thinking.budget_tokens"),
     ("output_config", {"effort": "most"}, "output_config.effort"),
-    ("output_config", {"task_budget": {"total": 1}}, "output_config.task_budget"),
     ("output_config", {"format": {"type": "json"}}, "output_config.format.type"),
     ("output_config", {"format": {"type": "json_schema"}}, "output_config.format.schema"),
     ("output_config", {"format": {"type": "json_schema", "schema": DEEP}}, "output_config.format.schema"),

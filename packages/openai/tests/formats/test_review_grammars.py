@@ -339,7 +339,7 @@ A_AND_B = {"allOf": [{"$ref": "#/$defs/a"}, {"properties": {"b": {"type": "integ
         (OPEN, {"a": 1}, {"a": 1, "b": 2}),
         ({**OPEN, "additionalProperties": {}}, {"a": 1, "b": 2}, {}),
         ({"type": "object"}, {"b": 2}, None),
-        ({"type": "object", "properties": {}}, {"b": 2}, None),
+        ({"type": "object", "properties": {}}, {}, {"b": 2}),
         ({"properties": {"o": {**OPEN, "enum": [{"a": 1, "b": 2}]}}}, {"o": {"a": 1, "b": 2}}, {"c": 1}),
         ({"type": "object", "properties": {"o": OPEN}}, {"o": {"a": 1}}, {"o": {"a": 1, "b": 2}}),
         (

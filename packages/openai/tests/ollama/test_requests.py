@@ -65,7 +65,6 @@ def test_options_are_sampling_parameters(options: dict[str, Any], sampling: dict
     [
         ({"options": {"mirostat": 3}}, "options.mirostat"),
         ({"options": {"typical_p": 1.5}}, "options.typical_p"),
-        ({"options": {"tfs_z": 0.5}}, "options.tfs_z"),
         ({"options": {"temprature": 1}}, "options.temprature"),
         ({"options": {"repeat_penalty": 1.1, "repeat_last_n": -2}}, "options.repeat_last_n"),
         ({"options": {"num_predict": -3}}, "options.num_predict"),

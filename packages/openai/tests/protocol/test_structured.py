@@ -209,7 +209,6 @@ def test_refusals_name_the_field(fields: dict[str, Any], param: str, message: st
         ({"guided_regex": "a"}, "guided_regex", "use structured_outputs"),
         ({"guided_choice": ["a"]}, "guided_choice", "use structured_outputs"),
         ({"guided_grammar": "a"}, "guided_grammar", "use structured_outputs"),
-        ({"guided_decoding_backend": "xgrammar"}, "guided_decoding_backend", "one backend"),
         ({"json_schema": {}}, "json_schema", "use response_format"),
     ],
 )  # fmt: skip

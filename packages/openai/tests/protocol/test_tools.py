@@ -219,7 +219,6 @@ def test_refusals_name_the_field(fields: dict[str, Any], param: str, message: st
     ("fields", "param", "message"),
     [
         ({"tools": [{"type": "web_search"}]}, "tools.0.type", "'web_search' tools"),
-        ({"tools": [{**tool(), "defer_loading": True}]}, "tools.0.defer_loading", "shown to the model"),
         ({"functions": [{"name": "f"}]}, "functions", "replaced it by tools"),
         ({"function_call": {"name": "f"}}, "function_call", "replaced it by tools"),
     ],

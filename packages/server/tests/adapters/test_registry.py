@@ -18,10 +18,10 @@ from candle_vllm.server.adapters.disk_cache import DiskCache, Key
 from candle_vllm.server.adapters.registry import Adapters, BaseAdapters
 from candle_vllm.server.adapters.sources import AdapterName, Found, Refused, Unavailable
 from candle_vllm.server.http.errors import HttpError
-from candle_vllm.server.models.catalogue import Catalogue, ModelEntry
 from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.adapters import read_specs
+from candle_vllm.server.settings.catalogue import Catalogue, ModelEntry
 from candle_vllm.server.settings.models_file import read_models_file
 from candle_vllm.server.settings.options import UsageError
 from packages.server.tests.server_fakes import FakeLoader

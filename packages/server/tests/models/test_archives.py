@@ -23,9 +23,9 @@ from candle_vllm.core.errors import InvalidFileError, ModelNotFoundError
 from candle_vllm.server.adapters import fetching
 from candle_vllm.server.models import archives
 from candle_vllm.server.models.archives import MARKER, Archive, fetch_archive, model_at, unpack, writable
-from candle_vllm.server.models.catalogue import Catalogue, ModelEntry, source_name
 from candle_vllm.server.reloading import warn_of_missing
 from candle_vllm.server.settings import Settings
+from candle_vllm.server.settings.catalogue import Catalogue, ModelEntry, source_name
 from candle_vllm.server.settings.derived import engine_config
 from tests.waiting import wait_for
 

@@ -13,16 +13,17 @@ from candle_vllm.core.config import DEMO_NAME, SETTINGS
 from candle_vllm.core.errors import EngineDeadError, ModelNotFoundError, NoMemoryError
 from candle_vllm.openai import ModelNotServedError
 from candle_vllm.openai.fair_threads import asker
+from candle_vllm.openai.remarks import collect_remarks
 from candle_vllm.server import Settings
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.routing import Caller
-from candle_vllm.server.models.catalogue import Catalogue, ModelEntry
 from candle_vllm.server.models.loader import serve_engine
 from candle_vllm.server.models.manager import ModelManager, take_turn
 from candle_vllm.server.models.slot import ModelState
 from candle_vllm.server.models.switcher import ManagerLimits, NoRoomError
 from candle_vllm.server.observing.metrics import Metrics
 from candle_vllm.server.observing.request_context import RequestContext, current_request
+from candle_vllm.server.settings.catalogue import Catalogue, ModelEntry
 from candle_vllm.server.settings.derived import in_flags, told_in_flags
 from candle_vllm.server.settings.options import UsageError
 from packages.server.tests.server_fakes import FakeLoader, PacedEngine
@@ -94,8 +95,12 @@ def test_the_demo_model_is_called_demo_too() -> None:
 def test_the_only_model_is_meant_by_every_name_unless_names_are_strict() -> None:
     only = ModelEntry("a", Settings(), ("alias",))
     strict = ModelEntry("a", Settings(strict_model_names=True))
-    for name in ("gpt-4", "", "default", None, "a", "alias"):
+    for name in ("gpt-4", "default", None, "a", "alias"):
+        remarks = collect_remarks()
         assert Catalogue([only]).find(name) is only
+        assert len(remarks) == (name == "gpt-4")
+    with pytest.raises(ModelNotServedError, match="'' is not served here"):
+        Catalogue([only]).find("")
     for catalogue, exact in ((Catalogue([only]), True), (Catalogue([strict]), False)):
         assert catalogue.find(None, exact=exact).name == catalogue.find("default", exact=exact).name == "a"
         for name in ("gpt-4", ""):

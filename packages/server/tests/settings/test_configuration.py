@@ -12,8 +12,8 @@ import pytest
 
 from candle_vllm.core.shown import HIDDEN, without_secrets
 from candle_vllm.server.commands.config import effective
-from candle_vllm.server.models.catalogue import Catalogue, ModelEntry, source_name
 from candle_vllm.server.settings import Settings
+from candle_vllm.server.settings.catalogue import Catalogue, ModelEntry, source_name
 from candle_vllm.server.settings.command_line import parse
 from candle_vllm.server.settings.configuration import Configuration, load_configuration, load_settings
 from candle_vllm.server.settings.models_file import read_models_file

@@ -10,73 +10,14 @@ from typing import Any
 
 import pytest
 
+from candle_vllm.core.text.chat_template import ChatTemplate
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings import foreign_flags as foreign_module
-from candle_vllm.server.settings.command_line import SHORT, flag_commands, parse, split_command
+from candle_vllm.server.settings.command_line import flag_commands, parse, split_command
+from candle_vllm.server.settings.derived import engine_config
 from candle_vllm.server.settings.foreign_flags import COMMANDS as FOREIGN_COMMANDS
 from candle_vllm.server.settings.foreign_flags import foreign_flags
 from candle_vllm.server.settings.options import COMMANDS, UsageError
-from candle_vllm.server.settings.table import OPTIONS
-
-PAGE = Path(__file__).parents[4] / "docs" / "coming-from-vllm.md"
-
-# What their own lists of flags have, as far as people write them.
-VLLM = """
---host --port --api-key --served-model-name --dtype --max-model-len --gpu-memory-utilization --kv-cache-memory-bytes
---max-num-seqs --max-num-batched-tokens -tp -pp -dp --tensor-parallel-size --pipeline-parallel-size
---data-parallel-size --enable-expert-parallel -q --quantization --load-format --kv-cache-dtype --block-size
---enable-prefix-caching --prefix-caching-hash-algo --kv-offloading-size --kv-offloading-backend
---enable-chunked-prefill --scheduling-policy --async-scheduling --stream-interval --enforce-eager -O3
---compilation-config --speculative-config --enable-lora --max-loras --max-lora-rank --lora-modules --seed
---generation-config --chat-template --chat-template-content-format --default-chat-template-kwargs
---trust-request-chat-template --enable-auto-tool-choice --tool-call-parser --tool-parser-plugin
---exclude-tools-when-tool-choice-none --reasoning-parser --max-logprobs --logprobs-mode --allowed-media-domains
---allowed-local-media-path --trust-remote-code --enable-prompt-tokens-details --enable-per-request-metrics
---enable-server-load-tracking --enable-force-include-usage --enable-tokenizer-info-endpoint
---return-tokens-as-token-ids --fingerprint-mode --allowed-origins --allowed-methods --allowed-headers
---allow-credentials --ssl-keyfile --ssl-certfile --ssl-ca-certs --ssl-cert-reqs --ssl-ciphers --enable-ssl-refresh
---root-path --middleware --enable-request-id-headers --disable-fastapi-docs --uvicorn-log-level
---disable-uvicorn-access-log --disable-access-log-for-endpoints --h11-max-incomplete-event-size
---h11-max-header-count --api-server-count --shutdown-timeout --max-num-queued-reqs --max-num-queued-tokens
---enable-log-requests --enable-log-outputs --max-log-len --log-config-file --otlp-traces-endpoint
---kv-cache-metrics --enable-sleep-mode --uds --config --tokenizer --revision --download-dir --cpu-offload-gb
-"""
-LLAMA = """
--m --model -t --threads -tb --threads-batch -C --cpu-mask --prio --poll -c --ctx-size -n --predict --n-predict -b
---batch-size -ub --ubatch-size --keep --swa-full -fa --flash-attn --no-perf -e --escape --rope-scaling --rope-scale
---rope-freq-base --rope-freq-scale --yarn-orig-ctx --yarn-ext-factor -nkvo --no-kv-offload --no-repack -ctk
---cache-type-k -ctv --cache-type-v --defrag-thold --rpc --mlock --no-mmap --numa -dev --device --list-devices -ot
---override-tensor -cmoe --cpu-moe -ncmoe --n-cpu-moe -ngl --gpu-layers --n-gpu-layers -sm --split-mode -ts
---tensor-split -mg --main-gpu -fit --fit --check-tensors --override-kv --no-op-offload --lora --lora-scaled
---control-vector -mu --model-url -hf --hf-repo -hff --hf-file -hft --hf-token --log-disable --log-file
---log-colors -v --verbose --offline -lv --verbosity --log-prefix --log-timestamps --samplers -s --seed
---sampling-seq --ignore-eos --temp --temperature --top-k --top-p --min-p --typical --repeat-last-n --repeat-penalty
---presence-penalty --frequency-penalty --dry-multiplier --mirostat -l --logit-bias --grammar --grammar-file -j
---json-schema --pooling -cb --cont-batching -nocb --mmproj -a --alias --host --port --path --api-prefix --embedding
---reranking --api-key --api-key-file --ssl-key-file --ssl-cert-file --chat-template-kwargs -to --timeout
---threads-http --cache-reuse --metrics --slots --props --jinja --reasoning-format --reasoning-budget
---chat-template --chat-template-file --slot-prompt-similarity --model-draft -md --draft-max --draft-min -np
---parallel -p --prompt -f --file -sys --system-prompt -cnv --conversation -i --interactive -r --reverse-prompt
---prompt-cache --no-webui
-"""
-OLLAMA = "--verbose --format --keepalive --insecure --nowordwrap --think --hidethinking --quantize"
-RUST = """
---m --w --f --hf-token --hf-token-path --h --p --verbose --max-num-seqs --block-size --dtype --isq --cpu --mem
---kv-fraction --mamba-fraction --kvcache-mem-cpu --record-conversation --d --holding-time --multithread --log
---temperature --top-p --min-p --top-k --frequency-penalty --presence-penalty --prefill-chunk-size --kvcache-dtype
---disable-prefix-cache --prefix-cache-max-tokens --disable-cuda-graph --ui-server --mcp-command --mcp-args
---mcp-config --enforce-parser --yarn-scaling-factor --num-nodes --node-rank --master-addr --master-port
---max-gen-tokens --prefix-cache --fp8-kvcache --queue-size --request-timeout --models-config --enable-vision
---vision-model-path --vision-device --vision-dtype --prompt-cache --prompt-cache-backend --prompt-cache-path
---prompt-cache-redis-url --prompt-cache-ttl --prompt-cache-max-prefixes --prompt-cache-min-length
---num-experts-offload-per-rank --kvcache-compression-bits --kvcache-compression-policy
-"""
-
-
-@pytest.mark.parametrize("theirs", [VLLM, LLAMA, OLLAMA, RUST], ids=["vllm", "llama", "ollama", "rust"])
-def test_every_flag_of_theirs_exists_or_is_answered(theirs: str) -> None:
-    known = {*flag_commands(), *SHORT, "--version", "--help", "-h"}
-    assert [flag for flag in theirs.split() if flag not in known and flag not in foreign_flags()] == []
 
 
 def test_what_exists_here_is_not_in_the_table() -> None:
@@ -102,42 +43,6 @@ def test_every_flag_that_an_answer_names_exists() -> None:
     named = {flag for answer in answers for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]*", answer)}
     assert len(named) > 20
     assert named - {*flag_commands(), "--help"} == set()
-
-
-def page_row(example: str) -> str:
-    """What the page has to say of an example, as the parser takes it."""
-    arguments = shlex.split(example)
-    flag = next((text.split("=")[0] for text in arguments if text.startswith("-")), "--m")
-    flag = SHORT.get(flag, flag)
-    row = foreign_flags().get(flag.split(".")[0])
-    option = next((each for each in OPTIONS if flag.split(".")[0] in (*each.flags, *each.constants)), None)
-    told = "" if row is None else row.answer
-    try:
-        source, _ = parse(*split_command(arguments))
-    except UsageError as error:
-        state = "refused" if re.split("[,;]", told)[0] in str(error) else f"refused otherwise: {error}"
-    else:
-        state = "no effect" if source.remarks else "taken" if row is None else "translated"
-        told = told if option is None else option.help
-        told = told or "YAML file of flags: those given beside it win"
-    return f"| `{example}` | {state} | {told} |"
-
-
-def _page_rows() -> list[str]:
-    return [line for line in PAGE.read_text().splitlines() if re.match(r"\| `(-|serve )", line)]
-
-
-@pytest.mark.parametrize("line", _page_rows())
-def test_the_page_says_what_the_parser_does(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "serve.yaml").write_text("port: 8000")
-    monkeypatch.chdir(tmp_path)
-    example = line.split("`")[1]
-    assert line == page_row(example)
-
-
-def test_the_page_has_every_flag_of_vllm() -> None:
-    shown = {flag for line in _page_rows() for flag in re.findall(r"`(-[^\s`]+)", line)}
-    assert [flag for flag in VLLM.split() if flag not in shown] == []
 
 
 TRANSLATED: dict[str, dict[str, Any]] = {
@@ -281,10 +186,6 @@ def test_a_wrong_file_of_flags_is_named(tmp_path: Path, text: str, message: str)
             "what of a model is not on its GPU is said by --cpu-experts, --cpu-offload-gb and --gpu-layers",
         ),
         (["bench", "--alias", "a"], "--alias is called --served-model-name here (of `candle-vllm serve, "),
-        (
-            ["-n", "5"],
-            "is called --max-tokens here (of `candle-vllm generate, chat, agent, run`); clients of a server send",
-        ),
         (["generate", "hi", "--log-jsonl"], "--log-jsonl is called --log-format json here"),
         (["create", "llama3"], "there is no command 'create': several models and their settings: models.yaml"),
         (["chat", "model.gguf"], "a model is named with --m model.gguf"),
@@ -316,3 +217,31 @@ def test_values_and_texts_are_no_flags() -> None:
     assert own["prompt"] == "-ngl"
     given, _ = parse("serve", ["--mcp-args=--parallel,3"])
     assert given.values["mcp_args"] == "--parallel,3"
+
+
+def test_a_flag_of_another_command_is_taken_where_the_answer_is_right_without_it() -> None:
+    source, _ = parse("serve", ["-n", "128", "--repeat-penalty", "1.1", "--trust-remote-code"])
+    assert dict(source.values) == {"repetition_penalty": 1.1}
+    assert [remark.split(" has no effect here: ")[0] for remark in source.remarks] == ["-n", "--trust-remote-code"]
+    generating, own = parse("generate", ["hi", "-n", "128"])
+    assert (own["max_tokens"], generating.remarks) == (128, ())
+
+
+def test_eager_steps_without_torch_are_compiled_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "a.gguf").touch()
+    settings = Settings(model=str(tmp_path / "a.gguf"), enforce_eager=True)
+    for there, eager in ((object(), True), (None, False)):
+        monkeypatch.setattr("importlib.util.find_spec", lambda _name, found=there: found)
+        assert engine_config(settings).enforce_eager is eager
+    assert [record.message.split(":")[0] for record in caplog.records] == ["enforce_eager has no effect"]
+
+
+def test_chatml_is_a_template_by_its_name(tmp_path: Path) -> None:
+    (tmp_path / "a.gguf").touch()
+    text = engine_config(Settings(model=str(tmp_path / "a.gguf"), chat_template=Path("chatml"))).chat_template
+    assert text is not None
+    template = ChatTemplate(text, {})
+    rendered = template.render([{"role": "user", "content": "hi"}], add_generation_prompt=True)
+    assert rendered == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"

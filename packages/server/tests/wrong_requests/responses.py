@@ -204,7 +204,7 @@ ROUTES = [
             ),
             *switches("stream", "store", "background"),
             *texts("user", "safety_identifier", "prompt_cache_key"),
-            *not_served(dict.fromkeys(REFUSED_RESPONSES_FIELDS)),
+            *not_served(REFUSED_RESPONSES_FIELDS),
             Row("include", "message.output_text.logprobs"),
             Row("include", ["everything"], "include.0"),
             Row("metadata", "a"),
@@ -220,5 +220,5 @@ ROUTES = [
             Row("stop", [""], "stop.0"),
         ],
     ),
-    Route("/v1/responses/input_tokens", RIGHT, [*PROMPT, *not_served(dict.fromkeys(REFUSED_COUNT_FIELDS))]),
+    Route("/v1/responses/input_tokens", RIGHT, [*PROMPT, *not_served(REFUSED_COUNT_FIELDS)]),
 ]

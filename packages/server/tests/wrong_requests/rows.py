@@ -104,7 +104,7 @@ def texts(*names: str) -> list[Row]:
 
 def not_served(fields: Mapping[str, Any]) -> list[Row]:
     """Fields that others define, with a value that asks for something."""
-    return [Row(name, "x-1", code="unsupported_parameter") for name in fields]
+    return [Row(name, "x-1", code="unsupported_parameter") for name, field in fields.items() if not field.idle]
 
 
 MODEL = [

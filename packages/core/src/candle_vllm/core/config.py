@@ -362,6 +362,9 @@ class EngineConfig(ExplainedSettings):
                                       "before it, and kv_fraction not beside it."] = None
     enable_prefix_caching: Annotated[bool, Boolean(),
                                      "reuse the KV blocks of equal prompt beginnings (on unless disabled)"] = True
+    open_objects: Annotated[bool, Boolean(), "in structured output, objects may have keys that their schema does not "
+                            "mention; otherwise a schema with properties and without additionalProperties is closed",
+                            "As in vLLM and llama.cpp. Arguments of tools have the keys of their schema alone."] = False
     state_cache_gb: Annotated[float | None, Number(0, 1 << 20, said="of GiB, 0 or more: try 2"),
                               "GiB for checkpoints of models whose layers keep a state, from which prompts with an "
                               "equal beginning go on",
@@ -676,6 +679,7 @@ class EngineSettings(TypedDict, total=False):
     kv_fraction: float | None
     gpu_memory_utilization: float | None
     enable_prefix_caching: bool
+    open_objects: bool
     state_cache_gb: float | None
     kv_offloading_size: float | None
     prompt_cache_path: Path | None

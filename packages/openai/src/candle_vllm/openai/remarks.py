@@ -11,13 +11,27 @@ from contextvars import ContextVar
 
 MAX_REMARKS = 16
 _current: ContextVar[list[str] | None] = ContextVar("candle_vllm_remarks", default=None)
+_lenient: ContextVar[bool] = ContextVar("candle_vllm_unknown_fields", default=False)
 
 
-def collect_remarks() -> Sequence[str]:
-    """Begins to collect, in this task and those that it starts; what is given grows."""
+def collect_remarks(*, unknown_fields: bool = False) -> Sequence[str]:
+    """Begin to collect, in this task and those that it starts.
+
+    Args:
+        unknown_fields: whether fields of requests that nobody knows become remarks; otherwise they are refused.
+
+    Returns:
+        A list that grows while the request is prepared.
+    """
     found: list[str] = []
     _current.set(found)
+    _lenient.set(unknown_fields)
     return found
+
+
+def unknown_fields_pass() -> bool:
+    """Whether fields of requests that nobody knows become remarks."""
+    return _lenient.get()
 
 
 def remark(texts: Iterable[str]) -> None:

@@ -16,8 +16,10 @@ from candle_vllm.core.engine.requests import LoRARequest
 from candle_vllm.core.errors import InvalidParameterError, PromptTooLongError
 from candle_vllm.openai.errors import ModelNotServedError
 from candle_vllm.openai.fair_threads import FairThreads, this_request
+from candle_vllm.openai.remarks import remark
 
 ANY_MODEL = "default"  # the name that always means the served model
+_LISTED = 20  # names in a message
 _SURE = 8  # bytes for each token of the context: shorter prompts are tokenized as a whole, most others are too long
 _PIECE = 16_384  # characters of longer ones that are tokenized at a time
 _SEAM = 256  # tokens that a cut makes at most, where it parts a long token or a word
@@ -44,6 +46,21 @@ class AdapterNames(Protocol):
         ...
 
 
+def answered_by(name: str, served: Sequence[str], *, strict: bool) -> str:
+    """The first served name, for a request that calls the only model by `name`, which is not served.
+
+    The sender gets a warning. An empty name is a client's mistake and names no model.
+
+    Raises:
+        ModelNotServedError: names are strict, or `name` is empty.
+    """
+    if strict or not name:
+        shown = ", ".join(served[:_LISTED]) + (", ..." if len(served) > _LISTED else "")
+        raise ModelNotServedError(f"The model {name!r:.200} is not served here; served are: {shown}.", "model")
+    remark([f"the model {name!r:.100} is not served here: {served[0]!r:.100} answers"])
+    return served[0]
+
+
 class ServedNames:
     """One name or more; the first is used where a request names none, or, unless `strict`, calls it otherwise.
 
@@ -64,9 +81,9 @@ class ServedNames:
             return name
         if name is not None and self.adapters is not None and self.adapters.is_known(name):
             return name
-        if name is None or name == ANY_MODEL or not self.strict:
+        if name is None or name == ANY_MODEL:
             return self.all[0]
-        raise ModelNotServedError(f"The model {name!r} is not served here; served are: {', '.join(self.all)}.", "model")
+        return answered_by(name, self.all, strict=self.strict)
 
     def options(
         self, name: str | None, scales: Mapping[int, float] | None = None, adapter: str | None = None

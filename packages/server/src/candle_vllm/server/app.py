@@ -42,7 +42,6 @@ from candle_vllm.server.http.routing import (
 )
 from candle_vllm.server.keeping import Keeper
 from candle_vllm.server.mcp.access import response_servers
-from candle_vllm.server.models.catalogue import ModelEntry
 from candle_vllm.server.models.loader import serve_engine
 from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.observing.http_metrics import HttpMetricsMiddleware
@@ -74,6 +73,7 @@ from candle_vllm.server.routes import mailbox as mailbox_routes
 from candle_vllm.server.routes import mcp as mcp_routes
 from candle_vllm.server.routes.webui import public_paths, web_ui_router
 from candle_vllm.server.settings import Settings
+from candle_vllm.server.settings.catalogue import ModelEntry
 from candle_vllm.server.settings.derived import store_options
 
 if TYPE_CHECKING:
@@ -251,7 +251,7 @@ def _add_layers(app: FastAPI, settings: Settings) -> None:
             expose_headers=["x-request-id", "retry-after", *LIMIT_HEADERS],
         )
     app.add_middleware(HttpMetricsMiddleware, metrics=app.state.metrics)
-    app.add_middleware(RequestIdMiddleware, log=settings.log_requests)
+    app.add_middleware(RequestIdMiddleware, log=settings.log_requests, unknown_fields=settings.unknown_fields == "warn")
     app.add_middleware(UnversionedMiddleware)
     if settings.root_path:
         app.add_middleware(PrefixMiddleware, prefix=settings.root_path)

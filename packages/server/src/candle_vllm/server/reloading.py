@@ -19,9 +19,9 @@ from typing import Any
 
 from candle_vllm.core.errors import CandleVllmError, ConfigError
 from candle_vllm.server.http.keys import Keyring
-from candle_vllm.server.models.catalogue import Catalogue, ModelEntry
 from candle_vllm.server.models.manager import Changes, ModelManager
 from candle_vllm.server.models.slot import ModelSlot
+from candle_vllm.server.settings.catalogue import Catalogue, ModelEntry
 from candle_vllm.server.settings.configuration import Configuration
 from candle_vllm.server.settings.derived import refuse_wrong_formats
 from candle_vllm.server.settings.options import MODEL, UsageError

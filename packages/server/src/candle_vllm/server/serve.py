@@ -38,7 +38,6 @@ from candle_vllm.server.http.protocol import WebSocketProtocol, http_protocol
 from candle_vllm.server.http.tls import refresh, tls_context
 from candle_vllm.server.interrupts import say_stopped
 from candle_vllm.server.mailbox.options import MailboxOptions
-from candle_vllm.server.models.catalogue import Catalogue
 from candle_vllm.server.models.loader import ModelLoader
 from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.models.slot import ModelSlot
@@ -49,6 +48,7 @@ from candle_vllm.server.reloading import Reloader, warn_of_missing
 from candle_vllm.server.routes.ollama_library import refuse_open_changes, served_entry
 from candle_vllm.server.routes.webui import new_page_key, page_address
 from candle_vllm.server.settings import Address, Settings
+from candle_vllm.server.settings.catalogue import Catalogue
 from candle_vllm.server.settings.configuration import Configuration
 from candle_vllm.server.settings.derived import engine_config, image_sources, refuse_wrong_formats
 from candle_vllm.server.settings.options import UsageError

@@ -90,6 +90,7 @@ _NOT_FOR_ENCODERS = MappingProxyType(
         "kv_fraction": None,
         "state_cache_gb": None,
         "deterministic": False,
+        "open_objects": False,
         "prompt_cache_path": None,
         "prompt_cache_url": None,
         "kv_offloading_size": None,
@@ -159,7 +160,7 @@ def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder, rank
 
         model = None if draft is None else _draft_model(drafts, loaded, runner, draft, scheduler)
         drafter = Drafter(drafts, sequences, rows, model)
-    preparation = preparation_for(loaded, plan.max_model_len, config.seed, store)
+    preparation = preparation_for(loaded, plan.max_model_len, config.seed, store, open_objects=config.open_objects)
     sleeper.runners = [runner] if draft is None else [runner, draft]
     engine = Engine(runner, scheduler, preparation, drafter, images, kept, sleeper)
     engine.cache_bytes, engine.state_bytes = plan.page_bytes + plan.state_bytes, plan.state_bytes
@@ -311,7 +312,12 @@ def foreseen_cache(
 
 
 def preparation_for(
-    loaded: LoadedModel, max_model_len: int, seed: int | None = None, adapters: AdapterStore | None = None
+    loaded: LoadedModel,
+    max_model_len: int,
+    seed: int | None = None,
+    adapters: AdapterStore | None = None,
+    *,
+    open_objects: bool = False,
 ) -> DecoderPreparation:
     """What makes sequences of requests to a loaded model; see `DecoderPreparation`."""
     tokenizer, vocab_size = loaded.tokenizer, loaded.config.vocab_size
@@ -324,6 +330,7 @@ def preparation_for(
         seed=seed,
         adapters=adapters,
         images=None if loaded.tower is None else loaded.tower.sight,
+        open_objects=open_objects,
     )
 
 

@@ -16,6 +16,7 @@ from fractions import Fraction
 from typing import Any, NamedTuple
 
 from candle_vllm.core.sampling.json_cases import in_known_keywords
+from candle_vllm.core.sampling.json_closed import close_objects
 from candle_vllm.core.sampling.json_dialect import Remarks
 from candle_vllm.core.sampling.json_facts import FRACTION, types_of
 from candle_vllm.core.sampling.json_references import MAX_NESTING
@@ -59,13 +60,15 @@ class Budget:
         multiples: every multipleOf without its decimal point, added up.
         may_compare: whoever follows the text compares elements of arrays that shall differ.
         compared: and must, for no grammar says that they do.
+        open_objects: objects may have keys that their schemas do not mention; see `close_objects`.
     """
 
-    def __init__(self, may_compare: bool = False) -> None:
+    def __init__(self, may_compare: bool = False, open_objects: bool = False) -> None:
         self.counts: Counter[str] = Counter()
         self.multiples = 0
         self.may_compare = may_compare
         self.compared = False
+        self.open_objects = open_objects
 
 
 class Compilable(NamedTuple):
@@ -106,6 +109,8 @@ def compilable_schema(schema: Any, budget: Budget | None = None) -> Compilable:
     remarks = Remarks()
     budget = budget or Budget()
     known, compared = in_known_keywords(schema, remarks, may_compare=budget.may_compare)
+    if not budget.open_objects:
+        close_objects(known)
     check = _Check(known, budget, remarks, compared)
     check.run()
     return Compilable(known, check.any_escape(), remarks.texts, compared)

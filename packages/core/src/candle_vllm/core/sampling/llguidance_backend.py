@@ -43,9 +43,13 @@ class LlguidanceBackend:
         tokenizer: the vocabulary. Ids without bytes are never allowed.
         vocab_size: V, the width of the logits.
         eos_token_ids: every token that ends a text; those outside the vocabulary are left out.
+        open_objects: JSON objects may have keys that their schemas do not mention.
     """
 
-    def __init__(self, tokenizer: Vocabulary, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+    def __init__(
+        self, tokenizer: Vocabulary, vocab_size: int, eos_token_ids: Sequence[int], *, open_objects: bool = False
+    ) -> None:
+        self._open_objects = open_objects
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._eos_ids = tuple(token for token in eos_token_ids if 0 <= token < vocab_size)
@@ -110,7 +114,7 @@ class LlguidanceBackend:
             if self._compiler is None:
                 from candle_vllm.core.sampling.llguidance_compiler import Compiler
 
-                compiler = Compiler(TokenTrie(self._tokenizer, self._vocab_size, self._eos_ids))
+                compiler = Compiler(TokenTrie(self._tokenizer, self._vocab_size, self._eos_ids), self._open_objects)
                 compiler.compile(StructuredOutputsParams(json_object=True))  # what the first mask makes is made now
                 self._compiler = compiler
             return self._compiler

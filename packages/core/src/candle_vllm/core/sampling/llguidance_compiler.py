@@ -52,10 +52,11 @@ class Compiled(NamedTuple):
 
 
 class Compiler:
-    """Compiles forms for one vocabulary. Thread-safe."""
+    """Compiles forms for one vocabulary. Thread-safe. `open_objects`: see `Budget`."""
 
-    def __init__(self, trie: TokenTrie) -> None:
+    def __init__(self, trie: TokenTrie, open_objects: bool = False) -> None:
         self._trie = trie
+        self._open_objects = open_objects
 
     def compile(self, spec: StructuredOutputsParams) -> Compiled:
         """A form at the start of a text.
@@ -66,7 +67,8 @@ class Compiler:
         if spec.whitespace_pattern is not None:
             self._check_whitespace(spec.whitespace_pattern)
         name = _NAMES.get(spec.kind, spec.kind)
-        budget = Budget(may_compare=spec.kind == "json" and spec.around is None and self._are_plain(spec))
+        may_compare = spec.kind == "json" and spec.around is None and self._are_plain(spec)
+        budget = Budget(may_compare, self._open_objects)
         grammars = self._grammars(spec, budget)
         text = json.dumps({"grammars": grammars}, ensure_ascii=False)
         check_time(name, text)

@@ -128,7 +128,7 @@ class OutputConfig(WireModel):
     format: JsonFormat | None = None
 
     refused_fields: ClassVar[Mapping[str, Refusal]] = {
-        "task_budget": Refusal("the model is not told of budgets; use max_tokens")
+        "task_budget": Refusal("the model is not told of budgets; use max_tokens", idle=True)
     }
 
 

@@ -58,16 +58,16 @@ ADVISORY_OPTIONS: Mapping[str, str] = {
 
 _TEMPLATE = "Ollama's templates are Go's and the model's own is Jinja; send raw: true with a prompt that is written out"
 REFUSED_OPTIONS: Mapping[str, Refusal] = {
-    "tfs_z": Refusal("there is no such sampler", (1, 1.0)),
-    "penalize_newline": Refusal("penalties look at every token", (True,)),
-    "logits_all": Refusal("use logprobs", (False,)),
-    "vocab_only": Refusal("a model is loaded whole", (False,)),
-    "embedding_only": Refusal("a model says itself what it does", (False,)),
+    "tfs_z": Refusal("there is no such sampler", (1, 1.0), idle=True),
+    "penalize_newline": Refusal("penalties look at every token", (True,), idle=True),
+    "logits_all": Refusal("use logprobs", (False,), idle=True),
+    "vocab_only": Refusal("a model is loaded whole", (False,), idle=True),
+    "embedding_only": Refusal("a model says itself what it does", (False,), idle=True),
 }
 REFUSED_CHAT_FIELDS: Mapping[str, Refusal] = {
     "prompt": Refusal("it belongs to /api/generate; use messages"),
-    "truncate": Refusal("prompts are never cut", (False,)),
-    "shift": Refusal("prompts are never cut", (False,)),
+    "truncate": Refusal("prompts are never cut", (False,), idle=True),
+    "shift": Refusal("prompts are never cut", (False,), idle=True),
     "response_format": Refusal("it is OpenAI's; use format"),
     "max_tokens": Refusal("it is OpenAI's; use options.num_predict"),
     "tool_choice": Refusal("it is OpenAI's; the model chooses", ("auto",)),

@@ -11,6 +11,8 @@ from typing import Annotated, Any, ClassVar, NamedTuple
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
+from candle_vllm.openai.remarks import remark, unknown_fields_pass
+
 MAX_NAME = 256  # characters of a model name, participant name or call id
 _MAX_FIELD = 128  # characters of a field's path in an error
 MAX_MESSAGES = 2048
@@ -36,10 +38,18 @@ ModelName = Annotated[str, Field(max_length=MAX_NAME)]  # empty where a client h
 
 
 class Refusal(NamedTuple):
-    """Why a name that others define is refused, and the values that ask for nothing and so may stand."""
+    """What becomes of a field that others define and that does nothing here.
+
+    Attributes:
+        reason: why it does nothing.
+        neutral: values that ask for nothing, and so may stand.
+        idle: other values are taken with a remark, because the answer is right without them; otherwise they are
+            refused.
+    """
 
     reason: str
     neutral: tuple[Any, ...] = ()
+    idle: bool = False
 
     def accepts(self, value: Any) -> bool:
         """True for null and the neutral values."""
@@ -54,14 +64,16 @@ _NEVER_CUT = "prompts are never cut"
 _ALWAYS_APART = "reasoning always stands apart from the answer; include_reasoning: false leaves it out"
 _ONE_ORDER = "samplers have one order"
 _NO_SAMPLER = "there is no such sampler"
+_CACHED = "what prompts begin with is always cached"
+_NO_SLOTS = "requests share the cache and have no slots"
 _CHAT_ONLY = "it belongs to chat requests"
 
 _MEASURED = "how many guesses are tried follows from how they fared; num_speculative_tokens bounds them"
 
 GUESS_FIELDS: Mapping[str, Refusal] = {
-    "speculative.n_min": Refusal(_MEASURED, (0,)),
-    "speculative.p_min": Refusal(_MEASURED, (0, 0.0)),
-    "speculative.type": Refusal("the operator chooses it, --speculative-config"),
+    "speculative.n_min": Refusal(_MEASURED, (0,), idle=True),
+    "speculative.p_min": Refusal(_MEASURED, (0, 0.0), idle=True),
+    "speculative.type": Refusal("the operator chooses it, --speculative-config", idle=True),
 }
 """Of llama.cpp."""
 
@@ -75,49 +87,63 @@ REFUSED_FIELDS: Mapping[str, Refusal] = {
     "guided_grammar": Refusal("use structured_outputs with grammar"),
     "guided_json_object": Refusal("use structured_outputs with json_object", (False,)),
     "guided_whitespace_pattern": Refusal("use structured_outputs with whitespace_pattern"),
-    "guided_decoding_backend": Refusal(_ONE_BACKEND),
+    "guided_decoding_backend": Refusal(_ONE_BACKEND, idle=True),
     "json_schema": Refusal("use response_format, or structured_outputs with json"),
     "grammar": Refusal("use structured_outputs with grammar"),
     "ebnf": Refusal("use structured_outputs with grammar"),
     "regex": Refusal("use structured_outputs with regex"),
     "structural_tag": Refusal("use structured_outputs with structural_tag"),
     "separate_reasoning": Refusal(_ALWAYS_APART, (True,)),
-    "stream_reasoning": Refusal("reasoning is streamed as it is generated", (True,)),
+    "stream_reasoning": Refusal("reasoning is streamed as it is generated", (True,), idle=True),
     "audio": Refusal("audio output is not implemented"),
     "web_search_options": Refusal("the server searches no web"),
     "moderation": Refusal("the server moderates nothing"),
     "suffix": Refusal("it belongs to text completions, /v1/completions", ("",)),
     "use_beam_search": Refusal("beam search is not implemented", (False,)),
     "length_penalty": Refusal("beam search is not implemented", (1, 1.0)),
-    "samplers": Refusal(_ONE_ORDER),
-    "sampler_seq": Refusal(_ONE_ORDER),
-    "min_keep": Refusal("every sampler keeps at least one token", (0, 1)),
+    "samplers": Refusal(_ONE_ORDER, idle=True),
+    "sampler_seq": Refusal(_ONE_ORDER, idle=True),
+    "min_keep": Refusal("every sampler keeps at least one token", (0, 1), idle=True),
     "tfs_z": Refusal(_NO_SAMPLER, (1, 1.0)),
     "tfs": Refusal(_NO_SAMPLER, (1, 1.0)),
     "top_a": Refusal(_NO_SAMPLER, (0, 0.0)),
     "epsilon_cutoff": Refusal(_NO_SAMPLER, (0, 0.0)),
     "eta_cutoff": Refusal(_NO_SAMPLER, (0, 0.0)),
     "smoothing_factor": Refusal(_NO_SAMPLER, (0, 0.0)),
-    "repetition_detection": Refusal("only stop, stop_token_ids and max_tokens end a text early"),
+    "repetition_detection": Refusal("only stop, stop_token_ids and max_tokens end a text early", idle=True),
     "watermarking": Refusal("watermarks are not implemented", (False,)),
     "logprob_token_ids": Refusal("only the likeliest tokens are reported"),
     "chat_template_format": Refusal("templates are Jinja templates"),
-    "mm_processor_kwargs": Refusal(_PREPARED, ({},)),
-    "media_io_kwargs": Refusal(_PREPARED, ({},)),
-    "return_mm_kwargs": Refusal(_PREPARED, (True,)),
+    "mm_processor_kwargs": Refusal(_PREPARED, ({},), idle=True),
+    "media_io_kwargs": Refusal(_PREPARED, ({},), idle=True),
+    "return_mm_kwargs": Refusal(_PREPARED, (True,), idle=True),
     "prompt_embeds": Refusal("prompts are texts or token ids"),
-    "spaces_between_special_tokens": Refusal("spacing is the tokenizer's", (True,)),
+    "spaces_between_special_tokens": Refusal("spacing is the tokenizer's", (True,), idle=True),
     "return_tokens_as_token_ids": Refusal("use return_token_ids", (False,)),
     "return_token_offsets": Refusal("use return_token_ids", (False,)),
     "return_prompt_text": Refusal("use return_token_ids, which has the prompt's tokens", (False,)),
     "truncate_prompt_tokens": Refusal(_NEVER_CUT),
     "truncation_side": Refusal(_NEVER_CUT),
-    "stream_interval": Refusal("every piece is sent as soon as it is there", (1,)),
+    "stream_interval": Refusal("every piece is sent as soon as it is there", (1,), idle=True),
     "logits_processors": Refusal("a request cannot bring code", ([],)),
-    "kv_transfer_params": Refusal(_INTERNAL, ({},)),
-    "ec_transfer_params": Refusal(_INTERNAL, ({},)),
-    "routed_experts_prompt_start": Refusal(_INTERNAL, (0,)),
-    "vllm_xargs": Refusal(_INTERNAL, ({},)),
+    "kv_transfer_params": Refusal(_INTERNAL, ({},), idle=True),
+    "ec_transfer_params": Refusal(_INTERNAL, ({},), idle=True),
+    "routed_experts_prompt_start": Refusal(_INTERNAL, (0,), idle=True),
+    "vllm_xargs": Refusal(_INTERNAL, ({},), idle=True),
+    "cache_prompt": Refusal(_CACHED, (True,), idle=True),
+    "n_cache_reuse": Refusal(_CACHED, (0,), idle=True),
+    "id_slot": Refusal(_NO_SLOTS, (-1,), idle=True),
+    "slot_id": Refusal(_NO_SLOTS, (-1,), idle=True),
+    "n_keep": Refusal(_NEVER_CUT, (0,), idle=True),
+    "n_discard": Refusal(_NEVER_CUT, (0,), idle=True),
+    "t_max_predict_ms": Refusal(
+        "max_tokens bounds an answer, and the operator its time (--request-timeout)", idle=True
+    ),
+    "parse_tool_calls": Refusal("calls are read wherever a request has tools", (True,), idle=True),
+    "reasoning_format": Refusal(_ALWAYS_APART, ("auto", "deepseek"), idle=True),
+    "backend_sampling": Refusal("tokens are sampled where the model computes", idle=True),
+    "ttl": Refusal("the operator says how long a model stays loaded (--idle-unload-secs)", idle=True),
+    "draft_model": Refusal("the operator chooses it, --speculative-config", idle=True),
 }
 
 COMPLETION_REFUSED_FIELDS: Mapping[str, Refusal] = {
@@ -133,7 +159,7 @@ COMPLETION_REFUSED_FIELDS: Mapping[str, Refusal] = {
     "prediction": Refusal(_CHAT_ONLY),
 }
 
-NOT_DEFERRED = {"defer_loading": Refusal("every tool is shown to the model from the start", (False,))}
+NOT_DEFERRED = {"defer_loading": Refusal("every tool is shown to the model from the start", (False,), idle=True)}
 
 ADVISORY_FIELDS: Mapping[str, str] = {
     "user": "names the caller's user; the server keeps no per-user state",
@@ -208,9 +234,13 @@ class WireModel(BaseModel):
         for name in extra:
             refusal = cls.refused_fields.get(name)
             if refusal is None:
-                raise rule_error("unknown_field", str(name), cls._suggestion(str(name)))
-            if not refusal.accepts(data[name]):
-                raise unsupported(name, refusal.reason)
+                if not unknown_fields_pass():
+                    raise rule_error("unknown_field", str(name), cls._suggestion(str(name)))
+                remark([f"the field {str(name)[:_MAX_FIELD]!r} has no effect: nobody knows it"])
+            elif not refusal.accepts(data[name]):
+                if not refusal.idle:
+                    raise unsupported(name, refusal.reason)
+                remark([f"the field {name!r} has no effect: {refusal.reason}"])
         return {name: value for name, value in data.items() if name not in extra}
 
     @classmethod

@@ -25,8 +25,8 @@ from candle_vllm.server.adapters.disk_cache import DiskCache
 from candle_vllm.server.adapters.looking import Lookout
 from candle_vllm.server.adapters.sources import AdapterName, Found, Source, read_name
 from candle_vllm.server.http.errors import HttpError
-from candle_vllm.server.models.catalogue import Catalogue, ModelEntry
 from candle_vllm.server.settings.adapters import AdapterSpec, read_specs
+from candle_vllm.server.settings.catalogue import Catalogue, ModelEntry
 from candle_vllm.server.settings.options import UsageError
 
 logger = logging.getLogger(__name__)

@@ -28,11 +28,18 @@ logger = logging.getLogger("candle_vllm.server.requests")
 
 
 class RequestIdMiddleware:
-    """Adds `x-request-id` to every response, and a log line per request when `log` is set."""
+    """Adds `x-request-id` and `x-warning` to responses.
 
-    def __init__(self, app: ASGIApp, log: bool) -> None:
+    Args:
+        app: the application inside.
+        log: whether a line for each request is logged.
+        unknown_fields: whether fields that nobody knows are warned of; otherwise they are refused.
+    """
+
+    def __init__(self, app: ASGIApp, log: bool, unknown_fields: bool = False) -> None:
         self._app = app
         self._log = log
+        self._unknown_fields = unknown_fields
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -42,7 +49,7 @@ class RequestIdMiddleware:
         request_id = given if _HARMLESS.fullmatch(given) else uuid.uuid4().hex.encode()
         scope.setdefault("state", {})["request_id"] = request_id.decode()
         status = 0
-        remarks = collect_remarks()
+        remarks = collect_remarks(unknown_fields=self._unknown_fields)
 
         def send_with_id(message: Message) -> Awaitable[None]:
             """No coroutine of its own: it is called for every token of every stream."""

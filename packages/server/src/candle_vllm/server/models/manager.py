@@ -23,10 +23,10 @@ from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.limits import RateLimits
 from candle_vllm.server.http.routing import NOBODY, Caller, caller_of
 from candle_vllm.server.models.admission import Place, Queued, RetiredError
-from candle_vllm.server.models.catalogue import Catalogue
 from candle_vllm.server.models.slot import Lease, ModelSlot, ModelState, ServedModel
 from candle_vllm.server.models.switcher import Load, ManagerLimits, ModelSwitcher, load_failed
 from candle_vllm.server.observing.metrics import Metrics, Rejection
+from candle_vllm.server.settings.catalogue import Catalogue
 
 logger = logging.getLogger(__name__)
 

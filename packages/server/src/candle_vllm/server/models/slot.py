@@ -18,9 +18,9 @@ from candle_vllm.openai import OpenAIAdapter
 from candle_vllm.openai.anthropic import MessagesAdapter
 from candle_vllm.openai.ollama import OllamaAdapter
 from candle_vllm.server.models.admission import Admission, Queued
-from candle_vllm.server.models.catalogue import ModelEntry
 from candle_vllm.server.models.library import Description
 from candle_vllm.server.observing.model_metrics import EngineWatcher, ServedEngine
+from candle_vllm.server.settings.catalogue import ModelEntry
 
 MAX_DEATHS = 5  # of an engine within the manager's window, before it is not started again by itself
 

@@ -21,9 +21,9 @@ from candle_vllm.core.errors import CandleVllmError
 from candle_vllm.core.progress import Progress, heard_by, tell
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.loop_threads import call_in, in_thread
-from candle_vllm.server.models.catalogue import ModelEntry
 from candle_vllm.server.models.slot import ModelSlot, ModelState, ServedModel
 from candle_vllm.server.observing.metrics import Metrics
+from candle_vllm.server.settings.catalogue import ModelEntry
 
 logger = logging.getLogger(__name__)
 

@@ -80,8 +80,9 @@ def _request_schema(kind: type[WireModel], schema: Schema) -> Schema:
         if each.get("default", "") is None:  # absent and null are the same
             del each["default"]
     for field, refusal in sorted(kind.refused_fields.items()):
-        neutral = [None, *refusal.neutral]
-        properties[field] = {"enum": neutral, "deprecated": True, "description": f"Not served: {refusal.reason}."}
+        allowed = {} if refusal.idle else {"enum": [None, *refusal.neutral]}
+        what = "No effect" if refusal.idle else "Not served"
+        properties[field] = {**allowed, "deprecated": True, "description": f"{what}: {refusal.reason}."}
     return _described(schema, kind.__doc__)
 
 

@@ -51,17 +51,25 @@ route = routing(router, functools.partial(Operation, tag="ollama", error=Failure
 _LATEST = ":latest"
 
 
-async def ollama_body(request: Request, parse: Callable[[bytes], Any]) -> Any:
-    """The checked body of a request to one of Ollama's routes, whose model is named as it is here."""
+async def ollama_body(request: Request, parse: Callable[[bytes], Any], *, exact: bool = False) -> Any:
+    """The checked body of a request to one of Ollama's routes, whose model is named as it is here.
+
+    Raises:
+        ModelNotServedError: see `served_name`.
+    """
     wire = await parsed(request, parse, typed=False)
     named = getattr(wire, "model", None)
     if named is None:
         return wire
-    return wire.model_copy(update={"model": await served_name(request, named)})
+    return wire.model_copy(update={"model": await served_name(request, named, exact=exact)})
 
 
-async def served_name(request: Request, name: str) -> str:
-    """A model's name here, or an adapter's: as it is, or without `:latest`; raises `ModelNotServedError`."""
+async def served_name(request: Request, name: str, *, exact: bool = False) -> str:
+    """A model's name here, or an adapter's: as it is, or without `:latest`.
+
+    Raises:
+        ModelNotServedError: there is none of that name, and `exact` or several models keep the only one from answering.
+    """
     manager, caller = _manager(request), caller_of(request.scope)
     for given in (name, name.removesuffix(_LATEST)):
         try:
@@ -73,7 +81,7 @@ async def served_name(request: Request, name: str) -> str:
         manager.permit(given, caller)
         return given
     manager.permit(name, caller)
-    return manager.find(name, caller=caller).entry.names[0]
+    return manager.find(name, caller=caller, exact=exact).entry.names[0]
 
 
 # ---- answers ---------------------------------------------------------------------------------------------------------

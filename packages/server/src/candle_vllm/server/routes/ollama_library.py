@@ -26,12 +26,12 @@ from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.failures import ollama_error_line
 from candle_vllm.server.http.sse import LineStream
 from candle_vllm.server.loop_threads import in_thread
-from candle_vllm.server.models.catalogue import Catalogue, ModelEntry
 from candle_vllm.server.models.downloads import Local, find_downloaded, remove
 from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.models.pulls import Pull, Pulls, failure_code
 from candle_vllm.server.openapi.operation import OLLAMA, Operation, routing
 from candle_vllm.server.settings import Settings
+from candle_vllm.server.settings.catalogue import Catalogue, ModelEntry
 from candle_vllm.server.settings.derived import may_change
 from candle_vllm.server.settings.options import UsageError
 

@@ -190,9 +190,9 @@ async def ollama_ps(request: Request) -> Response:
 @route("POST /api/show", body=ShowRequest, example={"model": "default"}, answer=Shown, errors=(*QUEUED, 409))
 async def ollama_show(request: Request) -> Response:
     """What is known of a model."""
-    wire = await ollama_body(request, ollama_parser(ShowRequest))
+    wire = await ollama_body(request, ollama_parser(ShowRequest), exact=True)
     manager = _manager(request)
-    slot = manager.find(await served_name(request, wire.model or wire.name))
+    slot = manager.find(await served_name(request, wire.model or wire.name or "", exact=True))
     if slot.model is None and slot.described is None:
         try:
             slot.described = await asyncio.to_thread(describe, slot.entry.settings)

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from candle_vllm.core.config import is_demo
-from candle_vllm.server.models.catalogue import Catalogue, ModelEntry, source_name
 from candle_vllm.server.settings import Settings
+from candle_vllm.server.settings.catalogue import Catalogue, ModelEntry, source_name
 from candle_vllm.server.settings.derived import demo_model, mailbox_options
 from candle_vllm.server.settings.foreign_variables import (
     HUB_TOKENS,

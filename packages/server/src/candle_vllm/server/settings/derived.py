@@ -7,6 +7,7 @@ reported before it, and the mailbox where there is one.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import re
@@ -163,6 +164,9 @@ def engine_config(settings: Settings, *, fetch: bool = True, **changes: Any) -> 
         raise UsageError(f"--revision chooses a version on Hugging Face, but the model is {model}: leave it out")
     values = {option.engine: getattr(settings, option.name) for option in OPTIONS if option.engine is not None}
     values |= {"weight_file": weight_file, "chat_template": _template(settings.chat_template)}
+    if settings.enforce_eager and importlib.util.find_spec("torch") is None:
+        logger.warning("enforce_eager has no effect: torch is not installed, so the compiled kernels compute")
+        values["enforce_eager"] = False
     if settings.mem is not None:
         values["kv_cache_memory"] = settings.mem << 20
     values |= changes
@@ -225,9 +229,18 @@ def speak_in_flags(error: CandleVllmError) -> None:
     error.args = (in_flags(str(error)), *error.args[1:])
 
 
+CHATML = """{% for message in messages %}<|im_start|>{{ message.role }}
+{{ message.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
 def _template(path: Path | None) -> str | None:
+    """The template of a file, or ChatML by llama.cpp's name, `chatml`."""
     if path is None:
         return None
+    if path.name == "chatml" and not path.exists():
+        return CHATML
     try:
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -14,38 +14,19 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from candle_vllm.core.foreign_names import foreign_tables
 from candle_vllm.server.settings.options import ENV_PREFIX, UsageError, convert
 from candle_vllm.server.settings.sources import SettingsSource
 from candle_vllm.server.settings.table import BY_NAME, Settings
 
-DEPLOYMENTS: Mapping[str, str] = {
-    "MODEL_ID": "model",
-    "MODEL_NAME": "model",
-    "MAX_MODEL_LEN": "max_model_len",
-    "HOST": "host",
-    "PORT": "port",
-    "MAX_LORAS": "max_loras",
-    "MAX_LORA_RANK": "max_lora_rank",
-    "MAX_CPU_LORAS": "max_cpu_loras",
-    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "allow_runtime_lora",
-    "CACHE_DIR": "download_dir",
-    "VLLM_API_KEY": "api_key",
-    "API_KEY": "api_key",
-    "HF_HUB_CACHE": "download_dir",
-    "HF_HOME": "download_dir",
-    "HF_HUB_OFFLINE": "offline",
-    "RUST_LOG": "log_level",
-}
+_ROWS = foreign_tables()["Variables"]
+DEPLOYMENTS: Mapping[str, str] = {name: setting for name, setting, _ in _ROWS if setting}
 """The setting of each variable; of two for one setting, the first that is given counts. MODEL_NAME beside MODEL_ID is
 the served name."""
 HUB_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 """Variables with the Hugging Face token, which may stand in `.env` too."""
 
-IDLE: Mapping[str, str] = {
-    "MAP_NUMA_NODE": "CPU threads and weights are divided among the NUMA nodes that may be used (--cpu-ranks)",
-    "KEEP_ALIVE_INTERVAL": "streams that are silent for 15 seconds send a comment",
-    "MCP_PROXY_PORT": "servers of mcp.json are started and talked to by this process",
-}
+IDLE: Mapping[str, str] = {name: why for name, _, why in _ROWS if why and not name.startswith(ENV_PREFIX)}
 """Variables of candle-vllm without its prefix that change nothing, and why."""
 
 SERVING = frozenset({"serve", "config"})

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from candle_vllm.core.config import ISQ_NAMES
+from candle_vllm.core.foreign_names import foreign_tables
 from candle_vllm.core.setting_kinds import Boolean, Choice, Integer
 from candle_vllm.server.settings.options import ENV_PREFIX, Section, UsageError, convert, known_keys, line_of, mapping
 
@@ -213,16 +214,7 @@ def _webhook(section: dict[str, Any], where: str) -> dict[str, Any]:
 # ---- variables -------------------------------------------------------------------------------------------------------
 
 ORIGINAL: Mapping[str, str] = {
-    **dict.fromkeys(
-        (f"PROMPT_CACHE_{name}" for name in ("BACKEND", "REDIS_URL", "TTL", "MAX_PREFIXES", "MIN_LENGTH")),
-        "what prompts begin with is kept in the KV cache itself",
-    ),
-    "SCHEDULER_CONFIG": "parking_lot in models.yaml, or max_queued_requests and request_timeout, say it",
-    "DIAG_INTERVAL_SECS": "/metrics and /v1/models/status say it",
-    "CHAT_LOGGER": "log_requests and log_prompts write the log of requests",
-    "STRICT_TOOL_CALL": "calls are held to their schema while they are written",
-    "SSE_BUFFER_SIZE": "what a slow client has not read is bounded by time",
-    "MAMBA_SNAPSHOT_STRIDE_BLOCKS": "states have a pool of their own: set --state-cache-gb",
+    name.removeprefix(ENV_PREFIX): why for name, _, why in foreign_tables()["Variables"] if name.startswith(ENV_PREFIX)
 }
 """candle-vllm's variables, behind the prefix, that change nothing here, and why."""
 

@@ -94,7 +94,7 @@ class Settings:
     revision: Annotated[str | None, engine(MODEL, "REV")] = None
     tokenizer: Annotated[Path | None, engine(MODEL, "DIR")] = None
     chat_template: Annotated[Path | None, own(MODEL,
-        FilePath(), "file with the Jinja chat template to use instead", "FILE", in_yaml=True,
+        FilePath(), "file with the Jinja chat template to use instead, or chatml", "FILE", in_yaml=True,
         commands=(*_WITH_TEXT, "quantize"))] = None
     mmproj: Annotated[Path | None, engine(MODEL, "FILE", flags=("--mmproj", "--vision-model-path"),
         commands=_WITH_TEXT)] = None
@@ -107,6 +107,7 @@ class Settings:
         Text(128), "format of the model's tool calls (docs/tool-calling.md); without it, chosen by the model's files",
         "NAME", in_yaml=True, flags=("--tool-parser", "--tool-call-parser", "--enforce-parser"),
         commands=_CALLING)] = None
+    open_objects: Annotated[bool, engine(MODEL, commands=_CALLING)] = False
     reasoning_parser: Annotated[str | None, own(MODEL,
         Text(128), "format of the model's reasoning; without it, chosen by the model's files", "NAME", in_yaml=True,
         commands=_WITH_TEXT)] = None
@@ -364,6 +365,9 @@ class Settings:
         Text(), "ciphers of TLS 1.2, as OpenSSL writes them", "CIPHERS", commands=_SERVE)] = None
     enable_ssl_refresh: Annotated[bool, own(HTTP,
         Boolean(), "read certificate and key again when their files change", commands=_SERVE)] = False
+    unknown_fields: Annotated[str, own(HTTP,
+        Choice(("refuse", "warn")), "what becomes of a request's fields that no API knows: refuse, or warn, which "
+        "leaves them out and says so in x-warning", commands=_SERVE)] = "refuse"
     max_body_mb: Annotated[int, own(HTTP, Integer(1, 1024), "largest request body, in MB of 2^20 bytes", "MB")] = 8
     max_held_mb: Annotated[int, own(HTTP,
         Integer(1, 1 << 20), "most of all bodies and messages that have not been parsed or whose requests wait for "

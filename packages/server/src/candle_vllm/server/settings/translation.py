@@ -55,10 +55,10 @@ def translated(command: str, argv: Sequence[str], known: Known) -> tuple[list[st
             _note(parts, *ours)
             continue
         foreign = [each for each in ours if each.startswith("--") and command not in known[_base(each)]]
-        if foreign:
+        if foreign and not row.elsewhere:
             raise UsageError(hint(flag, known, command))
-        line += ours
-        if row.idle:
+        line += [] if foreign else ours
+        if row.idle or foreign:
             remarks.append(f"{flag} has no effect here: {row.answer}")
     line += [f"{flag}={json.dumps(given)}" for flag, given in parts.items()]
     return [*line, *argv[end:]], remarks

@@ -141,6 +141,7 @@ class DecoderPreparation(Preparation):
         seed: makes requests without a seed reproducible, in order of preparation.
         adapters: see `Preparation`.
         images: how the model sees; None where it does not.
+        open_objects: see `LlguidanceBackend`.
     """
 
     def __init__(
@@ -154,6 +155,7 @@ class DecoderPreparation(Preparation):
         seed: int | None = None,
         adapters: AdapterStore | None = None,
         images: Sight | None = None,
+        open_objects: bool = False,
     ) -> None:
         self.adapters = adapters
         self._images = images
@@ -163,7 +165,7 @@ class DecoderPreparation(Preparation):
         self._vocab_size = vocab_size
         self.max_model_len = max_model_len
         self._pooling = pooling
-        self._grammars = LlguidanceBackend(tokenizer, vocab_size, self._eos_token_ids)
+        self._grammars = LlguidanceBackend(tokenizer, vocab_size, self._eos_token_ids, open_objects=open_objects)
         self._breakers = BreakerTable(tokenizer, vocab_size)
         self._seeds = random.Random(seed) if seed is not None else random.SystemRandom()  # noqa: S311
 

@@ -225,7 +225,7 @@ def entries(root: Root, schema: Schema) -> Entries:
             raise root.refused(named, "it says something about the arguments together; leave it out")
     properties = schema.get("properties", {})
     required = schema.get("required", [])
-    others = schema.get("additionalProperties", None if properties else True)
+    others = schema.get("additionalProperties", None if "properties" in schema else True)
     known = [(key, part, key in required) for key, part in properties.items()]
     missing = [key for key in dict.fromkeys(required) if key not in properties]
     if missing and others is False:
@@ -234,50 +234,6 @@ def entries(root: Root, schema: Schema) -> Entries:
     return Entries([entry for entry in known if entry[1] is not False], None if others is False else others)
 
 
-def closed(schema: Schema) -> dict[str, Any]:
-    """The schema with `additionalProperties: false` at objects that name properties and say nothing of further ones.
-
-    A weak model that may write further entries writes them until its limit. Objects that are put together of several
-    schemas stay open: what closes one of them forbids the properties of the others.
-
-    Args:
-        schema: self-contained, of supported keywords.
-    """
-    return _closed(schema, deep=not _combines(schema))
-
-
-def _closed(schema: Any, *, deep: bool) -> Any:
-    if not isinstance(schema, Mapping):
-        return schema
-    found = dict(schema)
-    if deep:
-        for name, value in schema.items():
-            if name in ("items", "additionalProperties"):
-                found[name] = _closed(value, deep=True)
-            elif name in ("prefixItems", "anyOf"):
-                found[name] = [_closed(one, deep=True) for one in value]
-            elif name in ("properties", "patternProperties", "$defs"):
-                found[name] = {key: _closed(one, deep=True) for key, one in value.items()}
-    properties: Mapping[str, Any] = schema.get("properties", {})
-    named = bool(properties) and not _TOLD & schema.keys() and set(schema.get("required", ())) <= properties.keys()
-    if named and schema.get("minProperties", 0) <= len(properties):
-        found["additionalProperties"] = False
-    return found
-
-
-def _combines(part: Any) -> bool:
-    """Whether several schemas speak of one object somewhere in it; properties and values of such names count too."""
-    if isinstance(part, list):
-        return any(map(_combines, part))
-    if not isinstance(part, Mapping):
-        return False
-    beside = {"properties", "patternProperties", "additionalProperties", "required"} & part.keys()
-    if {"allOf", "oneOf"} & part.keys() or ({"anyOf", "$ref"} & part.keys() and beside):
-        return True
-    return any(map(_combines, part.values()))
-
-
-_TOLD = {"additionalProperties", "patternProperties", "allOf", "anyOf", "oneOf", "$ref", "enum", "const"}
 _OBJECT = {"type", *_OWN["object"]}
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from llguidance import regex_to_lark
 
-from candle_vllm.openai.formats.grammars.schemas import Branch, Root, Schema, closed
+from candle_vllm.openai.formats.grammars.schemas import Branch, Root, Schema
 from candle_vllm.openai.formats.grammars.writer import Writer, quoted
 from candle_vllm.openai.formats.values import SPELLINGS
 
@@ -188,7 +188,7 @@ def json_value(writer: Writer, root: Root, branch: Branch, guard: Guard | None =
     if plain is not None:
         return plain
     whole: Schema = {"type": branch.type, **branch.schema} if branch.values is None else {"enum": [*branch.values]}
-    schema = closed(root.self_contained(whole))
+    schema = root.self_contained(whole)
     return writer.json(guard.apply(schema) if guard and branch.type in ("array", "object") else schema)
 
 

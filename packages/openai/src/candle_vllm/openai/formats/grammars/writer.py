@@ -17,7 +17,7 @@ from candle_vllm.core.sampling.lark import ANY_TEXT, Literals, is_token
 from candle_vllm.core.sampling.lark import quoted as lark_string
 from candle_vllm.openai.errors import UnsupportedParameterError
 from candle_vllm.openai.formats.grammars.custom import json_rules, text_terminals
-from candle_vllm.openai.formats.grammars.schemas import OBJECT, FunctionShape, Root, closed
+from candle_vllm.openai.formats.grammars.schemas import OBJECT, FunctionShape, Root
 from candle_vllm.openai.formats.layout import ToolFormat
 from candle_vllm.openai.formats.output import NAME
 
@@ -199,12 +199,12 @@ class Context:
         return Root(tool, OBJECT if tool.name in self.loose else tool.parameters, self._grammar(tool))
 
     def json(self, tool: FunctionShape) -> str:
-        """The arguments of a tool as JSON; see `closed`."""
+        """The arguments of a tool as JSON."""
         if (grammar := self._grammar(tool)) is not None:
             key = quoted(json.dumps(next(iter(tool.parameters["properties"]))) + ":")
             return self.writer.rule(sequence('"{"', SPACE, key, SPACE, self.writer.spelled(grammar), SPACE, '"}"'))
         root = self.root(tool)
-        schema = closed(root.self_contained(root.schema))
+        schema = root.self_contained(root.schema)
         if not schema.get("properties") and not schema.get("required") and schema.get("additionalProperties") is False:
             return '"{}"'
         return self.writer.json(schema)

@@ -17,7 +17,6 @@ from candle_vllm.server.settings.options import MODEL, UsageError
 from candle_vllm.server.settings.table import OPTIONS
 
 ANY_MODEL = "default"  # the name that always means the default
-_LISTED = 20  # names in a message
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ class Catalogue:
         return name in self._by_name or name == ANY_MODEL or (name == DEMO and DEMO_NAME in self._by_name)
 
     def find(self, name: str | None, *, exact: bool = False) -> ModelEntry:
-        """The model that a request means: where there is but one, that one, however it is called.
+        """The model that a request means: where there is but one, that one, by any name but the empty one.
 
         Args:
             name: what the request calls it, or None.
@@ -87,15 +86,15 @@ class Catalogue:
             return self._by_name[name]
         loose = not self.default.settings.strict_model_names and not self.default.settings.enable_lora
         alone = len(self.entries) == 1 and loose  # where there are adapters, another name would be one of theirs
-        if name is None or name == ANY_MODEL or (alone and not exact):
+        if name is None or name == ANY_MODEL:
             return self.default
         if name == DEMO and DEMO_NAME in self._by_name:
             return self._by_name[DEMO_NAME]
-        from candle_vllm.openai.errors import ModelNotServedError  # slow to import, and not needed before
+        from candle_vllm.openai.serving import answered_by  # slow to import, and not needed before
 
-        served = [entry.names[0] for entry in self.entries]
-        shown = ", ".join(served[:_LISTED]) + (", ..." if len(served) > _LISTED else "")
-        raise ModelNotServedError(f"The model {name!r:.200} is not served here; served are: {shown}.", "model")
+        served = [self.default.names[0]] if alone else [entry.names[0] for entry in self.entries]
+        answered_by(name, served, strict=exact or not alone)
+        return self.default
 
 
 def source_name(settings: Settings, demo: Path | None) -> str:

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: MIT
+"""Objects of JSON schemas that name properties and do not mention others are closed, as xgrammar and llama.cpp do.
+
+A weak model that may write other keys invents some until its limit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from candle_vllm.core.sampling.json_cases import CASES
+
+_IN_PLACE = ("allOf", "anyOf", "oneOf", "prefixItems")
+_OF_OBJECTS = frozenset({"properties", "patternProperties", "additionalProperties", "required"})
+_KEEPS_OPEN = frozenset({"additionalProperties", "patternProperties", "enum", "const"})
+
+
+def close_objects(root: dict[str, Any]) -> dict[str, Any]:
+    """Write `additionalProperties: false` where an object has `properties` and says nothing of other keys.
+
+    An object that several schemas describe together (`allOf`, or `properties` beside `anyOf` or `$ref`) stays open:
+    closing one of the schemas would forbid the properties of the others.
+
+    Args:
+        root: a schema of llguidance's keywords, with all definitions that it refers to. It is changed.
+    """
+    together: dict[int, bool] = {}  # by id: whether other schemas describe the same value
+    found: list[dict[str, Any]] = []
+    waiting: list[tuple[Any, bool]] = [(root, False)]
+    while waiting:
+        schema, shared = waiting.pop()
+        if not isinstance(schema, dict):
+            continue
+        lists = [schema[name] for name in ("allOf", "anyOf", "oneOf") if name in schema]
+        beside = len(lists) + ("$ref" in schema) + (not _OF_OBJECTS.isdisjoint(schema)) > 1
+        shared = shared or beside or CASES in schema or len(schema.get("allOf", ())) > 1
+        known = together.get(id(schema))
+        if known is None:
+            found.append(schema)
+        elif known or not shared:
+            continue
+        together[id(schema)] = shared
+        parts = [part for name in _IN_PLACE for part in schema.get(name, ())]
+        parts += [part for name in ("properties", "patternProperties") for part in schema.get(name, {}).values()]
+        parts += [schema[name] for name in ("items", "additionalProperties") if name in schema]
+        if "$ref" in schema:
+            parts.append(_target(root, schema["$ref"]))
+        waiting += [(part, shared) for part in parts]
+    for schema in found:
+        properties = schema.get("properties")
+        if together[id(schema)] or properties is None or not _KEEPS_OPEN.isdisjoint(schema):
+            continue
+        if set(schema.get("required", ())) <= properties.keys() and schema.get("minProperties", 0) <= len(properties):
+            schema["additionalProperties"] = False
+    return root
+
+
+def _target(root: dict[str, Any], pointer: str) -> Any:
+    """What `#`, `#/$defs/name` or `#/definitions/name` points to."""
+    _, *steps = pointer.split("/")
+    return root.get(steps[0], {}).get(steps[1]) if steps else root
