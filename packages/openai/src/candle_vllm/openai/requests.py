@@ -63,7 +63,7 @@ def read_chat(request: ChatCompletionRequest) -> Task:
         show_thoughts=request.include_reasoning is not False,
         echo=text_of(messages[-1]) if request.echo else "",
         tell_ids=bool(request.return_token_ids),
-        tell_counts=request.continuous_usage,
+        tell_counts=request.continuous_usage or bool(request.timings_per_token),
         lora=lora_scales(request.lora),
         adapter=request.lora_path,
         priority=request.priority or 0,

@@ -76,8 +76,6 @@ REFUSED_FIELDS: Mapping[str, Refusal] = {
     "guided_json_object": Refusal("use structured_outputs with json_object", (False,)),
     "guided_whitespace_pattern": Refusal("use structured_outputs with whitespace_pattern"),
     "guided_decoding_backend": Refusal(_ONE_BACKEND),
-    "json_schema": Refusal("use response_format, or structured_outputs with json"),
-    "grammar": Refusal("use structured_outputs with grammar"),
     "ebnf": Refusal("use structured_outputs with grammar"),
     "regex": Refusal("use structured_outputs with regex"),
     "structural_tag": Refusal("use structured_outputs with structural_tag"),
@@ -232,7 +230,7 @@ class WireModel(BaseModel):
         return f"is not a known field; did you mean {near[0]!r}?" if near else "is not a known field"
 
 
-_NAMES_HERE = {"n_predict": "max_tokens", "num_predict": "max_tokens", "max_new_tokens": "max_tokens",
+_NAMES_HERE = {"num_predict": "max_tokens", "max_new_tokens": "max_tokens",
                "temp": "temperature"}  # fmt: skip
 _OF_THE_OPERATOR = {
     "options": "its values stand in the request itself, num_predict as max_tokens",

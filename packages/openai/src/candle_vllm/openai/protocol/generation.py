@@ -30,7 +30,13 @@ from candle_vllm.openai.protocol.fields import (
     invalid,
     unsupported,
 )
-from candle_vllm.openai.protocol.structured import ResponseFormat, StructuredOutputs, blamed_field, structured_params
+from candle_vllm.openai.protocol.structured import (
+    LlamaForms,
+    ResponseFormat,
+    StructuredOutputs,
+    blamed_field,
+    structured_params,
+)
 
 Text = Annotated[str, Field(min_length=1, max_length=caps.MAX_STOP_LENGTH)]
 MaxTokens = Annotated[int, Field(ge=1, le=caps.MAX_TOKENS)]
@@ -209,7 +215,7 @@ def lora_scales(given: Sequence[LoraScale] | None) -> Mapping[int, float] | None
     return scales
 
 
-class GenerationFields(SamplerFields, ModelFields):
+class GenerationFields(LlamaForms, SamplerFields, ModelFields):
     """How to generate. None always means absent: the model's own default counts, then ours."""
 
     refused_fields: ClassVar[Mapping[str, Refusal]] = REFUSED_FIELDS
@@ -263,6 +269,16 @@ class GenerationFields(SamplerFields, ModelFields):
     session_id: str | None = None
     verbosity: Literal["low", "medium", "high"] | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_limit(cls, data: Any) -> Any:
+        """llama.cpp's name of `max_tokens`, and -1, with which its clients and LM Studio's say that there is no limit."""
+        if not isinstance(data, dict) or not ("n_predict" in data or data.get("max_tokens") == -1):
+            return data
+        limit = data.get("max_tokens", data.get("n_predict"))
+        data = {name: value for name, value in data.items() if name not in ("n_predict", "max_tokens")}
+        return data if limit == -1 else data | {"max_tokens": limit}
+
     @model_validator(mode="after")
     def _shared_rules(self) -> Self:
         if self.best_of is not None and self.best_of != (self.n or 1):
@@ -276,11 +292,17 @@ class GenerationFields(SamplerFields, ModelFields):
 
     def structured(self) -> StructuredOutputsParams | None:
         """What the answer must look like; None when any text will do."""
-        return structured_params(self.response_format, self.structured_outputs)
+        form, given = structured_params(self.response_format, self.structured_outputs), self.llama_form()
+        if form is not None and given is not None:
+            other = blamed_field(self.response_format, self.structured_outputs)
+            raise invalid(given[0], f"and {other} exclude each other; give one of them")
+        return form if given is None else given[1]
 
     @property
     def structured_field(self) -> str:
         """The path of what core calls `structured_outputs`, for errors that core finds later."""
+        if self.grammar or self.json_schema:
+            return "grammar" if self.grammar else "json_schema"
         return blamed_field(self.response_format, self.structured_outputs)
 
     @property
