@@ -42,6 +42,7 @@ def added_up(stream: list[official.ChatCompletionChunk]) -> tuple[str, str, list
     for choice in (choice for chunk in stream for choice in chunk.choices):
         content += choice.delta.content or ""
         thoughts += getattr(choice.delta, "reasoning_content", None) or ""
+        assert getattr(choice.delta, "reasoning", None) == getattr(choice.delta, "reasoning_content", None)
         for call in choice.delta.tool_calls or ():
             if call.id is not None:
                 assert call.index == len(calls)
@@ -117,6 +118,7 @@ async def test_reasoning_in_answer_and_usage() -> None:
     answer = await whole(made)
     assert answer.choices[0].message.content == "Hello"
     assert answer.choices[0].message.reasoning_content == "Hm."
+    assert answer.choices[0].message.reasoning == "Hm."  # vLLM's and OpenRouter's name
     assert answer.usage.completion_tokens_details.reasoning_tokens == len("<think>Hm.</think>")
     hidden = await whole(made, include_reasoning=False)
     assert not hasattr(hidden.choices[0].message, "reasoning_content")

@@ -234,7 +234,9 @@ CLASSIFY_ROWS = [
     Row("add_special_tokens", "yes"),
     Row("messages", MESSAGES, code="unsupported_parameter"),
     Row("softmax", False, code="unsupported_parameter"),
-    Row("truncate_prompt_tokens", 4, code="unsupported_parameter"),
+    Row("truncate_prompt_tokens", -2),
+    Row("truncate_prompt_tokens", 1 << 30),
+    Row("truncation_side", "middle"),
 ]
 ROUTES = [
     Route("/v1/embeddings", {"model": "default", "input": "a", "pooling": "mean"}, EMBEDDING_ROWS),

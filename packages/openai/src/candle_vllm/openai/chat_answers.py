@@ -128,6 +128,7 @@ class ChatWriter(AnswerWriter[ChatCompletionChunk]):
         self._first_content = None if calls else ""
         self._told = told_of(request)
         self._timings = RunningTimings() if request.timings_per_token else None
+        self._by_id = bool(request.return_tokens_as_token_ids)
         self._custom = request.custom_tools
         self._inputs: dict[int, tuple[int, list[str]]] = {}  # choice -> its custom call that grows, and the arguments
         self._prompt_token_ids = tuple(prompt_token_ids) if request.return_token_ids else UNSET
@@ -190,7 +191,7 @@ class ChatWriter(AnswerWriter[ChatCompletionChunk]):
         return self._chunk(ChunkChoice(index=choice, delta=ChatDelta(tool_calls=(call,)), token_ids=self._no_ids))
 
     def _news(self, event: Text | Thought | CallBegun | CallText, delta: ChatDelta) -> ChatCompletionChunk:
-        logprobs = None if event.logprobs is None else chat_logprobs(event.logprobs)
+        logprobs = None if event.logprobs is None else chat_logprobs(event.logprobs, by_id=self._by_id)
         ids = UNSET if event.ids is None else event.ids
         return self._chunk(ChunkChoice(index=event.choice, delta=delta, logprobs=logprobs, token_ids=ids))
 
@@ -279,8 +280,8 @@ def join_chat(chunks: Sequence[ChatCompletionChunk]) -> ChatCompletion:
         system_fingerprint=head.system_fingerprint,
         choices=tuple(_join_choice(*parts) for parts in by_choice(chunk.choices for chunk in chunks)),
         usage=usage,
-        prompt_logprobs=next((c.prompt_logprobs for c in chunks if c.prompt_logprobs is not UNSET), UNSET),
-        prompt_token_ids=head.prompt_token_ids,
+        prompt_logprobs=next((c.prompt_logprobs for c in chunks if c.prompt_logprobs is not UNSET), None),
+        prompt_token_ids=None if head.prompt_token_ids is UNSET else head.prompt_token_ids,
         conversation_id=head.conversation_id,
         resource_id=head.resource_id,
         timings=chunks[-1].timings,

@@ -268,7 +268,10 @@ PromptLogprobs = tuple[dict[str, PromptLogprob] | None, ...]
 
 
 class ChatCompletion(msgspec.Struct, frozen=True, kw_only=True):
-    """The whole answer to a chat request."""
+    """The whole answer to a chat request.
+
+    Tokens and log-probabilities of the prompt are null where they were not asked for, as vLLM has it.
+    """
 
     id: str
     created: int
@@ -277,8 +280,8 @@ class ChatCompletion(msgspec.Struct, frozen=True, kw_only=True):
     usage: Usage
     system_fingerprint: str
     object: str = "chat.completion"
-    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
-    prompt_token_ids: tuple[int, ...] | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | None = None
+    prompt_token_ids: tuple[int, ...] | None = None
     conversation_id: str | UnsetType = UNSET
     resource_id: str | UnsetType = UNSET
     timings: Timings | UnsetType = UNSET

@@ -21,6 +21,7 @@ from candle_vllm.openai.protocol.fields import (
     MAX_NAME,
     MAX_PRIORITY,
     REFUSED_FIELDS,
+    CutFields,
     ModelFields,
     Refusal,
     RequestId,
@@ -72,7 +73,7 @@ class StreamOptions(WireModel):
 
     Attributes:
         include_usage: a last chunk without choices has the token counts; every other chunk has `usage: null`.
-        continuous_usage_stats: every chunk has the counts so far; needs `include_usage`.
+        continuous_usage_stats: every chunk has the counts so far, where `include_usage` is true.
     """
 
     include_usage: bool | None = None
@@ -81,12 +82,6 @@ class StreamOptions(WireModel):
     refused_fields: ClassVar[Mapping[str, Refusal]] = {
         "include_obfuscation": Refusal("chunks are never padded with random characters", (False,)),
     }
-
-    @model_validator(mode="after")
-    def _continuous_needs_usage(self) -> Self:
-        if self.continuous_usage_stats and not self.include_usage:
-            raise invalid("continuous_usage_stats", "needs include_usage: true")
-        return self
 
 
 _MAX_LORAS = 1024  # those with a scale of 0 included
@@ -215,7 +210,7 @@ def lora_scales(given: Sequence[LoraScale] | None) -> Mapping[int, float] | None
     return scales
 
 
-class GenerationFields(LlamaForms, SamplerFields, ModelFields):
+class GenerationFields(LlamaForms, SamplerFields, CutFields, ModelFields):
     """How to generate. None always means absent: the model's own default counts, then ours."""
 
     refused_fields: ClassVar[Mapping[str, Refusal]] = REFUSED_FIELDS
@@ -252,6 +247,7 @@ class GenerationFields(LlamaForms, SamplerFields, ModelFields):
     echo: bool | None = None
     add_special_tokens: bool | None = None
     return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
     return_draft_counts: bool | None = None
     lora: LoraScales | None = None
     priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
@@ -318,4 +314,4 @@ class GenerationFields(LlamaForms, SamplerFields, ModelFields):
     @property
     def continuous_usage(self) -> bool:
         """True when every chunk has the counts so far."""
-        return bool(self.stream_options and self.stream_options.continuous_usage_stats)
+        return bool(self.include_usage and self.stream_options and self.stream_options.continuous_usage_stats)
