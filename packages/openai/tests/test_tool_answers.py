@@ -13,6 +13,7 @@ import pytest
 from candle_vllm.core.errors import CandleVllmError, ConfigError, EngineDeadError, RequestAbortedError, RequestError
 from candle_vllm.core.testing import ScriptedEngine
 from candle_vllm.openai import OpenAIAdapter, SyncOpenAIAdapter, parse_chat_request, to_error, to_json_bytes
+from candle_vllm.openai.protocol.fields import MAX_TOOL_CALLS
 from packages.openai.tests.formats.samples import SAMPLES, Sample
 from packages.openai.tests.formats.samples import TOOLS as SCHEMAS
 from tests.waiting import wait_for
@@ -111,6 +112,12 @@ async def test_without_parallel_calls_the_first_counts() -> None:
     made = adapter([CALL, "\n", CALL])
     assert len((await whole(made)).choices[0].message.tool_calls) == 2
     assert len((await whole(made, parallel_tool_calls=False)).choices[0].message.tool_calls) == 1
+
+
+async def test_an_answer_has_no_more_calls_than_a_message_may_have() -> None:
+    """A model that goes round in circles: what it gave can be sent back."""
+    made = adapter([CALL] * (MAX_TOOL_CALLS + 2), max_model_len=1 << 16)
+    assert len((await whole(made)).choices[0].message.tool_calls) == MAX_TOOL_CALLS
 
 
 async def test_reasoning_in_answer_and_usage() -> None:
