@@ -13,10 +13,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from suite import CACHE, HERE, environment, expected_of, run_pytest  # noqa: E402
+from suite import CACHE, HERE, environment, expected_of, run_pytest
 
-from tests.real_models import all_minilm  # noqa: E402
-from tests.registry_packages import pypi_file, unpacked  # noqa: E402
+from tests.real_models import all_minilm
+from tests.registry_packages import pypi_file, unpacked
 
 _VERSION = "0.3.36"
 _SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
@@ -35,9 +35,7 @@ flags that cannot be had here, and `tool_call`, whose 202 cases want large model
 
 def main() -> int:
     """Runs the tests; returns 0 where each did what is expected of it."""
-    archive = pypi_file(
-        f"llama-cpp-python=={_VERSION}", f"llama_cpp_python-{_VERSION}.tar.gz", _SHA256, sdist=True
-    )
+    archive = pypi_file(f"llama-cpp-python=={_VERSION}", f"llama_cpp_python-{_VERSION}.tar.gz", _SHA256, sdist=True)
     folder = unpacked(archive, _INSIDE, lambda name: name.endswith((".py", ".ini")), CACHE / "llama-server")
     shutil.copy(HERE / "llama_server_plugin.py", folder / "unit" / "conftest.py")
     launcher = folder / "llama-server"

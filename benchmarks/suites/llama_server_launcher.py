@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 _LEFT_OUT = {  # flag -> whether it has a value
-    "--hf-repo": True, "--model-url": True, "--mmproj-url": True, "--batch-size": True, "--n-predict": True, "--offline": False,
+    "--hf-repo": True, "--model-url": True, "--mmproj-url": True, "--batch-size": True, "--n-predict": True,
+    "--offline": False,
     "--no-slots": False, "--no-jinja": False, "--no-mmproj": False, "--kv-unified": False, "--swa-full": False,
     "--no-cache-idle-slots": False, "--cache-ram": True, "--verbose": False, "--tags": True, "--media-path": True,
 }  # fmt: skip
@@ -42,7 +43,7 @@ def main(arguments: list[str]) -> None:
     if context:  # each of llama-server's slots has its share
         kept += ["--ctx-size", str(context if unified else context // slots)]
     command = Path(sys.executable).with_name("candle-vllm")
-    os.execv(command, [str(command), "serve", "--model", model, *kept])
+    os.execv(command, [str(command), "serve", "--model", model, *kept])  # noqa: S606
 
 
 def _model(file: str) -> str:

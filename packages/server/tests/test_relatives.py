@@ -323,7 +323,12 @@ def test_tokens_and_times_in_llama_cpps_words(start: Callable[..., Any]) -> None
         assert len(first["top_logprobs"]) == 2
         assert set(first["top_logprobs"][0]) == {"id", "token", "bytes", "logprob"}
         settings = whole["generation_settings"]
-        assert (settings["n_predict"], settings["temperature"], settings["seed"], settings["n_probs"]) == (3, 0.25, -1, 2)
+        assert (settings["n_predict"], settings["temperature"], settings["seed"], settings["n_probs"]) == (
+            3,
+            0.25,
+            -1,
+            2,
+        )
         times = whole["timings"]
         assert times["predicted_per_second"] == 1000 * 3 / max(times["predicted_ms"], 1)
         streamed = pieces(client.post("/completion", json={**body, "stream": True, "timings_per_token": True}))

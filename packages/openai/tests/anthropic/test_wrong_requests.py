@@ -96,8 +96,11 @@ WRONG: list[tuple[str, Any, str]] = [  # where, what, the field to blame
     ("messages.0.content", [{"type": "text", "text": "x", "cache_control": 1}], "messages.0.content.0.cache_control"),
     ("messages.0.content", [{"type": "text", "text": "x"}, IMAGE], "messages.0.content.1.source.data"),
     ("messages.0.content", [{"type": "document", "source": {}}], "messages.0.content.0.source.type"),
-    ("messages.0.content", [{"type": "document", "source": {"type": "base64", "data": "x"}}],
-     "messages.0.content.0.source.type"),
+    (
+        "messages.0.content",
+        [{"type": "document", "source": {"type": "base64", "data": "x"}}],
+        "messages.0.content.0.source.type",
+    ),
     ("messages.0.content", [{"type": "search_result"}], "messages.0.content.0.type"),
     ("messages.0.content", [{"type": "server_tool_use", "id": "x"}], "messages.0.content.0.type"),
     ("messages.0.content", [{"type": "thinking", "thinking": "x", "signature": ""}], "messages.0.content.0.type"),

@@ -112,7 +112,7 @@ def test_tokens_that_pass_the_layers_are_those_that_go_through_them(start, monke
     assert direct == _events(_answers(start(PacedEngine(words, pause=0.005)).port, request))
 
 
-def test_a_stream_to_an_old_client_has_no_chunks(start: Callable[..., Any]) -> None:
+def test_a_stream_to_an_old_client_has_no_chunks(start) -> None:
     """RFC 9112, 6.1: HTTP/1.0 knows no transfer encoding; the end of the connection ends the answer."""
     body = json.dumps({"messages": [{"role": "user", "content": "x"}], "stream": True}).encode()
     head = f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\nConnection: keep-alive\r\n\r\n"

@@ -427,9 +427,7 @@ class _Writer:
         whole: the last piece is not shown as it is.
     """
 
-    def __init__(
-        self, request: LlamaRequest, task: Task, settings: Mapping[str, Any], *, whole: bool = False
-    ) -> None:
+    def __init__(self, request: LlamaRequest, task: Task, settings: Mapping[str, Any], *, whole: bool = False) -> None:
         self._request, self._settings, self._whole = request, settings, whole
         self._prompt = task.prompts[0] if isinstance(task.prompts[0], str) else UNSET
         self._model, self._new_line = "", False

@@ -268,7 +268,7 @@ class GenerationFields(LlamaForms, SamplerFields, CutFields, ModelFields):
     @model_validator(mode="before")
     @classmethod
     def _no_limit(cls, data: Any) -> Any:
-        """llama.cpp's name of `max_tokens`, and -1, with which its clients and LM Studio's say that there is no limit."""
+        """llama.cpp's name of `max_tokens`, and -1, by which its clients and LM Studio's mean no limit."""
         if not isinstance(data, dict) or not ("n_predict" in data or data.get("max_tokens") == -1):
             return data
         limit = data.get("max_tokens", data.get("n_predict"))
