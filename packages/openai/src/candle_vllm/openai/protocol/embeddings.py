@@ -16,7 +16,7 @@ from candle_vllm.openai.protocol.pooling import MAX_INPUTS, POOLING_REFUSED_FIEL
 PoolingName = Literal["mean", "last", "cls"]
 
 EMBEDDING_REFUSED_FIELDS: Mapping[str, Refusal] = {
-    **POOLING_REFUSED_FIELDS,
+    **{name: refusal for name, refusal in POOLING_REFUSED_FIELDS.items() if name not in CutFields.model_fields},
     "embed_dtype": Refusal("vectors are float32", ("float32",)),
     "endianness": Refusal("vectors are little-endian", ("native", "little")),
     "input_type": Refusal("put the words that the model wants for queries or documents into the text"),
