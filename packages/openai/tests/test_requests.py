@@ -101,8 +101,6 @@ def test_many_wrong_entries_are_not_all_listed(fields: dict[str, Any]) -> None:
         ({"stream": "yes"}, "stream", "must be true or false"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "needs stream: true"),
         ({"stream": True, "stream_options": {"include_usag": True}}, "stream_options.include_usag", "include_usage"),
-        ({"stream": True, "stream_options": {"continuous_usage_stats": True}},
-         "stream_options.continuous_usage_stats", "include_usage"),
         ({"stream": True, "stream_options": {"include_obfuscation": True}},
          "stream_options.include_obfuscation", "padded"),
         ({"stream": True, "prompt_logprobs": 1}, "prompt_logprobs", "without stream"),

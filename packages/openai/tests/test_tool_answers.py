@@ -13,6 +13,7 @@ import pytest
 from candle_vllm.core.errors import CandleVllmError, ConfigError, EngineDeadError, RequestAbortedError, RequestError
 from candle_vllm.core.testing import ScriptedEngine
 from candle_vllm.openai import OpenAIAdapter, SyncOpenAIAdapter, parse_chat_request, to_error, to_json_bytes
+from candle_vllm.openai.protocol.fields import MAX_TOOL_CALLS
 from packages.openai.tests.formats.samples import SAMPLES, Sample
 from packages.openai.tests.formats.samples import TOOLS as SCHEMAS
 from tests.waiting import wait_for
@@ -42,6 +43,7 @@ def added_up(stream: list[official.ChatCompletionChunk]) -> tuple[str, str, list
     for choice in (choice for chunk in stream for choice in chunk.choices):
         content += choice.delta.content or ""
         thoughts += getattr(choice.delta, "reasoning_content", None) or ""
+        assert getattr(choice.delta, "reasoning", None) == getattr(choice.delta, "reasoning_content", None)
         for call in choice.delta.tool_calls or ():
             if call.id is not None:
                 assert call.index == len(calls)
@@ -112,11 +114,18 @@ async def test_without_parallel_calls_the_first_counts() -> None:
     assert len((await whole(made, parallel_tool_calls=False)).choices[0].message.tool_calls) == 1
 
 
+async def test_an_answer_has_no_more_calls_than_a_message_may_have() -> None:
+    """A model that goes round in circles: what it gave can be sent back."""
+    made = adapter([CALL] * (MAX_TOOL_CALLS + 2), max_model_len=1 << 16)
+    assert len((await whole(made)).choices[0].message.tool_calls) == MAX_TOOL_CALLS
+
+
 async def test_reasoning_in_answer_and_usage() -> None:
     made = adapter(["<think>", "Hm", ".", "</think>", "\n\n", "Hello"], reasoning_parser="think")
     answer = await whole(made)
     assert answer.choices[0].message.content == "Hello"
     assert answer.choices[0].message.reasoning_content == "Hm."
+    assert answer.choices[0].message.reasoning == "Hm."  # vLLM's and OpenRouter's name
     assert answer.usage.completion_tokens_details.reasoning_tokens == len("<think>Hm.</think>")
     hidden = await whole(made, include_reasoning=False)
     assert not hasattr(hidden.choices[0].message, "reasoning_content")

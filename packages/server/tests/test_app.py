@@ -639,7 +639,7 @@ def test_what_other_servers_have_is_answered_with_what_it_is_called_here(start) 
         assert client.get("/nothing").json()["error"]["message"].endswith("the API is under /v1.")
         assert client.get("/v1/chat/completions").json()["error"]["message"].endswith("does not take GET, but POST.")
         for field, said in (
-            ("n_predict", "'max_tokens'"), ("num_predict", "'max_tokens'"), ("options", "as max_tokens"),
+            ("num_predict", "'max_tokens'"), ("options", "as max_tokens"),
             ("num_ctx", "--max-model-len"),
         ):  # fmt: skip
             response = client.post("/v1/chat/completions", json={**CHAT, field: {} if field == "options" else 5})

@@ -52,7 +52,7 @@ def test_errors_are_in_the_envelope(start: Callable[..., Any], path: str) -> Non
         for body, code in (
             (BODIES[path] | {"model": "other"}, "model_not_found"),
             (BODIES[path] | {"no_such_field": 1}, "unknown_parameter"),
-            (BODIES[path] | {"truncate_prompt_tokens": 1}, "unsupported_parameter"),
+            (BODIES[path] | {"additional_data": 1}, "unsupported_parameter"),
             ([], "invalid_body"),
         ):
             error = client.post(path, json=body).json()["error"]

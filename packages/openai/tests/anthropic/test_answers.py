@@ -273,6 +273,21 @@ async def test_a_round_of_tools() -> None:
     assert [block.text for block in answer.content] == ["It is warm."]
 
 
+async def test_a_stream_begins_before_its_first_token() -> None:
+    """Clients' watchdogs count events: a long prompt must not look like a dead server."""
+    stream = await made(ScriptedEngine("hello", fail_after=0, failure="x")).create_stream(BODY)
+    start, ping = await anext(stream), await anext(stream)
+    assert (start.event_name, ping.event_name) == ("message_start", "ping")
+    counted = await made("x").count_tokens(without_limit(BODY))
+    assert json.loads(to_json_bytes(start))["message"]["usage"]["input_tokens"] == counted.input_tokens
+    with pytest.raises(GenerationFailedError):
+        await anext(stream)
+
+
+def without_limit(body: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in body.items() if name in ("model", "messages", "tools", "thinking")}
+
+
 async def test_closing_aborts() -> None:
     engine = ScriptedEngine("hello")
     stream = await made(engine).create_stream(BODY)

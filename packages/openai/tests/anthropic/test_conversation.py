@@ -46,6 +46,19 @@ def result(content: Any = "done", **fields: Any) -> dict[str, Any]:
     return {"type": "tool_result", "tool_use_id": "t1", "content": content, **fields}
 
 
+async def test_documents_of_text() -> None:
+    """A title, what is said of it, and its text, in a question and in a tool's result."""
+    plain = {"type": "document", "source": {"type": "text", "media_type": "text/plain", "data": "The sky is blue."}}
+    titled = {**plain, "title": "Sky", "context": "From 1990.", "citations": {"enabled": False}}
+    blocks = {"type": "document", "source": {"type": "content", "content": [text("a"), text("b")]}}
+    assert await rendered(user([plain, text("Why?")])) == [user("The sky is blue.\nWhy?")]
+    assert await rendered(user([titled])) == [user("Sky\nFrom 1990.\nThe sky is blue.")]
+    assert await rendered(user([blocks])) == [user("a\nb")]
+    call = {"type": "tool_use", "id": "t1", "name": "f", "input": {}}
+    *_, answered = await rendered(user("x"), assistant([call]), user([result([plain])]))
+    assert answered["content"] == "The sky is blue."
+
+
 async def test_system_text_or_blocks() -> None:
     assert await rendered(user("x"), system="s") == [{"role": "system", "content": "s"}, user("x")]
     blocks = [text("s", cache_control={"type": "ephemeral", "scope": "global"}), text("t")]

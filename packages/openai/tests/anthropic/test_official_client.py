@@ -122,8 +122,10 @@ async def test_structured_output_and_counting() -> None:
 async def test_errors_are_the_clients_own_classes() -> None:
     fields: dict[str, Any] = {"model": "default", "max_tokens": 5, "messages": [said("x")]}
     async with client(ScriptedEngine("x")) as made:
-        with pytest.raises(anthropic.BadRequestError, match=r"0\.type: is not supported: 'document'"):
-            await made.messages.create(**{**fields, "messages": [said([{"type": "document", "source": {}}])]})
+        with pytest.raises(anthropic.BadRequestError, match=r"documents are read as plain text"):
+            await made.messages.create(
+                **{**fields, "messages": [said([{"type": "document", "source": {"type": "file"}}])]}
+            )
         with pytest.raises(anthropic.NotFoundError) as missing:
             await made.messages.create(**{**fields, "model": "claude"})
         assert missing.value.type == "not_found_error"

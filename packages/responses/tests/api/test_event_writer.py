@@ -294,6 +294,7 @@ def test_a_failure_ends_what_has_begun() -> None:
     response = judge_events(sent)
     assert [event["type"] for event in sent[-2:]] == ["error", "response.failed"]
     assert (response["status"], response["error"]) == ("failed", {"code": "server_error", "message": "broken"})
+    assert response["usage"] is None  # what was made is not known: no zeros
     assert kinds(response) == [("message", "incomplete")]
 
 

@@ -112,6 +112,20 @@ def test_tokens_that_pass_the_layers_are_those_that_go_through_them(start, monke
     assert direct == _events(_answers(start(PacedEngine(words, pause=0.005)).port, request))
 
 
+def test_a_stream_to_an_old_client_has_no_chunks(start) -> None:
+    """RFC 9112, 6.1: HTTP/1.0 knows no transfer encoding; the end of the connection ends the answer."""
+    body = json.dumps({"messages": [{"role": "user", "content": "x"}], "stream": True}).encode()
+    head = f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\nConnection: keep-alive\r\n\r\n"
+    port = start(PacedEngine(["one ", "two"])).port
+    answered = _answers(port, f"POST /v1/chat/completions HTTP/1.0\r\n{head}".encode() + body)
+    top, _, events = answered.partition(b"\r\n\r\n")
+    assert b"transfer-encoding" not in top.lower()
+    assert [line[:5] for line in events.split(b"\n\n")[:-1]] == [b"data:"] * events.count(b"\n\n")
+    assert events.endswith(b"data: [DONE]\n\n")
+    whole = _answers(port, b"GET /version HTTP/1.0\r\n\r\n")
+    assert whole.partition(b"\r\n\r\n")[2].startswith(b"{")
+
+
 WRONG_FRAMING = [
     b"GET /version\r\n\r\n",
     b"GET /version HTTP/0.9\r\nHost: x\r\n\r\n",

@@ -163,8 +163,14 @@ LLAMA_ROWS = [
     Row("stop", 1),
     Row("json_schema", "{}"),
     Row("json_schema", {"type": "none-such"}),
-    Row("grammar", "root ::= [a-z]", code="unsupported_parameter"),
-    Row("n_probs", 3, code="unsupported_parameter"),
+    Row("grammar", "root ::= nothing ("),
+    Row("grammar", 1),
+    Row("n_probs", 21),
+    Row("post_sampling_probs", True, code="unsupported_parameter"),
+    Row("logit_bias", [[1, 101]]),
+    Row("logit_bias", [[-1, 1]]),
+    Row("logit_bias", [["a"]]),
+    Row("response_fields", "content"),
     Row("messages", MESSAGES),
     Row("n_predct", 3),
 ]
@@ -228,7 +234,9 @@ CLASSIFY_ROWS = [
     Row("add_special_tokens", "yes"),
     Row("messages", MESSAGES, code="unsupported_parameter"),
     Row("softmax", False, code="unsupported_parameter"),
-    Row("truncate_prompt_tokens", 4, code="unsupported_parameter"),
+    Row("truncate_prompt_tokens", -2),
+    Row("truncate_prompt_tokens", 1 << 30),
+    Row("truncation_side", "middle"),
 ]
 ROUTES = [
     Route("/v1/embeddings", {"model": "default", "input": "a", "pooling": "mean"}, EMBEDDING_ROWS),

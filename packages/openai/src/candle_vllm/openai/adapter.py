@@ -184,9 +184,9 @@ class OpenAIAdapter:
         """Raises `RequestError` where the model cannot be shown a picture, a file's bytes, as the result of a tool."""
         await self._work.look(self._preparation.try_picture, data)
 
-    async def tokens_of(self, texts: Sequence[str]) -> list[list[int]]:
-        """The tokens of each text, with the special ones around it."""
-        return await self._work.prepare(lambda: list(map(self._engine.tokenize, texts)))
+    async def tokens_of(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
+        """The tokens of each text, with the special ones around it or without them."""
+        return await self._work.prepare(lambda: [self._engine.tokenize(text, add_special_tokens) for text in texts])
 
     def models(self) -> ModelList:
         """The served names."""

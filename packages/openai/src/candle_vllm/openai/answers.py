@@ -207,7 +207,7 @@ class AnswerReader:
     """
 
     def __init__(self, head: Head, plan: AnswerPlan, task: Task) -> None:
-        self._head = head
+        self.head = head
         self._paths = task.paths
         self._sequences = task.choices
         self._tell_counts = task.tell_counts
@@ -256,7 +256,7 @@ class AnswerReader:
         events: list[Event] = [self._usage(final=False)] if self._tell_counts or not self._begun else []
         if choice not in self._begun:
             self._begun.add(choice)
-            events.append(Begun(choice, self._head, prompt, piece.prompt_logprobs))
+            events.append(Begun(choice, self.head, prompt, piece.prompt_logprobs))
             if self._echo:
                 events.append(Text(choice, self._echo))
         events += news

@@ -6,6 +6,7 @@ There is one path: a whole answer is the sum of the chunks that a stream would h
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
@@ -63,6 +64,8 @@ class AnswerWriter(ABC, Generic[Chunk]):
         self._usage: wire.Usage | UnsetType | None = None if request.include_usage else UNSET
         self._head: Head | None = None
         self._told = Told(guesses=bool(request.return_draft_counts))
+        self._timings: RunningTimings | None = None
+        self._beside: dict[str, Any] = {}  # what every chunk of a choice has beside it
 
     def write(self, events: Sequence[Event]) -> list[Chunk]:
         """The chunks that events make."""
@@ -74,11 +77,15 @@ class AnswerWriter(ABC, Generic[Chunk]):
     def _counts(self, usage: Usage) -> Chunk | None:
         if usage.final:
             assert self._head is not None
-            if not self._usage_last:
+            if not self._usage_last and self._timings is None:
                 return None
-            return self._make(**self._head._asdict(), choices=(), usage=wire_usage(usage, self._told))
+            counts = wire_usage(usage, self._told) if self._usage_last else UNSET
+            beside = {} if self._timings is None else {"timings": self._timings.of(usage)}
+            return self._make(**self._head._asdict(), choices=(), usage=counts, **beside)
         if self._usage_beside:
             self._usage = wire_usage(usage, self._told)
+        if self._timings is not None:
+            self._beside = {"timings": self._timings.of(usage)}
         return None
 
     def _chunk(self, choice: object, **extras: Any) -> Chunk:
@@ -91,7 +98,7 @@ class AnswerWriter(ABC, Generic[Chunk]):
             system_fingerprint=head.system_fingerprint,
             choices=(choice,),
             usage=self._usage,
-            **extras,
+            **{**self._beside, **extras},
         )
 
 
@@ -120,6 +127,8 @@ class ChatWriter(AnswerWriter[ChatCompletionChunk]):
         # The official client adds the pieces up: a message of calls alone has no content, not an empty one.
         self._first_content = None if calls else ""
         self._told = told_of(request)
+        self._timings = RunningTimings() if request.timings_per_token else None
+        self._by_id = bool(request.return_tokens_as_token_ids)
         self._custom = request.custom_tools
         self._inputs: dict[int, tuple[int, list[str]]] = {}  # choice -> its custom call that grows, and the arguments
         self._prompt_token_ids = tuple(prompt_token_ids) if request.return_token_ids else UNSET
@@ -138,7 +147,7 @@ class ChatWriter(AnswerWriter[ChatCompletionChunk]):
         if isinstance(event, Text):
             return self._news(event, ChatDelta(content=event.text))
         if isinstance(event, Thought):
-            return self._news(event, ChatDelta(reasoning_content=event.text))
+            return self._news(event, ChatDelta(reasoning_content=event.text, reasoning=event.text))
         if isinstance(event, CallText):
             if event.choice in self._inputs:
                 return self._held(event)
@@ -182,7 +191,7 @@ class ChatWriter(AnswerWriter[ChatCompletionChunk]):
         return self._chunk(ChunkChoice(index=choice, delta=ChatDelta(tool_calls=(call,)), token_ids=self._no_ids))
 
     def _news(self, event: Text | Thought | CallBegun | CallText, delta: ChatDelta) -> ChatCompletionChunk:
-        logprobs = None if event.logprobs is None else chat_logprobs(event.logprobs)
+        logprobs = None if event.logprobs is None else chat_logprobs(event.logprobs, by_id=self._by_id)
         ids = UNSET if event.ids is None else event.ids
         return self._chunk(ChunkChoice(index=event.choice, delta=delta, logprobs=logprobs, token_ids=ids))
 
@@ -194,7 +203,7 @@ class ChatWriter(AnswerWriter[ChatCompletionChunk]):
         if event.prompt_logprobs is not None and self._request.prompt_logprobs is not None:
             shown = prompt_logprobs(event.prompt_logprobs, self._request.prompt_logprobs)
         role = ChunkChoice(index=event.choice, delta=ChatDelta(role="assistant", content=self._first_content))
-        return self._chunk(role, prompt_logprobs=shown, prompt_token_ids=token_ids, **labels)
+        return self._chunk(role, prompt_logprobs=shown, prompt_token_ids=token_ids, timings=UNSET, **labels)
 
 
 def told_of(request: ChatCompletionRequest) -> Told:
@@ -224,6 +233,42 @@ def wire_usage(usage: Usage, told: Told = Told()) -> wire.Usage:  # noqa: B008  
     )
 
 
+def wire_timings(usage: Usage, prompt_ms: int | None = None, predicted_ms: int | None = None) -> wire.Timings:
+    """Counts and times in llama.cpp's words; the times are those of `usage` where none are given."""
+    prompt, predicted = usage.prompt_tokens - usage.cached_tokens, usage.completion_tokens
+    prompt_ms = usage.prompt_ms or 0 if prompt_ms is None else prompt_ms
+    predicted_ms = usage.completion_ms or 0 if predicted_ms is None else predicted_ms
+    return wire.Timings(
+        cache_n=usage.cached_tokens,
+        prompt_n=prompt,
+        prompt_ms=prompt_ms,
+        prompt_per_token_ms=prompt_ms / max(prompt, 1),
+        prompt_per_second=1000 * prompt / max(prompt_ms, 1),
+        predicted_n=predicted,
+        predicted_ms=predicted_ms,
+        predicted_per_token_ms=predicted_ms / max(predicted, 1),
+        predicted_per_second=1000 * predicted / max(predicted_ms, 1),
+        draft_n=usage.draft_tokens or UNSET,
+        draft_n_accepted=usage.accepted_draft_tokens if usage.draft_tokens else UNSET,
+    )
+
+
+class RunningTimings:
+    """Timings beside the pieces of an answer that goes on, by this process's clock; the last ones are the engine's."""
+
+    def __init__(self) -> None:
+        self._submitted = time.perf_counter()
+        self._first: float | None = None
+
+    def of(self, usage: Usage) -> wire.Timings:
+        """Timings at the counts so far, or final ones."""
+        now = time.perf_counter()
+        if usage.final:
+            return wire_timings(usage)
+        self._first = now if self._first is None else self._first
+        return wire_timings(usage, round(1000 * (self._first - self._submitted)), round(1000 * (now - self._first)))
+
+
 def join_chat(chunks: Sequence[ChatCompletionChunk]) -> ChatCompletion:
     """The whole answer that `chunks`, the last of which has the usage, amount to."""
     head, usage = chunks[0], chunks[-1].usage
@@ -235,10 +280,11 @@ def join_chat(chunks: Sequence[ChatCompletionChunk]) -> ChatCompletion:
         system_fingerprint=head.system_fingerprint,
         choices=tuple(_join_choice(*parts) for parts in by_choice(chunk.choices for chunk in chunks)),
         usage=usage,
-        prompt_logprobs=next((c.prompt_logprobs for c in chunks if c.prompt_logprobs is not UNSET), UNSET),
-        prompt_token_ids=head.prompt_token_ids,
+        prompt_logprobs=next((c.prompt_logprobs for c in chunks if c.prompt_logprobs is not UNSET), None),
+        prompt_token_ids=None if head.prompt_token_ids is UNSET else head.prompt_token_ids,
         conversation_id=head.conversation_id,
         resource_id=head.resource_id,
+        timings=chunks[-1].timings,
     )
 
 
@@ -281,6 +327,7 @@ def _join_message(parts: Sequence[ChunkChoice]) -> ChatMessage:
     return ChatMessage(
         content=None if not content and (thoughts or calls) else content,
         reasoning_content="".join(thoughts) if thoughts else UNSET,
+        reasoning="".join(thoughts) if thoughts else UNSET,
         tool_calls=calls or UNSET,
     )
 

@@ -82,7 +82,8 @@ class CompletionWriter(AnswerWriter[Completion]):
         """The chunk before a choice's own text; only where the request asks for something of the prompt."""
         request, source = self._request, self._prompts[event.prompt]
         self._head = event.head
-        writer = None if request.logprobs is None else CompletionLogprobsWriter(request.logprobs)
+        by_id = bool(request.return_tokens_as_token_ids)
+        writer = None if request.logprobs is None else CompletionLogprobsWriter(request.logprobs, by_id=by_id)
         self._writers[event.choice] = writer
         logprobs: CompletionLogprobs | None = None
         if writer is not None and request.echo:
@@ -108,7 +109,8 @@ class CompletionWriter(AnswerWriter[Completion]):
             source, given = self._prompts[event.prompt], event.prompt_logprobs
             assert given is not None
             entries: list[PositionLogprobs] = [entry for entry in given if entry is not None]
-            self._echoes[event.prompt] = echoed_logprobs(source.first, entries, source.text, top)
+            first_id = source.token_ids[0] if self._request.return_tokens_as_token_ids else None
+            self._echoes[event.prompt] = echoed_logprobs(source.first, entries, source.text, top, first_id)
         return self._echoes[event.prompt]
 
 
@@ -135,6 +137,6 @@ def _join_choice(index: int, parts: Sequence[CompletionChoice]) -> CompletionCho
         finish_reason=parts[-1].finish_reason,
         stop_reason=parts[-1].stop_reason,
         token_ids=join_token_ids([part.token_ids for part in parts]),
-        prompt_token_ids=next((p.prompt_token_ids for p in parts if p.prompt_token_ids is not UNSET), UNSET),
-        prompt_logprobs=next((p.prompt_logprobs for p in parts if p.prompt_logprobs is not UNSET), UNSET),
+        prompt_token_ids=next((p.prompt_token_ids for p in parts if p.prompt_token_ids is not UNSET), None),
+        prompt_logprobs=next((p.prompt_logprobs for p in parts if p.prompt_logprobs is not UNSET), None),
     )

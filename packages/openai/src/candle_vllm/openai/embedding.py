@@ -262,17 +262,20 @@ class EmbeddingAdapter:
     def _tokens(self, request: EmbeddingRequest | ClassifyRequest) -> list[list[int]]:
         """Every text as token ids, counted before any of them is run."""
         total, texts = 0, []
-        special = request.add_special_tokens is not False
+        special, cut = request.add_special_tokens is not False, request.cut("right")
         for number, text in enumerate(request.inputs):
             with _blamed(number, len(request.inputs)):
-                ids = self._known(text, special) if isinstance(text, str) else text
+                ids = text if not isinstance(text, str) else self._known(text, special, bounded=cut is None)
+            if cut is not None:
+                ids = list(cut.of(ids, self._engine.model_info.max_model_len))
             total += len(ids)
             _check_total(total, "input", number)
             texts.append(ids)
         return texts
 
-    def _known(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        check_length(self._engine, text)
+    def _known(self, text: str, add_special_tokens: bool = True, *, bounded: bool = True) -> list[int]:
+        if bounded:
+            check_length(self._engine, text)
         return self._engine.tokenize(text, add_special_tokens=add_special_tokens)
 
     def _count_pairs(self, pairs: Sequence[tuple[str, str]], field: str) -> None:

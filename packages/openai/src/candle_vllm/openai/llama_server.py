@@ -8,20 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing
-from typing import Annotated, Any, ClassVar, Self, cast
+from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 import msgspec
 from msgspec import UNSET, UnsetType
 from msgspec.structs import replace
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
-from candle_vllm.core.errors import InvalidParameterError
+from candle_vllm.core.engine.request import PositionLogprobs, TokenLogprob
 from candle_vllm.core.sampling import params as caps
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.openai.adapter import OpenAIAdapter
+from candle_vllm.openai.chat_answers import RunningTimings, wire_timings
 from candle_vllm.openai.events import Begun, Ended, Event, Text, Usage
+from candle_vllm.openai.logprobs import LOWEST
 from candle_vllm.openai.protocol.fields import (
     GUESS_FIELDS,
+    MAX_LOGIT_BIAS,
     MAX_PROMPTS,
     ModelName,
     Refusal,
@@ -30,8 +33,11 @@ from candle_vllm.openai.protocol.fields import (
     invalid,
     prompt_form,
 )
-from candle_vllm.openai.protocol.generation import LlamaFields, LoraScales, lora_scales
+from candle_vllm.openai.protocol.generation import LlamaFields, Logprobs, LoraScales, lora_scales, sampling_names
+from candle_vllm.openai.protocol.structured import LlamaForms
+from candle_vllm.openai.protocol.usage import Timings
 from candle_vllm.openai.remarks import remark
+from candle_vllm.openai.requests import sampling_params
 from candle_vllm.openai.streams import ChunkStream
 from candle_vllm.openai.task import ImagePart, Paths, Task
 
@@ -41,14 +47,8 @@ _SNIPPET = "\n\n--- snippet ---\n\n"
 
 _REFUSED: Mapping[str, Refusal] = {
     **GUESS_FIELDS,
-    "n_probs": Refusal("log-probabilities are those of /v1/completions (logprobs)", (0,)),
     "min_keep": Refusal("every sampler keeps at least one token", (0, 1)),
-    "grammar": Refusal("grammars are those of /v1/completions (structured_outputs)", ("",)),
-    "logit_bias": Refusal("it is a field of /v1/completions", ([], {})),
-    "return_tokens": Refusal("tokens are told by /v1/completions (return_token_ids)", (False,)),
-    "return_progress": Refusal("nothing is sent before the first token", (False,)),
-    "timings_per_token": Refusal("times come with the last piece", (False,)),
-    "post_sampling_probs": Refusal("log-probabilities are those of /v1/completions", (False,)),
+    "post_sampling_probs": Refusal("log-probabilities are those before any sampler", (False,)),
     "image_data": Refusal("images are those of the prompt: {prompt_string, multimodal_data}", ([],)),
     "n_cmpl": Refusal("several answers are those of /v1/completions (n)", (1,)),
 }
@@ -57,19 +57,46 @@ WITHOUT_EFFECT: Mapping[str, str] = {
     "t_max_predict_ms": "n_predict bounds an answer",
     "n_indent": "stop ends an answer",
     "samplers": "samplers have one order here",
+    "return_progress": "nothing is sent before the first token",
 }
 """Fields that are taken and change nothing, of which the sender is told."""
 
 _Limit = Annotated[int, Field(ge=-(1 << 31), le=1 << 31)]
 
 
-class _Asked(LlamaFields):
+def _biases(given: Any) -> Any:
+    """Pairs of a token id or a text, and what is added to the logit."""
+    if given is None:
+        return None
+    pairs = list(given.items()) if isinstance(given, dict) else given
+    if not isinstance(pairs, list) or len(pairs) > MAX_LOGIT_BIAS:
+        raise invalid("", f"must be an object, or a list of pairs, of at most {MAX_LOGIT_BIAS} entries")
+    return [_bias_pair(pair, isinstance(given, dict)) for pair in pairs]
+
+
+def _bias_pair(pair: Any, named: bool) -> tuple[int | str, float]:
+    if isinstance(pair, (list, tuple)) and len(pair) == 2:
+        name, value = pair
+        name = int(name) if named and name.isdecimal() and len(name) <= 10 else name
+        known = isinstance(name, str) or (type(name) is int and 0 <= name < 1 << 31)
+        if known and (value is False or (type(value) in (int, float) and -100 <= value <= 100)):
+            return name, -100.0 if value is False else float(value)
+    raise invalid("", f"pairs a token id or a text with a number from -100 to 100, or with false; not so {pair!r:.60}")
+
+
+class _Asked(LlamaFields, LlamaForms):
     """What both routes take.
 
     Attributes:
         n_predict: most tokens of the answer; -1 and -2 are as many as the context takes, 0 reads the prompt alone.
-        cache_prompt, id_slot, n_keep, n_discard, response_fields: without effect: what prompts begin with is always
-            kept, there are no slots, prompts are never cut, and an answer has all its fields.
+        n_probs: how many of the likeliest tokens are reported at each position; 0 reports nothing.
+        logit_bias: pairs of a token id or a text, whose tokens are all meant, and what is added to the logit, or an
+            object of such; false bans, as -100.
+        return_tokens: a whole answer has its token ids; pieces of a stream always have theirs.
+        timings_per_token: every piece has timings.
+        response_fields: what the last piece, or the whole answer, has: names, or paths as `generation_settings/seed`.
+        cache_prompt, id_slot, n_keep, n_discard: without effect: what prompts begin with is always kept, there are no
+            slots, and prompts are never cut.
     """
 
     refused_fields: ClassVar[Mapping[str, Refusal]] = _REFUSED
@@ -79,7 +106,10 @@ class _Asked(LlamaFields):
     n_predict: Annotated[int, Field(ge=-2, le=caps.MAX_TOKENS)] | None = None
     ignore_eos: bool | None = None
     lora: LoraScales | None = None
-    json_schema: dict[str, Any] | None = None
+    n_probs: Logprobs | None = None
+    logit_bias: Annotated[Any, BeforeValidator(_biases)] = None
+    return_tokens: bool = False
+    timings_per_token: bool = False
 
     cache_prompt: bool | None = None
     id_slot: _Limit | None = None
@@ -90,20 +120,28 @@ class _Asked(LlamaFields):
     t_max_predict_ms: _Limit | None = None
     n_indent: _Limit | None = None
     samplers: Annotated[list[str], Field(max_length=64, fail_fast=True)] | str | None = None
+    return_progress: Literal[True] | None = None
+
+    @field_validator("return_progress", mode="before")
+    @classmethod
+    def _nothing_asked(cls, value: Any) -> Any:
+        return None if value is False else value
 
     def sampling(self) -> dict[str, Any]:
         """What is given, by the names of `SamplingParams`."""
         limit = self.n_predict
-        return self.drawing() | {"max_tokens": None if limit is None or limit < 0 else max(limit, 1)}
+        limits = {"max_tokens": None if limit is None or limit < 0 else max(limit, 1)}
+        return self.drawing() | limits | ({"logprobs": self.n_probs} if self.n_probs else {})
+
+    @model_validator(mode="after")
+    def _form_is_right(self) -> Self:
+        self.form()
+        return self
 
     def form(self) -> StructuredOutputsParams | None:
-        """What the answer must look like; raises `InvalidParameterError`."""
-        if not self.json_schema:
-            return None
-        try:
-            return StructuredOutputsParams(json=self.json_schema)
-        except InvalidParameterError as error:
-            raise InvalidParameterError(f"json_schema cannot be used: {error}", "json_schema") from None
+        """What the answer must look like."""
+        given = self.llama_form()
+        return None if given is None else given[1]
 
 
 class MediaPrompt(WireModel):
@@ -213,27 +251,32 @@ class InfillRequest(_Asked):
 LlamaRequest = LlamaCompletionRequest | InfillRequest
 
 
-class Timings(msgspec.Struct, frozen=True, kw_only=True):
-    """Tokens and milliseconds of the prompt and of the answer; those of the cache took no time.
+class TokenProbability(msgspec.Struct, frozen=True, kw_only=True):
+    """A token and its natural log-probability, with the likeliest ones at its position."""
 
-    Attributes:
-        draft_n, draft_n_accepted: guessed tokens that were tried, and tokens of the answer that came of them; there
-            where any was tried.
-    """
+    id: int
+    token: str
+    bytes: tuple[int, ...]
+    logprob: float
+    top_logprobs: tuple[TokenProbability, ...] | UnsetType = UNSET
 
-    cache_n: int
-    prompt_n: int
-    prompt_ms: int
-    predicted_n: int
-    predicted_ms: int
-    draft_n: int | UnsetType = UNSET
-    draft_n_accepted: int | UnsetType = UNSET
+
+def _probabilities(entries: Sequence[PositionLogprobs]) -> tuple[TokenProbability, ...]:
+    def one(token: TokenLogprob, **top: tuple[TokenProbability, ...]) -> TokenProbability:
+        logprob = max(token.logprob, LOWEST)
+        return TokenProbability(id=token.token_id, token=token.text, bytes=tuple(token.bytes), logprob=logprob, **top)
+
+    return tuple(one(entry.chosen, top_logprobs=tuple(map(one, entry.top))) for entry in entries)
 
 
 class LlamaText(msgspec.Struct, frozen=True, kw_only=True):
     """A piece of an answer, and with `stop` its last one; of an answer that is not streamed, all of it.
 
     Attributes:
+        tokens: ids of the piece; of a whole answer where `return_tokens` asked for them.
+        completion_probabilities: where `n_probs` asked for them.
+        prompt: where it was a text.
+        generation_settings: what the tokens were sampled with, by llama.cpp's names.
         stop_type: eos, limit or word; `stopping_word` is the latter.
         truncated: never, for prompts are not cut.
     """
@@ -241,7 +284,12 @@ class LlamaText(msgspec.Struct, frozen=True, kw_only=True):
     content: str
     stop: bool = False
     index: int = 0
+    tokens: tuple[int, ...] = ()
+    completion_probabilities: tuple[TokenProbability, ...] | UnsetType = UNSET
     model: str | UnsetType = UNSET
+    prompt: str | UnsetType = UNSET
+    generation_settings: Mapping[str, Any] | UnsetType = UNSET
+    has_new_line: bool | UnsetType = UNSET
     stop_type: str | UnsetType = UNSET
     stopping_word: str | UnsetType = UNSET
     truncated: bool | UnsetType = UNSET
@@ -251,7 +299,11 @@ class LlamaText(msgspec.Struct, frozen=True, kw_only=True):
     timings: Timings | UnsetType = UNSET
 
 
-class LlamaStream(ChunkStream[LlamaText]):
+Answered = LlamaText | dict[str, Any]
+"""An answer or a piece; an object where `response_fields` chose what it has."""
+
+
+class LlamaStream(ChunkStream[Answered]):
     """The pieces of one answer. Close it (`aclose`) when the reader goes away: that aborts the request."""
 
 
@@ -265,28 +317,58 @@ async def llama_stream(
         request: a checked one.
         defaults: by names of `SamplingParams`, for what the request leaves open; before the model's own.
     """
-    (task,) = _tasks(adapter, request, defaults)
-    return LlamaStream(await adapter.continued(task), _Writer())
+    (task,) = await _tasks(adapter, request, defaults)
+    writer = _Writer(request, task, _settings(adapter, request, task))
+    return LlamaStream(await adapter.continued(task), writer)
 
 
-def _tasks(adapter: OpenAIAdapter, request: LlamaRequest, defaults: Mapping[str, Any] | None) -> list[Task]:
+async def _tasks(adapter: OpenAIAdapter, request: LlamaRequest, defaults: Mapping[str, Any] | None) -> list[Task]:
     said = [
         f"{name} has no effect: {why}" for name, why in WITHOUT_EFFECT.items() if getattr(request, name) is not None
     ]
     if said:
         remark(said)
-    spelled = {"max_tokens": "n_predict", "repetition_penalty": "repeat_penalty", "structured_outputs": "json_schema"}
+    form = "grammar" if request.grammar else "json_schema"
+    spelled = {"max_tokens": "n_predict", "repetition_penalty": "repeat_penalty", "structured_outputs": form}
+    spelled["logprobs"] = "n_probs"
     if isinstance(request, InfillRequest):
         spelled |= {"prompt": "input_prefix", "suffix": "input_suffix"}
+    bias = await _bias(adapter, request)
     tasks = request.tasks({
         "model": request.model,
         "paths": Paths(spelled),
         "form": request.form(),
-        "sampling": {**(defaults or {}), **request.sampling()},
+        "sampling": {**(defaults or {}), **request.sampling(), **({"logit_bias": bias} if bias else {})},
         "scored_only": request.n_predict == 0,
+        "tell_ids": request.stream or request.return_tokens or request.timings_per_token,
+        "tell_counts": request.timings_per_token,
         "lora": lora_scales(request.lora),
     })  # fmt: skip
     return [replace(task, add_special_tokens=not _begins(task.prompts[0], adapter.beginning)) for task in tasks]
+
+
+async def _bias(adapter: OpenAIAdapter, request: LlamaRequest) -> dict[int, float]:
+    """What is added to the logit of each token."""
+    pairs: Sequence[tuple[int | str, float]] = request.logit_bias or ()
+    texts = [name for name, _ in pairs if isinstance(name, str)]
+    known = dict(zip(texts, await adapter.tokens_of(texts, add_special_tokens=False) if texts else (), strict=True))
+    return {token: value for name, value in pairs for token in (known[name] if isinstance(name, str) else (name,))}
+
+
+def _settings(adapter: OpenAIAdapter, request: LlamaRequest, task: Task) -> dict[str, Any]:
+    """What the tokens of an answer are sampled with, by llama.cpp's names."""
+    params = sampling_params(task, adapter.model_info.default_sampling).filled({})
+    shared = {name: getattr(params, name) for name in sampling_names(LlamaFields)}
+    return shared | {
+        "n_predict": -1 if params.max_tokens is None or request.n_predict == 0 else params.max_tokens,
+        "seed": -1 if params.seed is None else params.seed,
+        "repeat_penalty": params.repetition_penalty,
+        "stop": params.stop_strings,
+        "ignore_eos": params.ignore_eos,
+        "n_probs": request.n_probs or 0,
+        "grammar": request.grammar or "",
+        "timings_per_token": request.timings_per_token,
+    }
 
 
 def _begins(prompt: str | Sequence[int], beginning: str) -> bool:
@@ -296,64 +378,111 @@ def _begins(prompt: str | Sequence[int], beginning: str) -> bool:
 
 async def llama_answer(
     adapter: OpenAIAdapter, request: LlamaRequest, defaults: Mapping[str, Any] | None = None
-) -> LlamaText | list[LlamaText]:
+) -> Answered | list[Answered]:
     """The whole answer, which is the sum of a stream's pieces, or those to several prompts, which are answered at the
     same time. Cancelling it aborts the request."""
-    answers: list[LlamaText] = []
+    answers: list[Answered] = []
     async with AsyncExitStack() as streams:
-        begun = [
-            await streams.enter_async_context(aclosing(LlamaStream(await adapter.continued(task), _Writer())))
-            for task in _tasks(adapter, request, defaults)
-        ]
+        begun: list[ChunkStream[LlamaText]] = []
+        for task in await _tasks(adapter, request, defaults):
+            writer = _Writer(request, task, _settings(adapter, request, task), whole=True)
+            stream = ChunkStream(await adapter.continued(task), writer)
+            begun.append(await streams.enter_async_context(aclosing(stream)))
         for index, stream in enumerate(begun):
             pieces = [piece async for piece in stream]
-            answers.append(replace(pieces[-1], content="".join(piece.content for piece in pieces), index=index))
+            ids = [token for piece in pieces for token in piece.tokens] if request.return_tokens else []
+            probabilities = [one for piece in pieces for one in piece.completion_probabilities or ()]
+            whole = replace(
+                pieces[-1],
+                content="".join(piece.content for piece in pieces),
+                index=index,
+                tokens=tuple(ids),
+                completion_probabilities=tuple(probabilities) if request.n_probs else UNSET,
+            )
+            answers.append(_chosen(whole, request.response_fields))
     return answers if len(answers) > 1 else answers[0]
 
 
+def _chosen(piece: LlamaText, paths: Sequence[str] | None) -> Answered:
+    """The parts that are asked for, each under its path; all of it where none is."""
+    if not paths:
+        return piece
+    found: dict[str, Any] = {}
+    for path in paths:
+        value: Any = msgspec.to_builtins(piece)
+        for name in path.split("/"):
+            value = value.get(name, UNSET) if isinstance(value, dict) else UNSET
+        if value is not UNSET:
+            found[path] = value
+    return found
+
+
 class _Writer:
-    """The pieces of one answer."""
+    """The pieces of one answer.
 
-    def __init__(self) -> None:
-        self._model = ""
+    Args:
+        request: what is shown beside the text.
+        task: what is answered.
+        settings: what its tokens are sampled with.
+        whole: the last piece is not shown as it is.
+    """
+
+    def __init__(self, request: LlamaRequest, task: Task, settings: Mapping[str, Any], *, whole: bool = False) -> None:
+        self._request, self._settings, self._whole = request, settings, whole
+        self._prompt = task.prompts[0] if isinstance(task.prompts[0], str) else UNSET
+        self._model, self._new_line = "", False
         self._ended: Ended | None = None
+        self._running = RunningTimings() if request.timings_per_token else None
+        self._timings: Timings | UnsetType = UNSET
+        self._held: list[Text] = []  # tokens without a text of their own yet, for the next piece
 
-    def write(self, events: Sequence[Event]) -> list[LlamaText]:
-        made: list[LlamaText] = []
+    def write(self, events: Sequence[Event]) -> list[Any]:
+        made: list[Any] = []
         for event in events:
             match event:
                 case Begun():
                     self._model = event.head.model
-                case Text(text=text) if text:
-                    made.append(LlamaText(content=text))
+                case Text():
+                    self._held.append(event)
+                    if event.text:
+                        self._new_line = self._new_line or "\n" in event.text
+                        made.append(self._piece())
                 case Ended():
                     self._ended = event
                 case Usage(final=True):
-                    made.append(self._last(event))
+                    last = self._last(event)
+                    made.append(last if self._whole else _chosen(last, self._request.response_fields))
+                case Usage() if self._running is not None:
+                    self._timings = self._running.of(event)
                 case _:
                     pass
         return made
 
+    def _piece(self) -> LlamaText:
+        held, self._held = self._held, []
+        entries = [entry for each in held for entry in each.logprobs or ()]
+        return LlamaText(
+            content="".join(each.text for each in held),
+            tokens=tuple(token for each in held for token in each.ids or ()),
+            completion_probabilities=_probabilities(entries) if self._request.n_probs else UNSET,
+            timings=self._timings,
+        )
+
     def _last(self, usage: Usage) -> LlamaText:
         assert self._ended is not None
         word = self._ended.stop if isinstance(self._ended.stop, str) else ""
-        return LlamaText(
-            content="",
+        return replace(
+            self._piece(),
             stop=True,
             model=self._model,
+            prompt=self._prompt,
+            generation_settings=self._settings,
+            has_new_line=self._new_line,
             stop_type="word" if word and not self._ended.reason.cut else self._ended.reason.llama_server,
             stopping_word=word,
             truncated=False,
             tokens_predicted=usage.completion_tokens,
             tokens_evaluated=usage.prompt_tokens,
             tokens_cached=usage.cached_tokens,
-            timings=Timings(
-                cache_n=usage.cached_tokens,
-                prompt_n=usage.prompt_tokens - usage.cached_tokens,
-                prompt_ms=usage.prompt_ms or 0,
-                predicted_n=usage.completion_tokens,
-                predicted_ms=usage.completion_ms or 0,
-                draft_n=usage.draft_tokens or UNSET,
-                draft_n_accepted=usage.accepted_draft_tokens if usage.draft_tokens else UNSET,
-            ),
+            timings=wire_timings(usage),
         )

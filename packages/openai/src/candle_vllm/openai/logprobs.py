@@ -19,9 +19,9 @@ from candle_vllm.openai.protocol.completions import CompletionLogprobs
 LOWEST = -9999.0  # stands for minus infinity, which JSON cannot say; OpenAI's choice
 
 
-def chat_logprobs(entries: Sequence[PositionLogprobs]) -> ChatLogprobs:
-    """One wire entry per token."""
-    return ChatLogprobs(tuple(_chat_entry(entry) for entry in entries))
+def chat_logprobs(entries: Sequence[PositionLogprobs], *, by_id: bool = False) -> ChatLogprobs:
+    """One wire entry per token; `by_id` names tokens as vLLM does, `token_id:5`."""
+    return ChatLogprobs(tuple(_chat_entry(entry, by_id) for entry in entries))
 
 
 def prompt_logprobs(entries: Sequence[PositionLogprobs | None], top: int) -> PromptLogprobs:
@@ -32,8 +32,9 @@ def prompt_logprobs(entries: Sequence[PositionLogprobs | None], top: int) -> Pro
 class CompletionLogprobsWriter:
     """Writes the older form for one choice, piece by piece; it remembers how far the text has come."""
 
-    def __init__(self, top: int) -> None:
+    def __init__(self, top: int, *, by_id: bool = False) -> None:
         self._top = top
+        self._name = _id_text if by_id else _unique_text
         self._offset = 0
         self._decoder = _decoder()
 
@@ -44,7 +45,7 @@ class CompletionLogprobsWriter:
             offsets.append(self._offset)
             self._offset += len(self._decoder.decode(entry.chosen.bytes))
         return CompletionLogprobs(
-            tokens=tuple(_unique_text(entry.chosen) for entry in entries),
+            tokens=tuple(self._name(entry.chosen) for entry in entries),
             token_logprobs=tuple(_finite(entry.chosen.logprob) for entry in entries),
             top_logprobs=tuple(self._top_entry(entry) for entry in entries),
             text_offset=tuple(offsets),
@@ -61,22 +62,23 @@ class CompletionLogprobsWriter:
         return self._decoder.getstate()[0]
 
     def _top_entry(self, entry: PositionLogprobs) -> dict[str, float]:
-        likely = {_unique_text(token): _finite(token.logprob) for token in entry.top[: self._top]}
-        return likely | {_unique_text(entry.chosen): _finite(entry.chosen.logprob)}
+        likely = {self._name(token): _finite(token.logprob) for token in entry.top[: self._top]}
+        return likely | {self._name(entry.chosen): _finite(entry.chosen.logprob)}
 
 
 def echoed_logprobs(
-    first: str, entries: Sequence[PositionLogprobs], text: str, top: int
+    first: str, entries: Sequence[PositionLogprobs], text: str, top: int, first_id: int | None = None
 ) -> tuple[CompletionLogprobs, bytes]:
     """The echoed prompt `text`: its first token, which has no log-probability, and the others.
 
-    With it comes the beginning of a character that the prompt ends with.
+    With it comes the beginning of a character that the prompt ends with. Where `first_id`, the id of the first token,
+    is given, tokens are named by their ids.
     """
-    writer = CompletionLogprobsWriter(top)
+    writer = CompletionLogprobsWriter(top, by_id=first_id is not None)
     writer.skip(len(first) if text.startswith(first) else 0)
     rest = writer.add(entries)
     echoed = CompletionLogprobs(
-        tokens=(first, *rest.tokens),
+        tokens=(first if first_id is None else f"token_id:{first_id}", *rest.tokens),
         token_logprobs=(None, *rest.token_logprobs),
         top_logprobs=(None, *rest.top_logprobs),
         text_offset=(0, *rest.text_offset),
@@ -112,10 +114,15 @@ def _unique_text(token: TokenLogprob) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token.bytes)
 
 
-def _chat_entry(entry: PositionLogprobs) -> ChatTokenLogprob:
-    chosen = entry.chosen
-    top = tuple(TopLogprob(token.text, _finite(token.logprob), tuple(token.bytes)) for token in entry.top)
-    return ChatTokenLogprob(chosen.text, _finite(chosen.logprob), tuple(chosen.bytes), top)
+def _id_text(token: TokenLogprob) -> str:
+    return f"token_id:{token.token_id}"
+
+
+def _chat_entry(entry: PositionLogprobs, by_id: bool) -> ChatTokenLogprob:
+    def shown(token: TokenLogprob) -> tuple[str, float, tuple[int, ...]]:
+        return _id_text(token) if by_id else token.text, _finite(token.logprob), tuple(token.bytes)
+
+    return ChatTokenLogprob(*shown(entry.chosen), tuple(TopLogprob(*shown(token)) for token in entry.top))
 
 
 def _prompt_entry(entry: PositionLogprobs, top: int) -> dict[str, PromptLogprob]:

@@ -28,6 +28,7 @@ from candle_vllm.openai.formats.layout import CALL, THOUGHTS, Layout, ReasoningF
 from candle_vllm.openai.formats.pythonic import Pythonic
 from candle_vllm.openai.formats.reader import SPACE
 from candle_vllm.openai.formats.reasoning_table import LAST_WORDS, open_mark
+from candle_vllm.openai.protocol.fields import MAX_TOOL_CALLS
 from candle_vllm.openai.task import Task, ThinkingLimit, ToolUse
 
 logger = logging.getLogger(__name__)
@@ -126,7 +127,7 @@ class AnswerPlanner:
             tools={tool.name: tool.parameters for tool in use.tools} if called else None,
             held=called is not None and structured is not None,
             lazy=structured is not None and use.mode == "auto" and task.form is None,
-            most_calls=None if use.parallel else 1,
+            most_calls=MAX_TOOL_CALLS if use.parallel else 1,
             in_reasoning=is_open,
             behind_reasoning=closed,
             show_reasoning=task.show_thoughts,

@@ -128,11 +128,11 @@ class TaskPreparation:
             params = sampling_params(task, self._defaults)
             unseen = self._unseen(task)
             text = self._render(task)
-            if bounded:
+            if bounded and task.cut is None:
                 check_length(self._engine, text)
             answers, structured, thoughts, marks = self._planned(task, text)
             # Templates write the special tokens themselves.
-            prompt = self._behind(task, text, add_special_tokens=task.add_special_tokens)
+            prompt = self._cut(task, self._behind(task, text, add_special_tokens=task.add_special_tokens))
             _check_prompt_logprobs("prompt_logprobs", task.sampling.get("prompt_logprobs"), len(prompt))
             if answers.special_tokens:
                 params = replace(params, skip_special_tokens=False)
@@ -303,7 +303,7 @@ class TaskPreparation:
             self._check(task)
             params = sampling_params(task, self._defaults)
             for text in (*task.prompts, task.suffix):
-                if isinstance(text, str):
+                if isinstance(text, str) and task.cut is None:
                     check_length(self._engine, text)
             if task.suffix:
                 filled = [self._engine.infill(self._known(prompt), task.suffix) for prompt in task.prompts]
@@ -396,13 +396,19 @@ class TaskPreparation:
         engine, special = self._engine, task.add_special_tokens
         ids = self._behind(task, prompt, add_special_tokens=special) if isinstance(prompt, str) else prompt
         self._check_known(ids)
+        ids = self._cut(task, ids)
         text = first = ""
         if task.echo_prompts:
             whole = task.scored_only  # else the answer ends a character that the prompt's last bytes begin
-            text = prompt if isinstance(prompt, str) else engine.detokenize(ids, skip_special_tokens=False, whole=whole)
+            whole_text = isinstance(prompt, str) and task.cut is None
+            text = prompt if whole_text else engine.detokenize(ids, skip_special_tokens=False, whole=whole)
             scored = task.sampling.get("logprobs") is not None
             first = engine.detokenize(ids[:1], skip_special_tokens=False) if scored else ""
         return EchoedPrompt(text, first, tuple(ids))
+
+    def _cut(self, task: Task, ids: Sequence[int]) -> list[int]:
+        """The tokens that are read of a prompt; one of the context is left for the answer."""
+        return list(ids if task.cut is None else task.cut.of(ids, self._engine.model_info.max_model_len - 1))
 
     def _known(self, prompt: str | Sequence[int]) -> str | Sequence[int]:
         if not isinstance(prompt, str):

@@ -17,6 +17,7 @@ from candle_vllm.openai.protocol.generation import lora_scales, sampling_values
 from candle_vllm.openai.protocol.messages import AssistantMessage, SystemMessage, ToolMessage
 from candle_vllm.openai.protocol.messages import ImagePart as WireImage
 from candle_vllm.openai.protocol.messages import Message as WireMessage
+from candle_vllm.openai.remarks import remark
 from candle_vllm.openai.task import Call, Message, Part, Paths, Task, TextPart
 from candle_vllm.openai.validation import parse_body
 
@@ -35,6 +36,7 @@ def parse_completion_request(body: bytes | Mapping[str, Any]) -> CompletionReque
 
 def read_chat(request: ChatCompletionRequest) -> Task:
     """What a checked chat request asks for."""
+    _say_idle(request)
     messages = tuple(_message(message, f"messages.{place}") for place, message in enumerate(request.messages))
     use = request.tool_use()
     fields = {
@@ -63,7 +65,8 @@ def read_chat(request: ChatCompletionRequest) -> Task:
         show_thoughts=request.include_reasoning is not False,
         echo=text_of(messages[-1]) if request.echo else "",
         tell_ids=bool(request.return_token_ids),
-        tell_counts=request.continuous_usage,
+        tell_counts=request.continuous_usage or bool(request.timings_per_token),
+        cut=request.cut("left"),
         lora=lora_scales(request.lora),
         adapter=request.lora_path,
         priority=request.priority or 0,
@@ -71,8 +74,15 @@ def read_chat(request: ChatCompletionRequest) -> Task:
     )
 
 
+def _say_idle(request: ChatCompletionRequest | CompletionRequest) -> None:
+    options = request.stream_options
+    if options is not None and options.continuous_usage_stats and not options.include_usage:
+        remark(["stream_options.continuous_usage_stats has no effect without include_usage: true"])
+
+
 def read_completion(request: CompletionRequest) -> Task:
     """What a checked completion request asks for."""
+    _say_idle(request)
     return Task(
         prompts=tuple(request.prompts),
         suffix=request.suffix or "",
@@ -86,6 +96,7 @@ def read_completion(request: CompletionRequest) -> Task:
         scored_only=request.max_tokens == 0,
         tell_ids=bool(request.return_token_ids),
         tell_counts=request.continuous_usage,
+        cut=request.cut("left"),
         lora=lora_scales(request.lora),
         adapter=request.lora_path,
         priority=request.priority or 0,

@@ -32,10 +32,12 @@ class AnswerStream:
     It closes itself when it ends or fails.
 
     Attributes:
+        head: what is known of the answer before it begins.
         prompt: tokens of the first prompt.
     """
 
     def __init__(self, sources: Sequence[TokenStream], reader: AnswerReader, prompt: Sequence[int] = ()) -> None:
+        self.head = reader.head
         self.prompt = prompt
         self._sources = sources
         self._reader = reader

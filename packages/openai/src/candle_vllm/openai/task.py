@@ -168,6 +168,35 @@ class ThinkingLimit(NamedTuple):
     required: bool = True
 
 
+class Cut(NamedTuple):
+    """How prompts are made short enough.
+
+    Attributes:
+        tokens: that are left at most; -1 is as many as the context takes, with a token for the answer.
+        side: where tokens are taken away.
+    """
+
+    tokens: int
+    side: Literal["left", "right"] = "left"
+
+    def of(self, prompt: Sequence[int], context: int) -> Sequence[int]:
+        """The prompt as it is read; raises `InvalidParameterError` where more tokens are left than the context takes.
+
+        Args:
+            prompt: its tokens.
+            context: tokens of the longest prompt that the model takes.
+        """
+        if self.tokens > context:
+            raise InvalidParameterError(
+                "truncate_prompt_tokens value is greater than max_model_len. Please request a smaller truncation size.",
+                "truncate_prompt_tokens",
+            )
+        most = context if self.tokens < 0 else self.tokens
+        if len(prompt) <= most:
+            return prompt
+        return prompt[len(prompt) - most :] if self.side == "left" else prompt[:most]
+
+
 class Paths(NamedTuple):
     """How a request spells what a task has, for errors.
 
@@ -224,6 +253,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
         echo_prompts: every choice repeats its prompt, with its log-probabilities where there are any.
         scored_only: nothing is added to the prompts.
         tell_ids, tell_counts: events say the ids of tokens, and the counts before every piece.
+        cut: how prompts are made short enough; None refuses those that are too long.
         adapter: named beside the model, whose name has it too.
         lora: how much of which adapters is added, by their numbers; None is what the served name means.
         priority: lower runs first.
@@ -255,6 +285,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     scored_only: bool = False
     tell_ids: bool = False
     tell_counts: bool = False
+    cut: Cut | None = None
     lora: Mapping[int, float] | None = None
     adapter: str | None = None
     priority: int = 0

@@ -123,6 +123,16 @@ class TemplateProbe:
         text = self._render(messages, tools)
         return text is not None and all(word in text for word in words)
 
+    def keeps_order(self, messages: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether the texts of these messages, which are all different, are rendered in their order.
+
+        A template that gathers system messages at its head changes the prompt's beginning with each new one, and
+        nothing of the conversation is found in the prefix cache.
+        """
+        text = self._render(messages, _TOOLS if self._prompts[False] is None else None)
+        places = [-1 if text is None else text.find(one["content"]) for one in messages]
+        return -1 not in places and places == sorted(places)
+
     def wants_parts(self) -> bool:
         """Whether a text is written only where it is a part of a content."""
         plain = self._prompts[False]
@@ -199,7 +209,8 @@ class TemplateNeeds:
         writes_system: a first system message is written; otherwise its text begins the first user message.
         system_alone: a system message is written where the conversation has no other message.
         system_behind_results: a first system message is written where a tool result ends the conversation.
-        system_anywhere: later system messages are written; otherwise they become text of the user, in tags.
+        system_anywhere: later system messages are written where they stand; otherwise they become text of the user,
+            in tags.
         user_behind_results: a user message may follow a tool result; otherwise its text is added to that result.
         user_first: the first message must be a user's; an empty user message is put before an assistant's.
         roles_in_turn: two user messages with different names must not follow each other.
@@ -261,7 +272,7 @@ def _of_roles(probe: TemplateProbe) -> dict[str, bool]:
     return {
         "writes_system": takes(first, _ASK),
         "system_alone": takes(first) and (probe.prompt is None or probe.writes([first], "Be kind.", tools=_TOOLS)),
-        "system_anywhere": takes(first, _ASK, late, answer, more, last),
+        "system_anywhere": probe.keeps_order([first, _ASK, late, answer, more, last]),
         "user_first": not takes(answer, more),
         "roles_in_turn": not takes({**_ASK, "name": "Ann"}, {**more, "name": "Ben"}),
         "empty_answers": takes(_ASK, _message("assistant", ""), more),

@@ -24,6 +24,7 @@ from candle_vllm.openai.anthropic.request import (
 )
 from candle_vllm.openai.anthropic.streaming import EventWriter, join_message
 from candle_vllm.openai.anthropic.tasks import Reading, read_messages
+from candle_vllm.openai.events import Usage
 from candle_vllm.openai.fair_threads import apart
 from candle_vllm.openai.streams import AnswerStream, ChunkStream
 from candle_vllm.openai.task import Task
@@ -96,6 +97,8 @@ class MessageStream(ChunkStream[MessageEvent]):
     def __init__(self, answer: AnswerStream, writer: EventWriter, reading: Reading) -> None:
         super().__init__(answer, writer)
         self._reading = reading
+        counts = Usage(prompt_tokens=len(answer.prompt), completion_tokens=0)
+        self._ready.extend(writer.start(answer.head, counts))
 
     async def __anext__(self) -> MessageEvent:
         with self._reading.worded(), self._reading.task.paths.blamed():

@@ -16,12 +16,12 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator
 from candle_vllm.openai.protocol.fields import MAX_PARTS, Name, Refusal, WireModel, invalid, unsupported
 from candle_vllm.openai.task import ImagePart
 
-_USER = ("text", "image", "tool_result")
+_USER = ("text", "image", "document", "tool_result")
 _ASSISTANT = ("text", "thinking", "redacted_thinking", "tool_use")
-_RESULT = ("text", "image", "tool_reference")
+_RESULT = ("text", "image", "document", "tool_reference")
 _SYSTEM = ("text",)
 _OURS = frozenset({*_USER, *_ASSISTANT, *_RESULT})
-_MEDIA = frozenset({"document", "search_result", "container_upload"})
+_MEDIA = frozenset({"search_result", "container_upload"})
 _HOSTED = frozenset({
     "server_tool_use", "web_search_tool_result", "web_fetch_tool_result", "code_execution_tool_result",
     "bash_code_execution_tool_result", "text_editor_code_execution_tool_result", "tool_search_tool_result",
@@ -140,6 +140,65 @@ class ImageBlock(WireModel):
         return ImagePart(f"data:{self.source.media_type};base64,{self.source.data}", path=f"{path}.source.data")
 
 
+class PlainTextSource(WireModel):
+    """A document's text."""
+
+    type: Literal["text"]
+    media_type: Literal["text/plain"]
+    data: Annotated[str, Field(min_length=1)]
+
+    @property
+    def text(self) -> str:
+        """The document."""
+        return self.data
+
+
+class ContentSource(WireModel):
+    """A document as a text or as blocks of text."""
+
+    type: Literal["content"]
+    content: Annotated[
+        Annotated[str, Field(min_length=1), Tag("<string>")]
+        | Annotated[list[TextBlock], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True), Tag("<blocks>")],
+        Discriminator(lambda value: _form(value)),
+    ]
+
+    @property
+    def text(self) -> str:
+        """The document."""
+        return self.content if isinstance(self.content, str) else "\n".join(block.text for block in self.content)
+
+
+def _readable(value: Any) -> Any:
+    if value is not None and (kind := type_of(value)) in ("base64", "url", "file"):
+        raise unsupported("type", f"documents are read as plain text (source of type 'text'), not from {kind!r}")
+    return one_of(("text", "content"))(value)
+
+
+class DocumentBlock(WireModel):
+    """A document of plain text; the model reads its title, what is said of it, and its text. The cache mark has no
+    effect, and nothing is cited."""
+
+    type: Literal["document"]
+    source: Annotated[
+        Annotated[PlainTextSource, Tag("<text>")] | Annotated[ContentSource, Tag("<content>")],
+        Discriminator(lambda value: _kind(value)),
+        BeforeValidator(_readable),
+    ]
+    title: Annotated[str, Field(max_length=500)] | None = None
+    context: str | None = None
+    cache_control: CacheControl | None = None
+
+    refused_fields: ClassVar[Mapping[str, Refusal]] = {
+        "citations": Refusal("an answer cites nothing", ({"enabled": False},))
+    }
+
+    @property
+    def text(self) -> str:
+        """What the model reads."""
+        return "\n".join(filter(None, (self.title, self.context, self.source.text)))
+
+
 class ToolReferenceBlock(WireModel):
     """A tool that a search found; the model reads its name."""
 
@@ -208,6 +267,7 @@ def _form(value: Any) -> str:
 _ResultBlock = Annotated[
     Annotated[TextBlock, Tag("<text>")]
     | Annotated[ImageBlock, Tag("<image>")]
+    | Annotated[DocumentBlock, Tag("<document>")]
     | Annotated[ToolReferenceBlock, Tag("<tool_reference>")],
     Discriminator(_kind),
     BeforeValidator(_checked(_RESULT, "a tool_result")),
@@ -235,6 +295,7 @@ _SystemBlock = Annotated[WrittenBlock, BeforeValidator(_checked(_SYSTEM, "a syst
 _UserBlock = Annotated[
     Annotated[WrittenBlock, Tag("<text>")]
     | Annotated[ImageBlock, Tag("<image>")]
+    | Annotated[DocumentBlock, Tag("<document>")]
     | Annotated[ToolResultBlock, Tag("<tool_result>")],
     Discriminator(_kind),
     BeforeValidator(_checked(_USER, "a user message")),

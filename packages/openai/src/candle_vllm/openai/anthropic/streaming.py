@@ -34,7 +34,7 @@ from candle_vllm.openai.anthropic.answers import (
     Usage,
 )
 from candle_vllm.openai.anthropic.tool_input import ToolInput, parsed_input
-from candle_vllm.openai.events import Begun, CallBegun, CallText, Ended, Event, Reason, Text, Thought
+from candle_vllm.openai.events import Begun, CallBegun, CallText, Ended, Event, Head, Reason, Text, Thought
 from candle_vllm.openai.events import Usage as Counts
 
 _Kind = Literal["text", "thinking"]
@@ -59,6 +59,15 @@ class EventWriter:
         self._open: _Kind | ToolInput | None = None
         self._space: tuple[_Kind, str] | None = None  # white space that may be the beginning of a block
         self._stop: StopDelta | None = None
+        self._begun = False
+
+    def start(self, head: Head, counts: Counts) -> list[MessageEvent]:
+        """The first events, before the first token: clients count what they see as a sign of life. How much of the
+        prompt was cached is not known then; the last counts have it."""
+        self._begun = True
+        name = "msg_" + head.id.removeprefix("chatcmpl-")
+        message = Message(id=name, model=head.model, content=(), usage=Usage.of(counts))
+        return [MessageStart(message=message), Ping()]
 
     def write(self, events: Sequence[Event]) -> list[MessageEvent]:
         """The events that those of an answer with one choice make."""
@@ -77,7 +86,8 @@ class EventWriter:
                 block = ToolUseBlock(id=event.id, name=event.name, input={})
                 return [*self._close(), *self._begin(ToolInput(), block)]
             case Begun():
-                return self._start(event)
+                assert self._counts is not None
+                return [] if self._begun else self.start(event.head, self._counts)
             case Ended():
                 self._stop = self._stopped(event)
                 return self._close(cut=event.reason is not Reason.TOOL_CALLS)
@@ -87,12 +97,6 @@ class EventWriter:
                     return []
                 assert self._stop is not None
                 return [MessageDelta(delta=self._stop, usage=Usage.of(event)), MessageStop()]
-
-    def _start(self, begun: Begun) -> list[MessageEvent]:
-        assert self._counts is not None
-        name = "msg_" + begun.head.id.removeprefix("chatcmpl-")
-        message = Message(id=name, model=begun.head.model, content=(), usage=Usage.of(self._counts))
-        return [MessageStart(message=message), Ping()]
 
     def _say(self, kind: _Kind, text: str) -> list[MessageEvent]:
         if self._open == kind:

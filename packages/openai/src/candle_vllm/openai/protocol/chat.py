@@ -31,7 +31,7 @@ from candle_vllm.openai.protocol.tools import (
     custom_names,
     tool_use,
 )
-from candle_vllm.openai.protocol.usage import Usage
+from candle_vllm.openai.protocol.usage import Timings, Usage
 from candle_vllm.openai.task import ToolUse
 
 
@@ -86,6 +86,8 @@ class ChatCompletionRequest(TemplateFields, GenerationFields):
     `max_completion_tokens` and `max_tokens` are two names of one limit; neither means: up to the model's context.
     `include_reasoning: false` leaves the thoughts out of the answer; they are generated and counted all the same.
     With a `prediction`, usage says how many of its tokens stand in the answer.
+    With `timings_per_token` chunks have llama.cpp's `timings`, the last one those of the engine, and so has a whole
+    answer.
     `conversation_id` and `resource_id` are labels of the client: the answer repeats them, a stream in its first chunk.
     """
 
@@ -102,6 +104,7 @@ class ChatCompletionRequest(TemplateFields, GenerationFields):
     parallel_tool_calls: bool | None = None
     include_reasoning: bool | None = None
     prediction: Prediction | None = None
+    timings_per_token: bool | None = None
 
     @field_validator("tools")
     @classmethod
@@ -203,12 +206,17 @@ class CustomToolCallOut(msgspec.Struct, frozen=True, kw_only=True, tag_field="ty
 
 
 class ChatMessage(msgspec.Struct, frozen=True, kw_only=True):
-    """The answer; `content` is null where there are only tool calls or only thoughts."""
+    """The answer; `content` is null where there are only tool calls or only thoughts.
+
+    The thoughts have two names: `reasoning_content` is llama.cpp's and DeepSeek's, `reasoning` is vLLM's and
+    OpenRouter's.
+    """
 
     role: str = "assistant"
     content: str | None
     refusal: None = None
     reasoning_content: str | UnsetType = UNSET
+    reasoning: str | UnsetType = UNSET
     tool_calls: tuple[ToolCallOut | CustomToolCallOut, ...] | UnsetType = UNSET
 
 
@@ -260,7 +268,10 @@ PromptLogprobs = tuple[dict[str, PromptLogprob] | None, ...]
 
 
 class ChatCompletion(msgspec.Struct, frozen=True, kw_only=True):
-    """The whole answer to a chat request."""
+    """The whole answer to a chat request.
+
+    Tokens and log-probabilities of the prompt are null where they were not asked for, as vLLM has it.
+    """
 
     id: str
     created: int
@@ -269,10 +280,11 @@ class ChatCompletion(msgspec.Struct, frozen=True, kw_only=True):
     usage: Usage
     system_fingerprint: str
     object: str = "chat.completion"
-    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
-    prompt_token_ids: tuple[int, ...] | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | None = None
+    prompt_token_ids: tuple[int, ...] | None = None
     conversation_id: str | UnsetType = UNSET
     resource_id: str | UnsetType = UNSET
+    timings: Timings | UnsetType = UNSET
 
 
 class FunctionCallDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -305,6 +317,7 @@ class ChatDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     role: str | None = None
     content: str | None = None
     reasoning_content: str | None = None
+    reasoning: str | None = None
     tool_calls: tuple[ToolCallDelta, ...] | None = None
 
 
@@ -335,3 +348,4 @@ class ChatCompletionChunk(msgspec.Struct, frozen=True, kw_only=True):
     prompt_token_ids: tuple[int, ...] | UnsetType = UNSET
     conversation_id: str | UnsetType = UNSET
     resource_id: str | UnsetType = UNSET
+    timings: Timings | UnsetType = UNSET

@@ -10,13 +10,13 @@ import msgspec
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from candle_vllm.core.pooling import MAX_DIMENSIONS, PoolingParams
-from candle_vllm.openai.protocol.fields import Refusal, TokenIds, invalid, prompt_form
+from candle_vllm.openai.protocol.fields import CutFields, Refusal, TokenIds, invalid, prompt_form
 from candle_vllm.openai.protocol.pooling import MAX_INPUTS, POOLING_REFUSED_FIELDS, PoolingFields, PoolingUsage, Words
 
 PoolingName = Literal["mean", "last", "cls"]
 
 EMBEDDING_REFUSED_FIELDS: Mapping[str, Refusal] = {
-    **POOLING_REFUSED_FIELDS,
+    **{name: refusal for name, refusal in POOLING_REFUSED_FIELDS.items() if name not in CutFields.model_fields},
     "embed_dtype": Refusal("vectors are float32", ("float32",)),
     "endianness": Refusal("vectors are little-endian", ("native", "little")),
     "input_type": Refusal("put the words that the model wants for queries or documents into the text"),
@@ -34,7 +34,7 @@ Input = Annotated[
 ]
 
 
-class EmbeddingRequest(PoolingFields):
+class EmbeddingRequest(CutFields, PoolingFields):
     """Texts whose vectors are wanted: a text, several, token ids, or several lists of them.
 
     Attributes:
@@ -73,7 +73,7 @@ class EmbeddingRequest(PoolingFields):
         )
 
 
-class ClassifyRequest(PoolingFields):
+class ClassifyRequest(CutFields, PoolingFields):
     """Texts that a classifier is to tell apart, in vLLM's words.
 
     Attributes:

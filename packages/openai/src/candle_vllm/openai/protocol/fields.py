@@ -6,12 +6,13 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
 from candle_vllm.openai.remarks import remark, unknown_fields_pass
+from candle_vllm.openai.task import Cut
 
 MAX_NAME = 256  # characters of a model name, participant name or call id
 _MAX_FIELD = 128  # characters of a field's path in an error
@@ -60,7 +61,6 @@ _OLD_FUNCTIONS = "OpenAI replaced it by tools and tool_choice"
 _ONE_BACKEND = "there is one backend for structured output; use structured_outputs"
 _INTERNAL = "it belongs to another server's internals"
 _PREPARED = "images are read as they are, and prepared as the model's files say"
-_NEVER_CUT = "prompts are never cut"
 _ALWAYS_APART = "reasoning always stands apart from the answer; include_reasoning: false leaves it out"
 _ONE_ORDER = "samplers have one order"
 _NO_SAMPLER = "there is no such sampler"
@@ -88,8 +88,6 @@ REFUSED_FIELDS: Mapping[str, Refusal] = {
     "guided_json_object": Refusal("use structured_outputs with json_object", (False,)),
     "guided_whitespace_pattern": Refusal("use structured_outputs with whitespace_pattern"),
     "guided_decoding_backend": Refusal(_ONE_BACKEND, idle=True),
-    "json_schema": Refusal("use response_format, or structured_outputs with json"),
-    "grammar": Refusal("use structured_outputs with grammar"),
     "ebnf": Refusal("use structured_outputs with grammar"),
     "regex": Refusal("use structured_outputs with regex"),
     "structural_tag": Refusal("use structured_outputs with structural_tag"),
@@ -119,11 +117,8 @@ REFUSED_FIELDS: Mapping[str, Refusal] = {
     "return_mm_kwargs": Refusal(_PREPARED, (True,), idle=True),
     "prompt_embeds": Refusal("prompts are texts or token ids"),
     "spaces_between_special_tokens": Refusal("spacing is the tokenizer's", (True,), idle=True),
-    "return_tokens_as_token_ids": Refusal("use return_token_ids", (False,)),
     "return_token_offsets": Refusal("use return_token_ids", (False,)),
     "return_prompt_text": Refusal("use return_token_ids, which has the prompt's tokens", (False,)),
-    "truncate_prompt_tokens": Refusal(_NEVER_CUT),
-    "truncation_side": Refusal(_NEVER_CUT),
     "stream_interval": Refusal("every piece is sent as soon as it is there", (1,), idle=True),
     "logits_processors": Refusal("a request cannot bring code", ([],)),
     "kv_transfer_params": Refusal(_INTERNAL, ({},), idle=True),
@@ -262,7 +257,7 @@ class WireModel(BaseModel):
         return f"is not a known field; did you mean {near[0]!r}?" if near else "is not a known field"
 
 
-_NAMES_HERE = {"n_predict": "max_tokens", "num_predict": "max_tokens", "max_new_tokens": "max_tokens",
+_NAMES_HERE = {"num_predict": "max_tokens", "max_new_tokens": "max_tokens",
                "temp": "temperature"}  # fmt: skip
 _OF_THE_OPERATOR = {
     "options": "its values stand in the request itself, num_predict as max_tokens",
@@ -311,6 +306,23 @@ FunctionName = Annotated[str, AfterValidator(check_name)]
 
 _MODEL_NAME = {"type": "string", "maxLength": MAX_NAME}
 _MODEL_NAMES = {"type": "array", "items": {"anyOf": [_MODEL_NAME, {"type": "null"}]}}
+
+
+class CutFields(WireModel):
+    """vLLM's way to have prompts that are too long cut, which otherwise are refused.
+
+    Attributes:
+        truncate_prompt_tokens: tokens that are left at most; -1 is as many as the model takes.
+        truncation_side: from which side they are taken away.
+    """
+
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=(1 << 31) - 1)] | None = None
+    truncation_side: Literal["left", "right"] | None = None
+
+    def cut(self, otherwise: Literal["left", "right"]) -> Cut | None:
+        """How prompts are cut, from the side `otherwise` where the request names none; None is not at all."""
+        given = self.truncate_prompt_tokens
+        return None if given is None else Cut(given, self.truncation_side or otherwise)
 
 
 class ModelFields(WireModel):

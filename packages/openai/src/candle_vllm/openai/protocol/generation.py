@@ -21,6 +21,7 @@ from candle_vllm.openai.protocol.fields import (
     MAX_NAME,
     MAX_PRIORITY,
     REFUSED_FIELDS,
+    CutFields,
     ModelFields,
     Refusal,
     RequestId,
@@ -30,7 +31,13 @@ from candle_vllm.openai.protocol.fields import (
     invalid,
     unsupported,
 )
-from candle_vllm.openai.protocol.structured import ResponseFormat, StructuredOutputs, blamed_field, structured_params
+from candle_vllm.openai.protocol.structured import (
+    LlamaForms,
+    ResponseFormat,
+    StructuredOutputs,
+    blamed_field,
+    structured_params,
+)
 
 Text = Annotated[str, Field(min_length=1, max_length=caps.MAX_STOP_LENGTH)]
 MaxTokens = Annotated[int, Field(ge=1, le=caps.MAX_TOKENS)]
@@ -66,7 +73,7 @@ class StreamOptions(WireModel):
 
     Attributes:
         include_usage: a last chunk without choices has the token counts; every other chunk has `usage: null`.
-        continuous_usage_stats: every chunk has the counts so far; needs `include_usage`.
+        continuous_usage_stats: every chunk has the counts so far, where `include_usage` is true.
     """
 
     include_usage: bool | None = None
@@ -75,12 +82,6 @@ class StreamOptions(WireModel):
     refused_fields: ClassVar[Mapping[str, Refusal]] = {
         "include_obfuscation": Refusal("chunks are never padded with random characters", (False,)),
     }
-
-    @model_validator(mode="after")
-    def _continuous_needs_usage(self) -> Self:
-        if self.continuous_usage_stats and not self.include_usage:
-            raise invalid("continuous_usage_stats", "needs include_usage: true")
-        return self
 
 
 _MAX_LORAS = 1024  # those with a scale of 0 included
@@ -209,7 +210,7 @@ def lora_scales(given: Sequence[LoraScale] | None) -> Mapping[int, float] | None
     return scales
 
 
-class GenerationFields(SamplerFields, ModelFields):
+class GenerationFields(LlamaForms, SamplerFields, CutFields, ModelFields):
     """How to generate. None always means absent: the model's own default counts, then ours."""
 
     refused_fields: ClassVar[Mapping[str, Refusal]] = REFUSED_FIELDS
@@ -246,6 +247,7 @@ class GenerationFields(SamplerFields, ModelFields):
     echo: bool | None = None
     add_special_tokens: bool | None = None
     return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
     return_draft_counts: bool | None = None
     lora: LoraScales | None = None
     priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
@@ -263,6 +265,16 @@ class GenerationFields(SamplerFields, ModelFields):
     session_id: str | None = None
     verbosity: Literal["low", "medium", "high"] | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_limit(cls, data: Any) -> Any:
+        """llama.cpp's name of `max_tokens`, and -1, by which its clients and LM Studio's mean no limit."""
+        if not isinstance(data, dict) or not ("n_predict" in data or data.get("max_tokens") == -1):
+            return data
+        limit = data.get("max_tokens", data.get("n_predict"))
+        data = {name: value for name, value in data.items() if name not in ("n_predict", "max_tokens")}
+        return data if limit == -1 else data | {"max_tokens": limit}
+
     @model_validator(mode="after")
     def _shared_rules(self) -> Self:
         if self.best_of is not None and self.best_of != (self.n or 1):
@@ -276,11 +288,17 @@ class GenerationFields(SamplerFields, ModelFields):
 
     def structured(self) -> StructuredOutputsParams | None:
         """What the answer must look like; None when any text will do."""
-        return structured_params(self.response_format, self.structured_outputs)
+        form, given = structured_params(self.response_format, self.structured_outputs), self.llama_form()
+        if form is not None and given is not None:
+            other = blamed_field(self.response_format, self.structured_outputs)
+            raise invalid(given[0], f"and {other} exclude each other; give one of them")
+        return form if given is None else given[1]
 
     @property
     def structured_field(self) -> str:
         """The path of what core calls `structured_outputs`, for errors that core finds later."""
+        if self.grammar or self.json_schema:
+            return "grammar" if self.grammar else "json_schema"
         return blamed_field(self.response_format, self.structured_outputs)
 
     @property
@@ -296,4 +314,4 @@ class GenerationFields(SamplerFields, ModelFields):
     @property
     def continuous_usage(self) -> bool:
         """True when every chunk has the counts so far."""
-        return bool(self.stream_options and self.stream_options.continuous_usage_stats)
+        return bool(self.include_usage and self.stream_options and self.stream_options.continuous_usage_stats)

@@ -41,15 +41,14 @@ class TextFormat(WireModel):
 
 
 class JsonObjectFormat(WireModel):
-    """Any JSON object."""
+    """Any JSON object, or, as llama.cpp has it, JSON that follows a schema."""
 
     type: Literal["json_object"]
-
-    refused_fields: ClassVar[Mapping[str, Refusal]] = {"schema": Refusal("use the type json_schema")}
+    json_schema: Schema | None = Field(default=None, alias="schema")
 
     def core_fields(self) -> dict[str, Any]:
         """The fields of core's `StructuredOutputsParams` that say the same."""
-        return {"json_object": True}
+        return {"json": self.json_schema} if self.json_schema else {"json_object": True}
 
 
 class JsonSchema(WireModel):
@@ -64,11 +63,16 @@ class JsonSchema(WireModel):
     strict: bool | None = None
 
 
+def _named(value: Any) -> Any:
+    """llama.cpp's clients leave the name out."""
+    return {"name": "schema", **value} if isinstance(value, dict) and "schema" in value else value
+
+
 class JsonSchemaFormat(WireModel):
     """JSON that follows a schema."""
 
     type: Literal["json_schema"]
-    json_schema: JsonSchema
+    json_schema: Annotated[JsonSchema, BeforeValidator(_named)]
 
     def core_fields(self) -> dict[str, Any]:
         """The fields of core's `StructuredOutputsParams` that say the same."""
@@ -204,6 +208,30 @@ class StructuredOutputs(WireModel):
         return fields
 
 
+class LlamaForms(WireModel):
+    """llama.cpp's own fields for the form of an answer, beside `response_format`; empty ones ask for nothing.
+
+    Attributes:
+        grammar: GBNF, or Lark.
+        json_schema: a schema that the answer follows.
+    """
+
+    grammar: Annotated[str, Field(max_length=core.MAX_GRAMMAR)] | None = None
+    json_schema: dict[str, Any] | None = None
+
+    def llama_form(self) -> tuple[str, StructuredOutputsParams] | None:
+        """The field that is given, and what it asks for; raises the error that pydantic reports."""
+        if self.grammar and self.json_schema:
+            raise invalid("grammar", "and json_schema exclude each other; give one of them")
+        name = "grammar" if self.grammar else "json_schema"
+        try:
+            if self.grammar:
+                return name, StructuredOutputsParams(grammar=self.grammar)
+            return (name, StructuredOutputsParams(json=self.json_schema)) if self.json_schema else None
+        except InvalidParameterError as error:
+            raise invalid(name, f"cannot be used: {str(error).removeprefix('structured_outputs: ')}") from None
+
+
 def structured_params(
     response_format: ResponseFormat | None, structured_outputs: StructuredOutputs | None
 ) -> StructuredOutputsParams | None:
@@ -231,6 +259,8 @@ def blamed_field(response_format: ResponseFormat | None, structured_outputs: Str
     """The path of the part of a request that core knows as `structured_outputs`."""
     if isinstance(response_format, JsonSchemaFormat):
         return "response_format.json_schema.schema"
+    if isinstance(response_format, JsonObjectFormat) and response_format.json_schema:
+        return "response_format.schema"
     if structured_outputs is None:
         return "response_format"
     return f"structured_outputs.{next(kind for kind in KINDS if structured_outputs.asks_for(kind))}"

@@ -48,3 +48,24 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     completion_tokens_details: CompletionTokensDetails | UnsetType = UNSET
     prompt_time_costs: int | UnsetType = UNSET
     completion_time_costs: int | UnsetType = UNSET
+
+
+class Timings(msgspec.Struct, frozen=True, kw_only=True):
+    """llama.cpp's tokens and milliseconds of the prompt and of the answer; cached tokens took no time.
+
+    Attributes:
+        draft_n, draft_n_accepted: draft tokens that were tried, and tokens of the answer that came of them; absent
+            where none was tried.
+    """
+
+    cache_n: int
+    prompt_n: int
+    prompt_ms: int
+    prompt_per_token_ms: float
+    prompt_per_second: float
+    predicted_n: int
+    predicted_ms: int
+    predicted_per_token_ms: float
+    predicted_per_second: float
+    draft_n: int | UnsetType = UNSET
+    draft_n_accepted: int | UnsetType = UNSET

@@ -148,7 +148,7 @@ class EventWriter:
         self._items.close("incomplete")
         self._log.emit(wire.ErrorOccurred, error=error, code=error.code, message=error.message, param=error.param)
         failure = ResponseError(code=code, message=error.message)
-        self.response = replace(self._ended("failed"), error=failure, incomplete_details=None)
+        self.response = replace(self._ended("failed"), error=failure, incomplete_details=None, usage=None)
         self._log.emit(wire.ResponseFailed, response=self.response)
         return self._log.take()
 

