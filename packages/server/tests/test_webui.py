@@ -208,7 +208,7 @@ BY_NAME = {"host": "mybox.lan:2000", "accept": "text/html,*/*;q=0.8"}
         ({"cors_origin": ("*",)}, BY_NAME, 200),
         ({}, {**BY_NAME, "host": "192.168.1.5:2000"}, 200),
         ({}, {**BY_NAME, "sec-fetch-site": "none"}, 200),  # HTTPS before a proxy: its scripts say same-origin
-        ({}, {"host": "mybox.lan:2000"}, 200),  # no browser
+        ({"api_key": ("k",)}, {"host": "mybox.lan:2000"}, 200),  # no browser
     ],
 )
 def test_a_page_whose_scripts_would_be_refused_says_which_flag_is_missing(

@@ -212,7 +212,9 @@ class OriginMiddleware:
 
     def _shut_page(self, scope: Scope) -> str:
         """The origin of the web UI, where a browser that asks for the page would not get its scripts; else ""."""
-        asked = _values(scope, b"host") if self._page and scope["type"] == "http" and route_path(scope) == "/" else []
+        if not self._page or scope["type"] != "http" or route_path(scope) != "/":
+            return ""
+        asked = _values(scope, b"host")
         browser = "text/html" in "".join(_values(scope, b"accept"))
         if len(asked) != 1 or not browser or _values(scope, b"sec-fetch-site"):
             return ""

@@ -323,15 +323,10 @@ def find_among(locals_: Sequence[Local], name: str) -> Local:
 
 def remove(settings: Settings, local: Local) -> int:
     """Removes a model's files from the cache; returns how many bytes are free again."""
-    from huggingface_hub import scan_cache_dir
-
     repo = next(repo for repo in _repos(settings) if repo.repo_id == local.repo)
     if all(other.name == local.name for other in _models_of(repo)):
-        strategy = scan_cache_dir(settings.download_dir).delete_revisions(
-            *(revision.commit_hash for revision in repo.revisions)
-        )
-        strategy.execute()
-        return strategy.expected_freed_size
+        shutil.rmtree(repo.repo_path)  # not by its commits, which another repository may have as well
+        return repo.size_on_disk
     freed = 0
     for revision in repo.revisions:
         names = {_inside(revision, file): file for file in revision.files}
