@@ -179,7 +179,7 @@ def _tell(folder: Path | None) -> None:
     wanted = WANTED.get()
     if folder is not None and wanted:
         done = sum((folder / name).exists() for name in wanted)
-    if folder is not None and here == 2 and any(file.stat().st_mtime < _BEGUN for file in folder.iterdir()):
+    if folder is not None and here == 2 and folder.parent.stat().st_mtime < _BEGUN:  # a new folder was announced
         logger.warning("compiling further CPU kernels for this machine: once, and some seconds each")
     how = "once for this machine" if folder is not None else "which cannot be kept"
     tell(f"compiling the CPU kernels, {how}", done, len(wanted), " kernels")
