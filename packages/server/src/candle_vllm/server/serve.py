@@ -425,7 +425,7 @@ def _for_others(address: Address) -> str:
         return ""
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect(("192.0.2.1", 9))  # of a net that is nobody's; nothing is sent
-        return f", from elsewhere {dataclasses.replace(address, host=probe.getsockname()[0]).url}"
+        return f" (from elsewhere {dataclasses.replace(address, host=probe.getsockname()[0]).url})"
     return ""
 
 
