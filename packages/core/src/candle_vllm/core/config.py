@@ -91,7 +91,7 @@ _ATTENTION = Choice(
     {"triton_attn": "triton"},
     {"flashinfer": "FlashInfer's kernels are not used; triton is this project's own"},
 )
-_NO_FORMATS = dict.fromkeys(
+_NO_FORMATS: dict[str, str] = dict.fromkeys(
     ("tensorizer", "sharded_state", "runai_streamer", "bitsandbytes", "npcache", "pt"),
     "weights are read from safetensors and GGUF files alone, by each rank its share",
 )
