@@ -159,3 +159,18 @@ def test_settings_by_keyword_are_those_of_the_table() -> None:
 def test_types_have_the_names_of_other_libraries(given: Any, means: str) -> None:
     assert EngineConfig(model="m", dtype=given) == EngineConfig(model="m", dtype=means)  # pyright: ignore[reportArgumentType]
     assert EngineConfig(model="m", dtype=given).dtype == means
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "why"),
+    [
+        ("attention_backend", "flashinfer", "FlashInfer's kernels are not used"),
+        ("load_format", "tensorizer", "safetensors and GGUF files alone"),
+        ("load_format", "sharded_state", "safetensors and GGUF files alone"),
+        ("speculative_config", {"method": "medusa"}, "heads of Medusa are not read"),
+        ("speculative_config", {"method": "eagle"}, "those of EAGLE-3 are"),
+    ],
+)
+def test_what_vllm_has_and_is_not_here_is_refused_with_the_reason(setting: str, value: Any, why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        EngineConfig(model="x", **{setting: value})

@@ -613,6 +613,8 @@ def test_the_log_of_requests_says_who_asked_and_never_the_key(start, caplog: pyt
     with caplog.at_level("INFO", "candle_vllm.server.requests"), running.http() as client:
         client.get("/v1/models", headers={"authorization": "Bearer second-secret", "x-request-id": "mine"})
         client.get("/v1/models%0Ax", headers={"x-request-id": "other"})
+        for probe in ("/ready", "/health"):  # two a second would hide the others
+            assert client.get(probe).status_code == 200
 
         def lines() -> list[logging.LogRecord]:
             return [record for record in caplog.records if record.name == "candle_vllm.server.requests"]
@@ -637,6 +639,8 @@ def test_what_other_servers_have_is_answered_with_what_it_is_called_here(start) 
         for path, here in (("/generate", "/v1/completions"), ("/embedding", "/v1/embeddings")):
             assert f", {here} does here." in client.post(path, json={}).json()["error"]["message"]
         assert client.get("/nothing").json()["error"]["message"].endswith("the API is under /v1.")
+        message = client.post("/v1/audio/transcriptions").json()["error"]["message"]
+        assert message == "There is no route '/v1/audio/transcriptions' here."
         assert client.get("/v1/chat/completions").json()["error"]["message"].endswith("does not take GET, but POST.")
         for field, said in (
             ("num_predict", "'max_tokens'"), ("options", "as max_tokens"),

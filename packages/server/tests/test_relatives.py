@@ -166,6 +166,8 @@ def test_models_sleep_and_wake(start: Callable[..., Any], caplog: pytest.LogCapt
         assert client.get("/is_sleeping", headers=operator).json() == {"is_sleeping": False}
         assert client.post("/sleep?level=2", headers=operator).status_code == 200
         assert client.get("/is_sleeping", headers=operator).json() == {"is_sleeping": True}
+        asked = client.get("/ready")
+        assert (asked.status_code, asked.json()) == (503, {"status": "sleeping"}), "a load balancer would go on sending"
         refused = client.post("/v1/chat/completions", json=body, headers={"authorization": "Bearer key"})
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "model_sleeping")
         assert "/wake_up" in refused.json()["error"]["message"]

@@ -16,10 +16,12 @@ import pytest
 
 from candle_vllm.openai import ModelNotServedError
 from candle_vllm.server.http.keys import Keyring
+from candle_vllm.server.models.catalogue import Catalogue, ModelEntry
 from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.models.slot import ModelState
 from candle_vllm.server.models.switcher import ManagerLimits
-from candle_vllm.server.reloading import Reloader
+from candle_vllm.server.reloading import Reloader, warn_of_missing
+from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.configuration import load_configuration
 from candle_vllm.server.settings.options import UsageError
 from candle_vllm.server.settings.sources import SettingsSource
@@ -284,3 +286,19 @@ async def test_a_terminal_that_is_closed_still_ends_the_server(served: Served, m
     finally:
         asyncio.get_running_loop().remove_signal_handler(signal.SIGHUP)
         signal.signal(signal.SIGHUP, before)
+
+
+def test_files_whose_headers_cannot_be_read_are_named_at_the_start(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Else the first client of the model would find out."""
+    cut, text, none = tmp_path / "cut.gguf", tmp_path / "README.md", tmp_path / "none.gguf"
+    cut.write_bytes(b"GGUF\3\0\0\0")
+    text.write_text("not a model")
+    entries = [ModelEntry(path.stem, Settings(model=str(path))) for path in (tmp_path / "first.gguf", cut, text, none)]
+    reading = warn_of_missing(Catalogue(entries))
+    assert reading is not None
+    reading.join()
+    said = [record.getMessage() for record in caplog.records]
+    for name, reason in (("cut", "cut.gguf"), ("README", "not a .gguf file"), ("none", "there is no")):
+        assert any(line.startswith(f"the model {name} cannot be loaded: ") and reason in line for line in said), said

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -164,11 +165,38 @@ def test_unix_sockets(tmp_path: Path) -> None:
     assert path.read_text() == "precious"
 
 
+REDIS = "redis://me:word@box:6379/0"
+
+
 def test_the_banner_says_where_and_what() -> None:
     settings = Settings(host="0.0.0.0", api_key=("k",), served_model_name=("n",))
     text = banner(create_app(PacedEngine(), settings), settings.address)
     for part in ("http://127.0.0.1:2000/v1", "n (scripted", "required", "Ctrl+C to stop", "tokens"):
         assert part in text
+
+
+def test_the_banner_says_what_was_asked_for() -> None:
+    settings = Settings(
+        ollama_port=11434, enable_lora=True, lora_modules=("a=./a",), requests_per_minute=5, prompt_cache_url=REDIS,
+        speculative_config={"method": "draft_model", "model": "org/small"}, responses_store="sqlite",
+    )  # fmt: skip
+    plain = banner(create_app(PacedEngine(), Settings()), settings.address)
+    text = banner(create_app(PacedEngine(), settings), settings.address)
+    for name, part in (
+        ("drafts", "draft_model, by org/small"), ("adapters", "taken, a"), ("prompt cache", "redis://box:6379/0"),
+        ("responses", "sqlite"), ("limits", "5 requests a minute"), ("Ollama's port", "11434"),
+    ):  # fmt: skip
+        assert f"{name:15}  {part}\n" in text
+        assert f"\n{name}" not in plain
+
+
+def test_the_banner_is_one_object_where_the_log_is_json() -> None:
+    settings = Settings(log_format="json", ui_server=True)
+    line = banner(create_app(PacedEngine(), settings), settings.address)
+    fields = json.loads(line)
+    assert line.count("\n") == 1
+    assert (fields["message"], fields["level"], fields["address"]) == ("ready", "INFO", "http://127.0.0.1:2000")
+    assert fields["web_ui"] == "http://127.0.0.1:2000/"
 
 
 @contextmanager

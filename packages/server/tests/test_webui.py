@@ -194,3 +194,32 @@ def test_a_key_for_the_page_alone_where_nobody_has_one(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text("k\n")
     assert new_page_key(Settings(ui_server=True, api_key_file=file), True) is None
+
+
+BY_NAME = {"host": "mybox.lan:2000", "accept": "text/html,*/*;q=0.8"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "headers", "status"),
+    [
+        ({}, BY_NAME, 403),
+        ({"api_key": ("k",)}, BY_NAME, 403),
+        ({"cors_origin": ("http://mybox.lan:2000",)}, BY_NAME, 200),
+        ({"cors_origin": ("*",)}, BY_NAME, 200),
+        ({}, {**BY_NAME, "host": "192.168.1.5:2000"}, 200),
+        ({}, {**BY_NAME, "sec-fetch-site": "none"}, 200),  # HTTPS before a proxy: its scripts say same-origin
+        ({"api_key": ("k",)}, {"host": "mybox.lan:2000"}, 200),  # no browser
+    ],
+)
+def test_a_page_whose_scripts_would_be_refused_says_which_flag_is_missing(
+    start: Callable[..., Any], settings: Any, headers: dict[str, str], status: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A browser asks for scripts with an Origin, which a name over plain HTTP does not show to be the server's own."""
+    with start(ui_server=True, **settings).http() as client:
+        answers = [client.get("/", headers=headers) for _ in range(2)]
+        script = client.get("/assets/x.js", headers={**headers, "origin": f"http://{headers['host']}"})
+    assert {answer.status_code for answer in answers} == {status}
+    if status == 403:
+        assert "--cors-origin http://mybox.lan:2000" in answers[0].text
+        assert script.status_code == 403
+        assert caplog.text.count("--cors-origin allows its origin") == 1

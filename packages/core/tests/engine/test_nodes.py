@@ -353,7 +353,7 @@ def door() -> Iterator[Door]:
 
 
 def invitation(door: Door, **other: Any) -> Invitation:
-    return msgspec.structs.replace(Invitation(door.host, door.port, KEY, 1, 2, 2, {}, 20), **other)
+    return msgspec.structs.replace(Invitation(door.host, door.port, KEY, 1, 2, 2, {}, (20, False)), **other)
 
 
 def test_a_rank_joins_a_process_with_many_files() -> None:

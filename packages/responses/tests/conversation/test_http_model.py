@@ -171,7 +171,7 @@ def envelope(**fields: Any) -> bytes:
     [
         (400, envelope(message="bad", param="top_p", code="invalid_value"), ModelServerRequestError, "400: bad"),
         (422, b'{"detail": [{"msg": "no"}]}', ModelServerRequestError, '[{"msg": "no"}]'),
-        (401, envelope(message=f"wrong key {KEY}"), ModelServerError, "wrong key *** (check the API key)"),
+        (401, envelope(message=f"wrong key {KEY}"), ModelServerError, "wrong key *** (check the API key: --api-key)"),
         (404, b"<html>nothing", ModelServerError, "check the model's name"),
         (429, envelope(message="slow down"), ModelServerBusyError, "slow down"),
         (503, b"", ModelServerBusyError, "503: no reason given"),

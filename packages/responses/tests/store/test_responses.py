@@ -470,3 +470,18 @@ async def test_what_an_entry_gathered_counts_when_it_has_ended(opener, store_url
     assert [part.id for part in await store.parts("file", "a", "file_1")] == ["0", "1", "2"]
     sizes = select(store.tables.entries.c.size)
     assert await store.database.run(lambda connection: connection.execute(sizes).scalar_one()) > 3000
+
+
+async def test_a_full_disk_is_said_in_one_line(opener, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = await opener(f"sqlite:///{tmp_path}/responses.sqlite")
+    database = (await store.store()).database
+    await database.run(lambda connection: connection.exec_driver_sql("PRAGMA max_page_count = 1").close())
+
+    async def fill() -> None:
+        for number in range(200):
+            await store.put(record(f"resp_{number}"))
+
+    with pytest.raises(StoreUnavailableError, match="cannot be written: no space is left where it lies") as error:
+        await fill()
+    assert error.value.__cause__ is None, "it would be logged with its traceback"
+    assert caplog.text.count("database or disk is full") == 1

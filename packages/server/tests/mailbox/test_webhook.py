@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import hmac
 import json
 import re
 import shutil
@@ -237,6 +238,13 @@ def test_a_known_signature() -> None:
     """`printf '1700000000.{}' | openssl dgst -sha256 -hmac secret`"""
     expected = "sha256=b8569b78799ff9e3cbff0fc2d63a33a2b57f3282abd07c37ae5e8e7d79a5f163"
     assert sign(WebhookAuth("hmac", "secret"), "1700000000", b"{}") == expected
+
+
+def test_a_signature_of_the_body_alone_does_not_depend_on_the_time() -> None:
+    """`printf '{}' | openssl dgst -sha256 -hmac secret`: what candle-vllm's receivers check."""
+    auth = WebhookAuth("hmac", "secret", signs="body")
+    expected = "sha256=" + hmac.new(b"secret", b"{}", "sha256").hexdigest()
+    assert {sign(auth, when, b"{}") for when in ("1700000000", "1")} == {expected}
 
 
 def _certificate(folder: Path, name: str) -> tuple[Path, Path]:

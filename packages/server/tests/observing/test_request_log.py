@@ -3,22 +3,25 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 import re
+import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from candle_vllm.core.sampling.params import SamplingParams
+from candle_vllm.core.shown import MAX_MESSAGE, JsonFormatter, json_line
 from candle_vllm.server.observing.request_log import (
-    MAX_MESSAGE,
-    JsonFormatter,
+    LogFile,
     RequestLog,
     TextFormatter,
     escaped,
-    json_line,
     key_values,
     log_formatter,
 )
@@ -137,3 +140,43 @@ def test_a_message_of_any_length_is_cut(name: Any) -> None:
     assert len(line) < MAX_MESSAGE + 200
     assert "the tool 'xxx" in line
     assert f"({1_000_000 + len('the tool  failed') + 2 - MAX_MESSAGE} more characters)" in line
+
+
+def test_a_log_file_that_cannot_be_written_is_named_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a full disk each line would else be a traceback; what is logged later arrives."""
+    handler = LogFile(tmp_path / "log", encoding="utf-8")
+    said = logging.LogRecord("n", logging.INFO, "p", 1, "hello", (), None)
+    for _ in range(2):
+        with monkeypatch.context() as full:
+            full.setattr(type(handler), "flush", _no_space)
+            for _ in range(3):
+                handler.emit(said)
+        handler.emit(said)
+    handler.close()
+    told = capsys.readouterr().err
+    assert told.count("cannot be written: No space left on device") == 2 == len(told.splitlines())
+    assert (tmp_path / "log").read_text().endswith("hello\n")
+
+
+def _no_space(handler: logging.Handler) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_lines_of_another_process_say_which() -> None:
+    """A process of the engine logs as its parent does."""
+    script = (
+        "import logging; from candle_vllm.core import shown; shown.start_logging('INFO');"
+        "{0}; assert shown.log_style() == (20, {1}); shown.start_child_logging('rank 1', shown.log_style());"
+        "[each.setStream(__import__('sys').stdout) for each in logging.getLogger().handlers];"
+        "logging.getLogger('n').info('ready %s', 1)"
+    )
+    as_json = "logging.getLogger().handlers[0].setFormatter(shown.JsonFormatter())"
+    lines = [
+        subprocess.run([sys.executable, "-c", script.format(*each)], capture_output=True, text=True, check=True).stdout
+        for each in ((as_json, True), ("pass", False))
+    ]
+    line = json.loads(lines[0])
+    assert (line["process"], line["message"], line["level"]) == ("rank 1", "ready 1", "INFO")
+    assert lines[1].endswith("INFO rank 1: n: ready 1\n")

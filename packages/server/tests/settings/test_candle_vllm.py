@@ -160,12 +160,12 @@ SAID = {
     "example.models": [
         "parking_lot.pool: worker_threads", "parking_lot.pool: max_blocking_threads",
         "parking_lot.pool: thread_stack_size", "kvcache_mem_cpu", "multithread",
-        "prompt_cache: backend, cache_path, min_prefix_length", "vision_mode proxy",
+        "prompt_cache: min_prefix_length", "vision_mode proxy",
         "parking_lot: timeout_secs", "quantization",
     ],
     "models": ["multithread"],
     "models-minimal": [],
-    "models-optimized": ["multithread", "kvcache_compression", "prompt_cache: backend", "vision_mode native"],
+    "models-optimized": ["multithread", "kvcache_compression", "prompt_cache: ttl_seconds", "vision_mode native"],
     "models-fixed": [],
     "sample.models": ["quantization", "worker_threads", "max_units", "parking_lot: mailbox has no effect"],
     "test.models": [],
@@ -267,6 +267,9 @@ def test_its_environment_is_read_and_what_has_no_effect_is_named(load: Load) -> 
     [
         ({"PROMPT_CACHE_ENABLED": "false"}, "enable_prefix_caching", False),
         ({"PROMPT_CACHE_ENABLED": "false", "ENABLE_PREFIX_CACHING": "true"}, "enable_prefix_caching", True),
+        ({"PROMPT_CACHE_REDIS_URL": "redis://a:1", "PROMPT_CACHE_BACKEND": "redis"}, "prompt_cache_url", "redis://a:1"),
+        ({"PROMPT_CACHE_REDIS_URL": "redis://a:1", "PROMPT_CACHE_BACKEND": "sled"}, "prompt_cache_url", None),
+        ({"MODELS_CONFIG": "/path/to/models.yaml"}, "models_config", None),
         ({"STREAM_AS_REASONING_CONTENT": "0"}, "reasoning_parser", "none"),
         ({"STREAM_AS_REASONING_CONTENT": "1"}, "reasoning_parser", None),
     ],
@@ -276,6 +279,31 @@ def test_its_variables_with_a_meaning(load: Load, variables: dict[str, str], nam
     assert getattr(made.settings, name) == value
     with pytest.raises(UsageError, match="must be true or false"):
         load(env={"CANDLE_VLLM_PROMPT_CACHE_ENABLED": "perhaps"})
+
+
+@pytest.mark.parametrize(
+    ("section", "path", "url"),
+    [
+        ("backend: redis, redis_url: 'redis://a:1'", None, "redis://a:1"),
+        ("backend: sled, cache_path: /kept, redis_url: 'redis://a:1'", Path("/kept"), None),
+        ("cache_path: /kept", Path("/kept"), None),
+        ("backend: memory, cache_path: /kept", None, None),
+        ("enabled: false, cache_path: /kept", None, None),
+    ],
+)
+def test_its_prompt_cache_is_kept_where_it_says(load: Load, section: str, path: Path | None, url: str | None) -> None:
+    made = load(models=f"models: [{{name: a, hf_id: b/c, params: {{prompt_cache: {{{section}}}}}}}]")
+    assert (made.settings.prompt_cache_path, made.settings.prompt_cache_url) == (path, url)
+
+
+def test_its_webhook_is_signed_as_its_receivers_check(load: Load) -> None:
+    hook = "{enabled: true, url: 'https://a.example/', auth: {type: hmac, secret: word%s}}"
+    text = "models: [{name: a, hf_id: b/c}]\nparking_lot: {mailbox: {backend: sqlite, sqlite_path: /m, webhook: %s}}"
+    for more, signs in (("", "body"), (", signs: timestamp", "timestamp")):
+        mailbox = load(models=text % (hook % more)).mailbox
+        assert mailbox is not None
+        assert mailbox.webhook is not None
+        assert mailbox.webhook.auth.signs == signs
 
 
 def test_its_files_of_mcp_servers_are_read(caplog: pytest.LogCaptureFixture) -> None:

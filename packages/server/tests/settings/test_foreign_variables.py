@@ -145,7 +145,8 @@ def test_values_that_are_none(load: Load) -> None:
     ("text", "level"),
     [
         ("info", "info"), ("trace", "debug"), ("warn,candle_vllm=debug", "debug"), ("hyper=trace", "info"),
-        ("candle-vllm-server=error,warn", "error"), ("nonsense", "info"), ("WARN", "warning"), (",=,x=", "info"),
+        ("candle-vllm-server=error,warn", "error"), ("nonsense", "info"), ("WARN", "warning"),
+        ("candle_vllm_server=debug,candle_vllm_core=info", "debug"), (",=,x=", "info"),
     ],
 )  # fmt: skip
 def test_rust_log(load: Load, text: str, level: str) -> None:

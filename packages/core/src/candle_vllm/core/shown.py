@@ -4,18 +4,22 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import enum
+import json
 import logging
 import re
 import reprlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import msgspec
 
 _MOST = 6  # entries that are written out
 HIDDEN = "***"
+MAX_MESSAGE = 8_192  # characters of a record of the log that has no fields
+FIELDS = "candle_vllm_fields"  # attribute of a record that has them
 
 # The scheme is looked at from behind its colon: a search for its beginning would try every letter of a long word.
 # Errors of urllib3 have a path alone; `//user:password@host` has no scheme.
@@ -75,6 +79,61 @@ def start_logging(level: int | str, **given: Any) -> None:
     logging.setLogRecordFactory(_record)
     for name in ("httpcore", "httpcore2", "urllib3"):
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def start_child_logging(name: str, log: tuple[int, bool]) -> None:
+    """Set the log of a process of the engine up; `log` is its parent's `log_style()`, and its lines say `name`."""
+    level, as_json = log
+    start_logging(level, format=f"%(asctime)s %(levelname)s {name}: %(name)s: %(message)s")
+    for handler in logging.getLogger().handlers if as_json else ():
+        handler.setFormatter(JsonFormatter(name))
+
+
+def log_style() -> tuple[int, bool]:
+    """The level of this process's log, and whether its lines are JSON: for the processes that it starts."""
+    as_json = any(isinstance(handler.formatter, JsonFormatter) for handler in logging.getLogger().handlers)
+    return logging.getLogger("candle_vllm").getEffectiveLevel(), as_json
+
+
+class JsonFormatter(logging.Formatter):
+    """Every record of the log as one JSON object on one line; the fields of a record that has some stand apart.
+
+    Args:
+        process: name of the process where it is not the first one, the field `process`.
+    """
+
+    def __init__(self, process: str | None = None) -> None:
+        super().__init__()
+        self._process = process
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line of one record."""
+        when = datetime.datetime.fromtimestamp(record.created, datetime.UTC)
+        line: dict[str, Any] = {
+            "time": when.isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "logger": record.name,
+            "process": self._process,
+        }
+        fields = getattr(record, FIELDS, None)
+        line |= {"message": cut(record.getMessage())} if fields is None else fields
+        if record.exc_info:
+            line["exception"] = record.exc_text or self.formatException(record.exc_info)
+        return json_line(
+            {name: without_secrets(text) if isinstance(text, str) else text for name, text in line.items()}
+        )
+
+
+def cut(message: str) -> str:
+    """A message of bounded length: some hold names that a client, a model or an MCP server wrote."""
+    more = len(message) - MAX_MESSAGE
+    return message if more <= 0 else f"{message[:MAX_MESSAGE]}... ({more} more characters)"
+
+
+def json_line(fields: Mapping[str, Any]) -> str:
+    """One JSON object in ASCII, without values that are None."""
+    known = {name: value for name, value in fields.items() if value is not None}
+    return json.dumps(known, ensure_ascii=True, allow_nan=False).replace("\x7f", "\\u007f")
 
 
 def _record(*given: Any, **more: Any) -> logging.LogRecord:

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from functools import partial
+from itertools import count, repeat
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,20 @@ def test_kept_for_the_next_start_in_folders_of_the_user_alone(
     assert sum_of(3) == 3
     assert names == []
     assert caplog.text == ""
+
+
+def test_compiling_is_said_where_other_kernels_are_there(
+    root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A start that needs further ones takes as long as it compiles them, and its log would be silent."""
+    assert sum_of(3) == 3
+    os.utime(root / "kernels", (1, 1))
+    caplog.clear()
+    monkeypatch.setattr(cache_module, "_compiled", partial(next, repeat(count(1))))  # a process that compiled nothing
+    assert sum_of(3) == 3
+    assert caplog.text == ""
+    assert sum_of(4, 5, 6) == 15
+    assert caplog.text.count("compiling further CPU kernels for this machine") == 1
 
 
 def test_what_another_level_compiled_is_not_used(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

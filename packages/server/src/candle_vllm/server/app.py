@@ -238,7 +238,7 @@ def _add_layers(app: FastAPI, settings: Settings) -> None:
     if not settings.has_api_keys and ANY_ORIGIN not in settings.cors_origin:
         public = Access(OPERATIONS).public
         app.add_middleware(HostMiddleware, own=settings.address.host, allowed=settings.cors_origin, public=public)
-    app.add_middleware(OriginMiddleware, allowed=settings.cors_origin)
+    app.add_middleware(OriginMiddleware, allowed=settings.cors_origin, page=settings.ui_server)
     app.add_middleware(FailureMiddleware)
     app.add_middleware(CutOffMiddleware)
     if settings.cors_origin:

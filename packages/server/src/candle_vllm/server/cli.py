@@ -166,12 +166,12 @@ def configure_logging(level: str, style: str = "text", file: Path | None = None)
     import logging
 
     from candle_vllm.core.shown import start_logging
-    from candle_vllm.server.observing.request_log import log_formatter
+    from candle_vllm.server.observing.request_log import LogFile, log_formatter
 
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     if file is not None:
         os.close(os.open(file, os.O_CREAT | os.O_WRONLY, 0o600))  # it may hold prompts: nobody else reads it
-        handlers.append(logging.FileHandler(file, encoding="utf-8"))
+        handlers.append(LogFile(file, encoding="utf-8"))
     for handler in handlers:
         handler.setFormatter(log_formatter("json" if style == "json" else "text"))
     start_logging(level.upper(), handlers=handlers)

@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from candle_vllm.server.models.manager import Changes, ModelManager
 from candle_vllm.server.models.slot import ModelSlot
 from candle_vllm.server.settings.catalogue import Catalogue, ModelEntry
 from candle_vllm.server.settings.configuration import Configuration
-from candle_vllm.server.settings.derived import refuse_wrong_formats
+from candle_vllm.server.settings.derived import engine_config, refuse_wrong_formats
 from candle_vllm.server.settings.options import MODEL, UsageError
 from candle_vllm.server.settings.table import OPTIONS
 
@@ -179,10 +179,36 @@ def _has_terminal() -> bool:
     return any(os.isatty(number) for number in (0, 1, 2))
 
 
-def warn_of_missing(catalogue: Catalogue) -> None:
-    """Says at the start what the first client of a model would find out."""
+def warn_of_missing(catalogue: Catalogue) -> threading.Thread | None:
+    """Says at the start what the first client of a model would find out: files that are not there, or cannot be read.
+
+    The headers of files that are there are read in a thread of their own, those of the default model when it is loaded.
+
+    Returns:
+        That thread, where there is one.
+    """
+    there: list[ModelEntry] = []
     for entry in catalogue.entries:
         model = entry.settings.model or ""
         is_path = (model.endswith(".gguf") and "://" not in model) or Path(model).is_absolute()
         if is_path and not Path(model).expanduser().exists():
             logger.warning("the model %s cannot be loaded: there is no %s", entry.name, model)
+        elif is_path and entry is not catalogue.default:
+            there.append(entry)
+    if not there:
+        return None
+    thread = threading.Thread(target=warn_of_unreadable, args=(there,), name="model-headers", daemon=True)
+    thread.start()
+    return thread
+
+
+def warn_of_unreadable(entries: Sequence[ModelEntry]) -> None:
+    """Says which models' files have headers that cannot be read."""
+    from candle_vllm.core.assembly.opening import model_files, open_model
+    from candle_vllm.core.devices import CPU
+
+    for entry in entries:
+        try:
+            open_model(model_files(engine_config(entry.settings, offline=True)), CPU).checkpoint.close()
+        except (CandleVllmError, OSError) as error:
+            logger.warning("the model %s cannot be loaded: %s", entry.name, error)

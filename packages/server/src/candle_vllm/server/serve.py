@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import errno
 import gc
 import logging
@@ -27,9 +28,12 @@ from typing import TYPE_CHECKING, Any
 import uvicorn
 from fastapi import FastAPI
 
+from candle_vllm.core.config import draft_settings
 from candle_vllm.core.errors import CandleVllmError
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
+from candle_vllm.core.shown import json_line, without_secrets
 from candle_vllm.openai.formats.layout import ReasoningFormat, ToolFormat
+from candle_vllm.responses.store.options import MEMORY
 from candle_vllm.server.adapters.resolvers import open_adapters
 from candle_vllm.server.app import create_app
 from candle_vllm.server.batches.service import stored_image
@@ -49,8 +53,9 @@ from candle_vllm.server.routes.ollama_library import refuse_open_changes, served
 from candle_vllm.server.routes.webui import new_page_key, page_address
 from candle_vllm.server.settings import Address, Settings
 from candle_vllm.server.settings.catalogue import Catalogue
+from candle_vllm.server.settings.adapters import read_specs
 from candle_vllm.server.settings.configuration import Configuration
-from candle_vllm.server.settings.derived import engine_config, image_sources, refuse_wrong_formats
+from candle_vllm.server.settings.derived import engine_config, image_sources, named_model, refuse_wrong_formats
 from candle_vllm.server.settings.options import UsageError
 
 if TYPE_CHECKING:
@@ -125,9 +130,10 @@ def with_fetched(configuration: Configuration) -> Catalogue:
         return catalogue
     from candle_vllm.server.models.downloads import downloaded
 
-    names = {name for entry in catalogue.entries for name in (*entry.names, entry.settings.model)}
+    given = (name for entry in catalogue.entries for name in (*entry.names, entry.settings.model) if name)
+    names = {named_model(name).casefold() for name in given}
     base = dataclasses.replace(settings, model=None, weight_path=None, weight_file=None, served_model_name=())
-    found = [served_entry(base, local) for local in downloaded(settings) if local.name not in names]
+    found = [served_entry(base, local) for local in downloaded(settings) if local.name.casefold() not in names]
     return Catalogue([*catalogue.entries, *found], catalogue.default.name)
 
 
@@ -366,22 +372,61 @@ def banner(app: FastAPI, address: Address, started: ModelSlot | None = None) -> 
     quantization = f", {info.quantization}" if info.quantization else ""
     url, guarded = address.url, settings.has_api_keys
     page_key: str | None = getattr(app.state, "page_key", None)
-    lines = [
-        f"model            {names} ({info.architecture}, {info.num_parameters / 1e6:,.0f} M parameters{quantization})",
-        *([f"other models     {', '.join(others)} (loaded when a request names them)"] if others else []),
-        f"device           {info.device}, {info.dtype}",
-        f"tool calls       {_format(choice.tools, choice.tools_reason)}",
-        f"reasoning        {_format(choice.reasoning, choice.reasoning_reason)}",
-        f"KV cache         {stats.num_blocks * stats.block_size:,} tokens{_cache_size(info)}; longest request "
+    told = {
+        "model": f"{names} ({info.architecture}, {info.num_parameters / 1e6:,.0f} M parameters{quantization})",
+        "other models": f"{', '.join(others)} (loaded when a request names them)" if others else "",
+        "device": f"{info.device}, {info.dtype}",
+        "tool calls": _format(choice.tools, choice.tools_reason),
+        "reasoning": _format(choice.reasoning, choice.reasoning_reason),
+        "KV cache": f"{stats.num_blocks * stats.block_size:,} tokens{_cache_size(info)}; longest request "
         f"{info.max_model_len:,}",
-        f"address          {url}",
-        *([f"web UI           {page_address(url, page_key)}"] if settings.ui_server else []),
-        f"OpenAI base URL  {url}/v1",
-        f"API key          {'required' if guarded else 'none: everybody who reaches the address may use it'}",
-        *_mcp_line(app),
-        "Ctrl+C to stop",
-    ]
-    return "\n".join(lines) + "\n"
+        **_asked_for(settings, slot.entry.settings, app),
+        "address": url + _for_others(address),
+        "web UI": page_address(url, page_key) if settings.ui_server else "",
+        "OpenAI base URL": f"{url}/v1",
+        "API key": "required" if guarded else "none: everybody who reaches the address may use it",
+        "MCP servers": _mcp_line(app),
+    }
+    lines = {name: text for name, text in told.items() if text}
+    if settings.log_format == "json":
+        fields = {name.lower().replace(" ", "_"): text for name, text in lines.items()}
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+        return json_line({"time": now, "level": "INFO", "logger": __name__, "message": "ready", **fields}) + "\n"
+    return "".join(f"{name:15}  {text}\n" for name, text in lines.items()) + "Ctrl+C to stop\n"
+
+
+def _asked_for(settings: Settings, model: Settings, app: FastAPI) -> dict[str, str]:
+    """What the operator asked for besides, by name; "" of what is off."""
+    drafts = draft_settings(model.speculative_config) if model.speculative_config else None
+    limits = (
+        (settings.requests_per_minute, "requests a minute"),
+        (settings.tokens_per_minute, "tokens a minute"),
+        (settings.max_queued_requests, "sequences that wait"),
+        (settings.max_queued_per_key, "of them of one key"),
+    )
+    mailbox: Mailbox | None = app.state.mailbox
+    names = "".join(f", {each.name}" for each in read_specs(model.lora_modules))
+    store = settings.responses_store
+    blocks = [str(model.prompt_cache_path or ""), without_secrets(model.prompt_cache_url or "", alone=True)]
+    return {
+        "drafts": "" if drafts is None else f"{drafts.method}{f', by {drafts.model}' if drafts.model else ''}",
+        "adapters": f"taken{names}" if model.enable_lora else "",
+        "prompt cache": ", ".join(filter(None, blocks)),
+        "responses": "" if store == MEMORY else without_secrets(store, alone=True),
+        "mailbox": "" if mailbox is None else without_secrets(str(settings.mailbox or "on"), alone=True),
+        "limits": ", ".join(f"{value:,} {text}" for value, text in limits if value is not None),
+        "Ollama's port": "" if settings.ollama_port is None else str(settings.ollama_port),
+    }
+
+
+def _for_others(address: Address) -> str:
+    """How other machines reach a server that listens at every address: by the one that leads to the network."""
+    if address.unix_path is not None or address.host not in ("0.0.0.0", "::"):  # noqa: S104
+        return ""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(("192.0.2.1", 9))  # of a net that is nobody's; nothing is sent
+        return f" (from elsewhere {dataclasses.replace(address, host=probe.getsockname()[0]).url})"
+    return ""
 
 
 def _cache_size(info: ModelInfo) -> str:
@@ -392,13 +437,13 @@ def _cache_size(info: ModelInfo) -> str:
     return f" (at most {info.kv_cache_bytes / (1 << 20):,.0f} MiB{fills})"
 
 
-def _mcp_line(app: FastAPI) -> list[str]:
+def _mcp_line(app: FastAPI) -> str:
     service: McpService | None = app.state.mcp
     if service is None:
-        return []
+        return ""
     options = service.options
     where = "approved tools run here" if options.execute else "clients run their tools"
-    return [f"MCP servers      {', '.join(server.name for server in options.servers)} ({where})"]
+    return f"{', '.join(server.name for server in options.servers)} ({where})"
 
 
 def _format(row: ToolFormat | ReasoningFormat | None, reason: str) -> str:

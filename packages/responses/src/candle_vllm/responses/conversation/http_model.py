@@ -80,7 +80,7 @@ def error_of(status: int, body: bytes, server: str, api_key: str | None) -> Cand
     words = envelope.get("message") or body.decode("utf-8", "replace").strip() or "no reason given"
     said = f"{server} answered {status}: {shown(words, api_key)}"
     if status in (401, 403):
-        return ModelServerError(f"{said} (check the API key)", status)
+        return ModelServerError(f"{said} (check the API key: --api-key)", status)
     if status in _BUSY:
         return ModelServerBusyError(said, status)
     if status == 404:

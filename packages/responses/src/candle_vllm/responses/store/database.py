@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import logging
 import os
 import secrets
 import time
@@ -28,6 +29,10 @@ from candle_vllm.openai.fair_threads import FairThreads
 from candle_vllm.responses.store.backend import MEMORY, Place
 from candle_vllm.responses.store.entries import StoreUnavailableError
 from candle_vllm.responses.store.tables import VERSION, Tables, from_version_1
+
+logger = logging.getLogger(__name__)
+
+_FULL = "database or disk is full"  # SQLite's words
 
 WAIT_SECONDS = 20.0  # that a call waits for its result
 BUSY_SECONDS = 5  # that a statement waits for another writer, or a connection for the server
@@ -91,6 +96,11 @@ class Database:
             async with asyncio.timeout(WAIT_SECONDS):
                 return await self._thread.run(partial(_transaction, self._engine, work, *args, **kwargs))
         except (SQLAlchemyError, TimeoutError, EngineOverloadedError) as error:
+            if (cause := str(getattr(error, "orig", None) or "")) == _FULL:
+                logger.error("the %s cannot be written: %s", self._place.title, cause)
+                raise StoreUnavailableError(
+                    f"The {self._place.title} cannot be written: no space is left where it lies.", self._place.setting
+                ) from None
             raise self._busy() from error
 
     def _busy(self) -> StoreUnavailableError:

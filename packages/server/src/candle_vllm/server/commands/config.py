@@ -37,6 +37,7 @@ from candle_vllm.server.http.keys import Keyring
 from candle_vllm.server.http.tls import tls_context
 from candle_vllm.server.mailbox.options import MailboxOptions
 from candle_vllm.server.mcp.options import mcp_options
+from candle_vllm.server.reloading import warn_of_missing
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.configuration import Configuration
 from candle_vllm.server.settings.derived import engine_config, refuse_wrong_formats, store_options
@@ -69,6 +70,8 @@ def config(configuration: Configuration, *, as_json: bool = False) -> int:
         CandleVllmError: what serving would raise, as far as that shows without weights and without the network.
     """
     check(configuration)
+    if (reading := warn_of_missing(configuration.catalogue)) is not None:
+        reading.join()
     settings = effective(configuration, derived(configuration))
     models = [entry.names for entry in configuration.catalogue.entries]
     mailbox = None if configuration.mailbox is None else _mailbox(configuration.mailbox)

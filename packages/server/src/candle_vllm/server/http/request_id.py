@@ -22,6 +22,7 @@ from candle_vllm.server.observing.request_log import FIELDS
 
 _HARMLESS = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 MAX_WARNING, MAX_WARNINGS = 500, 3_000  # bytes of one `x-warning` and of all: proxies take heads of 4 KB
+_PROBES = ("/health", "/ready", "/ping", "/metrics")
 _PRINTABLE = bytes(byte if 0x20 <= byte < 0x7F else ord("?") for byte in range(256))
 
 logger = logging.getLogger("candle_vllm.server.requests")
@@ -85,8 +86,9 @@ def _log(scope: Scope, status: int, seconds: float, request_id: str) -> None:
         "method": scope["method"][:20], "path": scope["path"][:200], "status": status or None,
         "seconds": round(seconds, 3), "http_request_id": request_id, "client": client, "key": key or None,
     }  # fmt: skip
-    logger.info(
-        "%s %r %s %.3f s %s from %s%s",
+    probe = status == 200 and scope["path"] in _PROBES  # asked every few seconds, by load balancers and Prometheus
+    logger.log(
+        logging.DEBUG if probe else logging.INFO, "%s %r %s %.3f s %s from %s%s",
         scope["method"][:20], scope["path"][:200], status or "no answer", seconds, request_id, client,
         f" with key {key}" if key else "", extra={FIELDS: fields},
     )  # fmt: skip

@@ -39,12 +39,14 @@ class WebhookAuth:
         secret: the token, the key, or the secret of the signature.
         header: the header of the key or of the signature; empty chooses X-API-Key or X-Signature-256 (-512).
         algorithm: of the signature.
+        signs: what is signed: timestamp, dot and body, or the body alone, as candle-vllm signs it.
     """
 
     type: Literal["none", "bearer", "api_key", "hmac"] = "none"
     secret: str = field(default="", repr=False)
     header: str = ""
     algorithm: Literal["sha256", "sha512"] = "sha256"
+    signs: Literal["timestamp", "body"] = "timestamp"
 
     def __post_init__(self) -> None:
         if self.type != "none" and not self.secret:
@@ -67,8 +69,11 @@ class WebhookAuth:
 
 
 def sign(auth: WebhookAuth, timestamp: str, body: bytes) -> str:
-    """`sha256=<hex>`: the HMAC of the timestamp, a dot and the exact body, so that an old push cannot be replayed."""
-    signed = timestamp.encode("ascii") + b"." + body
+    """`sha256=<hex>`: the HMAC of the timestamp, a dot and the exact body, so that an old push cannot be replayed.
+
+    Of the body alone where `auth.signs` says so.
+    """
+    signed = body if auth.signs == "body" else timestamp.encode("ascii") + b"." + body
     return f"{auth.algorithm}={hmac.new(auth.secret.encode(), signed, getattr(hashlib, auth.algorithm)).hexdigest()}"
 
 
@@ -83,7 +88,7 @@ def webhook_auth(section: Any, variables: Mapping[str, str]) -> WebhookAuth:
     kind = checked("webhook auth type", lambda: Choice(tuple(_SECRETS)).check(section.get("type")))
     secret = _SECRETS[kind]
     known = ["type"] + ([secret] if secret else [])
-    known += {"api_key": ["header"], "hmac": ["algorithm", "header"]}.get(kind, [])
+    known += {"api_key": ["header"], "hmac": ["algorithm", "header", "signs"]}.get(kind, [])
     known_keys(section, known, f"webhook auth of type {kind}")
     values: dict[str, Any] = {"type": kind}
     if secret and secret in section:
@@ -93,6 +98,8 @@ def webhook_auth(section: Any, variables: Mapping[str, str]) -> WebhookAuth:
     if "algorithm" in section:
         choice = Choice(tuple(_SIGNATURE_HEADERS))
         values["algorithm"] = checked("webhook auth algorithm", lambda: choice.check(section["algorithm"]))
+    if "signs" in section:
+        values["signs"] = checked("webhook auth signs", lambda: Choice(("timestamp", "body")).check(section["signs"]))
     return WebhookAuth(**values)
 
 

@@ -12,7 +12,6 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
@@ -21,9 +20,13 @@ from candle_vllm.core.errors import ModelNotFoundError
 from candle_vllm.core.loading.source import (
     HUB_ID,
     HUB_TIMEOUT_S,
+    TAG,
+    USUAL,
     choose_weights,
     gguf_models,
     hub_refusal,
+    of_tag,
+    tag_of,
     wanted_files,
 )
 from candle_vllm.core.setting_kinds import nearest
@@ -36,10 +39,6 @@ if TYPE_CHECKING:
 
 MIB = 1 << 20
 _HOSTS = ("https://", "http://", "hf.co/", "huggingface.co/")
-_QUANT = re.compile(r"(?:^|[-._])((?:UD-)?(?:I?Q[0-9][0-9A-Z_]*|TQ[0-9]_[0-9]|MXFP4(?:_MOE)?|BF16|F16|F32))$", re.I)
-_LONGEST_QUANT = 64  # characters of a name's end in which one is looked for
-_TAG = re.compile(r"[A-Za-z0-9][\w.-]{0,127}", re.ASCII)
-_USUAL = "Q4_K_M"  # of several files, where none is named
 
 
 class PullError(ModelNotFoundError):
@@ -111,20 +110,13 @@ def read_name(name: str) -> Named:
                 "no_such_name",
             )
         return Named(KNOWN[exact].repo, KNOWN[exact].tag)
-    if not HUB_ID.fullmatch(repo) or (colon and not _TAG.fullmatch(tag)):
+    if not HUB_ID.fullmatch(repo) or (colon and not TAG.fullmatch(tag)):
         raise PullError(
             f"{name!r:.200} is no name of a model: organisation/name of Hugging Face, with :Q4_K_M for one of several "
             "files",
             "no_such_name",
         )
     return Named(repo, None if tag in ("", "latest") else tag)
-
-
-def tag_of(weight_file: str) -> str:
-    """What tells a GGUF file from others of its repository: its type where its name ends with one, else the name."""
-    stem = re.sub(r"-00001-of-[0-9]{5}$", "", Path(weight_file).name.removesuffix(".gguf"))
-    match = _QUANT.search(stem, max(0, len(stem) - _LONGEST_QUANT))
-    return match[1] if match else stem
 
 
 def choose_file(names: Sequence[str], named: Named) -> str | None:
@@ -140,11 +132,9 @@ def choose_file(names: Sequence[str], named: Named) -> str | None:
         if not models or ("config.json" in names and any(name.endswith(".safetensors") for name in names)):
             choose_weights(names, None, named.repo)
             return None
-        usual = [first for first in models if tag_of(first).upper() == _USUAL]
-        found = usual if len(models) > 1 else list(models)
+        found = of_tag(models, USUAL) if len(models) > 1 else list(models)
     else:
-        found = [first for first in models if tag.lower() in (tag_of(first).lower(), Path(first).name.lower())]
-        found = found or [first for first in models if tag.lower() in Path(first).name.lower()]
+        found = of_tag(models, tag)
     if len(found) == 1:
         return found[0]
     tags = ", ".join(sorted(tag_of(first) for first in (found or models))[:40]) or "none"
@@ -333,15 +323,10 @@ def find_among(locals_: Sequence[Local], name: str) -> Local:
 
 def remove(settings: Settings, local: Local) -> int:
     """Removes a model's files from the cache; returns how many bytes are free again."""
-    from huggingface_hub import scan_cache_dir
-
     repo = next(repo for repo in _repos(settings) if repo.repo_id == local.repo)
     if all(other.name == local.name for other in _models_of(repo)):
-        strategy = scan_cache_dir(settings.download_dir).delete_revisions(
-            *(revision.commit_hash for revision in repo.revisions)
-        )
-        strategy.execute()
-        return strategy.expected_freed_size
+        shutil.rmtree(repo.repo_path)  # not by its commits, which another repository may have as well
+        return repo.size_on_disk
     freed = 0
     for revision in repo.revisions:
         names = {_inside(revision, file): file for file in revision.files}

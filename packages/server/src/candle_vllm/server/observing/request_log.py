@@ -7,15 +7,15 @@ own.
 
 from __future__ import annotations
 
-import datetime
-import json
+import contextlib
 import logging
 import re
+import sys
 import unicodedata
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from candle_vllm.core.shown import without_secrets
+from candle_vllm.core.shown import FIELDS, JsonFormatter, cut
 
 if TYPE_CHECKING:
     from candle_vllm.server.observing.request_record import FinishedRequest
@@ -23,11 +23,8 @@ if TYPE_CHECKING:
 LogFormat = Literal["text", "json"]
 MAX_PROMPT = 2048  # characters
 MAX_FAILURE = 500
-MAX_MESSAGE = 8_192  # characters of a record that has no fields
-FIELDS = "candle_vllm_fields"  # attribute of a record that has them
 
 _PLAIN = re.compile(r"[A-Za-z0-9._:/+-]{1,256}")
-_DELETE = "\x7f"
 
 logger = logging.getLogger("candle_vllm.server.generations")
 
@@ -78,26 +75,6 @@ def request_fields(request: FinishedRequest) -> dict[str, Any]:
     }
 
 
-class JsonFormatter(logging.Formatter):
-    """Every record of the log as one JSON object on one line; the log of requests with its fields apart."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """The line of one record."""
-        when = datetime.datetime.fromtimestamp(record.created, datetime.UTC)
-        line: dict[str, Any] = {
-            "time": when.isoformat(timespec="milliseconds"),
-            "level": record.levelname,
-            "logger": record.name,
-        }
-        fields = getattr(record, FIELDS, None)
-        line |= {"message": _cut(record.getMessage())} if fields is None else fields
-        if record.exc_info:
-            line["exception"] = record.exc_text or self.formatException(record.exc_info)
-        return json_line(
-            {name: without_secrets(text) if isinstance(text, str) else text for name, text in line.items()}
-        )
-
-
 class TextFormatter(logging.Formatter):
     """The usual line; control characters in a message are escaped, so that it stays one line."""
 
@@ -107,19 +84,40 @@ class TextFormatter(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:
         """The line of one record, without the traceback that may follow it."""
         if not hasattr(record, FIELDS):  # those are escaped already
-            record.message = escaped(_cut(record.message))
+            record.message = escaped(cut(record.message))
         return super().formatMessage(record)
+
+
+class LogFile(logging.FileHandler):
+    """The file of `--log-file`. Where it cannot be written, standard error says so once, until it can again."""
+
+    _failed = _told = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Writes a record, if that is possible."""
+        self._failed = False
+        try:
+            super().emit(record)
+        except OSError:  # it cannot be opened again
+            self.handleError(record)
+        self._told = self._failed
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Notes that it failed; what could not be written is dropped, and the next record opens the file anew."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+            return
+        if not self._told:
+            sys.stderr.write(f"candle-vllm: the log file {self.baseFilename} cannot be written: {error.strerror}\n")
+        self._failed = True
+        with contextlib.suppress(OSError):
+            self.close()
 
 
 def log_formatter(log_format: LogFormat) -> logging.Formatter:
     """What `--log-format` means."""
     return JsonFormatter() if log_format == "json" else TextFormatter()
-
-
-def _cut(message: str) -> str:
-    """A message of bounded length: some hold names that a client, a model or an MCP server wrote."""
-    more = len(message) - MAX_MESSAGE
-    return message if more <= 0 else f"{message[:MAX_MESSAGE]}... ({more} more characters)"
 
 
 def _ms(start: float, end: float | None) -> float | None:
@@ -142,12 +140,6 @@ def escaped(text: str) -> str:
 def key_values(fields: Mapping[str, Any]) -> str:
     """`name=value name="a value"`; values that are None are left out."""
     return " ".join(f"{name}={_value(value)}" for name, value in fields.items() if value is not None)
-
-
-def json_line(fields: Mapping[str, Any]) -> str:
-    """One JSON object in ASCII, without values that are None."""
-    known = {name: value for name, value in fields.items() if value is not None}
-    return json.dumps(known, ensure_ascii=True, allow_nan=False).replace(_DELETE, "\\u007f")
 
 
 def _value(value: Any) -> str:

@@ -260,6 +260,9 @@ def split_command(argv: Sequence[str]) -> tuple[str, list[str]]:
         return "serve", list(argv)
     if " ".join(argv[:2]) in COMMANDS:
         return " ".join(argv[:2]), list(argv[2:])
+    if argv[0] in ("help", "version"):
+        command, rest = split_command(argv[1:]) if argv[1:] else ("serve", [])
+        return command, [f"--{argv[0]}", *rest]
     if argv[0] not in COMMANDS:
         if argv[0] in FOREIGN_COMMANDS:
             raise UsageError(f"there is no command {argv[0]!r}: {FOREIGN_COMMANDS[argv[0]]}")
@@ -406,6 +409,8 @@ def _in_full(command: str, argv: Sequence[str]) -> list[str]:
     """The line with its short forms written out: -m, -p of a server, and `serve MODEL` as vLLM has it."""
     end = argv.index("--") if "--" in argv else len(argv)
     found = [SHORT.get(text, text) if text != "-p" or command == "serve" else text for text in argv[:end]]
+    if command == "generate":  # llama-cli's, for the text that stands by itself here
+        found = [text for text in found if text not in ("-p", "--prompt")]
     found = ["--help" if text.startswith("--help=") else text for text in found]  # of a group or a flag, as vLLM has it
     named = any(text.split("=", 1)[0] in BY_NAME["model"].flags for text in found)
     if command == "serve" and found and not found[0].startswith("-") and found[0] not in COMMANDS and not named:

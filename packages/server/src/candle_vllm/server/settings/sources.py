@@ -67,12 +67,15 @@ def environment_source(variables: Mapping[str, str], title: str, known: Containe
                 " set enableServiceLinks: false in the pod, or name the service otherwise"
             )
         spelled, option = f"{name} in {title}", options.get(name)
+        if text.startswith("/path/to/") and not Path(text).exists():
+            remarks.append(f"{spelled} is still the example's {text:.80}: it is not used")
+            continue
         try:
             if option is not None:
                 values[option.name] = _variable(option, text, spelled)
                 given_as[option.name] = name
                 continue
-            theirs = original_variable(name, text, spelled)
+            theirs = original_variable(name, text, spelled, variables)
             if theirs is None:
                 raise UsageError(f"unknown variable {spelled}{nearest(name, options)}")
         except UsageError as error:

@@ -30,6 +30,7 @@ from candle_vllm.core.assembly.placement import resolve_ranks
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.engine.ranks.rank_line import SILENCE, TICK, Line, read_exactly, time_left
 from candle_vllm.core.errors import ConfigError, EngineDeadError
+from candle_vllm.core.shown import log_style
 from candle_vllm.core.threads import default_threads, ending
 
 logger = logging.getLogger(__name__)
@@ -83,7 +84,7 @@ class Invitation(msgspec.Struct, frozen=True):
     size: int
     nodes: int
     own: dict[str, Any]
-    log_level: int
+    log: tuple[int, bool]
 
 
 class Joined(NamedTuple):
@@ -411,8 +412,7 @@ def invited(config: EngineConfig, host: str, port: int, key: str, rank: int) -> 
     """The invitation of a rank of this node."""
     plain = config.plain()
     own = {name: plain[name] for name in OWN if plain[name] is not None} | rank_device(config, rank)
-    level = logging.getLogger("candle_vllm").getEffectiveLevel()
-    return Invitation(host, port, key, rank, config.ranks, config.nnodes, own, level)
+    return Invitation(host, port, key, rank, config.ranks, config.nnodes, own, log_style())
 
 
 def start_rank(invitation: Invitation) -> subprocess.Popen[bytes]:

@@ -62,7 +62,7 @@ from candle_vllm.core.engine.runners.sleeping import Sleeper, files_mark
 from candle_vllm.core.errors import CandleVllmError, ConfigError, EngineDeadError
 from candle_vllm.core.kernels.collectives import Collective
 from candle_vllm.core.memory import available_memory
-from candle_vllm.core.shown import start_logging
+from candle_vllm.core.shown import start_child_logging
 from candle_vllm.core.threads import LOADING_THREADS, collect_seldom
 
 logger = logging.getLogger(__name__)
@@ -105,17 +105,13 @@ def _shared(number: str) -> BinaryIO | None:
 
 def _join() -> int:
     given = sys.stdin.buffer
-    _log_as("rank", logging.INFO)
+    start_child_logging("rank", (logging.INFO, False))
     try:
         line, side, invitation = join(given)
     except ConfigError as error:
         logger.error("%s", error)
         return REFUSED
     return _run(line, side, invitation)
-
-
-def _log_as(name: str, level: int) -> None:
-    start_logging(level, format=f"%(asctime)s %(levelname)s {name}: %(name)s: %(message)s")
 
 
 def _run(
@@ -129,7 +125,7 @@ def _run(
     begin: Begin = line.receive(Begin)
     if ring is not None:
         line = RingLine(line.socket, ring, begin.rank)
-    _log_as(f"rank {begin.rank}", begin.log_level)
+    start_child_logging(f"rank {begin.rank}", begin.log)
     try:
         own: dict[str, Any] = {} if invitation is None else invitation.own | {"cluster_key": invitation.key}
         if begin.kept_in_redis and own.get("prompt_cache_url") is None:

@@ -54,7 +54,7 @@ class Begin(msgspec.Struct, tag=True, frozen=True):
     rank: int
     size: int
     host: str
-    log_level: int
+    log: tuple[int, bool]
     kept_in_redis: bool = False
 
 

@@ -77,6 +77,7 @@ from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.sampling.sampler import Drawn
 from candle_vllm.core.sampling.shared_rows import wishes
 from candle_vllm.core.sampling.state import SamplingState
+from candle_vllm.core.shown import log_style
 from candle_vllm.core.threads import ending, process_state
 
 if TYPE_CHECKING:
@@ -215,11 +216,10 @@ class Ranks:
         self._begin(rank, _Other(Line(near), Line(near_side), process), rank_device(config, rank), self._host)
 
     def _begin(self, rank: int, other: _Other, own: dict[str, Any], host: str, *, kept_in_redis: bool = False) -> None:
-        level = logging.getLogger("candle_vllm").getEffectiveLevel()
         self._others[rank] = other
         threading.Thread(target=self._attend, args=(rank, other), name="candle-vllm-rank", daemon=True).start()
         with contextlib.suppress(OSError):  # it has ended, which is noticed
-            other.line.send(Begin(self._settings | own, rank, self.size, host, level, kept_in_redis))
+            other.line.send(Begin(self._settings | own, rank, self.size, host, log_style(), kept_in_redis))
 
     def _attend(self, rank: int, other: _Other) -> None:
         """Hears what a rank says beside the steps, until it has gone."""

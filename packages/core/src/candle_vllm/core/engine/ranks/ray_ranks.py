@@ -19,6 +19,7 @@ import msgspec
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.engine.ranks.nodes import JOINING, Door, Invitation, share_of_threads, start_rank
 from candle_vllm.core.errors import ConfigError
+from candle_vllm.core.shown import log_style
 
 logger = logging.getLogger(__name__)
 
@@ -92,11 +93,10 @@ class RayRanks:
             key = secrets.token_hex(32)
             self.door = Door(ray.util.get_node_ip_address(), 0, key, range(1, config.ranks), config.ranks, 1)
             logger.info("Ray has places for %d ranks on %d machines", config.ranks, len(set(on_each)))
-            level = logging.getLogger("candle_vllm").getEffectiveLevel()
             own = {"device": "cuda:0" if gpu else "cpu", "hf_token": config.hf_token, "threads": config.threads}
             own["prompt_cache_url"] = config.prompt_cache_url
             for rank in range(1, config.ranks):
-                said = Invitation(self.door.host, self.door.port, key, rank, config.ranks, 1, own, level)
+                said = Invitation(self.door.host, self.door.port, key, rank, config.ranks, 1, own, log_style())
                 self._actors[rank].run.remote(msgspec.json.encode(said), on_each.count(on_each[rank]))
         except BaseException:
             self.close()

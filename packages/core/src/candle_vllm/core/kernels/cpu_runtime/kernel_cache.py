@@ -175,10 +175,14 @@ def _compiled() -> count[int]:
 
 def _tell(folder: Path | None) -> None:
     """Says how many kernels there are now, of those that are wanted together, else how many were compiled here."""
-    done, wanted = next(_compiled()), WANTED.get()
+    here = done = next(_compiled())
+    wanted = WANTED.get()
     if folder is not None and wanted:
         done = sum((folder / name).exists() for name in wanted)
-    tell("compiling the CPU kernels, once for this machine", done, len(wanted), " kernels")
+    if folder is not None and here == 2 and folder.parent.stat().st_mtime < _BEGUN:  # a new folder was announced
+        logger.warning("compiling further CPU kernels for this machine: once, and some seconds each")
+    how = "once for this machine" if folder is not None else "which cannot be kept"
+    tell(f"compiling the CPU kernels, {how}", done, len(wanted), " kernels")
 
 
 def _checked(name: str, make: Callable[[], Callable[..., None]]) -> Callable[..., None]:
