@@ -15,7 +15,7 @@ from msgspec import UNSET, UnsetType
 from msgspec.structs import replace
 from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
-from candle_vllm.core.engine.request import PositionLogprobs, TokenLogprob
+from candle_vllm.core.engine.outputs import PositionLogprobs, TokenLogprob
 from candle_vllm.core.sampling import params as caps
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.openai.adapter import OpenAIAdapter

@@ -52,8 +52,8 @@ from candle_vllm.server.reloading import Reloader, warn_of_missing
 from candle_vllm.server.routes.ollama_library import refuse_open_changes, served_entry
 from candle_vllm.server.routes.webui import new_page_key, page_address
 from candle_vllm.server.settings import Address, Settings
-from candle_vllm.server.settings.catalogue import Catalogue
 from candle_vllm.server.settings.adapters import read_specs
+from candle_vllm.server.settings.catalogue import Catalogue
 from candle_vllm.server.settings.configuration import Configuration
 from candle_vllm.server.settings.derived import engine_config, image_sources, named_model, refuse_wrong_formats
 from candle_vllm.server.settings.options import UsageError
