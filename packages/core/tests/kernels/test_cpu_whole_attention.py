@@ -132,9 +132,7 @@ def test_windows_biases_and_shared_keys(
     assert np.array_equal(run(teams[3], 3, texts, heads, isa, **options), alone)
 
 
-def literally(
-    text: np.ndarray, heads: int, kv_heads: int, bias: np.ndarray | None, window: int | None
-) -> np.ndarray:
+def literally(text: np.ndarray, heads: int, kv_heads: int, bias: np.ndarray | None, window: int | None) -> np.ndarray:
     """One text, query by query, in float64."""
     parts = text.astype(np.float64).reshape(len(text), heads + 2 * kv_heads, -1)
     result = np.zeros((len(text), heads, parts.shape[2]))

@@ -53,6 +53,8 @@ FAMILIES = (
     "falcon",
     "starcoder2",
     "gptj",
+    "nomic_bert",
+    "mpnet",
 )
 """The files of this folder that have one, `FAMILY`. They are asked in this order whether they serve a name, so that a
 start imports no more of them than it takes to find the model's: most are of the first."""

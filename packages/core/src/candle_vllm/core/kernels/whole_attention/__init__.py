@@ -47,6 +47,4 @@ def whole_attention(
         return qkv.attend_whole(heads, heads if kv_heads is None else kv_heads, turning, (bias, window))
     from candle_vllm.core.kernels.whole_attention import reference
 
-    return reference.whole_attention(
-        qkv, heads, lengths, turned, kv_heads=kv_heads, bias=bias, window=window
-    )
+    return reference.whole_attention(qkv, heads, lengths, turned, kv_heads=kv_heads, bias=bias, window=window)
