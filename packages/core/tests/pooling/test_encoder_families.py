@@ -47,6 +47,7 @@ class Row:
 
 DISTIL = {"hidden_size": "dim", "intermediate_size": "hidden_dim", "num_hidden_layers": "n_layers"}
 DISTIL |= {"num_attention_heads": "n_heads"}
+IDS = {"cls_token_id": 2, "sep_token_id": 3, "bos_token_id": 2, "eos_token_id": 3}
 ROWS = [
     Row("NomicBertModel", head="NomicBertForSequenceClassification"),
     Row("GteModel", head="GteForSequenceClassification"),
@@ -55,6 +56,8 @@ ROWS = [
     Row("MPNetModel", {"pad_token_id": 1}, head="MPNetForSequenceClassification"),
     Row("DistilBertModel", renamed=DISTIL, head="DistilBertForSequenceClassification"),
     Row("DistilBertModel", {"activation": "relu"}, renamed=DISTIL),
+    Row("ModernBertModel", {"local_attention": 16, **IDS}, head="ModernBertForSequenceClassification"),
+    Row("ModernBertModel", {"local_attention": 10, "attention_bias": True, "mlp_bias": True, "norm_bias": True, **IDS}),
 ]
 NAMES = [f"{row.name}-{number}" for number, row in enumerate(ROWS)]
 
@@ -119,7 +122,8 @@ def test_vectors_equal_transformers(row: Row, eager: bool, tmp_path: Path) -> No
 @pytest.mark.parametrize("row", [row for row in ROWS if row.head], ids=lambda row: row.head)
 @pytest.mark.parametrize("labels", [1, 3])
 def test_heads_equal_transformers(row: Row, labels: int, tmp_path: Path) -> None:
-    folder, model = write(tmp_path, row, row.head, num_labels=labels)
+    more = {"classifier_pooling": "mean" if labels == 3 else "cls"} if "ModernBert" in row.head else {}
+    folder, model = write(tmp_path, row, row.head, num_labels=labels, **more)
     tokenizer = Tokenizer.from_folder(folder)
     for eager in (False, True):
         with InferenceEngine(str(folder), enforce_eager=eager) as engine:
@@ -132,7 +136,9 @@ def test_heads_equal_transformers(row: Row, labels: int, tmp_path: Path) -> None
             if labels == 1:
                 pair = "what is it", "a fox"
                 ids, types = tokenizer.encode_pair(*pair)
-                typed = {"token_type_ids": torch.tensor([types])} if getattr(model.config, "type_vocab_size", 1) > 1 else {}
+                typed = (
+                    {"token_type_ids": torch.tensor([types])} if getattr(model.config, "type_vocab_size", 1) > 1 else {}
+                )
                 with torch.no_grad():
                     wanted = model(torch.tensor([ids]), **typed).logits[0, 0].sigmoid()
                 assert abs(engine.score([pair], use_tqdm=False)[0].score - float(wanted)) < 1e-4

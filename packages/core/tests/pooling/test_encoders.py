@@ -118,7 +118,7 @@ def test_scores_equal_transformers(
             logit = model(torch.tensor([encoding.ids]), token_type_ids=torch.tensor([types])).logits[0, 0]
         wanted.append(float(logit.sigmoid() if sigmoid else logit))
     with InferenceEngine(str(folder), enforce_eager=eager) as engine:
-        assert engine.model_info.tasks == ("score",)
+        assert engine.model_info.tasks == ("score", "classify")
         assert engine.model_info.embedding_size == 0
         assert error(scores(engine, PAIRS), np.array(wanted)) < 1e-5
         with pytest.raises(InvalidParameterError, match=r"is a cross-encoder and gives no vectors: score pairs"):

@@ -1,13 +1,20 @@
 # SPDX-License-Identifier: MIT
 """How the vector of one text is made of its hidden states: what a model's files say, and what a request may change.
 
+Layers behind the pooling, of a vector or of a head for scores and classes, are a few products with one vector a text:
+they are computed here, in float32 by numpy.
+
 No torch here. The name `PoolingParams` and its `dimensions` are vLLM's.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
 
 from candle_vllm.core.arguments import ExplainedStruct
 from candle_vllm.core.errors import InvalidParameterError
@@ -26,11 +33,14 @@ class PoolingParams(ExplainedStruct, frozen=True, kw_only=True, forbid_unknown_f
             first ones are kept, then normalised anew.
         normalize: scale the vector to length 1.
         pooling: which positions it is made of.
+        use_activation: of a head for scores and classes, bring its logits to 0..1; None is as the model says, false
+            gives logits, such as the rewards of a reward model.
     """
 
     dimensions: int | None = None
     normalize: bool | None = None
     pooling: PoolingKind | None = None
+    use_activation: bool | None = None
 
     def __post_init__(self) -> None:
         dimensions: Any = self.dimensions
@@ -40,8 +50,10 @@ class PoolingParams(ExplainedStruct, frozen=True, kw_only=True, forbid_unknown_f
             raise InvalidParameterError(
                 f"dimensions must be a whole number from 1 to {MAX_DIMENSIONS}, not {_shown(dimensions)}", "dimensions"
             )
-        if self.normalize is not None and not isinstance(self.normalize, bool):
-            raise InvalidParameterError(f"normalize must be true or false, not {self.normalize!r:.60}", "normalize")
+        for name in ("normalize", "use_activation"):
+            value: Any = getattr(self, name)
+            if value is not None and not isinstance(value, bool):
+                raise InvalidParameterError(f"{name} must be true or false, not {value!r:.60}", name)
         if self.pooling is not None and self.pooling not in get_args(PoolingKind):
             raise InvalidParameterError(
                 f"pooling must be one of {', '.join(get_args(PoolingKind))}, not {self.pooling!r:.60}", "pooling"
@@ -53,13 +65,84 @@ def _shown(value: object) -> str:
     return "a larger number" if isinstance(value, int) and abs(value) >= 10**20 else f"{value!r:.60}"
 
 
+DenseActivation = Literal["none", "tanh", "relu", "gelu", "gelu_tanh", "silu"]
+Likelihood = Literal["none", "sigmoid", "softmax"]
+"""How logits are brought to 0..1: not at all, each by a sigmoid, or all by a softmax."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Dense:
+    """norm(act(W x + b)) of a vector x [K], [N].
+
+    Attributes:
+        weight, bias: float32 [N, K] and [N]; no bias is None.
+        activation: act.
+        norm, eps: float32 weight [N] and epsilon of a LayerNorm without a bias; None where there is none.
+    """
+
+    weight: NDArray[np.float32]
+    bias: NDArray[np.float32] | None = None
+    activation: DenseActivation = "none"
+    norm: NDArray[np.float32] | None = None
+    eps: float = 1e-5
+
+    def __call__(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
+        y = (self.weight @ x.astype(np.float32)).astype(np.float64)
+        y = _activated(y if self.bias is None else y + self.bias, self.activation)
+        if self.norm is None:
+            return y
+        return (y - y.mean()) / np.sqrt(y.var() + self.eps) * self.norm
+
+
+def _activated(y: NDArray[np.float64], kind: DenseActivation) -> NDArray[np.float64]:
+    if kind == "gelu":
+        return y * 0.5 * (1 + np.array([math.erf(value / math.sqrt(2)) for value in y]))
+    if kind == "gelu_tanh":
+        return 0.5 * y * (1 + np.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
+    if kind == "silu":
+        return y * _sigmoid(y)
+    return {"none": lambda: y, "tanh": lambda: np.tanh(y), "relu": lambda: np.maximum(y, 0)}[kind]()
+
+
+def _sigmoid(y: NDArray[np.float64]) -> NDArray[np.float64]:
+    with np.errstate(over="ignore"):
+        return 1 / (1 + np.exp(-y))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PooledHead:
+    """What stands behind the pooling.
+
+    Attributes:
+        layers: in order; none where the model has computed all of them.
+        labels: names of the numbers that the last one gives, of a head for scores and classes.
+        likelihood: how these are brought to 0..1.
+    """
+
+    layers: tuple[Dense, ...] = ()
+    labels: tuple[str, ...] = ()
+    likelihood: Likelihood = "none"
+
+    def __call__(self, pooled: NDArray[np.float64], *, activate: bool) -> NDArray[np.float64]:
+        for layer in self.layers:
+            pooled = layer(pooled)
+        if not activate or self.likelihood == "none":
+            return pooled
+        if self.likelihood == "sigmoid":
+            return _sigmoid(pooled)
+        powers = np.exp(pooled - pooled.max())
+        return powers / powers.sum()
+
+
 @dataclasses.dataclass(frozen=True)
 class PoolingPlan:
-    """A request's `PoolingParams` with nothing left open."""
+    """A request's `PoolingParams` with nothing left open, and what stands behind the pooling."""
 
     pooling: PoolingKind
     normalize: bool
     dimensions: int
+    head: PooledHead | None = None
+    activate: bool = True
 
     @property
     def needs_every_position(self) -> bool:
@@ -85,8 +168,8 @@ class ModelPooling:
     matryoshka: bool = False
     matryoshka_dimensions: tuple[int, ...] = ()
 
-    def plan(self, params: PoolingParams) -> PoolingPlan:
-        """What a request gets.
+    def plan(self, params: PoolingParams, head: PooledHead | None = None) -> PoolingPlan:
+        """What a request gets from a model with this head.
 
         Raises:
             InvalidParameterError: the model cannot give vectors of that length.
@@ -98,6 +181,8 @@ class ModelPooling:
             pooling=params.pooling or self.pooling,
             normalize=self.normalize if params.normalize is None else params.normalize,
             dimensions=dimensions,
+            head=head,
+            activate=params.use_activation is not False,
         )
 
     def _check(self, dimensions: int) -> None:

@@ -5,21 +5,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
-from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
+import numpy as np
+from numpy.typing import NDArray
+
+from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError, WeightsError
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.kernels.activation import Activation
-from candle_vllm.core.loading.views import View
+from candle_vllm.core.loading.tensors import Checkpoint
+from candle_vllm.core.loading.views import row_part
 from candle_vllm.core.loading.weights import Seen, WeightName
+from candle_vllm.core.pooling import Likelihood
 
 MAX_LABELS = 1 << 16
 
 ACTIVATIONS: Mapping[str, Activation] = MappingProxyType(
     {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
 )
-
-Likelihood = Literal["none", "sigmoid", "softmax"]
 
 
 def head_of(fields: Fields, *, scores: bool) -> dict[str, Any]:
@@ -75,16 +78,14 @@ def both(target: str, hf: str | tuple[str, ...], gguf: str | None = None) -> lis
     ]
 
 
-def thirds(
-    alone: Mapping[str, tuple[str, ...]], fused: tuple[str, ...], gguf: str, view: Mapping[str, View]
-) -> list[WeightName]:
+def thirds(alone: Mapping[str, tuple[str, ...]], fused: tuple[str, ...], gguf: str) -> list[WeightName]:
     """The lines of q, k and v of each layer, stored as matrices of their own or as one.
 
     Args:
         alone: names of each without ".weight".
         fused: names of the matrix of all three in safetensors; `gguf` is its name in GGUF files.
-        view: the rows of q, k and v in it.
     """
+    view = {part: row_part(number, 3) for number, part in enumerate("qkv")}
     return [
         WeightName(
             f"layers.{{i}}.attention.qkv:{part}.{kind}",
@@ -99,3 +100,16 @@ def thirds(
 def prefix_of(stored: Iterable[str], name: str) -> str:
     """What stands before a name that all models of a family have: the encoder's own, where there is a head."""
     return next((found.removesuffix(name) for found in stored if found.endswith(name)), "")
+
+
+def read_part(checkpoint: Checkpoint, name: str, *shape: int) -> NDArray[np.float32]:
+    """A tensor of a head that stands behind the pooling.
+
+    Raises:
+        WeightsError: it is missing, or has another shape.
+    """
+    stored = checkpoint.tensors.get(name)
+    if stored is None or tuple(stored.shape) != shape:
+        found = "missing" if stored is None else f"of shape {list(stored.shape)}"
+        raise WeightsError(f"{checkpoint.path}: tensor {name} is {found}; the model asks for {list(shape)}")
+    return np.array(stored.load("F32"))

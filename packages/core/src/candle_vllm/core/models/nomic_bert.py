@@ -139,7 +139,7 @@ def weights(config: BertConfig, stored: Iterable[str]) -> list[WeightName]:
         WeightName("embed:weight", f"{at}embeddings.word_embeddings.weight", "token_embd.weight"),
         WeightName("types:weight", f"{at}embeddings.token_type_embeddings.weight", "token_types.weight"),
         *both("norm:", (f"{at}embeddings.LayerNorm", f"{at}emb_ln"), "token_embd_norm"),
-        *thirds(alone, fused, f"{block}attn_qkv", {part: row_part(n, 3) for n, part in enumerate("qkv")}),
+        *thirds(alone, fused, f"{block}attn_qkv"),
         *both("layers.{i}.attention.output:", outputs, f"{block}attn_output"),
         *both("layers.{i}.attention_norm:", (f"{new}post_attention_layernorm", f"{old}norm1", f"{gte}attn_ln"),
               f"{block}attn_output_norm"),

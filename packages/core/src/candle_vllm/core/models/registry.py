@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module
@@ -14,7 +15,7 @@ from candle_vllm.core.fields import Fields
 from candle_vllm.core.loading.config import EncoderConfig, ModelConfig
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.towers import TOWERS, text_fields
-from candle_vllm.core.loading.trunks import decoder_class, head_as_stored, without_head
+from candle_vllm.core.loading.trunks import SCORES, decoder_class, head_as_stored, is_headed, without_head
 from candle_vllm.core.models.family import EncoderFamily, Family, TowerFamily
 from candle_vllm.core.quantization.tensors import StoredTensor
 
@@ -55,6 +56,7 @@ FAMILIES = (
     "gptj",
     "nomic_bert",
     "mpnet",
+    "modernbert",
 )
 """The files of this folder that have one, `FAMILY`. They are asked in this order whether they serve a name, so that a
 start imports no more of them than it takes to find the model's: most are of the first."""
@@ -171,6 +173,9 @@ def family_from_hf(
     name = decoder_class(named, HF_FAMILIES)
     family = _find(name, HF_FAMILIES, path, [*TOWERS, *HF_ENCODERS])
     found = family.config_from_hf(fields, family.hf[name])
+    if is_headed(names):  # which `assembly/heads.py` reads
+        own = family.ignored
+        family = dataclasses.replace(family, ignored=lambda config: [*own(config), rf"({'|'.join(SCORES)})\..*"])
     return family, head_as_stored(without_head(named, found, HF_FAMILIES, tensors), tensors, path)
 
 

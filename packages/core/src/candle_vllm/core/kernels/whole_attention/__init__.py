@@ -3,11 +3,11 @@
 
 Contract: qkv [T, (H + 2 K) * D] of any float dtype has the queries of all heads, their keys and their values side by
 side, for texts that stand behind each other; each of the K key heads serves H / K neighbouring heads of queries.
-y [T, H * D] in qkv's dtype, in new memory: softmax(q k^T / sqrt(D) + b) v within each text, for each head. b is the bias
-of the distance between query and key, where there is one, and minus infinity outside of the window. A text's result does
-not depend on the others. In recorded steps everything is fp32, and D is any number; elsewhere it is torch's own kernels.
-With `turned`, queries and keys are first rotated as `kernels/rotary` says, in whose tables each token has a row; qkv
-does not last then.
+y [T, H * D] in qkv's dtype, in new memory: softmax(q k^T / sqrt(D) + b) v within each text, for each head. b is the
+bias of the distance between query and key, where there is one, and minus infinity outside of the window. A text's
+result does not depend on the others. In recorded steps everything is fp32, and D is any number; elsewhere it is torch's
+own kernels. With `turned`, queries and keys are first rotated as `kernels/rotary` says, in whose tables each token has
+a row; qkv does not last then.
 Source: Vaswani et al., 2017, arXiv:1706.03762; Heo et al., 2024, arXiv:2403.13298 (rotation by rows and columns).
 """
 
@@ -38,8 +38,8 @@ def whole_attention(
             recorded it is not looked at: the step's own numbers are.
         turned: see above.
         kv_heads: K; None is H.
-        bias: fp32 [N, 2 P - 1] for texts of at most P tokens, N = H or 1 for all heads: column d + P - 1 belongs to keys
-            d tokens behind the query.
+        bias: fp32 [N, 2 P - 1] for texts of at most P tokens, N = H or 1 for all heads: column d + P - 1 belongs to
+            keys d tokens behind the query.
         window: most tokens between a query and a key that it sees; None is all.
     """
     if isinstance(qkv, Recorded):

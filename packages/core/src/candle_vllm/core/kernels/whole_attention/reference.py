@@ -47,8 +47,6 @@ def _added(length: int, bias: torch.Tensor | None, window: int | None, q: torch.
         return None
     places = torch.arange(length, device=q.device)
     away = places - places[:, None]  # of keys from queries
-    if bias is None:
-        added = q.new_zeros(1, length, length)
-    else:
-        added = bias.to(q.dtype)[:, away + bias.shape[1] // 2]
+    near = q.new_zeros(1, 1) if bias is None else bias.to(q.dtype)
+    added = near[:, away + near.shape[1] // 2] if bias is not None else near[:, away * 0]
     return added if window is None else added.masked_fill(away.abs() > window, float("-inf"))
