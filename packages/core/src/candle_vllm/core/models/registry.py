@@ -57,6 +57,8 @@ FAMILIES = (
     "nomic_bert",
     "mpnet",
     "modernbert",
+    "gemma_embedding",
+    "jina_bert",
 )
 """The files of this folder that have one, `FAMILY`. They are asked in this order whether they serve a name, so that a
 start imports no more of them than it takes to find the model's: most are of the first."""
@@ -143,6 +145,8 @@ def encoder_from_hf(config: Mapping[str, Any], path: Path) -> tuple[EncoderFamil
     if family is None or not isinstance(name, str):
         return None
     model_type, scores = family.hf[name]
+    if model_type == "gemma3_text" and config.get("use_bidirectional_attention") is not True:
+        return None  # a decoder without its head
     return family, family.config_from_hf(Fields(config, path), model_type, scores=scores)
 
 
