@@ -71,6 +71,34 @@ def test_classes_and_rewards_equal_transformers(family: str, labels: int, tmp_pa
                 refused("hello", use_tqdm=False)
 
 
+@pytest.mark.parametrize("words", [["n", "y"], ["y"]])
+@pytest.mark.parametrize("tied", [False, True])
+def test_rerankers_that_answer_by_tokens(words: list[str], tied: bool, tmp_path: Path) -> None:
+    """Qwen3-Reranker's way: the probability of "yes" among "no" and "yes" behind the last token."""
+    write(tmp_path, "Qwen3", head_dim=8)
+    torch.manual_seed(1)
+    config = transformers.Qwen3Config(**SIZES | {"head_dim": 8, "tie_word_embeddings": tied})
+    model = transformers.Qwen3ForCausalLM(config).eval()
+    model.save_pretrained(tmp_path)
+    said = json.loads((tmp_path / "config.json").read_text())
+    said |= {"architectures": ["Qwen3ForSequenceClassification"], "classifier_from_token": words}
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    tokenizer, pairs = Tokenizer.from_folder(tmp_path), [("what is it", "a fox"), ("a", "b")]
+    with InferenceEngine(str(tmp_path), dtype="fp32", max_model_len=128) as engine:
+        assert engine.model_info.tasks == ("score", "classify")
+        found = [each.score for each in engine.score(pairs, use_tqdm=False)]
+    for pair, score in zip(pairs, found, strict=True):
+        ids, _ = tokenizer.encode_pair(*pair)
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0, -1]
+        asked = logits[[tokenizer.backend.token_to_id(word) for word in words]]
+        wanted = asked.softmax(-1)[1] if len(words) == 2 else asked.sigmoid()[0]
+        assert abs(score - float(wanted)) < 1e-4
+    (tmp_path / "config.json").write_text(json.dumps(said | {"classifier_from_token": ["nowhere"]}))
+    with pytest.raises(WeightsError, match="one or two tokens of the vocabulary"):
+        InferenceEngine(str(tmp_path)).load()
+
+
 def test_a_reward_head_of_two_matrices(tmp_path: Path) -> None:
     """Qwen2ForRewardModel: a matrix, ReLU and another one behind the last token."""
     model = write(tmp_path, "Qwen2", num_labels=1)

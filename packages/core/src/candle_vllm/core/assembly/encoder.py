@@ -146,7 +146,7 @@ def _load_encoder(
         pooling = ModelPooling(len(model.labels), model.head_pooling or "cls", normalize=False)
         head = PooledHead(family.behind(model, checkpoint), model.labels, model.likelihood)
     elif not model.scores:
-        pooling, head = pooling_of(files, checkpoint, opened.metadata, model.hidden_size, "mean")
+        pooling, head = pooling_of(files, checkpoint, opened.metadata, model.hidden_size, "mean", tokenizer)
     placement = encoder_placement(config, device, checkpoint)
     table, ignored = family.weights(model, checkpoint.tensors), family.ignored(model)
     tensors = checkpoint.tensors.values()

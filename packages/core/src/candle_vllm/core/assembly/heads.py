@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from candle_vllm.core.errors import WeightsError
+from candle_vllm.core.errors import UnsupportedModelError, WeightsError
 from candle_vllm.core.fields import Fields, read_json
 from candle_vllm.core.loading.pooling import dense_layers, read_pooling
 from candle_vllm.core.loading.source import ModelFiles
@@ -15,15 +15,28 @@ from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.trunks import SCORES, is_headed
 from candle_vllm.core.models.encoder_parts import head_of
 from candle_vllm.core.pooling import Dense, ModelPooling, PooledHead, PoolingKind
+from candle_vllm.core.text.tokenizer import Tokenizer
+
+_TABLES = ("lm_head.weight", "model.embed_tokens.weight")  # of rows whose products with a state are logits
 
 
 def pooling_of(
-    files: ModelFiles, checkpoint: Checkpoint, metadata: Mapping[str, Any], size: int, kind: PoolingKind
+    files: ModelFiles,
+    checkpoint: Checkpoint,
+    metadata: Mapping[str, Any],
+    size: int,
+    kind: PoolingKind,
+    tokenizer: Tokenizer,
 ) -> tuple[ModelPooling, PooledHead | None]:
-    """How vectors of `size` elements are made, by `kind` where the files do not say it, and what stands behind."""
+    """How vectors of `size` elements are made, by `kind` where the files do not say it, and what stands behind.
+
+    Raises:
+        WeightsError: the head that config.json names is missing or misshapen.
+    """
     config = None if files.config is None else Fields(read_json(files.config), files.config)
     if config is not None and files.format != "gguf" and is_headed(config.values.get("architectures")):
-        head = _score_head(config, checkpoint, size)
+        words = config.get("classifier_from_token", list, [])
+        head = _token_head(config, words, checkpoint, tokenizer) if words else _score_head(config, checkpoint, size)
         return ModelPooling(len(head.labels), kind, normalize=False), head
     pooling = read_pooling(files, metadata, size, kind, config)
     layers = dense_layers(files, checkpoint)
@@ -31,6 +44,27 @@ def pooling_of(
         _check_shape(checkpoint, "a Dense layer behind the pooling", layer.weight.shape, (len(layer.weight), size))
         size = len(layer.weight)
     return (dataclasses.replace(pooling, size=size), PooledHead(layers)) if layers else (pooling, None)
+
+
+def _token_head(fields: Fields, words: list[Any], checkpoint: Checkpoint, tokenizer: Tokenizer) -> PooledHead:
+    """The head of a reranker that answers by logits of tokens, as vLLM's `classifier_from_token` names them.
+
+    Of two tokens, such as "no" and "yes", the score is the probability of the second one among both: the sigmoid of the
+    difference of their logits. Of one token it is the sigmoid of its logit.
+    """
+    ids = [tokenizer.backend.token_to_id(word) if isinstance(word, str) else None for word in words]
+    table = next((checkpoint.tensors[name] for name in _TABLES if name in checkpoint.tensors), None)
+    known = [number for number in ids if number is not None and table is not None and number < table.shape[0]]
+    if table is None or len(known) != len(ids) or len(known) > 2:
+        raise WeightsError(
+            f"{fields.path}: classifier_from_token is {words!r:.80}; it must be one or two tokens of the vocabulary"
+        )
+    for key in ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier"):
+        if fields.values.get(key) not in (None, 1):
+            raise UnsupportedModelError(f"{fields.path}: {key} beside classifier_from_token is not implemented")
+    rows = [table.rows(number, number + 1).load("F32") for number in known]
+    head = head_of(Fields({**fields.values, "num_labels": 1}, fields.path), scores=True)
+    return PooledHead((Dense(weight=rows[0] if len(rows) == 1 else rows[1] - rows[0]),), **head)
 
 
 def _score_head(fields: Fields, checkpoint: Checkpoint, size: int) -> PooledHead:

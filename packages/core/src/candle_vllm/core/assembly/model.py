@@ -297,7 +297,7 @@ def describe_model(config: EngineConfig, device: Device, opened: Opened) -> Desc
     default_sampling = sampling_defaults(generation)
     tokenizer = open_tokenizer(config, files, metadata, model_config.vocab_size)
     template = _template(config, tokenizer, described)
-    pooling, head = pooling_of(files, checkpoint, metadata, model_config.hidden_size, "last")
+    pooling, head = pooling_of(files, checkpoint, metadata, model_config.hidden_size, "last", tokenizer)
     eos_token_ids = end_tokens(model_config, generation, tokenizer, described)
     with naming(described, checkpoint.path):
         _check_weights(family, model_config, checkpoint)
