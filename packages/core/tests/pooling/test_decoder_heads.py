@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -144,7 +145,7 @@ def test_dense_layers_behind_the_pooling(activation: str, tmp_path: Path) -> Non
             [each.embedding for each in engine.embed(TEXTS, PoolingParams(normalize=False), use_tqdm=False)]
         )
     modules, sizes, wanted = json.loads((folder / "modules.json").read_text()), [32, 48, 24], plain.astype(np.float64)
-    for number, (before, behind) in enumerate(zip(sizes, sizes[1:]), 2):
+    for number, (before, behind) in enumerate(itertools.pairwise(sizes), 2):
         weight = (random.standard_normal((behind, before)) / 4).astype(np.float32)
         bias, path = random.standard_normal(behind).astype(np.float32), folder / f"{number}_Dense"
         path.mkdir()

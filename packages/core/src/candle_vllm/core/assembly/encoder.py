@@ -35,7 +35,8 @@ from candle_vllm.core.loading.source import ModelFiles
 from candle_vllm.core.loading.weights import check_weights
 from candle_vllm.core.models.family import Encoder, EncoderFamily
 from candle_vllm.core.models.registry import encoder_from_gguf, encoder_from_hf
-from candle_vllm.core.pooling import ModelPooling, PooledHead
+from candle_vllm.core.pooled_head import PooledHead
+from candle_vllm.core.pooling import ModelPooling
 from candle_vllm.core.threads import collector_paused
 
 logger = logging.getLogger(__name__)

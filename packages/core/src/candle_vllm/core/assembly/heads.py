@@ -14,7 +14,8 @@ from candle_vllm.core.loading.source import ModelFiles
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.trunks import SCORES, is_headed
 from candle_vllm.core.models.encoder_parts import head_of
-from candle_vllm.core.pooling import Dense, ModelPooling, PooledHead, PoolingKind
+from candle_vllm.core.pooled_head import Dense, PooledHead
+from candle_vllm.core.pooling import ModelPooling, PoolingKind
 from candle_vllm.core.text.tokenizer import Tokenizer
 
 _TABLES = ("lm_head.weight", "model.embed_tokens.weight")  # of rows whose products with a state are logits

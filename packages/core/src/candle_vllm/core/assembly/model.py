@@ -47,7 +47,8 @@ from candle_vllm.core.memory import refuse_longer
 from candle_vllm.core.models.family import Decoder, DraftHead, Encoder, Family
 from candle_vllm.core.models.registry import family_from_gguf, family_from_hf
 from candle_vllm.core.models.stack import DecoderStack
-from candle_vllm.core.pooling import ModelPooling, PooledHead
+from candle_vllm.core.pooled_head import PooledHead
+from candle_vllm.core.pooling import ModelPooling
 from candle_vllm.core.sampling.params import MAX_TOKENS, SamplingParams
 from candle_vllm.core.text.chat_template import ChatTemplate
 from candle_vllm.core.text.tokenizer import Tokenizer

@@ -23,7 +23,8 @@ from candle_vllm.core.fields import MAX_CONFIG_BYTES, Fields, read_json
 from candle_vllm.core.loading.safetensors import open_safetensors
 from candle_vllm.core.loading.source import ModelFiles
 from candle_vllm.core.loading.tensors import Checkpoint
-from candle_vllm.core.pooling import MAX_DIMENSIONS, Dense, DenseActivation, ModelPooling, PoolingKind
+from candle_vllm.core.pooled_head import Dense, DenseActivation
+from candle_vllm.core.pooling import MAX_DIMENSIONS, ModelPooling, PoolingKind
 from candle_vllm.core.quantization.tensors import StoredTensor
 
 logger = logging.getLogger(__name__)

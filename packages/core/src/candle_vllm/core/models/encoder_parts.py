@@ -16,7 +16,7 @@ from candle_vllm.core.kernels.activation import Activation
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.views import row_part
 from candle_vllm.core.loading.weights import Seen, WeightName
-from candle_vllm.core.pooling import Likelihood
+from candle_vllm.core.pooled_head import Likelihood
 
 MAX_LABELS = 1 << 16
 

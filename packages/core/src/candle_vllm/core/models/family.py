@@ -19,7 +19,7 @@ from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.loading.config import EncoderConfig, ModelConfig
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.weights import WeightName
-from candle_vllm.core.pooling import Dense
+from candle_vllm.core.pooled_head import Dense
 from candle_vllm.core.quantization.tensors import StoredTensor
 from candle_vllm.core.vision.preprocessing import Cut, Rule, patch_places, patch_rows, window_order
 
@@ -403,4 +403,4 @@ class EncoderFamily:
     build: Callable[[Any, Placement], Encoder]
     weights: Callable[[Any, Iterable[str]], Sequence[WeightName]]
     ignored: Callable[[Any], Sequence[str]]
-    behind: Callable[[Any, Checkpoint], tuple[Dense, ...]] = lambda config, checkpoint: ()
+    behind: Callable[[Any, Checkpoint], tuple[Dense, ...]] = lambda _config, _checkpoint: ()

@@ -170,5 +170,5 @@ FAMILY = EncoderFamily(
     config_from_gguf=encoder_from_gguf,
     build=GemmaEncoder,
     weights=weights,
-    ignored=lambda config: [r"lm_head\.weight", r"dense_\d+\.weight"],
+    ignored=lambda _: [r"lm_head\.weight", r"dense_\d+\.weight"],
 )

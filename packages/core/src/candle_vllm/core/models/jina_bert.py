@@ -149,5 +149,5 @@ FAMILY = EncoderFamily(
     config_from_gguf=config_from_gguf,
     build=build,
     weights=weights,
-    ignored=lambda config: [r"(\w+\.)?pooler\..*", r"(cls|lm_head)\..*", r"(\w+\.)?embeddings\.position_ids"],
+    ignored=lambda _: [r"(\w+\.)?pooler\..*", r"(cls|lm_head)\..*", r"(\w+\.)?embeddings\.position_ids"],
 )

@@ -29,7 +29,7 @@ from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models.encoder_parts import ACTIVATIONS, both, head_of, prefix_of, read_part, thirds
 from candle_vllm.core.models.family import EncoderFamily
-from candle_vllm.core.pooling import Dense
+from candle_vllm.core.pooled_head import Dense
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 
@@ -189,13 +189,14 @@ class ModernBert:
 
 def weights(config: ModernBertConfig, stored: Iterable[str]) -> list[WeightName]:
     """The table of names."""
+    del config
     at = prefix_of(stored, "embeddings.tok_embeddings.weight")
     layer, block = f"{at}layers.{{i}}.", "blk.{i}."
     return [
         WeightName("embed:weight", f"{at}embeddings.tok_embeddings.weight", "token_embd.weight"),
         *both("embed_norm:", f"{at}embeddings.norm", "token_embd_norm"),
         *both("layers.{i}.attention_norm:", f"{layer}attn_norm", f"{block}attn_norm"),
-        *thirds({part: () for part in "qkv"}, (f"{layer}attn.Wqkv",), f"{block}attn_qkv"),
+        *thirds(dict.fromkeys("qkv", ()), (f"{layer}attn.Wqkv",), f"{block}attn_qkv"),
         *both("layers.{i}.attention.output:", f"{layer}attn.Wo", f"{block}attn_output"),
         *both("layers.{i}.mlp_norm:", f"{layer}mlp_norm", f"{block}ffn_norm"),
         *both("layers.{i}.mlp.gate_up:", f"{layer}mlp.Wi", f"{block}ffn_up"),

@@ -128,6 +128,7 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> BertConfig:
 
 def weights(config: BertConfig, stored: Iterable[str]) -> list[WeightName]:
     """The table of names, transformers' and those of the published repositories."""
+    del config
     at = prefix_of(stored, "embeddings.word_embeddings.weight")
     new, old, gte, block = f"{at}layers.{{i}}.", f"{at}encoder.layers.{{i}}.", f"{at}encoder.layer.{{i}}.", "blk.{i}."
     alone = {part: (f"{new}self_attn.{part}_proj",) for part in "qkv"}

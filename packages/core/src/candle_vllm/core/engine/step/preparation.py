@@ -26,7 +26,8 @@ from candle_vllm.core.engine.step.prediction import Prediction
 from candle_vllm.core.engine.step.sequence import PlacedImage, Sequence
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.loading.config import EncoderConfig
-from candle_vllm.core.pooling import ModelPooling, PooledHead, PoolingPlan
+from candle_vllm.core.pooled_head import PooledHead
+from candle_vllm.core.pooling import ModelPooling, PoolingPlan
 from candle_vllm.core.sampling.dry import BreakerTable, breakers_of
 from candle_vllm.core.sampling.grammar import GrammarState
 from candle_vllm.core.sampling.llguidance_backend import LlguidanceBackend
