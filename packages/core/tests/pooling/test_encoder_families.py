@@ -133,6 +133,7 @@ def test_vectors_equal_transformers(row: Row, eager: bool, tmp_path: Path) -> No
 
 
 KEYS: dict[str, dict[str, Any]] = {
+    "bert": {},
     "nomic-bert": {"rope.freq_base": 1000.0},
     "jina-bert-v3": {"rope.freq_base": 20000.0},
     "modern-bert": {"rope.freq_base": 160000.0, "rope.freq_base_swa": 10000.0, "attention.sliding_window": 16},
@@ -143,7 +144,13 @@ KEYS: dict[str, dict[str, Any]] = {
     },
     "jina-bert-v2": {},
 }  # fmt: skip
-ARCHITECTURES = {"nomic-bert": ROWS[0], "jina-bert-v3": ROWS[3], "modern-bert": ROWS[7], "gemma-embedding": ROWS[8]}
+ARCHITECTURES = {
+    "bert": ROWS[5],
+    "nomic-bert": ROWS[0],
+    "jina-bert-v3": ROWS[3],
+    "modern-bert": ROWS[7],
+    "gemma-embedding": ROWS[8],
+}
 
 
 @pytest.mark.parametrize("name", KEYS)

@@ -98,6 +98,7 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> BertConfig:
         max_position=fields.count("context_length"),
         norm_eps=fields.get("attention.layer_norm_epsilon", float),
         token_types=types.shape[0] if types and types.shape else 1,
+        typed=types is not None,  # DistilBERT has none
     )
 
 

@@ -106,8 +106,8 @@ def build(config: BertConfig, placement: Placement) -> Bert:
 def weights(config: BertConfig, stored: Iterable[str]) -> list[WeightName]:
     """The table of names."""
     at = prefix_of(stored, "embeddings.word_embeddings.weight")
-    mpnet = config.model_type == "mpnet"
-    layer = f"{at}encoder.layer.{{i}}." if mpnet else f"{at}transformer.layer.{{i}}."
+    mpnet, table = config.model_type == "mpnet", f"{at}embeddings."
+    layer, block = f"{at}{'encoder' if mpnet else 'transformer'}.layer.{{i}}.", "blk.{i}."
     qkv = {part: f"attention.attn.{part}" if mpnet else f"attention.{part}_lin" for part in "qkv"}
     rest = (
         ("attention.attn.o", "attention.LayerNorm", "intermediate.dense", "output.dense", "output.LayerNorm")
@@ -115,14 +115,16 @@ def weights(config: BertConfig, stored: Iterable[str]) -> list[WeightName]:
         else ("attention.out_lin", "sa_layer_norm", "ffn.lin1", "ffn.lin2", "output_layer_norm")
     )
     targets = ("attention.output:", "attention_norm:", "mlp.up:", "mlp.down:", "output_norm:")
+    ggufs = ("attn_output", "attn_output_norm", "ffn_up", "ffn_down", "layer_output_norm")
     head = ("classifier.dense", "classifier.out_proj") if mpnet else ("pre_classifier", "classifier")
+    lines = [(f"attention.qkv:{part}.", qkv[part], f"attn_{part}") for part in "qkv"]
+    lines += list(zip(targets, rest, ggufs, strict=True))
     return [
-        WeightName("embed:weight", f"{at}embeddings.word_embeddings.weight", None),
-        WeightName("positions:weight", f"{at}embeddings.position_embeddings.weight", None),
+        WeightName("embed:weight", f"{table}word_embeddings.weight", "token_embd.weight"),
+        WeightName("positions:weight", f"{table}position_embeddings.weight", "position_embd.weight"),
         WeightName("near:weight", f"{at}encoder.relative_attention_bias.weight", None),
-        *both("norm:", f"{at}embeddings.LayerNorm"),
-        *(line for part in "qkv" for line in both(f"layers.{{i}}.attention.qkv:{part}.", layer + qkv[part])),
-        *(line for target, name in zip(targets, rest) for line in both(f"layers.{{i}}.{target}", layer + name)),
+        *both("norm:", f"{table}LayerNorm", "token_embd_norm"),
+        *(line for target, name, gguf in lines for line in both(f"layers.{{i}}.{target}", layer + name, block + gguf)),
         *both("head:", head[0]),
         *both("score:", head[1]),
     ]
