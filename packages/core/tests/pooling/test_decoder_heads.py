@@ -21,7 +21,12 @@ from candle_vllm.core.testing.toy_encoder import TOY_ENCODER_VOCAB_SIZE, write_t
 from candle_vllm.core.text.tokenizer import Tokenizer
 
 TEXTS = ["hello", "a", "the quick brown fox", "w " * 40]
-SIZES = {"vocab_size": TOY_ENCODER_VOCAB_SIZE, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+SIZES: dict[str, Any] = {
+    "vocab_size": TOY_ENCODER_VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 130, "pad_token_id": 0}
 
 
@@ -97,7 +102,7 @@ def test_rerankers_that_answer_by_tokens(words: list[str], tied: bool, tmp_path:
         assert abs(score - float(wanted)) < 1e-4
     (tmp_path / "config.json").write_text(json.dumps(said | {"classifier_from_token": ["nowhere"]}))
     with pytest.raises(WeightsError, match="one or two tokens of the vocabulary"):
-        InferenceEngine(str(tmp_path)).load()
+        InferenceEngine(str(tmp_path))
 
 
 def test_a_reward_head_of_two_matrices(tmp_path: Path) -> None:
@@ -129,11 +134,11 @@ def test_a_head_that_is_missing_or_cannot_be_written(tmp_path: Path) -> None:
     tensors = {name: value.numpy() for name, value in model.state_dict().items()}
     save_file(tensors | {"score.weight": np.zeros((2, 31), np.float32)}, tmp_path / "model.safetensors")
     with pytest.raises(WeightsError, match=r"score\.weight has shape \[2, 31\]"):
-        InferenceEngine(str(tmp_path)).load()
+        InferenceEngine(str(tmp_path))
     del tensors["score.weight"]
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(WeightsError, match=r"score\.weight is missing"):
-        InferenceEngine(str(tmp_path)).load()
+        InferenceEngine(str(tmp_path))
 
 
 @pytest.mark.parametrize("activation", ["Identity", "Tanh", "GELU"])

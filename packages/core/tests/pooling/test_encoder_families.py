@@ -165,7 +165,7 @@ def test_gguf_files_give_the_same(name: str, tmp_path: Path) -> None:
     assert described is not None
     family, config = described
     writer = GGUFWriter(tmp_path / "m.gguf", name)
-    numbers = {"context_length": config.max_position, "embedding_length": 32, "feed_forward_length": 48}
+    numbers: dict[str, Any] = {"context_length": config.max_position, "embedding_length": 32, "feed_forward_length": 48}
     numbers |= {"block_count": layers, "attention.head_count": 4, "pooling_type": 1}
     for key, value in (numbers | {"attention.layer_norm_epsilon": config.norm_eps} | KEYS[name]).items():
         (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(f"{name}.{key}", value)
@@ -265,14 +265,15 @@ def test_published_configs_are_read(tmp_path: Path) -> None:
     gte = {"architectures": ["NewModel"], **SIZES, "rope_theta": 500.0, "rope_scaling": {"type": "ntk", "factor": 2.0}}
     stretched = encoder_from_hf(gte, tmp_path)
     assert stretched is not None
-    found = inverse_frequencies(stretched[1].rope, 130)
+    settings: Any = stretched[1]
+    found = inverse_frequencies(settings.rope, 130)
     assert found == pytest.approx([1 / (1000 ** (n / 8)) / 2 ** (2 / 8) for n in range(0, 8, 2)])
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.head], ids=lambda row: row.head)
 @pytest.mark.parametrize("labels", [1, 3])
 def test_heads_equal_transformers(row: Row, labels: int, tmp_path: Path) -> None:
-    more = {"classifier_pooling": "mean" if labels == 3 else "cls"} if "ModernBert" in row.head else {}
+    more: dict[str, Any] = {"classifier_pooling": "mean" if labels == 3 else "cls"} if "ModernBert" in row.head else {}
     folder, model = write(tmp_path, row, row.head, num_labels=labels, **more)
     tokenizer = Tokenizer.from_folder(folder)
     for eager in (False, True):

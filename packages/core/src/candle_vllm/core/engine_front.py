@@ -260,7 +260,8 @@ class EngineFront(ABC):
 
     def _template(self, source: str | None = None) -> ChatTemplate:
         """The model's template, or what `source` is."""
-        self._check_generates()
+        if not self.model_info.has_chat_template:  # a reward model reads conversations
+            self._check_generates()
         texts = self._require()[1]
         if source is not None:
             if not isinstance(source, str):

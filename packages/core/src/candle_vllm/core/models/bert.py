@@ -26,11 +26,18 @@ from candle_vllm.core.layers.linear import Linear
 from candle_vllm.core.layers.mlp import MLP, GatedMLP
 from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.layers.rotary import Rotary
-from candle_vllm.core.loading.config import MAX_LAYERS, EncoderConfig
+from candle_vllm.core.loading.config import EncoderConfig
 from candle_vllm.core.loading.rope import RopeConfig
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.weights import WeightName
-from candle_vllm.core.models.encoder_parts import ACTIVATIONS, both, head_of
+from candle_vllm.core.models.encoder_parts import (
+    ACTIVATIONS,
+    both,
+    head_of,
+    sizes_from_gguf,
+    sizes_from_hf,
+    types_from_gguf,
+)
 from candle_vllm.core.models.family import EncoderFamily
 
 # ---- config ----------------------------------------------------------------------------------------------------------
@@ -70,11 +77,7 @@ def config_from_hf(fields: Fields, model_type: str, *, scores: bool) -> BertConf
     first = 0 if model_type == "bert" else fields.get("pad_token_id", int, 1) + 1
     return BertConfig(
         model_type=model_type,
-        vocab_size=fields.count("vocab_size"),
-        hidden_size=fields.count("hidden_size"),
-        intermediate_size=fields.count("intermediate_size"),
-        num_layers=fields.count("num_hidden_layers", most=MAX_LAYERS),
-        num_heads=fields.count("num_attention_heads"),
+        **sizes_from_hf(fields),
         max_position=positions - first,
         norm_eps=fields.get("layer_norm_eps", float, 1e-12),
         first_position=first,
@@ -86,19 +89,10 @@ def config_from_hf(fields: Fields, model_type: str, *, scores: bool) -> BertConf
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> BertConfig:
     """Reads GGUF metadata of bert."""
-    table = checkpoint.tensors.get("token_embd.weight")
-    types = checkpoint.tensors.get("token_types.weight")
     return BertConfig(
         model_type="bert",
-        vocab_size=table.shape[0] if table and table.shape else fields.count("vocab_size"),
-        hidden_size=fields.count("embedding_length"),
-        intermediate_size=fields.count("feed_forward_length"),
-        num_layers=fields.count("block_count", most=MAX_LAYERS),
-        num_heads=fields.count("attention.head_count"),
-        max_position=fields.count("context_length"),
-        norm_eps=fields.get("attention.layer_norm_epsilon", float),
-        token_types=types.shape[0] if types and types.shape else 1,
-        typed=types is not None,  # DistilBERT has none
+        **sizes_from_gguf(fields, checkpoint),
+        **types_from_gguf(checkpoint),  # DistilBERT has none
     )
 
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError, WeightsError
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.kernels.activation import Activation
+from candle_vllm.core.loading.config import MAX_LAYERS
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.views import row_part
 from candle_vllm.core.loading.weights import Seen, WeightName
@@ -23,6 +24,37 @@ MAX_LABELS = 1 << 16
 ACTIVATIONS: Mapping[str, Activation] = MappingProxyType(
     {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
 )
+
+
+def sizes_from_hf(fields: Fields) -> dict[str, Any]:
+    """The sizes that most encoders' config.json has under the same keys."""
+    return {
+        "vocab_size": fields.count("vocab_size"),
+        "hidden_size": fields.count("hidden_size"),
+        "intermediate_size": fields.count("intermediate_size"),
+        "num_layers": fields.count("num_hidden_layers", most=MAX_LAYERS),
+        "num_heads": fields.count("num_attention_heads"),
+    }
+
+
+def sizes_from_gguf(fields: Fields, checkpoint: Checkpoint) -> dict[str, Any]:
+    """The same of GGUF metadata, with the longest text and the epsilon of norms."""
+    table = checkpoint.tensors.get("token_embd.weight")
+    return {
+        "vocab_size": table.shape[0] if table and table.shape else fields.count("vocab_size"),
+        "hidden_size": fields.count("embedding_length"),
+        "intermediate_size": fields.count("feed_forward_length"),
+        "num_layers": fields.count("block_count", most=MAX_LAYERS),
+        "num_heads": fields.count("attention.head_count"),
+        "max_position": fields.count("context_length"),
+        "norm_eps": fields.get("attention.layer_norm_epsilon", float),
+    }
+
+
+def types_from_gguf(checkpoint: Checkpoint) -> dict[str, Any]:
+    """`token_types` and `typed` of a `BertConfig`, by the table in a GGUF file."""
+    table = checkpoint.tensors.get("token_types.weight")
+    return {"token_types": table.shape[0] if table and len(table.shape) == 2 else 1, "typed": table is not None}
 
 
 def head_of(fields: Fields, *, scores: bool) -> dict[str, Any]:

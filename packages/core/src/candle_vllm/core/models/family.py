@@ -89,7 +89,10 @@ class DraftHead(Protocol):
 class Encoder(Protocol):
     """What the engine needs of a model that reads texts whole."""
 
-    config: EncoderConfig
+    @property
+    def config(self) -> EncoderConfig:
+        """Its description."""
+        ...
 
     def forward(self, token_ids: Value, positions: Value, types: Value, lengths: Sequence[int]) -> Value:
         """Token ids [T] of texts behind each other to hidden states [T, E] in fp32; see `models/bert.py`."""

@@ -16,12 +16,11 @@ import numpy as np
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.layers.parameters import Placement
-from candle_vllm.core.loading.config import MAX_LAYERS
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.views import row_part
 from candle_vllm.core.loading.weights import Seen, WeightName
 from candle_vllm.core.models.bert import Bert, BertConfig
-from candle_vllm.core.models.encoder_parts import both, prefix_of
+from candle_vllm.core.models.encoder_parts import both, prefix_of, sizes_from_gguf, sizes_from_hf, types_from_gguf
 from candle_vllm.core.models.family import EncoderFamily
 from candle_vllm.core.quantization.tensors import StoredTensor
 
@@ -38,11 +37,7 @@ def config_from_hf(fields: Fields, model_type: str, *, scores: bool) -> BertConf
     types = fields.get("type_vocab_size", int, 2)
     return BertConfig(
         model_type=model_type,
-        vocab_size=fields.count("vocab_size"),
-        hidden_size=fields.count("hidden_size"),
-        intermediate_size=fields.count("intermediate_size"),
-        num_layers=fields.count("num_hidden_layers", most=MAX_LAYERS),
-        num_heads=fields.count("num_attention_heads"),
+        **sizes_from_hf(fields),
         max_position=fields.count("max_position_embeddings"),
         norm_eps=fields.get("layer_norm_eps", float, 1e-12),
         token_types=max(types, 1),
@@ -53,21 +48,12 @@ def config_from_hf(fields: Fields, model_type: str, *, scores: bool) -> BertConf
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> BertConfig:
     """Reads GGUF metadata of jina-bert-v2."""
-    tensors = checkpoint.tensors
-    if any(name.startswith(("blk.0.attn_q_norm.", "blk.0.attn_norm_2.")) for name in tensors):
+    if any(name.startswith(("blk.0.attn_q_norm.", "blk.0.attn_norm_2.")) for name in checkpoint.tensors):
         raise UnsupportedModelError(f"{checkpoint.path}: norms of queries and keys (jina v2 code) are not implemented")
-    table, types = tensors.get("token_embd.weight"), tensors.get("token_types.weight")
     return BertConfig(
         model_type="jina_bert",
-        vocab_size=table.shape[0] if table and table.shape else fields.count("vocab_size"),
-        hidden_size=fields.count("embedding_length"),
-        intermediate_size=fields.count("feed_forward_length"),
-        num_layers=fields.count("block_count", most=MAX_LAYERS),
-        num_heads=fields.count("attention.head_count"),
-        max_position=fields.count("context_length"),
-        norm_eps=fields.get("attention.layer_norm_epsilon", float),
-        token_types=types.shape[0] if types and len(types.shape) == 2 else 1,
-        typed=types is not None,
+        **sizes_from_gguf(fields, checkpoint),
+        **types_from_gguf(checkpoint),
         **_FLAGS,
     )
 

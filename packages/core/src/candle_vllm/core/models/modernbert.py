@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.fields import Fields
@@ -23,15 +24,27 @@ from candle_vllm.core.layers.linear import Linear
 from candle_vllm.core.layers.mlp import GatedMLP
 from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.layers.rotary import Rotary
-from candle_vllm.core.loading.config import MAX_LAYERS, EncoderConfig
+from candle_vllm.core.loading.config import EncoderConfig
 from candle_vllm.core.loading.rope import RopeConfig, rope_from_hf
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.weights import WeightName
-from candle_vllm.core.models.encoder_parts import ACTIVATIONS, both, head_of, prefix_of, read_part, thirds
+from candle_vllm.core.models.encoder_parts import (
+    ACTIVATIONS,
+    both,
+    head_of,
+    prefix_of,
+    read_part,
+    sizes_from_gguf,
+    sizes_from_hf,
+    thirds,
+)
 from candle_vllm.core.models.family import EncoderFamily
 from candle_vllm.core.pooled_head import Dense
 
 # ---- config ----------------------------------------------------------------------------------------------------------
+
+
+_KINDS = ("full_attention", "sliding_attention")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,62 +71,44 @@ class ModernBertConfig(EncoderConfig):
 def config_from_hf(fields: Fields, model_type: str, *, scores: bool) -> ModernBertConfig:
     """Reads `config.json` of modernbert."""
     fields.choice("hidden_activation", "gelu", "gelu")
-    size, heads = fields.count("hidden_size"), fields.count("num_attention_heads")
-    layers, position = fields.count("num_hidden_layers", most=MAX_LAYERS), fields.count("max_position_embeddings", 8192)
+    sizes, position = sizes_from_hf(fields), fields.count("max_position_embeddings", 8192)
     period, half = fields.count("global_attn_every_n_layers", 3), fields.count("local_attention", 128) // 2
-    kinds = fields.get(
-        "layer_types", list, ["sliding_attention" if n % period else "full_attention" for n in range(layers)]
-    )
-    if len(kinds) != layers or not set(kinds) <= {"sliding_attention", "full_attention"}:
+    kinds = fields.get("layer_types", list, [_KINDS[bool(n % period)] for n in range(sizes["num_layers"])])
+    if len(kinds) != sizes["num_layers"] or any(kind not in _KINDS for kind in kinds):
         raise UnsupportedModelError(f"{fields.path}: layer_types is {kinds!r:.80}, which is not implemented")
 
     def rope(kind: str, key: str, theta: float) -> RopeConfig:
-        own = {"rope_theta": fields.get(key, float, theta)} | fields.section("rope_parameters").section(kind).values
-        return rope_from_hf(Fields({"rope_parameters": own}, fields.path), size // heads, position)
+        own = {"rope_theta": fields.get(key, float, theta), **fields.section("rope_parameters").section(kind).values}
+        settings = Fields({"rope_parameters": own}, fields.path)
+        return rope_from_hf(settings, sizes["hidden_size"] // sizes["num_heads"], position)
 
+    flags = {name: fields.get(name, bool, False) for name in ("norm_bias", "attention_bias", "mlp_bias")}
+    pooling: Any = fields.choice("classifier_pooling", "cls", "cls", "mean") if scores else None
     return ModernBertConfig(
         model_type=model_type,
-        vocab_size=fields.count("vocab_size"),
-        hidden_size=size,
-        intermediate_size=fields.count("intermediate_size"),
-        num_layers=layers,
-        num_heads=heads,
         max_position=position,
         norm_eps=fields.get("norm_eps", float, 1e-5),
-        windows=tuple(half if kind == "sliding_attention" else None for kind in kinds),
-        rope=rope("full_attention", "global_rope_theta", 160000.0),
-        local_rope=rope("sliding_attention", "local_rope_theta", 10000.0),
-        norm_bias=fields.get("norm_bias", bool, False),
-        attention_bias=fields.get("attention_bias", bool, False),
-        mlp_bias=fields.get("mlp_bias", bool, False),
+        windows=tuple(half if kind == _KINDS[1] else None for kind in kinds),
+        rope=rope(_KINDS[0], "global_rope_theta", 160000.0),
+        local_rope=rope(_KINDS[1], "local_rope_theta", 10000.0),
         head_bias=fields.get("classifier_bias", bool, False),
         head_activation=ACTIVATIONS[fields.choice("classifier_activation", "gelu", *ACTIVATIONS)],
-        head_pooling=("mean" if fields.choice("classifier_pooling", "cls", "cls", "mean") == "mean" else "cls")
-        if scores
-        else None,
+        head_pooling=pooling,
+        **sizes,
+        **flags,
         **head_of(fields, scores=scores),
     )
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> ModernBertConfig:
     """Reads GGUF metadata of modern-bert, whose first of every three layers has no window."""
-    size, heads = fields.count("embedding_length"), fields.count("attention.head_count")
-    layers, table = fields.count("block_count", most=MAX_LAYERS), checkpoint.tensors.get("token_embd.weight")
+    sizes = sizes_from_gguf(fields, checkpoint)
     half, period = fields.count("attention.sliding_window") // 2, fields.count("attention.sliding_window_pattern", 3)
-    base = fields.get("rope.freq_base", float, 160000.0)
-    return ModernBertConfig(
-        model_type="modernbert",
-        vocab_size=table.shape[0] if table and table.shape else fields.count("vocab_size"),
-        hidden_size=size,
-        intermediate_size=fields.count("feed_forward_length"),
-        num_layers=layers,
-        num_heads=heads,
-        max_position=fields.count("context_length"),
-        norm_eps=fields.get("attention.layer_norm_epsilon", float),
-        windows=tuple(half if layer % period else None for layer in range(layers)),
-        rope=RopeConfig(theta=base, dim=size // heads),
-        local_rope=RopeConfig(theta=fields.get("rope.freq_base_swa", float, 10000.0), dim=size // heads),
-    )
+    bases = {"rope": ("rope.freq_base", 160000.0), "local_rope": ("rope.freq_base_swa", 10000.0)}
+    dim = sizes["hidden_size"] // sizes["num_heads"]
+    ropes = {name: RopeConfig(theta=fields.get(key, float, base), dim=dim) for name, (key, base) in bases.items()}
+    windows = tuple(half if layer % period else None for layer in range(sizes["num_layers"]))
+    return ModernBertConfig(model_type="modernbert", windows=windows, **ropes, **sizes)
 
 
 # ---- attention -------------------------------------------------------------------------------------------------------

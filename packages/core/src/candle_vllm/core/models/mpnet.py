@@ -14,11 +14,10 @@ import numpy as np
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.layers.parameters import Placement, TensorParameter, on_host
-from candle_vllm.core.loading.config import MAX_LAYERS
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.weights import Parameter, WeightName
 from candle_vllm.core.models.bert import Bert, BertConfig
-from candle_vllm.core.models.encoder_parts import ACTIVATIONS, both, head_of, prefix_of
+from candle_vllm.core.models.encoder_parts import ACTIVATIONS, both, head_of, prefix_of, sizes_from_hf
 from candle_vllm.core.models.family import EncoderFamily
 
 BUCKETS, FARTHEST = 32, 128  # of relative positions; those from FARTHEST on share the last bucket
@@ -39,11 +38,7 @@ def config_from_hf(fields: Fields, model_type: str, *, scores: bool) -> BertConf
     fields = Fields({**fields.values, **{name: fields.values[key] for name, key in names.items()}}, fields.path)
     return BertConfig(
         model_type=model_type,
-        vocab_size=fields.count("vocab_size"),
-        hidden_size=fields.count("hidden_size"),
-        intermediate_size=fields.count("intermediate_size"),
-        num_layers=fields.count("num_hidden_layers", most=MAX_LAYERS),
-        num_heads=fields.count("num_attention_heads"),
+        **sizes_from_hf(fields),
         max_position=fields.count("max_position_embeddings", 512) - first,
         norm_eps=fields.get("layer_norm_eps", float, 1e-12),
         first_position=first,

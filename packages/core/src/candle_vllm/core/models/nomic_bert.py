@@ -15,13 +15,21 @@ from typing import Any
 
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.fields import Fields
-from candle_vllm.core.loading.config import MAX_LAYERS
 from candle_vllm.core.loading.rope import RopeConfig, rope_from_gguf, rope_from_hf
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.views import row_part
 from candle_vllm.core.loading.weights import Seen, WeightName
 from candle_vllm.core.models.bert import Bert, BertConfig
-from candle_vllm.core.models.encoder_parts import ACTIVATIONS, both, head_of, prefix_of, thirds
+from candle_vllm.core.models.encoder_parts import (
+    ACTIVATIONS,
+    both,
+    head_of,
+    prefix_of,
+    sizes_from_gguf,
+    sizes_from_hf,
+    thirds,
+    types_from_gguf,
+)
 from candle_vllm.core.models.family import EncoderFamily
 
 # ---- config ----------------------------------------------------------------------------------------------------------
@@ -70,11 +78,7 @@ def config_from_hf(fields: Fields, model_type: str, *, scores: bool) -> BertConf
         raise UnsupportedModelError(f"{fields.path}: hidden_act is {activation}, which is not implemented")
     return BertConfig(
         model_type=model_type,
-        vocab_size=fields.count("vocab_size"),
-        hidden_size=size,
-        intermediate_size=fields.count("intermediate_size"),
-        num_layers=fields.count("num_hidden_layers", most=MAX_LAYERS),
-        num_heads=heads,
+        **sizes_from_hf(fields),
         max_position=position - 2 if model_type == JINA else position,
         norm_eps=fields.get("layer_norm_eps", float, 1e-5 if model_type == JINA else 1e-12),
         token_types=max(types, 1),
@@ -101,25 +105,18 @@ def _rope(fields: Fields, head_dim: int, position: int) -> RopeConfig:
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> BertConfig:
     """Reads GGUF metadata of nomic-bert and jina-bert-v3."""
-    tensors, size, heads = checkpoint.tensors, fields.count("embedding_length"), fields.count("attention.head_count")
-    position, types = fields.count("context_length"), tensors.get("token_types.weight")
+    tensors, sizes = checkpoint.tensors, sizes_from_gguf(fields, checkpoint)
     model_type = JINA if fields.prefix.startswith("jina") else NOMIC
-    there = dict(zip(_BIASES, ("attn_qkv", "attn_output", "ffn_up", "ffn_down"), strict=True))
+    stems = dict(zip(_BIASES, ("attn_qkv", "attn_output", "ffn_up", "ffn_down"), strict=True))
+    there: dict[str, Any] = {name: f"blk.0.{stem}.bias" in tensors for name, stem in stems.items()}
     return BertConfig(
         model_type=model_type,
-        vocab_size=tensors["token_embd.weight"].shape[0] if "token_embd.weight" in tensors else 0,
-        hidden_size=size,
-        intermediate_size=fields.count("feed_forward_length"),
-        num_layers=fields.count("block_count", most=MAX_LAYERS),
-        num_heads=heads,
-        max_position=position,
-        norm_eps=fields.get("attention.layer_norm_epsilon", float),
-        token_types=types.shape[0] if types and len(types.shape) == 2 else 1,
-        typed=types is not None,
+        **sizes,
+        **types_from_gguf(checkpoint),
         placed=False,
-        rope=rope_from_gguf(fields, size // heads, position),
+        rope=rope_from_gguf(fields, sizes["hidden_size"] // sizes["num_heads"], sizes["max_position"]),
         gate="silu" if model_type == NOMIC else "",
-        **{name: f"blk.0.{stem}.bias" in tensors for name, stem in there.items()},
+        **there,
     )
 
 
