@@ -108,6 +108,7 @@ def literally_turned(x: torch.Tensor, places: torch.Tensor, cos: torch.Tensor, s
     return y
 
 
+@pytest.mark.one_of_each
 @pytest.mark.parametrize("isa", [None, Isa.GENERIC], ids=["host", "generic"])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (3, 1)])
 @pytest.mark.parametrize("biased", [0, 1, None], ids=["no bias", "one bias", "a bias for each head"])

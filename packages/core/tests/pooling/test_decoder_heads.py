@@ -50,6 +50,7 @@ def logits_of(model: Any, ids: list[int]) -> torch.Tensor:
         return model(torch.tensor([ids])).logits[0]
 
 
+@pytest.mark.one_of_each
 @pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3", "Gemma2"])
 @pytest.mark.parametrize("labels", [1, 3])
 def test_classes_and_rewards_equal_transformers(family: str, labels: int, tmp_path: Path) -> None:
@@ -77,6 +78,7 @@ def test_classes_and_rewards_equal_transformers(family: str, labels: int, tmp_pa
                 refused("hello", use_tqdm=False)
 
 
+@pytest.mark.one_of_each
 @pytest.mark.parametrize("words", [["n", "y"], ["y"]])
 @pytest.mark.parametrize("tied", [False, True])
 def test_rerankers_that_answer_by_tokens(words: list[str], tied: bool, tmp_path: Path) -> None:
@@ -141,6 +143,7 @@ def test_a_head_that_is_missing_or_cannot_be_written(tmp_path: Path) -> None:
         InferenceEngine(str(tmp_path))
 
 
+@pytest.mark.one_of_each
 @pytest.mark.parametrize("activation", ["Identity", "Tanh", "GELU"])
 def test_dense_layers_behind_the_pooling(activation: str, tmp_path: Path) -> None:
     """As sentence-transformers' folders have them, in order, before the vector is normalised."""

@@ -116,6 +116,7 @@ def vectors(engine: InferenceEngine, params: PoolingParams | None = None) -> np.
     return np.array([output.embedding for output in engine.embed(TEXTS, params, use_tqdm=False)], np.float64)
 
 
+@pytest.mark.one_of_each
 @pytest.mark.parametrize("row", ROWS, ids=NAMES)
 @pytest.mark.parametrize("eager", [False, True], ids=["compiled", "op by op"])
 def test_vectors_equal_transformers(row: Row, eager: bool, tmp_path: Path) -> None:
@@ -270,6 +271,7 @@ def test_published_configs_are_read(tmp_path: Path) -> None:
     assert found == pytest.approx([1 / (1000 ** (n / 8)) / 2 ** (2 / 8) for n in range(0, 8, 2)])
 
 
+@pytest.mark.one_of_each
 @pytest.mark.parametrize("row", [row for row in ROWS if row.head], ids=lambda row: row.head)
 @pytest.mark.parametrize("labels", [1, 3])
 def test_heads_equal_transformers(row: Row, labels: int, tmp_path: Path) -> None:
