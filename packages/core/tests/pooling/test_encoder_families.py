@@ -169,7 +169,8 @@ def test_gguf_files_give_the_same(name: str, tmp_path: Path) -> None:
     numbers: dict[str, Any] = {"context_length": config.max_position, "embedding_length": 32, "feed_forward_length": 48}
     numbers |= {"block_count": layers, "attention.head_count": 4, "pooling_type": 1}
     for key, value in (numbers | {"attention.layer_norm_epsilon": config.norm_eps} | KEYS[name]).items():
-        (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(f"{name}.{key}", value)
+        add: Any = writer.add_float32 if isinstance(value, float) else writer.add_uint32
+        add(f"{name}.{key}", value)
     add_words(writer, folder)
     with open_safetensors(folder) as checkpoint:
         table, found = family.weights(config, checkpoint.tensors), dict[str, list[np.ndarray]]()

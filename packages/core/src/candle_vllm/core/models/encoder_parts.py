@@ -5,14 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError, WeightsError
 from candle_vllm.core.fields import Fields
-from candle_vllm.core.kernels.activation import Activation
 from candle_vllm.core.loading.config import MAX_LAYERS
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.views import row_part
@@ -21,7 +20,7 @@ from candle_vllm.core.pooled_head import Likelihood
 
 MAX_LABELS = 1 << 16
 
-ACTIVATIONS: Mapping[str, Activation] = MappingProxyType(
+ACTIVATIONS: Mapping[str, Literal["gelu", "gelu_tanh", "relu"]] = MappingProxyType(
     {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
 )
 

@@ -14,7 +14,6 @@ from typing import Any
 
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.fields import Fields
-from candle_vllm.core.kernels.activation import Activation
 from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.kernels.rotary import Turned
 from candle_vllm.core.kernels.whole_attention import whole_attention
@@ -39,7 +38,7 @@ from candle_vllm.core.models.encoder_parts import (
     thirds,
 )
 from candle_vllm.core.models.family import EncoderFamily
-from candle_vllm.core.pooled_head import Dense
+from candle_vllm.core.pooled_head import Dense, DenseActivation
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 
@@ -65,7 +64,7 @@ class ModernBertConfig(EncoderConfig):
     attention_bias: bool = False
     mlp_bias: bool = False
     head_bias: bool = False
-    head_activation: Activation = "gelu"
+    head_activation: DenseActivation = "gelu"
 
 
 def config_from_hf(fields: Fields, model_type: str, *, scores: bool) -> ModernBertConfig:
