@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Generic, Protocol, TypeVar
 
-from candle_vllm.core.engine.request import TokenOutput
+from candle_vllm.core.engine.outputs import TokenOutput
 from candle_vllm.core.engine.step.stream import MAX_UNREAD
 from candle_vllm.openai.answers import AnswerReader
 from candle_vllm.openai.engine import TokenStream
