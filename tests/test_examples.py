@@ -3,14 +3,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from candle_vllm.core.testing import ScriptedEngine
+from candle_vllm.core.testing.toy_encoder import toy_encoder_config, write_toy_encoder
 from candle_vllm.server.settings.derived import demo_model
 from tests.live_server import serving
 
@@ -39,8 +43,11 @@ def test_every_example_has_a_test() -> None:
         "agent_three_tools",
         "anthropic_client",
         "openai_client",
+        "classification",
         "custom_loop",
         "embeddings",
+        "reranking",
+        "reward",
         "structured_output",
         "tool_calls",
     }
@@ -80,6 +87,41 @@ def test_library_stream_pieces_add_up(run: Callable[..., str], toy_model: Path) 
     printed = run("library_stream", str(toy_model))
     assert "[Name three colours.] " in printed
     assert "\nWhat is the capital of France?\n" in printed
+
+
+def test_reranking(run: Callable[..., str], tmp_path: Path) -> None:
+    folder = write_toy_encoder(tmp_path, toy_encoder_config("BertForSequenceClassification"), pooling=None)
+    lines = [line.split(" ", 2) for line in run("reranking", str(folder)).splitlines()]
+    assert [place for place, _, _ in lines] == ["1.", "2.", "3."]
+    scores = [float(score) for _, score, _ in lines]
+    assert scores == sorted(scores, reverse=True)
+    assert len({document for _, _, document in lines}) == 3
+
+
+def test_classification(run: Callable[..., str], tmp_path: Path) -> None:
+    config = toy_encoder_config("BertForSequenceClassification", id2label={"0": "NEGATIVE", "1": "POSITIVE"})
+    lines = run("classification", str(write_toy_encoder(tmp_path, config, pooling=None))).splitlines()
+    for line, text in zip(lines, ["What a wonderful film!", "I want my money back."], strict=True):
+        label, probability, shown = line.split(" ", 2)
+        assert label in ("NEGATIVE", "POSITIVE")
+        assert 0.5 <= float(probability) <= 1
+        assert shown == text
+
+
+def test_reward(run: Callable[..., str], toy_model: Path, tmp_path: Path) -> None:
+    """The toy with a head; its rewards need not say which answer is right."""
+    for path in toy_model.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    name = config["architectures"][0].replace("ForCausalLM", "ForSequenceClassification")
+    config |= {"architectures": [name], "num_labels": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["score.weight"] = np.linspace(-9, 9, config["hidden_size"], dtype=np.float32)[None]
+    save_file(tensors, tmp_path / "model.safetensors")
+    rewards = [float(line.split(" ")[0]) for line in run("reward", str(tmp_path)).splitlines()]
+    assert len(set(rewards)) == 2
+    assert rewards == sorted(rewards, reverse=True)
 
 
 def test_embeddings(run: Callable[..., str], toy_model: Path) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,6 +38,7 @@ def run(
     heads: int,
     isa: Isa | None = None,
     turned: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
+    **options: Any,
 ) -> np.ndarray:
     """The recorded operations, behind a run that leaves NaN wherever it writes; `turned` are places, cos and sin."""
     lengths, width = [len(text) for text in texts], texts[0].shape[1]
@@ -46,7 +48,7 @@ def run(
     recorder = Recorder(limits, host_isa() if isa is None else isa)
     source = recorder.buffer(width)
     how = None if turned is None else Turned(step_tokens(recorder, recorder.arrays.positions), *turned[1:])
-    result = whole_attention(buffer_value(recorder, source), heads, (), how)
+    result = whole_attention(buffer_value(recorder, source), heads, (), how, **options)
     if turned is not None:
         recorder.arrays.positions[: len(turned[0])] = turned[0]
     recorder.arrays.query_start[: len(texts) + 1] = np.cumsum([0, *lengths])
@@ -104,6 +106,49 @@ def literally_turned(x: torch.Tensor, places: torch.Tensor, cos: torch.Tensor, s
     pairs = torch.complex(x[..., :half], x[..., half : 2 * half]) * torch.complex(cos, sin)[places][:, None]
     y[..., :half], y[..., half : 2 * half] = pairs.real, pairs.imag
     return y
+
+
+@pytest.mark.one_of_each
+@pytest.mark.parametrize("isa", [None, Isa.GENERIC], ids=["host", "generic"])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (3, 1)])
+@pytest.mark.parametrize("biased", [0, 1, None], ids=["no bias", "one bias", "a bias for each head"])
+@pytest.mark.parametrize("window", [None, 0, 3, 64])
+def test_windows_biases_and_shared_keys(
+    teams: dict[int, ThreadTeam], window: int | None, biased: int | None, heads: int, kv_heads: int, isa: Isa | None
+) -> None:
+    """Against attention written out key by key; the texts' results are those that they have alone, to the bit."""
+    random, lengths, dim, most = np.random.default_rng(0), [5, 70, 33, 1, 199], 16, 210
+    texts = [random.standard_normal((n, (heads + 2 * kv_heads) * dim)).astype(np.float32) for n in lengths]
+    rows = heads if biased is None else biased
+    bias = random.standard_normal((rows, 2 * most - 1)).astype(np.float32) if rows else None
+    wanted = [literally(text, heads, kv_heads, bias, window) for text in texts]
+    by_torch = reference(
+        torch.from_numpy(np.concatenate(texts)), heads, lengths, kv_heads=kv_heads,
+        bias=None if bias is None else torch.from_numpy(bias), window=window,
+    )  # fmt: skip
+    assert error(by_torch.numpy(), torch.from_numpy(np.concatenate(wanted))) < 2e-6
+    options: Any = {"kv_heads": kv_heads, "bias": bias, "window": window}
+    alone = np.concatenate([run(teams[1], 1, [each], heads, isa, **options) for each in texts])
+    assert error(alone, torch.from_numpy(np.concatenate(wanted))) < 2e-6
+    assert np.array_equal(run(teams[3], 3, texts, heads, isa, **options), alone)
+
+
+def literally(text: np.ndarray, heads: int, kv_heads: int, bias: np.ndarray | None, window: int | None) -> np.ndarray:
+    """One text, query by query, in float64."""
+    parts = text.astype(np.float64).reshape(len(text), heads + 2 * kv_heads, -1)
+    result = np.zeros((len(text), heads, parts.shape[2]))
+    for head in range(heads):
+        key = heads + head // (heads // kv_heads)
+        for query in range(len(text)):
+            away = np.arange(len(text)) - query
+            scores = parts[:, key] @ parts[query, head] / np.sqrt(parts.shape[2])
+            if bias is not None:
+                scores += bias[head % len(bias), away + bias.shape[1] // 2]
+            if window is not None:
+                scores[abs(away) > window] = -np.inf
+            powers = np.exp(scores - scores.max())
+            result[query, head] = powers / powers.sum() @ parts[:, key + kv_heads]
+    return result.reshape(len(text), -1)
 
 
 def test_large_scores_hide_others(teams: dict[int, ThreadTeam]) -> None:

@@ -118,7 +118,7 @@ def test_scores_equal_transformers(
             logit = model(torch.tensor([encoding.ids]), token_type_ids=torch.tensor([types])).logits[0, 0]
         wanted.append(float(logit.sigmoid() if sigmoid else logit))
     with InferenceEngine(str(folder), enforce_eager=eager) as engine:
-        assert engine.model_info.tasks == ("score",)
+        assert engine.model_info.tasks == ("score", "classify")
         assert engine.model_info.embedding_size == 0
         assert error(scores(engine, PAIRS), np.array(wanted)) < 1e-5
         with pytest.raises(InvalidParameterError, match=r"is a cross-encoder and gives no vectors: score pairs"):
@@ -200,6 +200,15 @@ def write_gguf(folder: Path, path: Path) -> Path:
     writer.add_head_count(4)
     writer.add_layer_norm_eps(1e-12)
     writer.add_uint32("bert.pooling_type", 2)
+    add_words(writer, folder)
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        writer.add_tensor(names[name], tensor.numpy())
+    write_out(writer)
+    return path
+
+
+def add_words(writer: GGUFWriter, folder: Path) -> None:
+    """The toy's vocabulary, as llama.cpp's converter writes BERT's."""
     vocabulary = Tokenizer.from_folder(folder).backend.get_vocab()
     texts = sorted(vocabulary, key=vocabulary.__getitem__)
     bare = [
@@ -219,13 +228,13 @@ def write_gguf(folder: Path, path: Path) -> Path:
         ("eos", 3),
     ):
         writer.add_uint32(f"tokenizer.ggml.{name}_token_id", index)
-    for name, tensor in load_file(folder / "model.safetensors").items():
-        writer.add_tensor(names[name], tensor.numpy())
+
+
+def write_out(writer: GGUFWriter) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
 
 
 # ---- what it does not do ---------------------------------------------------------------------------------------------

@@ -256,7 +256,8 @@ class EngineFront(ABC):
 
     def _template(self, source: str | None = None) -> ChatTemplate:
         """The model's template, or what `source` is."""
-        self._check_generates()
+        if not self.model_info.has_chat_template:  # a reward model reads conversations
+            self._check_generates()
         texts = self._require()[1]
         if source is not None:
             if not isinstance(source, str):
@@ -617,17 +618,22 @@ class EngineFront(ABC):
     def classify(
         self,
         inputs: Prompt | Sequence[Prompt],
+        params: PoolingParams | None = None,
         *,
         use_tqdm: Bar = True,
         lora_request: LoraChoice | Sequence[LoraChoice] = None,
     ) -> list[ClassificationOutput]:
-        """How likely each class (`ModelInfo.labels`) of a classifier is for every text; errors as `embed`."""
-        return self._pooling(lora_request).classify(inputs, use_tqdm=use_tqdm)
+        """How likely each class (`ModelInfo.labels`) of a classifier is for every text; errors as `embed`.
+
+        With `use_activation=False` in `params` the outputs are logits, such as the rewards of a reward model.
+        """
+        return self._pooling(lora_request).classify(inputs, params, use_tqdm=use_tqdm)
 
     @explained()
     async def aclassify(
         self,
         inputs: Prompt | Sequence[Prompt],
+        params: PoolingParams | None = None,
         *,
         request_id: str | None = None,
         priority: int = 0,
@@ -641,6 +647,7 @@ class EngineFront(ABC):
         with watched_pooling(watcher, RequestInfo(request_id, "classify", inputs, None, self.detokenize)) as answered:
             outputs = await self._pooling(lora_request).aclassify(
                 inputs,
+                params,
                 request_id=request_id,
                 priority=priority,
                 add_special_tokens=add_special_tokens,

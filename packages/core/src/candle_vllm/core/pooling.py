@@ -7,7 +7,7 @@ No torch here. The name `PoolingParams` and its `dimensions` are vLLM's.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 from candle_vllm.core.arguments import ExplainedStruct
 from candle_vllm.core.errors import InvalidParameterError
@@ -26,11 +26,14 @@ class PoolingParams(ExplainedStruct, frozen=True, kw_only=True, forbid_unknown_f
             first ones are kept, then normalised anew.
         normalize: scale the vector to length 1.
         pooling: which positions it is made of.
+        use_activation: of a head for scores and classes, bring its logits to 0..1; None is as the model says, false
+            gives logits, such as the rewards of a reward model.
     """
 
     dimensions: int | None = None
     normalize: bool | None = None
     pooling: PoolingKind | None = None
+    use_activation: bool | None = None
 
     def __post_init__(self) -> None:
         dimensions: Any = self.dimensions
@@ -40,8 +43,10 @@ class PoolingParams(ExplainedStruct, frozen=True, kw_only=True, forbid_unknown_f
             raise InvalidParameterError(
                 f"dimensions must be a whole number from 1 to {MAX_DIMENSIONS}, not {_shown(dimensions)}", "dimensions"
             )
-        if self.normalize is not None and not isinstance(self.normalize, bool):
-            raise InvalidParameterError(f"normalize must be true or false, not {self.normalize!r:.60}", "normalize")
+        for name in ("normalize", "use_activation"):
+            value: Any = getattr(self, name)
+            if value is not None and not isinstance(value, bool):
+                raise InvalidParameterError(f"{name} must be true or false, not {value!r:.60}", name)
         if self.pooling is not None and self.pooling not in get_args(PoolingKind):
             raise InvalidParameterError(
                 f"pooling must be one of {', '.join(get_args(PoolingKind))}, not {self.pooling!r:.60}", "pooling"
@@ -53,13 +58,23 @@ def _shown(value: object) -> str:
     return "a larger number" if isinstance(value, int) and abs(value) >= 10**20 else f"{value!r:.60}"
 
 
+class Behind(Protocol):
+    """What stands behind the pooling; see `pooled_head.PooledHead`."""
+
+    def __call__(self, pooled: Any, *, activate: bool) -> Any:
+        """What is made of a pooled vector."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class PoolingPlan:
-    """A request's `PoolingParams` with nothing left open."""
+    """A request's `PoolingParams` with nothing left open, and what stands behind the pooling."""
 
     pooling: PoolingKind
     normalize: bool
     dimensions: int
+    head: Behind | None = None
+    activate: bool = True
 
     @property
     def needs_every_position(self) -> bool:
@@ -85,8 +100,8 @@ class ModelPooling:
     matryoshka: bool = False
     matryoshka_dimensions: tuple[int, ...] = ()
 
-    def plan(self, params: PoolingParams) -> PoolingPlan:
-        """What a request gets.
+    def plan(self, params: PoolingParams, head: Behind | None = None) -> PoolingPlan:
+        """What a request gets from a model with this head.
 
         Raises:
             InvalidParameterError: the model cannot give vectors of that length.
@@ -98,6 +113,8 @@ class ModelPooling:
             pooling=params.pooling or self.pooling,
             normalize=self.normalize if params.normalize is None else params.normalize,
             dimensions=dimensions,
+            head=head,
+            activate=params.use_activation is not False,
         )
 
     def _check(self, dimensions: int) -> None:

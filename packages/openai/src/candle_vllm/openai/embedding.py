@@ -77,6 +77,7 @@ class EmbeddingEngineLike(Protocol):
     async def aclassify(
         self,
         inputs: Sequence[str | Sequence[int]],
+        params: PoolingParams | None = None,
         *,
         request_id: str | None = None,
         priority: int = 0,
@@ -188,7 +189,7 @@ class EmbeddingAdapter:
         more = self._more(request, request_id)
         texts = await self._work.prepare(self._tokens, request)
         with _failures(lambda number, _: f"input.{number}", "input"):
-            outputs = await self._engine.aclassify(texts, **more)
+            outputs = await self._engine.aclassify(texts, request.pooling_params(), **more)
         labels = self._engine.model_info.labels
         found = [each.probs.tolist() for each in outputs]
         return ClassifiedList(

@@ -9,7 +9,8 @@ import time
 from collections.abc import Callable, Sequence
 
 from candle_vllm.core.assembly.draft import find_draft, load_draft
-from candle_vllm.core.assembly.model import Loaded, LoadedModel, files_read, fill, load_model, pooling_of
+from candle_vllm.core.assembly.heads import pooling_of
+from candle_vllm.core.assembly.model import Loaded, LoadedModel, files_read, fill, load_model
 from candle_vllm.core.assembly.opening import (
     Opened,
     config_file,
@@ -34,6 +35,8 @@ from candle_vllm.core.loading.source import ModelFiles
 from candle_vllm.core.loading.weights import check_weights
 from candle_vllm.core.models.family import Encoder, EncoderFamily
 from candle_vllm.core.models.registry import encoder_from_gguf, encoder_from_hf
+from candle_vllm.core.pooled_head import PooledHead
+from candle_vllm.core.pooling import ModelPooling
 from candle_vllm.core.threads import collector_paused
 
 logger = logging.getLogger(__name__)
@@ -46,6 +49,11 @@ class LoadedEncoder(Loaded):
     encoder: Encoder
     config: EncoderConfig
     max_model_len: int
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """See `Loaded`."""
+        return self.config.labels
 
 
 def load_any_model(
@@ -134,7 +142,12 @@ def _load_encoder(
     described = config_file(files)
     limit = _longest(config, files, model)
     tokenizer = open_tokenizer(config, files, opened.metadata, model.vocab_size)
-    pooling = None if model.scores else pooling_of(files, opened.metadata, model.hidden_size, "mean")
+    pooling, head = None, None
+    if model.labels and not model.scores:
+        pooling = ModelPooling(len(model.labels), model.head_pooling or "cls", normalize=False)
+        head = PooledHead(family.behind(model, checkpoint), model.labels, model.likelihood)
+    elif not model.scores:
+        pooling, head = pooling_of(files, checkpoint, opened.metadata, model.hidden_size, "mean", tokenizer)
     placement = encoder_placement(config, device, checkpoint)
     table, ignored = family.weights(model, checkpoint.tensors), family.ignored(model)
     tensors = checkpoint.tensors.values()
@@ -153,6 +166,7 @@ def _load_encoder(
         config=model,
         tokenizer=tokenizer,
         pooling=pooling,
+        head=head,
         max_model_len=limit,
         quantization=stored_types(checkpoint),
         num_parameters=sum(tensor.numel for tensor in tensors),

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from candle_vllm.core.assembly.heads import pooling_of
 from candle_vllm.core.assembly.offload import Split, plan_split
 from candle_vllm.core.assembly.opening import (
     Opened,
@@ -37,7 +38,6 @@ from candle_vllm.core.layers.parameters import SHAPES, Placement
 from candle_vllm.core.layers.rotary import Rotary
 from candle_vllm.core.loading.config import EncoderConfig, ModelConfig
 from candle_vllm.core.loading.imatrix import read_imatrix
-from candle_vllm.core.loading.pooling import read_pooling
 from candle_vllm.core.loading.source import ModelFiles
 from candle_vllm.core.loading.stretch import stretched
 from candle_vllm.core.loading.tensors import Checkpoint
@@ -47,7 +47,8 @@ from candle_vllm.core.memory import refuse_longer
 from candle_vllm.core.models.family import Decoder, DraftHead, Encoder, Family
 from candle_vllm.core.models.registry import family_from_gguf, family_from_hf
 from candle_vllm.core.models.stack import DecoderStack
-from candle_vllm.core.pooling import ModelPooling, PoolingKind
+from candle_vllm.core.pooled_head import PooledHead
+from candle_vllm.core.pooling import ModelPooling
 from candle_vllm.core.sampling.params import MAX_TOKENS, SamplingParams
 from candle_vllm.core.text.chat_template import ChatTemplate
 from candle_vllm.core.text.tokenizer import Tokenizer
@@ -73,7 +74,8 @@ class Loaded:
         template: the chat template, where the model has one.
         eos_token_ids: tokens that end a sequence: config, generation config and tokenizer together.
         default_sampling: sampling defaults of the model's generation config; its length of an answer as "max_tokens".
-        pooling: how vectors are made of its hidden states; a cross-encoder has none.
+        pooling: how vectors are made of its hidden states; a cross-encoder that computes its head has none.
+        head: what stands behind the pooling; None where nothing does.
         quantization: stored tensor types and how many tensors of each, where they are not plain.
         num_parameters: stored numbers.
         weight_bytes: stored bytes.
@@ -91,6 +93,7 @@ class Loaded:
     eos_token_ids: tuple[int, ...] = ()
     default_sampling: Mapping[str, float | int] = dataclasses.field(default_factory=dict)
     pooling: ModelPooling | None
+    head: PooledHead | None = None
     quantization: str | None
     num_parameters: int
     weight_bytes: int
@@ -102,6 +105,11 @@ class Loaded:
     def sight(self) -> Sight | None:
         """How it sees pictures; None where it does not."""
         return None
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the numbers that its head gives; none where it has no head for scores or classes."""
+        return () if self.head is None else self.head.labels
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -298,7 +306,7 @@ def describe_model(config: EngineConfig, device: Device, opened: Opened) -> Desc
     default_sampling = sampling_defaults(generation)
     tokenizer = open_tokenizer(config, files, metadata, model_config.vocab_size)
     template = _template(config, tokenizer, described)
-    pooling = pooling_of(files, metadata, model_config.hidden_size, "last")
+    pooling, head = pooling_of(files, checkpoint, metadata, model_config.hidden_size, "last", tokenizer)
     eos_token_ids = end_tokens(model_config, generation, tokenizer, described)
     with naming(described, checkpoint.path):
         _check_weights(family, model_config, checkpoint)
@@ -317,6 +325,7 @@ def describe_model(config: EngineConfig, device: Device, opened: Opened) -> Desc
         eos_token_ids=eos_token_ids,
         default_sampling=default_sampling,
         pooling=pooling,
+        head=head,
         quantization=stored_types(stored),
         num_parameters=sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values()),
         weight_bytes=sum(tensor.nbytes for tensor in stored.tensors.values()),
@@ -408,12 +417,6 @@ def _template(config: EngineConfig, tokenizer: Tokenizer, described: Path) -> Ch
     source = config.chat_template or tokenizer.chat_template
     with naming("the chat_template setting" if config.chat_template else config.tokenizer or described):
         return ChatTemplate(source, tokenizer.special_tokens) if source else None
-
-
-def pooling_of(files: ModelFiles, metadata: Mapping[str, Any], size: int, kind: PoolingKind) -> ModelPooling:
-    """How vectors of `size` numbers are made, by `kind` where the files do not say it."""
-    config = None if files.config is None else Fields(read_json(files.config), files.config)
-    return read_pooling(files, metadata, size, kind, config)
 
 
 def _generation_config(files: ModelFiles) -> Fields:

@@ -37,10 +37,10 @@ def encoder_tensors(
         UnsupportedModelError: the model has a head for scores or classes, which GGUF files have otherwise.
         WeightsError: tensors are missing, unexpected or misshapen.
     """
-    if model.scores:
+    if model.labels or _NAME not in family.gguf:
         raise UnsupportedModelError(
-            f"{path}: GGUF files are not written for cross-encoders and classifiers, but for encoders that give "
-            "vectors; use the folder as it is"
+            f"{path}: GGUF files are not written for cross-encoders and classifiers, but for encoders of BERT's "
+            "family that give vectors; use the folder as it is"
         )
     table, ignored = family.weights(model, checkpoint.tensors), family.ignored(model)
     check_weights(lambda: family.build(model, SHAPES), table, checkpoint, model, ignored=ignored)

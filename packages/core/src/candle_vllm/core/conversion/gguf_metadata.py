@@ -95,6 +95,8 @@ def pooling_keys(files: ModelFiles, size: int, default: PoolingKind) -> Keys:
     """
     config = None if files.config is None else Fields(read_json(files.config), files.config)
     pooling = read_pooling(files, {}, size, default, config)
+    if (files.folder / "modules.json").is_file() and "Dense" in (files.folder / "modules.json").read_text():
+        raise UnsupportedModelError(f"{files.folder}: GGUF files are not written for vectors with Dense layers")
     if not pooling.normalize:
         logger.warning("GGUF has no way to say that this model's vectors keep their length: readers make it 1")
     return {"pooling_type": _POOLING[pooling.pooling]}

@@ -35,6 +35,7 @@ from candle_vllm.core.loading.imatrix import Imatrix, read_imatrix
 from candle_vllm.core.loading.source import ModelFiles
 from candle_vllm.core.loading.stretch import stretched
 from candle_vllm.core.loading.tensors import Checkpoint
+from candle_vllm.core.loading.trunks import is_headed
 from candle_vllm.core.loading.views import constant
 from candle_vllm.core.loading.vocabulary import end_tokens
 from candle_vllm.core.loading.weights import check_weights, places
@@ -155,6 +156,8 @@ def _plan(
             raise AdapterError(f"{files.name} is an encoder, and adapters are merged into decoders")
         return _encoder_plan(config, files, files.config, checkpoint, *encoder)
     family, model = family_from_hf(described, files.config, checkpoint.tensors)
+    if is_headed(described.get("architectures")):
+        raise UnsupportedModelError(f"{files.config}: GGUF files are not written for heads of scores and classes")
     if adapters:
         model, checkpoint = merge(config, files, family, model, checkpoint, adapters, opened)
     model = stretched(model, config.yarn_scaling_factor, checkpoint)

@@ -29,7 +29,7 @@ from candle_vllm.core.engine.ranks.ranks import RankedParts, RankedRunner, Ranks
 from candle_vllm.core.engine.runners.images import ImageStore
 from candle_vllm.core.engine.runners.model_runner import MAX_SCORED_ROWS, HeadRunner, ModelRunner, StepwiseRunner
 from candle_vllm.core.engine.runners.sleeping import Sleeper
-from candle_vllm.core.engine.step.admission import encoder_tasks
+from candle_vllm.core.engine.step.admission import pooling_tasks
 from candle_vllm.core.engine.step.engine import Engine
 from candle_vllm.core.engine.step.preparation import DecoderPreparation, EncoderPreparation
 from candle_vllm.core.engine.step.scheduler import Scheduler, WholeTexts
@@ -327,6 +327,7 @@ def preparation_for(
         vocab_size,
         max_model_len,
         pooling=loaded.pooling,
+        head=loaded.head,
         seed=seed,
         adapters=adapters,
         images=None if loaded.tower is None else loaded.tower.sight,
@@ -378,7 +379,7 @@ def _build_encoder(config: EngineConfig, loaded: LoadedEncoder, sleeper: Sleeper
     return Engine(
         runner,
         WholeTexts(sequences, budget, admission),
-        EncoderPreparation(loaded.name, loaded.config, loaded.pooling, loaded.max_model_len, store),
+        EncoderPreparation(loaded.name, loaded.config, loaded.pooling, loaded.max_model_len, store, loaded.head),
         sleeper=sleeper,
     )
 
@@ -610,7 +611,8 @@ def _room_for_rows(limits: StepLimits) -> AbstractContextManager[None]:
 def model_info(loaded: LoadedModel | LoadedEncoder, engine: Engine) -> ModelInfo:
     """What callers may know of a model that an engine serves."""
     beside = (loaded.draft, loaded.tower) if isinstance(loaded, LoadedModel) else ()
-    vectors = ("embed", "score") if isinstance(loaded, LoadedModel) else encoder_tasks(loaded.config)
+    labels = loaded.labels
+    vectors = pooling_tasks(labels) if isinstance(loaded, LoadedEncoder) or labels else ("embed", "score")
     generates = isinstance(loaded, LoadedModel) and loaded.config.has_head
     sampling = {**DEFAULT_SAMPLING, **loaded.default_sampling}
     sampling.pop(
@@ -634,8 +636,8 @@ def model_info(loaded: LoadedModel | LoadedEncoder, engine: Engine) -> ModelInfo
         modalities=("text",) if loaded.sight is None else ("text", "image"),
         max_images=0 if loaded.sight is None else loaded.sight.most,
         image_text="" if loaded.sight is None else loaded.sight.parts.written,
-        labels=() if isinstance(loaded, LoadedModel) else loaded.config.labels,
-        embedding_size=0 if loaded.pooling is None else loaded.pooling.size,
+        labels=labels,
+        embedding_size=0 if loaded.pooling is None or labels else loaded.pooling.size,
         implementation=loaded.config.implementation,
         max_num_seqs=engine.max_num_seqs,
         kv_cache_bytes=engine.cache_bytes,

@@ -153,6 +153,10 @@ class Recorded(ABC):
         """See `kernels/silu_mul`."""
 
     @abstractmethod
+    def gelu_mul(self) -> Recorded:
+        """See `kernels/silu_mul`."""
+
+    @abstractmethod
     def gated(self, gate: Recorded, kind: GateKind) -> Recorded:
         """See `kernels/silu_mul`; this value is x, and is changed."""
 
@@ -205,10 +209,14 @@ class Recorded(ABC):
 
     @abstractmethod
     def attend_whole(
-        self, heads: int, turned: tuple[RecordedTokens, NDArray[np.float32], NDArray[np.float32]] | None = None
+        self,
+        heads: int,
+        kv_heads: int,
+        turned: tuple[RecordedTokens, NDArray[np.float32], NDArray[np.float32]] | None,
+        near: tuple[NDArray[np.float32] | None, int | None],
     ) -> Recorded:
         """See `kernels/whole_attention`; this value is qkv, and the texts are the step's sequences. `turned` are the
-        places, cos and sin by which queries and keys turn."""
+        places, cos and sin by which queries and keys turn, `near` the bias and the window."""
 
     @abstractmethod
     def attend_latent(self, kv: Recorded, parts: LatentParts, cache: Any, *, scale: float) -> Recorded:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from candle_vllm.core.kernels.activation import Activation, activation
 from candle_vllm.core.kernels.recorded import Value
-from candle_vllm.core.kernels.silu_mul import gelu_tanh_mul, silu_mul
+from candle_vllm.core.kernels.silu_mul import gelu_mul, gelu_tanh_mul, silu_mul
 from candle_vllm.core.layers.linear import Linear
 from candle_vllm.core.layers.parameters import Placement
 
@@ -19,6 +19,7 @@ class GatedMLP:
         hidden_size, intermediate_size: E and F.
         placement: where the weights live.
         bias: whether all three matrices have one.
+        down_bias: whether the last one has, where that differs.
         activation: of the gate.
         fused: checkpoints have gate and up as one matrix [2F, E], the gate's rows first: the part "weight" of
             `gate_up`; else as two, "gate.weight" and "up.weight".
@@ -31,13 +32,14 @@ class GatedMLP:
         placement: Placement,
         *,
         bias: bool = False,
-        activation: Literal["silu", "gelu_tanh"] = "silu",
+        down_bias: bool | None = None,
+        activation: Literal["silu", "gelu_tanh", "gelu"] = "silu",
         fused: bool = False,
     ) -> None:
         shards = 2 * intermediate_size if fused else {"gate": intermediate_size, "up": intermediate_size}
         self.gate_up = Linear(hidden_size, shards, placement, bias=bias, sections=2 if fused else 1)
-        self.down = Linear(intermediate_size, hidden_size, placement, bias=bias)
-        self._gate = silu_mul if activation == "silu" else gelu_tanh_mul
+        self.down = Linear(intermediate_size, hidden_size, placement, bias=bias if down_bias is None else down_bias)
+        self._gate = {"silu": silu_mul, "gelu_tanh": gelu_tanh_mul, "gelu": gelu_mul}[activation]
 
     def __call__(self, x: Value) -> Value:
         return self.down(self._gate(self.gate_up(x)))

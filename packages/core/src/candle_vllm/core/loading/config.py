@@ -243,6 +243,7 @@ class EncoderConfig:
         labels: names of the numbers that the model's head gives for a text or pair: one of a cross-encoder, several of
             a classifier, none where there is no head.
         likelihood: how those numbers are brought to 0..1: each by a sigmoid, all by a softmax, or not at all.
+        head_pooling: what a head that stands behind the pooling is given; None of a head that the model computes.
     """
 
     model_type: str
@@ -258,6 +259,7 @@ class EncoderConfig:
     activation: str = "gelu"
     labels: tuple[str, ...] = ()
     likelihood: Literal["none", "sigmoid", "softmax"] = "none"
+    head_pooling: Literal["mean", "cls"] | None = None
     num_experts: int = 0
     tie_embeddings: bool = False
     has_head: bool = False  # of tokens
@@ -265,8 +267,8 @@ class EncoderConfig:
 
     @property
     def scores(self) -> bool:
-        """Whether the model has a head, and gives its numbers rather than vectors."""
-        return bool(self.labels)
+        """Whether the model computes a head, and gives its numbers rather than vectors."""
+        return bool(self.labels) and self.head_pooling is None
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_heads:

@@ -15,10 +15,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.fields import MAX_CONFIG_BYTES, Fields, read_json
+from candle_vllm.core.loading.safetensors import open_safetensors
 from candle_vllm.core.loading.source import ModelFiles
+from candle_vllm.core.loading.tensors import Checkpoint
+from candle_vllm.core.pooled_head import Dense, DenseActivation
 from candle_vllm.core.pooling import MAX_DIMENSIONS, ModelPooling, PoolingKind
+from candle_vllm.core.quantization.tensors import StoredTensor
 
 logger = logging.getLogger(__name__)
 
@@ -91,12 +98,56 @@ def _folder_pooling(path: Path) -> tuple[PoolingKind, bool]:
     """Pooling and normalisation, in that order behind the transformer."""
     parts = [_part(entry, path) for entry in _read_list(path)]
     kinds = [kind for kind, _ in parts]
-    if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
+    rest = kinds[2 : -1 if kinds[-1:] == ["Normalize"] else None]
+    if kinds[:2] != ["Transformer", "Pooling"] or not set(rest) <= {"Dense"}:
         raise UnsupportedModelError(
-            f"{path}: the model is made of {', '.join(kinds) or 'nothing'}; implemented: a Transformer, a Pooling and "
-            "perhaps a Normalize"
+            f"{path}: the model is made of {', '.join(kinds) or 'nothing'}; implemented: a Transformer, a Pooling, and "
+            "perhaps Dense layers and a Normalize"
         )
     return _pooling_config(path.parent / parts[1][1] / "config.json"), "Normalize" in kinds
+
+
+def dense_layers(files: ModelFiles, checkpoint: Checkpoint) -> tuple[Dense, ...]:
+    """The layers behind the pooling: folders of a sentence-transformers model, or tensors of a GGUF file.
+
+    Raises:
+        InvalidFileError, UnsupportedModelError: a layer's files are damaged, or its activation is not implemented.
+    """
+    if files.format == "gguf":
+        found = (checkpoint.tensors.get(f"dense_{number}.weight") for number in range(2, 2 + MAX_MODULES))
+        return tuple(Dense(weight=_matrix(tensor)) for tensor in found if tensor is not None)
+    path = files.folder / "modules.json"
+    parts = [_part(entry, path) for entry in _read_list(path)] if path.is_file() else []
+    return tuple(_dense(path.parent / folder) for kind, folder in parts if kind == "Dense")
+
+
+def _dense(folder: Path) -> Dense:
+    fields = Fields(read_json(folder / "config.json"), folder / "config.json")
+    name = fields.get("activation_function", str, "torch.nn.modules.activation.Tanh")
+    kinds: Mapping[str, DenseActivation] = {
+        "Identity": "none", "Tanh": "tanh", "ReLU": "relu", "GELU": "gelu", "SiLU": "silu",
+    }  # fmt: skip
+    if (kind := name.rpartition(".")[2]) not in kinds:
+        raise UnsupportedModelError(
+            f"{fields.path}: activation_function is {name!r:.80}; implemented: {', '.join(kinds)}"
+        )
+    with open_safetensors(folder) as checkpoint:
+        weight, bias = checkpoint.tensors.get("linear.weight"), checkpoint.tensors.get("linear.bias")
+        sizes = fields.count("out_features", most=MAX_DIMENSIONS), fields.count("in_features", most=MAX_DIMENSIONS)
+        if weight is None or tuple(weight.shape) != sizes or (bias is not None and tuple(bias.shape) != sizes[:1]):
+            raise InvalidFileError(
+                f"{folder}: linear.weight must be there with shape {list(sizes)}, its bias with {sizes[0]}"
+            )
+        own = None if bias is None else np.array(bias.load("F32"))
+        return Dense(weight=_matrix(weight), bias=own, activation=kinds[kind])
+
+
+def _matrix(stored: StoredTensor) -> NDArray[np.float32]:
+    if len(stored.shape) != 2 or max(stored.shape) > MAX_DIMENSIONS:
+        raise InvalidFileError(
+            f"{stored.path}: tensor {stored.name} has shape {list(stored.shape)}, not that of a matrix"
+        )
+    return np.array(stored.load("F32"))
 
 
 def _part(entry: object, path: Path) -> tuple[str, str]:

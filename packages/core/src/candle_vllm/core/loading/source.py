@@ -440,7 +440,8 @@ def wanted_files(names: Sequence[str], gguf_parts: Sequence[str]) -> list[str]:
 def _companions(names: Sequence[str]) -> list[str]:
     """What is fetched beside the weights; the parts of a sentence-transformers model lie in folders of their own."""
     top = [name for name in names if "/" not in name]
-    parts = [name for name in names if re.fullmatch(r"\d+_\w+/config\.json", name)] if "modules.json" in top else []
+    wanted = re.compile(r"\d+_\w+/config\.json|\d+_Dense/model\.safetensors")
+    parts = [name for name in names if wanted.fullmatch(name)] if "modules.json" in top else []
     return [name for name in top if any(fnmatch.fnmatchcase(name, pattern) for pattern in COMPANION_PATTERNS)] + parts
 
 

@@ -24,7 +24,8 @@ logger = logging.getLogger(__name__)
 
 _PREFIX, _HEAD = "model.", "lm_head.weight"
 _COMPARED = 1 << 22  # numbers at a time
-_ENDS = ("TextModel", "Model")
+_ENDS = ("TextModel", "Model", "ForSequenceClassification", "ForRewardModel")
+SCORES = ("score", "v_head")  # names of heads for scores and classes
 
 
 def decoder_class(name: str, known: Collection[str]) -> str:
@@ -37,11 +38,17 @@ def decoder_class(name: str, known: Collection[str]) -> str:
     return name
 
 
+def is_headed(names: object) -> bool:
+    """Whether `architectures` of a config.json is one class with a head for scores or classes."""
+    name = names[0] if isinstance(names, list) and len(names) == 1 else None
+    return isinstance(name, str) and name.endswith(_ENDS[2:])
+
+
 def prefixed(checkpoint: Checkpoint) -> Checkpoint:
     """The tensors of a base model under the names that the whole model gives them; of any other checkpoint as is."""
     if "embed_tokens.weight" not in checkpoint.tensors:
         return checkpoint
-    kept = (_PREFIX, "lm_head.")
+    kept = (_PREFIX, "lm_head.", *(f"{name}." for name in SCORES))
     return checkpoint.with_tensors(
         {name if name.startswith(kept) else _PREFIX + name: tensor for name, tensor in checkpoint.tensors.items()}
     )

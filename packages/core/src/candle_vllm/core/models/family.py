@@ -19,6 +19,7 @@ from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.loading.config import EncoderConfig, ModelConfig
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.weights import WeightName
+from candle_vllm.core.pooled_head import Dense
 from candle_vllm.core.quantization.tensors import StoredTensor
 from candle_vllm.core.vision.preprocessing import Cut, Rule, patch_places, patch_rows, window_order
 
@@ -88,7 +89,10 @@ class DraftHead(Protocol):
 class Encoder(Protocol):
     """What the engine needs of a model that reads texts whole."""
 
-    config: EncoderConfig
+    @property
+    def config(self) -> EncoderConfig:
+        """Its description."""
+        ...
 
     def forward(self, token_ids: Value, positions: Value, types: Value, lengths: Sequence[int]) -> Value:
         """Token ids [T] of texts behind each other to hidden states [T, E] in fp32; see `models/bert.py`."""
@@ -400,12 +404,14 @@ class EncoderFamily:
     Attributes:
         hf: `architectures` of config.json: the model_type, and whether the model has a head for scores.
         gguf, config_from_hf, config_from_gguf, build, weights, ignored: as for `Family`.
+        behind: the layers of a head that stands behind the pooling.
     """
 
     hf: Mapping[str, tuple[str, bool]]
     gguf: tuple[str, ...] = ()
     config_from_hf: Callable[..., EncoderConfig]
     config_from_gguf: Callable[[Fields, Checkpoint], EncoderConfig]
-    build: Callable[[EncoderConfig, Placement], Encoder]
-    weights: Callable[[EncoderConfig, Iterable[str]], Sequence[WeightName]]
-    ignored: Callable[[EncoderConfig], Sequence[str]]
+    build: Callable[[Any, Placement], Encoder]
+    weights: Callable[[Any, Iterable[str]], Sequence[WeightName]]
+    ignored: Callable[[Any], Sequence[str]]
+    behind: Callable[[Any, Checkpoint], tuple[Dense, ...]] = lambda _config, _checkpoint: ()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
 import importlib.util
@@ -17,7 +18,7 @@ from candle_vllm.core.fields import Fields
 from candle_vllm.core.loading.config import EncoderConfig, ModelConfig
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.towers import TOWERS, text_fields
-from candle_vllm.core.loading.trunks import decoder_class, head_as_stored, without_head
+from candle_vllm.core.loading.trunks import SCORES, decoder_class, head_as_stored, is_headed, without_head
 from candle_vllm.core.models.family import EncoderFamily, Family, TowerFamily
 from candle_vllm.core.quantization.tensors import StoredTensor
 
@@ -60,6 +61,11 @@ FAMILIES = (
     "falcon",
     "starcoder2",
     "gptj",
+    "nomic_bert",
+    "mpnet",
+    "modernbert",
+    "gemma_embedding",
+    "jina_bert",
 )
 """The files of this folder that have one, `FAMILY`. They are asked in this order whether they serve a name, so that a
 start imports no more of them than it takes to find the model's: most are of the first."""
@@ -155,6 +161,8 @@ def encoder_from_hf(config: Mapping[str, Any], path: Path) -> tuple[EncoderFamil
     if family is None or not isinstance(name, str):
         return None
     model_type, scores = family.hf[name]
+    if model_type == "gemma3_text" and config.get("use_bidirectional_attention") is not True:
+        return None  # a decoder without its head
     return family, family.config_from_hf(Fields(config, path), model_type, scores=scores)
 
 
@@ -193,6 +201,9 @@ def family_from_hf(
         return _family_of_transformers(config, path)
     family = _find(name, HF_FAMILIES, path, [*TOWERS, *HF_ENCODERS])
     found = family.config_from_hf(fields, family.hf[name])
+    if is_headed(names):  # which `assembly/heads.py` reads
+        own = family.ignored
+        family = dataclasses.replace(family, ignored=lambda config: [*own(config), rf"({'|'.join(SCORES)})\..*"])
     return family, head_as_stored(without_head(named, found, HF_FAMILIES, tensors), tensors, path)
 
 

@@ -98,6 +98,7 @@ class ScriptedVectors:
     async def aclassify(
         self,
         inputs: Prompt | Sequence[Prompt],
+        params: PoolingParams | None = None,
         *,
         request_id: str | None = None,
         priority: int = 0,
@@ -112,7 +113,7 @@ class ScriptedVectors:
             items = as_prompts(inputs)
             read = map(read_prompt, items)
             texts = [self.tokenize(text or "", add_special_tokens) if ids is None else ids for text, ids in read]
-            self.pooling_calls.append(PoolingCall(items, None, request_id, priority, lora_request, apart))
+            self.pooling_calls.append(PoolingCall(items, params, request_id, priority, lora_request, apart))
             for number, ids in enumerate(texts):
                 self._check_text(ids, number, len(texts))
             self._fail()

@@ -347,19 +347,18 @@ class LLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         *,
-        pooling_params: None = None,
+        pooling_params: PoolingParams | None = None,
         use_tqdm: Bar = True,
         lora_request: LoraChoice | Sequence[LoraChoice] = None,
         tokenization_kwargs: Mapping[str, Any] | None = None,
     ) -> list[ClassificationRequestOutput]:
         """How likely each class of a classifier is for every text. Errors as of `generate`."""
         refuse_given("classify", tokenization_kwargs=tokenization_kwargs or None)
-        refuse_given("classify", pooling_params=pooling_params)
         return [
             ClassificationRequestOutput(
                 each.request_id, ClassificationOutput(each.probs.tolist()), list(each.prompt_token_ids)
             )
-            for each in self.engine.classify(prompts, use_tqdm=use_tqdm, lora_request=lora_request)
+            for each in self.engine.classify(prompts, pooling_params, use_tqdm=use_tqdm, lora_request=lora_request)
         ]
 
     @explained()

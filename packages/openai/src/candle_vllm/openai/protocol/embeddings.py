@@ -78,10 +78,30 @@ class ClassifyRequest(CutFields, PoolingFields):
 
     Attributes:
         add_special_tokens: of texts; None adds them.
+        use_activation, activation: false asks for logits, such as rewards, in place of probabilities; two names of one
+            field, the second vLLM's older one.
     """
+
+    refused_fields: ClassVar[Mapping[str, Refusal]] = {
+        name: refusal
+        for name, refusal in POOLING_REFUSED_FIELDS.items()
+        if name not in ("use_activation", "activation")
+    }
 
     input: Input
     add_special_tokens: bool | None = None
+    use_activation: bool | None = None
+    activation: bool | None = None
+
+    @model_validator(mode="after")
+    def _one_activation(self) -> Self:
+        if self.activation is not None and self.use_activation not in (None, self.activation):
+            raise invalid("activation", "and use_activation are two names of one field and must be equal")
+        return self
+
+    def pooling_params(self) -> PoolingParams:
+        """Whether logits become probabilities."""
+        return PoolingParams(use_activation=self.activation if self.use_activation is None else self.use_activation)
 
     @property
     def inputs(self) -> list[str | list[int]]:

@@ -299,14 +299,7 @@ class EncoderRunner(StepwiseRunner):
         logits = self.encode(batch.token_ids, positions, types, batch.query_start, batch.adapters)
         if logits is None:
             return
-        scores = logits.astype(np.float64)
-        if self._config.likelihood == "sigmoid":
-            with np.errstate(over="ignore"):
-                scores = 1 / (1 + np.exp(-scores))
-        elif self._config.likelihood == "softmax":
-            powers = np.exp(scores - scores.max(1, keepdims=True))
-            scores = powers / powers.sum(1, keepdims=True)
-        self._scores = np.repeat(scores, np.diff(batch.query_start), axis=0)
+        self._scores = np.repeat(logits.astype(np.float64), np.diff(batch.query_start), axis=0)
 
     def score(self, rows: Ints) -> Value:
         """An encoder has no logits."""

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 from candle_vllm.core.engine.requests import GenerationRequest, PoolingRequest
 from candle_vllm.core.errors import InvalidParameterError, PromptTooLongError
-from candle_vllm.core.loading.config import EncoderConfig
 
 
 def check_request(request: GenerationRequest, vocab_size: int, max_model_len: int) -> int:
@@ -72,11 +71,11 @@ def check_pooling_request(request: PoolingRequest, vocab_size: int, max_model_le
         raise InvalidParameterError(f"{len(prompt)} tokens and {len(types)} token_type_ids", "token_type_ids")
 
 
-def encoder_tasks(config: EncoderConfig) -> tuple[str, ...]:
-    """What an encoder does, for `ModelInfo.tasks`."""
-    if not config.labels:
+def pooling_tasks(labels: Sequence[str]) -> tuple[str, ...]:
+    """What a model that generates nothing does, for `ModelInfo.tasks`; `labels` are those of its head."""
+    if not labels:
         return ("embed", "score")
-    return ("score",) if len(config.labels) == 1 else ("classify",)
+    return ("score", "classify") if len(labels) == 1 else ("classify",)
 
 
 def check_encoder_task(name: str, wanted: str, tasks: Sequence[str]) -> None:

@@ -100,6 +100,8 @@ class Pooler:
         assert self.is_complete
         assert self._sum is not None
         pooled = self._sum / (self.num_positions if self.plan.pooling == "mean" else 1)
+        if self.plan.head is not None:
+            pooled = self.plan.head(pooled, activate=self.plan.activate)
         pooled = pooled[: self.plan.dimensions]
         if self.plan.normalize:
             pooled = pooled / max(np.linalg.norm(pooled), _SMALLEST_NORM)

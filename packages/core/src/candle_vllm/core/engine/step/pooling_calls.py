@@ -87,14 +87,17 @@ class PoolingCalls:
 
     # ---- classes -----------------------------------------------------------------------------------------------------
 
-    def classify(self, inputs: Prompt | Sequence[Prompt], *, use_tqdm: Bar) -> list[ClassificationOutput]:
+    def classify(
+        self, inputs: Prompt | Sequence[Prompt], params: PoolingParams | None, *, use_tqdm: Bar
+    ) -> list[ClassificationOutput]:
         """See `InferenceEngine.classify`."""
-        entries = self._texts(inputs, None, uuid.uuid4().hex, 0, True, "classify")
+        entries = self._texts(inputs, params, uuid.uuid4().hex, 0, True, "classify")
         return _classes(entries, self._window(entries).run(use_tqdm=use_tqdm))
 
     async def aclassify(
         self,
         inputs: Prompt | Sequence[Prompt],
+        params: PoolingParams | None,
         *,
         request_id: str,
         priority: int,
@@ -102,7 +105,7 @@ class PoolingCalls:
         apart: Apart,
     ) -> list[ClassificationOutput]:
         """See `InferenceEngine.aclassify`."""
-        entries = await apart(self._texts, inputs, None, request_id, priority, add_special_tokens, "classify")
+        entries = await apart(self._texts, inputs, params, request_id, priority, add_special_tokens, "classify")
         return _classes(entries, await self._window(entries).arun())
 
     # ---- scores ------------------------------------------------------------------------------------------------------

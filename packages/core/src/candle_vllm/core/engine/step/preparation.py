@@ -18,7 +18,7 @@ from candle_vllm.core.engine.step.admission import (
     check_encoder_task,
     check_pooling_request,
     check_request,
-    encoder_tasks,
+    pooling_tasks,
 )
 from candle_vllm.core.engine.step.live import Live, LiveSequence
 from candle_vllm.core.engine.step.pooled import PooledText
@@ -26,6 +26,7 @@ from candle_vllm.core.engine.step.prediction import Prediction
 from candle_vllm.core.engine.step.sequence import PlacedImage, Sequence
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.loading.config import EncoderConfig
+from candle_vllm.core.pooled_head import PooledHead
 from candle_vllm.core.pooling import ModelPooling, PoolingPlan
 from candle_vllm.core.sampling.dry import BreakerTable, breakers_of
 from candle_vllm.core.sampling.grammar import GrammarState
@@ -88,9 +89,10 @@ class EncoderPreparation(Preparation):
     Args:
         name: the model's name, for messages.
         config: its description.
-        pooling: how its vectors are made; None where it has a head.
+        pooling: how its vectors are made; None where the model computes its head.
         max_model_len: longest text, in tokens.
         adapters: see `Preparation`.
+        head: what stands behind the pooling; None where nothing does.
     """
 
     def __init__(
@@ -100,7 +102,9 @@ class EncoderPreparation(Preparation):
         pooling: ModelPooling | None,
         max_model_len: int,
         adapters: AdapterStore | None = None,
+        head: PooledHead | None = None,
     ) -> None:
+        self._head = head
         self.max_model_len = max_model_len
         self.adapters = adapters
         self._name = name
@@ -110,7 +114,7 @@ class EncoderPreparation(Preparation):
     def prepare(self, request: GenerationRequest) -> list[PooledText]:
         """See `Preparation`."""
         wanted = request.task if isinstance(request, PoolingRequest) else "generate"
-        check_encoder_task(self._name, wanted, encoder_tasks(self._config))
+        check_encoder_task(self._name, wanted, pooling_tasks(self._config.labels))
         entries = self._entries(request)
         assert isinstance(request, PoolingRequest)
         check_pooling_request(request, self._config.vocab_size, self.max_model_len)
@@ -119,14 +123,16 @@ class EncoderPreparation(Preparation):
             request = msgspec.structs.replace(request, token_type_ids=None)
         if any(not 0 <= kind < kinds for kind in request.token_type_ids or ()):
             raise InvalidParameterError(f"token_type_ids must be 0 to {kinds - 1} for this model", "token_type_ids")
-        plan = self._of_head() if self._pooling is None else self._pooling.plan(request.pooling)
+        plan = self._of_head(request) if self._pooling is None else self._pooling.plan(request.pooling, self._head)
         sequence = Sequence(request, 0, order=-1)
         sequence.entries = entries
         return [PooledText(sequence, plan)]
 
-    def _of_head(self) -> PoolingPlan:
-        """What `EncoderRunner` has of a text where a model has a head."""
-        return PoolingPlan("cls", normalize=False, dimensions=len(self._config.labels))
+    def _of_head(self, request: PoolingRequest) -> PoolingPlan:
+        """What `EncoderRunner` has of a text where a model has a head: its logits."""
+        head, activate = PooledHead(likelihood=self._config.likelihood), request.pooling.use_activation is not False
+        count = len(self._config.labels)
+        return PoolingPlan("cls", normalize=False, dimensions=count, head=head, activate=activate)
 
 
 class DecoderPreparation(Preparation):
@@ -138,6 +144,7 @@ class DecoderPreparation(Preparation):
         vocab_size: V, the width of the logits.
         max_model_len: longest prompt plus output.
         pooling: how vectors are made of hidden states; None refuses to make any.
+        head: what stands behind the pooling; None where nothing does.
         seed: makes requests without a seed reproducible, in order of preparation.
         adapters: see `Preparation`.
         images: how the model sees; None where it does not.
@@ -152,6 +159,7 @@ class DecoderPreparation(Preparation):
         max_model_len: int,
         *,
         pooling: ModelPooling | None = None,
+        head: PooledHead | None = None,
         seed: int | None = None,
         adapters: AdapterStore | None = None,
         images: Sight | None = None,
@@ -164,7 +172,7 @@ class DecoderPreparation(Preparation):
         self._ends = frozenset(eos_token_ids)  # one for all sequences
         self._vocab_size = vocab_size
         self.max_model_len = max_model_len
-        self._pooling = pooling
+        self._pooling, self._head = pooling, head
         self._grammars = LlguidanceBackend(tokenizer, vocab_size, self._eos_token_ids, open_objects=open_objects)
         self._breakers = BreakerTable(tokenizer, vocab_size)
         self._seeds = random.Random(seed) if seed is not None else random.SystemRandom()  # noqa: S311
@@ -224,12 +232,16 @@ class DecoderPreparation(Preparation):
 
     def _prepare_pooled(self, request: PoolingRequest) -> PooledText:
         """The sequence of a text whose hidden states are pooled."""
-        if request.task != "embed" or self._pooling is None:
+        classes = self._head is not None and bool(self._head.labels)
+        if (request.task != "embed") != classes or self._pooling is None:
             raise InvalidParameterError(
-                "the model gives vectors and is no cross-encoder: it has no scores or classes", "task"
+                "the model has a head for scores or classes and gives no vectors"
+                if classes
+                else "the model gives vectors and is no cross-encoder: it has no scores or classes",
+                "task",
             )
         check_pooling_request(request, self._vocab_size, self.max_model_len)
-        plan = self._pooling.plan(request.pooling)
+        plan = self._pooling.plan(request.pooling, self._head)
         params = msgspec.structs.replace(request.params, seed=0, skip_reading_prefix_cache=plan.needs_every_position)
         sequence = Sequence(msgspec.structs.replace(request, params=params), 0, order=-1)
         sequence.entries = self._entries(request)

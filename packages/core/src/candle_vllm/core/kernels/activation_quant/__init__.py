@@ -7,6 +7,7 @@ Contract: x float32 [T, C]; first a prologue makes y [T, K]:
     LAYER_NORM   y = LayerNorm(x) * weight + bias, K = C (see `kernels/layer_norm`)
     SILU         y = silu(x[:, :K]) * x[:, K:], K = C / 2 (see `kernels/silu_mul`)
     GELU_GATE    y = gelu(x[:, :K]) * x[:, K:] in the tanh form, K = C / 2 (the same)
+    GELU_ERF_GATE  the same by the error function
     SWIGLU_OAI   y = gpt-oss's act(x[:, :K], x[:, K:]), K = C / 2 (see `kernels/moe`)
     GELU_TANH, GELU, RELU, RELU2, TANH, QUICK_GELU   y = act(x), K = C (see `kernels/activation`)
 then every group of 32 neighbours of a row becomes 32 signed bytes q with one scale s = max|y| / 127 (q is 0 where s is)
@@ -51,11 +52,12 @@ class Prologue(enum.IntEnum):
     TANH = 9
     QUICK_GELU = 10
     RELU2 = 11
+    GELU_ERF_GATE = 12
 
     @property
     def gated(self) -> bool:
         """Two numbers become one: the gate's half of a row stands before the other."""
-        return self in (Prologue.SILU, Prologue.GELU_GATE, Prologue.SWIGLU_OAI)
+        return self in (Prologue.SILU, Prologue.GELU_GATE, Prologue.GELU_ERF_GATE, Prologue.SWIGLU_OAI)
 
     @property
     def norm(self) -> bool:

@@ -133,6 +133,7 @@ _ACTIVATIONS = MappingProxyType(
     {
         Prologue.SILU: emit_silu,
         Prologue.GELU_GATE: emit_gelu_tanh,
+        Prologue.GELU_ERF_GATE: emit_gelu,
         Prologue.GELU_TANH: emit_gelu_tanh,
         Prologue.GELU: emit_gelu,
         Prologue.RELU: emit_relu,

@@ -69,7 +69,8 @@ def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
         "whole_attention.cpu:turn",
     ):
         yield code, ()
-    yield "whole_attention.cpu:make_attend_whole", (isa,)
+    yield "whole_attention.cpu:make_attend_whole", (isa, 0)
+    yield "whole_attention.cpu:make_attend_whole", (isa, 1)
     for prologue in Prologue:
         yield "activation_quant.cpu:make_quantise", (prologue, prologue.gated)
         for form in RowForm:

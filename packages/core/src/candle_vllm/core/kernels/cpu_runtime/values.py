@@ -304,6 +304,9 @@ class _Value(Recorded):
     def gelu_tanh_mul(self) -> Recorded:
         return _Prepared(self, Prologue.GELU_GATE, self.width // 2)
 
+    def gelu_mul(self) -> Recorded:
+        return _Prepared(self, Prologue.GELU_ERF_GATE, self.width // 2)
+
     def gated(self, gate: Recorded, kind: GateKind) -> Recorded:
         assert isinstance(gate, _Value)
         assert gate.width == self.width
@@ -363,16 +366,21 @@ class _Value(Recorded):
         return _attend(self, k, v, cache, Scores(scale, window, softcap, sinks, offset, narrows, causal), None)
 
     def attend_whole(
-        self, heads: int, turned: tuple[RecordedTokens, NDArray[np.float32], NDArray[np.float32]] | None = None
+        self,
+        heads: int,
+        kv_heads: int,
+        turned: tuple[RecordedTokens, NDArray[np.float32], NDArray[np.float32]] | None,
+        near: tuple[NDArray[np.float32] | None, int | None],
     ) -> Recorded:
-        from candle_vllm.core.kernels.whole_attention.cpu_record import record_turn, record_whole_attention
+        from candle_vllm.core.kernels.whole_attention.cpu_record import WholeHeads, record_turn, record_whole_attention
 
-        width = self.width // 3
-        out, qkv = self.recorder.buffer(width), (self.address, self.buffer.stride)
+        head_dim = self.width // (heads + 2 * kv_heads)
+        out, source = self.recorder.buffer(heads * head_dim), self.buffer
+        qkv = WholeHeads(self.address, source.stride, heads, kv_heads, head_dim)
         if turned is not None:
-            record_turn(self.recorder, qkv, heads, width // heads, turned[0].numbers, turned[1:])
-            self.buffer.version += 1
-        record_whole_attention(self.recorder, qkv, heads, width // heads, out)
+            record_turn(self.recorder, qkv, turned[0].numbers, turned[1:])
+            source.version += 1
+        record_whole_attention(self.recorder, qkv, *near, out)
         return buffer_value(self.recorder, out)
 
     def attend_latent(self, kv: Recorded, parts: LatentParts, cache: Any, *, scale: float) -> Recorded:
@@ -631,6 +639,9 @@ class _Product(_Pending):
 
     def gelu_tanh_mul(self) -> Recorded:
         return self._gated(Prologue.GELU_GATE)
+
+    def gelu_mul(self) -> Recorded:
+        return self._gated(Prologue.GELU_ERF_GATE)
 
     def _gated(self, prologue: Prologue) -> Recorded:
         alone = not (self._made or self._added) and self._bias is None and self._joins is None

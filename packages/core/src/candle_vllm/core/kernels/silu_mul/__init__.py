@@ -2,9 +2,11 @@
 """Activation-and-multiply: the gates of SwiGLU and GeGLU, and those of what an attention layer gives.
 
 Contract: x [T, 2F] holds gate then up, of any float dtype; y [T, F] = act(gate) * up has x's dtype, in new memory; the
-arithmetic is fp32. act is SiLU, or GELU in its tanh form: 0.5 g (1 + tanh(sqrt(2 / pi) (g + 0.044715 g^3))).
-`gated` takes x [T, F] and its gate [T, F] apart: y = x * act(gate), where act is one of these or the sigmoid. Recorded
-steps do so in place: x is changed. The elements of a row lie next to each other, rows any distance apart.
+arithmetic is fp32. act is SiLU, or GELU in its tanh form: 0.5 g (1 + tanh(sqrt(2 / pi) (g + 0.044715 g^3))), or GELU by
+the error function: g Phi(g).
+`gated` takes x [T, F] and its gate [T, F] apart: y = x * act(gate), where act is SiLU, GELU in its tanh form, or the
+sigmoid. Recorded steps do so in place: x is changed. The elements of a row lie next to each other, rows any distance
+apart.
 Source: Shazeer, 2020, arXiv:2002.05202; Hendrycks and Gimpel, 2016, arXiv:1606.08415.
 """
 
@@ -46,6 +48,16 @@ def gelu_tanh_mul(x: Value) -> Value:
     from candle_vllm.core.kernels.silu_mul import reference
 
     return reference.gelu_tanh_mul(x)
+
+
+def gelu_mul(x: Value) -> Value:
+    """gelu(x[:, :F]) * x[:, F:] by the error function; on a GPU by torch's own kernels."""
+    if isinstance(x, Recorded):
+        return x.gelu_mul()
+    _check(x)
+    from candle_vllm.core.kernels.silu_mul import reference
+
+    return reference.gelu_mul(x)
 
 
 def gated(x: Value, gate: Value, kind: GateKind) -> Value:

@@ -18,6 +18,12 @@ def gelu_tanh_mul(x: torch.Tensor) -> torch.Tensor:
     return (torch.nn.functional.gelu(gate, approximate="tanh") * up).to(x.dtype)
 
 
+def gelu_mul(x: torch.Tensor) -> torch.Tensor:
+    """See the contract in the package."""
+    gate, up = x.float().chunk(2, dim=-1)
+    return (torch.nn.functional.gelu(gate) * up).to(x.dtype)
+
+
 def gated(x: torch.Tensor, gate: torch.Tensor, kind: str) -> torch.Tensor:
     """See the contract in the package."""
     wide = gate.float()

@@ -43,13 +43,13 @@ assert PANEL % RUN == 0
 
 
 def turn(row, thread, threads):
-    """The operation that rotates queries and keys, the first 2 * H * D numbers of each row."""
+    """The operation that rotates queries and keys, the first (H + K) * D numbers of each row."""
     given = read(TurnArguments, row)
     tokens, dim, half = step_number(row, _TOKENS), given.head_dim, given.half
     places = int64_at(given.places)
     for t in range(tokens * thread // threads, tokens * (thread + 1) // threads):
         cos, sin = float32_at(given.cos + 4 * half * places[t]), float32_at(given.sin + 4 * half * places[t])
-        for head in range(2 * given.heads):
+        for head in range(given.heads):
             x = float32_at(given.qkv + 4 * (t * given.stride + head * dim))
             for i in range(half):
                 a, b = x[i], x[i + half]
@@ -103,7 +103,7 @@ def _lay_panel(k: int, row_bytes: int, tokens: int, dim: int, v: int, keys: int,
 def lay_out(row, thread, threads):
     """The operation that makes panels of keys and values."""
     given = read(WholeArguments, row)
-    starts, heads, dim = int64_at(given.query_start), given.heads, given.head_dim
+    starts, heads, dim = int64_at(given.query_start), given.kv_heads, given.head_dim
     sequences = step_number(row, _SEQUENCES)
     if thread == 0:
         int64_at(given.scratch)[0] = 0
@@ -112,7 +112,7 @@ def lay_out(row, thread, threads):
         total += (starts[r + 1] - starts[r] + 7) >> 3
     first, last = total * heads * thread // threads, total * heads * (thread + 1) // threads
     before = 0  # panels of keys of the texts before this one
-    filled, width = (dim + 7) & -8, 4 * heads * dim
+    filled = (dim + 7) & -8
     for r in range(sequences):
         start = starts[r]
         length = starts[r + 1] - start
@@ -122,13 +122,13 @@ def lay_out(row, thread, threads):
             panel = item // heads
             head = item - panel * heads
             own = base + 32 * filled * panels * head
-            k = given.qkv + 4 * (start + 8 * panel) * given.stride + width + 4 * head * dim
+            k = given.qkv + 4 * ((start + 8 * panel) * given.stride + (given.heads + head) * dim)
             _lay_panel(
                 k,
                 4 * given.stride,
                 length - 8 * panel,
                 dim,
-                k + width,
+                k + 4 * heads * dim,
                 given.keys + own + 32 * filled * panel,
                 given.values + own + 256 * panel,
                 256 * panels,
@@ -141,23 +141,39 @@ def lay_out(row, thread, threads):
 
 @intrinsic(prefer_literal=True)
 def _scores(
-    _: Any, tiles: Any, isa: Any, queries: Any, step: Any, panel: Any, out: Any, out_step: Any, runs: Any
+    _: Any,
+    tiles: Any,
+    isa: Any,
+    biased: Any,
+    queries: Any,
+    step: Any,
+    panel: Any,
+    out: Any,
+    out_step: Any,
+    runs: Any,
+    bias: Any,
 ) -> Any:
-    """Scores [8, 16] of a panel of keys with each tile of queries; `step` and `out_step` bytes from tile to tile."""
+    """Scores [8, 16] of a panel of keys with each tile of queries; `step` and `out_step` bytes from tile to tile.
+
+    Where `biased`, the numbers at `bias` are added: of the first query and the first key, in the order of query minus
+    key.
+    """
     width, features = tiles.literal_value, Isa(isa.literal_value)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e = Emitter(b)
-        at_queries, size, at_panel, at_out, out_size, count = args[2:]
+        at_queries, size, at_panel, at_out, out_size, count, at_bias = args[3:]
         bases = [b.add(at_queries, b.mul(size, e.int64(tile))) for tile in range(width)]
 
         def write(tile: int, row: int, total: Any) -> None:
+            if biased.literal_value:
+                total = b.fadd(total, e.load(at_bias, vector(F32), LINE * tile - 4 * row))
             e.store(b.add(at_out, b.mul(out_size, e.int64(tile))), total, LINE * row)
 
         emit_sums(e, PlainKind.F32, features, bases, PANEL, at_panel, count, write)
         return context.get_dummy_value()
 
-    return types.void(tiles, isa, *[types.int64] * 6), code
+    return types.void(tiles, isa, biased, *[types.int64] * 7), code
 
 
 @intrinsic(prefer_literal=True)
@@ -246,12 +262,13 @@ def _take_queries(q: int, row_bytes: int, first: int, length: int, lanes: int, d
             tile[16 * d] = 0.0
 
 
-def make_attend_whole(ISA: int) -> Callable[..., None]:
-    """The operation that attends."""
+def make_attend_whole(ISA: int, BIASED: int) -> Callable[..., None]:
+    """The operation that attends; with a bias where the constant `BIASED` is 1."""
 
     def attend_whole(row, thread, threads):
         given = read(WholeArguments, row)
         starts, heads, dim = int64_at(given.query_start), given.heads, given.head_dim
+        kv_heads, window = given.kv_heads, given.window
         filled = (dim + 7) & -8
         queries = given.scratch + HEADER + thread % given.threads * given.thread_bytes
         tile_bytes = 64 * filled
@@ -273,32 +290,36 @@ def make_attend_whole(ISA: int) -> Callable[..., None]:
             panels = (length + 7) >> 3
             score_bytes = 512 * panels
             parts = (length + 31) >> 5
-            base = _text_panels(start, r, heads, dim)
+            base = _text_panels(start, r, kv_heads, dim)
             while unit < min(before + parts * heads, total):
                 head = (unit - before) // parts
                 first = 32 * (unit - before - head * parts)
                 count = min(32, length - first)
-                own = base + 32 * filled * panels * head
-                keys, values = given.keys + own, given.values + own
+                own = base + 32 * filled * panels * (head * kv_heads // heads)
+                low = max(first - window, 0) >> 3  # the panels of keys that one of these queries sees
+                seen = ((min(first + count + window, length) + 7) >> 3) - low
+                shown = min(length - 8 * low, 8 * seen)
+                keys, values = given.keys + own + 32 * filled * low, given.values + own + 256 * low
+                bias = given.bias + head * given.bias_bytes + 4 * (first - 8 * low)
                 q = given.qkv + 4 * start * given.stride + 4 * head * dim
                 lanes = 32 if count > 16 else 16
                 _take_queries(q, 4 * given.stride, first, length, lanes, dim, given.scale, queries)
-                for panel in range(panels):
-                    at, to = keys + panel * 32 * filled, scores + 512 * panel
+                for panel in range(seen):
+                    at, to, near = keys + panel * 32 * filled, scores + 512 * panel, bias - 32 * panel
                     if lanes == 32:
-                        _scores(2, ISA, queries, tile_bytes, at, to, score_bytes, filled >> 2)
+                        _scores(2, ISA, BIASED, queries, tile_bytes, at, to, score_bytes, filled >> 2, near)
                     else:
-                        _scores(1, ISA, queries, tile_bytes, at, to, score_bytes, filled >> 2)
+                        _scores(1, ISA, BIASED, queries, tile_bytes, at, to, score_bytes, filled >> 2, near)
                 if lanes == 32:
-                    _softmax(2, scores, score_bytes, length, sums)
+                    _softmax(2, scores, score_bytes, shown, sums)
                 else:
-                    _softmax(1, scores, score_bytes, length, sums)
+                    _softmax(1, scores, score_bytes, shown, sums)
                 for panel in range(filled >> 3):
                     at, to = values + 256 * panels * panel, results + 512 * panel
                     if lanes == 32:
-                        _values(2, ISA, scores, score_bytes, at, sums, to, tile_bytes, panels * 2)
+                        _values(2, ISA, scores, score_bytes, at, sums, to, tile_bytes, seen * 2)
                     else:
-                        _values(1, ISA, scores, score_bytes, at, sums, to, tile_bytes, panels * 2)
+                        _values(1, ISA, scores, score_bytes, at, sums, to, tile_bytes, seen * 2)
                 for lane in range(count):
                     out = float32_at(given.out + 4 * ((start + first + lane) * given.out_stride + head * dim))
                     result = float32_at(results + (lane >> 4) * tile_bytes + 4 * (lane & 15))

@@ -18,16 +18,27 @@ PANEL = 8
 """Keys, or dimensions of values, of a panel."""
 
 LOG2E = 1.4426950408889634
+HIDDEN = -1e9  # of a key outside of the window: its exponential is exactly 0
 HEADER = 64  # bytes before the threads' scratch memory: the counter, on a cache line of its own
 LINE = 4 * LANES  # bytes of a vector
+
+
+class WholeHeads(NamedTuple):
+    """Queries, keys and values of a layer: address of float32 rows, floats from one to the next, H, K and D."""
+
+    address: int
+    stride: int
+    heads: int
+    kv_heads: int
+    head_dim: int
 
 
 class WholeArguments(NamedTuple):
     """The arguments of both operations.
 
     Attributes:
-        qkv, stride: address of float32 rows [T, 3 * H * D], and floats from one to the next.
-        heads, head_dim: H and D.
+        qkv, stride: address of float32 rows [T, (H + 2 K) * D], and floats from one to the next.
+        heads, kv_heads, head_dim: H, K and D.
         query_start: address of int64 [R + 1]: text r has the tokens query_start[r]..query_start[r + 1].
         keys, values: addresses of `panel_floats` floats each.
         out, out_stride: address of the result [T, H * D], and floats from one row to the next.
@@ -35,11 +46,16 @@ class WholeArguments(NamedTuple):
         scratch: address of `scratch_bytes`.
         thread_bytes: of these, each thread's.
         threads: as many have some.
+        bias: address of what a key of the query's own position gets, float32 in the order of query minus key, times
+            log2(e); 0 where there is none.
+        bias_bytes: from one head's to the next; 0 where they share it.
+        window: farthest key that a query sees, in tokens.
     """
 
     qkv: int
     stride: int
     heads: int
+    kv_heads: int
     head_dim: int
     query_start: int
     keys: int
@@ -50,13 +66,17 @@ class WholeArguments(NamedTuple):
     scratch: int
     thread_bytes: int
     threads: int
+    bias: int
+    bias_bytes: int
+    window: int
 
 
 class TurnArguments(NamedTuple):
     """The arguments of `turn`.
 
     Attributes:
-        qkv, stride, heads, head_dim: as of `WholeArguments`.
+        qkv, stride, head_dim: as of `WholeArguments`.
+        heads: H + K.
         half: R/2, pairs of a head that turn.
         places: address of int64 [T], the rows of the tables.
         cos, sin: addresses of float32 [P, half].
@@ -79,15 +99,14 @@ def turn_operation() -> int:
 
 def record_turn(
     recorder: Recorder,
-    qkv: tuple[int, int],
-    heads: int,
-    head_dim: int,
+    qkv: WholeHeads,
     places: NDArray[np.int64],
     tables: tuple[NDArray[np.float32], NDArray[np.float32]],
 ) -> None:
     """Writes `turn` into a plan: arguments as those of `record_whole_attention`, and cos and sin."""
     cos, sin = (recorder.keep(table) for table in tables)
-    given = TurnArguments(*qkv, heads, head_dim, tables[0].shape[1], address_of(places), cos, sin)
+    turning, half = qkv.heads + qkv.kv_heads, tables[0].shape[1]
+    given = TurnArguments(qkv.address, qkv.stride, turning, qkv.head_dim, half, address_of(places), cos, sin)
     recorder.add(turn_operation(), given)
 
 
@@ -96,28 +115,28 @@ def lay_out_operation() -> int:
     return operation("whole_attention.cpu:lay_out")
 
 
-def attend_whole_operation(isa: Isa) -> int:
+def attend_whole_operation(isa: Isa, biased: bool) -> int:
     """Address of the compiled operation."""
-    return operation("whole_attention.cpu:make_attend_whole", isa)
+    return operation("whole_attention.cpu:make_attend_whole", isa, biased)
 
 
-def record_whole_attention(recorder: Recorder, qkv: tuple[int, int], heads: int, head_dim: int, out: Buffer) -> None:
+def record_whole_attention(
+    recorder: Recorder, qkv: WholeHeads, bias: NDArray[np.float32] | None, window: int | None, out: Buffer
+) -> None:
     """Writes both operations into a plan.
 
     Args:
         recorder: of the plan; a text has at most as many tokens as its largest step.
-        qkv: address of the rows, and floats from one to the next.
-        heads, head_dim: H and D.
+        qkv: what attends.
+        bias, window: as for `whole_attention`.
         out: of H * D columns.
     """
-    limits = recorder.limits
-    floats = panel_floats(limits.tokens, limits.sequences, heads, head_dim)
+    limits, head_dim = recorder.limits, qkv.head_dim
+    floats = panel_floats(limits.tokens, limits.sequences, qkv.kv_heads, head_dim)
     keys, values = (recorder.memory(-(-floats // limits.tokens)) for _ in range(2))
+    table, centre = _bias_table(bias, window, limits.tokens)
     given = WholeArguments(
-        qkv=qkv[0],
-        stride=qkv[1],
-        heads=heads,
-        head_dim=head_dim,
+        **{"qkv" if name == "address" else name: value for name, value in qkv._asdict().items()},
         query_start=address_of(recorder.arrays.query_start),
         keys=address_of(keys),
         values=address_of(values),
@@ -127,9 +146,32 @@ def record_whole_attention(recorder: Recorder, qkv: tuple[int, int], heads: int,
         scratch=recorder.scratch(scratch_bytes(limits.tokens, head_dim, limits.threads)),
         thread_bytes=thread_bytes(limits.tokens, head_dim),
         threads=limits.threads,
+        bias=0 if table is None else recorder.keep(table) + 4 * centre,
+        bias_bytes=0 if table is None or len(table) == 1 else table.strides[0],
+        window=limits.tokens if window is None else window,
     )
     recorder.add(lay_out_operation(), given)
-    recorder.add(attend_whole_operation(recorder.isa), given)
+    recorder.add(attend_whole_operation(recorder.isa, table is not None), given)
+
+
+def _bias_table(
+    bias: NDArray[np.float32] | None, window: int | None, tokens: int
+) -> tuple[NDArray[np.float32] | None, int]:
+    """What the operation adds to scores, [N, distances], and the column of distance 0.
+
+    It reads whole tiles: up to 31 queries behind the last one, and the keys of a panel whose text is over.
+    """
+    if bias is None and window is None:
+        return None, 0
+    distances = np.arange(-tokens - PANEL, tokens + 4 * PANEL)  # of the query from the key
+    if bias is None:
+        table = np.zeros((1, len(distances)), np.float32)
+    else:
+        most = bias.shape[1] // 2
+        table = (bias[:, most - distances.clip(-most, most)] * np.float32(LOG2E)).astype(np.float32)
+    if window is not None:
+        table[:, np.abs(distances) > window] = HIDDEN
+    return np.ascontiguousarray(table), tokens + PANEL
 
 
 def panel_floats(tokens: int, texts: int, heads: int, head_dim: int) -> int:

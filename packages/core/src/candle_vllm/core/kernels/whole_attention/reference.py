@@ -14,19 +14,39 @@ from candle_vllm.core.kernels.rotary.reference import rotary
 
 
 def whole_attention(
-    qkv: torch.Tensor, heads: int, lengths: Sequence[int], turned: Turned | None = None
+    qkv: torch.Tensor,
+    heads: int,
+    lengths: Sequence[int],
+    turned: Turned | None = None,
+    *,
+    kv_heads: int | None = None,
+    bias: torch.Tensor | None = None,
+    window: int | None = None,
 ) -> torch.Tensor:
     """See the contract in the package."""
+    shared = heads if kv_heads is None else kv_heads
+    parts = qkv.unflatten(-1, (heads + 2 * shared, -1)).split([heads, shared, shared], 1)
     if turned is not None:
-        q, k, v = qkv.unflatten(-1, (3 * heads, -1)).chunk(3, dim=1)
-        q, k = (rotary(part, turned.places, turned.cos, turned.sin) for part in (q, k))
-        qkv = torch.cat([q, k, v], 1).flatten(1)
-    out, start = qkv.new_empty(len(qkv), qkv.shape[1] // 3), 0
+        parts = *(rotary(part, turned.places, turned.cos, turned.sin) for part in parts[:2]), parts[2]
+    out, start = torch.empty_like(parts[0], memory_format=torch.contiguous_format), 0
     for length, group in groupby(lengths):
         count = sum(1 for _ in group)
         rows = slice(start, start + count * length)
-        q, k, v = (part.view(count, length, heads, -1).transpose(1, 2) for part in qkv[rows].chunk(3, dim=-1))
-        mixed = functional.scaled_dot_product_attention(q, k, v)  # [texts, H, length, D]
-        out[rows] = mixed.transpose(1, 2).reshape(count * length, -1)
+        q, k, v = (part[rows].unflatten(0, (count, length)).transpose(1, 2) for part in parts)
+        k, v = (part.repeat_interleave(heads // shared, 1) for part in (k, v))
+        seen = _added(length, bias, window, q)
+        mixed = functional.scaled_dot_product_attention(q, k, v, seen)  # [texts, H, length, D]
+        out[rows] = mixed.transpose(1, 2).flatten(0, 1)
         start = rows.stop
-    return out
+    return out.flatten(1)
+
+
+def _added(length: int, bias: torch.Tensor | None, window: int | None, q: torch.Tensor) -> torch.Tensor | None:
+    """What is added to scores [H or 1, length, length]; None where nothing is."""
+    if bias is None and window is None:
+        return None
+    places = torch.arange(length, device=q.device)
+    away = places - places[:, None]  # of keys from queries
+    near = q.new_zeros(1, 1) if bias is None else bias.to(q.dtype)
+    added = near[:, away + near.shape[1] // 2] if bias is not None else near[:, away * 0]
+    return added if window is None else added.masked_fill(away.abs() > window, float("-inf"))

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: MIT
+"""What stands behind the pooling of a model: the head of a classifier or reward model, or layers of its vectors."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from candle_vllm.core.errors import UnsupportedModelError, WeightsError
+from candle_vllm.core.fields import Fields, read_json
+from candle_vllm.core.loading.pooling import dense_layers, read_pooling
+from candle_vllm.core.loading.source import ModelFiles
+from candle_vllm.core.loading.tensors import Checkpoint
+from candle_vllm.core.loading.trunks import SCORES, is_headed
+from candle_vllm.core.models.encoder_parts import head_of
+from candle_vllm.core.pooled_head import Dense, PooledHead
+from candle_vllm.core.pooling import ModelPooling, PoolingKind
+from candle_vllm.core.text.tokenizer import Tokenizer
+
+_TABLES = ("lm_head.weight", "model.embed_tokens.weight")  # of rows whose products with a state are logits
+
+
+def pooling_of(
+    files: ModelFiles,
+    checkpoint: Checkpoint,
+    metadata: Mapping[str, Any],
+    size: int,
+    kind: PoolingKind,
+    tokenizer: Tokenizer,
+) -> tuple[ModelPooling, PooledHead | None]:
+    """How vectors of `size` elements are made, by `kind` where the files do not say it, and what stands behind.
+
+    Raises:
+        WeightsError: the head that config.json names is missing or misshapen.
+    """
+    config = None if files.config is None else Fields(read_json(files.config), files.config)
+    if config is not None and files.format != "gguf" and is_headed(config.values.get("architectures")):
+        words = config.get("classifier_from_token", list, [])
+        head = _token_head(config, words, checkpoint, tokenizer) if words else _score_head(config, checkpoint, size)
+        return ModelPooling(len(head.labels), kind, normalize=False), head
+    pooling = read_pooling(files, metadata, size, kind, config)
+    layers = dense_layers(files, checkpoint)
+    for layer in layers:
+        _check_shape(checkpoint, "a Dense layer behind the pooling", layer.weight.shape, (len(layer.weight), size))
+        size = len(layer.weight)
+    return (dataclasses.replace(pooling, size=size), PooledHead(layers)) if layers else (pooling, None)
+
+
+def _token_head(fields: Fields, words: list[Any], checkpoint: Checkpoint, tokenizer: Tokenizer) -> PooledHead:
+    """The head of a reranker that answers by logits of tokens, as vLLM's `classifier_from_token` names them.
+
+    Of two tokens, such as "no" and "yes", the score is the probability of the second one among both: the sigmoid of the
+    difference of their logits. Of one token it is the sigmoid of its logit.
+    """
+    ids = [tokenizer.backend.token_to_id(word) if isinstance(word, str) else None for word in words]
+    table = next((checkpoint.tensors[name] for name in _TABLES if name in checkpoint.tensors), None)
+    known = [number for number in ids if number is not None and table is not None and number < table.shape[0]]
+    if table is None or len(known) != len(ids) or len(known) > 2:
+        raise WeightsError(
+            f"{fields.path}: classifier_from_token is {words!r:.80}; it must be one or two tokens of the vocabulary"
+        )
+    for key in ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier"):
+        if fields.values.get(key) not in (None, 1):
+            raise UnsupportedModelError(f"{fields.path}: {key} beside classifier_from_token is not implemented")
+    rows = [table.rows(number, number + 1).load("F32") for number in known]
+    head = head_of(Fields({**fields.values, "num_labels": 1}, fields.path), scores=True)
+    return PooledHead((Dense(weight=rows[0] if len(rows) == 1 else rows[1] - rows[0]),), **head)
+
+
+def _score_head(fields: Fields, checkpoint: Checkpoint, size: int) -> PooledHead:
+    """The head of a decoder: one matrix, or two with ReLU between them as reward models of Qwen2 have it."""
+    tensors = checkpoint.tensors
+    stem = next((stem for stem in SCORES if any(name.startswith(f"{stem}.") for name in tensors)), None)
+    if stem is None:
+        raise WeightsError(f"{checkpoint.path}: {SCORES[0]}.weight is missing, the head that config.json names")
+    names = [stem] if f"{stem}.weight" in tensors else [f"{stem}.0", f"{stem}.2"]
+    layers = []
+    for number, name in enumerate(names):
+        weight, bias = tensors.get(f"{name}.weight"), tensors.get(f"{name}.bias")
+        if weight is None:
+            raise WeightsError(f"{checkpoint.path}: {name}.weight is missing, a part of the head")
+        _check_shape(checkpoint, f"{name}.weight", weight.shape, (*weight.shape[:1], size))
+        if bias is not None:
+            _check_shape(checkpoint, f"{name}.bias", bias.shape, weight.shape[:1])
+        last, size = number == len(names) - 1, weight.shape[0]
+        own = None if bias is None else bias.load("F32")
+        layers.append(Dense(weight=weight.load("F32"), bias=own, activation="none" if last else "relu"))
+    said = dict(fields.values)
+    if "id2label" not in said and "num_labels" not in said:
+        said["id2label"] = {str(number): f"LABEL_{number}" for number in range(min(size, 2))}
+    head = head_of(Fields(said, fields.path), scores=True)
+    _check_shape(checkpoint, "the head", (size,), (len(head["labels"]),))
+    return PooledHead(tuple(layers), **head)
+
+
+def _check_shape(checkpoint: Checkpoint, name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    if tuple(found) != wanted:
+        raise WeightsError(f"{checkpoint.path}: {name} has shape {list(found)}; the model asks for {list(wanted)}")

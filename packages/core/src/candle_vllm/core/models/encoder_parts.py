@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: MIT
+"""What encoders of several families share: the labels of a head, activations by name, and weight names in pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError, WeightsError
+from candle_vllm.core.fields import Fields
+from candle_vllm.core.loading.config import MAX_LAYERS
+from candle_vllm.core.loading.tensors import Checkpoint
+from candle_vllm.core.loading.views import row_part
+from candle_vllm.core.loading.weights import Seen, WeightName
+from candle_vllm.core.pooled_head import Likelihood
+
+MAX_LABELS = 1 << 16
+
+ACTIVATIONS: Mapping[str, Literal["gelu", "gelu_tanh", "relu"]] = MappingProxyType(
+    {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
+)
+
+
+def sizes_from_hf(fields: Fields) -> dict[str, Any]:
+    """The sizes that most encoders' config.json has under the same keys."""
+    return {
+        "vocab_size": fields.count("vocab_size"),
+        "hidden_size": fields.count("hidden_size"),
+        "intermediate_size": fields.count("intermediate_size"),
+        "num_layers": fields.count("num_hidden_layers", most=MAX_LAYERS),
+        "num_heads": fields.count("num_attention_heads"),
+    }
+
+
+def sizes_from_gguf(fields: Fields, checkpoint: Checkpoint) -> dict[str, Any]:
+    """The same of GGUF metadata, with the longest text and the epsilon of norms."""
+    table = checkpoint.tensors.get("token_embd.weight")
+    return {
+        "vocab_size": table.shape[0] if table and table.shape else fields.count("vocab_size"),
+        "hidden_size": fields.count("embedding_length"),
+        "intermediate_size": fields.count("feed_forward_length"),
+        "num_layers": fields.count("block_count", most=MAX_LAYERS),
+        "num_heads": fields.count("attention.head_count"),
+        "max_position": fields.count("context_length"),
+        "norm_eps": fields.get("attention.layer_norm_epsilon", float),
+    }
+
+
+def types_from_gguf(checkpoint: Checkpoint) -> dict[str, Any]:
+    """`token_types` and `typed` of a `BertConfig`, by the table in a GGUF file."""
+    table = checkpoint.tensors.get("token_types.weight")
+    return {"token_types": table.shape[0] if table and len(table.shape) == 2 else 1, "typed": table is not None}
+
+
+def head_of(fields: Fields, *, scores: bool) -> dict[str, Any]:
+    """`labels` and `likelihood` of an `EncoderConfig`; empty where the model has no head."""
+    if not scores:
+        return {}
+    labels = _labels(fields)
+    return {"labels": labels, "likelihood": _likelihood(fields, len(labels))}
+
+
+def _labels(fields: Fields) -> tuple[str, ...]:
+    """Names of the head's numbers; transformers takes two where the file says nothing."""
+    named = fields.get("id2label", dict, {"0": "LABEL_0", "1": "LABEL_1"})
+    count = fields.count("num_labels", len(named), most=MAX_LABELS)
+    if not 0 < count <= MAX_LABELS:
+        raise InvalidFileError(f"{fields.path}: id2label names {count} labels; 1 to {MAX_LABELS} are possible")
+    names = [named.get(str(number), f"LABEL_{number}") for number in range(count)]
+    if not all(isinstance(name, str) for name in names):
+        raise InvalidFileError(f"{fields.path}: id2label must name every label by a text")
+    return tuple(names)
+
+
+def _likelihood(fields: Fields, labels: int) -> Likelihood:
+    """What problem_type says of several labels, as transformers reads it; else of one what is said below."""
+    if labels > 1:
+        kinds: Mapping[str, Likelihood] = {
+            "single_label_classification": "softmax",
+            "multi_label_classification": "sigmoid",
+            "regression": "none",
+        }
+        return kinds[fields.choice("problem_type", "single_label_classification", *kinds)]
+    return "sigmoid" if _sigmoid(fields) else "none"
+
+
+def _sigmoid(fields: Fields) -> bool:
+    """sentence-transformers' rule: a class that the config names, else a sigmoid."""
+    nested = fields.section("sentence_transformers")
+    name = nested.get("activation_fn", str, fields.get("sbert_ce_default_activation_function", str, "Sigmoid"))
+    kind = name.rpartition(".")[2]
+    if kind not in ("Sigmoid", "Identity"):
+        raise UnsupportedModelError(
+            f"{fields.path}: the score's activation is {name!r:.80}; implemented: Sigmoid, Identity"
+        )
+    return kind == "Sigmoid"
+
+
+def both(target: str, hf: str | tuple[str, ...], gguf: str | None = None) -> list[WeightName]:
+    """The lines of a weight and its bias, which a model may lack; names end before ".weight"."""
+    stems = (hf,) if isinstance(hf, str) else hf
+    return [
+        WeightName(f"{target}{kind}", tuple(f"{stem}.{kind}" for stem in stems), gguf and f"{gguf}.{kind}")
+        for kind in ("weight", "bias")
+    ]
+
+
+def thirds(alone: Mapping[str, tuple[str, ...]], fused: tuple[str, ...], gguf: str) -> list[WeightName]:
+    """The lines of q, k and v of each layer, stored as matrices of their own or as one.
+
+    Args:
+        alone: names of each without ".weight".
+        fused: names of the matrix of all three in safetensors; `gguf` is its name in GGUF files.
+    """
+    view = {part: row_part(number, 3) for number, part in enumerate("qkv")}
+    return [
+        WeightName(
+            f"layers.{{i}}.attention.qkv:{part}.{kind}",
+            (*(f"{stem}.{kind}" for stem in alone[part]), *(Seen(f"{stem}.{kind}", view[part]) for stem in fused)),
+            (f"blk.{{i}}.attn_{part}.{kind}", Seen(f"{gguf}.{kind}", view[part])),
+        )
+        for part in "qkv"
+        for kind in ("weight", "bias")
+    ]
+
+
+def prefix_of(stored: Iterable[str], name: str) -> str:
+    """What stands before a name that all models of a family have: the encoder's own, where there is a head."""
+    return next((found.removesuffix(name) for found in stored if found.endswith(name)), "")
+
+
+def read_part(checkpoint: Checkpoint, name: str, *shape: int) -> NDArray[np.float32]:
+    """A tensor of a head that stands behind the pooling.
+
+    Raises:
+        WeightsError: it is missing, or has another shape.
+    """
+    stored = checkpoint.tensors.get(name)
+    if stored is None or tuple(stored.shape) != shape:
+        found = "missing" if stored is None else f"of shape {list(stored.shape)}"
+        raise WeightsError(f"{checkpoint.path}: tensor {name} is {found}; the model asks for {list(shape)}")
+    return np.array(stored.load("F32"))

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: MIT
+"""jina-embeddings-v2: a `Bert` without a table of positions, with ALiBi on both sides and a gate of GELU.
+
+Scores of a head lose its slope times the distance of query and key. Sources: Günther et al., 2023, arXiv:2310.19923;
+Press et al., 2021, arXiv:2108.12409 (ALiBi).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from candle_vllm.core.errors import UnsupportedModelError
+from candle_vllm.core.fields import Fields
+from candle_vllm.core.layers.parameters import Placement
+from candle_vllm.core.loading.tensors import Checkpoint
+from candle_vllm.core.loading.views import row_part
+from candle_vllm.core.loading.weights import Seen, WeightName
+from candle_vllm.core.models.bert import Bert, BertConfig
+from candle_vllm.core.models.encoder_parts import both, prefix_of, sizes_from_gguf, sizes_from_hf, types_from_gguf
+from candle_vllm.core.models.family import EncoderFamily
+from candle_vllm.core.quantization.tensors import StoredTensor
+
+_FLAGS: dict[str, Any] = {"placed": False, "gate": "gelu", "mlp_bias": False}
+
+# ---- config ----------------------------------------------------------------------------------------------------------
+
+
+def config_from_hf(fields: Fields, model_type: str, *, scores: bool) -> BertConfig:
+    """Reads `config.json` of the repositories, which have BERT's class names for their code."""
+    del scores
+    fields.choice("position_embedding_type", "alibi", "alibi")
+    fields.choice("feed_forward_type", "geglu", "geglu")
+    types = fields.get("type_vocab_size", int, 2)
+    return BertConfig(
+        model_type=model_type,
+        **sizes_from_hf(fields),
+        max_position=fields.count("max_position_embeddings"),
+        norm_eps=fields.get("layer_norm_eps", float, 1e-12),
+        token_types=max(types, 1),
+        typed=types > 0,
+        **_FLAGS,
+    )
+
+
+def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> BertConfig:
+    """Reads GGUF metadata of jina-bert-v2."""
+    if any(name.startswith(("blk.0.attn_q_norm.", "blk.0.attn_norm_2.")) for name in checkpoint.tensors):
+        raise UnsupportedModelError(f"{checkpoint.path}: norms of queries and keys (jina v2 code) are not implemented")
+    return BertConfig(
+        model_type="jina_bert",
+        **sizes_from_gguf(fields, checkpoint),
+        **types_from_gguf(checkpoint),
+        **_FLAGS,
+    )
+
+
+# ---- attention -------------------------------------------------------------------------------------------------------
+
+
+class Alibi:
+    """The bias of each head by distance, `table` [H, 2 P - 1]."""
+
+    def __init__(self, config: BertConfig, placement: Placement) -> None:
+        away = np.abs(np.arange(1 - config.max_position, config.max_position))
+        table = np.zeros((1, 1)) if placement.shapes_only else -slopes(config.num_heads)[:, None] * away
+        self.table = placement.constant(np.ascontiguousarray(table, np.float32))
+
+
+def slopes(heads: int) -> np.ndarray:
+    """What each head loses by a token of distance: powers of 2^(-8 / n) for the largest power of two n up to H.
+
+    The heads beyond n have every other slope of 2 n heads.
+    """
+    most = 1 << int(math.log2(heads))
+    first = 2.0 ** (-8 / most * np.arange(1, most + 1))
+    return np.concatenate([first, slopes(2 * most)[::2][: heads - most]]) if heads > most else first
+
+
+# ---- model -----------------------------------------------------------------------------------------------------------
+
+
+def build(config: BertConfig, placement: Placement) -> Bert:
+    """The model without its weights."""
+    return Bert(config, placement, Alibi(config, placement))
+
+
+# ---- weight names ----------------------------------------------------------------------------------------------------
+
+
+def _up(stored: StoredTensor, config: BertConfig) -> StoredTensor:
+    """Files have the gate apart, or in front in one matrix."""
+    whole = stored.shape[:1] == (2 * config.intermediate_size,)
+    return row_part(1, 2)(stored, config) if whole else stored
+
+
+def weights(config: BertConfig, stored: Iterable[str]) -> list[WeightName]:
+    """The table of names."""
+    del config
+    at = prefix_of(stored, "embeddings.word_embeddings.weight")
+    layer, block = f"{at}encoder.layer.{{i}}.", "blk.{i}."
+    lines = {"q": "query", "k": "key", "v": "value"}
+    halves = [Seen(f"{layer}mlp.gated_layers.weight", row_part(half, 2)) for half in range(2)]
+    return [
+        WeightName("embed:weight", f"{at}embeddings.word_embeddings.weight", "token_embd.weight"),
+        WeightName("types:weight", f"{at}embeddings.token_type_embeddings.weight", "token_types.weight"),
+        *both("norm:", f"{at}embeddings.LayerNorm", "token_embd_norm"),
+        *(
+            line
+            for part, name in lines.items()
+            for line in both(
+                f"layers.{{i}}.attention.qkv:{part}.", f"{layer}attention.self.{name}", f"{block}attn_{part}"
+            )
+        ),
+        *both("layers.{i}.attention.output:", f"{layer}attention.output.dense", f"{block}attn_output"),
+        *both("layers.{i}.attention_norm:", f"{layer}attention.output.LayerNorm", f"{block}attn_output_norm"),
+        WeightName(
+            "layers.{i}.mlp.gate_up:gate.weight",
+            halves[0],
+            (f"{block}ffn_gate.weight", Seen(f"{block}ffn_up.weight", row_part(0, 2))),
+        ),
+        WeightName("layers.{i}.mlp.gate_up:up.weight", halves[1], Seen(f"{block}ffn_up.weight", _up)),
+        *both("layers.{i}.mlp.down:", f"{layer}mlp.wo", f"{block}ffn_down"),
+        *both("layers.{i}.output_norm:", f"{layer}mlp.layernorm", f"{block}layer_output_norm"),
+    ]
+
+
+FAMILY = EncoderFamily(
+    hf={"JinaBertModel": ("jina_bert", False), "JinaBertForMaskedLM": ("jina_bert", False)},
+    gguf=("jina-bert-v2",),
+    config_from_hf=config_from_hf,
+    config_from_gguf=config_from_gguf,
+    build=build,
+    weights=weights,
+    ignored=lambda _: [r"(\w+\.)?pooler\..*", r"(cls|lm_head)\..*", r"(\w+\.)?embeddings\.position_ids"],
+)
