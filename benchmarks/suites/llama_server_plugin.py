@@ -8,7 +8,7 @@ import os
 import socket
 
 import pytest
-import utils
+import utils  # pyright: ignore[reportMissingImports]
 
 utils.match_regex = lambda regex, text: True  # noqa: ARG005
 utils.ServerPreset.load_all = staticmethod(lambda: None)

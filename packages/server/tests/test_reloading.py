@@ -16,12 +16,12 @@ import pytest
 
 from candle_vllm.openai import ModelNotServedError
 from candle_vllm.server.http.keys import Keyring
-from candle_vllm.server.models.catalogue import Catalogue, ModelEntry
 from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.models.slot import ModelState
 from candle_vllm.server.models.switcher import ManagerLimits
 from candle_vllm.server.reloading import Reloader, warn_of_missing
 from candle_vllm.server.settings import Settings
+from candle_vllm.server.settings.catalogue import Catalogue, ModelEntry
 from candle_vllm.server.settings.configuration import load_configuration
 from candle_vllm.server.settings.options import UsageError
 from candle_vllm.server.settings.sources import SettingsSource

@@ -400,8 +400,10 @@ class TaskPreparation:
         text = first = ""
         if task.echo_prompts:
             whole = task.scored_only  # else the answer ends a character that the prompt's last bytes begin
-            whole_text = isinstance(prompt, str) and task.cut is None
-            text = prompt if whole_text else engine.detokenize(ids, skip_special_tokens=False, whole=whole)
+            if isinstance(prompt, str) and task.cut is None:
+                text = prompt
+            else:
+                text = engine.detokenize(ids, skip_special_tokens=False, whole=whole)
             scored = task.sampling.get("logprobs") is not None
             first = engine.detokenize(ids[:1], skip_special_tokens=False) if scored else ""
         return EchoedPrompt(text, first, tuple(ids))

@@ -177,8 +177,8 @@ class PagedAttention:
                 else:
                     q, k = self.rotary(q, k, step.positions)
             narrows = self.layer == step.narrows
-            how = {"narrows": narrows, "causal": self.causal}
-            return q.attend(k, v, cache, **scores, offset=self._common_key(), **how)
+            key = self._common_key()
+            return q.attend(k, v, cache, **scores, offset=key, narrows=narrows, causal=self.causal)
         slots, rows = (step.windowed if isinstance(cache, WindowedCache) else None) or (step.slots, step.rows)
         rows = rows.causal() if self.causal else rows
         if k is None or v is None:

@@ -70,7 +70,8 @@ def config_from_hf(fields: Fields, model_type: str) -> GraniteHybridConfig:
         return GraniteHybridConfig(**shared)
     inner = fields.count("mamba_expand", 2) * shared["hidden_size"]
     mamba = sizes_from_hf(fields, _KEYS, inner=inner)
-    return GraniteHybridConfig(**shared | {"model_type": "granitehybrid"}, mamba=mamba, mamba_layers=layers)
+    shared["model_type"] = "granitehybrid"
+    return GraniteHybridConfig(**shared, mamba=mamba, mamba_layers=layers)
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> GraniteHybridConfig:

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
@@ -18,18 +20,20 @@ from candle_vllm.core.models.llama import LlamaConfig
 from candle_vllm.core.models.mamba2 import MambaSizes, sizes_from_gguf, sizes_from_hf
 
 Kind: TypeAlias = Literal["mamba", "attention", "mlp", "moe"]
-_KINDS: dict[str, Kind] = {
-    "mamba": "mamba",
-    "linear_attention": "mamba",
-    "M": "mamba",
-    "attention": "attention",
-    "full_attention": "attention",
-    "*": "attention",
-    "mlp": "mlp",
-    "-": "mlp",
-    "moe": "moe",
-    "E": "moe",
-}
+_KINDS: Mapping[str, Kind] = MappingProxyType(
+    {
+        "mamba": "mamba",
+        "linear_attention": "mamba",
+        "M": "mamba",
+        "attention": "attention",
+        "full_attention": "attention",
+        "*": "attention",
+        "mlp": "mlp",
+        "-": "mlp",
+        "moe": "moe",
+        "E": "moe",
+    }
+)
 _KEYS = {
     "heads": "mamba_num_heads",
     "head_dim": "mamba_head_dim",
@@ -80,7 +84,8 @@ def config_from_hf(fields: Fields, model_type: str) -> NemotronHConfig:
     if len(named) != layers:
         raise InvalidFileError(f"{fields.path}: {key} has {len(named)} layers, num_hidden_layers is {layers}")
     own = {"mlp_bias": fields.get("mlp_bias", bool, False), "qkv_bias": False, "output_bias": False}
-    kinds, mixture = tuple(_KINDS[kind] for kind in named), None
+    kinds: tuple[Kind, ...] = tuple(_KINDS[kind] for kind in named)
+    mixture = None
     if "moe" in kinds:
         if fields.get("moe_latent_size", int, None) is not None:
             raise UnsupportedModelError(
@@ -149,7 +154,7 @@ def _config(
     shared: dict[str, Any], kinds: tuple[Kind, ...], mamba: MambaSizes, mixture: Mixture | None
 ) -> NemotronHConfig:
     layers = {kind: frozenset(layer for layer, own in enumerate(kinds) if own == kind) for kind in _KINDS.values()}
-    own = {"mamba": mamba, "mamba_layers": layers["mamba"], "unrotated_layers": frozenset(range(len(kinds)))}
-    sparse = {"mixture": mixture, "sparse_layers": layers["moe"], "num_experts": mixture.experts if mixture else 0}
-    name = {"model_type": "nemotron_h_moe" if mixture else "nemotron_h"}
-    return NemotronHConfig(kinds=kinds, **shared | own | sparse | name)
+    shared["model_type"] = "nemotron_h_moe" if mixture else "nemotron_h"
+    shared["unrotated_layers"] = frozenset(range(len(kinds)))
+    shared |= {"mixture": mixture, "sparse_layers": layers["moe"], "num_experts": mixture.experts if mixture else 0}
+    return NemotronHConfig(**shared, kinds=kinds, mamba=mamba, mamba_layers=layers["mamba"])

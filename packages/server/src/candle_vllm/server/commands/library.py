@@ -16,7 +16,6 @@ from typing import Any
 from candle_vllm.core.config import demo_command, demo_model, is_demo
 from candle_vllm.core.errors import CandleVllmError, ModelNotFoundError
 from candle_vllm.core.progress import progress_bar
-from candle_vllm.server.models.catalogue import source_name
 from candle_vllm.server.models.downloads import (
     KNOWN,
     Local,
@@ -30,6 +29,7 @@ from candle_vllm.server.models.downloads import (
 from candle_vllm.server.models.library import describe, file_bytes
 from candle_vllm.server.models.pulls import fetch
 from candle_vllm.server.settings import Settings
+from candle_vllm.server.settings.catalogue import source_name
 from candle_vllm.server.settings.derived import model_source, named_model, refuse_missing
 from candle_vllm.server.settings.options import UsageError
 
