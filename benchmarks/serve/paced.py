@@ -26,7 +26,7 @@ from candle_vllm.core.engine.request import (
     RequestMetrics,
     TokenOutput,
 )
-from candle_vllm.core.engine.step.stream import Inbox, TokenStream
+from candle_vllm.core.engine.step.stream import RequestSink, TokenStream
 from candle_vllm.core.engine.step.thread import EngineThread
 from candle_vllm.core.engine.step.watching import RequestInfo, RequestWatcher, watched_submit
 from candle_vllm.core.sampling.params import SamplingParams
@@ -173,9 +173,10 @@ class PacedEngine(ScriptedEngine):
                 priority=priority,
                 adapters=tuple(adapter.use(scale) for adapter, scale in lora_request),
             )
-            inbox, thread = Inbox(asyncio.get_running_loop()), self._engine_thread
-            thread.submit(self._paced.prepare(request), inbox)
-        return TokenStream(request, lambda: thread.abort(request_id, inbox), inbox, watch)
+            thread, loop = self._engine_thread, asyncio.get_running_loop()
+            sink = RequestSink(loop, params.n, lambda sink: thread.abort(request_id, sink), watch)
+            thread.submit(self._paced.prepare(request), sink)
+        return TokenStream(request, sink)
 
     def stats(self) -> EngineStats:
         return self._paced.stats()

@@ -231,16 +231,28 @@ class AnswerReader:
             RequestError: the request left the engine no token to choose.
             GenerationFailedError, RequestAbortedError: the engine gave the sequence up.
         """
-        _check_piece(piece, self._paths)
-        if not self._awaits_prompt:
-            return self._read(prompt, piece)
-        if piece.prompt_logprobs is not None:
-            self._known_prompts.add(prompt)
-        elif prompt not in self._known_prompts:
-            self._held.setdefault(prompt, []).append(piece)
-            return []
-        pieces = [piece, *self._held.pop(prompt, ())]
-        return [event for one in pieces for event in self._read(prompt, one)]
+        if piece.finish_reason is not None:
+            _check_piece(piece, self._paths)
+        if self._awaits_prompt:
+            if piece.prompt_logprobs is not None:
+                self._known_prompts.add(prompt)
+            elif prompt not in self._known_prompts:
+                self._held.setdefault(prompt, []).append(piece)
+                return []
+        choice = prompt * self._sequences + piece.index
+        reader = self._readers[choice]
+        news = [] if self._scored_only else reader.read(piece)
+        self._counts.add(prompt, piece, 0 if self._scored_only else len(piece.token_ids))
+        if choice in self._begun and not self._tell_counts:
+            events = news
+        else:
+            events = self._before(choice, prompt, piece) + news
+        if piece.finish_reason is not None:
+            self._unfinished -= 1
+            events.append(Ended(choice, Reason.LENGTH) if self._scored_only else reader.ended(piece))
+        for held in self._held.pop(prompt, ()) if self._held else ():
+            events += self.add(prompt, held)
+        return events
 
     def end(self) -> list[Event]:
         """The final usage; raises `GenerationFailedError` where the pieces ended before their sequences did."""
@@ -248,21 +260,14 @@ class AnswerReader:
             raise GenerationFailedError(f"the stream ended with {self._unfinished} sequences unfinished")
         return [self._usage(final=True)]
 
-    def _read(self, prompt: int, piece: TokenOutput) -> list[Event]:
-        choice = prompt * self._sequences + piece.index
-        reader = self._readers[choice]
-        news = [] if self._scored_only else reader.read(piece)
-        self._counts.add(prompt, piece, 0 if self._scored_only else len(piece.token_ids))
+    def _before(self, choice: int, prompt: int, piece: TokenOutput) -> list[Event]:
+        """The counts, where they are told, and the beginning of a choice."""
         events: list[Event] = [self._usage(final=False)] if self._tell_counts or not self._begun else []
         if choice not in self._begun:
             self._begun.add(choice)
             events.append(Begun(choice, self._head, prompt, piece.prompt_logprobs))
             if self._echo:
                 events.append(Text(choice, self._echo))
-        events += news
-        if piece.finish_reason is not None:
-            self._unfinished -= 1
-            events.append(Ended(choice, Reason.LENGTH) if self._scored_only else reader.ended(piece))
         return events
 
     def _usage(self, *, final: bool) -> Usage:

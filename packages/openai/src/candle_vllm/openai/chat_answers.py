@@ -66,7 +66,11 @@ class AnswerWriter(ABC, Generic[Chunk]):
 
     def write(self, events: Sequence[Event]) -> list[Chunk]:
         """The chunks that events make."""
-        return [chunk for event in events if (chunk := self._written(event)) is not None]
+        chunks: list[Chunk] = []
+        for event in events:
+            if (chunk := self._written(event)) is not None:
+                chunks.append(chunk)
+        return chunks
 
     @abstractmethod
     def _written(self, event: Event) -> Chunk | None: ...
@@ -121,12 +125,13 @@ class ChatWriter(AnswerWriter[ChatCompletionChunk]):
         self._first_content = None if calls else ""
         self._told = told_of(request)
         self._custom = request.custom_tools
+        if self._custom:
+            self.write = self._write_custom
         self._inputs: dict[int, tuple[int, list[str]]] = {}  # choice -> its custom call that grows, and the arguments
         self._prompt_token_ids = tuple(prompt_token_ids) if request.return_token_ids else UNSET
 
-    def write(self, events: Sequence[Event]) -> list[ChatCompletionChunk]:
-        if not self._custom:
-            return super().write(events)
+    def _write_custom(self, events: Sequence[Event]) -> list[ChatCompletionChunk]:
+        """As `write`, where calls of custom tools are written when they are whole."""
         chunks: list[ChatCompletionChunk] = []
         for event in events:
             if not isinstance(event, (CallText, Usage)) and event.choice in self._inputs:

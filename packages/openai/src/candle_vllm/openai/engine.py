@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from candle_vllm.core.engine.request import EngineStats, ModelInfo, TokenOutput
+from candle_vllm.core.engine.step.stream import Receiver
 from candle_vllm.core.engine.step.watching import RequestWatcher
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
@@ -18,11 +19,14 @@ from candle_vllm.openai.serving import Uses
 
 
 class TokenStream(Protocol):
-    """The pieces of one request, its sequences interleaved; ends when all have finished.
+    """The pieces of one request, its sequences interleaved; ends when all have finished. See `PushStream`.
 
-    `aclose` aborts what has not finished. It must work before the first piece was asked for: the body of a bare
-    async generator, and so its `finally`, does not run in that case.
+    `close` aborts what has not finished, also before the first piece was asked for.
     """
+
+    def push(self, receiver: Receiver[TokenOutput], /) -> None: ...
+
+    def close(self) -> None: ...
 
     def __aiter__(self) -> TokenStream: ...
 

@@ -24,7 +24,6 @@ from candle_vllm.openai.chat_answers import join_chat
 from candle_vllm.openai.completion_answers import join_completion
 from candle_vllm.server.answering import GenerationApi, answer
 from candle_vllm.server.http.failures import error_event
-from candle_vllm.server.http.sse import data_event
 from candle_vllm.server.keeping import KeptForm
 from candle_vllm.server.mcp.chat_tools import answer_with_tools
 from candle_vllm.server.openapi.operation import QUESTION, QUEUED, Operation, routing
@@ -61,11 +60,16 @@ async def create_completion(request: Request) -> Response:
     return await answer(request, COMPLETIONS)
 
 
+def chunk_event(chunk: ChatCompletionChunk | Completion) -> bytes:
+    """A chunk of either API as an event."""
+    return b"data: " + to_json_bytes(chunk) + b"\n\n"
+
+
 CHAT = GenerationApi(
     parse=parse_chat_request,
     whole=lambda model, wire: model.adapter.chat(wire),
     streamed=lambda model, wire: model.adapter.chat_stream(wire),
-    event=lambda chunk: data_event(to_json_bytes(chunk)),
+    event=chunk_event,
     error_event=error_event,
     kept=KeptForm("chatcmpl-", join_chat),
 )
@@ -73,7 +77,7 @@ COMPLETIONS = GenerationApi(
     parse=parse_completion_request,
     whole=lambda model, wire: model.adapter.complete(wire),
     streamed=lambda model, wire: model.adapter.complete_stream(wire),
-    event=lambda chunk: data_event(to_json_bytes(chunk)),
+    event=chunk_event,
     error_event=error_event,
     kept=KeptForm("cmpl-", join_completion),
 )

@@ -429,7 +429,8 @@ class Engine:
             pieces = self._advance_runs(flight, cast("Seq[tuple[Token, ...]]", drawn))
         else:
             pieces: list[TokenOutput] = []
-            for live, token in zip(flight.lives, cast("Seq[Token]", drawn), strict=True):
+            tokens: Seq[Token] = drawn  # pyright: ignore[reportAssignmentType]  # without drafts
+            for live, token in zip(flight.lives, tokens, strict=True):
                 if live.is_over:  # it has ended since it was launched
                     continue
                 piece = self._accept(live, token)
