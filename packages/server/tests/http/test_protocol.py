@@ -95,21 +95,22 @@ def _events(answer: bytes) -> tuple[int, bytes]:
 
 def test_tokens_that_pass_the_layers_are_those_that_go_through_them(start, monkeypatch: pytest.MonkeyPatch) -> None:
     words = [f"w{number} " for number in range(30)]
-    passed: list[int] = []
-    write = protocol._ChunkedBody.write  # pyright: ignore[reportPrivateUsage]
+    passed: list[bool] = []
+    write = protocol._CycleConnection.write  # pyright: ignore[reportPrivateUsage]
 
-    def noted(self: Any, data: bytes) -> None:
-        passed.append(len(data))
-        write(self, data)
+    def noted(self: Any, data: bytes) -> bool:
+        passed.append(write(self, data))
+        return passed[-1]
 
-    monkeypatch.setattr(protocol._ChunkedBody, "write", noted)  # pyright: ignore[reportPrivateUsage]
+    monkeypatch.setattr(protocol._CycleConnection, "write", noted)  # pyright: ignore[reportPrivateUsage]
     request = _request(stream=True, max_tokens=200, stream_options={"include_usage": True}).replace(
         b"Host", b"Connection: close\r\nHost"
     )
-    direct = _events(_answers(start(PacedEngine(words, pause=0.005)).port, request))
-    assert len(passed) >= len(words) - 1
-    monkeypatch.setattr(protocol._ChunkedBody, "is_free", lambda _: False)  # pyright: ignore[reportPrivateUsage]
-    assert direct == _events(_answers(start(PacedEngine(words, pause=0.005)).port, request))
+    _, direct = _events(_answers(start(PacedEngine(words, pause=0.005)).port, request))
+    assert sum(passed) >= len(words) - 1
+    monkeypatch.setattr(protocol._CycleConnection, "write", lambda *_: False)  # pyright: ignore[reportPrivateUsage]
+    _, through = _events(_answers(start(PacedEngine(words, pause=0.005)).port, request))
+    assert direct == through  # the layers have more at a time
 
 
 WRONG_FRAMING = [
