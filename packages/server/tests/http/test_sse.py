@@ -13,7 +13,7 @@ import pytest
 
 from candle_vllm.core.engine.step.stream import PushStream, Receiver
 from candle_vllm.server.http import sse
-from candle_vllm.server.http.sse import CONNECTION, DONE, KEEP_ALIVE, EventStream, data_event
+from candle_vllm.server.http.sse import DONE, KEEP_ALIVE, WRITE_PART, EventStream, data_event
 from tests.waiting import skip, until
 
 
@@ -235,7 +235,7 @@ async def _pushed(
     """A stream that has begun, and waits for chunks."""
     source = Pushed()
     stream = EventStream(source, data_event, lambda failure: data_event(repr(failure).encode()), **options)
-    scope = {"type": "http", "extensions": {} if direct is None else {CONNECTION: direct}}
+    scope = {"type": "http", "extensions": {} if direct is None else {WRITE_PART: direct.write}}
     running = asyncio.create_task(stream(scope, connection.receive, connection.send))
     await until(lambda: stream._idle is not None)
     yield source, running
@@ -282,7 +282,7 @@ async def test_what_is_pushed_goes_through_the_layers_where_there_is_no_connecti
 async def test_a_chunk_that_cannot_be_encoded_ends_the_stream() -> None:
     connection = Connection()
     async with _pushed(connection, Direct(connection)) as (source, _):
-        source.receiver.put(["no bytes"])  # type: ignore[list-item]
+        source.receiver.put([object()])  # type: ignore[list-item]
         source.receiver.put([b"late"])
     assert b"TypeError" in connection.sent[-1]
     assert connection.closed

@@ -667,7 +667,7 @@ class EngineFront(ABC):
         lora_request: LoraChoice = None,
         watcher: RequestWatcher | None = None,
     ) -> TokenStream:
-        """Submit a prompt and return its pieces as an async iterator, which can push them too; call it in an event loop.
+        """Submit a prompt and return a stream of its pieces, to iterate over; call it inside an event loop.
 
         The request is checked and queued before this returns. Closing the iterator, cancelling its consumer or dropping
         it aborts the request. `watcher` is told of it, and of each piece that the consumer gets.

@@ -153,12 +153,12 @@ class ChoiceReader:
 
 
 class TokenCounts:
-    """Adds up the usage of a request whose prompts are numbered from 0."""
+    """Adds up the usage of a request whose prompts are numbered from 0; `completion` is what was generated."""
 
     def __init__(self) -> None:
         self._prompts: dict[int, int] = {}
         self._cached: dict[int, int] = {}
-        self._completion = 0
+        self.completion = 0
         self._prompt_ms: int | None = None
         self._completion_ms: int | None = None
         self._guesses = Counter[str]()
@@ -168,7 +168,7 @@ class TokenCounts:
         self._prompts[prompt] = piece.num_prompt_tokens
         if piece.index == 0:  # the other sequences share its prompt, and find that in the cache when it is run
             self._cached.setdefault(prompt, piece.num_cached_tokens)
-        self._completion += new_tokens
+        self.completion += new_tokens
         if (times := piece.metrics) is not None:
             self._prompt_ms = _longer(self._prompt_ms, times.first_scheduled_time, times.first_token_time)
             self._completion_ms = _longer(self._completion_ms, times.first_token_time, times.finished_time)
@@ -179,7 +179,7 @@ class TokenCounts:
         """The counts so far; the times only when `final`."""
         return Usage(
             prompt_tokens=sum(self._prompts.values()),
-            completion_tokens=self._completion,
+            completion_tokens=self.completion,
             cached_tokens=sum(self._cached.values()),
             reasoning_tokens=reasoning,
             prompt_ms=self._prompt_ms if final else None,
@@ -242,11 +242,18 @@ class AnswerReader:
         choice = prompt * self._sequences + piece.index
         reader = self._readers[choice]
         news = [] if self._scored_only else reader.read(piece)
-        self._counts.add(prompt, piece, 0 if self._scored_only else len(piece.token_ids))
-        if choice in self._begun and not self._tell_counts:
-            events = news
-        else:
-            events = self._before(choice, prompt, piece) + news
+        new_tokens = 0 if self._scored_only else len(piece.token_ids)
+        if piece.finish_reason is None and choice in self._begun and not self._tell_counts:
+            self._counts.completion += new_tokens  # all that this piece adds to the counts
+            return news
+        self._counts.add(prompt, piece, new_tokens)
+        events: list[Event] = [self._usage(final=False)] if self._tell_counts or not self._begun else []
+        if choice not in self._begun:
+            self._begun.add(choice)
+            events.append(Begun(choice, self._head, prompt, piece.prompt_logprobs))
+            if self._echo:
+                events.append(Text(choice, self._echo))
+        events += news
         if piece.finish_reason is not None:
             self._unfinished -= 1
             events.append(Ended(choice, Reason.LENGTH) if self._scored_only else reader.ended(piece))
@@ -259,16 +266,6 @@ class AnswerReader:
         if self._unfinished:
             raise GenerationFailedError(f"the stream ended with {self._unfinished} sequences unfinished")
         return [self._usage(final=True)]
-
-    def _before(self, choice: int, prompt: int, piece: TokenOutput) -> list[Event]:
-        """The counts, where they are told, and the beginning of a choice."""
-        events: list[Event] = [self._usage(final=False)] if self._tell_counts or not self._begun else []
-        if choice not in self._begun:
-            self._begun.add(choice)
-            events.append(Begun(choice, self._head, prompt, piece.prompt_logprobs))
-            if self._echo:
-                events.append(Text(choice, self._echo))
-        return events
 
     def _usage(self, *, final: bool) -> Usage:
         reasoning = sum(one.reasoning_tokens for one in self._readers) if self._may_reason else None

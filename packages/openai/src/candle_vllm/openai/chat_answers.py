@@ -66,11 +66,7 @@ class AnswerWriter(ABC, Generic[Chunk]):
 
     def write(self, events: Sequence[Event]) -> list[Chunk]:
         """The chunks that events make."""
-        chunks: list[Chunk] = []
-        for event in events:
-            if (chunk := self._written(event)) is not None:
-                chunks.append(chunk)
-        return chunks
+        return list(filter(None, map(self._written, events)))
 
     @abstractmethod
     def _written(self, event: Event) -> Chunk | None: ...
@@ -125,13 +121,12 @@ class ChatWriter(AnswerWriter[ChatCompletionChunk]):
         self._first_content = None if calls else ""
         self._told = told_of(request)
         self._custom = request.custom_tools
-        if self._custom:
-            self.write = self._write_custom
         self._inputs: dict[int, tuple[int, list[str]]] = {}  # choice -> its custom call that grows, and the arguments
         self._prompt_token_ids = tuple(prompt_token_ids) if request.return_token_ids else UNSET
 
-    def _write_custom(self, events: Sequence[Event]) -> list[ChatCompletionChunk]:
-        """As `write`, where calls of custom tools are written when they are whole."""
+    def write(self, events: Sequence[Event]) -> list[ChatCompletionChunk]:
+        if not self._custom:
+            return super().write(events)
         chunks: list[ChatCompletionChunk] = []
         for event in events:
             if not isinstance(event, (CallText, Usage)) and event.choice in self._inputs:

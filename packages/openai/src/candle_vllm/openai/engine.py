@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from candle_vllm.core.engine.request import EngineStats, ModelInfo, TokenOutput
-from candle_vllm.core.engine.step.stream import Receiver
+from candle_vllm.core.engine.step.stream import PushStream
 from candle_vllm.core.engine.step.watching import RequestWatcher
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
@@ -18,21 +18,8 @@ from candle_vllm.openai.embedding import EmbeddingEngineLike
 from candle_vllm.openai.serving import Uses
 
 
-class TokenStream(Protocol):
-    """The pieces of one request, its sequences interleaved; ends when all have finished. See `PushStream`.
-
-    `close` aborts what has not finished, also before the first piece was asked for.
-    """
-
-    def push(self, receiver: Receiver[TokenOutput], /) -> None: ...
-
-    def close(self) -> None: ...
-
-    def __aiter__(self) -> TokenStream: ...
-
-    async def __anext__(self) -> TokenOutput: ...
-
-    async def aclose(self) -> None: ...
+TokenStream: TypeAlias = PushStream[TokenOutput]
+"""The pieces of one request, its sequences interleaved; ends when all have finished."""
 
 
 class EngineLike(EmbeddingEngineLike, Protocol):

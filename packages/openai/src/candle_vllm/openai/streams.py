@@ -112,18 +112,16 @@ class _Reading:
         if self._number not in self._unended:
             return
         self._unended.discard(self._number)
-        if error is None:
-            if self._unended:
-                return
-            try:
-                self._receiver.put(self._reader.end())
-            except Exception as failure:
-                error = failure
+        if error is None and self._unended:
+            return
         self._unended.clear()
         try:
-            self._receiver.end(error)
-        finally:
-            del error  # its traceback holds this frame
+            if error is None:
+                self._receiver.put(self._reader.end())
+        except Exception as failure:
+            error = failure
+        self._receiver.end(error)
+        del error  # its traceback holds this frame
 
 
 class _Writing:
@@ -161,7 +159,5 @@ class _Writing:
                     raise error
         except Exception as told:
             error = told
-        try:
-            self._receiver.end(error)
-        finally:
-            del error  # its traceback holds this frame
+        self._receiver.end(error)
+        del error  # its traceback holds this frame

@@ -24,7 +24,7 @@ from websockets.frames import CTRL_OPCODES, Frame
 from candle_vllm.server.http.body import BIG_BODY, Held
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.routing import NOBODY, caller_of
-from candle_vllm.server.http.sse import CONNECTION
+from candle_vllm.server.http.sse import WRITE_PART, WritePart
 
 if TYPE_CHECKING:
     from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
@@ -186,16 +186,10 @@ def _timed(base: Any) -> type[asyncio.Protocol]:
     return TimedProtocol
 
 
-class _CycleConnection:
-    """A `Connection` over one of uvicorn's answers, which frames the parts itself."""
+def _part_writer(cycle: RequestResponseCycle) -> WritePart:
+    """The `WritePart` of one of uvicorn's answers, which frames the parts itself."""
 
-    __slots__ = ("_cycle",)
-
-    def __init__(self, cycle: RequestResponseCycle) -> None:
-        self._cycle = cycle
-
-    def write(self, data: bytes) -> bool:
-        cycle = self._cycle
+    def write(data: bytes) -> bool:
         if cycle.flow.write_paused or cycle.disconnected or cycle.response_complete or not cycle.response_started:
             return False
         sending = cycle.send({"type": "http.response.body", "body": data, "more_body": True})
@@ -204,6 +198,8 @@ class _CycleConnection:
         except StopIteration:
             return True
         raise RuntimeError("a part of an answer was not written at once")
+
+    return write
 
 
 class _UnreadTransport(asyncio.Transport):
@@ -315,7 +311,7 @@ def _limited() -> type[HttpToolsProtocol]:
             if len(self.pipeline) > MAX_PIPELINED:
                 raise ValueError("too many requests wait for the one before them")
             cycle = self.cycle
-            extensions: dict[str, Any] = {CONNECTION: _CycleConnection(cycle)}
+            extensions: dict[str, Any] = {WRITE_PART: _part_writer(cycle)}
             cycle.scope["extensions"] = extensions
             if not self.pipeline:
                 self._answering = cycle

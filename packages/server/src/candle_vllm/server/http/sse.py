@@ -14,13 +14,15 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
+import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from candle_vllm.core.engine.step.stream import PushStream
 from candle_vllm.core.errors import RequestAbortedError
+from candle_vllm.openai.json_body import to_json_bytes
 from candle_vllm.server.http.body import disconnected
 
 KEEP_ALIVE = b": keep-alive\n\n"
@@ -37,9 +39,9 @@ _HEADERS = {
 logger = logging.getLogger(__name__)
 
 
-def data_event(data: bytes) -> bytes:
-    """One event without a name; `data` has no line ends."""
-    return b"data: " + data + b"\n\n"
+def data_event(data: bytes | msgspec.Struct) -> bytes:
+    """One event without a name; bytes have no line ends."""
+    return b"data: " + (data if isinstance(data, bytes) else to_json_bytes(data)) + b"\n\n"
 
 
 def named_event(name: str, data: bytes) -> bytes:
@@ -47,20 +49,15 @@ def named_event(name: str, data: bytes) -> bytes:
     return b"event: " + name.encode() + b"\ndata: " + data + b"\n\n"
 
 
-CONNECTION = "candle_vllm.connection"
-"""The ASGI extension under which the HTTP protocol of this server offers a `Connection`."""
+WRITE_PART = "candle_vllm.write_part"
+"""The ASGI extension under which the HTTP protocol of this server offers a `WritePart`."""
 
+WritePart = Callable[[bytes], bool]
+"""Writes a part of an answer's body at once, neither empty nor the last; False where the client must be waited for.
 
-class Connection(Protocol):
-    """The connection of one answer, as far as parts of its body are written to it at once.
-
-    The layers around a route see the beginning and the end of an answer, which go the ASGI way, and no part between:
-    passing a part through them takes longer than the token's own way.
-    """
-
-    def write(self, data: bytes) -> bool:
-        """Write a part, which is not the last and not empty; False where the client must be waited for."""
-        ...
+The layers around a route see the beginning and the end of an answer, which go the ASGI way, and no part between:
+passing a part through them takes longer than the token's own way.
+"""
 
 
 class EventStream(Response):
@@ -119,7 +116,7 @@ class EventStream(Response):
         self._ended = False
         self._complete = False  # the last message has been sent
         self._delivered: Callable[[], object] | None = getattr(chunks, "delivered", None)
-        self._connection: Connection | None = None
+        self._write_part: WritePart | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._loop = asyncio.get_running_loop()
@@ -128,7 +125,7 @@ class EventStream(Response):
         tasks = [watcher]
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            self._connection = scope.get("extensions", {}).get(CONNECTION)
+            self._write_part = scope.get("extensions", {}).get(WRITE_PART)
             if isinstance(self._chunks, PushStream):
                 self._chunks.push(self)
             else:
@@ -146,7 +143,7 @@ class EventStream(Response):
         """Write chunks: at once where nothing waits before them and the client keeps up."""
         try:
             data = self._encode(items[0]) if len(items) == 1 else b"".join(map(self._encode, items))
-            if self._idle is not None and data and self._connection is not None and self._connection.write(data):
+            if self._idle is not None and data and self._write_part is not None and self._write_part(data):
                 self._idle_since = self._loop.time()
                 return
             self._push(data)
@@ -182,7 +179,7 @@ class EventStream(Response):
             self._drained.set()
             # Where it matters whether the client has it all, an empty last message waits until a slow one has taken it.
             last = ended and not (data and self._delivered)
-            if last or self._connection is None or not self._connection.write(data):
+            if last or self._write_part is None or not self._write_part(data):
                 await send({"type": "http.response.body", "body": data, "more_body": not last})
             self._complete = last
             if last:

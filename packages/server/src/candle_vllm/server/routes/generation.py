@@ -18,12 +18,12 @@ from candle_vllm.openai import (
     ErrorEnvelope,
     parse_chat_request,
     parse_completion_request,
-    to_json_bytes,
 )
 from candle_vllm.openai.chat_answers import join_chat
 from candle_vllm.openai.completion_answers import join_completion
 from candle_vllm.server.answering import GenerationApi, answer
 from candle_vllm.server.http.failures import error_event
+from candle_vllm.server.http.sse import data_event
 from candle_vllm.server.keeping import KeptForm
 from candle_vllm.server.mcp.chat_tools import answer_with_tools
 from candle_vllm.server.openapi.operation import QUESTION, QUEUED, Operation, routing
@@ -60,16 +60,11 @@ async def create_completion(request: Request) -> Response:
     return await answer(request, COMPLETIONS)
 
 
-def chunk_event(chunk: ChatCompletionChunk | Completion) -> bytes:
-    """A chunk of either API as an event."""
-    return b"data: " + to_json_bytes(chunk) + b"\n\n"
-
-
 CHAT = GenerationApi(
     parse=parse_chat_request,
     whole=lambda model, wire: model.adapter.chat(wire),
     streamed=lambda model, wire: model.adapter.chat_stream(wire),
-    event=chunk_event,
+    event=data_event,
     error_event=error_event,
     kept=KeptForm("chatcmpl-", join_chat),
 )
@@ -77,7 +72,7 @@ COMPLETIONS = GenerationApi(
     parse=parse_completion_request,
     whole=lambda model, wire: model.adapter.complete(wire),
     streamed=lambda model, wire: model.adapter.complete_stream(wire),
-    event=chunk_event,
+    event=data_event,
     error_event=error_event,
     kept=KeptForm("cmpl-", join_completion),
 )

@@ -71,14 +71,12 @@ class Unread(Generic[T]):
         self._arrival: asyncio.Future[None] | None = None  # what the consumer waits for
 
     def put(self, items: Sequence[T]) -> None:
-        """Keep items. Too many end the stream with a `RequestAbortedError`."""
-        if self._ended:
-            return
-        self._items.extend(items)
-        if len(self._items) > MAX_UNREAD:
-            self.end(_not_read())
-        else:
+        """Keep items; too many end the stream with a `RequestAbortedError`."""
+        if not self._ended:
+            self._items.extend(items)
             self._wake()
+            if len(self._items) > MAX_UNREAD:
+                self.end(RequestAbortedError(f"the answer was not read: {MAX_UNREAD} pieces of it waited"))
 
     def end(self, error: Exception | None = None) -> None:
         """Keep the error, if any, for the consumer that has taken all items."""
@@ -92,6 +90,13 @@ class Unread(Generic[T]):
         self._items.clear()
         self._errors.clear()
         self.end()
+
+    def pour(self, receiver: Receiver[T]) -> None:
+        """Hand over what is kept."""
+        items, self._items = self._items, deque()
+        receiver.put(items)
+        if self._ended:
+            receiver.end(self._errors.pop() if self._errors else None)
 
     async def take(self) -> T:
         """Return the next item, for one consumer. Raises the error of the end once, and then `StopAsyncIteration`."""
@@ -107,10 +112,6 @@ class Unread(Generic[T]):
         arrival, self._arrival = self._arrival, None
         if arrival is not None and not arrival.done():
             arrival.set_result(None)
-
-
-def _not_read() -> RequestAbortedError:
-    return RequestAbortedError(f"the answer was not read: {MAX_UNREAD} pieces of it waited")
 
 
 class PushStream(ABC, AsyncIterator[T]):
@@ -147,8 +148,7 @@ class PushStream(ABC, AsyncIterator[T]):
 
     async def aclose(self) -> None:
         """Abort the request unless it has finished."""
-        if self._unread is None:
-            self._unread = Unread()
+        self._unread = self._unread or Unread()
         self._unread.clear()
         self.close()
 
@@ -156,14 +156,13 @@ class PushStream(ABC, AsyncIterator[T]):
 class RequestSink:
     """The sink of one request in an event loop: pushes what the engine delivers to its receiver.
 
-    Until there is a receiver, it keeps what comes. It does not refer to the stream that the consumer has, so that
-    dropping that stream aborts the request.
+    It does not refer to the stream that the consumer has, so that dropping that stream aborts the request.
 
     Args:
         loop: where everything is called.
         unfinished: sequences of the request.
         abort: ends the request in the engine; called with this sink.
-        watch: notified of every piece that is pushed, and of the end; None where nobody watches.
+        watch: notified of every piece, and of the end; None where nobody watches.
     """
 
     def __init__(
@@ -177,41 +176,33 @@ class RequestSink:
         self._unfinished = unfinished
         self._abort = abort
         self._watch = watch
-        self._receiver: Receiver[TokenOutput] | None = None
-        self._early: deque[Delivery] = deque()
+        self._early = Unread[TokenOutput]()  # until there is a receiver
+        self._receiver: Receiver[TokenOutput] | None = self._early
 
     def put(self, item: Delivery) -> None:
         """Push one piece, or the error that ends the request."""
-        receiver = self._receiver
-        if receiver is None:
-            if self._unfinished and len(self._early) < MAX_UNREAD:
-                self._early.append(item if len(self._early) + 1 < MAX_UNREAD else _not_read())
-        elif isinstance(item, Exception):
+        receiver, watch = self._receiver, self._watch
+        if receiver is None:  # it has ended
+            return
+        if isinstance(item, Exception):
             self._receiver, self._unfinished = None, 0
-            if self._watch is not None:
-                self._watch.fail(item)
+            if watch is not None:
+                watch.fail(item)
             receiver.end(item)
-        else:
-            if self._watch is not None:
-                self._watch.take(item)
-            if item.finish_reason is None:
-                receiver.put((item,))
-                return
-            self._unfinished -= 1
-            receiver.put((item,))
-            if not self._unfinished and self._receiver is not None:
-                self._receiver = None
-                receiver.end()
+            return
+        if watch is not None:
+            watch.take(item)
+        self._unfinished -= item.finish_reason is not None
+        receiver.put((item,))
+        if not self._unfinished and self._receiver is not None:
+            self._receiver = None
+            receiver.end()
 
     def start(self, receiver: Receiver[TokenOutput]) -> None:
         """Push to `receiver` from now on."""
-        if not self._unfinished:
-            receiver.end()
-            return
-        self._receiver = receiver
-        early, self._early = self._early, deque()
-        for item in early:
-            self.put(item)
+        if self._receiver is not None:
+            self._receiver = receiver
+        self._early.pour(receiver)
 
     def close(self, *, dropped: bool = False) -> None:
         """Abort the request unless it has finished; nothing more is pushed. `dropped`: called by a finaliser."""
@@ -219,16 +210,14 @@ class RequestSink:
         self._early.clear()
         if self._watch is not None and dropped:
             self._watch.drop()
+        elif self._watch is not None and unfinished:
+            self._watch.close()
         if unfinished:
-            if self._watch is not None and not dropped:
-                self._watch.close()
             self._abort(self)
 
 
 class TokenStream(PushStream[TokenOutput]):
     """The pieces of a request's sequences in the order of the steps that made them; ends when every sequence has.
-
-    A class rather than a generator, so that a stream that is never iterated aborts as well.
 
     Args:
         request: the request it belongs to.
