@@ -5,8 +5,9 @@
 
 A server with the demo model and one stream runs in this process, warm. The client reads a plain socket in a thread of
 its own, whose calls are not counted. Calls a token are those of all threads of the server in a long answer without
-those in a short one, by the tokens that the long one has more. A resumed coroutine counts as a call. Modules, functions
-and lines are those of the source that run during one answer, in all threads (`sys.settrace`).
+those in a short one, by the tokens that the long one has more. A resumed coroutine counts as a call; what uvicorn does
+ten times a second does not. Modules and lines are those of the source that run during one answer, in all threads
+(`sys.settrace`).
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from candle_vllm.server.settings.configuration import Configuration
 from candle_vllm.server.settings.derived import demo_model
 
 SHORT, LONG = 32, 96
+ROUNDS = 3
+TICKING = ("uvicorn/server.py", "asyncio/tasks.py", "asyncio/futures.py")
 SOURCE = f"{os.sep}candle_vllm{os.sep}"
 QUESTION = [{"role": "user", "content": "Tell me about rivers and their history."}]
 APIS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -39,7 +42,7 @@ APIS: dict[str, tuple[str, dict[str, Any]]] = {
     "completions": ("/v1/completions", {"prompt": "Rivers", "ignore_eos": True}),
     "messages": ("/v1/messages", {"model": "bench", "messages": QUESTION}),
     "ollama": ("/api/chat", {"model": "bench", "messages": QUESTION}),
-    "responses": ("/v1/responses", {"input": "Rivers", "store": False}),
+    "responses": ("/v1/responses", {"input": "Tell me about rivers and their history.", "store": False}),
 }
 
 
@@ -52,13 +55,13 @@ class Counter:
         self.counting = self.tracing = False
 
     def profile(self, frame: FrameType, event: str, _: object) -> None:
-        if self.counting and event == "call":
+        if self.counting and event == "call" and not frame.f_code.co_filename.endswith(TICKING):
             self.calls[frame.f_code] += 1
 
     def trace(self, frame: FrameType, event: str, _: object) -> Any:
-        if not self.tracing or SOURCE not in frame.f_code.co_filename:
-            return None if event == "call" and SOURCE not in frame.f_code.co_filename else self.trace
-        if event == "line":
+        if SOURCE not in frame.f_code.co_filename:
+            return None
+        if self.tracing and event == "line":
             self.lines.add((frame.f_code.co_filename, frame.f_lineno))
         return self.trace
 
@@ -85,17 +88,20 @@ def measure(address: tuple[str, int], api: str, counter: Counter, names: bool) -
     """Print what the answers of one API cost."""
     for _ in range(3):
         ask(address, api, LONG)
-    counted = list[collections.Counter[CodeType]]()
-    for tokens in (SHORT, LONG):
-        time.sleep(0.5)  # what ends behind an answer is none of the next one
-        counter.calls.clear()
-        counter.counting = True
-        ask(address, api, tokens)
-        time.sleep(0.2)
-        counter.counting = False
-        counted.append(counter.calls.copy())
-    more = counted[1] - counted[0]
-    rows = [(count / (LONG - SHORT), code) for code, count in more.most_common() if count >= (LONG - SHORT) * 3 / 4]
+    rounds = list[list[tuple[float, CodeType]]]()
+    for _ in range(ROUNDS):
+        counted = list[collections.Counter[CodeType]]()
+        for tokens in (SHORT, LONG):
+            time.sleep(0.5)  # what ends behind an answer is none of the next one
+            counter.calls.clear()
+            counter.counting = True
+            ask(address, api, tokens)
+            time.sleep(0.2)
+            counter.counting = False
+            counted.append(counter.calls.copy())
+        more = (counted[1] - counted[0]).most_common()
+        rounds.append([(count / (LONG - SHORT), code) for code, count in more if count >= (LONG - SHORT) * 3 / 4])
+    rows = min(rounds, key=lambda rows: sum(count for count, _ in rows))  # a server that has begun warms up beside
     counter.tracing = True
     ask(address, api, SHORT)
     time.sleep(0.2)

@@ -17,7 +17,6 @@ from candle_vllm.core.vision.inputs import ImageInput
 from candle_vllm.openai.embedding import EmbeddingEngineLike
 from candle_vllm.openai.serving import Uses
 
-
 TokenStream: TypeAlias = PushStream[TokenOutput]
 """The pieces of one request, its sequences interleaved; ends when all have finished."""
 

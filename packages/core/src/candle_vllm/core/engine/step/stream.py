@@ -131,17 +131,12 @@ class PushStream(ABC, AsyncIterator[T]):
     def close(self) -> None:
         """Abort the request unless it has finished; nothing more is pushed."""
 
-    def __aiter__(self) -> Self:
-        return self
-
     async def __anext__(self) -> T:
         if self._unread is None:
             self._unread = Unread()
             self.push(self._unread)
         try:
             return await self._unread.take()
-        except StopAsyncIteration:
-            raise
         except BaseException:
             await self.aclose()
             raise
@@ -384,18 +379,6 @@ class _Mailbox:
                 return position, collector.result()
 
 
-class _LoopMailbox:
-    """Pieces of several requests for a caller that waits in an event loop."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.loop = loop
-        self.items = Unread[Delivery]()
-
-    def put(self, item: Delivery) -> None:
-        """Keep a piece, or the error that ends a request."""
-        self.items.put((item,))
-
-
 async def whole(stream: TokenStream) -> GenerationOutput:
     """The pieces of a stream as one output; cancelling it aborts the request."""
     collector = OutputCollector(stream.request)
@@ -487,11 +470,13 @@ class Window:
         Raises:
             EngineOverloadedError: the queue is full at the start.
         """
-        sink = _LoopMailbox(asyncio.get_running_loop())
+        pieces = Unread[TokenOutput]()
+        sink = RequestSink(asyncio.get_running_loop(), len(self._entries), lambda _: None)
+        sink.start(pieces)
         try:
             while self._submit(sink, patient=False):
                 if self._under_way:
-                    self._take(await sink.items.take())
+                    self._take(await pieces.take())
                 else:
                     await asyncio.sleep(_PAUSE)
         finally:

@@ -174,9 +174,7 @@ class EngineThread:
         after_step: called in the thread after each step, when its pieces have been handed over.
     """
 
-    def __init__(
-        self, engine: StepEngine, max_sequences: int, after_step: Callable[[], None] | None = None
-    ) -> None:
+    def __init__(self, engine: StepEngine, max_sequences: int, after_step: Callable[[], None] | None = None) -> None:
         self._engine = engine
         self._after_step = after_step
         self._max_sequences = max_sequences
