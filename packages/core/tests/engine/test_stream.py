@@ -57,6 +57,27 @@ async def test_a_receiver_gets_everything_in_order_and_at_once() -> None:
     assert (found.texts[3:], found.ends) == (["last"], [None])
 
 
+async def test_what_comes_while_it_is_held_is_pushed_afterwards_as_far_as_it_may() -> None:
+    stream, sink = _stream()
+
+    class Slow(Noting):
+        def put(self, items: Sequence[TokenOutput]) -> None:
+            super().put(items)
+            if len(self.texts) in (1, 3):
+                stream.hold(True)
+
+    found = Slow()
+    stream.push(found)
+    for text in "abcd":
+        sink.put(_piece(text))
+    sink.put(_piece("last", FinishReason.STOP))
+    assert (found.texts, found.ends) == (["a"], [])
+    stream.hold(False)
+    assert (found.texts, found.ends) == (["a", "b", "c"], [])
+    stream.hold(False)
+    assert (found.texts, found.ends) == (["a", "b", "c", "d", "last"], [None])
+
+
 async def test_an_iterator_gets_the_same() -> None:
     stream, sink = _stream()
     reader = asyncio.ensure_future(_read(stream))

@@ -223,6 +223,10 @@ class Pushed(PushStream[bytes]):
 
     def push(self, receiver: Receiver[bytes]) -> None:
         self.receiver = receiver
+        self.holds: list[bool] = []
+
+    def hold(self, held: bool) -> None:
+        self.holds.append(held)
 
     def close(self) -> None:
         self.closed = True
@@ -288,14 +292,16 @@ async def test_a_chunk_that_cannot_be_encoded_ends_the_stream() -> None:
     assert connection.closed
 
 
-async def test_a_client_that_reads_nothing_ends_its_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sse, "MAX_UNSENT", 100)
+async def test_what_is_pushed_is_held_while_the_client_does_not_keep_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sse, "MAX_BUFFERED", 100)
     connection = Connection()
     async with _pushed(connection, None) as (source, _):
-        for _ in range(50):
+        while True not in source.holds:
             source.receiver.put([b"x" * 10])
+        await until(lambda: not source.holds[-1])
+        source.receiver.end(None)
     assert connection.sent[0].count(b"data: x") == 6  # the first that are more than 100 bytes
-    assert b"was not read: 100 bytes of it waited" in connection.sent[-1]
+    assert source.holds[:2] == [True, False]
 
 
 async def test_a_disconnect_ends_what_is_pushed() -> None:

@@ -46,6 +46,11 @@ class AnswerStream(PushStream[Event]):
         for number, source in enumerate(self._sources):
             source.push(_Reading(number, self._reader, receiver, unended))
 
+    def hold(self, held: bool) -> None:
+        """See `PushStream`."""
+        for source in self._sources:
+            source.hold(held)
+
     def close(self) -> None:
         """See `PushStream`."""
         for source in self._sources:
@@ -74,6 +79,10 @@ class ChunkStream(PushStream[ChunkT]):
     def push(self, receiver: Receiver[ChunkT]) -> None:
         """See `PushStream`."""
         self._events.push(_Writing(self._writer, self._worded, receiver))
+
+    def hold(self, held: bool) -> None:
+        """See `PushStream`."""
+        self._events.hold(held)
 
     def close(self) -> None:
         """See `PushStream`."""

@@ -48,6 +48,8 @@ from candle_vllm.core.text.prompts import prompt_pictures, read_prompt
 from candle_vllm.core.vision.inputs import ImageInput
 from candle_vllm.core.vision.pictures import Picture, picture_of
 
+_PAUSE = 0.005  # seconds
+
 Pieces = str | Sequence[str | bytes]
 Script = Pieces | Callable[[str], Pieces]
 
@@ -405,6 +407,8 @@ class ScriptedSink(RequestSink):
         while self._unfinished:
             pause = engine.pause if self._given else engine.first_pause or engine.pause
             await asyncio.sleep(pause)  # lets the loop go on at least
+            while self._held:  # an engine would go on
+                await asyncio.sleep(_PAUSE)
             piece = self._next_piece()
             self._given += 1
             if isinstance(piece, TokenOutput):

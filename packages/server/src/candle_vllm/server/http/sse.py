@@ -28,8 +28,7 @@ from candle_vllm.server.http.body import disconnected
 KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE_SECONDS = 15.0
-MAX_BUFFERED = 1 << 20  # bytes that wait for a slow client before nothing more is taken from an iterator
-MAX_UNSENT = 16 << 20  # bytes that wait for a slow client before its request is aborted
+MAX_BUFFERED = 1 << 20  # bytes waiting for a slow client before its chunks are no longer taken
 
 _HEADERS = {
     "cache-control": "no-cache",
@@ -63,8 +62,8 @@ passing a part through them takes longer than the token's own way.
 class EventStream(Response):
     """A response that sends each chunk as one event: the last stage of a chain (`Receiver`).
 
-    Chunks that are pushed are written in the tick in which they come. While the client does not keep up they wait,
-    up to `MAX_UNSENT` bytes; an iterator is left waiting itself, behind `MAX_BUFFERED`.
+    Chunks that are pushed are written in the tick in which they come. While the client does not keep up they wait, and
+    behind `MAX_BUFFERED` bytes the sink of the request keeps what comes, up to `MAX_UNREAD` pieces.
 
     Args:
         chunks: a `PushStream` or an iterator; its `aclose` is called however the stream ends, and where it has one, its
@@ -149,8 +148,8 @@ class EventStream(Response):
             self._push(data)
         except Exception as failure:
             self.end(failure)
-        if self._buffered > MAX_UNSENT:
-            self._finish(RequestAbortedError(f"the answer was not read: {MAX_UNSENT} bytes of it waited"))
+        if self._buffered > MAX_BUFFERED and isinstance(self._chunks, PushStream):
+            self._chunks.hold(True)
 
     def end(self, error: Exception | None = None) -> None:
         """Write the last event."""
@@ -177,6 +176,8 @@ class EventStream(Response):
             self._pending.clear()
             self._buffered = 0
             self._drained.set()
+            if isinstance(self._chunks, PushStream):
+                self._chunks.hold(False)
             # Where it matters whether the client has it all, an empty last message waits until a slow one has taken it.
             last = ended and not (data and self._delivered)
             if last or self._write_part is None or not self._write_part(data):

@@ -91,11 +91,11 @@ class Unread(Generic[T]):
         self._errors.clear()
         self.end()
 
-    def pour(self, receiver: Receiver[T]) -> None:
-        """Hand over what is kept."""
-        items, self._items = self._items, deque()
-        receiver.put(items)
-        if self._ended:
+    def pour(self, receiver: Receiver[T], is_held: Callable[[], bool]) -> None:
+        """Hand over what is kept, until it shall be held."""
+        while self._items and not is_held():
+            receiver.put((self._items.popleft(),))
+        if self._ended and not self._items:
             receiver.end(self._errors.pop() if self._errors else None)
 
     async def take(self) -> T:
@@ -126,6 +126,10 @@ class PushStream(ABC, AsyncIterator[T]):
     @abstractmethod
     def push(self, receiver: Receiver[T]) -> None:
         """Hand all items to `receiver`, each in the tick in which it comes; once."""
+
+    @abstractmethod
+    def hold(self, held: bool) -> None:
+        """Have the sink keep what comes, for a receiver that does not keep up, or push on."""
 
     @abstractmethod
     def close(self) -> None:
@@ -171,16 +175,18 @@ class RequestSink:
         self._unfinished = unfinished
         self._abort = abort
         self._watch = watch
-        self._early = Unread[TokenOutput]()  # until there is a receiver
-        self._receiver: Receiver[TokenOutput] | None = self._early
+        self._over = False
+        self._held = True
+        self._kept = Unread[TokenOutput]()  # while it is held
+        self._receiver: Receiver[TokenOutput] = self._kept
 
     def put(self, item: Delivery) -> None:
         """Push one piece, or the error that ends the request."""
-        receiver, watch = self._receiver, self._watch
-        if receiver is None:  # it has ended
+        if self._over:
             return
+        receiver, watch = self._kept if self._held else self._receiver, self._watch
         if isinstance(item, Exception):
-            self._receiver, self._unfinished = None, 0
+            self._over, self._unfinished = True, 0
             if watch is not None:
                 watch.fail(item)
             receiver.end(item)
@@ -189,20 +195,26 @@ class RequestSink:
             watch.take(item)
         self._unfinished -= item.finish_reason is not None
         receiver.put((item,))
-        if not self._unfinished and self._receiver is not None:
-            self._receiver = None
-            receiver.end()
+        if not self._unfinished and not self._over:
+            self._over = True
+            (self._kept if self._held else receiver).end()
 
     def start(self, receiver: Receiver[TokenOutput]) -> None:
         """Push to `receiver` from now on."""
-        if self._receiver is not None:
-            self._receiver = receiver
-        self._early.pour(receiver)
+        self._receiver = receiver
+        self.hold(False)
+
+    def hold(self, held: bool) -> None:
+        """Keep what comes while it is held, as it is before the start; push that when it is held no more."""
+        self._held = held
+        if not held:
+            self._kept.pour(self._receiver, lambda: self._held)
 
     def close(self, *, dropped: bool = False) -> None:
         """Abort the request unless it has finished; nothing more is pushed. `dropped`: called by a finaliser."""
-        self._receiver, unfinished, self._unfinished = None, self._unfinished, 0
-        self._early.clear()
+        self._over, unfinished, self._unfinished = True, self._unfinished, 0
+        self._receiver = self._kept
+        self._kept.clear()
         if self._watch is not None and dropped:
             self._watch.drop()
         elif self._watch is not None and unfinished:
@@ -226,6 +238,10 @@ class TokenStream(PushStream[TokenOutput]):
     def push(self, receiver: Receiver[TokenOutput]) -> None:
         """See `PushStream`."""
         self._sink.start(receiver)
+
+    def hold(self, held: bool) -> None:
+        """See `PushStream`."""
+        self._sink.hold(held)
 
     def close(self) -> None:
         """See `PushStream`."""
