@@ -32,7 +32,7 @@ from candle_vllm.core.engine.cache.block_manager import BlockManager
 from candle_vllm.core.engine.ranks.message_ring import MessageRing, RingLine
 from candle_vllm.core.engine.ranks.rank_line import Line, Ready, ToRank, encoded
 from candle_vllm.core.engine.ranks.ranks import RankedRunner
-from candle_vllm.core.engine.request import GenerationRequest
+from candle_vllm.core.engine.requests import GenerationRequest
 from candle_vllm.core.engine.step.batch import BatchBuilder
 from candle_vllm.core.engine.step.scheduler import Scheduler
 from candle_vllm.core.engine.step.sequence import Sequence

@@ -29,7 +29,7 @@ from candle_vllm.core.conversion.gguf_tensors import Constant
 from candle_vllm.core.devices import CPU
 from candle_vllm.core.engine.adapters.adapter_loading import adapter_packer
 from candle_vllm.core.engine.build import build_engine
-from candle_vllm.core.engine.request import GenerationRequest
+from candle_vllm.core.engine.requests import GenerationRequest
 from candle_vllm.core.engine.step.engine import Engine
 from candle_vllm.core.kernels.lora import Delta, FittedAdapter, PackedAdapter
 from candle_vllm.core.layers.adapters import number_places

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from candle_vllm.core.engine.request import FinishReason, TokenOutput
+from candle_vllm.core.engine.outputs import FinishReason, TokenOutput
 from candle_vllm.openai.answers import AnswerPlan, AnswerReader
 from candle_vllm.openai.chat_answers import ChatWriter, join_chat
 from candle_vllm.openai.events import Head

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from candle_vllm.core import InferenceEngine, SamplingParams
-from candle_vllm.core.engine.request import GenerationRequest
+from candle_vllm.core.engine.requests import GenerationRequest
 from candle_vllm.core.engine.step.engine import Engine
 from candle_vllm.server.settings.derived import demo_model
 

@@ -18,14 +18,9 @@ from typing import Any
 
 import msgspec
 
-from candle_vllm.core.engine.request import (
-    EngineStats,
-    FinishReason,
-    GenerationRequest,
-    LoRARequest,
-    RequestMetrics,
-    TokenOutput,
-)
+from candle_vllm.core.engine.outputs import FinishReason, RequestMetrics, TokenOutput
+from candle_vllm.core.engine.requests import GenerationRequest, LoRARequest
+from candle_vllm.core.engine.stats import EngineStats
 from candle_vllm.core.engine.step.stream import RequestSink, TokenStream
 from candle_vllm.core.engine.step.thread import EngineThread
 from candle_vllm.core.engine.step.watching import RequestInfo, RequestWatcher, watched_submit

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from candle_vllm.core.engine.request import RequestMetrics
+from candle_vllm.core.engine.outputs import RequestMetrics
 from tests.web.actions import ask, button, eventually, said, say, wait_idle
 from tests.web.ui_server import MARKDOWN, Site
 

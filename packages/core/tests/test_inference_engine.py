@@ -32,7 +32,7 @@ from candle_vllm.core import (
     SamplingParams,
 )
 from candle_vllm.core import progress as progress_module
-from candle_vllm.core.engine.request import GenerationOutput
+from candle_vllm.core.engine.outputs import GenerationOutput
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 from packages.core.tests.exact_sums import exact_sums
 from tests.waiting import until, wait_for

@@ -20,7 +20,7 @@ from candle_vllm.core import (
     StructuredOutputsParams,
     TokenOutput,
 )
-from candle_vllm.core.engine.request import CompletionOutput, FinishReason, GenerationOutput
+from candle_vllm.core.engine.outputs import CompletionOutput, FinishReason, GenerationOutput
 from candle_vllm.core.shown import start_logging, without_secrets
 
 

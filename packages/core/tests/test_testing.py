@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from candle_vllm.core import InferenceEngine
-from candle_vllm.core.engine.request import FinishReason, OutputCollector, TokenOutput
+from candle_vllm.core.engine.outputs import FinishReason, OutputCollector, TokenOutput
 from candle_vllm.core.errors import (
     CandleVllmError,
     ChatTemplateError,

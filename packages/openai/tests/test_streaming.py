@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from candle_vllm.core.engine.request import FinishReason, RequestMetrics, TokenOutput
+from candle_vllm.core.engine.outputs import FinishReason, RequestMetrics, TokenOutput
 from candle_vllm.core.errors import RequestAbortedError, RequestError
 from candle_vllm.core.testing import ScriptedEngine
 from candle_vllm.core.testing.scripted_sequence import made_up_logprobs

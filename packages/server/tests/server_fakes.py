@@ -10,12 +10,9 @@ from typing import Any, Self
 
 import msgspec
 
-from candle_vllm.core.engine.request import (
-    EngineStats,
-    GenerationOutput,
-    GenerationRequest,
-    OutputCollector,
-)
+from candle_vllm.core.engine.outputs import GenerationOutput, OutputCollector
+from candle_vllm.core.engine.requests import GenerationRequest
+from candle_vllm.core.engine.stats import EngineStats
 from candle_vllm.core.progress import tell
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.testing import ScriptedEngine

@@ -20,7 +20,7 @@ import httpx
 import msgspec
 import pytest
 
-from candle_vllm.core.engine.request import EngineStats
+from candle_vllm.core.engine.stats import EngineStats
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.server import serve as serve_module
 from candle_vllm.server.app import create_app

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from candle_vllm.core import InferenceEngine, SamplingParams, StructuredOutputsParams
 from candle_vllm.core.engine.drafts.draft_model import OwnTimes
 from candle_vllm.core.engine.drafts.drafting import StepTimes
-from candle_vllm.core.engine.request import GenerationRequest
+from candle_vllm.core.engine.requests import GenerationRequest
 from candle_vllm.core.engine.runners.model_runner import StepwiseRunner
 from candle_vllm.core.engine.step.batch import Batch, Ints
 from candle_vllm.core.engine.step.engine import Engine

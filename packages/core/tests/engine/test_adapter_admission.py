@@ -12,7 +12,7 @@ import pytest
 from candle_vllm.core.engine.adapters.adapter_admission import AdapterAdmission
 from candle_vllm.core.engine.adapters.adapter_store import AdapterStore
 from candle_vllm.core.engine.cache.block_manager import BlockManager
-from candle_vllm.core.engine.request import AdapterUse, GenerationRequest
+from candle_vllm.core.engine.requests import AdapterUse, GenerationRequest
 from candle_vllm.core.engine.step.scheduler import Scheduler
 from candle_vllm.core.engine.step.sequence import Sequence
 from candle_vllm.core.sampling.params import SamplingParams

@@ -23,7 +23,7 @@ from candle_vllm.core.assembly.model import LoadedModel, load_model
 from candle_vllm.core.devices import CPU
 from candle_vllm.core.engine.adapters.adapter_loading import adapter_packer
 from candle_vllm.core.engine.build import build_engine
-from candle_vllm.core.engine.request import GenerationRequest
+from candle_vllm.core.engine.requests import GenerationRequest
 from candle_vllm.core.engine.step.batch import BatchBuilder
 from candle_vllm.core.engine.step.engine import Engine
 from candle_vllm.core.engine.step.sequence import Run, RunState

@@ -26,7 +26,7 @@ from candle_vllm.core import (
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.engine import build
 from candle_vllm.core.engine.adapters.adapter_store import LoadedAdapter
-from candle_vllm.core.engine.request import AdapterUse, GenerationRequest
+from candle_vllm.core.engine.requests import AdapterUse, GenerationRequest
 from candle_vllm.core.errors import RequestAbortedError
 from candle_vllm.core.remote import RemoteEngine
 from candle_vllm.core.testing.toy_adapter import linear_shapes, write_adapter

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from candle_vllm.core.engine.adapters import adapter_store as module
 from candle_vllm.core.engine.adapters.adapter_store import AdapterStore, Entries, Entry
-from candle_vllm.core.engine.request import AdapterUse
+from candle_vllm.core.engine.requests import AdapterUse
 from candle_vllm.core.errors import AdapterError, EngineDeadError, InvalidParameterError
 from tests.waiting import PATIENCE, wait_for
 

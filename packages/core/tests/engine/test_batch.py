@@ -14,7 +14,7 @@ from candle_vllm.core import SamplingParams
 from candle_vllm.core.engine.cache.block_manager import BlockManager
 from candle_vllm.core.engine.ranks.rank_line import Forward, Next, ToldBatches, ToRank, as_bytes, decoder, encoded
 from candle_vllm.core.engine.ranks.ranks import RankedRunner
-from candle_vllm.core.engine.request import GenerationRequest
+from candle_vllm.core.engine.requests import GenerationRequest
 from candle_vllm.core.engine.step import batch as batch_module
 from candle_vllm.core.engine.step.batch import Batch, BatchBuilder
 from candle_vllm.core.engine.step.scheduler import Scheduler

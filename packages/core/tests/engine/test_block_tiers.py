@@ -29,7 +29,7 @@ from candle_vllm.core.engine.cache.block_manager import BlockManager
 from candle_vllm.core.engine.cache.block_stores import BlockError, BlockFolder, BlockStore, Bytes, HostBlocks, Tiers
 from candle_vllm.core.engine.cache.block_tiers import KeptBlocks
 from candle_vllm.core.engine.cache.redis_blocks import RedisBlocks
-from candle_vllm.core.engine.request import GenerationRequest
+from candle_vllm.core.engine.requests import GenerationRequest
 from candle_vllm.core.engine.runners.device_inputs import DeviceLimits
 from candle_vllm.core.engine.runners.device_runner import DeviceRunner
 from candle_vllm.core.engine.step.engine import Engine

@@ -14,7 +14,7 @@ import torch
 from candle_vllm.core import ConfigError, EngineConfig, SamplingParams
 from candle_vllm.core.assembly.model import LoadedModel, load_model
 from candle_vllm.core.devices import Device
-from candle_vllm.core.engine.request import GenerationRequest
+from candle_vllm.core.engine.requests import GenerationRequest
 from candle_vllm.core.engine.runners import device_build
 from candle_vllm.core.engine.runners.device_build import build_on_gpu
 from candle_vllm.core.kernels.device_stream import Work

@@ -20,7 +20,8 @@ from candle_vllm.core.config import SpeculativeConfig
 from candle_vllm.core.engine.build import preparation_for
 from candle_vllm.core.engine.cache.block_manager import BlockManager
 from candle_vllm.core.engine.drafts.drafting import Drafter
-from candle_vllm.core.engine.request import GenerationRequest, OutputCollector
+from candle_vllm.core.engine.outputs import OutputCollector
+from candle_vllm.core.engine.requests import GenerationRequest
 from candle_vllm.core.engine.runners.device_inputs import DeviceLimits
 from candle_vllm.core.engine.runners.device_runner import DeviceRunner, bucket_sizes
 from candle_vllm.core.engine.runners.eager_runner import EagerRunner

@@ -32,7 +32,7 @@ from candle_vllm.core.engine.build import build_engine
 from candle_vllm.core.engine.cache.block_manager import BlockManager
 from candle_vllm.core.engine.drafts.draft_head import DraftingHead
 from candle_vllm.core.engine.drafts.drafting import Drafter
-from candle_vllm.core.engine.request import GenerationRequest
+from candle_vllm.core.engine.requests import GenerationRequest
 from candle_vllm.core.engine.step.batch import Batch, Ints
 from candle_vllm.core.engine.step.engine import Engine
 from candle_vllm.core.engine.step.preparation import DecoderPreparation

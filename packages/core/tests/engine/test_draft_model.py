@@ -24,7 +24,7 @@ from candle_vllm.core.config import SpeculativeConfig, draft_settings
 from candle_vllm.core.engine.cache.block_manager import BlockManager
 from candle_vllm.core.engine.drafts.draft_model import DraftModel, OwnTimes, _best
 from candle_vllm.core.engine.drafts.drafting import Drafter
-from candle_vllm.core.engine.request import GenerationRequest
+from candle_vllm.core.engine.requests import GenerationRequest
 from candle_vllm.core.engine.step.engine import Engine
 from candle_vllm.core.engine.step.preparation import DecoderPreparation
 from candle_vllm.core.engine.step.scheduler import Scheduler

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from candle_vllm.core.engine.request import GenerationRequest
+from candle_vllm.core.engine.requests import GenerationRequest
 from candle_vllm.core.engine.runners.images import Encoding, ImageStore
 from candle_vllm.core.engine.step.sequence import PlacedImage, Sequence
 from candle_vllm.core.sampling.params import SamplingParams

@@ -20,7 +20,7 @@ from candle_vllm.core.engine.cache import block_tiers as kept_blocks
 from candle_vllm.core.engine.cache.block_manager import BlockManager
 from candle_vllm.core.engine.cache.block_stores import BlockError, Bytes, HostBlocks
 from candle_vllm.core.engine.cache.block_tiers import BlockParts, KeptBlocks
-from candle_vllm.core.engine.request import EngineStats
+from candle_vllm.core.engine.stats import EngineStats
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 from tests.waiting import Clock, wait_for
 

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 
 from candle_vllm.core import FinishReason, SamplingParams, StructuredOutputsParams
 from candle_vllm.core.engine.cache.block_manager import BlockManager, block_hashes
-from candle_vllm.core.engine.request import GenerationRequest, TokenOutput
+from candle_vllm.core.engine.outputs import TokenOutput
+from candle_vllm.core.engine.requests import GenerationRequest
 from candle_vllm.core.engine.runners.model_runner import StepwiseRunner
 from candle_vllm.core.engine.step.batch import Batch, Ints
 from candle_vllm.core.engine.step.engine import Engine

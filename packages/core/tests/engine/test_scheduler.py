@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from candle_vllm.core.engine.cache.block_manager import BlockManager
-from candle_vllm.core.engine.request import GenerationRequest
+from candle_vllm.core.engine.requests import GenerationRequest
 from candle_vllm.core.engine.step.scheduler import Scheduler
 from candle_vllm.core.engine.step.sequence import Sequence
 from candle_vllm.core.sampling.params import SamplingParams

@@ -29,7 +29,7 @@ from candle_vllm.core.assembly.model import LoadedModel
 from candle_vllm.core.devices import CPU, Device
 from candle_vllm.core.engine.build import preparation_for
 from candle_vllm.core.engine.cache.block_manager import BlockManager
-from candle_vllm.core.engine.request import GenerationRequest
+from candle_vllm.core.engine.requests import GenerationRequest
 from candle_vllm.core.engine.runners.device_inputs import DeviceLimits
 from candle_vllm.core.engine.runners.device_runner import DeviceRunner
 from candle_vllm.core.engine.runners.sleeping import Sleeper

@@ -13,7 +13,7 @@ import pytest
 
 from candle_vllm.core.engine.cache.block_manager import BlockManager, block_hashes
 from candle_vllm.core.engine.cache.states import StatePool
-from candle_vllm.core.engine.request import GenerationRequest
+from candle_vllm.core.engine.requests import GenerationRequest
 from candle_vllm.core.engine.step.scheduler import Scheduler
 from candle_vllm.core.engine.step.sequence import Run, Sequence
 from candle_vllm.core.sampling.params import SamplingParams

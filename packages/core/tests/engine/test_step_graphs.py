@@ -15,7 +15,8 @@ from msgspec.structs import replace
 
 from candle_vllm.core import EngineConfig, FinishReason, InferenceEngine, SamplingParams
 from candle_vllm.core.assembly.model import load_model
-from candle_vllm.core.engine.request import GenerationOutput, GenerationRequest
+from candle_vllm.core.engine.outputs import GenerationOutput
+from candle_vllm.core.engine.requests import GenerationRequest
 from candle_vllm.core.engine.step.engine import Engine
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_gguf
 

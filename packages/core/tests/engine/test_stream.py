@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from candle_vllm.core.engine.request import FinishReason, GenerationRequest, TokenOutput
+from candle_vllm.core.engine.outputs import FinishReason, TokenOutput
+from candle_vllm.core.engine.requests import GenerationRequest
 from candle_vllm.core.engine.step import stream as stream_module
 from candle_vllm.core.engine.step.stream import RequestSink, TokenStream
 from candle_vllm.core.errors import CandleVllmError, RequestAbortedError

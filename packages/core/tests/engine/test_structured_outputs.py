@@ -26,7 +26,8 @@ from candle_vllm.core import (
 from candle_vllm.core.assembly.model import LoadedModel, load_model
 from candle_vllm.core.engine.build import preparation_for
 from candle_vllm.core.engine.cache.block_manager import BlockManager
-from candle_vllm.core.engine.request import CompletionOutput, GenerationRequest, OutputCollector, TokenOutput
+from candle_vllm.core.engine.outputs import CompletionOutput, OutputCollector, TokenOutput
+from candle_vllm.core.engine.requests import GenerationRequest
 from candle_vllm.core.engine.runners.device_inputs import DeviceLimits
 from candle_vllm.core.engine.runners.device_runner import DeviceRunner
 from candle_vllm.core.engine.runners.eager_runner import EagerRunner

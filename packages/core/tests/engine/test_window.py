@@ -8,7 +8,8 @@ from typing import Any, cast
 
 import pytest
 
-from candle_vllm.core.engine.request import FinishReason, PoolingRequest, TokenOutput
+from candle_vllm.core.engine.outputs import FinishReason, TokenOutput
+from candle_vllm.core.engine.requests import PoolingRequest
 from candle_vllm.core.engine.step.stream import MAX_UNDER_WAY, Entry, Window
 from candle_vllm.core.engine.step.thread import EngineThread, Sink
 

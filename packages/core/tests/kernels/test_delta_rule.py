@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The gated delta rule: transformers', plain torch's and the CPU's, and the same bits however texts are cut."""
+"""The gated delta rule and Mamba 2: transformers', plain torch's and the CPU's; the same bits however texts are cut."""
 
 from __future__ import annotations
 
@@ -44,8 +44,9 @@ class Sizes(NamedTuple):
         return kept_inputs(*self)
 
     def gates(self, strength: float = 1.0) -> DeltaGates:
+        """Gates of the delta rule, or, where the strength is 0, of Mamba 2."""
         decay = -np.random.default_rng(7).uniform(0.01, 16, self.heads).astype(np.float32)
-        return DeltaGates(decay, random(8, self.heads), strength)
+        return DeltaGates(decay, random(8, self.heads), strength, None if strength else random(9, self.heads))
 
     def text(self, length: int, seed: int = 0) -> Inputs:
         """Inputs whose gates are anything from shut to open."""
@@ -56,6 +57,12 @@ class Sizes(NamedTuple):
 
 ODD, EVEN = Sizes(2, 6, 19, 21), Sizes(2, 4, 32, 64)
 LENGTHS = (33, 50, 9, 41)
+
+
+def on_torch(gates: DeltaGates) -> DeltaGates:
+    """The gates as tensors."""
+    decay, bias, skip = (None if x is None else torch.from_numpy(x) for x in (gates.decay, gates.bias, gates.skip))
+    return DeltaGates(decay, bias, gates.strength, skip)
 
 
 class Reference:
@@ -70,8 +77,7 @@ class Reference:
         normed: bool = True,
         strength: float = 1.0,
     ) -> None:
-        decay, bias, _ = sizes.gates()
-        self.gates = DeltaGates(torch.from_numpy(decay), torch.from_numpy(bias), strength)
+        self.gates = on_torch(sizes.gates(strength))
         states = torch.full((slots, *sizes.state), torch.nan)
         self.cache = StateCache(states, torch.full((slots, DRAFTS, sizes.inputs), torch.nan))
         self.sizes, self.dtype, self.normed = sizes, dtype, normed
@@ -114,6 +120,30 @@ def test_the_reference_is_transformers(sizes: Sizes, length: int, normed: bool, 
         assert error(last.numpy(), state[0].numpy()) < 1e-5
 
 
+@pytest.mark.parametrize(("sizes", "length"), [(ODD, 70), (EVEN, 130), (ODD, 1)], ids=str)
+def test_the_reference_is_mamba_2_of_transformers(sizes: Sizes, length: int) -> None:
+    transformers = pytest.importorskip("transformers.models.mamba2.modeling_mamba2")
+    inputs = sizes.text(length)
+    ours = Reference(sizes, length, normed=False, strength=0.0)
+    found = ours.run(inputs, whole_rows(length), np.arange(length))
+    q, k, v, a, _ = (torch.from_numpy(x)[None] for x in inputs)
+    wanted, state = transformers.mamba2_chunk_scan(
+        v,
+        a,
+        ours.gates.decay,
+        k,
+        q * sizes.key_dim**-0.5,
+        chunk_size=32,
+        D=ours.gates.skip,
+        dt_bias=ours.gates.bias,
+        dt_softplus=True,
+        return_final_states=True,
+    )
+    assert error(found, wanted[0].numpy()) < 1e-5
+    last = reference.from_tiles(ours.cache.states[length - 1], sizes.value_dim)
+    assert error(last.numpy(), state[0].transpose(1, 2).numpy()) < 1e-5
+
+
 def compiled(
     sizes: Sizes,
     slots: int,
@@ -145,7 +175,7 @@ def close() -> Iterator[list[Compiled]]:
         each.team.close()
 
 
-@pytest.mark.parametrize("strength", [1.0, 2.0])
+@pytest.mark.parametrize("strength", [1.0, 2.0, 0.0])
 @pytest.mark.parametrize("normed", [True, False])
 @pytest.mark.parametrize(
     ("sizes", "length"),
@@ -170,12 +200,12 @@ def test_the_operations_are_the_reference(
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_reference_does_not_depend_on_how_texts_are_cut(dtype: torch.dtype, seed: int) -> None:
+@pytest.mark.parametrize(("dtype", "strength"), [(torch.float32, 1.0), (torch.bfloat16, 1.0), (torch.float32, 0.0)])
+def test_the_reference_does_not_depend_on_how_texts_are_cut(dtype: torch.dtype, strength: float, seed: int) -> None:
     given = [ODD.text(length, 20 + number) for number, length in enumerate(LENGTHS)]
-    made, wanted = Reference(ODD, 20, dtype), []
+    made, wanted = Reference(ODD, 20, dtype, strength=strength), []
     for text in given:
-        whole = Reference(ODD, len(text[0]), dtype)
+        whole = Reference(ODD, len(text[0]), dtype, strength=strength)
         results = whole.run(text, whole_rows(len(text[0])), np.arange(len(text[0])))
         wanted.append((results, np.stack([whole.state(slot) for slot in range(len(text[0]))])))
     check = (
@@ -187,17 +217,19 @@ def test_the_reference_does_not_depend_on_how_texts_are_cut(dtype: torch.dtype, 
 
 
 @pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("sizes", [ODD, EVEN, Sizes(4, 4, 5, 48)], ids=str)
+@pytest.mark.parametrize(
+    ("sizes", "strength"), [(ODD, 1.0), (EVEN, 1.0), (Sizes(4, 4, 5, 48), 1.0), (ODD, 0.0), (EVEN, 0.0)], ids=str
+)
 def test_the_operations_have_the_same_bits_however_texts_are_cut(
-    close: list[Compiled], sizes: Sizes, seed: int
+    close: list[Compiled], sizes: Sizes, strength: float, seed: int
 ) -> None:
     given, wanted = [sizes.text(length, 20 + number) for number, length in enumerate(LENGTHS)], []
     for text in given:
-        whole = compiled(sizes, len(text[0]), 1)
+        whole = compiled(sizes, len(text[0]), 1, strength=strength)
         close.append(whole)
         results = whole.run(text, whole_rows(len(text[0])), np.arange(len(text[0]))).copy()
         wanted.append((results, whole.cache.states.copy()))
-    made = compiled(sizes, 20, 1 + seed % 3)
+    made = compiled(sizes, 20, 1 + seed % 3, strength=strength)
     close.append(made)
     Cuts(given, made.run, made.state, 16, wanted, same_bits, same_bits, seed).all()
 

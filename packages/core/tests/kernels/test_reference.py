@@ -80,6 +80,7 @@ def test_activations(dtype: torch.dtype) -> None:
         ("gelu_tanh", 0.5 * wide * (1 + inner.tanh())),
         ("quick_gelu", wide * (1.702 * wide).sigmoid()),
         ("relu", wide * (wide > 0)),
+        ("relu2", (wide * (wide > 0)) ** 2),
     ):
         got = activation(x, kind)  # type: ignore[arg-type]
         assert got.dtype == dtype

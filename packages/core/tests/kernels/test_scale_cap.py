@@ -85,6 +85,7 @@ def lanes_of(emit: Callable[[Emitter, Any], Any]) -> Callable[[np.ndarray], np.n
         ("emit_gelu_tanh", lambda x: x * (math.sqrt(8 / math.pi) * (x + 0.044715 * x**3)).sigmoid(), 8e-6),
         ("emit_quick_gelu", lambda x: x * (1.702 * x).sigmoid(), 2e-6),
         ("emit_relu", functional.relu, 0.0),
+        ("emit_relu2", lambda x: functional.relu(x) ** 2, 1e-7),
     ],
 )
 def test_functions(name: str, wanted: Callable[[torch.Tensor], torch.Tensor], tolerance: float) -> None:
@@ -103,7 +104,7 @@ def test_gelu() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["emit_tanh", "emit_silu", "emit_gelu_tanh", "emit_gelu", "emit_quick_gelu", "emit_relu"]
+    "name", ["emit_tanh", "emit_silu", "emit_gelu_tanh", "emit_gelu", "emit_quick_gelu", "emit_relu", "emit_relu2"]
 )
 def test_what_is_no_number_stays_none(name: str) -> None:
     x = np.array([math.nan] * 8 + [1.0] * 8, np.float32)

@@ -23,7 +23,7 @@ from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 
 pytest.importorskip("numba")
 
-from candle_vllm.core.engine.request import GenerationRequest
+from candle_vllm.core.engine.requests import GenerationRequest
 from candle_vllm.core.engine.runners.eager_runner import EagerRunner
 from candle_vllm.core.engine.runners.model_runner import ModelRunner
 from candle_vllm.core.engine.runners.recorded_runner import RecordedRunner, StepLimits

@@ -303,6 +303,46 @@ GRANITE_HYBRID = GRANITE | {
     "shared_intermediate_size": 96,
     "position_embedding_type": "rope",
 }
+GRANITE_MAMBA = GRANITE_HYBRID | {
+    "num_hidden_layers": 3,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "position_embedding_type": None,
+    "mamba_expand": 3,
+    "mamba_n_heads": 6,
+    "mamba_d_head": 32,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 16,
+}
+NEMOTRON_H = {
+    "num_hidden_layers": 5,
+    "layers_block_type": ["linear_attention", "mlp", "full_attention", "linear_attention", "mlp"],
+    "head_dim": 32,
+    "expand": 4,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 32,
+    "n_groups": 2,
+    "ssm_state_size": 16,
+    "time_step_min": 1e-30,  # by which transformers limits dt in prompts alone, where published models have no limit
+}
+NEMOTRON_MOE = NEMOTRON_H | {
+    "num_hidden_layers": 4,
+    "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"],
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 64,
+    "moe_shared_expert_intermediate_size": 96,
+    "n_group": 2,
+    "topk_group": 1,
+    "routed_scaling_factor": 2.5,
+}
+NEMOTRON_BIASES = {"mlp_bias": True, "use_bias": True, "use_conv_bias": False}
+GRANITE_MAMBA_MOE = {
+    "num_local_experts": 6,
+    "num_experts_per_tok": 3,
+    "position_embedding_type": "rope",
+    "mamba_proj_bias": False,
+    "mamba_conv_bias": False,
+}
 
 EVERY_THIRD = ["sliding_attention", "sliding_attention", "full_attention"]
 WINDOWS = {"num_hidden_layers": 3, "layer_types": EVERY_THIRD, "sliding_window": 16}
@@ -447,6 +487,13 @@ ROWS: Mapping[str, Row] = {
     "Granite 4 unrotated": Row(
         "granitemoehybrid", GRANITE_HYBRID | {"position_embedding_type": None}, "granite", common=False
     ),
+    "Granite 4 H": Row("granitemoehybrid", GRANITE_MAMBA, "granitehybrid"),
+    "Granite 4 H experts": Row(
+        "granitemoehybrid", GRANITE_MAMBA | GRANITE_MAMBA_MOE, "granitehybrid", undecided=0.1, common=False
+    ),
+    "Nemotron-H": Row("nemotron_h", NEMOTRON_H, "nemotron_h"),
+    "Nemotron 3 experts": Row("nemotron_h", NEMOTRON_MOE, "nemotron_h_moe", undecided=0.1),
+    "Nemotron-H biases": Row("nemotron_h", NEMOTRON_H | NEMOTRON_BIASES, common=False),
     "OLMo 2": Row("olmo2", OLMO, "olmo2", common=False),
     "OLMo 2 biases": Row("olmo2", OLMO | {"attention_bias": True}, common=False),
     "OLMo 3": Row("olmo3", OLMO | WINDOWS | {"rope_parameters": OLMO3_ROPE}, "olmo2"),

@@ -48,7 +48,9 @@ def export_gguf(folder: Path, path: Path, architecture: str, *, quantization: st
     for name, data in tensors.items():
         found = names.get_name(name, try_suffixes=(".weight", ".bias")) or name
         data = np.ascontiguousarray(data)
-        kernels = "shortconv.conv" in found or "ssm_conv1d" in found
+        kernels = "shortconv.conv" in found or found.endswith(
+            ("ssm_conv1d.weight", "ssm_a", "ssm_d", "ssm_norm.weight")
+        )
         kept = "ffn_gate_inp" in found or kernels or found.endswith(".bias")  # of experts
         plain = data.ndim < 2 or kept
         if kind is not GGMLQuantizationType.F32 and not plain:
@@ -76,6 +78,7 @@ _USUAL_KEYS = {
 def usual_config(folder: Path) -> dict[str, Any]:
     """A checkpoint's config, with what the older families name otherwise under the usual keys too."""
     config = config_of(folder)
+    config.setdefault("num_hidden_layers", len(config.get("layers_block_type", ())))
     return config | {usual: config[own] for own, usual in _USUAL_KEYS.items() if own in config}
 
 
@@ -522,6 +525,8 @@ def _granite(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) ->
         writer.add_expert_used_count(config["num_experts_per_tok"])
         if config.get("shared_intermediate_size"):
             writer.add_expert_shared_feed_forward_length(config["shared_intermediate_size"])
+    if "linear_attention" in config.get("layer_types", ()):
+        tensors = _mamba(writer, config, tensors)
     made: Tensors = {}
     end = "_shexp" if config.get("num_local_experts") else ""
     for name, data in tensors.items():
@@ -538,6 +543,81 @@ def _granite(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) ->
         else:
             made[name] = data
     return made
+
+
+def _mamba(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    """Shapes of Mamba 2, whose layers have no key-value heads, and its tensors."""
+    kinds = config.get("layer_types") or config["layers_block_type"]
+    of_granite = config["model_type"] == "granitemoehybrid"
+    names = ("mamba_n_heads", "mamba_d_head", "mamba_n_groups", "mamba_d_state", "mamba_d_conv")
+    others = ("mamba_num_heads", "mamba_head_dim", "n_groups", "ssm_state_size", "conv_kernel")
+    heads, dim, groups, state, taps = (config[name] for name in (names if of_granite else others))
+    attends = [kind == "full_attention" for kind in kinds]
+    writer.add_head_count_kv([config["num_key_value_heads"] * here for here in attends])
+    writer.add_ssm_conv_kernel(taps)
+    writer.add_ssm_state_size(state)
+    writer.add_ssm_group_count(groups)
+    writer.add_ssm_time_step_rank(heads)
+    writer.add_ssm_inner_size(heads * dim)
+    changes = {
+        "conv1d.weight": ("ssm_conv1d.weight", lambda x: x.squeeze(1)),
+        "A_log": ("ssm_a", lambda x: -np.exp(x)[:, None]),
+        "D": ("ssm_d", lambda x: x[:, None]),
+        "dt_bias": ("ssm_dt.bias", lambda x: x),
+        "norm.weight": ("ssm_norm.weight", lambda x: x.reshape(groups, -1)),
+        **{
+            f"{part}_proj.{kind}": (f"ssm_{part}.{kind}", lambda x: x)
+            for part in ("in", "out")
+            for kind in ("weight", "bias")
+        },
+        "conv1d.bias": ("ssm_conv1d.bias", lambda x: x),
+    }
+    made: Tensors = {}
+    for name, data in tensors.items():
+        start, part = name.rpartition(".mamba." if of_granite else ".mixer.")[::2]
+        if start and part in changes:
+            to, change = changes[part]
+            made[f"blk.{start.split('.')[2]}.{to}"] = change(data)
+        else:
+            made[name] = data
+    return made
+
+
+def _nemotron_h(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    """Feed-forward layers alone have a width."""
+    widths = {"mlp": config["intermediate_size"], "moe": config["moe_intermediate_size"]}
+    writer.add_feed_forward_length([widths.get(kind, 0) for kind in config["layers_block_type"]])
+    writer.add_layer_norm_eps(config["layer_norm_epsilon"])
+    made = {name.replace("model.layers", "backbone.layers"): x for name, x in _mamba(writer, config, tensors).items()}
+    if "moe" not in config["layers_block_type"]:
+        return made
+    writer.add_expert_count(config["n_routed_experts"])
+    writer.add_expert_used_count(config["num_experts_per_tok"])
+    writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+    writer.add_expert_shared_feed_forward_length(config["moe_shared_expert_intermediate_size"])
+    writer.add_expert_group_count(config["n_group"])
+    writer.add_expert_group_used_count(config["topk_group"])
+    writer.add_expert_weights_scale(config["routed_scaling_factor"])
+    writer.add_expert_weights_norm(config["norm_topk_prob"])
+    count, found = config["n_routed_experts"], Tensors()
+    for name, data in made.items():
+        start, part = name.rpartition(".mixer.")[::2]
+        at = f"blk.{start.split('.')[2]}." if start else ""
+        if part.startswith("experts.") and part.split(".")[1].isdigit():
+            kind = part.split(".")[2].removesuffix("_proj")
+            every = [made[f"{start}.mixer.experts.{e}.{kind}_proj.weight"] for e in range(count)]
+            found[f"{at}ffn_{kind}_exps.weight"] = np.stack(every)
+        elif part.startswith("experts."):
+            found[f"{at}ffn_{part.split('.')[1].removesuffix('_proj')}_exps.weight"] = data
+        elif part == "gate.weight":
+            found[at + "ffn_gate_inp.weight"] = data
+        elif part.startswith("gate."):
+            found[at + "exp_probs_b.bias"] = data
+        elif part.startswith("shared_experts."):
+            found[f"{at}ffn_{part.split('.')[1].removesuffix('_proj')}_shexp.weight"] = data
+        else:
+            found[name] = data
+    return found
 
 
 def _olmo2(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
@@ -684,6 +764,9 @@ CONVERTERS: Mapping[str, Convert] = {
     "qwen35moe": _qwen3_next,
     "glm4moe": _glm4_moe,
     "gpt-oss": _gpt_oss,
+    "granitehybrid": _granite,
+    "nemotron_h": _nemotron_h,
+    "nemotron_h_moe": _nemotron_h,
     "lfm2": _lfm2,
     "lfm2moe": _lfm2,
     "llama": _llama,

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from candle_vllm.core import EngineConfig, InvalidFileError, UnsupportedModelError, WeightsError
 from candle_vllm.core.assembly.model import load_model
-from candle_vllm.core.engine.request import GenerationRequest
+from candle_vllm.core.engine.requests import GenerationRequest
 from candle_vllm.core.engine.runners.eager_runner import EagerRunner
 from candle_vllm.core.engine.step.batch import BatchBuilder
 from candle_vllm.core.engine.step.sequence import Run, Sequence

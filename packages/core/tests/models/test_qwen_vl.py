@@ -31,7 +31,7 @@ from candle_vllm.core.assembly.model import LoadedModel, load_model
 from candle_vllm.core.conversion import write_gguf
 from candle_vllm.core.devices import choose_device
 from candle_vllm.core.engine.build import preparation_for
-from candle_vllm.core.engine.request import GenerationRequest
+from candle_vllm.core.engine.requests import GenerationRequest
 from candle_vllm.core.engine.runners.eager_runner import EagerTower
 from candle_vllm.core.engine.runners.images import TowerRunner
 from candle_vllm.core.engine.runners.recorded_tower import RecordedTower

@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 from candle_vllm.core import EngineConfig
 from candle_vllm.core.assembly import model as loading
 from candle_vllm.core.assembly.model import LoadedModel, load_model
-from candle_vllm.core.engine.request import GenerationRequest
+from candle_vllm.core.engine.requests import GenerationRequest
 from candle_vllm.core.engine.runners.eager_runner import EagerRunner
 from candle_vllm.core.engine.runners.model_runner import ModelRunner
 from candle_vllm.core.engine.runners.recorded_runner import RecordedRunner, StepLimits

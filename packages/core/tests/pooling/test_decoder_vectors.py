@@ -26,7 +26,7 @@ from candle_vllm.core import (
 from candle_vllm.core.assembly.model import LoadedModel, load_model
 from candle_vllm.core.engine.build import preparation_for
 from candle_vllm.core.engine.cache.block_manager import BlockManager
-from candle_vllm.core.engine.request import GenerationRequest, PoolingRequest
+from candle_vllm.core.engine.requests import GenerationRequest, PoolingRequest
 from candle_vllm.core.engine.runners.device_inputs import DeviceLimits
 from candle_vllm.core.engine.runners.device_runner import DeviceRunner
 from candle_vllm.core.engine.runners.eager_runner import EagerRunner

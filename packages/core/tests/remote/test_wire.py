@@ -14,15 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from candle_vllm.core import EngineConfig, SamplingParams, StructuredOutputsParams, errors
-from candle_vllm.core.engine.request import (
-    EngineStats,
-    FinishReason,
-    GenerationRequest,
-    PositionLogprobs,
-    RequestMetrics,
-    TokenLogprob,
-    TokenOutput,
-)
+from candle_vllm.core.engine.outputs import FinishReason, PositionLogprobs, RequestMetrics, TokenLogprob, TokenOutput
+from candle_vllm.core.engine.requests import GenerationRequest
+from candle_vllm.core.engine.stats import EngineStats
 from candle_vllm.core.errors import CandleVllmError, ConfigError, InvalidParameterError, RequestError
 from candle_vllm.core.remote import parcels, wire
 from candle_vllm.core.remote.serving import Outbox

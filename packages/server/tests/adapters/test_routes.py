@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from candle_vllm.core.engine.request import AdapterUse
+from candle_vllm.core.engine.requests import AdapterUse
 from candle_vllm.core.errors import AdapterError
 from candle_vllm.server.adapters.registry import BaseAdapters
 from candle_vllm.server.routes.ollama_library import refuse_open_changes

@@ -18,7 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import generate_latest
 
-from candle_vllm.core.engine.request import EngineStats, FinishReason, GenerationRequest, RequestMetrics, TokenOutput
+from candle_vllm.core.engine.outputs import FinishReason, RequestMetrics, TokenOutput
+from candle_vllm.core.engine.requests import GenerationRequest
+from candle_vllm.core.engine.stats import EngineStats
 from candle_vllm.core.engine.step.stream import Receiver, RequestSink, TokenStream
 from candle_vllm.core.engine.step.watching import RequestInfo, watched_submit
 from candle_vllm.core.errors import (

@@ -19,7 +19,7 @@ import prometheus_client.parser as prometheus_parser
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
-from candle_vllm.core.engine.request import ReplicaStats
+from candle_vllm.core.engine.stats import ReplicaStats
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.server.observing.exposition import render
 from candle_vllm.server.observing.metrics import Metrics, Outcome, Rejection

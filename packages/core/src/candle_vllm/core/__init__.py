@@ -9,22 +9,20 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from candle_vllm.core.config import EngineConfig
-from candle_vllm.core.engine.request import (
-    AdapterInfo,
+from candle_vllm.core.engine.model_info import AdapterInfo, ModelInfo
+from candle_vllm.core.engine.outputs import (
     ClassificationOutput,
     CompletionOutput,
     EmbeddingOutput,
-    EngineStats,
     FinishReason,
     GenerationOutput,
-    GenerationRequest,
-    LoRARequest,
-    ModelInfo,
     PositionLogprobs,
     ScoreOutput,
     TokenLogprob,
     TokenOutput,
 )
+from candle_vllm.core.engine.requests import GenerationRequest, LoRARequest
+from candle_vllm.core.engine.stats import EngineStats
 from candle_vllm.core.errors import (
     AdapterError,
     CandleVllmError,

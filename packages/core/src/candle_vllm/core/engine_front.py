@@ -20,22 +20,18 @@ from msgspec.structs import replace
 from candle_vllm.core.arguments import explained
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.engine.adapters.adapter_store import AdapterCall
-from candle_vllm.core.engine.request import (
-    AdapterInfo,
+from candle_vllm.core.engine.model_info import AdapterInfo, ModelInfo
+from candle_vllm.core.engine.outputs import ClassificationOutput, EmbeddingOutput, GenerationOutput, ScoreOutput
+from candle_vllm.core.engine.requests import (
     AdapterUse,
-    ClassificationOutput,
-    EmbeddingOutput,
-    EngineStats,
-    GenerationOutput,
     GenerationRequest,
     LoraChoice,
     LoRARequest,
-    ModelInfo,
-    ScoreOutput,
     adapter_uses,
     each_adapter_uses,
 )
 from candle_vllm.core.engine.runners.sleeping import check_sleep, read_tags
+from candle_vllm.core.engine.stats import EngineStats
 from candle_vllm.core.engine.step.admission import check_encoder_task
 from candle_vllm.core.engine.step.pooling_calls import MAX_TEXT, Apart, Pair, PoolingCalls
 from candle_vllm.core.engine.step.stream import Bar, RequestSink, TokenIterator, TokenStream, run_all, whole

@@ -21,8 +21,10 @@ from candle_vllm.core.config import EngineConfig, EngineSettings, require_one
 from candle_vllm.core.devices import choose_device, give_back
 from candle_vllm.core.engine.adapters.adapter_store import AdapterCall
 from candle_vllm.core.engine.build import build_engine, model_info
+from candle_vllm.core.engine.model_info import AdapterInfo
+from candle_vllm.core.engine.outputs import TokenOutput
 from candle_vllm.core.engine.ranks.ranks import Ranks
-from candle_vllm.core.engine.request import AdapterInfo, LoraChoice, TokenOutput, adapter_uses
+from candle_vllm.core.engine.requests import LoraChoice, adapter_uses
 from candle_vllm.core.engine.step.engine import Engine
 from candle_vllm.core.engine.step.thread import SLEEPS, EngineThread
 from candle_vllm.core.engine_front import EngineFront

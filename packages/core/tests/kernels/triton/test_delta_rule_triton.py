@@ -15,7 +15,7 @@ from candle_vllm.core.kernels.delta_rule.layout import DeltaGates
 from candle_vllm.core.kernels.delta_rule.triton_chunks import in_chunks
 from candle_vllm.core.kernels.states import StateCache, StateRows
 from packages.core.tests.kernels.state_steps import DRAFTS, Cuts, Inputs, error, tensors, whole_rows
-from packages.core.tests.kernels.test_delta_rule import Reference, Sizes
+from packages.core.tests.kernels.test_delta_rule import Reference, Sizes, on_torch
 from tests.common_run import few
 
 # NumPy, in which Triton's interpreter computes, warns where the kernels mean to get 0 or infinity.
@@ -39,8 +39,8 @@ class Kernel:
         chunks: bool = False,
         drafts: int = DRAFTS,
     ) -> None:
-        decay, bias, _ = sizes.gates()
-        self.gates = DeltaGates(*(torch.from_numpy(x).to(device) for x in (decay, bias)), strength)
+        gates = on_torch(sizes.gates(strength))
+        self.gates = DeltaGates(*(x.to(device) if isinstance(x, torch.Tensor) else x for x in gates))
         states = torch.full((slots, 2, *sizes.state), math.nan, device=device)
         kept = torch.full((slots, drafts, sizes.inputs + 3), math.nan, device=device)
         self.cache, self.all = StateCache(states[:, 1], kept[:, :, : sizes.inputs]), (states, kept)
@@ -84,7 +84,7 @@ def nan_where_nothing_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.one_of_each
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("normed", [True, False])
-@pytest.mark.parametrize("strength", [1.0, 2.0])
+@pytest.mark.parametrize("strength", [1.0, 2.0, 0.0])
 @pytest.mark.parametrize("sizes", [ODD, EVEN, Sizes(1, 1, 1, 1), Sizes(1, 1, 100, 17)], ids=str)
 def test_a_text(device: torch.device, sizes: Sizes, strength: float, normed: bool, dtype: torch.dtype) -> None:
     ours, theirs = (
@@ -107,22 +107,25 @@ def closeness(dtype: torch.dtype) -> Callable[[np.ndarray, np.ndarray], None]:
     return close
 
 
-def wholes(sizes: Sizes, texts: list[Inputs], dtype: torch.dtype) -> list[tuple[np.ndarray, np.ndarray]]:
+def wholes(
+    sizes: Sizes, texts: list[Inputs], dtype: torch.dtype, strength: float = 1.0
+) -> list[tuple[np.ndarray, np.ndarray]]:
     """What the reference makes of each text."""
     found = []
     for text in texts:
         length = len(text[0])
-        whole = Reference(sizes, length, dtype)
+        whole = Reference(sizes, length, dtype, strength=strength)
         results = whole.run(text, whole_rows(length), np.arange(length))
         found.append((results, np.stack([whole.state(slot) for slot in range(length)])))
     return found
 
 
 @pytest.mark.parametrize("seed", few(range(4), 0))
+@pytest.mark.parametrize("strength", [1.0, 0.0])
 @pytest.mark.parametrize("dtype", few([torch.float32, torch.bfloat16], torch.bfloat16))
-def test_texts_are_cut(device: torch.device, dtype: torch.dtype, seed: int) -> None:
+def test_texts_are_cut(device: torch.device, dtype: torch.dtype, strength: float, seed: int) -> None:
     texts = [SMALL.text(length, 20 + number) for number, length in enumerate((23, 30, 9))]
-    wanted, made = wholes(SMALL, texts, dtype), Kernel(device, SMALL, 19, dtype)
+    wanted, made = wholes(SMALL, texts, dtype, strength), Kernel(device, SMALL, 19, dtype, strength=strength)
     Cuts(texts, made.run, made.state, 16, wanted, closeness(dtype), closeness(torch.float32), seed).all()
 
 

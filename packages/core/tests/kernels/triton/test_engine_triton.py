@@ -15,7 +15,8 @@ from candle_vllm.core.assembly import model as loading
 from candle_vllm.core.assembly.model import LoadedModel
 from candle_vllm.core.engine.build import preparation_for
 from candle_vllm.core.engine.cache.block_manager import BlockManager
-from candle_vllm.core.engine.request import GenerationOutput, GenerationRequest, OutputCollector
+from candle_vllm.core.engine.outputs import GenerationOutput, OutputCollector
+from candle_vllm.core.engine.requests import GenerationRequest
 from candle_vllm.core.engine.runners.device_inputs import DeviceLimits
 from candle_vllm.core.engine.runners.device_runner import DeviceRunner
 from candle_vllm.core.engine.step.engine import Engine

@@ -20,7 +20,7 @@ from msgspec import UNSET
 from msgspec.structs import replace
 
 from candle_vllm.core.arguments import explained
-from candle_vllm.core.engine.request import ModelInfo
+from candle_vllm.core.engine.model_info import ModelInfo
 from candle_vllm.core.engine.step.watching import RequestWatcher
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.sampling.params import SamplingParams

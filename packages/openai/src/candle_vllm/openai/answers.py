@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from candle_vllm.core.engine.request import GUESS_COUNTS, FinishReason, PositionLogprobs, TokenOutput
+from candle_vllm.core.engine.outputs import GUESS_COUNTS, FinishReason, PositionLogprobs, TokenOutput
 from candle_vllm.core.errors import RequestAbortedError, RequestError
 from candle_vllm.openai.errors import GenerationFailedError
 from candle_vllm.openai.events import Begun, CallBegun, CallText, Ended, Event, Head, Reason, Text, Thought, Usage

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from msgspec import UNSET, UnsetType
 
-from candle_vllm.core.engine.request import PositionLogprobs
+from candle_vllm.core.engine.outputs import PositionLogprobs
 from candle_vllm.openai.chat_answers import AnswerWriter, by_choice, join_token_ids
 from candle_vllm.openai.events import Begun, Ended, Event, Text, Usage
 from candle_vllm.openai.logprobs import (

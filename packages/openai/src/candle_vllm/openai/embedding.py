@@ -17,7 +17,8 @@ from typing import Any, Protocol
 
 from msgspec import UNSET
 
-from candle_vllm.core.engine.request import ClassificationOutput, EmbeddingOutput, ModelInfo, ScoreOutput
+from candle_vllm.core.engine.model_info import ModelInfo
+from candle_vllm.core.engine.outputs import ClassificationOutput, EmbeddingOutput, ScoreOutput
 from candle_vllm.core.engine.step.pooling_calls import Apart
 from candle_vllm.core.engine.step.watching import RequestWatcher
 from candle_vllm.core.errors import (

@@ -6,7 +6,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
-from candle_vllm.core.engine.request import EngineStats, ModelInfo, TokenOutput
+from candle_vllm.core.engine.model_info import ModelInfo
+from candle_vllm.core.engine.outputs import TokenOutput
+from candle_vllm.core.engine.stats import EngineStats
 from candle_vllm.core.engine.step.stream import PushStream
 from candle_vllm.core.engine.step.watching import RequestWatcher
 from candle_vllm.core.sampling.params import SamplingParams

@@ -16,7 +16,7 @@ from typing import NamedTuple, Self
 
 import msgspec
 
-from candle_vllm.core.engine.request import PositionLogprobs
+from candle_vllm.core.engine.outputs import PositionLogprobs
 
 
 class Reason(enum.StrEnum):

@@ -6,7 +6,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Sequence
 
-from candle_vllm.core.engine.request import PositionLogprobs, TokenLogprob
+from candle_vllm.core.engine.outputs import PositionLogprobs, TokenLogprob
 from candle_vllm.openai.protocol.chat import (
     ChatLogprobs,
     ChatTokenLogprob,

@@ -11,7 +11,8 @@ from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from candle_vllm.core.config import DEMO, DEMO_NAME
-from candle_vllm.core.engine.request import LoRARequest, ModelInfo
+from candle_vllm.core.engine.model_info import ModelInfo
+from candle_vllm.core.engine.requests import LoRARequest
 from candle_vllm.core.errors import InvalidParameterError, PromptTooLongError
 from candle_vllm.openai.errors import ModelNotServedError
 from candle_vllm.openai.fair_threads import FairThreads, this_request

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol, TypeVar
 
-from candle_vllm.core.engine.request import TokenOutput
+from candle_vllm.core.engine.outputs import TokenOutput
 from candle_vllm.core.engine.step.stream import PushStream, Receiver
 from candle_vllm.openai.answers import AnswerReader
 from candle_vllm.openai.engine import TokenStream

@@ -54,7 +54,7 @@ from candle_vllm.server.settings.derived import engine_config, image_sources, re
 from candle_vllm.server.settings.options import UsageError
 
 if TYPE_CHECKING:
-    from candle_vllm.core.engine.request import ModelInfo
+    from candle_vllm.core.engine.model_info import ModelInfo
     from candle_vllm.server.mailbox.service import Mailbox
     from candle_vllm.server.mcp.service import McpService
 

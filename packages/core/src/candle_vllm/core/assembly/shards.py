@@ -215,11 +215,11 @@ def shard_of(
         raise ConfigError(
             f"{name} has no experts, and enable_expert_parallel divides nothing: leave it out", "enable_expert_parallel"
         )
-    if getattr(config, "delta_layers", None):  # which every rank computes whole
+    if getattr(config, "delta_layers", None) or getattr(config, "mamba_layers", None):  # each rank has them whole
         if exchanges == "all_to_all":
             raise ConfigError(
-                f"all2all_backend='all_to_all' divides tokens among ranks, and each rank computes the delta nets of "
-                f"{name} for all tokens: leave it out",
+                f"all2all_backend='all_to_all' divides tokens among ranks, and each rank computes the layers of {name} "
+                "that keep a state for all tokens: leave it out",
                 "all2all_backend",
             )
         exchanges = "allgather_reducescatter"

@@ -14,6 +14,7 @@ from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.layers.moe import Mixture
 from candle_vllm.core.layers.rotary import attention_scale
 from candle_vllm.core.loading.config import ModelConfig
+from candle_vllm.core.models.mamba2 import MambaSizes
 
 _GATING = {"softmax": 1, "sigmoid": 2}
 
@@ -98,6 +99,37 @@ def _granite(config: Any) -> Keys:
         return keys
     shared = config.mixture.shared_size
     return keys | _counts(config.mixture) | ({"expert_shared_feed_forward_length": shared} if shared else {})
+
+
+def _granite_hybrid(config: Any) -> Keys:
+    """Layers with Mamba 2 have no key-value heads."""
+    heads = [0 if layer in config.mamba_layers else config.num_kv_heads for layer in range(config.num_layers)]
+    return _granite(config) | _mamba_keys(config.mamba) | {"attention.head_count_kv": heads}
+
+
+def _nemotron_h(config: Any) -> Keys:
+    """Key-value heads of the layers that have attention, and widths of the feed-forward layers; 0 for the others."""
+    heads = [config.num_kv_heads if kind == "attention" else 0 for kind in config.kinds]
+    own = {"mlp": config.intermediate_size, "moe": config.mixture.inner_size if config.mixture else 0}
+    if {"mlp", "moe"} <= set(config.kinds):
+        raise UnsupportedModelError("llama.cpp's nemotron_h_moe has experts in all feed-forward layers")
+    widths = [own.get(kind, 0) for kind in config.kinds]
+    keys = _mamba_keys(config.mamba) | {"attention.head_count_kv": heads, "feed_forward_length": widths}
+    if config.mixture is None:
+        return keys
+    shared = {"expert_shared_count": 1, "expert_shared_feed_forward_length": config.mixture.shared_size}
+    return keys | _routed(config.mixture) | shared
+
+
+def _mamba_keys(sizes: MambaSizes) -> Keys:
+    """Shapes of Mamba 2."""
+    return {
+        "ssm.conv_kernel": sizes.taps,
+        "ssm.state_size": sizes.state,
+        "ssm.group_count": sizes.groups,
+        "ssm.time_step_rank": sizes.heads,
+        "ssm.inner_size": sizes.inner,
+    }
 
 
 def _local(config: Any) -> Keys:
@@ -290,6 +322,7 @@ def _lfm2(config: Any) -> Keys:
 # ---- the rows --------------------------------------------------------------------------------------------------------
 
 _LAYER_NORM = "attention.layer_norm_epsilon"
+_PROJECTED = (".ssm_in.bias", ".ssm_out.bias")
 _CONVOLVED = (DIVISORS, *(f".shortconv.{part}.bias" for part in ("in_proj", "conv", "out_proj")))
 _LLAMA = Architecture(name="llama", more=_window, interleaved=True, unread=())
 _GLM4_MOE = Architecture(name="glm4moe", more=_glm4_moe, otherwise=_ungrouped)
@@ -349,6 +382,13 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "youtu": _DEEPSEEK,
         "granite": Architecture(name="granite", more=_granite, interleaved=True, square=True, unread=()),
         "granitemoe": Architecture(name="granitemoe", more=_granite, interleaved=True, square=True, unread=()),
+        "granitehybrid": Architecture(
+            name="granitehybrid", more=_granite_hybrid, interleaved=True, square=True, unread=(".ssm_in.bias",)
+        ),
+        **{
+            name: Architecture(name=name, more=_nemotron_h, eps=_LAYER_NORM, otherwise=_ungrouped, unread=_PROJECTED)
+            for name in ("nemotron_h", "nemotron_h_moe")
+        },
         "seed_oss": Architecture(name="seed_oss", names=lambda _: (".post_attention_norm.",)),
         "olmo2": _OLMO2,
         "olmo3": _OLMO2,

@@ -24,8 +24,8 @@ from candle_vllm.core.engine.cache.block_manager import BlockManager
 from candle_vllm.core.engine.cache.block_tiers import keep_blocks
 from candle_vllm.core.engine.cache.states import StatePool
 from candle_vllm.core.engine.cache.window_pages import WindowedBlocks
+from candle_vllm.core.engine.model_info import ModelInfo
 from candle_vllm.core.engine.ranks.ranks import RankedParts, RankedRunner, Ranks
-from candle_vllm.core.engine.request import ModelInfo
 from candle_vllm.core.engine.runners.images import ImageStore
 from candle_vllm.core.engine.runners.model_runner import MAX_SCORED_ROWS, HeadRunner, ModelRunner, StepwiseRunner
 from candle_vllm.core.engine.runners.sleeping import Sleeper

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 # What flows through the layers: a torch.Tensor, or a Recorded while a step is recorded.
 Value: TypeAlias = Any
 
-Activation: TypeAlias = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "tanh"]
+Activation: TypeAlias = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "tanh"]
 """Without a gate, see `kernels/activation`."""
 
 GateKind: TypeAlias = Literal["sigmoid", "silu"]

@@ -10,11 +10,20 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from candle_vllm.core.errors import InvalidFileError
 from candle_vllm.core.fields import MAX_COUNT
 from candle_vllm.core.kernels.collectives import Collective
-from candle_vllm.core.kernels.moe import MOST_EXPERTS, Activation, Routing, Scoring, combine, gated_rows, route
+from candle_vllm.core.kernels.moe import (
+    MOST_EXPERTS,
+    Activation,
+    Routing,
+    Scoring,
+    combine,
+    gated_rows,
+    is_gated,
+    route,
+)
 from candle_vllm.core.kernels.plain_linear import PlainKind
 from candle_vllm.core.kernels.recorded import Recorded, Value
 from candle_vllm.core.layers.linear import Linear
-from candle_vllm.core.layers.mlp import GatedMLP
+from candle_vllm.core.layers.mlp import MLP, GatedMLP
 from candle_vllm.core.layers.parameters import Placement, TensorParameter
 from candle_vllm.core.loading.weights import Parameter
 
@@ -33,7 +42,7 @@ class Mixture:
         scoring, renormalise, groups, top_groups, scale: see `kernels/moe`.
         correction: a number of each expert takes part in the choice alone (DeepSeek-V3's e_score_correction_bias).
         expert_scale: the weights of each expert are multiplied by a number of its own.
-        activation: of the experts.
+        activation: of the experts, and where they have no gate of what all tokens share.
         router_bias, expert_bias: whether there are biases.
         shared_size: F of the layer that every token goes through; 0 where there is none.
         shared_gate: its result is multiplied by a sigmoid of the token (Qwen2-MoE).
@@ -104,13 +113,17 @@ class Router:
 
 
 class ExpertMLPs:
-    """The experts' gated feed-forward layers. Parts: gate.{e}.weight [F, E], up.{e}.weight, down.{e}.weight [E, F]."""
+    """The experts' feed-forward layers.
+
+    Parts: gate.{e}.weight [F, E], where they have a gate, up.{e}.weight [F, E] and down.{e}.weight [E, F].
+    """
 
     def __init__(self, hidden_size: int, mixture: Mixture, placement: Placement) -> None:
         inner, here = mixture.inner_size, {"experts": mixture.here, "first": mixture.first}
         options: dict[str, Any] = {"bias": mixture.expert_bias, **here}
         self._activation: Activation = mixture.activation
-        self.gate_up = Linear(hidden_size, {"gate": inner, "up": inner}, placement, **options)
+        parts = ("gate", "up") if is_gated(mixture.activation) else ("up",)
+        self.gate_up = Linear(hidden_size, dict.fromkeys(parts, inner), placement, **options)
         self.down = Linear(inner, {"down": hidden_size}, placement, **options)
 
     def __call__(self, x: Value, pairs: Any) -> Any:
@@ -142,7 +155,11 @@ class SparseMLP:
         self._hidden_size, self._mixture = hidden_size, mixture
         self.router = Router(hidden_size, mixture, placement)
         self.experts = ExpertMLPs(hidden_size, mixture, placement)
-        self.shared = GatedMLP(hidden_size, mixture.shared_size, placement) if mixture.shared_size else None
+        self.shared: GatedMLP | MLP | None = None
+        if mixture.shared_size and is_gated(mixture.activation):
+            self.shared = GatedMLP(hidden_size, mixture.shared_size, placement)
+        elif mixture.shared_size:
+            self.shared = MLP(hidden_size, mixture.shared_size, placement, bias=False, activation="relu2")
         self.shared_gate = Linear(hidden_size, 1, placement) if mixture.shared_gate else None
         self.collective: Collective | None = None
         self.shares: TokenShares | None = None

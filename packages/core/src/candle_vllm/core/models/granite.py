@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """IBM Granite 3 and 4, dense and with experts: the Llama wiring (`llama.py`) with four factors.
 
-They scale the embeddings, attention scores, what each sublayer adds to the residual stream, and the logits. Granite 4
-without Mamba layers has the names of its hybrid class, whose feed-forward layer is the one that experts would share.
+They scale the embeddings, attention scores, what each sublayer adds to the residual stream, and the logits. Granite 4,
+with Mamba layers and without, stands in `granite_hybrid.py`; its feed-forward layer is what experts would share.
 Source: IBM, 2024, "Granite 3.0 Language Models".
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
+from candle_vllm.core.errors import InvalidFileError
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.layers.moe import Mixture
 from candle_vllm.core.loading.config import shared_from_gguf, shared_from_hf
@@ -28,15 +28,10 @@ from candle_vllm.core.models.llama import Llama, LlamaConfig
 
 
 def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
-    """Reads `config.json` of granite, granitemoe, granitemoeshared and granitemoehybrid without Mamba layers."""
+    """Reads `config.json` of granite, granitemoe, granitemoeshared, and of granitemoehybrid for `granite_hybrid.py`."""
     fields.choice("hidden_act", "silu", "silu", "swish")
     shared = shared_from_hf(fields, model_type)
     layers, hybrid = shared["num_layers"], "layer_types" in fields
-    kinds = fields.get("layer_types", list, ["attention"] * layers)
-    if len(kinds) != layers or any(kind not in ("attention", "full_attention") for kind in kinds):
-        raise UnsupportedModelError(
-            f"{fields.path}: layer_types has layers other than attention; Granite with Mamba layers is not implemented"
-        )
     experts = fields.get("num_local_experts", int, 0) if model_type != "granite" else 0
     inner, shared_inner = shared["intermediate_size"], fields.get("shared_intermediate_size", int, 0)
     rotates = not hybrid or fields.get("position_embedding_type", str, "") == "rope"
@@ -128,7 +123,6 @@ FAMILY = Family(
         "GraniteForCausalLM": "granite",
         "GraniteMoeForCausalLM": "granitemoe",
         "GraniteMoeSharedForCausalLM": "granitemoe",
-        "GraniteMoeHybridForCausalLM": "granitemoe",
     },
     gguf=("granite", "granitemoe"),
     config_from_hf=config_from_hf,

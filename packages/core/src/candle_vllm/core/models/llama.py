@@ -10,6 +10,8 @@ Shapes: T tokens, H heads, K key-value heads, D head size, E hidden, V vocabular
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, TypeAlias
 
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.fields import Fields
@@ -26,7 +28,7 @@ from candle_vllm.core.layers.rotary import Rotary
 from candle_vllm.core.loading.config import ModelConfig, layer_windows, shared_from_gguf, shared_from_hf
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.views import half_split
-from candle_vllm.core.loading.weights import WeightName
+from candle_vllm.core.loading.weights import Parameter, WeightName
 from candle_vllm.core.models.attention_names import gguf_has_bias, projections
 from candle_vllm.core.models.family import Family
 from candle_vllm.core.models.stack import DecoderStack
@@ -174,6 +176,13 @@ class Attention:
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)  # [T, H, D], [T, K, D] twice
         return self.output(self.attend(q, k, v, step).flatten(1))
 
+    def parameters(self) -> Mapping[str, Parameter]:
+        """None beside those of its parts."""
+        return {}
+
+
+Mixer: TypeAlias = Callable[[Value, StepInput], Value]
+"""x [T, E] -> [T, E], of all tokens of a sequence: attention, or what stands in its place."""
 
 # ---- block -----------------------------------------------------------------------------------------------------------
 
@@ -183,12 +192,16 @@ class Block:
 
     def __init__(self, config: LlamaConfig, layer: int, rotary: Rotary, placement: Placement) -> None:
         self.attention_norm = RMSNorm(config.hidden_size, config.stream_eps, placement)
-        self.attention = Attention(config, layer, rotary, placement)
+        self.attention = self.mixer(config, layer, rotary, placement)
         self.mlp_norm = RMSNorm(config.hidden_size, config.stream_eps, placement)
         if config.mixture is not None and layer in config.sparse_layers:
             self.mlp = SparseMLP(config.hidden_size, config.mixture, placement)
         else:
             self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, placement, bias=config.mlp_bias)
+
+    def mixer(self, config: Any, layer: int, rotary: Rotary, placement: Placement) -> Mixer:
+        """What mixes tokens in this layer; hybrid families override it."""
+        return Attention(config, layer, rotary, placement)
 
     def __call__(self, x: Value, residual: Value | None, step: StepInput) -> tuple[Value, Value]:
         normed, residual = self.attention_norm.add(x, residual)
@@ -200,7 +213,9 @@ class Block:
 
 
 class Llama(DecoderStack):
-    """The decoder: token ids [T] -> hidden states [T, E] -> logits [T, V]."""
+    """The decoder: token ids [T] -> hidden states [T, E] -> logits [T, V]. `block` is the class of its layers."""
+
+    block: ClassVar[type[Block]] = Block
 
     def __init__(self, config: LlamaConfig, placement: Placement, checkpoint: Checkpoint) -> None:
         self.config = config
@@ -209,10 +224,11 @@ class Llama(DecoderStack):
         self.embed = Embedding(*size, placement, scale=scale, logit_scale=config.logit_scale)
         factors = "rope_freqs.weight" in checkpoint.tensors
         self.rotary = Rotary(config.rope, config.max_position, placement, factors=factors)
-        self.layers = [Block(config, layer, self.rotary, placement) for layer in range(config.num_layers)]
+        self.layers = [self.block(config, layer, self.rotary, placement) for layer in range(config.num_layers)]
         self.norm = RMSNorm(config.hidden_size, config.stream_eps, placement)
         self.head = None if config.tie_embeddings else Embedding(*size, placement, logit_scale=config.logit_scale)
-        self.narrows = isinstance(self.layers[-1].mlp, GatedMLP)
+        last = self.layers[-1]
+        self.narrows = isinstance(last.mlp, GatedMLP) and isinstance(last.attention, Attention)
 
 
 # ---- weight names ----------------------------------------------------------------------------------------------------

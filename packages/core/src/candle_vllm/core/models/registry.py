@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
@@ -38,6 +39,8 @@ FAMILIES = (
     "smollm3",
     "lfm2",
     "granite",
+    "granite_hybrid",
+    "nemotron_h",
     "olmo2",
     "olmoe",
     "minimax_m2",
@@ -83,6 +86,15 @@ class ByName(Mapping[str, Row]):
 def _families() -> Iterator[Family | EncoderFamily]:
     for name in FAMILIES:
         yield import_module(f"{__package__}.{name}").FAMILY
+    yield from _installed()
+
+
+@functools.cache
+def _installed() -> tuple[Family | EncoderFamily, ...]:
+    """The families of other installed packages, by their entry points in the group `candle_vllm.models`."""
+    from importlib.metadata import entry_points
+
+    return tuple(point.load() for point in entry_points(group="candle_vllm.models"))
 
 
 TOWER_FAMILIES = ("siglip", "pixtral", "gemma_tower", "qwen_vl")

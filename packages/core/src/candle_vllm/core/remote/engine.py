@@ -14,7 +14,7 @@ from tokenizers import Tokenizer as Backend
 
 from candle_vllm.core.config import EngineConfig, EngineSettings, require_one
 from candle_vllm.core.engine.adapters.adapter_store import AdapterCall
-from candle_vllm.core.engine.request import AdapterInfo
+from candle_vllm.core.engine.model_info import AdapterInfo
 from candle_vllm.core.engine_front import EngineFront
 from candle_vllm.core.errors import ConfigError, EngineDeadError
 from candle_vllm.core.remote.link import RemoteLink, RemoteThread

@@ -19,7 +19,10 @@ import msgspec
 import zmq
 
 from candle_vllm.core.engine.adapters.adapter_store import AdapterCall
-from candle_vllm.core.engine.request import AdapterInfo, EngineStats, FinishReason, GenerationRequest, TokenOutput
+from candle_vllm.core.engine.model_info import AdapterInfo
+from candle_vllm.core.engine.outputs import FinishReason, TokenOutput
+from candle_vllm.core.engine.requests import GenerationRequest
+from candle_vllm.core.engine.stats import EngineStats
 from candle_vllm.core.engine.step.thread import EngineThread, Prepared, Sink
 from candle_vllm.core.errors import CandleVllmError, EngineDeadError, EngineOverloadedError
 from candle_vllm.core.remote.line import Bell

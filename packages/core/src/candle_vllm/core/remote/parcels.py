@@ -14,7 +14,8 @@ import random
 
 import msgspec
 
-from candle_vllm.core.engine.request import GenerationRequest, ModelInfo, PoolingRequest
+from candle_vllm.core.engine.model_info import ModelInfo
+from candle_vllm.core.engine.requests import GenerationRequest, PoolingRequest
 from candle_vllm.core.engine.step.admission import check_encoder_task, check_pooling_request, check_request
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.pooling import ModelPooling

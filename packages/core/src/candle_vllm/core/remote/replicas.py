@@ -11,7 +11,7 @@ from typing import Unpack, cast
 
 from candle_vllm.core.config import EngineConfig, EngineSettings
 from candle_vllm.core.engine.adapters.adapter_store import AdapterCall
-from candle_vllm.core.engine.request import AdapterInfo
+from candle_vllm.core.engine.model_info import AdapterInfo
 from candle_vllm.core.engine_front import EngineFront, Texts
 from candle_vllm.core.errors import ConfigError, EngineDeadError
 from candle_vllm.core.remote.fleet import Fleet

@@ -18,7 +18,10 @@ import zmq
 
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.engine.adapters.adapter_store import AdapterCall
-from candle_vllm.core.engine.request import AdapterInfo, EngineStats, GenerationRequest, TokenOutput
+from candle_vllm.core.engine.model_info import AdapterInfo
+from candle_vllm.core.engine.outputs import TokenOutput
+from candle_vllm.core.engine.requests import GenerationRequest
+from candle_vllm.core.engine.stats import EngineStats
 from candle_vllm.core.engine.step.engine import Engine
 from candle_vllm.core.engine.step.thread import Delivery, EngineThread, StepEngine
 from candle_vllm.core.errors import CandleVllmError, EngineDeadError, RequestError

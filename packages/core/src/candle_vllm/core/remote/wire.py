@@ -15,14 +15,10 @@ import msgspec
 
 from candle_vllm.core import errors
 from candle_vllm.core.engine.adapters.adapter_store import AdapterCall
-from candle_vllm.core.engine.request import (
-    AdapterInfo,
-    EngineStats,
-    GenerationRequest,
-    ModelInfo,
-    PoolingRequest,
-    TokenOutput,
-)
+from candle_vllm.core.engine.model_info import AdapterInfo, ModelInfo
+from candle_vllm.core.engine.outputs import TokenOutput
+from candle_vllm.core.engine.requests import GenerationRequest, PoolingRequest
+from candle_vllm.core.engine.stats import EngineStats
 from candle_vllm.core.errors import CandleVllmError, ConfigError, RequestError
 from candle_vllm.core.pooling import ModelPooling
 from candle_vllm.core.sampling.structured import StructuredOutputsParams

@@ -16,16 +16,11 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
-from candle_vllm.core.engine.request import (
-    AdapterInfo,
-    EngineStats,
-    GenerationOutput,
-    GenerationRequest,
-    LoRARequest,
-    ModelInfo,
-    TokenOutput,
-)
+from candle_vllm.core.engine.model_info import AdapterInfo, ModelInfo
+from candle_vllm.core.engine.outputs import GenerationOutput, TokenOutput
+from candle_vllm.core.engine.requests import GenerationRequest, LoRARequest
 from candle_vllm.core.engine.runners.sleeping import TAGS, check_sleep, read_tags
+from candle_vllm.core.engine.stats import EngineStats
 from candle_vllm.core.engine.step.admission import check_encoder_task
 from candle_vllm.core.engine.step.stream import Receiver, RequestSink, TokenStream, whole
 from candle_vllm.core.engine.step.thread import SLEEPS

@@ -11,14 +11,8 @@ from typing import Literal
 
 from msgspec.structs import replace
 
-from candle_vllm.core.engine.request import (
-    FinishReason,
-    GenerationRequest,
-    PositionLogprobs,
-    RequestMetrics,
-    TokenLogprob,
-    TokenOutput,
-)
+from candle_vllm.core.engine.outputs import FinishReason, PositionLogprobs, RequestMetrics, TokenLogprob, TokenOutput
+from candle_vllm.core.engine.requests import GenerationRequest
 
 TokenBytes = Callable[[int], bytes]
 

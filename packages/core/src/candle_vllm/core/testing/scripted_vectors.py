@@ -9,14 +9,9 @@ from array import array
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from candle_vllm.core.engine.request import (
-    ClassificationOutput,
-    EmbeddingOutput,
-    LoRARequest,
-    ModelInfo,
-    PoolingRequest,
-    ScoreOutput,
-)
+from candle_vllm.core.engine.model_info import ModelInfo
+from candle_vllm.core.engine.outputs import ClassificationOutput, EmbeddingOutput, ScoreOutput
+from candle_vllm.core.engine.requests import LoRARequest, PoolingRequest
 from candle_vllm.core.engine.step.admission import check_pooling_request
 from candle_vllm.core.engine.step.pooling_calls import Apart
 from candle_vllm.core.engine.step.watching import RequestInfo, RequestWatcher, watched_pooling

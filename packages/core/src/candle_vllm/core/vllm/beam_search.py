@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from candle_vllm.core.arguments import ExplainedStruct
-from candle_vllm.core.engine.request import LoraChoice, adapter_uses, each_lora_choice
+from candle_vllm.core.engine.requests import LoraChoice, adapter_uses, each_lora_choice
 from candle_vllm.core.engine.step.stream import Bar, shown_bar
 from candle_vllm.core.engine_front import EngineFront
 from candle_vllm.core.errors import InvalidParameterError

@@ -17,7 +17,8 @@ from msgspec.structs import replace
 
 from candle_vllm.core.arguments import explained, foreign_names
 from candle_vllm.core.config import EngineConfig
-from candle_vllm.core.engine.request import GenerationOutput, LoraChoice, LoRARequest
+from candle_vllm.core.engine.outputs import GenerationOutput
+from candle_vllm.core.engine.requests import LoraChoice, LoRARequest
 from candle_vllm.core.engine.step.stream import Bar
 from candle_vllm.core.engine_front import EngineFront
 from candle_vllm.core.errors import InvalidParameterError

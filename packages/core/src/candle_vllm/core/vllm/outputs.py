@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """What vLLM's library gives back, by its names: requests with their texts, vectors, classes or scores.
 
-The engine's own outputs (`core/engine/request.py`) are frozen and hold tuples; these hold what programs written for
+The engine's own outputs (`core/engine/outputs.py`) are frozen and hold tuples; these hold what programs written for
 vLLM expect: lists, dicts of log-probabilities by token id, and an output that may not have finished yet.
 """
 
@@ -14,8 +14,8 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from candle_vllm.core.engine.request import CompletionOutput as Sequence
-from candle_vllm.core.engine.request import GenerationOutput, PositionLogprobs, RequestMetrics
+from candle_vllm.core.engine.outputs import CompletionOutput as Sequence
+from candle_vllm.core.engine.outputs import GenerationOutput, PositionLogprobs, RequestMetrics
 
 Output = TypeVar("Output")
 

@@ -7,6 +7,7 @@ The samples that tests check are in `tests/formats/samples.py`; `docs/tool-calli
 from __future__ import annotations
 
 import dataclasses
+from importlib.metadata import entry_points
 from typing import TypeVar
 
 from candle_vllm.openai.formats.blocks import Blocks
@@ -455,6 +456,7 @@ TOOL_FORMATS: tuple[ToolFormat, ...] = (
         ends_thoughts=True,
         model_types=("plamo3",),
     ),
+    *(point.load() for point in entry_points(group="candle_vllm.tool_formats")),  # of other installed packages
 )
 
 

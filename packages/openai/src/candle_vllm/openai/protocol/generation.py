@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
-from candle_vllm.core.engine.request import MAX_ADAPTER_SCALE
+from candle_vllm.core.engine.requests import MAX_ADAPTER_SCALE
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.sampling import params as caps
 from candle_vllm.core.sampling.structured import StructuredOutputsParams

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from candle_vllm.core.engine.request import PositionLogprobs, TokenLogprob
+from candle_vllm.core.engine.outputs import PositionLogprobs, TokenLogprob
 from candle_vllm.core.errors import CandleVllmError
 from candle_vllm.core.sampling.params import MAX_SEQUENCES
 from candle_vllm.openai.events import Begun, CallBegun, CallText, Ended, Event, Head, Reason, Text, Thought, Usage

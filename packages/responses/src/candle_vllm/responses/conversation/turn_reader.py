@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from candle_vllm.core.engine.request import GUESS_COUNTS, PositionLogprobs
+from candle_vllm.core.engine.outputs import GUESS_COUNTS, PositionLogprobs
 from candle_vllm.core.errors import CandleVllmError
 from candle_vllm.openai import events as answer
 from candle_vllm.openai.logprobs import chat_logprobs

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
-from candle_vllm.core.engine.request import LoRARequest
+from candle_vllm.core.engine.requests import LoRARequest
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.setting_kinds import nearest
 from candle_vllm.core.shown import without_secrets

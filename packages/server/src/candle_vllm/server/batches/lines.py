@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 from starlette.types import ASGIApp
 
-from candle_vllm.core.engine.request import MAX_PRIORITY
+from candle_vllm.core.engine.requests import MAX_PRIORITY
 from candle_vllm.openai.errors import InvalidBodyError
 from candle_vllm.openai.fair_threads import apart
 from candle_vllm.openai.json_body import decode_json, to_json_bytes

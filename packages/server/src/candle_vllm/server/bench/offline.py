@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from candle_vllm.core import CandleVllmError, EngineConfig, InferenceEngine, SamplingParams
-from candle_vllm.core.engine.request import GenerationOutput
+from candle_vllm.core.engine.outputs import GenerationOutput
 from candle_vllm.server.bench.datasets import Shape, make_samples
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.derived import load_engine

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from candle_vllm.core import InferenceEngine
-from candle_vllm.core.engine.request import LoRARequest
+from candle_vllm.core.engine.requests import LoRARequest
 from candle_vllm.core.errors import CandleVllmError, PromptTooLongError
 from candle_vllm.core.setting_kinds import nearest
 from candle_vllm.core.vision.pictures import LIMITS, decode_picture

@@ -17,7 +17,7 @@ from candle_vllm.server.settings.options import UsageError
 
 if TYPE_CHECKING:
     from candle_vllm.core import InferenceEngine
-    from candle_vllm.core.engine.request import LoRARequest
+    from candle_vllm.core.engine.requests import LoRARequest
 
 MAX_TEXT = 64 << 20  # bytes read from standard input
 

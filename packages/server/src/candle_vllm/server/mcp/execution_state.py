@@ -8,7 +8,7 @@ from typing import Any
 
 from msgspec import UNSET, UnsetType
 
-from candle_vllm.core.engine.request import GUESS_COUNTS
+from candle_vllm.core.engine.outputs import GUESS_COUNTS
 from candle_vllm.openai.chat_answers import Told, wire_usage
 from candle_vllm.openai.events import Reason
 from candle_vllm.openai.events import Usage as Counts

@@ -13,7 +13,9 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from candle_vllm.core.engine.request import AdapterInfo, EngineStats, LoRARequest
+from candle_vllm.core.engine.model_info import AdapterInfo
+from candle_vllm.core.engine.requests import LoRARequest
+from candle_vllm.core.engine.stats import EngineStats
 from candle_vllm.core.engine.step.watching import RequestInfo
 from candle_vllm.core.errors import CandleVllmError
 from candle_vllm.openai import EngineLike

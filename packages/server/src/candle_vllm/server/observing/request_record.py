@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from candle_vllm.core.engine.request import FinishReason, RequestMetrics, TokenOutput
+from candle_vllm.core.engine.outputs import FinishReason, RequestMetrics, TokenOutput
 from candle_vllm.core.engine.step.watching import Pooled, RequestInfo
 from candle_vllm.core.errors import (
     EngineDeadError,

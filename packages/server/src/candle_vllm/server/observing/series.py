@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from candle_vllm.core.engine.request import STATS, EngineStats, FinishReason, ReplicaStats
+from candle_vllm.core.engine.outputs import FinishReason
+from candle_vllm.core.engine.stats import STATS, EngineStats, ReplicaStats
 from candle_vllm.server.observing.request_record import FinishedRequest
 from candle_vllm.server.observing.tally import Histogram, UsageCounts
 

@@ -17,7 +17,8 @@ from fastapi import APIRouter, Request
 from pydantic import Field, TypeAdapter, ValidationError
 from starlette.responses import PlainTextResponse, Response
 
-from candle_vllm.core.engine.request import MAX_ADAPTER_NAME, MAX_ADAPTER_PATH, AdapterInfo, LoRARequest
+from candle_vllm.core.engine.model_info import AdapterInfo
+from candle_vllm.core.engine.requests import MAX_ADAPTER_NAME, MAX_ADAPTER_PATH, LoRARequest
 from candle_vllm.core.errors import AdapterError, ModelNotFoundError, RequestError
 from candle_vllm.openai.protocol.fields import Name, WireModel
 from candle_vllm.openai.protocol.generation import LoraScale, LoraScales, lora_scales

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from candle_vllm.core.engine.request import MAX_ADAPTER_NAME, MAX_ADAPTER_SCALE
+from candle_vllm.core.engine.requests import MAX_ADAPTER_NAME, MAX_ADAPTER_SCALE
 from candle_vllm.core.setting_kinds import nearest
 from candle_vllm.server.settings.options import UsageError
 

@@ -242,7 +242,7 @@ ROWS: tuple[Row, ...] = (
     _idle("--kvcache-compression-bits --kvcache-compression-policy --kvcache-compression-threshold-tokens "
           "--kvcache-compression-free-block-pct",
           "the cache is not compressed; --kv-cache-dtype q8_0 halves it, on a GPU fp8", values=True),
-    _idle("--mamba-fraction", "no model here has a Mamba state", values=True),
+    _idle("--mamba-fraction", "states have a pool of their own: set --state-cache-gb", values=True),
     Row("-fa --flash-attn --use-flash-attn", "attention never keeps its whole table of scores; --attention-backend "
         "chooses among those of a GPU", {"": "", "on": "", "auto": "", "1": "", "true": ""}),
     _idle("--mlock --no-mmap --mmap --direct-io -dio --no-direct-io --repack -nr --no-repack", _MAPPED),

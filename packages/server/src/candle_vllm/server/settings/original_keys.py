@@ -222,7 +222,7 @@ ORIGINAL: Mapping[str, str] = {
     "CHAT_LOGGER": "log_requests and log_prompts write the log of requests",
     "STRICT_TOOL_CALL": "calls are held to their schema while they are written",
     "SSE_BUFFER_SIZE": "what a slow client has not read is bounded by time",
-    "MAMBA_SNAPSHOT_STRIDE_BLOCKS": "no model here has a Mamba state",
+    "MAMBA_SNAPSHOT_STRIDE_BLOCKS": "states have a pool of their own: set --state-cache-gb",
 }
 """candle-vllm's variables, behind the prefix, that change nothing here, and why."""
 

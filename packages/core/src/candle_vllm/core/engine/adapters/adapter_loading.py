@@ -20,7 +20,7 @@ from candle_vllm.core.assembly.opening import model_files
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.engine.adapters.adapter_store import LoadedAdapter
 from candle_vllm.core.engine.ranks.ranks import RankedRunner
-from candle_vllm.core.engine.request import MAX_ADAPTERS
+from candle_vllm.core.engine.requests import MAX_ADAPTERS
 from candle_vllm.core.engine.runners.model_runner import ModelRunner
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.layers.adapters import number_places

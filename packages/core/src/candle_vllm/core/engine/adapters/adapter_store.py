@@ -24,7 +24,8 @@ from typing import Literal, Protocol
 
 import msgspec
 
-from candle_vllm.core.engine.request import AdapterInfo, AdapterUse
+from candle_vllm.core.engine.model_info import AdapterInfo
+from candle_vllm.core.engine.requests import AdapterUse
 from candle_vllm.core.errors import (
     AdapterError,
     CandleVllmError,

@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from candle_vllm.core.engine.request import PoolingRequest
+from candle_vllm.core.engine.requests import PoolingRequest
 from candle_vllm.core.engine.step.batch import AdapterRows, Batch, Ints, StepMemory
 from candle_vllm.core.engine.step.sequence import Run, Tokens
 from candle_vllm.core.kernels import sampling as kernels

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from candle_vllm.core.engine.request import GenerationRequest, PoolingRequest
+from candle_vllm.core.engine.requests import GenerationRequest, PoolingRequest
 from candle_vllm.core.errors import InvalidParameterError, PromptTooLongError
 from candle_vllm.core.loading.config import EncoderConfig
 

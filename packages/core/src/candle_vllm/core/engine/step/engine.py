@@ -18,10 +18,12 @@ import msgspec
 
 from candle_vllm.core.engine.adapters.adapter_store import AdapterCall, AdapterStore
 from candle_vllm.core.engine.cache.block_tiers import KeptBlocks, KeptPrefixes
-from candle_vllm.core.engine.request import AdapterInfo, EngineStats, FinishReason, TokenOutput, joined
+from candle_vllm.core.engine.model_info import AdapterInfo
+from candle_vllm.core.engine.outputs import FinishReason, TokenOutput, joined
 from candle_vllm.core.engine.runners.images import ImageStore
 from candle_vllm.core.engine.runners.model_runner import Launched, ModelRunner
 from candle_vllm.core.engine.runners.sleeping import Sleeper
+from candle_vllm.core.engine.stats import EngineStats
 from candle_vllm.core.engine.step.batch import Batch, BatchBuilder
 from candle_vllm.core.engine.step.live import Live, LiveSequence
 from candle_vllm.core.engine.step.pooled import PooledText

@@ -11,14 +11,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from candle_vllm.core.engine.request import (
-    FinishReason,
-    GenerationRequest,
-    PositionLogprobs,
-    RequestMetrics,
-    TokenLogprob,
-    TokenOutput,
-)
+from candle_vllm.core.engine.outputs import FinishReason, PositionLogprobs, RequestMetrics, TokenLogprob, TokenOutput
+from candle_vllm.core.engine.requests import GenerationRequest
 from candle_vllm.core.engine.runners.model_runner import MAX_SCORED_ROWS, ModelRunner
 from candle_vllm.core.engine.step.prediction import Prediction
 from candle_vllm.core.engine.step.sequence import Run, Sequence

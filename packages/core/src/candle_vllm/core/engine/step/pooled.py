@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from candle_vllm.core.engine.request import FinishReason, TokenOutput
+from candle_vllm.core.engine.outputs import FinishReason, TokenOutput
 from candle_vllm.core.engine.runners.model_runner import MAX_HIDDEN_ROWS, ModelRunner
 from candle_vllm.core.engine.step.live import Live
 from candle_vllm.core.engine.step.sequence import Run, Sequence

@@ -15,16 +15,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from candle_vllm.core.engine.request import (
-    ClassificationOutput,
-    EmbeddingOutput,
-    LoraChoice,
-    ModelInfo,
-    PoolingRequest,
-    ScoreOutput,
-    TokenOutput,
-    each_adapter_uses,
-)
+from candle_vllm.core.engine.model_info import ModelInfo
+from candle_vllm.core.engine.outputs import ClassificationOutput, EmbeddingOutput, ScoreOutput, TokenOutput
+from candle_vllm.core.engine.requests import LoraChoice, PoolingRequest, each_adapter_uses
 from candle_vllm.core.engine.step.stream import Bar, Entry, Window
 from candle_vllm.core.engine.step.thread import PreparingEngine, RequestRunner
 from candle_vllm.core.errors import InvalidParameterError, PromptTooLongError, RequestError

@@ -13,7 +13,7 @@ from collections.abc import Sequence as Seq
 import msgspec
 
 from candle_vllm.core.engine.adapters.adapter_store import AdapterStore, Entries
-from candle_vllm.core.engine.request import GenerationRequest, PoolingRequest
+from candle_vllm.core.engine.requests import GenerationRequest, PoolingRequest
 from candle_vllm.core.engine.step.admission import (
     check_encoder_task,
     check_pooling_request,

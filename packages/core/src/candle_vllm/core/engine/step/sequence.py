@@ -13,7 +13,7 @@ import msgspec
 
 from candle_vllm.core.engine.adapters.adapter_store import Adapter, Entries
 from candle_vllm.core.engine.cache.block_manager import block_hashes
-from candle_vllm.core.engine.request import GenerationRequest, PoolingRequest
+from candle_vllm.core.engine.requests import GenerationRequest, PoolingRequest
 from candle_vllm.core.vision.inputs import ImageInput
 
 NO_LIMIT = 1 << 62

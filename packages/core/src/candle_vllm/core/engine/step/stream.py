@@ -18,14 +18,8 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Generic, NoReturn, Protocol, Self, TypeVar
 
-from candle_vllm.core.engine.request import (
-    FinishReason,
-    GenerationOutput,
-    GenerationRequest,
-    OutputCollector,
-    PoolingRequest,
-    TokenOutput,
-)
+from candle_vllm.core.engine.outputs import FinishReason, GenerationOutput, OutputCollector, TokenOutput
+from candle_vllm.core.engine.requests import GenerationRequest, PoolingRequest
 from candle_vllm.core.engine.step.thread import Delivery, RequestRunner, Sink
 from candle_vllm.core.engine.step.watching import RequestWatch
 from candle_vllm.core.errors import (

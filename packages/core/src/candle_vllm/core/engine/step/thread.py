@@ -14,8 +14,10 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import CancelledError, Future
 from typing import Any, Protocol
 
-from candle_vllm.core.engine.request import EngineStats, GenerationRequest, TokenOutput
+from candle_vllm.core.engine.outputs import TokenOutput
+from candle_vllm.core.engine.requests import GenerationRequest
 from candle_vllm.core.engine.runners.sleeping import TAGS
+from candle_vllm.core.engine.stats import EngineStats
 from candle_vllm.core.errors import (
     CandleVllmError,
     EngineDeadError,

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias
 
-from candle_vllm.core.engine.request import ClassificationOutput, EmbeddingOutput, ScoreOutput, TokenOutput
+from candle_vllm.core.engine.outputs import ClassificationOutput, EmbeddingOutput, ScoreOutput, TokenOutput
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.text.prompts import Prompt, as_prompts
 

@@ -18,5 +18,6 @@ def activation(x: torch.Tensor, kind: str) -> torch.Tensor:
         return (wide * (1.702 * wide).sigmoid()).to(x.dtype)
     if kind == "tanh":
         return wide.tanh().to(x.dtype)
-    assert kind == "relu", kind
-    return functional.relu(wide).to(x.dtype)
+    assert kind in ("relu", "relu2"), kind
+    wide = functional.relu(wide)
+    return (wide * wide if kind == "relu2" else wide).to(x.dtype)

@@ -8,7 +8,7 @@ Contract: x float32 [T, C]; first a prologue makes y [T, K]:
     SILU         y = silu(x[:, :K]) * x[:, K:], K = C / 2 (see `kernels/silu_mul`)
     GELU_GATE    y = gelu(x[:, :K]) * x[:, K:] in the tanh form, K = C / 2 (the same)
     SWIGLU_OAI   y = gpt-oss's act(x[:, :K], x[:, K:]), K = C / 2 (see `kernels/moe`)
-    GELU_TANH, GELU, RELU, TANH, QUICK_GELU   y = act(x), K = C (see `kernels/activation`)
+    GELU_TANH, GELU, RELU, RELU2, TANH, QUICK_GELU   y = act(x), K = C (see `kernels/activation`)
 then every group of 32 neighbours of a row becomes 32 signed bytes q with one scale s = max|y| / 127 (q is 0 where s is)
 and q = round(y / s) to nearest even. Results: q int8 [T, K], s float32 [T, K/32], and s * sum(q) float32 [T, K/32],
 which weights with an offset need. All in fp32. This is the step that GGML calls Q8_1.
@@ -50,6 +50,7 @@ class Prologue(enum.IntEnum):
     SWIGLU_OAI = 8
     TANH = 9
     QUICK_GELU = 10
+    RELU2 = 11
 
     @property
     def gated(self) -> bool:

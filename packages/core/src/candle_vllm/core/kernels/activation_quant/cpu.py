@@ -24,6 +24,7 @@ from candle_vllm.core.kernels.cpu_runtime.emit_functions import (
     emit_gelu_tanh,
     emit_quick_gelu,
     emit_relu,
+    emit_relu2,
     emit_silu,
     emit_swiglu_oai,
     emit_tanh,
@@ -137,6 +138,7 @@ _ACTIVATIONS = MappingProxyType(
         Prologue.RELU: emit_relu,
         Prologue.TANH: emit_tanh,
         Prologue.QUICK_GELU: emit_quick_gelu,
+        Prologue.RELU2: emit_relu2,
     }
 )
 

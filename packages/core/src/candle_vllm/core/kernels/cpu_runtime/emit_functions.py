@@ -104,6 +104,12 @@ def emit_relu(e: Emitter, x: Any) -> Any:
     return e.b.select(e.b.fcmp_ordered("<", x, e.zeros(F32)), e.zeros(F32), x)
 
 
+def emit_relu2(e: Emitter, x: Any) -> Any:
+    """The square of max(x, 0)."""
+    positive = emit_relu(e, x)
+    return e.b.fmul(positive, positive)
+
+
 def emit_swiglu_oai(e: Emitter, gate: Any, up: Any) -> Any:
     """gpt-oss's gate: (up + 1) * gate * sigmoid(1.702 gate), gate at most 7 and up within [-7, 7]."""
     b, high, low = e.b, e.constant(F32, 7.0), e.constant(F32, -7.0)

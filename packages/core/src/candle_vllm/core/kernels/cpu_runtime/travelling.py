@@ -50,7 +50,6 @@ def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
         "cpu_runtime.walk:take_part",
         "delta_rule.cpu:keep",
         "delta_rule.cpu:prepare",
-        "delta_rule.cpu:scan",
         "embedding.cpu:add",
         "lora.cpu_shrink:begin",
         "lora.cpu_tables:replace",
@@ -83,6 +82,7 @@ def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
     for convolution in CONVOLUTIONS:
         yield "short_conv.cpu:make_short_conv", convolution
     for flag in (0, 1):
+        yield "delta_rule.cpu:make_scan", (flag,)
         yield "rms_norm.cpu:make_head_norm", (flag,)
         yield "rms_norm.cpu:make_norm_onto", (flag,)
         yield "scale_cap.cpu:make_scale_cap", (flag,)

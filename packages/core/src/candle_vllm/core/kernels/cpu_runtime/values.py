@@ -34,6 +34,7 @@ from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_o
 from candle_vllm.core.kernels.cpu_runtime.recorder import Adapted, Buffer, Recorder, aligned, row_stride
 from candle_vllm.core.kernels.embedding import AddArguments, add_operation
 from candle_vllm.core.kernels.lora.cpu_record import INPUT_FORM, Joining, record_experts
+from candle_vllm.core.kernels.moe.arguments import is_gated
 from candle_vllm.core.kernels.moe.plan import PROLOGUES, Pairs, Results, record_products, record_route, record_sum
 from candle_vllm.core.kernels.position_scale import PositionScaleArguments, position_scale_operation
 from candle_vllm.core.kernels.recorded import LookUp, Recorded, RecordedRows, RecordedTokens
@@ -55,7 +56,7 @@ if TYPE_CHECKING:
     from candle_vllm.core.kernels.delta_rule.layout import DeltaGates
     from candle_vllm.core.kernels.latent_attention.layout import LatentParts
     from candle_vllm.core.kernels.lora import Place
-    from candle_vllm.core.kernels.moe.arguments import Activation as GatedActivation
+    from candle_vllm.core.kernels.moe.arguments import Activation as ExpertActivation
     from candle_vllm.core.kernels.moe.arguments import Routing
     from candle_vllm.core.kernels.recorded import GateKind, Matrix
     from candle_vllm.core.kernels.states import StateCache
@@ -332,7 +333,7 @@ class _Value(Recorded):
         matrices: Sequence[Sequence[Matrix]],
         pairs: Pairs,
         bias: NDArray[np.float32] | None,
-        activation: GatedActivation | None,
+        activation: ExpertActivation | None,
         place: Place | None = None,
     ) -> RecordedRows:
         return _Prepared(self, Prologue.NONE, self.width).expert_linear(matrices, pairs, bias, activation, place)
@@ -451,7 +452,7 @@ class _Prepared(_Wrapper):
         matrices: Sequence[Sequence[Matrix]],
         pairs: Pairs,
         bias: NDArray[np.float32] | None,
-        activation: GatedActivation | None,
+        activation: ExpertActivation | None,
         place: Place | None = None,
     ) -> RecordedRows:
         wanted = [matrix.input_form for of_experts in matrices for matrix in of_experts]
@@ -690,16 +691,16 @@ class _Gated(_Value):
 class _PairRows(RecordedRows):
     """What experts' matrices made; with an activation, gate and up that meet where the next matrices read them."""
 
-    def __init__(self, recorder: Recorder, results: Results, activation: GatedActivation | None) -> None:
+    def __init__(self, recorder: Recorder, results: Results, activation: ExpertActivation | None) -> None:
         self._recorder, self._results = recorder, results
-        self._activation: GatedActivation | None = activation
+        self._activation: ExpertActivation | None = activation
 
     def expert_linear(
         self,
         matrices: Sequence[Sequence[Matrix]],
         pairs: Pairs,
         bias: NDArray[np.float32] | None,
-        activation: GatedActivation | None,
+        activation: ExpertActivation | None,
         place: Place | None = None,
     ) -> RecordedRows:
         assert self._activation is not None
@@ -707,7 +708,7 @@ class _PairRows(RecordedRows):
         source = InputRows(
             x=address_of(made.rows),
             stride=made.stride,
-            columns=made.width // 2,
+            columns=made.width // (2 if is_gated(self._activation) else 1),
             prologue=PROLOGUES[self._activation],
             rows_from=StepNumber.PAIRS,
         )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The gated delta rule: linear attention whose state of fixed size is decayed and corrected by each token.
+"""The gated delta rule and Mamba 2: linear attention with a state of fixed size that each token decays and adds to.
 
 Contract: q, k [T, Hk, Dk], v [T, Hv, Dv], a, b [T, Hv] of one float dtype; y [T, Hv, Dv] has it too, in new memory.
 Value head h belongs to key head h // (Hv / Hk). Of a value head, S [Dk, Dv] being its state, zeros before the first
@@ -12,18 +12,26 @@ token:
 in fp32 throughout, and y is rounded once. Before that, k becomes k / sqrt(sum(k^2) + 1e-6), and q likewise, where they
 are `normed`, and q is multiplied by `scale`. Recorded steps do so in place: what q and k stand in is changed.
 
+Gates with a `skip` [Hv] are those of Mamba 2, where k is B, q is C, v is x and `skip` is D. With
+dt = softplus(a + bias), and without a correction:
+
+    S = exp(decay[h] * dt) * S + k^T (dt v)
+    y = q S + skip[h] * v
+
+Then b is not used: callers pass a in its place.
+
 The state is kept as `kernels/states.py` says: float32 [slots, Hv, ceil(Dv / 16), Dk, 16], 16 columns of S after the
 other, on every backend; columns beyond Dv hold zeros. A kept row is k [Hk, Dk], v [Hv, Dv] and two numbers of each
 value head, in float32: as the rule takes them in, or, on a GPU, as they came; who wrote it reads it. A row's result
 depends on its own sequence alone.
 
-On a GPU with tensor cores, where q, k and v have 16 bits, whole chunks of 64 tokens between absolute multiples of 64
-are computed at once, as far as a step has all rows of a chunk and stores no state within it. For that it must be told
-the `positions` [T] of rows: how many tokens of their sequence stand before each. Without them, as in steps in which no
-sequence has 64 rows, tokens are taken in one by one, as everywhere else.
+By the delta rule on a GPU with tensor cores, where q, k and v have 16 bits, whole chunks of 64 tokens between absolute
+multiples of 64 are computed at once, as far as a step has all rows of a chunk and stores no state within it. For that
+it must be told the `positions` [T] of rows: how many tokens of their sequence stand before each. Without them, as in
+steps in which no sequence has 64 rows, tokens are taken in one by one, as everywhere else.
 
-Source: Yang, Kautz and Hatamizadeh, 2024, arXiv:2412.06464; the gates are those of Qwen3-Next, after Mamba 2 (Dao and
-Gu, 2024, arXiv:2405.21060).
+Source: Yang, Kautz and Hatamizadeh, 2024, arXiv:2412.06464, with the gates of Qwen3-Next; Dao and Gu, 2024,
+arXiv:2405.21060 (Mamba 2).
 """
 
 from __future__ import annotations
@@ -94,5 +102,6 @@ def _check(
     assert v.shape[0] == tokens
     assert a.shape == b.shape == (tokens, heads)
     assert gates.decay.shape == gates.bias.shape == (heads,)
+    assert gates.skip is None or gates.skip.shape == (heads,)
     assert cache.states.shape[1:] == state_shape(heads, key_dim, value_dim)
     assert cache.kept.shape[2:] == (kept_inputs(key_heads, heads, key_dim, value_dim),)

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
-"""The gated delta rule on the CPU: `prepare`, `scan` and `keep`, with barriers between them (step 6 of ten).
+"""The gated delta rule and Mamba 2 on the CPU: `prepare`, `scan`, `keep`, with barriers between (step 6 of ten).
 
 Columns of a state do not know of each other. A unit of `scan` is up to 32 columns of a value head, two tiles of the
 state, 16 KB, through all tokens that a step has of a sequence: they stay in the first-level cache however many these
-are. A token reads them twice: for what the state remembers of k, and for the correction and what q reads, one pass. A
+are. A token reads them twice: for what the state remembers of k, which Mamba 2 does not need, and for the correction
+and what q reads, one pass. A
 token whose state is to be stored writes it to its slot, where the next one reads it.
 
 Every number is one chain of sums over Dk, in two halves, whatever else is in the step: the same bits however a text is
@@ -14,8 +15,10 @@ rows are written when all of them have.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
@@ -91,21 +94,23 @@ def _emit_softplus(e: Emitter, x: Any) -> Any:
 
 @intrinsic
 def _gates(
-    _: Any, a: Any, b: Any, decay: Any, bias: Any, strength: Any, decays: Any, strengths: Any, count: Any
+    _: Any, a: Any, b: Any, decay: Any, bias: Any, strength: Any, skip: Any, decays: Any, strengths: Any, count: Any
 ) -> Any:
-    """Decay and strength of `count` value heads of a token; NaN where a or b is."""
-    signature = types.void(*[types.int64] * 4, types.float32, *[types.int64] * 3)
+    """Decay and strength of `count` value heads of a token; NaN where a or b is. The strength is dt where `skip`."""
+    signature = types.void(*[types.int64] * 4, types.float32, *[types.int64] * 4)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e = Emitter(b)
-        at_a, at_b, at_decay, at_bias, most, to_decays, to_strengths, count = args
-        one = e.constant(F32, 1.0)
+        at_a, at_b, at_decay, at_bias, most, skip, to_decays, to_strengths, count = args
+        one, corrects = e.constant(F32, 1.0), b.icmp_signed("==", skip, e.int64(0))
 
         def body(place: Any, mask: Any, state: list[Any]) -> list[Any]:
             a, other, decay, bias = (load_columns(e, b.add(at, place), mask) for at in (at_a, at_b, at_decay, at_bias))
             time = b.fadd(a, bias)
-            decayed = emit_exp(e, b.fmul(decay, _emit_softplus(e, time)))
+            positive = _emit_softplus(e, time)
+            decayed = emit_exp(e, b.fmul(decay, positive))
             strong = b.fdiv(e.splat(most), b.fadd(one, emit_exp(e, b.fneg(other))))
+            strong = b.select(corrects, strong, positive)
             for to, source, value in ((to_decays, time, decayed), (to_strengths, other, strong)):
                 value = b.select(b.fcmp_unordered("uno", source, source), source, value)
                 store_columns(e, b.add(to, place), value, mask)
@@ -132,7 +137,7 @@ def prepare(row, thread, threads):
         at = 4 * head * group
         a, b = given.a + 4 * t * given.a_stride + at, given.b + 4 * t * given.b_stride + at
         to = given.gates + 8 * t * heads + at
-        _gates(a, b, given.decay + at, given.bias + at, given.strength, to, to + 4 * heads, group)
+        _gates(a, b, given.decay + at, given.bias + at, given.strength, given.skip, to, to + 4 * heads, group)
 
 
 # ---- scan ------------------------------------------------------------------------------------------------------------
@@ -160,6 +165,7 @@ def _take_in(
     _: Any,
     tiles: Any,
     reads: Any,
+    corrects: Any,
     at: Any,
     to: Any,
     k: Any,
@@ -170,19 +176,22 @@ def _take_in(
     columns: Any,
     decay: Any,
     strength: Any,
+    skip: Any,
     ahead: Any,
 ) -> Any:
     """A token, in some tiles of a state at `at`; the state behind it goes `to`, which may be the same.
 
-    tiles, reads: how many, and whether q reads: constants. k, q: addresses of `rows` floats. v, out: of `columns`.
+    tiles, reads, corrects: how many, whether q reads, and whether the rule is the delta rule: constants.
+    k, q: addresses of `rows` floats. v, out: of `columns`.
     ahead: where tiles are that are asked for meanwhile.
     """
-    width, gives = tiles.literal_value, bool(reads.literal_value)
-    signature = types.void(tiles, reads, *[types.int64] * 8, types.float32, types.float32, types.int64)
+    width, gives, delta = tiles.literal_value, bool(reads.literal_value), bool(corrects.literal_value)
+    floats = [types.float32] * 3
+    signature = types.void(tiles, reads, corrects, *[types.int64] * 8, *floats, types.int64)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e = Emitter(b)
-        at, to, k, q, v, out, rows, columns, decay, strength, ahead = args[2:]
+        at, to, k, q, v, out, rows, columns, decay, strength, skip, ahead = args[3:]
         size = b.mul(rows, e.int64(_LINE))
         sources, targets, later = (
             [b.add(x, b.mul(size, e.int64(tile))) for tile in range(width)] for x in (at, to, ahead)
@@ -198,13 +207,14 @@ def _take_in(
                 sums[2 * tile + half] = e.fma(key, old, sums[2 * tile + half])
             return sums
 
-        remembered = _each_row(e, rows, [e.zeros(F32)] * (2 * width), remember)
+        remembered = _each_row(e, rows, [e.zeros(F32)] * (2 * width), remember) if delta else []
         masks = [lanes_below(e, b.sub(columns, e.int64(LANES * tile))) for tile in range(width)]
+        values = [load_columns(e, b.add(v, e.int64(_LINE * tile)), mask) for tile, mask in enumerate(masks)]
         decayed, corrections = e.splat(decay), []
-        for tile, mask in enumerate(masks):
-            value = load_columns(e, b.add(v, e.int64(_LINE * tile)), mask)
-            total = b.fadd(*remembered[2 * tile : 2 * tile + 2])
-            corrections.append(b.fmul(e.splat(strength), e.fma(b.fneg(decayed), total, value)))
+        for tile, value in enumerate(values):
+            if delta:
+                value = e.fma(b.fneg(decayed), b.fadd(*remembered[2 * tile : 2 * tile + 2]), value)
+            corrections.append(b.fmul(e.splat(strength), value))
 
         def correct(row: Any, half: int, sums: list[Any]) -> list[Any]:
             key, place, sums = lane(k, row), b.mul(row, e.int64(_LINE)), list(sums)
@@ -221,6 +231,7 @@ def _take_in(
         results = _each_row(e, rows, [e.zeros(F32)] * (2 * width) if gives else [], correct)
         for tile, mask in enumerate(masks if gives else []):
             total = b.fadd(*results[2 * tile : 2 * tile + 2])
+            total = total if delta else e.fma(e.splat(skip), values[tile], total)
             store_columns(e, b.add(out, e.int64(_LINE * tile)), total, mask)
         return context.get_dummy_value()
 
@@ -260,75 +271,81 @@ def _place(given: Any, slot: int, part: int) -> int:
     return given.states + max(slot, 0) * given.slot_bytes + _LINE * given.key_dim * (head * tiles + first)
 
 
-@njit
-def _scan_columns(given: Any, r: int, part: int, scratch: int, ahead: int) -> None:
-    """Takes the tokens of sequence r into the columns of a unit; asks for the tiles at `ahead` with the last one."""
-    starts, stores = int64_at(given.query_start), int64_at(given.stores)
-    heads, dim, source = given.heads, given.key_dim, int64_at(given.sources)[r]
-    head, first = _first_tile(given, part)
-    columns = min(given.value_dim - LANES * first, LANES * _WIDTH)
-    tiles = (columns + LANES - 1) // LANES
-    key = 4 * dim * (head // (heads // given.key_heads))
-    value = 4 * (head * given.value_dim + LANES * first)
-    at = _place(given, source, part)
-    if source < 0:
-        at = scratch
-        _clear(scratch, tiles * dim)
-    taken = given.kept + int64_at(given.slots)[r] * given.kept_bytes
-    of_values = 4 * dim * given.key_heads
-    of_gates = of_values + 4 * heads * given.value_dim
-    for _ in range(int64_at(given.replays)[r]):
-        k, v = taken + key, taken + of_values + value
-        decay, strength = float32_at(taken + of_gates)[head], float32_at(taken + of_gates)[heads + head]
-        if tiles == 2:
-            _take_in(2, 0, at, scratch, k, k, v, v, dim, columns, decay, strength, at)
-        else:
-            _take_in(1, 0, at, scratch, k, k, v, v, dim, columns, decay, strength, at)
-        at = scratch
-        taken += given.kept_row_bytes
-    for t in range(starts[r], starts[r + 1]):
-        k, q = given.k + 4 * t * given.k_stride + key, given.q + 4 * t * given.q_stride + key
-        v, out = given.v + 4 * t * given.v_stride + value, given.out + 4 * t * given.out_stride + value
-        gates = float32_at(given.gates + 8 * t * heads)
-        decay, strength, to, later = gates[head], gates[heads + head], scratch, at
-        if stores[t] >= 0:
-            to = _place(given, stores[t], part)
-        if t + 1 == starts[r + 1]:
-            later = ahead
-        if tiles == 2:
-            _take_in(2, 1, at, to, k, q, v, out, dim, columns, decay, strength, later)
-        else:
-            _take_in(1, 1, at, to, k, q, v, out, dim, columns, decay, strength, later)
-        at = to
-
-
-def scan(row, thread, threads):
-    """The operation that takes tokens in.
+def make_scan(CORRECTS: int) -> Callable[..., None]:
+    """The operation that takes tokens in, by the delta rule or by Mamba 2's.
 
     Threads divide units of all sequences, a unit's sequences side by side, for all units of a sequence cost the same.
     What a thread has of a sequence it does in the order of memory.
     """
-    given = read(DeltaArguments, row)
-    sequences, sources = step_number(row, _SEQUENCES), int64_at(given.sources)
-    tiles = (given.value_dim + LANES - 1) // LANES
-    units = given.heads * ((tiles + _WIDTH - 1) // _WIDTH) * sequences
-    if units == 0:
-        return
-    begin, end = units * thread // threads, units * (thread + 1) // threads
-    first_part, last_part = begin // sequences, end // sequences
-    first_rest, last_rest = begin - first_part * sequences, end - last_part * sequences
-    scratch = stack_bytes(_WIDTH * _LINE * given.key_dim)
-    for r in range(sequences):
-        part = first_part + (1 if r < first_rest else 0)
-        last = last_part + (1 if r < last_rest else 0)
-        while part < last:
-            ahead = scratch
-            if part + 1 < last:
-                ahead = _place(given, sources[r], part + 1)
-            elif r + 1 < sequences:
-                ahead = _place(given, sources[r + 1], first_part + (1 if r + 1 < first_rest else 0))
-            _scan_columns(given, r, part, scratch, ahead)
-            part += 1
+
+    @njit
+    def scan_columns(given: Any, r: int, part: int, scratch: int, ahead: int) -> None:
+        """Takes the tokens of sequence r into the columns of a unit; asks for the tiles at `ahead` with the last."""
+        starts, stores = int64_at(given.query_start), int64_at(given.stores)
+        heads, dim, source = given.heads, given.key_dim, int64_at(given.sources)[r]
+        head, first = _first_tile(given, part)
+        columns = min(given.value_dim - LANES * first, LANES * _WIDTH)
+        tiles = (columns + LANES - 1) // LANES
+        key = 4 * dim * (head // (heads // given.key_heads))
+        value = 4 * (head * given.value_dim + LANES * first)
+        at = _place(given, source, part)
+        if source < 0:
+            at = scratch
+            _clear(scratch, tiles * dim)
+        skip = np.float32(0.0)
+        if CORRECTS == 0:
+            skip = float32_at(given.skip)[head]
+        taken = given.kept + int64_at(given.slots)[r] * given.kept_bytes
+        of_values = 4 * dim * given.key_heads
+        of_gates = of_values + 4 * heads * given.value_dim
+        for _ in range(int64_at(given.replays)[r]):
+            k, v = taken + key, taken + of_values + value
+            decay, strength = float32_at(taken + of_gates)[head], float32_at(taken + of_gates)[heads + head]
+            if tiles == 2:
+                _take_in(2, 0, CORRECTS, at, scratch, k, k, v, v, dim, columns, decay, strength, skip, at)
+            else:
+                _take_in(1, 0, CORRECTS, at, scratch, k, k, v, v, dim, columns, decay, strength, skip, at)
+            at = scratch
+            taken += given.kept_row_bytes
+        for t in range(starts[r], starts[r + 1]):
+            k, q = given.k + 4 * t * given.k_stride + key, given.q + 4 * t * given.q_stride + key
+            v, out = given.v + 4 * t * given.v_stride + value, given.out + 4 * t * given.out_stride + value
+            gates = float32_at(given.gates + 8 * t * heads)
+            decay, strength, to, later = gates[head], gates[heads + head], scratch, at
+            if stores[t] >= 0:
+                to = _place(given, stores[t], part)
+            if t + 1 == starts[r + 1]:
+                later = ahead
+            if tiles == 2:
+                _take_in(2, 1, CORRECTS, at, to, k, q, v, out, dim, columns, decay, strength, skip, later)
+            else:
+                _take_in(1, 1, CORRECTS, at, to, k, q, v, out, dim, columns, decay, strength, skip, later)
+            at = to
+
+    def scan(row, thread, threads):
+        given = read(DeltaArguments, row)
+        sequences, sources = step_number(row, _SEQUENCES), int64_at(given.sources)
+        tiles = (given.value_dim + LANES - 1) // LANES
+        units = given.heads * ((tiles + _WIDTH - 1) // _WIDTH) * sequences
+        if units == 0:
+            return
+        begin, end = units * thread // threads, units * (thread + 1) // threads
+        first_part, last_part = begin // sequences, end // sequences
+        first_rest, last_rest = begin - first_part * sequences, end - last_part * sequences
+        scratch = stack_bytes(_WIDTH * _LINE * given.key_dim)
+        for r in range(sequences):
+            part = first_part + (1 if r < first_rest else 0)
+            last = last_part + (1 if r < last_rest else 0)
+            while part < last:
+                ahead = scratch
+                if part + 1 < last:
+                    ahead = _place(given, sources[r], part + 1)
+                elif r + 1 < sequences:
+                    ahead = _place(given, sources[r + 1], first_part + (1 if r + 1 < first_rest else 0))
+                scan_columns(given, r, part, scratch, ahead)
+                part += 1
+
+    return scan
 
 
 # ---- keep ------------------------------------------------------------------------------------------------------------

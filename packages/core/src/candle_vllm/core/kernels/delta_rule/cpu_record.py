@@ -74,6 +74,7 @@ def record_delta_rule(
         decay=recorder.keep(gates.decay),
         bias=recorder.keep(gates.bias),
         strength=gates.strength,
+        skip=0 if gates.skip is None else recorder.keep(gates.skip),
         normed=normed,
         scale=scale,
         key_heads=key_heads,
@@ -86,7 +87,7 @@ def record_delta_rule(
         **recorder.state_arguments(cache),
     )
     recorder.add(prepare_operation(), arguments)
-    recorder.add(scan_operation(), arguments)
+    recorder.add(scan_operation(gates.skip is None), arguments)
     if cache.kept.shape[1]:
         assert cache.kept.shape[2] == kept_inputs(key_heads, heads, key_dim, value_dim)
         recorder.add(keep_operation(), arguments)

@@ -20,11 +20,13 @@ class DeltaGates(NamedTuple):
         decay: [Hv] fp32, below 0: -exp(A_log), as GGUF files have it.
         bias: [Hv] fp32, dt_bias.
         strength: of a correction at most: 1, or 2 where a state may have negative eigenvalues.
+        skip: [Hv] fp32, D of Mamba 2, whose states are not corrected; None for the delta rule.
     """
 
     decay: Any
     bias: Any
     strength: float = 1.0
+    skip: Any = None
 
 
 def state_shape(value_heads: int, key_dim: int, value_dim: int) -> tuple[int, int, int, int]:
@@ -47,6 +49,7 @@ class DeltaArguments(NamedTuple):
         a, a_stride, b, b_stride: the same of what makes the gates, a number of each value head.
         decay, bias: addresses of float32 [Hv].
         strength: of a correction at most.
+        skip: address of float32 [Hv], or 0.
         normed: q and k are.
         scale: of q.
         key_heads, heads, key_dim, value_dim: Hk, Hv, Dk and Dv.
@@ -67,6 +70,7 @@ class DeltaArguments(NamedTuple):
     decay: int
     bias: int
     strength: float
+    skip: int
     normed: int
     scale: float
     key_heads: int
@@ -94,9 +98,9 @@ def prepare_operation() -> int:
     return operation("delta_rule.cpu:prepare")
 
 
-def scan_operation() -> int:
-    """Address of the operation that takes tokens in."""
-    return operation("delta_rule.cpu:scan")
+def scan_operation(corrects: bool) -> int:
+    """Address of the operation that takes tokens in, by the delta rule or by Mamba 2's."""
+    return operation("delta_rule.cpu:make_scan", corrects)
 
 
 def keep_operation() -> int:

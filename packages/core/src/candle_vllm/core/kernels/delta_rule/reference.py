@@ -33,8 +33,9 @@ def delta_rule(
     if normed:
         wide_q, wide_k = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + EPS) for x in (wide_q, wide_k))
     wide_q = wide_q * scale
-    decay = torch.exp(gates.decay * functional.softplus(a.float() + gates.bias))
-    strength = gates.strength * torch.sigmoid(b.float())
+    time, corrects = functional.softplus(a.float() + gates.bias), gates.skip is None
+    decay = torch.exp(gates.decay * time)
+    strength = gates.strength * torch.sigmoid(b.float()) if corrects else time
     inputs = torch.cat([wide_k.flatten(1), wide_v.flatten(1), decay, strength], 1)
     y, heads, group = torch.empty_like(v), v.shape[1], v.shape[1] // k.shape[1]
 
@@ -43,8 +44,9 @@ def delta_rule(
         key, value, rest = taken.split([k[0].numel(), v[0].numel(), 2 * heads])
         key = key.reshape(k.shape[1:]).repeat_interleave(group, 0)
         state = state * rest[:heads, None, None]
-        correction = rest[heads:, None] * (value.reshape(v.shape[1:]) - (key.unsqueeze(2) * state).sum(1))
-        return state + key.unsqueeze(2) * correction.unsqueeze(1)
+        value = value.reshape(v.shape[1:])
+        added = rest[heads:, None] * (value - (key.unsqueeze(2) * state).sum(1) if corrects else value)
+        return state + key.unsqueeze(2) * added.unsqueeze(1)
 
     sequences = zip(
         itertools.pairwise(rows.query_start.tolist()), rows.slots.tolist(), rows.sources.tolist(), rows.replays.tolist()
@@ -57,7 +59,8 @@ def delta_rule(
             state = behind(state, taken)
         for t in range(start, end):
             state = behind(state, inputs[t])
-            y[t] = (wide_q[t].repeat_interleave(group, 0).unsqueeze(2) * state).sum(1)
+            read = (wide_q[t].repeat_interleave(group, 0).unsqueeze(2) * state).sum(1)
+            y[t] = read if corrects else read + gates.skip[:, None] * wide_v[t]
             if stores[t] >= 0:
                 cache.states[stores[t]] = to_tiles(state)
             if keeps[t] >= 0:

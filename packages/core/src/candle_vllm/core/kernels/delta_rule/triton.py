@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportOperatorIssue=false
-"""The gated delta rule on a GPU: checks, launches, and kept rows (step 6 of a request's life).
+"""The gated delta rule and Mamba 2 on a GPU: checks, launches, and kept rows (step 6 of a request's life).
 
 Kept rows, which all programs of a key head read, are written by a launch of their own, where there can be any; their
 numbers are those that came.
@@ -123,12 +123,12 @@ def delta_rule(
     given |= {"kept": kept, **tables, "most": gates.strength, "scale": scale, **strides}
     constants = constants_of(key_heads, heads, key_dim, value_dim, normed=normed)
     grid = (len(rows.slots), heads, cdiv(value_dim, constants["BLOCK_V"]))
-    if in_chunks(q, positions):
+    if gates.skip is None and in_chunks(q, positions):
         assert positions is not None
         assert positions.is_contiguous()
         scan_chunks(grid, given, positions, constants)
     else:
-        scan_tokens(grid, given, constants)
+        scan_tokens(grid, given | {"skip": gates.skip}, constants)
     if kept.shape[1]:
         asked = ("k", "v", "a", "b", "kept", "query_start", "slots", *STRIDES[2:], *CACHE_STRIDES[1:])
         keep_kernel[(tokens, cdiv(kept.shape[2], _PART))](

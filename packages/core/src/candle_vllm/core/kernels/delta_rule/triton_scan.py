@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportOperatorIssue=false
-"""The gated delta rule on a GPU, token by token (step 6 of a request's life).
+"""The gated delta rule and Mamba 2 on a GPU, token by token (step 6 of a request's life).
 
 A program has some columns of a value head's state of a sequence in registers, and takes all of the sequence's tokens
 in. Norms and gates are computed by each for itself, which is less than reading the state.
@@ -23,13 +23,19 @@ _BLOCK_V = 32  # columns of a program; not measured yet
 
 
 @triton.jit
-def log_decay(a, bias, decay):
-    """decay * softplus(a + bias), fp32."""
+def step_size(a, bias):
+    """softplus(a + bias), fp32."""
     time = a.to(tl.float32) + bias
     power = tl.exp(-tl.abs(time))
     above = 1.0 + power  # whose rounding is undone: log(1 + u) = u log(w) / (w - 1) for w near 1 + u
     small = tl.where(above == 1.0, power, tl.log(above) * (power / tl.where(above == 1.0, 1.0, above - 1.0)))
-    return decay * (tl.maximum(time, 0.0) + small)
+    return tl.maximum(time, 0.0) + small
+
+
+@triton.jit
+def log_decay(a, bias, decay):
+    """decay * softplus(a + bias), fp32."""
+    return decay * step_size(a, bias)
 
 
 @triton.jit
@@ -45,13 +51,18 @@ def tile_places(row, column, DK: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def take_in(state, k, v, decay, strength, NORMED: tl.constexpr, EPS: tl.constexpr):
-    """The state [DKP, BLOCK_V] behind a token with k [DKP] and v [BLOCK_V], fp32."""
+def take_in(state, k, v, a, b, bias, decay, most, NORMED: tl.constexpr, EPS: tl.constexpr, CORRECTS: tl.constexpr):
+    """The state [DKP, BLOCK_V] behind a token with k [DKP], v [BLOCK_V] and gates a and b, fp32."""
+    time = step_size(a, bias)
     if NORMED:
         k = k / tl.sqrt(tl.sum(k * k) + EPS)
-    state = state * decay
-    correction = strength * (v - tl.sum(state * k[:, None], axis=0))
-    return state + k[:, None] * correction[None, :]
+    state = state * tl.exp(decay * time)
+    strength = time
+    if CORRECTS:
+        v -= tl.sum(state * k[:, None], axis=0)
+        strength = strength_of(b, most)
+    added = strength * v
+    return state + k[:, None] * added[None, :]
 
 
 @triton.jit
@@ -86,6 +97,8 @@ def scan_rows(
     NORMED: tl.constexpr,
     EPS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    CORRECTS: tl.constexpr = True,
+    skip=0.0,  # where not CORRECTS
 ):
     """Takes rows in one by one: writes their results and the states that are asked for, returns the last state."""
     places = tile_places(row, column, DK, COLUMNS)
@@ -95,12 +108,13 @@ def scan_rows(
         key = tl.load(k + at * k_token + row, mask=row < DK, other=0.0).to(tl.float32)
         query = tl.load(q + at * q_token + row, mask=row < DK, other=0.0).to(tl.float32)
         value = tl.load(v + at * v_token + column, mask=column < DV, other=0.0).to(tl.float32)
-        kept = tl.exp(log_decay(tl.load(a + at * a_token), bias, decay))
-        strength = strength_of(tl.load(b + at * b_token), most)
-        state = take_in(state, key, value, kept, strength, NORMED, EPS)
+        given = tl.load(a + at * a_token)
+        state = take_in(state, key, value, given, tl.load(b + at * b_token), bias, decay, most, NORMED, EPS, CORRECTS)
         if NORMED:
             query = query / tl.sqrt(tl.sum(query * query) + EPS)
         result = tl.sum(state * (query * scale)[:, None], axis=0)
+        if not CORRECTS:
+            result += skip * value
         tl.store(out + at * (HV * DV) + column, result.to(out.dtype.element_ty), mask=column < DV)
         slot = tl.load(stores + at).to(tl.int64)
         if slot >= 0:
@@ -131,6 +145,7 @@ def state_before(
     NORMED: tl.constexpr,
     EPS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    CORRECTS: tl.constexpr = True,
 ):
     """The state [DKP, BLOCK_V] that a sequence's first row of the step meets."""
     at = states + source.to(tl.int64) * slot_stride + tile_places(row, column, DK, COLUMNS)
@@ -141,8 +156,9 @@ def state_before(
         key = tl.load(kept + key_head * DK + row, mask=row < DK, other=0.0)
         value = tl.load(kept + HK * DK + head * DV + column, mask=column < DV, other=0.0)
         gates = kept + HK * DK + HV * DV + head
-        held = tl.exp(log_decay(tl.load(gates), bias, decay))
-        state = take_in(state, key, value, held, strength_of(tl.load(gates + HV), most), NORMED, EPS)
+        state = take_in(
+            state, key, value, tl.load(gates), tl.load(gates + HV), bias, decay, most, NORMED, EPS, CORRECTS
+        )
         kept += kept_row
     return state
 
@@ -164,6 +180,7 @@ def scan_kernel(
     sources,
     replays,
     stores,  # [T]
+    skip,  # [HV] fp32, where not CORRECTS
     most,
     scale,
     q_token,
@@ -187,6 +204,7 @@ def scan_kernel(
     NORMED: tl.constexpr,
     EPS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    CORRECTS: tl.constexpr,
 ):
     sequence = tl.program_id(0)
     head = tl.program_id(1)
@@ -195,6 +213,9 @@ def scan_kernel(
     column = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
     factor = tl.load(decay + head)
     shift = tl.load(bias + head)
+    past = 0.0
+    if not CORRECTS:
+        past = tl.load(skip + head)
     states += head * (FILLED * DK)
     state = state_before(
         states,
@@ -218,6 +239,7 @@ def scan_kernel(
         NORMED,
         EPS,
         COLUMNS,
+        CORRECTS,
     )
     scan_rows(
         state,
@@ -250,12 +272,15 @@ def scan_kernel(
         NORMED,
         EPS,
         COLUMNS,
+        CORRECTS,
+        past,
     )
 
 
 def scan_tokens(grid: tuple[int, ...], given: dict[str, Any], constants: dict[str, Any]) -> None:
     """Launches the kernel; see `triton.delta_rule`."""
-    scan_kernel[grid](**given, **constants, num_warps=4, **OPTIONS)
+    corrects = given["skip"] is None
+    scan_kernel[grid](**given, **constants, CORRECTS=corrects, num_warps=4, **OPTIONS)
 
 
 def constants_of(key_heads: int, heads: int, key_dim: int, value_dim: int, *, normed: bool) -> dict[str, Any]:
@@ -281,15 +306,21 @@ def build_arguments(dtype: str) -> dict[str, str]:
     return arguments | {"most": "fp32", "scale": "fp32"} | dict.fromkeys((*STRIDES, *CACHE_STRIDES), "i32")
 
 
-def _build(dtype: str, key_heads: int, heads: int, dim: int) -> Build:
+def _build(dtype: str, key_heads: int, heads: int, dim: int, value_dim: int = 0) -> Build:
+    constants = constants_of(key_heads, heads, dim, value_dim or dim, normed=not value_dim)
     return Build(
         scan_kernel,
-        build_arguments(dtype),
-        constants_of(key_heads, heads, dim, dim, normed=True),
+        build_arguments(dtype) | ({"skip": "*fp32"} if value_dim else {}),
+        constants | {"CORRECTS": not value_dim} | ({} if value_dim else {"skip": None}),
         aligned=(*STRIDES, *CACHE_STRIDES),
         unaligned=TABLES,
-        label=f"{dtype}-{key_heads}x{heads}x{dim}",
+        label=f"{dtype}-{key_heads}x{heads}x{dim}" + (f"x{value_dim}" if value_dim else ""),
     )
 
 
-AOT = (_build("bf16", 16, 32, 128), _build("fp32", 16, 48, 128), _build("bf16", 16, 16, 256))
+AOT = (
+    _build("bf16", 16, 32, 128),
+    _build("fp32", 16, 48, 128),
+    _build("bf16", 16, 16, 256),
+    _build("bf16", 8, 96, 128, 80),  # Mamba 2 of Nemotron 3 Nano 4B
+)

@@ -20,7 +20,8 @@ comes of it is, for each of its pairs and with e the pair's expert,
     act(gate[e] x[t]) * (up[e] x[t])
 
 gpt-oss's "swiglu_oai" is (up + 1) * gate * sigmoid(1.702 gate), gate at most 7 and up within [-7, 7], in the place of
-act(gate) * up. Without an activation x is such a result, and so is down[e] x. A bias [X, N] (or [X, 2 N]) is added to
+act(gate) * up. With "relu2" the matrix has up alone, [X, N, K], and the square of max(up[e] x[t], 0) comes of it.
+Without an activation x is such a result, and so is down[e] x. A bias [X, N] (or [X, 2 N]) is added to
 the products. In which order the results [T * k, N] lie is known to these functions alone, and what belongs to no expert
 is undefined.
 
@@ -45,7 +46,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
 from candle_vllm.core.kernels.dispatch import on_gpu
-from candle_vllm.core.kernels.moe.arguments import FEW, MOST_EXPERTS, Activation, Pairs, Routing, Scoring
+from candle_vllm.core.kernels.moe.arguments import FEW, MOST_EXPERTS, Activation, Pairs, Routing, Scoring, is_gated
 from candle_vllm.core.kernels.recorded import Recorded, RecordedPairs, RecordedRows, Value
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ __all__ = [
     "combine",
     "expert_linear",
     "gated_rows",
+    "is_gated",
     "route",
 ]
 
@@ -123,7 +125,7 @@ def expert_linear(
     (matrix,) = matrices
     height = matrix.rows // pairs.count
     assert matrix.rows == height * pairs.count
-    assert activation is None or height % 2 == 0
+    assert not is_gated(activation) or height % 2 == 0
     assert x.shape == (pairs.number if activation is None else pairs.tokens, matrix.columns)
     assert bias is None or bias.shape == (pairs.count, height)
     import torch

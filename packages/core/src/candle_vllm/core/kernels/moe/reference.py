@@ -8,7 +8,7 @@ import torch
 from candle_vllm.core.kernels.lora import Place
 from candle_vllm.core.kernels.lora.reference import EagerAdapters
 from candle_vllm.core.kernels.matrices import DeviceMatrix
-from candle_vllm.core.kernels.moe.arguments import LEAST_SUM, Activation, Pairs, Scoring
+from candle_vllm.core.kernels.moe.arguments import LEAST_SUM, Activation, Pairs, Scoring, is_gated
 
 
 def route(
@@ -67,7 +67,7 @@ def expert_linear(
     rows, wide = x.float(), matrix.decoded(torch.float32).unflatten(0, (pairs.count, -1))
     if activation is None:
         rows = rows.unflatten(0, pairs.experts.shape)
-    width = wide.shape[1] if activation is None else wide.shape[1] // 2
+    width = wide.shape[1] // (2 if is_gated(activation) else 1)
     out = torch.zeros(*pairs.experts.shape, width, device=x.device)
     for expert in pairs.experts.unique().tolist() if waits else range(pairs.count):
         if not 0 <= expert < pairs.count:
@@ -82,7 +82,10 @@ def expert_linear(
         if joins is not None:
             joins[0].add_expert(joins[1], expert, torch.arange(pairs.tokens, device=x.device)[token], own, y)
         y = y if bias is None else y + bias[expert].float()
-        y = y if activation is None else gated(*y.chunk(2, -1), activation)
+        if activation == "relu2":
+            y = torch.nn.functional.relu(y).square()
+        elif activation is not None:
+            y = gated(*y.chunk(2, -1), activation)
         if waits:
             out[token, slot] = y
         else:

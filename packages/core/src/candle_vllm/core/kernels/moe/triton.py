@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from candle_vllm.core.kernels.matrices import DeviceMatrix
-from candle_vllm.core.kernels.moe.arguments import FEW, Activation, Pairs
+from candle_vllm.core.kernels.moe.arguments import FEW, Activation, Pairs, is_gated
 from candle_vllm.core.kernels.moe.triton_experts import block_tokens, product
 from candle_vllm.core.kernels.moe.triton_sort import sort_pairs
 from candle_vllm.core.kernels.triton_build import OPTIONS, Build, cdiv
@@ -61,7 +61,7 @@ def expert_linear(
     assert x.stride(1) == 1 or x.shape[1] == 1, "the numbers of a row lie behind each other"
     assert pairs.experts.is_contiguous()
     assert pairs.experts.device == x.device
-    rows = matrix.rows // pairs.count // (1 if activation is None else 2)
+    rows = matrix.rows // pairs.count // (2 if is_gated(activation) else 1)
     out = torch.empty((pairs.number, rows), dtype=x.dtype, device=x.device)
     if pairs.tokens:
         few = pairs.number <= FEW and not invariant

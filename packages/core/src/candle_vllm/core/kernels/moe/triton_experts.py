@@ -31,7 +31,7 @@ from candle_vllm.core.kernels.group_linear.layout import Numbers
 from candle_vllm.core.kernels.linear.triton import Tile, tile_for, tile_of
 from candle_vllm.core.kernels.linear.triton_products import Operand, exact, plain, plain_operand, rounded
 from candle_vllm.core.kernels.matrices import DeviceMatrix, Stored
-from candle_vllm.core.kernels.moe.arguments import Activation, Pairs
+from candle_vllm.core.kernels.moe.arguments import Activation, Pairs, is_gated
 from candle_vllm.core.kernels.moe.triton_sort import Blocks
 from candle_vllm.core.kernels.packed_linear.layout import PackedKind
 from candle_vllm.core.kernels.triton_build import (
@@ -108,6 +108,9 @@ def finished(
             # 0.5 (1 + tanh(z)) is the sigmoid of 2z; 2 sqrt(2 / pi) = 1.5957...
             inner = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
         total = tl.reshape(gate / (1.0 + tl.exp(-inner)) * up, (ROWS // 2, TOKENS))
+    elif ACT == 3:
+        total = tl.where(total < 0.0, 0.0, total)  # NaN stays NaN
+        total *= total
     return total
 
 
@@ -174,7 +177,7 @@ def block_pairs(order, table, block, blocks, TOKENS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T"])
 def few_kernel(
-    x,  # [T, K], or where not GATED [pairs, K]
+    x,  # [T, K], or where not FIRST [pairs, K]
     low,  # planes of X * N rows, or where GATED X * 2N, see `Operand`
     high,
     scales,
@@ -193,6 +196,7 @@ def few_kernel(
     FORM: tl.constexpr,
     PADDED: tl.constexpr,
     TOP: tl.constexpr,
+    FIRST: tl.constexpr,
     GATED: tl.constexpr,
     ACT: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -205,7 +209,7 @@ def few_kernel(
     asked = pair >= 0
     pair = pair.to(tl.int64)
     tile = tl.program_id(0)
-    source = tl.arange(0, TOKENS).to(tl.int64) if GATED else pair
+    source = tl.arange(0, TOKENS).to(tl.int64) if FIRST else pair
     planes = (low, high, scales, supers)
     x_at = x + source[None, :] * x_stride
     total = expert_tile(
@@ -216,7 +220,7 @@ def few_kernel(
 
 @triton.jit(do_not_specialize=["blocks"])
 def many_kernel(
-    x,  # where GATED [T, K], else [places, K]
+    x,  # where FIRST [T, K], else [places, K]
     low,  # as above
     high,
     scales,
@@ -224,7 +228,7 @@ def many_kernel(
     bias,
     order,  # [pairs]
     table,  # [3, blocks]
-    out,  # where GATED [places, N], else [pairs, N]
+    out,  # where FIRST [places, N], else [pairs, N]
     blocks,
     X,
     N,
@@ -236,6 +240,7 @@ def many_kernel(
     FORM: tl.constexpr,
     PADDED: tl.constexpr,
     TOP: tl.constexpr,
+    FIRST: tl.constexpr,
     GATED: tl.constexpr,
     ACT: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -247,13 +252,13 @@ def many_kernel(
     if expert < 0:
         return
     asked, place, pair = block_pairs(order, table, block, blocks, TOKENS)
-    source = pair // TOP if GATED else place
+    source = pair // TOP if FIRST else place
     planes = (low, high, scales, supers)
     x_at = x + source[None, :] * x_stride
     total = expert_tile(
         x_at, planes, bias, tile, expert, asked, X, N, K, pitch, steps, PRODUCT, FORM, PADDED, GATED, ACT, ROWS, TOKENS
     )
-    store_tile(out, total, tile, place if GATED else pair, asked, N, ROWS // 2 if GATED else ROWS)
+    store_tile(out, total, tile, place if FIRST else pair, asked, N, ROWS // 2 if GATED else ROWS)
 
 
 def product(
@@ -281,7 +286,7 @@ def product(
     assert operand.planes[0].device == device
     assert operand.planes[0].is_contiguous()
     assert stored != "plain" or operand.planes[0].dtype == x.dtype
-    row_tiles = cdiv(rows, tile.rows if gate is None else tile.rows // 2)
+    row_tiles = cdiv(rows, tile.rows // 2 if is_gated(gate) else tile.rows)
     if blocks is None:
         launch, where, counted = few_kernel[(row_tiles, pairs.number)], (pairs.experts,), pairs.tokens
         extra = {"SLOTS": next_power_of_2(pairs.top_k)}
@@ -331,13 +336,14 @@ def _arithmetic(stored: Stored, *, few: bool) -> Any:
     return plain if stored == "plain" else exact if few else rounded
 
 
-def _constants(operand: Operand, product: Any, tile: Tile, top_k: int, gate: str | None) -> dict[str, Any]:
+def _constants(operand: Operand, product: Any, tile: Tile, top_k: int, gate: Activation | None) -> dict[str, Any]:
     return {
         "PRODUCT": product,
         "FORM": operand.form,
         "PADDED": operand.padded,
         "TOP": top_k,
-        "GATED": gate is not None,
+        "FIRST": gate is not None,
+        "GATED": is_gated(gate),
         "ACT": 0 if gate is None else get_args(Activation).index(gate),
         "TOKENS": tile.tokens,
         "ROWS": tile.rows,
@@ -350,7 +356,7 @@ def _constants(operand: Operand, product: Any, tile: Tile, top_k: int, gate: str
 def _build(
     kernel: Any,
     kind: PackedKind | Numbers | Literal["plain"],
-    gate: str | None,
+    gate: Activation | None,
     tokens: int,
     capabilities: tuple[int, ...],
     *,
@@ -405,6 +411,7 @@ AOT = (
     _build(few_kernel, "plain", "swiglu_oai", 16, _SERVERS, columns=2880, bias="fp32"),
     _build(many_kernel, "plain", "swiglu_oai", 128, _SERVERS, columns=2880, bias="fp32"),
     _build(few_kernel, "plain", None, 8, _SERVERS, columns=2880, bias="fp32"),
+    _build(few_kernel, "plain", "relu2", 16, _SERVERS, columns=2688),
     *(_build(kernel, "plain", "silu", tokens, _TURING, dtype="fp16") for kernel, wide in _BOTH for tokens in wide),
     *(_build(kernel, "plain", "silu", tokens, _OTHERS) for kernel, wide in _BOTH for tokens in wide),
     _build(many_kernel, "plain", "gelu_tanh", 128, _OTHERS, dtype="fp16", columns=1440),

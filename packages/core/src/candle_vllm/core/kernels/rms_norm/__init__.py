@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: MIT
 """RMSNorm, alone and with the sum that stands before it.
 
-Contract: x [T, ..., E] of any float dtype, weight [E] of any float dtype; y has x's shape and dtype, in new memory. The
-sum of squares and the scaling are fp32, the result is rounded once. With a residual of x's shape and dtype, the sum of
-both is rounded to that dtype first, and the norm is the sum's, as if two kernels had run. A row's result has the same
-bits whatever the other rows are. Source: Zhang and Sennrich, 2019, arXiv:1910.07467.
+Contract: x [T, ..., E] of any float dtype, weight [E] of any float dtype, or [N, E] where x is [T, N, E]; y has x's
+shape and dtype, in new memory. The sum of squares and the scaling are fp32, the result is rounded once. With a residual
+of x's shape and dtype, the sum of both is rounded to that dtype first, and the norm is the sum's, as if two kernels had
+run. A row's result has the same bits whatever the other rows are.
+Source: Zhang and Sennrich, 2019, arXiv:1910.07467.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def rms_norm(x: Value, weight: Value, eps: float) -> Value:
     """y = x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
     if isinstance(x, Recorded):
         return x.rms_norm(weight, eps)
-    assert weight.shape == x.shape[-1:]
+    assert weight.shape == x.shape[-weight.ndim :]
     if on_gpu(x):
         from candle_vllm.core.kernels.rms_norm import triton
 

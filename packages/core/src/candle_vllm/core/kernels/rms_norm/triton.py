@@ -35,7 +35,7 @@ def _total(x, residual, at_x, at_residual, inside, ADD: tl.constexpr):
 def rms_norm_kernel(
     x,  # [T, N, E], of any strides but the last
     residual,  # the same, where ADD
-    weight,  # [E]
+    weight,  # [E], or [N, E] where APART
     y,  # [T, N, E] contiguous
     total,  # [T, N, E] contiguous, where ADD: residual + x
     x_token,  # strides
@@ -49,6 +49,7 @@ def rms_norm_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     ADD: tl.constexpr,
+    APART: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     token, head, column = row // N, row % N, tl.arange(0, BLOCK)
@@ -58,12 +59,13 @@ def rms_norm_kernel(
     if ADD:
         from_residual = (token * residual_token + head * residual_head)[:, None]
     to = row[:, None] * E
+    own = weight + (head * E)[:, None] if APART else weight
     if BLOCK >= E:
         at = column[None, :]
         inside = there & (at < E)
         values = _total(x, residual, from_x + at, from_residual + at, inside, ADD)
         scale = tl.rsqrt(tl.sum(values * values, axis=1) / E + eps)
-        factor = tl.load(weight + at, mask=at < E, other=0.0).to(tl.float32)
+        factor = tl.load(own + at, mask=at < E, other=0.0).to(tl.float32)
         tl.store(y + to + at, (values * scale[:, None] * factor).to(y.dtype.element_ty), mask=inside)
         if ADD:
             tl.store(total + to + at, values.to(y.dtype.element_ty), mask=inside)
@@ -78,7 +80,7 @@ def rms_norm_kernel(
             at = start + column[None, :]
             inside = there & (at < E)
             values = _total(x, residual, from_x + at, from_residual + at, inside, ADD)
-            factor = tl.load(weight + at, mask=at < E, other=0.0).to(tl.float32)
+            factor = tl.load(own + at, mask=at < E, other=0.0).to(tl.float32)
             tl.store(y + to + at, (values * scale[:, None] * factor).to(y.dtype.element_ty), mask=inside)
             if ADD:
                 tl.store(total + to + at, values.to(y.dtype.element_ty), mask=inside)
@@ -109,7 +111,8 @@ def _launch(
     total: torch.Tensor | None,
 ) -> None:
     assert weight.is_contiguous()
-    assert weight.shape == x.shape[-1:]
+    assert weight.shape == x.shape[-weight.ndim :]
+    assert weight.ndim <= 2
     assert x.device == weight.device
     if residual is not None:
         assert residual.shape == x.shape
@@ -120,7 +123,7 @@ def _launch(
     tokens, heads, size = x.shape
     if not x.numel():
         return
-    constants, num_warps = _form(heads, size, residual is not None)
+    constants, num_warps = _form(heads, size, residual is not None, apart=weight.ndim == 2)
     rms_norm_kernel[(cdiv(tokens * heads, constants["ROWS"]),)](
         x,
         residual,
@@ -146,11 +149,11 @@ def _as_heads(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def _form(heads: int, size: int, add: bool) -> tuple[dict[str, Any], int]:
+def _form(heads: int, size: int, add: bool, *, apart: bool = False) -> tuple[dict[str, Any], int]:
     """Constants and warps. Not measured yet: eight numbers for each thread, sixteen for the longest rows."""
     block = next_power_of_2(size) if size <= _MOST else _PART
     rows = max(1, _SHORT // block)
-    constants = {"N": heads, "E": size, "ROWS": rows, "BLOCK": block, "ADD": add}
+    constants = {"N": heads, "E": size, "ROWS": rows, "BLOCK": block, "ADD": add, "APART": apart}
     return constants, min(max(rows * block // 256, 4), 32 if size <= _MOST else 16)
 
 

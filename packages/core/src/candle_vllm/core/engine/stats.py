@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: MIT
+"""Statistics of an engine, each annotated with how replicas are joined and which series of `/metrics` shows it."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, NamedTuple, get_type_hints
+
+import msgspec
+
+from candle_vllm.core.shown import ShownStruct
+
+
+class ReplicaStats(ShownStruct, frozen=True, kw_only=True):
+    """One of several engines with the same model.
+
+    Attributes:
+        alive: it takes requests; one that has died is started again.
+        restarts: how often it was, since the start of all.
+        num_running, num_waiting, num_blocks, num_free_blocks: as of `EngineStats`; 0 while it is not alive.
+        prompt_tokens, cached_prompt_tokens: as of `EngineStats`, since it was started last.
+    """
+
+    alive: bool
+    restarts: int = 0
+    num_running: int = 0
+    num_waiting: int = 0
+    num_blocks: int = 0
+    num_free_blocks: int = 0
+    prompt_tokens: int = 0
+    cached_prompt_tokens: int = 0
+
+
+def _by_key(values: Sequence[Mapping[str, int]]) -> dict[str, int]:
+    return dict(sum(map(Counter, values), Counter[str]()))
+
+
+def _by_place(values: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    return tuple(map(sum, itertools.zip_longest(*values, fillvalue=0)))
+
+
+def _first(values: Sequence[Sequence[float]]) -> Sequence[float]:
+    return next(filter(None, values), ())
+
+
+class Stat(NamedTuple):
+    """What is done with a number of `EngineStats`, as its annotation.
+
+    Attributes:
+        series: the counter of `/metrics` that shows it; empty where none does by itself.
+        help: what that counts.
+        now: it is of this moment, and ends with its engine; others count since the start.
+        join: makes one of those of several replicas: their sum, or where all have it alike or share it, the largest.
+    """
+
+    series: str = ""
+    help: str = ""
+    now: bool = False
+    join: Callable[[Sequence[Any]], Any] = sum
+
+
+class EngineStats(ShownStruct, frozen=True, kw_only=True):
+    """A snapshot of the engine's counters.
+
+    Attributes:
+        num_running, num_waiting: sequences, now.
+        num_blocks, num_free_blocks, block_size: the KV cache, now.
+        checkpoints, checkpoint_slots: states of layers from which prompts may go on, now, and most of them.
+        prompt_tokens, cached_prompt_tokens: of every request whose prompt has been run, since the start.
+        generation_tokens: tokens sampled, since the start.
+        finished: sequences by finish reason, since the start.
+        preemptions, steps: since the start.
+        drafts, draft_tokens, accepted_draft_tokens: sequences' steps with guessed tokens, those tokens, and how many of
+            them were right, since the start.
+        accepted_per_position: of each place in a draft, how often it was right.
+        step_seconds: how long a step of one row takes, of two, and so on, as far as steps were seen, else on a line
+            through those that were; by these it is chosen how many guesses are tried. Empty where nothing is guessed.
+        adapters, adapters_in_memory, adapter_bytes: adapters that are known, those in memory and their bytes, now.
+        adapter_loads, adapter_load_failures, adapter_evictions: since the start.
+        adapter_load_seconds: what those loads took together.
+        max_adapters: most adapters in one step; 0 where there are none.
+        running_adapters, waiting_adapters: sequences by adapter, now; the names with most sequences.
+        kept_block_bytes: of blocks besides the cache, now: on disk, in main memory, in Redis; 0 where none are kept.
+            In main memory and in Redis those of the first rank.
+        kept_blocks_read, kept_blocks_written: since the start.
+        kept_blocks_skipped: not written because that was behind, since the start.
+        kept_block_failures: blocks that could not be read or written, were damaged or late, since the start.
+        sleep_level: 0 while it is awake; see `InferenceEngine.sleep`.
+        images_encoded, images_reused, image_failures: images whose embeddings were made, those that requests found
+            made, and those that could not be, since the start.
+        image_seconds: what making them took, since the start.
+        replicas: what each of several engines has of it; empty where there is one.
+    """
+
+    # fmt: off
+    num_running: Annotated[int, Stat(now=True)]
+    num_waiting: Annotated[int, Stat(now=True)]
+    num_blocks: Annotated[int, Stat(now=True)]
+    num_free_blocks: Annotated[int, Stat(now=True)]
+    block_size: Annotated[int, Stat(join=max)]
+    generation_tokens: int
+    finished: Annotated[Mapping[str, int], Stat(join=_by_key)]
+    preemptions: Annotated[int, Stat(
+        "vllm:num_preemptions_total", "Sequences that were stopped for want of cache and run again.")]
+    prompt_tokens: Annotated[int, Stat(
+        "vllm:prefix_cache_queries_total", "Tokens of prompts that the engine has run.")]
+    cached_prompt_tokens: Annotated[int, Stat(
+        "vllm:prefix_cache_hits_total", "Those of them that were in the prefix cache.")]
+    drafts: Annotated[int, Stat(
+        "vllm:spec_decode_num_drafts_total", "Steps of sequences that tried guessed tokens.")] = 0
+    draft_tokens: Annotated[int, Stat(
+        "vllm:spec_decode_num_draft_tokens_total", "Guessed tokens that were tried.")] = 0
+    accepted_draft_tokens: Annotated[int, Stat(
+        "vllm:spec_decode_num_accepted_tokens_total", "Those of them that were right.")] = 0
+    accepted_per_position: Annotated[tuple[int, ...], Stat(join=_by_place)] = ()
+    step_seconds: Annotated[tuple[float, ...], Stat(join=_first)] = ()
+    steps: Annotated[int, Stat("candle_vllm:engine_steps_total", "Steps of the engine.")]
+    adapters: Annotated[int, Stat(now=True, join=max)] = 0
+    adapters_in_memory: Annotated[int, Stat(now=True)] = 0
+    adapter_bytes: Annotated[int, Stat(now=True)] = 0
+    adapter_loads: Annotated[int, Stat("candle_vllm:lora_loads_total", "Adapters that were brought to memory.")] = 0
+    adapter_load_failures: Annotated[int, Stat(
+        "candle_vllm:lora_load_failures_total", "Adapters that could not be.")] = 0
+    adapter_load_seconds: Annotated[float, Stat(
+        "candle_vllm:lora_load_seconds_total", "Time of all that, seconds.")] = 0.0
+    adapter_evictions: Annotated[int, Stat(
+        "candle_vllm:lora_evictions_total", "Adapters that left memory for others.")] = 0
+    max_adapters: Annotated[int, Stat(join=max)] = 0
+    running_adapters: Annotated[Mapping[str, int], Stat(now=True, join=_by_key)] = msgspec.field(default_factory=dict)
+    waiting_adapters: Annotated[Mapping[str, int], Stat(now=True, join=_by_key)] = msgspec.field(default_factory=dict)
+    checkpoints: Annotated[int, Stat(now=True)] = 0
+    checkpoint_slots: Annotated[int, Stat(now=True)] = 0
+    sleep_level: Annotated[int, Stat(now=True, join=max)] = 0
+    images_encoded: Annotated[int, Stat("candle_vllm:images_encoded_total", "Images whose embeddings were made.")] = 0
+    images_reused: Annotated[int, Stat(
+        "candle_vllm:images_reused_total", "Images whose embeddings requests found made.")] = 0
+    image_failures: Annotated[int, Stat(
+        "candle_vllm:image_failures_total", "Images whose embeddings could not be made.")] = 0
+    image_seconds: Annotated[float, Stat(
+        "candle_vllm:image_encoding_seconds_total", "Time of making them, seconds.")] = 0.0
+    kept_block_bytes: Annotated[int, Stat(now=True, join=max)] = 0
+    kept_blocks_read: Annotated[int, Stat(
+        "candle_vllm:prompt_cache_blocks_read_total", "KV blocks that were read from there.")] = 0
+    kept_blocks_written: Annotated[int, Stat(
+        "candle_vllm:prompt_cache_blocks_written_total", "KV blocks that were written there.")] = 0
+    kept_blocks_skipped: Annotated[int, Stat(
+        "candle_vllm:prompt_cache_blocks_skipped_total", "KV blocks that were not, for that was behind.")] = 0
+    kept_block_failures: Annotated[int, Stat(
+        "candle_vllm:prompt_cache_failures_total",
+        "KV blocks that were damaged or late, or could not be read or written.")] = 0
+    replicas: Annotated[tuple[ReplicaStats, ...], Stat(join=lambda _: ())] = ()
+    # fmt: on
+
+
+def _stat(hint: Any) -> Stat:
+    return next((each for each in getattr(hint, "__metadata__", ()) if isinstance(each, Stat)), Stat())
+
+
+_HINTS = get_type_hints(EngineStats, include_extras=True)
+STATS: Mapping[str, Stat] = {name: _stat(_HINTS[name]) for name in EngineStats.__struct_fields__}
+"""What is done with each number of `EngineStats`."""

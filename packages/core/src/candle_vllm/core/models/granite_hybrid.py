@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: MIT
+"""IBM Granite 4 H: Granite (`granite.py`) with Mamba 2 in the place of attention in most layers.
+
+Source: IBM, 2025, "Granite 4.0 Language Models".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
+from candle_vllm.core.fields import Fields
+from candle_vllm.core.layers.parameters import Placement
+from candle_vllm.core.layers.rotary import Rotary
+from candle_vllm.core.loading.cache_specs import CacheSpec
+from candle_vllm.core.loading.tensors import Checkpoint
+from candle_vllm.core.models import granite, llama
+from candle_vllm.core.models.attention_names import HF
+from candle_vllm.core.models.family import Family
+from candle_vllm.core.models.llama import Llama, LlamaConfig, Mixer
+from candle_vllm.core.models.mamba2 import Mamba2Mixer, MambaSizes, mixer_names, sizes_from_gguf, sizes_from_hf
+
+# ---- config ----------------------------------------------------------------------------------------------------------
+
+_KEYS = {
+    "heads": "mamba_n_heads",
+    "head_dim": "mamba_d_head",
+    "groups": "mamba_n_groups",
+    "state": "mamba_d_state",
+    "taps": "mamba_d_conv",
+    "bias": "mamba_proj_bias",
+    "conv_bias": "mamba_conv_bias",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GraniteHybridConfig(LlamaConfig):
+    """What these models have beside Granite.
+
+    Attributes:
+        mamba: shapes of the mixers.
+        mamba_layers: the layers that have one; the others have attention.
+    """
+
+    mamba: MambaSizes | None = None
+    mamba_layers: frozenset[int] = frozenset()
+
+    @property
+    def cache_specs(self) -> tuple[CacheSpec, ...]:
+        """See `ModelConfig`."""
+        specs, mamba = super().cache_specs, self.mamba
+        return (
+            specs if mamba is None else tuple(mamba.spec if n in self.mamba_layers else s for n, s in enumerate(specs))
+        )
+
+
+def config_from_hf(fields: Fields, model_type: str) -> GraniteHybridConfig:
+    """Reads `config.json` of granitemoehybrid."""
+    key = "layer_types" if "layer_types" in fields else "layers_block_type"
+    kinds = fields.get(key, list, ["attention"] * fields.count("num_hidden_layers"))
+    if len(kinds) != fields.count("num_hidden_layers") or not all(
+        kind in ("attention", "full_attention", "mamba", "linear_attention") for kind in kinds
+    ):
+        raise UnsupportedModelError(f"{fields.path}: {key} must name attention or mamba for each layer")
+    plain = Fields(dict(fields.values) | {"layer_types": ["attention"] * len(kinds)}, fields.path, fields.prefix)
+    shared = _flags(granite.config_from_hf(plain, model_type))
+    layers = frozenset(n for n, kind in enumerate(kinds) if kind in ("mamba", "linear_attention"))
+    if not layers:
+        return GraniteHybridConfig(**shared)
+    inner = fields.count("mamba_expand", 2) * shared["hidden_size"]
+    mamba = sizes_from_hf(fields, _KEYS, inner=inner)
+    return GraniteHybridConfig(**shared | {"model_type": "granitehybrid"}, mamba=mamba, mamba_layers=layers)
+
+
+def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> GraniteHybridConfig:
+    """Reads GGUF metadata of granitehybrid, in which layers with Mamba 2 have no key-value heads."""
+    key = fields.prefix + "attention.head_count_kv"
+    counts = fields.get("attention.head_count_kv", list)
+    heads = {count for count in counts if type(count) is int and count > 0}
+    if len(heads) != 1 or not all(type(count) is int and count in (0, *heads) for count in counts):
+        raise UnsupportedModelError(f"{fields.path}: {key} is {counts!r:.80}, not one number and 0")
+    plain = Fields({**fields.values, key: heads.pop()}, fields.path, fields.prefix)
+    shared = _flags(granite.config_from_gguf(plain, checkpoint))
+    if len(counts) != shared["num_layers"]:
+        raise InvalidFileError(f"{fields.path}: {key} has {len(counts)} entries for {shared['num_layers']} layers")
+    layers = frozenset(n for n, count in enumerate(counts) if not count)
+    mamba = sizes_from_gguf(fields, checkpoint.tensors, [*layers])
+    return GraniteHybridConfig(**shared, mamba=mamba, mamba_layers=layers)
+
+
+def _flags(config: LlamaConfig) -> dict[str, Any]:
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+
+
+# ---- block and model -------------------------------------------------------------------------------------------------
+
+
+class Block(llama.Block):
+    """One decoder layer: Llama's, or the same with Mamba 2 for attention."""
+
+    def mixer(self, config: GraniteHybridConfig, layer: int, rotary: Rotary, placement: Placement) -> Mixer:
+        if config.mamba is None or layer not in config.mamba_layers:
+            return super().mixer(config, layer, rotary, placement)
+        return Mamba2Mixer(layer, config.hidden_size, config.mamba, config.norm_eps, placement)
+
+
+class GraniteHybrid(Llama):
+    """The decoder: token ids [T] -> hidden states [T, E] -> logits [T, V]."""
+
+    block = Block
+
+
+FAMILY = Family(
+    hf={"GraniteMoeHybridForCausalLM": "granitemoehybrid"},
+    gguf=("granitehybrid",),
+    config_from_hf=config_from_hf,
+    config_from_gguf=config_from_gguf,
+    build=GraniteHybrid,
+    weights=[*granite.WEIGHTS, *mixer_names("attention", HF + "mamba")],
+    ignored=llama.ignored,
+)

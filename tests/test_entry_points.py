@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: MIT
+"""An installed package adds a model family and a tool-call format by its entry points."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
+
+EXTENSION = Path(__file__).parents[1] / "examples" / "extension"
+PROGRAM = """
+import sys
+from candle_vllm.core import InferenceEngine, SamplingParams
+from candle_vllm.openai.formats.layout import Layout
+from candle_vllm.openai.formats.parser import OutputParser
+from candle_vllm.openai.formats.table import tool_names
+
+with InferenceEngine(sys.argv[1], device="cpu", enforce_eager=True, kv_cache_memory=1 << 20) as engine:
+    (output,) = engine.generate(["a"], SamplingParams(max_tokens=3, ignore_eos=True))
+    print(engine.model_info.architecture, len(output.token_ids))
+parser = OutputParser(Layout(None, tool_names()["example"]), tools={"add": {}}, make_id=str)
+events = [*parser.feed('[[call]]{"name": "add", "arguments": {}}[[/call]]'), *parser.finish(True)]
+print([event.name for event in events if hasattr(event, "name")])
+"""
+
+
+def run(target: Path | None, model: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | ({} if target is None else {"PYTHONPATH": str(target)})
+    return subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(model)], capture_output=True, text=True, timeout=300, env=environment
+    )
+
+
+def test_a_package_adds_a_family_and_a_format(tmp_path: Path) -> None:
+    """Without the package the same folder is refused: nothing is loaded from it."""
+    uv = shutil.which("uv")
+    if uv is None:
+        pytest.skip("uv installs the package")
+    source, target = tmp_path / "extension", tmp_path / "installed"
+    shutil.copytree(EXTENSION, source)
+    install = [uv, "pip", "install", "--offline", "--no-deps", "--python", sys.executable, "--target", str(target)]
+    subprocess.run([*install, str(source)], check=True, capture_output=True, timeout=120)
+    model = write_toy_model(tmp_path / "model", toy_config(architectures=["ExampleForCausalLM"]))
+    refused = run(None, model)
+    assert refused.returncode
+    assert "ExampleForCausalLM" in refused.stderr
+    found = run(target, model)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.splitlines() == ["llama 3", "['add']"]
