@@ -21,7 +21,7 @@ import msgspec
 from candle_vllm.core.engine.outputs import FinishReason, RequestMetrics, TokenOutput
 from candle_vllm.core.engine.requests import GenerationRequest, LoRARequest
 from candle_vllm.core.engine.stats import EngineStats
-from candle_vllm.core.engine.step.stream import Inbox, TokenStream
+from candle_vllm.core.engine.step.stream import RequestSink, TokenStream
 from candle_vllm.core.engine.step.thread import EngineThread
 from candle_vllm.core.engine.step.watching import RequestInfo, RequestWatcher, watched_submit
 from candle_vllm.core.sampling.params import SamplingParams
@@ -168,9 +168,10 @@ class PacedEngine(ScriptedEngine):
                 priority=priority,
                 adapters=tuple(adapter.use(scale) for adapter, scale in lora_request),
             )
-            inbox, thread = Inbox(asyncio.get_running_loop()), self._engine_thread
-            thread.submit(self._paced.prepare(request), inbox)
-        return TokenStream(request, lambda: thread.abort(request_id, inbox), inbox, watch)
+            thread, loop = self._engine_thread, asyncio.get_running_loop()
+            sink = RequestSink(loop, params.n, lambda sink: thread.abort(request_id, sink), watch)
+            thread.submit(self._paced.prepare(request), sink)
+        return TokenStream(request, sink)
 
     def stats(self) -> EngineStats:
         return self._paced.stats()

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -142,42 +144,73 @@ HEAD = Head("id", 1, "m", "fp")
 ECHOED_TWICE = Task(paths=Paths({}), prompts=("pq",), choices=2, echo_prompts=True, sampling={"logprobs": 1})
 
 
+class Noting:
+    """A receiver that notes chunks as their JSON."""
+
+    def __init__(self) -> None:
+        self.chunks: list[bytes] = []
+        self.ended: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
+
+    def put(self, items: Sequence[Any]) -> None:
+        assert items
+        self.chunks += map(to_json_bytes, items)
+
+    def end(self, error: Exception | None = None) -> None:
+        self.ended.set_result(error)
+
+
 @settings(max_examples=30)
-@given(scripts(), OPTIONS, st.lists(st.booleans(), min_size=1, max_size=5), st.booleans())
-async def test_chunks_past_the_reader_are_those_that_it_would_have_read(
-    script: list[bytes], options: dict[str, Any], ready: list[bool], chat: bool
+@given(scripts(), OPTIONS, st.booleans(), st.integers(1, 2))
+async def test_chunks_that_are_pushed_are_those_that_are_iterated_over(
+    script: list[bytes], options: dict[str, Any], chat: bool, prompts: int
 ) -> None:
-    body = options | ({"messages": [{"role": "user", "content": "?"}]} if chat else {"prompt": "?"})
+    body = options | ({"messages": [{"role": "user", "content": "?"}]} if chat else {"prompt": ["?"] * prompts})
     body |= {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
 
     async def start() -> ChunkStream[Any]:
         adapter = OpenAIAdapter(ScriptedEngine(script))
         return await (adapter.chat_stream(body) if chat else adapter.complete_stream(body))
 
-    plain = [to_json_bytes(chunk) async for chunk in await start()]
-    stream, found, turns = await start(), list[bytes](), itertools.cycle(ready)
-    stream.shortcut(lambda: next(turns), lambda chunks: found.extend(map(to_json_bytes, chunks)))
-    async for chunk in stream:
-        found.append(to_json_bytes(chunk))
+    iterated = [to_json_bytes(chunk) async for chunk in await start()]
+    stream, pushed = await start(), Noting()
+    stream.push(pushed)
+    assert await pushed.ended is None
+    await stream.aclose()
 
     def told(chunks: list[bytes]) -> list[dict[str, Any]]:
         return [{name: value for name, value in json.loads(one).items() if name not in OWN} for one in chunks]
 
-    assert told(found) == told(plain)
+    assert told(pushed.chunks) == told(iterated)
 
 
-async def test_a_failure_past_the_reader_ends_the_stream_and_the_request() -> None:
-    engine = ScriptedEngine(["a"] * 100)
-    stream = await OpenAIAdapter(engine).complete_stream({"prompt": "?", "max_tokens": 100})
-
-    def broken(_: object) -> None:
+@pytest.mark.parametrize("pushed", [False, True])
+@pytest.mark.parametrize("prompts", [1, 3])
+async def test_a_failure_of_a_stage_ends_the_stream_and_the_request(
+    pushed: bool, prompts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
         raise ValueError("broken")
 
-    stream.shortcut(lambda: True, broken)
-    with pytest.raises(ValueError, match="broken"):
-        async for _ in stream:
-            pass
-    assert engine.aborted == ["cmpl-" + engine.requests[0].request_id.removeprefix("cmpl-")]
+    engine = ScriptedEngine(["a"] * 100)
+    monkeypatch.setattr(CompletionWriter, "write", broken)
+    stream = await OpenAIAdapter(engine).complete_stream({"prompt": ["?"] * prompts, "max_tokens": 100})
+    if pushed:
+        found = Noting()
+        stream.push(found)
+        assert str(await found.ended) == "broken"
+        await stream.aclose()
+    else:
+        with pytest.raises(ValueError, match="broken"):
+            await anext(stream)
+    assert engine.aborted == [request.request_id for request in engine.requests]
+
+
+async def test_a_stream_that_is_dropped_aborts() -> None:
+    engine = ScriptedEngine(["a"] * 100)
+    stream = await OpenAIAdapter(engine).complete_stream({"prompt": "?", "max_tokens": 100})
+    await anext(stream)
+    del stream
+    assert engine.aborted == [engine.requests[0].request_id]
 
 
 def reader() -> AnswerReader:

@@ -8,6 +8,7 @@ import json
 import re
 import socket
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -95,21 +96,27 @@ def _events(answer: bytes) -> tuple[int, bytes]:
 
 def test_tokens_that_pass_the_layers_are_those_that_go_through_them(start, monkeypatch: pytest.MonkeyPatch) -> None:
     words = [f"w{number} " for number in range(30)]
-    passed: list[int] = []
-    write = protocol._ChunkedBody.write  # pyright: ignore[reportPrivateUsage]
+    passed: list[bool] = []
+    writer = protocol._part_writer  # pyright: ignore[reportPrivateUsage]
 
-    def noted(self: Any, data: bytes) -> None:
-        passed.append(len(data))
-        write(self, data)
+    def noted(cycle: Any) -> Callable[[bytes], bool]:
+        write = writer(cycle)
 
-    monkeypatch.setattr(protocol._ChunkedBody, "write", noted)  # pyright: ignore[reportPrivateUsage]
+        def note(data: bytes) -> bool:
+            passed.append(write(data))
+            return passed[-1]
+
+        return note
+
+    monkeypatch.setattr(protocol, "_part_writer", noted)
     request = _request(stream=True, max_tokens=200, stream_options={"include_usage": True}).replace(
         b"Host", b"Connection: close\r\nHost"
     )
-    direct = _events(_answers(start(PacedEngine(words, pause=0.005)).port, request))
-    assert len(passed) >= len(words) - 1
-    monkeypatch.setattr(protocol._ChunkedBody, "is_free", lambda _: False)  # pyright: ignore[reportPrivateUsage]
-    assert direct == _events(_answers(start(PacedEngine(words, pause=0.005)).port, request))
+    _, direct = _events(_answers(start(PacedEngine(words, pause=0.005)).port, request))
+    assert sum(passed) >= len(words) - 1
+    monkeypatch.setattr(protocol, "_part_writer", lambda _: lambda _: False)
+    _, through = _events(_answers(start(PacedEngine(words, pause=0.005)).port, request))
+    assert direct == through  # the layers have more at a time
 
 
 def test_a_stream_to_an_old_client_has_no_chunks(start) -> None:

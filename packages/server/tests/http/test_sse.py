@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 
-from candle_vllm.server.http.sse import DIRECT_BODY, DONE, KEEP_ALIVE, EventStream, data_event
+from candle_vllm.core.engine.step.stream import PushStream, Receiver
+from candle_vllm.server.http import sse
+from candle_vllm.server.http.sse import DONE, KEEP_ALIVE, WRITE_PART, EventStream, data_event
 from tests.waiting import skip, until
 
 
@@ -199,82 +202,129 @@ async def test_a_stream_that_ends_too_late_has_not_delivered_everything() -> Non
 
 
 class Direct:
-    """A connection's body as the HTTP protocol offers it: what is written, and whether the client keeps up."""
+    """A connection as the HTTP protocol offers it: what is written, and whether the client keeps up."""
 
     def __init__(self, connection: Connection) -> None:
         self._sent = connection.sent
         self.free = True
 
-    def is_free(self) -> bool:
+    def write(self, data: bytes) -> bool:
+        assert data
+        if self.free:
+            self._sent.append(b"direct " + data)
         return self.free
 
-    def write(self, data: bytes) -> None:
-        assert data
-        self._sent.append(b"direct " + data)
+
+class Pushed(PushStream[bytes]):
+    """Chunks that are pushed by the test."""
+
+    receiver: Receiver[bytes]
+    closed = False
+
+    def push(self, receiver: Receiver[bytes]) -> None:
+        self.receiver = receiver
+        self.holds: list[bool] = []
+
+    def hold(self, held: bool) -> None:
+        self.holds.append(held)
+
+    def close(self) -> None:
+        self.closed = True
 
 
-class Passing(Source):
-    """Chunks that can pass their reader while it waits."""
+@asynccontextmanager
+async def _pushed(
+    connection: Connection, direct: Direct | None, **options: Any
+) -> AsyncIterator[tuple[Pushed, asyncio.Task[None]]]:
+    """A stream that has begun, and waits for chunks."""
+    source = Pushed()
+    stream = EventStream(source, data_event, lambda failure: data_event(repr(failure).encode()), **options)
+    scope = {"type": "http", "extensions": {} if direct is None else {WRITE_PART: direct.write}}
+    running = asyncio.create_task(stream(scope, connection.receive, connection.send))
+    await until(lambda: stream._idle is not None)
+    yield source, running
+    await asyncio.wait_for(running, 60)
+    assert source.closed
 
-    ready: Callable[[], bool] = staticmethod(lambda: False)
-    take: Callable[[Sequence[bytes]], None]
 
-    def shortcut(self, ready: Callable[[], bool], take: Callable[[Sequence[bytes]], None]) -> None:
-        self.ready, self.take = ready, take
-
-
-async def _run_direct(source: Source, connection: Connection, direct: Direct, keep_alive: float = 15.0) -> None:
-    stream = EventStream(source, data_event, lambda _: b"", keep_alive=keep_alive)
-    await stream({"type": "http", "extensions": {DIRECT_BODY: direct}}, connection.receive, connection.send)
-
-
-async def test_what_passes_is_written_at_once_unless_something_waits_before_it() -> None:
+async def test_what_is_pushed_is_written_at_once_unless_something_waits_before_it() -> None:
     connection = Connection()
     direct = Direct(connection)
-    found: list[bool] = []
-
-    async def chunks() -> AsyncGenerator[bytes, None]:
-        yield b"first"
-        found.append(source.ready())  # the first one is not written yet
-        await until(lambda: connection.sent)
-        found.append(source.ready())
-        source.take([b"a", b"b"])
-        source.take([])
-        assert connection.sent[-1] == b"direct data: a\n\ndata: b\n\n"
+    async with _pushed(connection, direct) as (source, _):
+        source.receiver.put([b"first"])
+        source.receiver.put([b"a", b"b"])
+        source.receiver.put([])
+        assert connection.sent == [b"direct data: first\n\n", b"direct data: a\n\ndata: b\n\n"]
         direct.free = False
-        found.append(source.ready())
-        yield b"slow"
-        await until(lambda: connection.sent[-1] == b"data: slow\n\n")
+        source.receiver.put([b"slow"])
         direct.free = True
-        found.append(source.ready())
-
-    source = Passing(chunks)
-    await _run_direct(source, connection, direct)
-    assert found == [False, True, False, True]
-    assert connection.sent == [
-        b"direct data: first\n\n",
-        b"direct data: a\n\ndata: b\n\n",
-        b"data: slow\n\n",
+        source.receiver.put([b"behind"])
+        assert len(connection.sent) == 2  # the order holds
+        await until(lambda: len(connection.sent) == 3)
+        source.receiver.put([b"last"])
+        await until(lambda: len(connection.sent) == 4)
+        source.receiver.end(None)
+    assert connection.sent[2:] == [
+        b"direct data: slow\n\ndata: behind\n\n",
+        b"direct data: last\n\n",
         DONE,
     ]
     assert connection.closed
-    assert not source.ready()  # nothing follows the end
 
 
-async def test_what_passes_breaks_the_silence() -> None:
+async def test_what_is_pushed_goes_through_the_layers_where_there_is_no_connection() -> None:
     connection = Connection()
+    async with _pushed(connection, None) as (source, _):
+        source.receiver.put([b"a"])
+        source.receiver.put([b"b"])
+        await until(lambda: connection.sent)
+        source.receiver.put([b"c"])
+        source.receiver.end(ValueError("no"))
+    assert connection.sent == [b"data: a\n\ndata: b\n\n", b"data: c\n\ndata: ValueError('no')\n\n"]
 
-    async def chunks() -> AsyncGenerator[bytes, None]:
+
+async def test_a_chunk_that_cannot_be_encoded_ends_the_stream() -> None:
+    connection = Connection()
+    async with _pushed(connection, Direct(connection)) as (source, _):
+        source.receiver.put([object()])  # type: ignore[list-item]
+        source.receiver.put([b"late"])
+    assert b"TypeError" in connection.sent[-1]
+    assert connection.closed
+
+
+async def test_what_is_pushed_is_held_while_the_client_does_not_keep_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sse, "MAX_BUFFERED", 100)
+    connection = Connection()
+    async with _pushed(connection, None) as (source, _):
+        while True not in source.holds:
+            source.receiver.put([b"x" * 10])
+        await until(lambda: not source.holds[-1])
+        source.receiver.end(None)
+    assert connection.sent[0].count(b"data: x") == 6  # the first that are more than 100 bytes
+    assert source.holds[:2] == [True, False]
+
+
+async def test_a_disconnect_ends_what_is_pushed() -> None:
+    connection = Connection()
+    async with _pushed(connection, Direct(connection)) as (source, running):
+        source.receiver.put([b"x"])
+        connection.gone.set()
+        await running
+        source.receiver.put([b"late"])
+    assert connection.sent == [b"direct data: x\n\n"]
+
+
+async def test_what_is_pushed_breaks_the_silence() -> None:
+    connection = Connection()
+    async with _pushed(connection, Direct(connection), keep_alive=30) as (source, _):
         for _ in range(20):
             await skip(10)
-            source.take([b"x"])
+            source.receiver.put([b"x"])
         await skip(31)
         await until(lambda: KEEP_ALIVE in connection.sent[-1])
-        yield b"y"
-
-    source = Passing(chunks)
-    await _run_direct(source, connection, Direct(connection), keep_alive=30)
+        source.receiver.put([b"y"])
+        source.receiver.end(None)
     before, comment, after = b"".join(connection.sent).partition(KEEP_ALIVE)
     assert comment
-    assert after.endswith(b"data: y\n\n" + DONE)
+    assert after == b"direct data: y\n\n" + DONE
     assert before.count(b"data: x") == 20

@@ -21,7 +21,7 @@ from prometheus_client import generate_latest
 from candle_vllm.core.engine.outputs import FinishReason, RequestMetrics, TokenOutput
 from candle_vllm.core.engine.requests import GenerationRequest
 from candle_vllm.core.engine.stats import EngineStats
-from candle_vllm.core.engine.step.stream import Shortcut, TokenStream
+from candle_vllm.core.engine.step.stream import Receiver, RequestSink, TokenStream
 from candle_vllm.core.engine.step.watching import RequestInfo, watched_submit
 from candle_vllm.core.errors import (
     CandleVllmError,
@@ -427,15 +427,14 @@ def _stream(pieces: list[TokenOutput], watcher: EngineWatcher | None, params: Sa
     """A stream of pieces that were made before, which costs next to nothing."""
     request = GenerationRequest(request_id="r", prompt=None, prompt_token_ids=[1], params=params)
 
-    class Made:
-        shortcut: Shortcut | None = None
-        coming = iter(pieces)
-
-        async def take(self) -> TokenOutput:
-            return next(self.coming)
+    class Made(RequestSink):
+        def start(self, receiver: Receiver[TokenOutput]) -> None:
+            super().start(receiver)
+            for piece in pieces:
+                self.put(piece)
 
     with watched_submit(watcher, RequestInfo("r", "generate", [1], params, lambda ids, skip: "")) as watch:
-        return TokenStream(request, lambda: None, Made(), watch)
+        return TokenStream(request, Made(None, params.n, lambda _: None, watch))
 
 
 async def test_counting_a_token_costs_little() -> None:

@@ -34,7 +34,7 @@ from candle_vllm.core.engine.runners.sleeping import check_sleep, read_tags
 from candle_vllm.core.engine.stats import EngineStats
 from candle_vllm.core.engine.step.admission import check_encoder_task
 from candle_vllm.core.engine.step.pooling_calls import MAX_TEXT, Apart, Pair, PoolingCalls
-from candle_vllm.core.engine.step.stream import Bar, Inbox, TokenIterator, TokenStream, run_all, whole
+from candle_vllm.core.engine.step.stream import Bar, RequestSink, TokenIterator, TokenStream, run_all, whole
 from candle_vllm.core.engine.step.thread import PreparingEngine, RequestRunner
 from candle_vllm.core.engine.step.watching import RequestInfo, RequestWatcher, watched_pooling, watched_submit
 from candle_vllm.core.errors import (
@@ -670,7 +670,7 @@ class EngineFront(ABC):
         lora_request: LoraChoice = None,
         watcher: RequestWatcher | None = None,
     ) -> TokenStream:
-        """Submits a prompt and returns its pieces as an async iterator; call it inside an event loop.
+        """Submit a prompt and return a stream of its pieces, to iterate over; call it inside an event loop.
 
         The request is checked and queued before this returns. Closing the iterator, cancelling its consumer or dropping
         it aborts the request. `watcher` is told of it, and of each piece that the consumer gets.
@@ -688,9 +688,9 @@ class EngineFront(ABC):
             )
             prepared = self._working().prepare(request)
             thread = self._running_thread()
-            inbox = Inbox(_running_loop())
-            thread.submit(prepared, inbox)
-        return TokenStream(request, lambda: thread.abort(request_id, inbox), inbox, watch)
+            sink = RequestSink(_running_loop(), params.n, lambda sink: thread.abort(request_id, sink), watch)
+            thread.submit(prepared, sink)
+        return TokenStream(request, sink)
 
     @explained(**_SAMPLING)
     def generate_stream(

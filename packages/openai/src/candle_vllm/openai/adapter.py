@@ -343,7 +343,7 @@ class OpenAIAdapter:
                     sources.append(self._submit(task, prompt.token_ids, params, request_id, "prompt", images))
         except BaseException:
             for source in sources:
-                await source.aclose()
+                source.close()
             raise
         reader = AnswerReader(head, AnswerPlan(), task)
         return AnswerStream(sources, reader, prompts[0].token_ids), prompts

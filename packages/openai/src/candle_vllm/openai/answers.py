@@ -153,12 +153,12 @@ class ChoiceReader:
 
 
 class TokenCounts:
-    """Adds up the usage of a request whose prompts are numbered from 0."""
+    """Adds up the usage of a request whose prompts are numbered from 0; `completion` is what was generated."""
 
     def __init__(self) -> None:
         self._prompts: dict[int, int] = {}
         self._cached: dict[int, int] = {}
-        self._completion = 0
+        self.completion = 0
         self._prompt_ms: int | None = None
         self._completion_ms: int | None = None
         self._guesses = Counter[str]()
@@ -168,7 +168,7 @@ class TokenCounts:
         self._prompts[prompt] = piece.num_prompt_tokens
         if piece.index == 0:  # the other sequences share its prompt, and find that in the cache when it is run
             self._cached.setdefault(prompt, piece.num_cached_tokens)
-        self._completion += new_tokens
+        self.completion += new_tokens
         if (times := piece.metrics) is not None:
             self._prompt_ms = _longer(self._prompt_ms, times.first_scheduled_time, times.first_token_time)
             self._completion_ms = _longer(self._completion_ms, times.first_token_time, times.finished_time)
@@ -179,7 +179,7 @@ class TokenCounts:
         """The counts so far; the times only when `final`."""
         return Usage(
             prompt_tokens=sum(self._prompts.values()),
-            completion_tokens=self._completion,
+            completion_tokens=self.completion,
             cached_tokens=sum(self._cached.values()),
             reasoning_tokens=reasoning,
             prompt_ms=self._prompt_ms if final else None,
@@ -231,28 +231,22 @@ class AnswerReader:
             RequestError: the request left the engine no token to choose.
             GenerationFailedError, RequestAbortedError: the engine gave the sequence up.
         """
-        _check_piece(piece, self._paths)
-        if not self._awaits_prompt:
-            return self._read(prompt, piece)
-        if piece.prompt_logprobs is not None:
-            self._known_prompts.add(prompt)
-        elif prompt not in self._known_prompts:
-            self._held.setdefault(prompt, []).append(piece)
-            return []
-        pieces = [piece, *self._held.pop(prompt, ())]
-        return [event for one in pieces for event in self._read(prompt, one)]
-
-    def end(self) -> list[Event]:
-        """The final usage; raises `GenerationFailedError` where the pieces ended before their sequences did."""
-        if self._unfinished:
-            raise GenerationFailedError(f"the stream ended with {self._unfinished} sequences unfinished")
-        return [self._usage(final=True)]
-
-    def _read(self, prompt: int, piece: TokenOutput) -> list[Event]:
+        if piece.finish_reason is not None:
+            _check_piece(piece, self._paths)
+        if self._awaits_prompt:
+            if piece.prompt_logprobs is not None:
+                self._known_prompts.add(prompt)
+            elif prompt not in self._known_prompts:
+                self._held.setdefault(prompt, []).append(piece)
+                return []
         choice = prompt * self._sequences + piece.index
         reader = self._readers[choice]
         news = [] if self._scored_only else reader.read(piece)
-        self._counts.add(prompt, piece, 0 if self._scored_only else len(piece.token_ids))
+        new_tokens = 0 if self._scored_only else len(piece.token_ids)
+        if piece.finish_reason is None and choice in self._begun and not self._tell_counts:
+            self._counts.completion += new_tokens  # all that this piece adds to the counts
+            return news
+        self._counts.add(prompt, piece, new_tokens)
         events: list[Event] = [self._usage(final=False)] if self._tell_counts or not self._begun else []
         if choice not in self._begun:
             self._begun.add(choice)
@@ -263,7 +257,15 @@ class AnswerReader:
         if piece.finish_reason is not None:
             self._unfinished -= 1
             events.append(Ended(choice, Reason.LENGTH) if self._scored_only else reader.ended(piece))
+        for held in self._held.pop(prompt, ()) if self._held else ():
+            events += self.add(prompt, held)
         return events
+
+    def end(self) -> list[Event]:
+        """The final usage; raises `GenerationFailedError` where the pieces ended before their sequences did."""
+        if self._unfinished:
+            raise GenerationFailedError(f"the stream ended with {self._unfinished} sequences unfinished")
+        return [self._usage(final=True)]
 
     def _usage(self, *, final: bool) -> Usage:
         reasoning = sum(one.reasoning_tokens for one in self._readers) if self._may_reason else None

@@ -69,7 +69,7 @@ class AnswerWriter(ABC, Generic[Chunk]):
 
     def write(self, events: Sequence[Event]) -> list[Chunk]:
         """The chunks that events make."""
-        return [chunk for event in events if (chunk := self._written(event)) is not None]
+        return list(filter(None, map(self._written, events)))
 
     @abstractmethod
     def _written(self, event: Event) -> Chunk | None: ...

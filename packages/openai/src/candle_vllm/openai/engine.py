@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from candle_vllm.core.engine.model_info import ModelInfo
 from candle_vllm.core.engine.outputs import TokenOutput
 from candle_vllm.core.engine.stats import EngineStats
+from candle_vllm.core.engine.step.stream import PushStream
 from candle_vllm.core.engine.step.watching import RequestWatcher
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
@@ -18,19 +19,8 @@ from candle_vllm.core.vision.inputs import ImageInput
 from candle_vllm.openai.embedding import EmbeddingEngineLike
 from candle_vllm.openai.serving import Uses
 
-
-class TokenStream(Protocol):
-    """The pieces of one request, its sequences interleaved; ends when all have finished.
-
-    `aclose` aborts what has not finished. It must work before the first piece was asked for: the body of a bare
-    async generator, and so its `finally`, does not run in that case.
-    """
-
-    def __aiter__(self) -> TokenStream: ...
-
-    async def __anext__(self) -> TokenOutput: ...
-
-    async def aclose(self) -> None: ...
+TokenStream: TypeAlias = PushStream[TokenOutput]
+"""The pieces of one request, its sequences interleaved; ends when all have finished."""
 
 
 class EngineLike(EmbeddingEngineLike, Protocol):

@@ -118,9 +118,9 @@ class ServingThread(EngineThread):
 
     def __init__(self, engine: StepEngine, outbox: Outbox) -> None:
         self._outbox = outbox
-        super().__init__(engine, MAX_SEQUENCES)
+        super().__init__(engine, MAX_SEQUENCES, self._flush)
 
-    def _after_step(self) -> None:
+    def _flush(self) -> None:
         for ticket in self._outbox.flush(self._engine):
             self.abort(ticket)
 

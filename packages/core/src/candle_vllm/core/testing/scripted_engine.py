@@ -22,9 +22,9 @@ from candle_vllm.core.engine.requests import GenerationRequest, LoRARequest
 from candle_vllm.core.engine.runners.sleeping import TAGS, check_sleep, read_tags
 from candle_vllm.core.engine.stats import EngineStats
 from candle_vllm.core.engine.step.admission import check_encoder_task
-from candle_vllm.core.engine.step.stream import Shortcut, TokenStream, whole
+from candle_vllm.core.engine.step.stream import Receiver, RequestSink, TokenStream, whole
 from candle_vllm.core.engine.step.thread import SLEEPS
-from candle_vllm.core.engine.step.watching import RequestInfo, RequestWatcher, watched_submit
+from candle_vllm.core.engine.step.watching import RequestInfo, RequestWatch, RequestWatcher, watched_submit
 from candle_vllm.core.errors import (
     ChatTemplateError,
     EngineSleepingError,
@@ -42,6 +42,8 @@ from candle_vllm.core.text.infill import InfillPrompt, infill_marks, infill_prom
 from candle_vllm.core.text.prompts import prompt_pictures, read_prompt
 from candle_vllm.core.vision.inputs import ImageInput
 from candle_vllm.core.vision.pictures import Picture, picture_of
+
+_PAUSE = 0.005  # seconds
 
 Pieces = str | Sequence[str | bytes]
 Script = Pieces | Callable[[str], Pieces]
@@ -255,8 +257,7 @@ class ScriptedEngine(ScriptedVectors):
             self.requests.append(request)
             self._live.add(request_id)
             sequences = [self._sequence(request, index) for index in range(params.n)]
-        pieces = ScriptedPieces(self, request, sequences)
-        return TokenStream(request, pieces.abort, pieces, watch)
+        return TokenStream(request, ScriptedSink(self, request, sequences, watch))
 
     async def agenerate(
         self,
@@ -367,41 +368,49 @@ class ScriptedEngine(ScriptedVectors):
             self.aborted.append(request_id)
 
 
-class ScriptedPieces:
-    """Makes the pieces of one request, its sequences in turn, as they are taken."""
-
-    shortcut: Shortcut | None = None
+class ScriptedSink(RequestSink):
+    """Makes the pieces of one request, its sequences in turn, from when they are asked for."""
 
     def __init__(
-        self, engine: ScriptedEngine, request: GenerationRequest, sequences: Sequence[ScriptedSequence]
+        self,
+        engine: ScriptedEngine,
+        request: GenerationRequest,
+        sequences: Sequence[ScriptedSequence],
+        watch: RequestWatch | None,
     ) -> None:
+        super().__init__(None, len(sequences), lambda _: engine.note_end(request.request_id, aborted=True), watch)
         self._request = request
         self._engine = engine
         self._waiting = deque(sequences)
         self._given = 0
+        self._task: asyncio.Task[None] | None = None
 
-    async def take(self) -> TokenOutput | Exception:
-        """The next piece, or the error that ends the request."""
-        while True:
-            piece = await self._made()
-            passed = self.shortcut is not None and isinstance(piece, TokenOutput) and self.shortcut(piece)
-            if not passed:
-                return piece
+    def start(self, receiver: Receiver[TokenOutput]) -> None:
+        """Push to `receiver` what is made from now on."""
+        super().start(receiver)
+        if self._unfinished:
+            self._task = asyncio.create_task(self._run())
 
-    async def _made(self) -> TokenOutput | Exception:
-        pause = self._engine.pause
-        await asyncio.sleep(pause if self._given else self._engine.first_pause or pause)  # lets the loop go on at least
-        piece = self._next_piece()
-        self._given += 1
-        if isinstance(piece, TokenOutput):
-            self._engine.note_piece(piece)
-        if isinstance(piece, Exception) or not self._waiting:
-            self._engine.note_end(self._request.request_id, aborted=False)
-        return piece
+    def close(self, *, dropped: bool = False) -> None:
+        """See `RequestSink`."""
+        super().close(dropped=dropped)
+        if self._task is not None and not self._task.get_loop().is_closed():
+            self._task.cancel()
 
-    def abort(self) -> None:
-        """The caller has gone before the end."""
-        self._engine.note_end(self._request.request_id, aborted=True)
+    async def _run(self) -> None:
+        engine = self._engine
+        while self._unfinished:
+            pause = engine.pause if self._given else engine.first_pause or engine.pause
+            await asyncio.sleep(pause)  # lets the loop go on at least
+            while self._held:  # an engine would go on
+                await asyncio.sleep(_PAUSE)
+            piece = self._next_piece()
+            self._given += 1
+            if isinstance(piece, TokenOutput):
+                engine.note_piece(piece)
+            if isinstance(piece, Exception) or not self._waiting:
+                engine.note_end(self._request.request_id, aborted=False)
+            self.put(piece)  # type: ignore[arg-type]  # scripts may fail with any exception
 
     def _next_piece(self) -> TokenOutput | Exception:
         sequence = self._waiting.popleft()

@@ -6,8 +6,9 @@ A request is read as a task, and what happens while it is answered is written as
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import aclosing
+from collections.abc import Iterator, Mapping
+from contextlib import aclosing, contextmanager
+from functools import partial
 from typing import Any
 
 from msgspec.structs import replace
@@ -66,7 +67,9 @@ class MessagesAdapter:
                 # As Anthropic's models do: the answer goes on up to the context's end, and says that it ended there.
                 answer, bound = await self._unbound(reading.task), True
         shown = not (isinstance(parsed.thinking, ThinkingOn) and parsed.thinking.display == "omitted")
-        return MessageStream(answer, EventWriter(show_thinking=shown, context_bound=bound), reading)
+        writer = EventWriter(show_thinking=shown, context_bound=bound)
+        counts = Usage(prompt_tokens=len(answer.prompt), completion_tokens=0)
+        return MessageStream(answer, writer, partial(_worded, reading), writer.start(answer.head, counts))
 
     async def count_tokens(self, request: CountTokensRequest | Fields) -> TokenCount:
         """The tokens of the prompt that `create` would make, found in the cache or not; nothing is generated."""
@@ -89,17 +92,10 @@ class MessagesAdapter:
 
 
 class MessageStream(ChunkStream[MessageEvent]):
-    """The events of one answer. Close it (`aclose`) when the reader goes away: that aborts the request.
+    """The events of one answer. Close it (`aclose`) when the reader goes away: that aborts the request."""
 
-    It closes itself when it ends or fails.
-    """
 
-    def __init__(self, answer: AnswerStream, writer: EventWriter, reading: Reading) -> None:
-        super().__init__(answer, writer)
-        self._reading = reading
-        counts = Usage(prompt_tokens=len(answer.prompt), completion_tokens=0)
-        self._ready.extend(writer.start(answer.head, counts))
-
-    async def __anext__(self) -> MessageEvent:
-        with self._reading.worded(), self._reading.task.paths.blamed():
-            return await super().__anext__()
+@contextmanager
+def _worded(reading: Reading) -> Iterator[None]:
+    with reading.worded(), reading.task.paths.blamed():
+        yield

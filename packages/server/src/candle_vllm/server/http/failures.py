@@ -109,7 +109,7 @@ def error_event(failure: Exception) -> bytes:
     if isinstance(failure, HttpError):
         return data_event(failure.body)
     _log("a stream failed", failure)
-    return data_event(to_json_bytes(to_error(failure).body))
+    return data_event(to_error(failure).body)
 
 
 def anthropic_error_event(failure: Exception) -> bytes:

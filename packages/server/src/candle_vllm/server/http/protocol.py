@@ -24,7 +24,7 @@ from websockets.frames import CTRL_OPCODES, Frame
 from candle_vllm.server.http.body import BIG_BODY, Held
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.routing import NOBODY, caller_of
-from candle_vllm.server.http.sse import DIRECT_BODY
+from candle_vllm.server.http.sse import WRITE_PART, WritePart
 
 if TYPE_CHECKING:
     from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
@@ -186,22 +186,20 @@ def _timed(base: Any) -> type[asyncio.Protocol]:
     return TimedProtocol
 
 
-class _ChunkedBody:
-    """A `DirectBody` over one of uvicorn's answers, in the form of its own `send`."""
+def _part_writer(cycle: RequestResponseCycle) -> WritePart:
+    """The `WritePart` of one of uvicorn's answers, which frames the parts itself."""
 
-    __slots__ = ("_cycle", "_transport")
+    def write(data: bytes) -> bool:
+        if cycle.flow.write_paused or cycle.disconnected or cycle.response_complete or not cycle.response_started:
+            return False
+        sending = cycle.send({"type": "http.response.body", "body": data, "more_body": True})
+        try:
+            sending.send(None)  # it waits for nothing but a client that does not keep up
+        except StopIteration:
+            return True
+        raise RuntimeError("a part of an answer was not written at once")
 
-    def __init__(self, cycle: RequestResponseCycle) -> None:
-        self._cycle = cycle
-        self._transport = cycle.transport
-
-    def is_free(self) -> bool:
-        cycle = self._cycle
-        paused = cycle.flow.write_paused or cycle.disconnected
-        return not paused and cycle.chunked_encoding is True and not cycle.response_complete
-
-    def write(self, data: bytes) -> None:
-        self._transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+    return write
 
 
 class _UnknownLength(int):
@@ -323,7 +321,7 @@ def _limited() -> type[HttpToolsProtocol]:
             if len(self.pipeline) > MAX_PIPELINED:
                 raise ValueError("too many requests wait for the one before them")
             cycle = self.cycle
-            extensions: dict[str, Any] = {DIRECT_BODY: _ChunkedBody(cycle)}
+            extensions: dict[str, Any] = {WRITE_PART: _part_writer(cycle)}
             cycle.scope["extensions"] = extensions
             if not self.pipeline:
                 self._answering = cycle

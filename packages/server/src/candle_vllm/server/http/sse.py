@@ -3,7 +3,8 @@
 
 Step 10 of a request's life. Pure ASGI: chunks that are ready in the same tick leave in one write, silence is
 broken by a keep-alive, a failure in mid-stream is an event of its own, and a disconnect closes the chunks, which
-aborts the request in the engine.
+aborts the request in the engine. A client that does not keep up, one that leaves, a deadline and the server's end are
+handled here, for every API.
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
+import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from candle_vllm.core.engine.step.stream import PushStream
 from candle_vllm.core.errors import RequestAbortedError
+from candle_vllm.openai.json_body import to_json_bytes
 from candle_vllm.server.http.body import disconnected
 
 KEEP_ALIVE = b": keep-alive\n\n"
@@ -34,9 +38,9 @@ _HEADERS = {
 logger = logging.getLogger(__name__)
 
 
-def data_event(data: bytes) -> bytes:
-    """One event without a name; `data` has no line ends."""
-    return b"data: " + data + b"\n\n"
+def data_event(data: bytes | msgspec.Struct) -> bytes:
+    """One event without a name; bytes have no line ends."""
+    return b"data: " + (data if isinstance(data, bytes) else to_json_bytes(data)) + b"\n\n"
 
 
 def named_event(name: str, data: bytes) -> bytes:
@@ -44,32 +48,26 @@ def named_event(name: str, data: bytes) -> bytes:
     return b"event: " + name.encode() + b"\ndata: " + data + b"\n\n"
 
 
-DIRECT_BODY = "candle_vllm.direct_body"
-"""The ASGI extension under which the HTTP protocol of this server offers a `DirectBody`."""
+WRITE_PART = "candle_vllm.write_part"
+"""The ASGI extension under which the HTTP protocol of this server offers a `WritePart`."""
 
+WritePart = Callable[[bytes], bool]
+"""Writes a part of an answer's body at once, neither empty nor the last; False where the client must be waited for.
 
-class DirectBody(Protocol):
-    """Writes parts of one answer's body to the connection at once, past every layer between.
-
-    Those layers look at the beginning and at the end of an answer, which go the usual way; calling each of them for
-    each token takes longer than the token's own way.
-    """
-
-    def is_free(self) -> bool:
-        """Whether the answer has begun and the client takes what is written."""
-        ...
-
-    def write(self, data: bytes) -> None:
-        """Writes a part, which is not the last and not empty; only where it is free."""
-        ...
+The layers around a route see the beginning and the end of an answer, which go the ASGI way, and no part between:
+passing a part through them takes longer than the token's own way.
+"""
 
 
 class EventStream(Response):
-    """A response that sends each chunk as one event.
+    """A response that sends each chunk as one event: the last stage of a chain (`Receiver`).
+
+    Chunks that are pushed are written in the tick in which they come. While the client does not keep up they wait, and
+    behind `MAX_BUFFERED` bytes the sink of the request keeps what comes, up to `MAX_UNREAD` pieces.
 
     Args:
-        chunks: what to send; its `aclose` is called however the stream ends, and where it has one, its `delivered`
-            before that, once the client was handed everything.
+        chunks: a `PushStream` or an iterator; its `aclose` is called however the stream ends, and where it has one, its
+            `delivered` before that, once the client was handed everything.
         encode: a chunk as the bytes of an event.
         error: an exception of `chunks` as the bytes of an event; the stream ends after it.
         done: the last event of a stream that ends well.
@@ -110,46 +108,67 @@ class EventStream(Response):
         self._keep_alive = keep_alive
         self._pending: list[bytes] = []
         self._buffered = 0
-        self._idle: asyncio.Future[None] | None = None  # what the writer waits for: something to write, or the end
+        self._idle: asyncio.Future[None] | None = None  # what `_write` waits for: something to write, or the end
         self._idle_since = 0.0  # by the loop's clock
         self._timer: asyncio.TimerHandle | None = None
-        self._drained = asyncio.Event()  # the producer may go on
+        self._drained = asyncio.Event()  # an iterator may go on
         self._ended = False
         self._complete = False  # the last message has been sent
         self._delivered: Callable[[], object] | None = getattr(chunks, "delivered", None)
-        self._direct: DirectBody | None = None
+        self._write_part: WritePart | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._loop = asyncio.get_running_loop()
-        producer = asyncio.create_task(self._produce())
         watcher = asyncio.create_task(disconnected(receive))
         watcher.add_done_callback(lambda _: self._end())
-        tasks = [producer, watcher]
+        tasks = [watcher]
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            self._direct = scope.get("extensions", {}).get(DIRECT_BODY)
-            shortcut = getattr(self._chunks, "shortcut", None)
-            if self._direct is not None and shortcut is not None:
-                shortcut(self._is_free, self._pass)
-            # A task of its own: waking this one costs every layer around it, for every token.
-            writer = asyncio.create_task(self._write(send, watcher))
-            tasks.append(writer)
-            await asyncio.wait({writer})
-            writer.result()
+            self._write_part = scope.get("extensions", {}).get(WRITE_PART)
+            if isinstance(self._chunks, PushStream):
+                self._chunks.push(self)
+            else:
+                tasks.append(asyncio.create_task(self._iterate()))
+            self._idle_since = self._loop.time()
+            self._watch_time()
+            await self._write(send, watcher)
         except asyncio.CancelledError:
             await self._last_words(send, tasks)
             raise
         finally:
             await asyncio.shield(self._close(tasks))
 
+    def put(self, items: Sequence[Any]) -> None:
+        """Write chunks: at once where nothing waits before them and the client keeps up."""
+        try:
+            data = self._encode(items[0]) if len(items) == 1 else b"".join(map(self._encode, items))
+            if self._idle is not None and data and self._write_part is not None and self._write_part(data):
+                self._idle_since = self._loop.time()
+                return
+            self._push(data)
+        except Exception as failure:
+            self.end(failure)
+        if self._buffered > MAX_BUFFERED and isinstance(self._chunks, PushStream):
+            self._chunks.hold(True)
+
+    def end(self, error: Exception | None = None) -> None:
+        """Write the last event."""
+        self._finish(error)
+        self._release()
+
+    def _finish(self, error: Exception | None) -> None:
+        if not self._ended:
+            if error is not None:
+                logger.debug("stream ended by %r", error)
+            self._pending.append(self._done if error is None else self._error(error))
+            self._end()
+
     async def _write(self, send: Send, watcher: asyncio.Task[None]) -> None:
-        loop, direct = self._loop, self._direct
-        self._idle_since = loop.time()
-        self._watch_time()
+        """Send what could not be written at once, and the last message."""
         while True:
             if not self._pending and not self._ended:
-                self._idle_since = loop.time()
-                self._idle = loop.create_future()
+                self._idle_since = self._loop.time()
+                self._idle = self._loop.create_future()
                 await self._idle
             if watcher.done():
                 return
@@ -157,11 +176,11 @@ class EventStream(Response):
             self._pending.clear()
             self._buffered = 0
             self._drained.set()
+            if isinstance(self._chunks, PushStream):
+                self._chunks.hold(False)
             # Where it matters whether the client has it all, an empty last message waits until a slow one has taken it.
             last = ended and not (data and self._delivered)
-            if direct is not None and not last and direct.is_free():
-                direct.write(data)
-            else:
+            if last or self._write_part is None or not self._write_part(data):
                 await send({"type": "http.response.body", "body": data, "more_body": not last})
             self._complete = last
             if last:
@@ -169,16 +188,11 @@ class EventStream(Response):
                     self._delivered()
                 return
 
-    def _is_free(self) -> bool:
-        """Whether what comes now may be written now: nothing waits before it, and the client keeps up."""
-        return self._idle is not None and self._direct is not None and self._direct.is_free()
-
-    def _pass(self, chunks: Sequence[Any]) -> None:
-        """Writes chunks in the tick in which they come, past both tasks, which sleep."""
-        if chunks:
-            assert self._direct is not None
-            self._idle_since = self._loop.time()
-            self._direct.write(b"".join(map(self._encode, chunks)))
+    def _push(self, data: bytes) -> None:
+        if data and not self._ended:
+            self._pending.append(data)
+            self._buffered += len(data)
+            self._wake()
 
     def _watch_time(self) -> None:
         """Breaks a silence and ends what is too late: one timer for the stream, not one for every event."""
@@ -188,8 +202,7 @@ class EventStream(Response):
         left = float("inf") if self._deadline is None else self._deadline - time.monotonic()
         if left <= 0:
             self._delivered = None
-            self._push(self._error(self._too_late))
-            self._end()
+            self._finish(self._too_late)
             return
         silence = loop.time() - self._idle_since if self._idle is not None else 0.0
         if silence >= self._keep_alive:
@@ -199,32 +212,25 @@ class EventStream(Response):
 
     async def _last_words(self, send: Send, tasks: Sequence[asyncio.Task[None]]) -> None:
         """Tells the client of a stream that is cut off by the server's end."""
+        self._end()
         await _stop(tasks)
         if self._complete:
             return
         data = self._error(RequestAbortedError("The server was stopped before the answer was complete."))
         await send({"type": "http.response.body", "body": data, "more_body": False})
 
-    async def _produce(self) -> None:
+    async def _iterate(self) -> None:
+        """Put the chunks of an iterator."""
         try:
             async for chunk in self._chunks:
-                self._push(self._encode(chunk))
+                self.put((chunk,))
                 while self._buffered > MAX_BUFFERED:
                     self._drained.clear()
                     await self._drained.wait()
-            self._push(self._done)
         except Exception as failure:
-            logger.debug("stream ended by %r", failure)
-            self._push(self._error(failure))
-        finally:
-            self._release()
-            self._end()
-
-    def _push(self, data: bytes) -> None:
-        if not self._ended:
-            self._pending.append(data)
-            self._buffered += len(data)
-            self._wake()
+            self.end(failure)
+        else:
+            self.end()
 
     def _release(self) -> None:
         released, self._released = self._released, None
@@ -242,6 +248,7 @@ class EventStream(Response):
 
     async def _close(self, tasks: Sequence[asyncio.Task[None]]) -> None:
         """Stops all tasks, then closes the chunks: also when they were never asked for the first one."""
+        self._end()
         if self._timer is not None:
             self._timer.cancel()
         await _stop(tasks)

@@ -18,7 +18,6 @@ from candle_vllm.openai import (
     ErrorEnvelope,
     parse_chat_request,
     parse_completion_request,
-    to_json_bytes,
 )
 from candle_vllm.openai.chat_answers import join_chat
 from candle_vllm.openai.completion_answers import join_completion
@@ -65,7 +64,7 @@ CHAT = GenerationApi(
     parse=parse_chat_request,
     whole=lambda model, wire: model.adapter.chat(wire),
     streamed=lambda model, wire: model.adapter.chat_stream(wire),
-    event=lambda chunk: data_event(to_json_bytes(chunk)),
+    event=data_event,
     error_event=error_event,
     kept=KeptForm("chatcmpl-", join_chat),
 )
@@ -73,7 +72,7 @@ COMPLETIONS = GenerationApi(
     parse=parse_completion_request,
     whole=lambda model, wire: model.adapter.complete(wire),
     streamed=lambda model, wire: model.adapter.complete_stream(wire),
-    event=lambda chunk: data_event(to_json_bytes(chunk)),
+    event=data_event,
     error_event=error_event,
     kept=KeptForm("cmpl-", join_completion),
 )

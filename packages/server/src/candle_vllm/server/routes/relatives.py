@@ -20,7 +20,7 @@ from starlette.responses import JSONResponse, Response
 from candle_vllm.core.engine.runners.sleeping import MODES, TAGS
 from candle_vllm.core.errors import CandleVllmError, ConfigError, EngineDeadError
 from candle_vllm.core.sampling.params import DEFAULT_SAMPLING, SamplingParams
-from candle_vllm.openai import ChatCompletion, ChatCompletionChunk, ChatCompletionRequest, ErrorEnvelope, to_json_bytes
+from candle_vllm.openai import ChatCompletion, ChatCompletionChunk, ChatCompletionRequest, ErrorEnvelope
 from candle_vllm.openai.embedding import parse_classify_request, parse_pooling_request
 from candle_vllm.openai.fim import FimRequest, fim_answer, fim_stream
 from candle_vllm.openai.llama_server import (
@@ -387,7 +387,7 @@ def _api(kind: type[LlamaRequest]) -> GenerationApi:
         parse=lambda body: parse_body(kind, body),
         whole=lambda model, wire: llama_answer(model.adapter, wire, model.entry.settings.default_sampling),
         streamed=lambda model, wire: llama_stream(model.adapter, wire, model.entry.settings.default_sampling),
-        event=lambda piece: data_event(to_json_bytes(piece)),
+        event=data_event,
         error_event=error_event,
         done=b"",
         defaults=lambda wire, settings: wire,  # they are given above  # noqa: ARG005
@@ -398,7 +398,7 @@ FIM = GenerationApi(
     parse=lambda body: parse_body(FimRequest, body),
     whole=lambda model, wire: fim_answer(model.adapter, wire, model.entry.settings.default_sampling),
     streamed=lambda model, wire: fim_stream(model.adapter, wire, model.entry.settings.default_sampling),
-    event=lambda chunk: data_event(to_json_bytes(chunk)),
+    event=data_event,
     error_event=error_event,
     defaults=lambda wire, settings: wire,  # they are given above  # noqa: ARG005
 )

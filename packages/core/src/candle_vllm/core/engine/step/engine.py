@@ -431,10 +431,10 @@ class Engine:
             pieces = self._advance_runs(flight, cast("Seq[tuple[Token, ...]]", drawn))
         else:
             pieces: list[TokenOutput] = []
-            for live, token in zip(flight.lives, cast("Seq[Token]", drawn), strict=True):
+            for live, token in zip(flight.lives, drawn, strict=True):
                 if live.is_over:  # it has ended since it was launched
                     continue
-                piece = self._accept(live, token)
+                piece = self._accept(live, token)  # pyright: ignore[reportArgumentType]  # one token each
                 pieces.append(piece if piece.finish_reason is None else self._finish(live, piece))
         self._num_generated += sum([len(piece.token_ids) for piece in pieces])
         for item in prompts:

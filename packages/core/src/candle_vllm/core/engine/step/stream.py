@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Where the pieces of requests go: into an async iterator, or to a caller that waits for all (behind step 8)."""
+"""Where the pieces of requests go: pushed to the next stage, iterated over, or to a caller that waits for all (step 8).
+
+There is one way for a token in an event loop: the engine's thread -> `RequestSink` -> a chain of `Receiver`s. Who
+iterates has `Unread` as the last stage.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +12,11 @@ import dataclasses
 import queue
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn, Protocol, Self
+from typing import Any, Generic, NoReturn, Protocol, Self, TypeVar
 
 from candle_vllm.core.engine.outputs import FinishReason, GenerationOutput, OutputCollector, TokenOutput
 from candle_vllm.core.engine.requests import GenerationRequest, PoolingRequest
@@ -25,144 +30,219 @@ from candle_vllm.core.errors import (
 )
 
 MAX_UNREAD = 1 << 16
-"""Pieces of a request that wait for their reader; beyond them it is aborted."""
+"""Items that wait for a consumer that iterates; beyond them the request is aborted."""
 
-Shortcut = Callable[[TokenOutput], bool]
-"""Takes a piece in the tick in which it comes, or leaves it to the reader: False."""
-
+T = TypeVar("T")
+T_contra = TypeVar("T_contra", contravariant=True)
 
 Bar = bool | Callable[..., Any]
 """Whether a progress bar is shown, on a terminal; or what makes one wherever it is, called as tqdm is."""
 
 
-class Source(Protocol):
-    """Where a `TokenStream` has its pieces from.
+class Receiver(Protocol[T_contra]):
+    """The next stage of the chain that tokens are pushed along, called in the event loop of the stream.
 
-    Attributes:
-        shortcut: asked first for a piece that the reader waits for; may be ignored.
+    A stage neither waits nor raises: what fails in it is the error that it ends the next stage with.
     """
 
-    shortcut: Shortcut | None
+    def put(self, items: Sequence[T_contra], /) -> None:
+        """Take the next items."""
+        ...
 
-    async def take(self) -> TokenOutput | Exception:
-        """The next piece, or the error that ends the request."""
+    def end(self, error: Exception | None = None, /) -> None:
+        """Take the end, once: nothing follows. With an error, the items are not complete."""
         ...
 
 
-class Inbox:
-    """Where the engine puts the pieces of one request; without a shortcut it does not keep the stream alive."""
+class Unread(Generic[T]):
+    """The last stage of a chain whose consumer iterates: keeps items until they are taken."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.loop = loop
-        self.shortcut: Shortcut | None = None
-        self._items: deque[Delivery] = deque()
-        self._arrival: asyncio.Future[None] | None = None  # what a reader waits for; nothing is kept then
+    def __init__(self) -> None:
+        self._items: deque[T] = deque()
+        self._errors: list[Exception] = []
+        self._ended = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._arrival: asyncio.Future[None] | None = None  # what the consumer waits for
 
-    def put(self, item: Delivery) -> None:
-        """Takes one piece, or the error that ends the request; called in `loop`."""
-        arrival = self._arrival
-        if arrival is not None and not arrival.done():
-            shortcut = self.shortcut
-            if shortcut is not None and isinstance(item, TokenOutput) and shortcut(item):
-                return  # the reader sleeps on: waking it costs more than all the rest
-            arrival.set_result(None)
-        self._arrival = None
-        if len(self._items) < MAX_UNREAD:
-            self._items.append(item)
-        elif not isinstance(self._items[-1], Exception):  # what comes behind is dropped
-            self._items[-1] = RequestAbortedError(f"the answer was not read: {MAX_UNREAD} pieces of it waited")
+    def put(self, items: Sequence[T]) -> None:
+        """Keep items; too many end the stream with a `RequestAbortedError`."""
+        if not self._ended:
+            self._items.extend(items)
+            self._wake()
+            if len(self._items) > MAX_UNREAD:
+                self.end(RequestAbortedError(f"the answer was not read: {MAX_UNREAD} pieces of it waited"))
 
-    async def take(self) -> Delivery:
-        """The next item; for one reader."""
-        while not self._items:  # no asyncio.Queue: it asks for the running loop each time, a system call in 3.11
-            self._arrival = self.loop.create_future()
+    def end(self, error: Exception | None = None) -> None:
+        """Keep the error, if any, for the consumer that has taken all items."""
+        if not self._ended:
+            self._ended = True
+            self._errors += [] if error is None else [error]
+            self._wake()
+
+    def clear(self) -> None:
+        """Forget everything: a consumer that waits gets the end."""
+        self._items.clear()
+        self._errors.clear()
+        self.end()
+
+    def pour(self, receiver: Receiver[T], is_held: Callable[[], bool]) -> None:
+        """Hand over what is kept, until it shall be held."""
+        while self._items and not is_held():
+            receiver.put((self._items.popleft(),))
+        if self._ended and not self._items:
+            receiver.end(self._errors.pop() if self._errors else None)
+
+    async def take(self) -> T:
+        """Return the next item, for one consumer. Raises the error of the end once, and then `StopAsyncIteration`."""
+        loop = self._loop = self._loop or asyncio.get_running_loop()  # asking for it is a system call in 3.11
+        while not self._items:
+            if self._ended:
+                raise self._errors.pop() if self._errors else StopAsyncIteration
+            self._arrival = loop.create_future()
             await self._arrival
         return self._items.popleft()
 
+    def _wake(self) -> None:
+        arrival, self._arrival = self._arrival, None
+        if arrival is not None and not arrival.done():
+            arrival.set_result(None)
 
-class TokenStream(AsyncIterator[TokenOutput]):
-    """Iterates over the pieces of a request's sequences in the order of the steps that made them.
 
-    Ends when every sequence has finished. Closing it, cancelling the task that waits for it, or dropping it aborts the
-    request. A class rather than a generator, so that a stream that is never iterated aborts as well.
+class PushStream(ABC, AsyncIterator[T]):
+    """Items of a request for one consumer, which has them pushed (`push`) or iterates over them.
+
+    Closing it, or cancelling the task that waits for an item, aborts the request. So does dropping it, as long as
+    nothing in the chain refers to it.
+    """
+
+    _unread: Unread[T] | None = None
+
+    @abstractmethod
+    def push(self, receiver: Receiver[T]) -> None:
+        """Hand all items to `receiver`, each in the tick in which it comes; once."""
+
+    @abstractmethod
+    def hold(self, held: bool) -> None:
+        """Have the sink keep what comes, for a receiver that does not keep up, or push on."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Abort the request unless it has finished; nothing more is pushed."""
+
+    async def __anext__(self) -> T:
+        if self._unread is None:
+            self._unread = Unread()
+            self.push(self._unread)
+        try:
+            return await self._unread.take()
+        except BaseException:
+            await self.aclose()
+            raise
+
+    async def aclose(self) -> None:
+        """Abort the request unless it has finished."""
+        self._unread = self._unread or Unread()
+        self._unread.clear()
+        self.close()
+
+
+class RequestSink:
+    """The sink of one request in an event loop: pushes what the engine delivers to its receiver.
+
+    It does not refer to the stream that the consumer has, so that dropping that stream aborts the request.
 
     Args:
-        request: the request it belongs to.
-        abort: called when the consumer goes away early.
-        source: gives the next piece, or the error that ends the request.
-        watch: told of every piece on its way to the consumer, and of the end; None where nobody watches.
+        loop: where everything is called.
+        unfinished: sequences of the request.
+        abort: ends the request in the engine; called with this sink.
+        watch: notified of every piece, and of the end; None where nobody watches.
     """
 
     def __init__(
         self,
-        request: GenerationRequest,
-        abort: Callable[[], None],
-        source: Source,
+        loop: asyncio.AbstractEventLoop | None,
+        unfinished: int,
+        abort: Callable[[RequestSink], None],
         watch: RequestWatch | None = None,
     ) -> None:
-        self.request = request
-        self._source = source
+        self.loop = loop
+        self._unfinished = unfinished
         self._abort = abort
         self._watch = watch
-        self._unfinished = request.params.n
-        self._closed = False
+        self._over = False
+        self._held = True
+        self._kept = Unread[TokenOutput]()  # while it is held
+        self._receiver: Receiver[TokenOutput] = self._kept
 
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> TokenOutput:
-        if self._unfinished == 0 or self._closed:
-            raise StopAsyncIteration
-        try:
-            item = await self._source.take()
-        except asyncio.CancelledError:
-            self._close()
-            raise
+    def put(self, item: Delivery) -> None:
+        """Push one piece, or the error that ends the request."""
+        if self._over:
+            return
+        receiver, watch = self._kept if self._held else self._receiver, self._watch
         if isinstance(item, Exception):
-            self._unfinished = 0
-            if isinstance(item, RequestAbortedError):
-                self._abort()  # the engine goes on where the reader was too slow
-            if self._watch is not None:
-                self._watch.fail(item)
-            raise item
-        self._unfinished -= item.finished
-        if self._watch is not None:
-            self._watch.take(item)
-        return item
-
-    def shortcut(self, take: Shortcut) -> None:
-        """Offers `take` each piece that comes while the consumer waits for one, but the last of a sequence.
-
-        What it takes, the consumer does not get. The stream must be closed then: dropping it is not enough.
-        """
-        watch = self._watch
-
-        def pass_by(piece: TokenOutput) -> bool:
-            if piece.finish_reason is not None or not take(piece):
-                return False
+            self._over, self._unfinished = True, 0
             if watch is not None:
-                watch.take(piece)
-            return True
+                watch.fail(item)
+            receiver.end(item)
+            return
+        if watch is not None:
+            watch.take(item)
+        self._unfinished -= item.finish_reason is not None
+        receiver.put((item,))
+        if not self._unfinished and not self._over:
+            self._over = True
+            (self._kept if self._held else receiver).end()
 
-        self._source.shortcut = pass_by
+    def start(self, receiver: Receiver[TokenOutput]) -> None:
+        """Push to `receiver` from now on."""
+        self._receiver = receiver
+        self.hold(False)
 
-    async def aclose(self) -> None:
-        """Aborts the request unless it has finished."""
-        self._close()
+    def hold(self, held: bool) -> None:
+        """Keep what comes while it is held, as it is before the start; push that when it is held no more."""
+        self._held = held
+        if not held:
+            self._kept.pour(self._receiver, lambda: self._held)
 
-    def _close(self) -> None:
-        self._source.shortcut = None
-        if self._unfinished and not self._closed:
-            self._closed = True
-            if self._watch is not None:
-                self._watch.close()
-            self._abort()
+    def close(self, *, dropped: bool = False) -> None:
+        """Abort the request unless it has finished; nothing more is pushed. `dropped`: called by a finaliser."""
+        self._over, unfinished, self._unfinished = True, self._unfinished, 0
+        self._receiver = self._kept
+        self._kept.clear()
+        if self._watch is not None and dropped:
+            self._watch.drop()
+        elif self._watch is not None and unfinished:
+            self._watch.close()
+        if unfinished:
+            self._abort(self)
+
+
+class TokenStream(PushStream[TokenOutput]):
+    """The pieces of a request's sequences in the order of the steps that made them; ends when every sequence has.
+
+    Args:
+        request: the request it belongs to.
+        sink: where the engine delivers the pieces.
+    """
+
+    def __init__(self, request: GenerationRequest, sink: RequestSink) -> None:
+        self.request = request
+        self._sink = sink
+
+    def push(self, receiver: Receiver[TokenOutput]) -> None:
+        """See `PushStream`."""
+        self._sink.start(receiver)
+
+    def hold(self, held: bool) -> None:
+        """See `PushStream`."""
+        self._sink.hold(held)
+
+    def close(self) -> None:
+        """See `PushStream`."""
+        self._sink.close()
 
     def __del__(self) -> None:
-        if self._watch is not None:
-            self._watch.drop()
-            self._watch = None
-        self._close()
+        self._sink.close(dropped=True)
 
 
 class TokenIterator(Iterator[TokenOutput]):
@@ -400,15 +480,17 @@ class Window:
         Raises:
             EngineOverloadedError: the queue is full at the start.
         """
-        inbox = Inbox(asyncio.get_running_loop())
+        pieces = Unread[TokenOutput]()
+        sink = RequestSink(asyncio.get_running_loop(), len(self._entries), lambda _: None)
+        sink.start(pieces)
         try:
-            while self._submit(inbox, patient=False):
+            while self._submit(sink, patient=False):
                 if self._under_way:
-                    self._take(await inbox.take())
+                    self._take(await pieces.take())
                 else:
                     await asyncio.sleep(_PAUSE)
         finally:
-            self._abort(inbox)
+            self._abort(sink)
         return [piece for piece in self._pieces if piece is not None]
 
     def _submit(self, sink: Sink, *, patient: bool) -> bool:

@@ -79,17 +79,18 @@ class Courier:
             others: all other items.
         """
         try:
-            self._loop.call_soon_threadsafe(self._take, first, others)
+            self._loop.call_soon_threadsafe(self._hand_out, first, others)
         except RuntimeError:
             logger.debug("an event loop was closed before its requests ended")
 
-    def _take(self, first: Sequence[tuple[Sink, Delivery]], others: Sequence[tuple[Sink, Delivery]]) -> None:
+    def _hand_out(
+        self, first: Sequence[tuple[Sink, Delivery]] = (), others: Sequence[tuple[Sink, Delivery]] = ()
+    ) -> None:
+        """Take what was sent, if anything; hand out a batch, unless the loop is to call this for the next one."""
         self._first.extend(first)
         self._others.extend(others)
-        if not self._under_way:
-            self._hand_out()
-
-    def _hand_out(self) -> None:
+        if self._under_way and (first or others):
+            return
         for _ in range(BATCH):
             queue = self._first or self._others
             if not queue:
@@ -172,16 +173,19 @@ class EngineThread:
     Args:
         engine: the engine, which only this thread touches from now on.
         max_sequences: most live sequences before new requests are refused.
+        after_step: called in the thread after each step, when its pieces have been handed over.
     """
 
-    def __init__(self, engine: StepEngine, max_sequences: int) -> None:
+    def __init__(self, engine: StepEngine, max_sequences: int, after_step: Callable[[], None] | None = None) -> None:
         self._engine = engine
+        self._after_step = after_step
         self._max_sequences = max_sequences
         self._clients: dict[str, _Client] = {}
         self._live_sequences = 0
         self._commands: list[Callable[[], None]] = []
         self._couriers: dict[asyncio.AbstractEventLoop, Courier] = {}  # for this thread alone
-        self._wake = threading.Condition()  # guards everything above that callers touch
+        self._lock = threading.RLock()  # guards everything above that callers touch
+        self._wake = threading.Condition(self._lock)
         self._asleep: frozenset[str] = frozenset()  # while any tag is there, nothing is taken
         self._answers: set[Future[None]] = set()
         self._nights = threading.Lock()  # one sleeps or wakes at a time
@@ -339,7 +343,7 @@ class EngineThread:
         end = EngineDeadError("the engine is closed")
         try:
             while True:
-                with self._wake:
+                with self._lock:  # a `Condition` would be two calls more for each step
                     while not (self._commands or self._closing or (self._engine.has_work and not self._engine.waits)):
                         self._wake.wait()
                     commands, self._commands = self._commands, []
@@ -351,7 +355,8 @@ class EngineThread:
                         self._deliver(self._engine.abort(request_id))
                     return
                 self._deliver(self._engine.step())
-                self._after_step()
+                if self._after_step is not None:
+                    self._after_step()
         except EngineDeadError as error:  # of an engine elsewhere
             logger.error("%s", error)
             end = error
@@ -360,9 +365,6 @@ class EngineThread:
             end = EngineDeadError(f"the engine has stopped: {type(error).__name__}: {error}")
         finally:
             self._end(end)
-
-    def _after_step(self) -> None:
-        """Called in the thread after each step, when its pieces have been handed over."""
 
     def _refuse(self, request_id: str, error: CandleVllmError) -> None:
         """Ends a request with an error in place of pieces."""
@@ -380,8 +382,8 @@ class EngineThread:
         by_loop: dict[asyncio.AbstractEventLoop, tuple[list[_Item], list[_Item]]] = {}
         for piece in pieces:
             client = self._clients[piece.request_id]
-            if piece.finished:
-                with self._wake:
+            if piece.finish_reason is not None:
+                with self._lock:
                     client.unfinished -= 1
                     self._live_sequences -= 1
                     if client.unfinished == 0:
@@ -394,7 +396,7 @@ class EngineThread:
                 (others if client.begun else first).append((client.sink, piece))
                 client.begun = True
         for loop, (first, others) in by_loop.items():
-            self._courier(loop).send(first, others)
+            (self._couriers.get(loop) or self._courier(loop)).send(first, others)
 
     def _put(self, sink: Sink, item: Delivery) -> None:
         if sink.loop is None:
