@@ -3,7 +3,7 @@
 
 python benchmarks/scaling.py message     what scheduling a step and telling it to 0 to 7 others takes
 python benchmarks/scaling.py sum         adding up 8 KB to 8 MB between processes of this machine, by Gloo and by memory
-python benchmarks/scaling.py draw        draws by two processes: rows put together, and candidates and sums instead
+python benchmarks/scaling.py draw        gathering logits of two processes and sampling from them
 python benchmarks/scaling.py engine      steps of a small random model by 1 to 3 ranks, op by op
 python benchmarks/scaling.py stages      prompts and steps of a larger one by one rank and by 2 stages, and who is busy
 python benchmarks/scaling.py model       the tables of 1 to 8 GPUs, as ranks and as stages
@@ -39,7 +39,6 @@ from candle_vllm.core.engine.step.sequence import Sequence
 from candle_vllm.core.kernels import sampling as kernels
 from candle_vllm.core.kernels.collectives import ProcessGroup, VocabularyShare, shared_memory
 from candle_vllm.core.kernels.collectives.token_shares import rows_sent
-from candle_vllm.core.kernels.sampling.shares import Shares, told
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 
 ROUNDS = 400
@@ -148,7 +147,7 @@ def message() -> None:
 
 
 class _Nothing:
-    fatal, in_flight, divides = (), 1, False
+    fatal, in_flight = (), 1
 
 
 def _by_ring(ring: MessageRing) -> Callable[[Any], None]:
@@ -191,7 +190,7 @@ def add_up() -> None:
 
 
 def draws() -> None:
-    """Two processes with half of the columns each: rows put together and drawn from, and candidates and sums."""
+    """Two processes with half of the columns each: rows are gathered, and the first process samples from them."""
     memory = shared_memory(2)
     assert memory is not None
     path = f"/proc/{os.getpid()}/fd/{memory.fileno()}"
@@ -217,20 +216,15 @@ def _draws(rank: int, folder: str, path: str) -> None:
         logits = np.random.default_rng(rows).standard_normal((rows, VOCABULARY)).astype(np.float32) * 3
         own = torch.from_numpy(logits[:, rank * most : (rank + 1) * most].copy())
         for name, control in DRAWS.items():
-            wanted = np.tile([*control, 0.46371, -1, told(control, None)], (rows, 1))
-            controls, times = np.ascontiguousarray(wanted[:, :5]), dict[str, list[float]]()
-            for way in (*groups, "candidates"):
-                group = groups.get(way, groups["shared memory"])
+            controls, times = np.tile([*control, 0.46371], (rows, 1)), dict[str, list[float]]()
+            for way, group in groups.items():
                 share, taken = VocabularyShare(group, rank * most, most, VOCABULARY), times.setdefault(way, [])
                 for _ in range(100 if rows == 1 else 20):
                     group.sum(torch.zeros(2))  # they begin at the same time
                     began = time.perf_counter()
-                    if way == "candidates":
-                        assert not len(Shares(own, share, wanted).lacking)
-                    else:
-                        whole = share.whole(own)
-                        if not rank:
-                            kernels.draw(whole, controls)
+                    whole = share.whole(own)
+                    if not rank:
+                        kernels.draw(whole, controls)
                     taken.append(time.perf_counter() - began)
             if not rank:
                 said = ", ".join(f"{way} {statistics.median(each) * 1e3:.2f} ms" for way, each in times.items())

@@ -54,7 +54,7 @@ class ThreadRanks:
             total += each
         return total
 
-    def gather(self, x: Value, width: int) -> Value:
+    def gather(self, x: Value, width: int, out: Value | None = None) -> Value:
         """See `Collective`."""
         wide = x.new_zeros(x.shape[0], self.size, width)
         for rank, part in enumerate(self._all(x)):

@@ -139,7 +139,6 @@ class Staged:
         self.others = [LateStage(*each) for each in zip(others, streams[1:], strict=True)]
         self.runner = RankedRunner(self.first, self)  # type: ignore[arg-type]
         self.flights: list[int] = []
-        self.told: list[tuple[type, int]] = []
 
     def __enter__(self) -> Staged:
         return self
@@ -150,7 +149,6 @@ class Staged:
 
     def tell(self, message: Any) -> None:
         """As `Ranks`; see `LateStage`."""
-        self.told.append((type(message), len(self.first._begun)))
         for each in self.others:
             each.tell(message)
 

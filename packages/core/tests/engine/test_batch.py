@@ -55,7 +55,7 @@ def check(batch: Batch, scheduled: list[Run], before: list[Run]) -> None:
 class Told:
     """What another rank makes of the steps that it is told, in the fewest words."""
 
-    fatal, in_flight, divides = (), 1, False
+    fatal, in_flight = (), 1
 
     def __init__(self) -> None:
         self._ranks: Any = RankedRunner(self, None)  # type: ignore[arg-type]

@@ -14,12 +14,9 @@ import torch
 from candle_vllm.core import EngineConfig, SamplingParams
 from candle_vllm.core.assembly.model import LoadedModel, load_model
 from candle_vllm.core.devices import Device
-from candle_vllm.core.engine.ranks.rank_line import Whole
 from candle_vllm.core.engine.ranks.ranks import RankedRunner
 from candle_vllm.core.engine.runners.eager_runner import EagerRunner
-from candle_vllm.core.engine.runners.model_runner import MAX_SCORED_ROWS
 from candle_vllm.core.kernels.collectives.token_shares import TokenShares
-from candle_vllm.core.kernels.sampling import shares
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 from packages.core.tests.engine.late_stages import join
 from packages.core.tests.engine.test_device_steps import CPU, EVERYTHING, SHORT, SIZE, asked, device_runner, drive, make
@@ -93,53 +90,6 @@ def test_answers_are_those_op_by_op(
 ) -> None:
     params, right = wanted
     assert answers(parts, params, **settings) == right
-
-
-@pytest.mark.parametrize("settings", few([{}, CAPTURED], {}), ids=str)
-def test_whole_logits_travel_for_edited_rows_alone(
-    parts: list[LoadedModel], settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Steps that only draw send candidates and sums; where one of their rows is edited, that row is put together."""
-    together, rows = ThreadRanks.gather, list[int]()
-
-    def counted(ranks: ThreadRanks, x: Any, width: int) -> Any:
-        if x.dtype == torch.float32 and ranks.rank == 0 and len(x) < MAX_SCORED_ROWS:  # as many are for a start alone
-            rows.append(len(x))
-        return together(ranks, x, width)
-
-    monkeypatch.setattr(ThreadRanks, "gather", counted)
-    plain = [
-        SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True, logprobs=2),
-        SamplingParams(temperature=0.9, seed=1, max_tokens=6, ignore_eos=True),
-        SamplingParams(temperature=0.9, seed=2, max_tokens=6, ignore_eos=True, top_k=20, top_p=0.9),
-    ]
-    answers(parts, plain, **settings)
-    assert not rows
-    edited = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True, presence_penalty=0.5)
-    answers(parts, [*plain, edited], **settings)
-    assert sum(rows) == 6 * len([i for i in range(len(asked(plain))) if i % 4 == 3])
-
-
-@pytest.mark.parametrize("settings", few([{}, CAPTURED, {"drafts": 24}], {"drafts": 24}), ids=str)
-def test_rows_of_which_too_little_was_told_are_put_together(
-    parts: list[LoadedModel],
-    wanted: tuple[list[SamplingParams], dict[str, Any]],
-    settings: dict[str, Any],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """As those of a large vocabulary are that are flat."""
-    params, right = wanted
-    monkeypatch.setattr(shares, "MOST_TOLD", 4)
-    put_together, told = ToldRanks.tell, list[Whole]()
-
-    def noted(beside: ToldRanks, message: Any) -> None:
-        if isinstance(message, Whole):
-            told.append(message)
-        put_together(beside, message)
-
-    monkeypatch.setattr(ToldRanks, "tell", noted)
-    assert answers(parts, params, **settings) == right
-    assert len(told) > 5
 
 
 def test_tokens_are_sent_to_their_experts_in_steps_that_are_not_captured(

@@ -117,13 +117,6 @@ def test_tied_and_untied_heads(name: str, tmp_path: Path) -> None:
     assert spread(recorded_logits(source, TOKENS, [24]), theirs) < 1e-2
 
 
-def test_a_rank_projects_what_its_head_multiplies(tmp_path: Path) -> None:
-    """`own_logits` is what ranks share; it takes hidden states as `logits` does."""
-    decoder: Any = load(written("OPT-350m", tmp_path), enforce_eager=True).decoder
-    hidden = torch.randn(3, 128)
-    assert torch.equal(decoder.own_logits(hidden), decoder.logits(hidden))
-
-
 # ---- configs ---------------------------------------------------------------------------------------------------------
 
 

@@ -42,8 +42,8 @@ class Steps(StageRunner):
         super().forward(batch, states)
         self.land()
 
-    def score(self, rows: Any, wishes: Any = None) -> torch.Tensor:
-        found = super().score(rows, wishes)
+    def score(self, rows: Any) -> torch.Tensor:
+        found = super().score(rows)
         return found if self._stage.is_first else torch.zeros(len(rows), 1)
 
 

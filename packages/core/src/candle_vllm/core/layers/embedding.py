@@ -51,6 +51,7 @@ class Embedding:
         self.table = Linear(size, vocab_size, replace(placement, words=False), kept=False)
         self.place: Place | None = None
         self.share: VocabularyShare | None = None
+        self._gathered: Value | None = None
 
     def __call__(self, token_ids: Value) -> Value:
         return self.rows(token_ids, self.scale)
@@ -81,21 +82,24 @@ class Embedding:
         return rows if scale is None else scale_cap_(rows, scale)
 
     def logits(self, hidden: Value, out: Value | None = None) -> Value:
-        """Scores [T, V] in fp32 of every token of the vocabulary; into `out` where it is given."""
+        """Scores [T, V] in fp32 of every token of the vocabulary; into `out` where it is given.
+
+        Where the table is divided, the next call may overwrite them.
+        """
         if isinstance(hidden, Recorded):
             return self.table(hidden.wanted()).logits(self.bias, self.logit_scale, self.softcap)
-        if self.share is not None:
-            whole = self.share.whole(self.own_logits(hidden))
-            return whole if out is None else out.copy_(whole)
-        return self.own_logits(hidden, out)
-
-    def own_logits(self, hidden: Value, out: Value | None = None) -> Value:
-        """Scores [T, up to V] in fp32 of the tokens that this rank has; into `out` where it is given."""
-        scores = self.table(hidden)
-        scores = scores.float() if out is None else out.copy_(scores)
+        scores, share = self.table(hidden), self.share
+        scores = scores.float() if out is None or share is not None else out.copy_(scores)
         if self.bias is not None:
             scores += self.bias
-        return scale_cap_(scores, self.logit_scale, self.softcap)
+        scores = scale_cap_(scores, self.logit_scale, self.softcap)
+        if share is None:
+            return scores
+        if out is not None:
+            return out.copy_(share.whole(scores))
+        if self._gathered is None or len(self._gathered) < len(scores):
+            self._gathered = scores.new_empty(len(scores), share.most * share.collective.size)
+        return share.whole(scores, self._gathered[: len(scores)])
 
     def finish(self) -> None:
         """See `Finishes`."""

@@ -173,10 +173,6 @@ class DecoderStack:
         """Scores [T, V] in fp32."""
         return self.scoring.logits(self.end(hidden), out)
 
-    def own_logits(self, hidden: Value, out: Value | None = None) -> Value:
-        """Scores [T, up to V] in fp32 of the tokens that this rank has; into `out` where it is given."""
-        return self.scoring.own_logits(self.end(hidden), out)
-
     def end(self, hidden: Value) -> Value:
         """What the head multiplies: the hidden states; a family whose head is narrower overrides it."""
         return hidden

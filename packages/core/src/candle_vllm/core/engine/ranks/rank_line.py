@@ -24,13 +24,10 @@ from typing import Any, TypeAlias, TypeVar
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
 from candle_vllm.core.engine.runners.model_runner import ModelRunner
 from candle_vllm.core.engine.step.batch import AdapterRows, Batch, EmbeddedRows, Ints, TurnedRows
 from candle_vllm.core.errors import EngineDeadError
-from candle_vllm.core.kernels.sampling.contract import Control
-from candle_vllm.core.kernels.sampling.shares import Wish
 from candle_vllm.core.kernels.states import StateRows
 
 logger = logging.getLogger(__name__)
@@ -103,8 +100,7 @@ class ForgetAdapters(msgspec.Struct, tag=True, frozen=True):
 class Forward(msgspec.Struct, tag=True, frozen=True):
     """A step: the arrays of a `Batch` as bytes of int64; no tables where they are those of the step before.
 
-    `wishes` are those of the draw, as bytes of float64; None where logits are not divided. `states` are the arrays of
-    `StateRows`; None where no layer keeps a state.
+    `states` are the arrays of `StateRows`; None where no layer keeps a state.
     """
 
     tokens: bytes
@@ -117,14 +113,7 @@ class Forward(msgspec.Struct, tag=True, frozen=True):
     adapters: Adapters | None
     seen: Seen | None = None
     turned: Turned | None = None
-    wishes: bytes | None = None
     states: tuple[bytes, ...] | None = None
-
-
-class Whole(msgspec.Struct, tag=True, frozen=True):
-    """Put these of the rows together that the last step draws from: candidates do not say what is drawn."""
-
-    rows: bytes
 
 
 class Next(msgspec.Struct, tag=True, frozen=True):
@@ -132,7 +121,6 @@ class Next(msgspec.Struct, tag=True, frozen=True):
 
     token_ids: bytes
     begun: tuple[tuple[int, int, int], ...]
-    wishes: bytes | None = None
     states: tuple[bytes, ...] | None = None
 
 
@@ -181,7 +169,7 @@ class CloseBlocks(msgspec.Struct, tag=True, frozen=True):
 
 
 ToRank: TypeAlias = (
-    Begin | Go | Forward | Next | Whole | Land | Score | Sleep | WakeUp | LoadAdapter | ForgetAdapters
+    Begin | Go | Forward | Next | Land | Score | Sleep | WakeUp | LoadAdapter | ForgetAdapters
     | KeepBlocks | BringBlocks | ForgetBlocks | CloseBlocks
 )  # fmt: skip
 
@@ -577,8 +565,6 @@ class ToldBatches:
         """Has a rank's part run of what is told, where it is one of a step; whether it was."""
         if isinstance(told, Forward | Next):
             runner.forward(self.batch(told), ())
-        elif isinstance(told, Whole):
-            runner.put_together(as_ints(told.rows))
         elif isinstance(told, Land):
             runner.land()
         elif isinstance(told, Score):
@@ -612,7 +598,6 @@ class ToldBatches:
             tables_version=self._version,
             embedded=None,  # what goes on writes, and sees nothing behind itself
             ahead=None,
-            wishes=_wishes(told),
             states=_states(told),
         )
 
@@ -636,7 +621,6 @@ class ToldBatches:
             adapters=None if told.adapters is None else self._rows(told.adapters),
             embedded=None if told.seen is None else _seen(told.seen),
             turned=None if told.turned is None else _turned(told.turned),
-            wishes=_wishes(told),
             states=_states(told),
         )
 
@@ -644,10 +628,6 @@ class ToldBatches:
         scales = np.frombuffer(told.scales, np.float32).copy()
         adapters = [self.adapters[number] for number in told.numbers]
         return AdapterRows(as_ints(told.rows), scales, as_ints(told.starts), adapters, as_ints(told.sources))
-
-
-def _wishes(told: Forward | Next) -> NDArray[np.float64] | None:
-    return None if told.wishes is None else np.frombuffer(told.wishes).reshape(-1, len(Control) + len(Wish))
 
 
 def _states(told: Forward | Next) -> StateRows | None:

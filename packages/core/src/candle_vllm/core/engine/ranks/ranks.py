@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeVar
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -64,7 +63,6 @@ from candle_vllm.core.engine.ranks.rank_line import (
     ToSide,
     Turned,
     WakeUp,
-    Whole,
     as_bytes,
     encoded,
 )
@@ -75,7 +73,6 @@ from candle_vllm.core.errors import AdapterError, CandleVllmError, ConfigError, 
 from candle_vllm.core.kernels.collectives import Collective, Notes, ProcessGroup, shared_memory
 from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.sampling.sampler import Drawn
-from candle_vllm.core.sampling.shared_rows import wishes
 from candle_vllm.core.sampling.state import SamplingState
 from candle_vllm.core.shown import log_style
 from candle_vllm.core.threads import ending, process_state
@@ -574,9 +571,6 @@ class RankedRunner:
         self._tables_version: object = None
         self._told: Batch | None = None  # the step that was told last
         self._place = 0  # in its first sequence
-        self.divides = runner.divides
-        self.fetch: Callable[[Ints], Value] | None = self._fetch
-        runner.fetch = self.fetch
 
     @property
     def step_memory(self) -> StepMemory | None:
@@ -585,9 +579,6 @@ class RankedRunner:
 
     def forward(self, batch: Batch, states: Sequence[SamplingState]) -> None:
         """See `ModelRunner`."""
-        if self.divides:
-            drafts = [run.drafts for run in batch.drawing] if batch.drafted else None
-            batch = msgspec.structs.replace(batch, wishes=wishes(states, drafts))
         self._together(self._message(batch), lambda: self._runner.forward(batch, states))
 
     def draw(self, states: Sequence[SamplingState]) -> Launched:
@@ -603,13 +594,6 @@ class RankedRunner:
         """What the step that was begun first draws, once it is over."""
         self._together(Land() if self._ranks.config.tensor_parallel_size > 1 else None, self._runner.land)
         return self._runner.draw(states).tokens()
-
-    def put_together(self, rows: Ints) -> Value:
-        """See `ModelRunner`."""
-        return self._runner.put_together(rows)
-
-    def _fetch(self, rows: Ints) -> Value:
-        return self._together(Whole(as_bytes(rows)), lambda: self._runner.put_together(rows))
 
     def score(self, rows: Ints) -> Value:
         """See `ModelRunner`."""
@@ -710,7 +694,7 @@ class RankedRunner:
         behind = told is not None and batch.tokens is told.tokens and self._place == place + 1
         if behind and batch.goes_on and not self.overlaps:  # else tokens are not known
             self._tables_version = batch.tables_version
-            return Next(as_bytes(batch.token_ids), tuple(batch.begun), _wishes(batch), _states(batch))
+            return Next(as_bytes(batch.token_ids), tuple(batch.begun), _states(batch))
         if batch.drafted and not isinstance(self._runner, StepwiseRunner):
             from candle_vllm.core.engine.runners.device_inputs import by_rows
 
@@ -728,13 +712,8 @@ class RankedRunner:
             self._numbered(batch.adapters),
             None if batch.embedded is None else _seen(batch.embedded),
             None if batch.turned is None else _turned(batch.turned),
-            _wishes(batch),
             _states(batch),
         )
-
-
-def _wishes(batch: Batch) -> bytes | None:
-    return None if batch.wishes is None else batch.wishes.tobytes()
 
 
 def _states(batch: Batch) -> tuple[bytes, ...] | None:

@@ -144,9 +144,7 @@ class DeviceInputs:
             host["sample_rows"][: len(batch.drawn_rows)] = batch.drawn_rows
             host["sample_rows"][len(batch.drawn_rows) : size.rows] = 0
             host["decoding"][0] = batch.num_decodes
-        if batch.wishes is not None and self._draws is self._staging:
-            self._write_wishes(host["controls"], batch.wishes)
-        elif states:
+        if states:
             self._write_controls(host["controls"], states)
         begin = self._planes * stride
         self._send_tables(room[begin:], begin, batch)
@@ -182,16 +180,6 @@ class DeviceInputs:
         self._write_controls(host["controls"], states)
         self._draws.send(0)
         return self._asks
-
-    def send_wishes(self, wishes: NDArray[np.float64]) -> None:
-        """The same where ranks draw together; see `Batch.wishes`."""
-        host, _ = self._draws.host()
-        self._write_wishes(host["controls"], wishes)
-        self._draws.send(0)
-
-    def _write_wishes(self, controls: NDArray[np.float64], wishes: NDArray[np.float64]) -> None:
-        controls[: len(wishes)] = wishes[:, : len(Control)]
-        controls[len(wishes) :] = _LIKELIEST
 
     def _write_controls(self, controls: NDArray[np.float64], states: Sequence[SamplingState]) -> None:
         """How each row is drawn. But for the random numbers that stays as long as the sequences do."""

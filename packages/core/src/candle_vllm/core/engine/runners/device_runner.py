@@ -43,8 +43,6 @@ from candle_vllm.core.kernels.kv_write.scaled_rows import SCALE
 from candle_vllm.core.kernels.lora.device import DeviceAdapters
 from candle_vllm.core.kernels.moe.host import HostExperts
 from candle_vllm.core.kernels.offloading import LayerCache, block_bytes, block_parts, state_parts
-from candle_vllm.core.kernels.sampling import asks
-from candle_vllm.core.kernels.sampling.device_shares import KINDS, DeviceShares, LandingShares
 from candle_vllm.core.kernels.triton_build import next_power_of_2
 from candle_vllm.core.layers.attention import StepInput
 from candle_vllm.core.layers.rotary import Rotary
@@ -53,9 +51,7 @@ from candle_vllm.core.loading.cache_specs import states as state_specs
 from candle_vllm.core.models.family import Decoder
 from candle_vllm.core.models.stack import DecoderStack
 from candle_vllm.core.sampling.device_sampler import DeviceSampler, DrawnRows
-from candle_vllm.core.sampling.sampler import Drawn, Sampler
-from candle_vllm.core.sampling.sampler import controls as controls_of
-from candle_vllm.core.sampling.shared_rows import draw_shared, sample_some
+from candle_vllm.core.sampling.sampler import Sampler
 from candle_vllm.core.sampling.state import SamplingState
 
 logger = logging.getLogger(__name__)
@@ -145,18 +141,7 @@ class DeviceRunner:
         self._inputs = DeviceInputs(stream, limits, self.in_flight)
         vocabulary, sequences = decoder.config.vocab_size, limits.sequences
         self._logits = torch.zeros(sequences, vocabulary, dtype=torch.float32, device=stream.device)
-        share = decoder.scoring.share if isinstance(decoder, DecoderStack) and self._has_head else None
-        controls = self._inputs.controls
-        self._shares: DeviceShares | None = None
-        self._own = self._logits  # what the step leaves: all columns, or those of this rank
-        if share is not None:
-            columns = min(share.most, vocabulary - share.first)
-            self._own = torch.zeros(sequences, columns, dtype=torch.float32, device=stream.device)
-            self._shares = DeviceShares(stream, share, self._own, controls, graphs=graphs)
-            controls = torch.zeros_like(controls)  # of the rows that were put together
-        self._controls, self._landing = controls, None
-        self._sampler = DeviceSampler(stream, self._logits, controls, graphs=graphs)
-        self.fetch: Callable[[Ints], torch.Tensor] | None = None
+        self._sampler = DeviceSampler(stream, self._logits, self._inputs.controls, graphs=graphs)
         self._buckets = [StepSize(rows, rows, False) for rows in bucket_sizes(sequences)] if graphs else []
         most = min(captured_prompts, limits.tokens) if graphs else 0
         self._mixed = [StepSize(size, min(size, sequences), True) for size in mixed_sizes(most)]
@@ -200,26 +185,6 @@ class DeviceRunner:
             if size is not None and size.mixed:
                 self._stream.run(self._take_kept)
             self._count_on_host(0)  # what is run besides holds no tokens
-            self._launch_shares(batch.wishes)
-
-    def _launch_shares(self, wishes: NDArray[np.float64] | None) -> None:
-        """Has the ranks tell each other what a step's draw needs of its logits, where these are divided."""
-        self._landing = None
-        if self._shares is not None and wishes is not None and len(wishes):
-            self._landing = self._shares.launch(wishes, self._padded_rows(len(wishes)))
-
-    @property
-    def divides(self) -> bool:
-        """See `ModelRunner`."""
-        return self._shares is not None
-
-    def put_together(self, rows: Ints) -> torch.Tensor:
-        """See `ModelRunner`. Waits for the step."""
-        found: list[torch.Tensor] = []
-        if self._shares is not None:
-            self._stream.run(self._shares.putting_together(rows, found))
-            self._stream.mark().wait()
-        return found[0] if found else torch.empty(0)
 
     def _pass_on(self, borders: DeviceBorders, batch: Batch, size: StepSize | None, shifts: Ints | None) -> None:
         """A stage's part of a step: captured between the borders, over which go the tokens there are, and no more."""
@@ -237,7 +202,7 @@ class DeviceRunner:
             self._stream.run(functools.partial(borders.empty, border))
         borders.leave(border)
         if self._has_head:
-            self._begun.append(_Begun(size, batch.drawn_rows, entries, batch.wishes))
+            self._begun.append(_Begun(size, batch.drawn_rows, entries))
 
     def _turn(self, batch: Batch) -> Ints | None:
         """Writes what turns rows of pictures, and gives how far from its position's row each row's own is."""
@@ -253,10 +218,8 @@ class DeviceRunner:
         if self._host is not None:
             self._stream.run(functools.partial(self._host.begin, tokens))
 
-    def draw(self, states: Sequence[SamplingState]) -> DrawnRows | SharedDraw | Passed | Landed:
+    def draw(self, states: Sequence[SamplingState]) -> DrawnRows | Passed | Landed:
         """See `ModelRunner`."""
-        if self._landing is not None:
-            return self._draw_shared(states, self._drafts, self._landing)
         if self._drafts is not None:
             return self._draw_runs(states, self._drafts)
         if not states:
@@ -269,38 +232,6 @@ class DeviceRunner:
     def _padded_rows(self, count: int) -> int | None:
         """Rows of the captured draw for so many; None where there is none."""
         return None if self._size is None else next((s.rows for s in self._buckets if s.rows >= count), None)
-
-    def _draw_shared(
-        self, states: Sequence[SamplingState], drafts: list[Tokens] | None, landing: LandingShares
-    ) -> SharedDraw:
-        """Draws from what the ranks told each other; what was put together is edited and drawn from first."""
-        numbers, launched = landing.apart, None
-        if drafts is None and len(numbers):
-            some, gathered = [states[number] for number in numbers], landing.gathered
-            wanted = controls_of(some)
-            sent = Sent(self._stream, wanted)
-
-            def place() -> None:
-                copy(self._logits[: len(some)], gathered[0])
-                copy(self._controls[: len(some)], sent.there())
-
-            with self._over_if_it_fails():
-                self._stream.run(place)
-                launched = self._sampler.launch(some, asks(wanted), self._padded_rows(len(some)))
-
-        def apart(numbers: list[int], logits: torch.Tensor) -> Sequence[Drawn]:
-            if launched is not None:
-                return launched.tokens()
-            return sample_some(self._run_sampler, numbers, logits, states, drafts)
-
-        def taken() -> Sequence[Drawn]:
-            with self._over_if_it_fails(), self._here():
-                drawn = draw_shared(landing.landed(), drafts, apart, self.fetch or self.put_together)
-            if drafts is not None:
-                self._sampler.forget_counts(states)
-            return drawn
-
-        return SharedDraw(taken)
 
     def _draw_runs(self, states: Sequence[SamplingState], drafts: Sequence[Tokens]) -> Landed:
         """Draws for runs with drafts: which of their rows count, the host decides."""
@@ -335,9 +266,6 @@ class DeviceRunner:
                 self._size, self._entries = step.size, step.entries
                 self._stream.run(functools.partial(self._take_hidden, self._borders.land()))
                 self._stream.run(self._head(step.drawn_rows))
-                if step.wishes is not None:
-                    self._inputs.send_wishes(step.wishes)
-                self._launch_shares(step.wishes)
 
     def score(self, rows: Ints) -> torch.Tensor:
         """See `ModelRunner`. Waits for the step; a stage behind the first has no head, and gives nothing."""
@@ -362,8 +290,6 @@ class DeviceRunner:
             self._stream.mark().wait()
         self._graphs.clear()
         self._sampler.close()
-        if self._shares is not None:
-            self._shares.close()
         if self._host is not None:
             self._host.close()
         self.caches: tuple[LayerCache, ...] = ()
@@ -451,7 +377,7 @@ class DeviceRunner:
         self._inputs.send_blank(_ONE)
         self._sampler.warm_up(1)
         for size in (*self._buckets[-1:], *self._buckets[:1]):
-            (self._sampler if self._shares is None else self._shares).capture(size.rows)
+            self._sampler.capture(size.rows)
         self._stream.mark().wait()
         if sizes:
             logger.info("captured %d sizes of steps in %.1f s", len(sizes), time.perf_counter() - began)
@@ -459,9 +385,8 @@ class DeviceRunner:
     @property
     def num_graphs(self) -> int:
         """How many graphs there may be: of each size a step, with adapters another, and of those that decode the three
-        kinds of draws, and those over ranks."""
-        draws = 3 if self._shares is None else 3 + len(KINDS)
-        return (1 + draws + (self.adapters is not None)) * len(self._buckets) + len(self._mixed)
+        kinds of draws."""
+        return (4 + (self.adapters is not None)) * len(self._buckets) + len(self._mixed)
 
     @property
     def edit_bytes(self) -> int:
@@ -503,8 +428,6 @@ class DeviceRunner:
             blank(StepSize(limits.sequences, limits.sequences, False))
             self._run_blank_head(limits.sequences, np.arange(limits.sequences))
             self._sampler.warm_up(limits.sequences)
-            if self._shares is not None:
-                self._shares.warm_up(limits.sequences)
 
         def blank(size: StepSize) -> None:
             self._inputs.send_blank(size)
@@ -623,13 +546,8 @@ class DeviceRunner:
         self._leave_logits(hidden)
 
     def _leave_logits(self, hidden: torch.Tensor) -> None:
-        """Logits of rows, or what this rank has of them, where the draw looks for them; work."""
-        own = self._own[: len(hidden)]
-        if self._shares is None:
-            self.decoder.logits(hidden, own)
-        else:
-            assert isinstance(self.decoder, DecoderStack)
-            self.decoder.own_logits(hidden, own)
+        """Logits of rows where the draw looks for them, of all ranks gathered; work."""
+        self.decoder.logits(hidden, self._logits[: len(hidden)])
 
     def _take_kept(self) -> None:
         """What is asked for of the last step is what a captured one left."""
@@ -690,14 +608,6 @@ class _Begun(NamedTuple):
     size: StepSize | None
     drawn_rows: Ints
     entries: AdapterRows | None
-    wishes: NDArray[np.float64] | None
-
-
-@dataclasses.dataclass(frozen=True)
-class SharedDraw:
-    """A step whose tokens are drawn from what ranks told each other; see `Launched`."""
-
-    tokens: Callable[[], Sequence[Drawn]]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,6 @@ from candle_vllm.core.kernels.attention.rows import AttentionRows, PagedCache, W
 from candle_vllm.core.kernels.collectives import Collective
 from candle_vllm.core.kernels.lora.reference import EagerAdapters
 from candle_vllm.core.kernels.offloading import block_bytes, block_parts, state_parts, states_of, tensors_of
-from candle_vllm.core.kernels.sampling.shares import Shares, prepare
 from candle_vllm.core.kernels.states import StateCache, StateRows
 from candle_vllm.core.layers.attention import StepInput, Taps
 from candle_vllm.core.layers.rotary import Rotary
@@ -83,23 +82,13 @@ class EagerRunner(StepwiseRunner):
         self._taps = taps
         self._kept = None if taps is None else Taps(taps)
         self._turning = turning
-        if self.divides and torch.device(device).type == "cpu":
-            prepare()
 
     @torch.inference_mode()
-    def run(self, batch: Batch) -> torch.Tensor | Shares:
+    def run(self, batch: Batch) -> torch.Tensor:
         """See `StepwiseRunner`."""
         token_ids, step = self._step(batch)
         self._hidden = self.decoder.forward(token_ids, step)
-        return self.score(batch.drawn_rows, batch.wishes)
-
-    @property
-    def divides(self) -> bool:
-        """See `ModelRunner`."""
-        decoder = self.decoder
-        if not isinstance(decoder, DecoderStack) or not (decoder.stage is None or decoder.stage.is_first):
-            return False  # a stage behind the first has no head
-        return decoder.scoring.share is not None
+        return self.score(batch.drawn_rows)
 
     def _step(self, batch: Batch) -> tuple[torch.Tensor, StepInput]:
         places = batch.positions
@@ -132,17 +121,11 @@ class EagerRunner(StepwiseRunner):
         return token_ids, StepInput(positions, slots, rows, self.caches, states=states, windowed=windowed, **how)
 
     @torch.inference_mode()
-    def score(self, rows: Ints, wishes: NDArray[np.float64] | None = None) -> Any:
-        """See `ModelRunner`; with wishes this rank's `Shares` of the logits."""
+    def score(self, rows: Ints) -> Any:
+        """See `ModelRunner`."""
         if self.adapters is not None:
             self.adapters.choose(self._adapter_rows, self.device, rows)
-        hidden = self._hidden[torch.from_numpy(rows).to(self.device)]
-        if wishes is None:
-            return self.decoder.logits(hidden)
-        assert isinstance(self.decoder, DecoderStack)
-        share = self.decoder.scoring.share
-        assert share is not None
-        return Shares(self.decoder.own_logits(hidden), share, wishes)
+        return self.decoder.logits(self._hidden[torch.from_numpy(rows).to(self.device)])
 
     def hidden_sum(self, rows: Ints) -> NDArray[np.float64]:
         """See `ModelRunner`."""
@@ -264,7 +247,7 @@ class StageRunner(EagerRunner):
         if given is not None and stage.vectors_leave(width):
             stage.hand_on(given.vectors)
         if stage.is_first:
-            self._begun.append(_Begun(tokens, batch.drawn_rows, batch.adapters, batch.wishes))
+            self._begun.append(_Begun(tokens, batch.drawn_rows, batch.adapters))
 
     @torch.inference_mode()
     def land(self) -> None:
@@ -273,15 +256,11 @@ class StageRunner(EagerRunner):
             step, stage = self._begun.popleft(), self._stage
             self._hidden = stage.take_back(stage.empty(*stage.returns(step.tokens)))
             self._adapter_rows = step.adapters
-            self._drawn_from = self.score(step.drawn_rows, step.wishes)
+            self._drawn_from = self.score(step.drawn_rows)
 
-    def score(self, rows: Ints, wishes: NDArray[np.float64] | None = None) -> Any:
+    def score(self, rows: Ints) -> Any:
         """See `ModelRunner`; a stage behind the first has no head, and gives nothing."""
-        return super().score(rows, wishes) if self._stage.is_first else torch.empty(0)
-
-    def put_together(self, rows: Ints) -> Any:
-        """See `ModelRunner`."""
-        return super().put_together(rows) if self._stage.is_first else torch.empty(0)
+        return super().score(rows) if self._stage.is_first else torch.empty(0)
 
 
 class _Begun(NamedTuple):
@@ -290,7 +269,6 @@ class _Begun(NamedTuple):
     tokens: int
     drawn_rows: Ints
     adapters: AdapterRows | None
-    wishes: NDArray[np.float64] | None
 
 
 @dataclasses.dataclass

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import msgspec
@@ -16,10 +16,8 @@ from candle_vllm.core.engine.step.batch import AdapterRows, Batch, Ints, StepMem
 from candle_vllm.core.engine.step.sequence import Run, Tokens
 from candle_vllm.core.kernels import sampling as kernels
 from candle_vllm.core.kernels.recorded import Value
-from candle_vllm.core.kernels.sampling.shares import Shares
 from candle_vllm.core.loading.config import EncoderConfig
 from candle_vllm.core.sampling.sampler import Drawn, Sampler
-from candle_vllm.core.sampling.shared_rows import draw_shared, sample_some
 from candle_vllm.core.sampling.state import SamplingState
 
 
@@ -43,14 +41,6 @@ class ModelRunner(Protocol):
 
     fatal: tuple[type[Exception], ...]
     """Errors after which nothing that is on the device can be trusted."""
-
-    @property
-    def divides(self) -> bool:
-        """Whether ranks have parts of the logits, so that batches are to have wishes."""
-        ...
-
-    fetch: Callable[[Ints], Value] | None
-    """Has all ranks `put_together` rows, and gives them; for the first rank."""
 
     @property
     def step_memory(self) -> StepMemory | None:
@@ -78,10 +68,6 @@ class ModelRunner(Protocol):
 
     def land(self) -> None:
         """Where several steps are in flight, waits for the first of them, of which `draw` is then."""
-        ...
-
-    def put_together(self, rows: Ints) -> Value:
-        """Logits [len(rows), V] of some of the rows that the last step draws from, where `Batch.wishes` are given."""
         ...
 
     def score(self, rows: Ints) -> Value:
@@ -133,15 +119,9 @@ class StepwiseRunner(ABC):
     in_flight = 1
     fatal: tuple[type[Exception], ...] = ()
 
-    @property
-    def divides(self) -> bool:
-        """See `ModelRunner`."""
-        return False
-
     def __init__(self, sampler: Sampler | None = None) -> None:
         self._sampler = Sampler() if sampler is None else sampler
         self._drawn_from: Value = None
-        self.fetch: Callable[[Ints], Value] | None = None  # no method of its own: a runner ends with its last reference
         self._drafts: list[Tokens] | None = None
 
     @property
@@ -159,32 +139,16 @@ class StepwiseRunner(ABC):
 
     def draw(self, states: Sequence[SamplingState]) -> Landed:
         """See `ModelRunner`."""
-        if isinstance(self._drawn_from, Shares):
-            sampler, drafts = self._sampler, self._drafts
-            return Landed(
-                draw_shared(
-                    self._drawn_from,
-                    drafts,
-                    lambda numbers, logits: sample_some(sampler, numbers, logits, states, drafts),
-                    self.fetch or self.put_together,
-                )
-            )
         if self._drafts is not None:
             return Landed(self._sampler.sample_runs(self._drawn_from, states, self._drafts))
         return Landed(self._sampler.sample(self._drawn_from, states))
-
-    def put_together(self, rows: Ints) -> Value:
-        """See `ModelRunner`."""
-        assert isinstance(self._drawn_from, Shares)
-        return self._drawn_from.whole(rows)
 
     def land(self) -> None:  # noqa: B027  # one step at a time is over when it is launched
         """See `ModelRunner`."""
 
     @abstractmethod
     def run(self, batch: Batch) -> Value:
-        """Runs a step: its keys and values are in the cache afterwards. Returns logits [len(drawn_rows), V] in fp32,
-        or this rank's `Shares` of them.
+        """Runs a step: its keys and values are in the cache afterwards. Returns logits [len(drawn_rows), V] in fp32.
 
         The logits are valid until the next call, and may be overwritten by the caller.
         """

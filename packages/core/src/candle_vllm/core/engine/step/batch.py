@@ -247,8 +247,6 @@ class Batch(msgspec.Struct, frozen=True, eq=False):
         ends_alone: whether of its rows the drawn ones alone are asked for.
         begun: where it goes on, what has changed of the tables: row, column and block of each that was begun.
         states: what it does with states; None where no layer keeps one.
-        wishes: [drawn rows, 7] what is drawn from logits that are divided among ranks, see `kernels/sampling/shares`;
-            None where they are not.
     """
 
     tokens: Ints
@@ -268,7 +266,6 @@ class Batch(msgspec.Struct, frozen=True, eq=False):
     turned: TurnedRows | None = None
     ends_alone: bool = False
     begun: Seq[tuple[int, int, int]] = ()
-    wishes: NDArray[np.float64] | None = None
     states: StateRows | None = None
 
     @property

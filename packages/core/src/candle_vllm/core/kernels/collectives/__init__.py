@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 _CONNECTING = 10.0  # seconds in which ranks that know of each other are connected
 _ABANDONED: list[Any] = []
 _LOOK = datetime.timedelta(seconds=0.5)  # after so long somebody who waits looks whether the others are still there
-SLOT_BYTES = 1 << 16  # of a piece that ranks add up in shared memory
+SLOT_BYTES = 1 << 19  # of a piece that ranks add up in shared memory
 FIRST_SLOT = 4096  # where a rank's slots begin in its block, behind its counter
 BLOCK_BYTES = FIRST_SLOT + 2 * SLOT_BYTES  # of a rank
 _TURNS = 2000  # of waiting for a rank of this machine before this one sleeps; some 25 us
@@ -92,8 +92,11 @@ class Collective(Protocol):
         """x [...] of all ranks added up, which may be x itself overwritten; the same bits on each."""
         ...
 
-    def gather(self, x: Value, width: int) -> Value:
-        """x [T, up to width] of all ranks side by side, [T, size * width]; what is missing of one's is 0."""
+    def gather(self, x: Value, width: int, out: Value | None = None) -> Value:
+        """x [T, up to width] of all ranks side by side, [T, size * width]; what is missing of one's is 0.
+
+        `out` is memory that the result may be written to: new memory costs more than the copy.
+        """
         ...
 
     def exchange(self, x: Value, sent: Sequence[int], received: Sequence[int]) -> Value:
@@ -134,9 +137,9 @@ class VocabularyShare(NamedTuple):
     most: int
     total: int
 
-    def whole(self, own: Value) -> Value:
-        """What all ranks have of rows, put together: [T, V] of [T, up to `most`]."""
-        return self.collective.gather(own, self.most)[:, : self.total]
+    def whole(self, own: Value, out: Value | None = None) -> Value:
+        """What all ranks have of rows, put together: [T, V] of [T, up to `most`]; for `out` see `Collective.gather`."""
+        return self.collective.gather(own, self.most, out)[:, : self.total]
 
 
 class Notes(Protocol):
@@ -251,15 +254,15 @@ class _SharedMemory:
             self._do(self._add_up, address + 4 * start, min(most, count - start))
 
     def put_together(self, address: int, count: int, out: int) -> None:
-        """Has so many numbers of 8 bytes of each rank stand behind each other, in the order of the ranks.
+        """Has so many numbers of 4 bytes of each rank stand behind each other, in the order of the ranks.
 
         Raises:
             RuntimeError: as `add`.
         """
-        most = SLOT_BYTES // 8
+        most = SLOT_BYTES // 4
         for start in range(0, count, most):
-            place = out + 8 * start, 8 * count
-            self._do(self._stand_together, address + 8 * start, min(most, count - start), *place)
+            place = out + 4 * start, 4 * count
+            self._do(self._stand_together, address + 4 * start, min(most, count - start), *place)
 
     def _do(self, function: Callable[..., None], *piece: int) -> None:
         self._number += 1
@@ -386,18 +389,24 @@ class ProcessGroup:
             else:
                 return
 
-    def gather(self, x: torch.Tensor, width: int) -> torch.Tensor:
+    def gather(self, x: torch.Tensor, width: int, out: torch.Tensor | None = None) -> torch.Tensor:
         """See `Collective`."""
         rows, own = x.shape
         if own < width:
             wider = x.new_zeros(rows, width)
             wider[:, :own] = x
             x = wider
-        parts, x = x.new_empty(self.size * rows, width), x.contiguous()
-        if self._shared is not None and x.nbytes % 8 == 0:
-            self._shared.put_together(x.data_ptr(), x.nbytes // 8, parts.data_ptr())
-        else:
-            self._over(self._group._allgather_base(parts, x))
+        x, row = x.contiguous(), width * x.itemsize
+        if self._shared is not None and row % 4 == 0:
+            out = x.new_empty(rows, self.size * width) if out is None else out
+            for number in range(rows):
+                place = number * row
+                self._shared.put_together(x.data_ptr() + place, row // 4, out.data_ptr() + self.size * place)
+            return out
+        if not rows:  # which Gloo cannot gather
+            return x.new_empty(0, self.size * width)
+        parts = x.new_empty(self.size * rows, width)
+        self._over(self._group._allgather_base(parts, x))
         return parts.view(self.size, rows, width).transpose(0, 1).reshape(rows, self.size * width)
 
     def exchange(self, x: torch.Tensor, sent: Sequence[int], received: Sequence[int]) -> torch.Tensor:

@@ -16,6 +16,7 @@ from candle_vllm.core.kernels.cpu_runtime.operation import IS_X86
 from candle_vllm.core.kernels.cpu_runtime.primitives import (
     cpu_relax,
     float32_at,
+    int32_at,
     int64_at,
     load_acquire,
     store_release,
@@ -63,7 +64,7 @@ def stand_together(
 
     Args:
         blocks, rank, size, number, turns, state: as for `add_up`, whose slots and numbers these are, too.
-        x: address of this rank's piece, int64.
+        x: address of this rank's piece, int32.
         count: how many numbers; they fit a slot.
         out: address at which the first rank's piece is to stand.
         apart: bytes from there to the next rank's.
@@ -71,13 +72,13 @@ def stand_together(
     slots = blocks + FIRST_SLOT + (number & 1) * SLOT_BYTES
     stands = int64_at(state)
     if stands[0] == 0:
-        _copy(int64_at(slots + rank * BLOCK_BYTES), int64_at(x), count)
+        _copy(int32_at(slots + rank * BLOCK_BYTES), int32_at(x), count)
         store_release(blocks + rank * BLOCK_BYTES, number)
         stands[0] = 1
     if not _have_counted(blocks, size, number, turns):
         return
     for other in range(size):
-        _copy(int64_at(out + other * apart), int64_at(slots + other * BLOCK_BYTES), count)
+        _copy(int32_at(out + other * apart), int32_at(slots + other * BLOCK_BYTES), count)
     stands[0] = 2
 
 

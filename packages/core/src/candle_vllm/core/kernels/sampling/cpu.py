@@ -157,23 +157,6 @@ def draw_rows(row, thread, threads):
             int64_at(given.context_lens)[number] += 1
 
 
-def pick_rows(logits, row_bytes, rows, vocabulary, at, targets_at, work, to):
-    """Of `rows` rows the first ids at which the cumulated weights exceed targets, int64 [R].
-
-    `at` and `targets_at`: float64 [R] temperatures and targets; -1 is picked where the target is below 0. A row's
-    largest logit is finite.
-    """
-    temperatures, targets, chosen = float64_at(at), float64_at(targets_at), int64_at(to)
-    chunks = (vocabulary + CHUNK - 1) // CHUNK
-    for number in range(rows):
-        chosen[number] = -1
-        if targets[number] >= 0.0:
-            row = logits + number * row_bytes
-            top, scale = survey(row, vocabulary, work), np.float32(1.0 / temperatures[number] * LOG2_E)
-            _sum_chunks(row, chunks, work, LOWEST, ALL, top, scale)
-            chosen[number] = _pick(row, chunks, work, LOWEST, ALL, top, scale, targets[number])
-
-
 @inner
 def _rank(row, chunks, work, token, chosen):
     """1 for the largest logit; among equals the lower id comes first."""
@@ -211,43 +194,6 @@ def _top_ids(row, vocabulary, work, top, largest, to):
                 to[place] = token
                 count += 1
     return count
-
-
-def tell_rows(logits, row_bytes, rows, vocabulary, at, most, work, ids, values, masses, offsets):
-    """What ranks tell each other of their parts of rows, `row_bytes` apart.
-
-    Args:
-        logits, row_bytes, rows, vocabulary: the rows.
-        at: float64 [R, 3]: how many of the largest logits, the temperature of a mass that is asked for or 0, and
-            whether the logarithm of the mass at temperature 1 is, too.
-        most: logits that are told of a row at most.
-        work: the workspace.
-        ids, values: int64 and float32 [R, most], written: the largest logits, falling, the lower id first among equals;
-            -1 and -inf behind the last. Of a broken row the largest alone, without an id.
-        masses, offsets: float64 [R], written: the masses, the largest logit weighing 1, and the logarithms.
-    """
-    chunks = (vocabulary + CHUNK - 1) // CHUNK
-    for number in range(rows):
-        row, asked = logits + number * row_bytes, float64_at(at + 24 * number)
-        named, told = int64_at(ids + 8 * most * number), float32_at(values + 4 * most * number)
-        mass, offset = float64_at(masses + 8 * number), float64_at(offsets + 8 * number)
-        for place in range(most):
-            named[place], told[place] = -1, -INFINITE
-        top = survey(row, vocabulary, work)
-        told[0], mass[0], offset[0] = top, 0.0, -INFINITE
-        if not -INFINITE < top < INFINITE:
-            continue
-        if asked[0] > 1.0:
-            count = _top_ids(row, vocabulary, work, min(int(asked[0]), vocabulary), top, named)
-        else:
-            named[0], count = first_at(row, chunks, work, top, INFINITE, np.int64(0)), 1
-        for place in range(count):
-            told[place] = float32_at(row)[named[place]]
-        if asked[1] > 0.0:
-            mass[0] = _sum_chunks(row, chunks, work, LOWEST, ALL, top, np.float32(1.0 / asked[1] * LOG2_E))
-        if asked[2] > 0.0:
-            whole = _sum_chunks(row, chunks, work, LOWEST, ALL, top, np.float32(LOG2_E))
-            offset[0] = float(top) + math.log(whole)
 
 
 def stand(logits, row_bytes, rows, vocabulary, tokens, counts, work, logs, places, named, most):

@@ -93,37 +93,3 @@ def note(counts: torch.Tensor, count_rows: torch.Tensor, token_ids: torch.Tensor
     there = (count_rows >= 0) & (token_ids >= 0) & (token_ids < counts.shape[1])
     rows, tokens = count_rows[there].long(), token_ids[there]
     counts[rows, tokens] = counts[rows, tokens].clamp(min=1) + 1
-
-
-def tell(
-    own: torch.Tensor, asked: NDArray[np.float64], most: int
-) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float64], NDArray[np.float64]]:
-    """See `shares.tell`; row by row, for a function's last bits may depend on where in a tensor a number is."""
-    rows, tops = len(own), asked[:, 0].astype(np.int64)
-    ids, values = np.full((rows, most), -1), np.full((rows, most), -np.inf, np.float32)
-    masses, offsets = np.zeros(rows), np.full(rows, -np.inf)
-    largest = own.amax(1)
-    values[:, 0] = largest.numpy()
-    for row in largest.isfinite().nonzero().flatten().tolist():
-        falling, order = own[row].sort(descending=True, stable=True)
-        count = min(max(int(tops[row]), 1), int((falling > -np.inf).sum()))
-        ids[row, :count], values[row, :count] = order[:count].numpy(), falling[:count].numpy()
-        if asked[row, 1] > 0:
-            masses[row] = _weights(own[row], asked[row, 1]).sum()
-        if asked[row, 2] > 0:
-            offsets[row] = own[row].double().logsumexp(0)
-    return ids, values, masses, offsets
-
-
-def pick(own: torch.Tensor, temperatures: NDArray[np.float64], targets: NDArray[np.float64]) -> NDArray[np.int64]:
-    """See `shares.pick`."""
-    chosen = np.full(len(own), -1)
-    for row in np.flatnonzero(targets >= 0).tolist():
-        cumulated = _weights(own[row], float(temperatures[row])).cumsum(0)
-        last = (cumulated < cumulated[-1]).sum()
-        chosen[row] = torch.minimum((cumulated <= targets[row]).sum(), last).item()
-    return chosen
-
-
-def _weights(row: torch.Tensor, temperature: float) -> torch.Tensor:
-    return ((row.double() - row.amax().double()) / temperature).exp()
