@@ -45,6 +45,27 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    "granite-4-h-tiny-10": (  # the first 10 of 40 layers, one of them attention
+        "GraniteMoeHybridForCausalLM",
+        {
+            "hidden_size": 1536, "intermediate_size": 512, "shared_intermediate_size": 1024, "num_hidden_layers": 10,
+            "layer_types": ["linear_attention"] * 5 + ["full_attention"] + ["linear_attention"] * 4,
+            "num_attention_heads": 12, "num_key_value_heads": 4, "num_local_experts": 64, "num_experts_per_tok": 6,
+            "mamba_n_heads": 48, "mamba_d_head": 64, "mamba_d_state": 128, "mamba_n_groups": 1, "mamba_d_conv": 4,
+            "mamba_expand": 2, "embedding_multiplier": 12, "attention_multiplier": 0.0078125, "logits_scaling": 6,
+            "residual_multiplier": 0.22, "rms_norm_eps": 1e-5, "max_position_embeddings": 131072,
+            "vocab_size": 128256, "tie_word_embeddings": True,
+        },
+    ),
+    "nemotron-3-nano-4b": (
+        "NemotronHForCausalLM",
+        {
+            "hidden_size": 3136, "intermediate_size": 12544, "num_attention_heads": 40, "num_key_value_heads": 8,
+            "head_dim": 128, "mamba_num_heads": 96, "mamba_head_dim": 80, "n_groups": 8, "ssm_state_size": 128,
+            "conv_kernel": 4, "max_position_embeddings": 262144, "vocab_size": 128256,
+            "hybrid_override_pattern": "M-M-M-MM-M-M*-M-M*-M-M-M*-M-M-MM*-MMM-M-M-",
+        },
+    ),
 }  # fmt: skip
 """Class in transformers, and its configuration, by name."""
 
@@ -62,7 +83,8 @@ def write_folder(folder: Path, shape: str, vocabulary: Path) -> None:
     family = getattr(transformers, name)
     config = family.config_class(**fields)
     tokenizer = Tokenizer.from_gguf(GgufFile.open(vocabulary).metadata)
-    config.eos_token_id = tokenizer.backend.token_to_id("<|im_end|>")
+    end = next(name for name in ("<|im_end|>", "<|eot_id|>") if tokenizer.backend.token_to_id(name) is not None)
+    config.eos_token_id = tokenizer.backend.token_to_id(end)
     with torch.device("meta"):
         model = family(config)
     model = model.to(torch.bfloat16).to_empty(device="cpu")
@@ -71,7 +93,7 @@ def write_folder(folder: Path, shape: str, vocabulary: Path) -> None:
         torch.nn.init.normal_(weight, std=0.02)
     model.save_pretrained(folder)
     tokenizer.backend.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": end}))
 
 
 def main() -> None:

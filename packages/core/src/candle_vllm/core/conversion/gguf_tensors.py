@@ -18,7 +18,7 @@ import numpy as np
 
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.loading.tensors import Checkpoint
-from candle_vllm.core.loading.views import ColumnOrder, Constant, Made, rows_of_bytes
+from candle_vllm.core.loading.views import Constant, Made, rows_of_bytes
 from candle_vllm.core.loading.weights import Line, WeightName, beside_gguf
 from candle_vllm.core.quantization.fp4 import mxfp4_blocks
 from candle_vllm.core.quantization.plain import ELEMENTS
@@ -108,8 +108,9 @@ def joined(name: str, pieces: Sequence[_Piece], config: Any) -> StoredTensor:
     experts = config.num_experts if line.expert is not None and "{e}" not in written else 0
     if view is None and not experts:
         return first if len(pieces) == 1 else _stacked(name, [stored for _, stored in pieces])
-    if isinstance(view, ColumnOrder):
-        return view.undone(first, config)
+    undone = getattr(view, "undone", None)  # of views that are more than an order of rows
+    if undone is not None:
+        return undone(first, config)
     rows = sum(stored.shape[0] for _, stored in pieces)
     shape = (experts, rows // experts, *first.shape[1:]) if experts else (rows, *first.shape[1:])
     orders = [_rows_of(line, shape, stored, config) for line, stored in pieces]

@@ -180,10 +180,20 @@ def in_groups(stored: StoredTensor, config: object) -> StoredTensor:
     return dataclasses.replace(stored, shape=(groups, stored.shape[0] // groups))
 
 
-def one_row(stored: StoredTensor, config: object) -> StoredTensor:
-    """A number of each head, which GGUF files have as [H, 1], as [H]."""
-    del config
-    return dataclasses.replace(stored, shape=stored.shape[:1]) if stored.shape[1:] == (1,) else stored
+class _Column:
+    """The view of a number of each head, [H], which GGUF files have as [H, 1]."""
+
+    def __call__(self, stored: StoredTensor, config: object) -> StoredTensor:
+        del config
+        return dataclasses.replace(stored, shape=stored.shape[:1]) if stored.shape[1:] == (1,) else stored
+
+    def undone(self, stored: StoredTensor, config: object) -> StoredTensor:
+        """The tensor as a GGUF file has it."""
+        del config
+        return dataclasses.replace(stored, shape=(*stored.shape, 1))
+
+
+_COLUMN = _Column()
 
 
 def mixer_names(target: str, *hf: str) -> list[WeightName]:
@@ -206,8 +216,8 @@ def mixer_names(target: str, *hf: str) -> list[WeightName]:
         *pair(f"{to}.result:", names("out_proj"), GG + "ssm_out"),
         line("taps", "conv1d.weight", "ssm_conv1d.weight", flattened),
         line("taps_bias", "conv1d.bias", "ssm_conv1d.bias"),
-        line("decay", "A_log", "ssm_a", decay_of_log, one_row),
-        line("skip", "D", "ssm_d", None, one_row),
+        line("decay", "A_log", "ssm_a", decay_of_log, _COLUMN),
+        line("skip", "D", "ssm_d", None, _COLUMN),
         line("bias", "dt_bias", "ssm_dt.bias"),
         line("norm", "norm.weight", "ssm_norm.weight", in_groups, in_groups),
     ]
