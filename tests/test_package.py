@@ -459,7 +459,7 @@ def test_without_code_and_compiler_it_says_so(
             "pip install 'candle-vllm[cuda]'. "
             "To compute on the CPU, set --device cpu",
         ),
-        (["--enforce-eager"], OP_BY_OP),
+        (["--enforce-eager", "-tp", "2", "--device", "cpu"], OP_BY_OP),
     ],
     ids=["cuda", "op by op"],
 )

@@ -42,8 +42,8 @@ FIELDS = [
     "num_speculative_tokens", "speculative.n_max", "speculative.n_min",
 ]  # fmt: skip
 WRONG: list[dict[str, Any]] = [
-    {"n": 129}, {"n": 10**9}, {"n": -1}, {"best_of": 10**9}, {"max_tokens": 10**12}, {"max_tokens": -1},
-    {"n_discard": -1}, {"seed": 1 << 64}, {"seed": -(1 << 63) - 1}, {"priority": -1}, {"priority": -HUGE},
+    {"n": 129}, {"n": 10**9}, {"n": -1}, {"best_of": 10**9}, {"max_tokens": 10**12}, {"max_tokens": -2},
+    {"n_discard": -HUGE}, {"seed": 1 << 64}, {"seed": -(1 << 63) - 1}, {"priority": -1}, {"priority": -HUGE},
     {"logit_bias": {str(i): 1 for i in range(5000)}}, {"logit_bias": {"-1": 1}}, {"logit_bias": {"1": 1e308}},
     {"logit_bias": {"99999999999": 1}}, {"logit_bias": {"2147483647": 1}}, {"stop": ["a"] * 10_000},
     {"stop": "a" * 100_000}, {"stop": ""}, {"stop_token_ids": list(range(100_000))}, {"stop_token_ids": [-1]},

@@ -15,6 +15,7 @@ from candle_vllm.openai.remarks import remark, unknown_fields_pass
 from candle_vllm.openai.task import Cut
 
 MAX_NAME = 256  # characters of a model name, participant name or call id
+_MOST = 1 << 31  # of a number that has no effect
 _MAX_FIELD = 128  # characters of a field's path in an error
 MAX_MESSAGES = 2048
 MAX_PARTS = 1024  # content parts of one message
@@ -236,6 +237,8 @@ class WireModel(BaseModel):
             elif not refusal.accepts(data[name]):
                 if not refusal.idle:
                     raise unsupported(name, refusal.reason)
+                if type(data[name]) in (int, float) and not abs(data[name]) < _MOST:
+                    raise invalid(name, f"must be a number below {_MOST}")
                 remark([f"the field {name!r} has no effect: {refusal.reason}"])
         return {name: value for name, value in data.items() if name not in extra}
 

@@ -181,7 +181,8 @@ def engine_config(settings: Settings, *, fetch: bool = True, **changes: Any) -> 
         raise UsageError(f"--revision chooses a version on Hugging Face, but the model is {model}: leave it out")
     values = {option.engine: getattr(settings, option.name) for option in OPTIONS if option.engine is not None}
     values |= {"weight_file": weight_file, "chat_template": _template(settings.chat_template)}
-    if settings.enforce_eager and importlib.util.find_spec("torch") is None:
+    alone = (settings.tensor_parallel_size or 1) == 1  # ranks that compute in torch are refused by name
+    if settings.enforce_eager and alone and importlib.util.find_spec("torch") is None:
         logger.warning("enforce_eager has no effect: torch is not installed, so the compiled kernels compute")
         values["enforce_eager"] = False
     if settings.mem is not None:
