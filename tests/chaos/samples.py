@@ -164,7 +164,7 @@ def wrong() -> list[Sample]:
     fields: dict[str, dict[str, Any]] = {
         "unknown field": {**chat, "temprature": 1},
         "temperature": {**chat, "temperature": 101},
-        "negative": {**chat, "max_tokens": -1},
+        "negative": {**chat, "max_tokens": -2},
         "too many tokens": {**chat, "max_tokens": 100_000},
         "too many sequences": {**chat, "n": 100_000},
         "no messages": {"messages": []},

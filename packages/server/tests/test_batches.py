@@ -84,7 +84,7 @@ def test_a_salt_in_a_batch_belongs_to_the_key_of_the_batch(start: Callable[..., 
 def test_the_official_client_has_a_file_answered(start: Callable[..., Any]) -> None:
     running = start(PacedEngine("abc"))
     client = running.openai()
-    batch = begin(client, *(line(str(n)) for n in range(20)), "", line("wrong", max_tokens=-1), metadata={"a": "b"})
+    batch = begin(client, *(line(str(n)) for n in range(20)), "", line("wrong", max_tokens=-2), metadata={"a": "b"})
     assert (batch.status, batch.metadata, batch.endpoint, batch.output_file_id) == ("validating", {"a": "b"}, URL, None)
     batch = ended(client, batch)
     assert batch.status == "completed"

@@ -166,7 +166,7 @@ def test_tokens_are_not_divided_where_ranks_compute_layers_whole(tmp_path: Path)
     """What a delta net gives is no part of a sum."""
     write_tiny(tmp_path, "qwen3_5_moe_text", **ROWS["Qwen3.5-MoE"].config)
     settings: dict[str, Any] = {"enable_expert_parallel": True, "tensor_parallel_size": 2}
-    with pytest.raises(ConfigError, match=r"computes the delta nets of .* for all tokens") as raised:
+    with pytest.raises(ConfigError, match=r"computes the layers of .* that keep a state for all tokens") as raised:
         logits_of(tmp_path, 2, [LENGTH], all2all_backend="all_to_all", **settings)
     assert raised.value.setting == "all2all_backend"
 

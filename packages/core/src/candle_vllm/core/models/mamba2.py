@@ -27,7 +27,7 @@ from candle_vllm.core.layers.attention import StepInput
 from candle_vllm.core.layers.linear import Linear
 from candle_vllm.core.layers.parameters import Placement, TensorParameter
 from candle_vllm.core.loading.cache_specs import StatePart, StateSpec
-from candle_vllm.core.loading.views import View, flattened
+from candle_vllm.core.loading.views import View, computed, flattened
 from candle_vllm.core.loading.weights import Parameter, WeightName
 from candle_vllm.core.models.attention_names import GG, pair
 from candle_vllm.core.models.qwen3_next_config import convolution_taps, decay_of_log
@@ -190,7 +190,7 @@ class _Column:
     def undone(self, stored: StoredTensor, config: object) -> StoredTensor:
         """The tensor as a GGUF file has it."""
         del config
-        return dataclasses.replace(stored, shape=(*stored.shape, 1))
+        return computed(stored, (*stored.shape, 1), lambda values: values[:, None], "F32")
 
 
 _COLUMN = _Column()

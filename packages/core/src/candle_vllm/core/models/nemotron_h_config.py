@@ -156,5 +156,7 @@ def _config(
     layers = {kind: frozenset(layer for layer, own in enumerate(kinds) if own == kind) for kind in _KINDS.values()}
     shared["model_type"] = "nemotron_h_moe" if mixture else "nemotron_h"
     shared["unrotated_layers"] = frozenset(range(len(kinds)))
+    if mixture is not None and "mlp" not in kinds:
+        shared["intermediate_size"] = mixture.inner_size  # as GGUF files have it
     shared |= {"mixture": mixture, "sparse_layers": layers["moe"], "num_experts": mixture.experts if mixture else 0}
     return NemotronHConfig(**shared, kinds=kinds, mamba=mamba, mamba_layers=layers["mamba"])

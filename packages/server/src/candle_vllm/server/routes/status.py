@@ -113,7 +113,7 @@ async def ready(request: Request) -> JSONResponse:
     if slot.state is ModelState.READY and slot.model is not None:
         alive = slot.model.engine.is_alive
         if alive and slot.model.engine.is_sleeping:
-            return JSONResponse({"status": "sleeping"}, status_code=503)
+            return JSONResponse({"status": "sleeping"}, status_code=503, headers={"retry-after": "1"})
         return JSONResponse({"status": "ready" if alive else "dead"}, status_code=200 if alive else 503)
     # A model that was unloaded because nobody used it is loaded when it is asked for.
     rested = slot.state is ModelState.UNLOADED and slot.load_seconds is not None
