@@ -99,11 +99,7 @@ class UsageRow:
 
 
 class UsageTable:
-    """Counts of finished requests by model and key label, for `GET /v1/usage`; or by adapter. Thread-safe.
-
-    Attributes:
-        max_keys: labels that are counted apart; the others are counted as `OTHER_KEYS`.
-    """
+    """Counts of finished requests by model and key label, for `GET /v1/usage`, or by model and adapter. Thread-safe."""
 
     def __init__(self, max_keys: int = MAX_KEYS) -> None:
         self.max_keys = max_keys
