@@ -160,7 +160,8 @@ class PacedEngine(ScriptedEngine):
         params = sampling_params or SamplingParams()
         request_id = request_id or uuid.uuid4().hex
         text, ids = read_prompt(prompt)
-        with watched_submit(watcher, RequestInfo(request_id, "generate", prompt, params, self.detokenize)) as watch:
+        info = RequestInfo(request_id, "generate", prompt, params, self.detokenize, lora_request)
+        with watched_submit(watcher, info) as watch:
             request = GenerationRequest(
                 request_id=request_id,
                 prompt_token_ids=self.tokenize(text or "", add_special_tokens) if ids is None else ids,

@@ -71,6 +71,8 @@ def test_the_base_an_adapter_and_the_adapter_from_the_cache(hubbed: Running, fak
         assert http.get("/v1/models/acme/tone").json() == card
         metrics = http.get("/metrics").text
         assert 'candle_vllm:lora_resolutions_total{outcome="found",source="hf"} 1.0' in metrics
+        # this engine says that a step has no adapters, so that no name has a label of its own
+        assert 'candle_vllm:lora_requests_total{adapter="other",engine="0",model_name="base"} 2.0' in metrics
         assert hubbed.engine.requests[-1].adapters[0].name == f"acme/tone@{COMMIT}"
 
 

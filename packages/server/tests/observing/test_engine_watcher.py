@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from prometheus_client import generate_latest
 
 from candle_vllm.core.engine.outputs import FinishReason, RequestMetrics, TokenOutput
-from candle_vllm.core.engine.requests import GenerationRequest
+from candle_vllm.core.engine.requests import GenerationRequest, LoRARequest
 from candle_vllm.core.engine.stats import EngineStats
 from candle_vllm.core.engine.step.stream import Receiver, RequestSink, TokenStream
 from candle_vllm.core.engine.step.watching import RequestInfo, watched_submit
@@ -453,6 +453,43 @@ async def test_counting_a_token_costs_little() -> None:
     rounds = [(await seconds(None), await seconds(watcher)) for _ in range(15)]
     cost = statistics.median(with_it - without for without, with_it in rounds) / count
     assert cost < 4.5e-6  # measured 0.5 us on an idle core; three times the promise, for busy machines
+
+
+def _mix(*names: str) -> list[tuple[LoRARequest, float]]:
+    return [(LoRARequest(name), 1.0) for name in names]
+
+
+@pytest.mark.parametrize(("most", "apart"), [(0, 0), (2, 2), (64, 4)])
+async def test_requests_are_counted_by_adapter_and_names_are_bounded(noted: Any, most: int, apart: int) -> None:
+    engine = _WithStats("abc")
+    engine.numbers = _stats(max_adapters=most)
+    setup = noted(engine)
+    asked = [["tone"], ["poems"], [], ["tone", "poems"], ["late"], ["later"], ["tone"]]
+    for names in asked:
+        await _read(setup.stream("prompt", FIVE, lora_request=_mix(*names)))
+    samples = setup.samples()
+    expected = Counter(name for names in asked for name in names)
+    shown = ["tone", "poems", "late", "later"][:apart]
+    counts = {name: expected.pop(name) for name in shown} | ({"other": sum(expected.values())} if expected else {})
+    assert samples.values("adapter") == counts.keys()
+    for name, count in counts.items():
+        labels = {"adapter": name, "model_name": "scripted", "engine": "0"}
+        assert samples.sum("candle_vllm:lora_requests_total", **labels) == count
+        assert samples.sum("candle_vllm:lora_prompt_tokens_total", **labels) == count * (1 + len("prompt"))
+        assert samples.sum("candle_vllm:lora_generation_tokens_total", **labels) == count * 4
+    setup.watcher.close()
+    assert setup.samples().values("adapter") == counts.keys()  # counters stay when the model is unloaded
+
+
+async def test_vectors_are_counted_by_adapter(noted: Any) -> None:
+    engine = ScriptedEngine(tasks=("embed",))
+    setup = noted(engine)
+    await setup.aembed(["one", "three"], lora_request=_mix("tone"))
+    await setup.aembed(["two"])
+    samples = setup.samples()
+    assert [each.info.adapters for each in setup.requests] == [("tone",), ()]
+    assert samples.sum("candle_vllm:lora_requests_total") == 1
+    assert samples.sum("candle_vllm:lora_prompt_tokens_total") == len("<one<three")
 
 
 def test_adapters_are_told_while_they_are_on_and_labels_are_bounded() -> None:

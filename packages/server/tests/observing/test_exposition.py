@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import re
@@ -19,6 +20,7 @@ import prometheus_client.parser as prometheus_parser
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
+from candle_vllm.core.engine.requests import LoRARequest
 from candle_vllm.core.engine.stats import ReplicaStats
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.server.observing.exposition import render
@@ -54,10 +56,16 @@ def all_events(metrics: Metrics) -> None:
     metrics.tool_called("time", "completed")
 
 
+async def _ask_an_adapter(setup: Any) -> None:
+    adapters = [(LoRARequest("tone"), 1.0)]
+    await whole_answer(setup.engine, "p", SamplingParams(max_tokens=2), watcher=setup.watcher, lora_request=adapters)
+
+
 async def test_every_series_is_there_with_its_labels(noted: Any) -> None:
     setup = noted(_cached())
     all_events(setup.metrics)
     setup.metrics.watch_mcp_servers(lambda: ["ready", "failed", "ready"])
+    await _ask_an_adapter(setup)
     async with setup.client() as client:
         await client.post("/v1/completions", json={"prompt": "p"})
         samples_text = (await client.get("/metrics")).text
@@ -217,6 +225,7 @@ def test_a_real_prometheus_scrapes_and_answers_the_dashboard(noted: Any, serve_a
 
     def work(client: httpx.Client) -> None:
         all_events(setup.metrics)
+        asyncio.run(_ask_an_adapter(setup))
         assert client.post("/v1/completions", json={"prompt": "some words", "max_tokens": 5}).status_code == 200
 
     def value(prometheus: httpx.Client, expression: str) -> list[Any]:
@@ -227,7 +236,7 @@ def test_a_real_prometheus_scrapes_and_answers_the_dashboard(noted: Any, serve_a
     with served.http() as client, _prometheus(tmp_path, f"127.0.0.1:{served.port}") as prometheus:
         for count in range(1, 6):
             work(client)
-            counted = f"sum(vllm:generation_tokens_total) == {5 * count}"
+            counted = f"sum(vllm:generation_tokens_total) == {7 * count}"
             wait_for(lambda counted=counted: answers(lambda: value(prometheus, counted)))
         assert value(prometheus, 'up{job="candle-vllm"} == 1')
         for panel, expression in expressions():

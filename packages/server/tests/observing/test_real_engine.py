@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
-from candle_vllm.core import InferenceEngine, SamplingParams
+from candle_vllm.core import InferenceEngine, LoRARequest, SamplingParams
+from candle_vllm.core.engine.step.watching import RequestInfo
+from candle_vllm.core.errors import RequestError
 from candle_vllm.core.testing.toy_model import write_toy_model
 from candle_vllm.server.observing.metrics import Metrics
 from candle_vllm.server.observing.model_metrics import EngineWatcher
@@ -70,6 +72,28 @@ async def test_gauges_return_to_zero_and_counters_conserve(engine: InferenceEngi
     )
     whole = scheduled.total + idle.histograms["vllm:request_inference_time_seconds"].total
     assert whole <= idle.histograms["vllm:e2e_request_latency_seconds"].total < whole + 0.5
+
+
+@pytest.mark.parametrize("operation", ["stream", "aembed", "ascore", "aclassify"])
+@pytest.mark.parametrize("several", [False, True])
+async def test_a_watcher_is_given_the_names_of_the_adapters(
+    engine: InferenceEngine, operation: str, several: bool
+) -> None:
+    """Also of a request that the engine refuses: this engine has no adapters."""
+    noted: list[RequestInfo] = []
+
+    class Watcher(EngineWatcher):
+        def begin(self, info: RequestInfo) -> Any:
+            noted.append(info)
+            return super().begin(info)
+
+    watcher = Watcher(engine, Metrics().model("toy", 256))
+    mix = [(LoRARequest("tone", 1, "tone"), 1.0), (LoRARequest("poems", 2, "poems"), 0.5)]
+    lora: Any = mix if several else mix[0][0]
+    inputs: Any = [("a", "b")] if operation == "ascore" else "a"
+    with pytest.raises(RequestError):
+        await getattr(engine, operation)(inputs, watcher=watcher, lora_request=lora)
+    assert [info.adapters for info in noted] == [("tone", "poems") if several else ("tone",)]
 
 
 async def test_vectors_of_a_model_that_generates_count_as_prompts(engine: InferenceEngine) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from candle_vllm.core.engine.requests import LoRARequest
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.shown import MAX_MESSAGE, JsonFormatter, json_line
 from candle_vllm.server.observing.request_log import (
@@ -98,6 +99,27 @@ def test_tracebacks_are_kept() -> None:
         record = logging.LogRecord("n", logging.ERROR, "p", 1, "failed", (), sys.exc_info())
     assert "ValueError: the reason" in json.loads(JsonFormatter().format(record))["exception"]
     assert TextFormatter().format(record).endswith("ValueError: the reason")
+
+
+@pytest.mark.parametrize(
+    ("names", "field", "text"),
+    [
+        ([], None, ""),
+        (["acme/tone"], "acme/tone", " adapter=acme/tone "),
+        (["a b", "c"], "a b,c", ' adapter="a b,c" '),
+    ],
+)
+async def test_a_line_has_the_names_of_the_adapters(
+    noted: Any, log: pytest.LogCaptureFixture, names: list[str], field: str | None, text: str
+) -> None:
+    mix = [(LoRARequest(name), 1.0) for name in names]
+    async for _ in noted(None, RequestLog()).stream("p", SamplingParams(max_tokens=2), lora_request=mix):
+        pass
+    line = json.loads(JsonFormatter().format(log.records[0]))
+    assert (line["model"], line.get("adapter")) == ("scripted", field)
+    shown = TextFormatter().format(log.records[0])
+    assert text in shown
+    assert ("adapter=" in shown) == bool(names)
 
 
 async def test_failures_and_aborts_say_so(noted: Any, log: pytest.LogCaptureFixture) -> None:

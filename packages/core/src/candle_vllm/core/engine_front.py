@@ -567,7 +567,8 @@ class EngineFront(ABC):
         `apart` runs a function with its arguments in a thread, for what takes long.
         """
         request_id = request_id or uuid.uuid4().hex
-        with watched_pooling(watcher, RequestInfo(request_id, "embed", inputs, None, self.detokenize)) as answered:
+        info = RequestInfo(request_id, "embed", inputs, None, self.detokenize, lora_request)
+        with watched_pooling(watcher, info) as answered:
             outputs = await self._pooling(lora_request).aembed(
                 inputs,
                 params,
@@ -607,7 +608,8 @@ class EngineFront(ABC):
         Scores of vectors come without token ids, which would repeat a text in each of its pairs.
         """
         request_id = request_id or uuid.uuid4().hex
-        with watched_pooling(watcher, RequestInfo(request_id, "score", pairs, None, self.detokenize)) as answered:
+        info = RequestInfo(request_id, "score", pairs, None, self.detokenize, lora_request)
+        with watched_pooling(watcher, info) as answered:
             outputs = await self._pooling(lora_request).ascore(
                 pairs, request_id=request_id, priority=priority, apart=apart
             )
@@ -644,7 +646,8 @@ class EngineFront(ABC):
     ) -> list[ClassificationOutput]:
         """`classify` in an event loop. Cancelling it aborts what has not been run. `watcher`, `apart`: see `aembed`."""
         request_id = request_id or uuid.uuid4().hex
-        with watched_pooling(watcher, RequestInfo(request_id, "classify", inputs, None, self.detokenize)) as answered:
+        info = RequestInfo(request_id, "classify", inputs, None, self.detokenize, lora_request)
+        with watched_pooling(watcher, info) as answered:
             outputs = await self._pooling(lora_request).aclassify(
                 inputs,
                 params,
@@ -681,7 +684,7 @@ class EngineFront(ABC):
         """
         params = self._filled(sampling_params)
         request_id = uuid.uuid4().hex if request_id is None else request_id
-        info = RequestInfo(request_id, "generate", prompt, params, self.detokenize)
+        info = RequestInfo(request_id, "generate", prompt, params, self.detokenize, lora_request)
         with watched_submit(watcher, info) as watch:
             request = self._request(
                 prompt, params, request_id, priority, add_special_tokens, adapter_uses(lora_request)

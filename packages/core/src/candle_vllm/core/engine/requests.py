@@ -137,6 +137,17 @@ def _is_mix(given: object) -> bool:
     )  # fmt: skip
 
 
+def serving_rank(priority: int, *, running: int = 0, arrival: int = 0) -> tuple[int, int, int]:
+    """Sort key of the policy by which the scheduler and a server's admission queue choose whom to serve next.
+
+    Args:
+        priority: of the request; the lowest number is served first.
+        running: sequences that the request's API key has in the engine, where keys share it: the fewest go first.
+        arrival: number of arrival; the scheduler has it, and the queue gives its candidates in order.
+    """
+    return priority, running, arrival
+
+
 class GenerationRequest(ShownStruct, frozen=True, kw_only=True):
     """One prompt and how to continue it.
 

@@ -242,7 +242,8 @@ class ScriptedEngine(ScriptedVectors):
         request_id = request_id or uuid.uuid4().hex
         text, ids = read_prompt(prompt, sees="image" in self._info.modalities)
         images = prompt_pictures(prompt)
-        with watched_submit(watcher, RequestInfo(request_id, "generate", prompt, params, self.detokenize)) as watch:
+        info = RequestInfo(request_id, "generate", prompt, params, self.detokenize, lora_request)
+        with watched_submit(watcher, info) as watch:
             self._check_generates()
             request = GenerationRequest(
                 request_id=request_id,

@@ -76,7 +76,7 @@ class ScriptedVectors:
         apart: Apart = asyncio.to_thread,
     ) -> list[EmbeddingOutput]:
         """The vector of every text; refuses what the real engine refuses, or raises the scripted error."""
-        info = RequestInfo(request_id or "", "embed", inputs, None, self.detokenize)
+        info = RequestInfo(request_id or "", "embed", inputs, None, self.detokenize, lora_request)
         with watched_pooling(watcher, info) as answered:
             items = as_prompts(inputs)
             read = map(read_prompt, items)
@@ -108,7 +108,7 @@ class ScriptedVectors:
         apart: Apart = asyncio.to_thread,
     ) -> list[ClassificationOutput]:
         """Of every text the shares of its tokens by their id modulo the number of labels."""
-        info = RequestInfo(request_id or "", "classify", inputs, None, self.detokenize)
+        info = RequestInfo(request_id or "", "classify", inputs, None, self.detokenize, lora_request)
         with watched_pooling(watcher, info) as answered:
             items = as_prompts(inputs)
             read = map(read_prompt, items)
@@ -141,7 +141,7 @@ class ScriptedVectors:
         apart: Apart = asyncio.to_thread,
     ) -> list[ScoreOutput]:
         """The score of every pair."""
-        info = RequestInfo(request_id or "", "score", pairs, None, self.detokenize)
+        info = RequestInfo(request_id or "", "score", pairs, None, self.detokenize, lora_request)
         with watched_pooling(watcher, info) as answered:
             made = self._scores(pairs, request_id, priority, lora_request, apart)
             answered(made)

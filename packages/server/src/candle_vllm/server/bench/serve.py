@@ -37,7 +37,6 @@ from candle_vllm.server.bench.figures import (
     summary,
     table,
 )
-from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.options import UsageError
 
 ENDPOINTS = {
@@ -95,7 +94,7 @@ class Load:
 
 
 def bench_serve(
-    settings: Settings,  # noqa: ARG001 - what every command is given; nothing of it is about a server elsewhere
+    settings: object,  # noqa: ARG001 - what every command is given; nothing of it is about a server elsewhere
     *,
     base_url: str | None = None,
     host: str | None = None,

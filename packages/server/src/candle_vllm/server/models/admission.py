@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from candle_vllm.core.engine.requests import serving_rank
 from candle_vllm.openai.fair_threads import asker
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.observing.metrics import Rejection
@@ -105,7 +106,7 @@ class Admission:
         self._taken = 0  # of the capacity
         self._counted: Counter[str] = Counter()  # of what may be unfinished: of a request, its share of the capacity
         self._unfinished: Counter[str] = Counter()
-        self._queues: dict[int, OrderedDict[str, deque[_Waiting]]] = {}
+        self._queues: OrderedDict[tuple[int, str], deque[_Waiting]] = OrderedDict()  # by priority and key
         self._seconds = 1.0  # mean time of a request in the engine
 
     @property
@@ -121,8 +122,7 @@ class Admission:
     @property
     def queue(self) -> list[Queued]:
         """The requests before it, in no order between keys."""
-        waiting = (one for queues in self._queues.values() for queue in queues.values() for one in queue)
-        return [one.queued for one in waiting]
+        return [one.queued for queue in self._queues.values() for one in queue]
 
     async def enter(self, key: str, sequences: int, priority: int = 0) -> Place:
         """Waits for a place. Cancelling it gives the wait up.
@@ -142,21 +142,20 @@ class Admission:
             return self._begin(key, sequences)
         entered = asyncio.get_running_loop().create_future()
         waiting = _Waiting(key, sequences, entered, Queued.now(sequences, priority))
-        self._queues.setdefault(priority, OrderedDict()).setdefault(key, deque()).append(waiting)
+        self._queues.setdefault((priority, key), deque()).append(waiting)
         try:
             return await waiting.entered
         except asyncio.CancelledError:
-            self._give_up(waiting, priority)
+            self._give_up(waiting)
             raise
 
     def close(self) -> None:
         """The model has gone: who waits for a place in it hears so (`RetiredError`)."""
-        for queues in self._queues.values():
-            for queue in queues.values():
-                for waiting in queue:
-                    if not waiting.entered.done():
-                        waiting.entered.set_exception(RetiredError())
-                    self._end(waiting.key, waiting.sequences)
+        for queue in self._queues.values():
+            for waiting in queue:
+                if not waiting.entered.done():
+                    waiting.entered.set_exception(RetiredError())
+                self._end(waiting.key, waiting.sequences)
         self._queues.clear()
 
     def left(self, place: Place) -> None:
@@ -202,36 +201,32 @@ class Admission:
     def _admit(self) -> None:
         """Fills free places. The next in line is waited for, also when a smaller request behind it would fit."""
         while self._queues:
-            priority = min(self._queues)
-            queues = self._queues[priority]
-            key = min(queues, key=lambda key: self._running[key])
-            waiting = queues[key][0]
+            first = min(self._queues, key=lambda each: serving_rank(each[0], running=self._running[each[1]]))
+            waiting = self._queues[first][0]
             if not waiting.entered.cancelled():
                 if not self._fits(waiting.sequences):
                     return
-                waiting.entered.set_result(self._begin(key, waiting.sequences))
-            self._remove(waiting, priority)
+                waiting.entered.set_result(self._begin(waiting.key, waiting.sequences))
+            self._remove(waiting)
 
-    def _give_up(self, waiting: _Waiting, priority: int) -> None:
+    def _give_up(self, waiting: _Waiting) -> None:
         if waiting.entered.done() and not waiting.entered.cancelled():
             if waiting.entered.exception() is not None:  # the model has gone
                 return
             waiting.entered.result().leave()  # it was let in in the tick in which it was cancelled
             return
-        self._remove(waiting, priority)
+        self._remove(waiting)
         self._end(waiting.key, waiting.sequences)
         self._admit()
 
-    def _remove(self, waiting: _Waiting, priority: int) -> None:
-        queues = self._queues.get(priority, OrderedDict())
-        queue = queues.get(waiting.key, deque())
+    def _remove(self, waiting: _Waiting) -> None:
+        place = waiting.queued.priority, waiting.key
+        queue = self._queues.get(place, deque())
         if waiting in queue:
             queue.remove(waiting)
-            queues.move_to_end(waiting.key)
+            self._queues.move_to_end(place)
             if not queue:
-                del queues[waiting.key]
-        if not queues:
-            self._queues.pop(priority, None)
+                del self._queues[place]
 
     def _end(self, key: str, sequences: int) -> None:
         self._forget(self._unfinished, key, sequences)

@@ -123,6 +123,7 @@ class ModelMetrics:
         self._lock = threading.Lock()  # guards everything below
         self._live: set[RequestRecord] = set()
         self._tokens = UsageCounts()
+        self._adapters = UsageTable(0)
         self._finished: Counter[str] = Counter()
         buckets = token_buckets(max_model_len)
         self._histograms = {each.name: Histogram(each.buckets or buckets) for each in HISTOGRAMS}
@@ -134,7 +135,9 @@ class ModelMetrics:
 
     def attach(self, engine: EngineWatcher) -> None:
         """The model is loaded: its gauges are shown from now on, in place of those of an engine before."""
+        stats = engine.read().stats
         with self._lock:
+            self._adapters.max_keys = max(self._adapters.max_keys, 0 if stats is None else stats.max_adapters)
             before, self._engine = self._engine, engine
             if before is not None:
                 self._past += _sums(before.read())
@@ -181,6 +184,8 @@ class ModelMetrics:
             first = context is None or context.first_of_request()
             counts = UsageCounts(int(first), summary.prompt_tokens, summary.cached_tokens, summary.completion_tokens)
             self._usage.add(self.name, NO_KEY if context is None else context.key_label, counts)
+            for adapter in summary.info.adapters:
+                self._adapters.add(self.name, adapter, counts)
             self._tell(summary)
 
     def read(self) -> ModelReading:
@@ -194,8 +199,9 @@ class ModelMetrics:
                 histograms[BETWEEN_PIECES.name].merge(record.gaps)
             histograms[BETWEEN_PIECES_TOO.name] = histograms[BETWEEN_PIECES.name]
             return ModelReading(
-                self.name, tokens, Counter(self._finished), histograms, self._past + _sums(engine), engine
-            )
+                self.name, tokens, Counter(self._finished), histograms, self._past + _sums(engine), engine,
+                self._adapters.rows(),
+            )  # fmt: skip
 
     # ---- inside ------------------------------------------------------------------------------------------------------
 

@@ -61,6 +61,7 @@ def request_fields(request: FinishedRequest) -> dict[str, Any]:
         "route": context.route if context else None,
         "operation": request.info.operation,
         "model": request.model,
+        "adapter": ",".join(request.info.adapters) or None,
         "key": context.key_label if context else None,
         "prompt_tokens": request.prompt_tokens,
         "cached_tokens": request.cached_tokens,

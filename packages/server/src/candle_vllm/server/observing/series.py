@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -17,7 +17,7 @@ from typing import Literal
 from candle_vllm.core.engine.outputs import FinishReason
 from candle_vllm.core.engine.stats import STATS, EngineStats, ReplicaStats
 from candle_vllm.server.observing.request_record import FinishedRequest
-from candle_vllm.server.observing.tally import Histogram, UsageCounts
+from candle_vllm.server.observing.tally import Histogram, UsageCounts, UsageRow
 
 FINISH_REASONS = tuple(reason.value for reason in FinishReason)
 MODEL = ("model_name", "engine")
@@ -56,6 +56,7 @@ class ModelReading:
         histograms: by name of the series.
         engine_sums: by name of `EngineStats`, over all its engines, the present one included.
         engine: the loaded engine; None while the model is not loaded.
+        adapters: the requests that have ended and their tokens, by adapter.
     """
 
     name: str
@@ -64,6 +65,7 @@ class ModelReading:
     histograms: Mapping[str, Histogram]
     engine_sums: Counter[str]
     engine: EngineReading | None
+    adapters: Sequence[UsageRow] = ()
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,13 @@ def _tokens(name: str, text: str, value: Callable[[UsageCounts], float]) -> Seri
     return Series(name, "counter", MODEL, text, read=lambda model: [((), value(model.tokens))])
 
 
+def _by_adapter(name: str, text: str, value: Callable[[UsageCounts], float]) -> Series:
+    return Series(
+        name, "counter", (*MODEL, "adapter"), text,
+        read=lambda model: [((row.key,), value(row.counts)) for row in model.adapters],
+    )  # fmt: skip
+
+
 def _histogram(
     name: str,
     text: str,
@@ -241,6 +250,12 @@ REQUEST_COUNTERS: tuple[Series, ...] = (
     Series("vllm:request_success_total", "counter", (*MODEL, "finished_reason"),
            "Sequences and pooled texts that ended, by reason.",
            read=lambda model: [((reason,), model.finished[reason]) for reason in FINISH_REASONS]),
+    _by_adapter("candle_vllm:lora_requests_total", "Requests to an adapter that have ended.",
+                lambda counts: counts.requests),
+    _by_adapter("candle_vllm:lora_prompt_tokens_total", "Tokens of their prompts.",
+                lambda counts: counts.prompt_tokens),
+    _by_adapter("candle_vllm:lora_generation_tokens_total", "Tokens generated for them.",
+                lambda counts: counts.completion_tokens),
 )  # fmt: skip
 
 TO_FIRST_TOKEN = _histogram(

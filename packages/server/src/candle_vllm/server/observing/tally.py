@@ -99,10 +99,10 @@ class UsageRow:
 
 
 class UsageTable:
-    """Counts of finished requests by model and key label, for `GET /v1/usage`. Thread-safe."""
+    """Counts of finished requests by model and key label, for `GET /v1/usage`, or by model and adapter. Thread-safe."""
 
     def __init__(self, max_keys: int = MAX_KEYS) -> None:
-        self._max_keys = max_keys
+        self.max_keys = max_keys
         self._lock = threading.Lock()
         self._keys: set[str] = set()
         self._rows: dict[tuple[str, str], UsageCounts] = {}
@@ -111,7 +111,7 @@ class UsageTable:
         """Adds one request."""
         with self._lock:
             if key not in self._keys:
-                if len(self._keys) >= self._max_keys:
+                if len(self._keys) >= self.max_keys:
                     key = OTHER_KEYS
                 else:
                     self._keys.add(key)

@@ -28,7 +28,6 @@ from candle_vllm.server.http.body import unless_disconnected
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.mcp.wire import McpCallRequest, McpCallResult, McpFunction, McpServerInfo, McpToolInfo
 from candle_vllm.server.openapi.operation import Operation, routing
-from candle_vllm.server.settings import Settings
 
 if TYPE_CHECKING:
     from candle_vllm.server.mcp.service import McpService
@@ -87,8 +86,8 @@ async def list_mcp_tools(request: Request) -> Response:
 )
 async def call_mcp_tool(request: Request) -> Response:
     """Call a tool once; needs an API key and somebody's approval."""
-    service, settings = _service(request), request.app.state.settings
-    _check_client(request, settings)
+    service = _service(request)
+    _check_client(request, has_api_keys=request.app.state.settings.has_api_keys)
     deadline = deadline_of(request)
     wire: McpCallRequest = await parsed(request, lambda body: parse_body(McpCallRequest, body))
     if wire.approved is not True:
@@ -136,9 +135,9 @@ def _service(request: Request) -> McpService:
     return service
 
 
-def _check_client(request: Request, settings: Settings) -> None:
+def _check_client(request: Request, *, has_api_keys: bool) -> None:
     """A call may do anything that its tool can, so it is for clients that the operator knows."""
-    if not (settings.has_api_keys or _has_page_key(request)):
+    if not (has_api_keys or _has_page_key(request)):
         message = (
             "Tools are called for clients with a key alone. In the web UI: open the address that the server printed at"
             " its start, which ends in #key=... Otherwise start the server with --api-key."

@@ -13,7 +13,7 @@ import msgspec
 
 from candle_vllm.core.engine.adapters.adapter_store import Adapter, Entries
 from candle_vllm.core.engine.cache.block_manager import block_hashes
-from candle_vllm.core.engine.requests import GenerationRequest, PoolingRequest
+from candle_vllm.core.engine.requests import GenerationRequest, PoolingRequest, serving_rank
 from candle_vllm.core.vision.inputs import ImageInput
 
 NO_LIMIT = 1 << 62
@@ -172,9 +172,9 @@ class Sequence:  # its attributes have slots: a step finds them in one place
         self._hashes: list[bytes] = []
 
     @property
-    def rank(self) -> tuple[int, int]:
+    def rank(self) -> tuple[int, int, int]:
         """Sort key: lower runs first."""
-        return self.request.priority, self.order
+        return serving_rank(self.request.priority, arrival=self.order)
 
     @property
     def num_tokens(self) -> int:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias
 
 from candle_vllm.core.engine.outputs import ClassificationOutput, EmbeddingOutput, ScoreOutput, TokenOutput
+from candle_vllm.core.engine.requests import LoraChoice, adapter_uses
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.text.prompts import Prompt, as_prompts
 
@@ -27,6 +28,7 @@ class RequestInfo:
         inputs: the prompt, the text or texts, or the pairs.
         params: of a generation.
         detokenize: the engine's.
+        lora_request: the adapters of the request.
     """
 
     request_id: str
@@ -34,11 +36,17 @@ class RequestInfo:
     inputs: Prompt | Sequence[Any]
     params: SamplingParams | None
     detokenize: Callable[[Sequence[int], bool], str]
+    lora_request: LoraChoice = None
 
     @property
     def count(self) -> int:
         """Sequences of a generation, texts or pairs of the others."""
         return len(as_prompts(self.inputs)) if self.params is None else self.params.n
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the request's adapters; raises InvalidParameterError where `lora_request` is wrong."""
+        return tuple(use.name for use in adapter_uses(self.lora_request))
 
     def prompt(self, most: int) -> str:
         """The first characters of the first text; of pairs nothing."""
