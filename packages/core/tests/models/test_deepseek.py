@@ -78,16 +78,6 @@ def test_both_forms_of_gguf(
     assert exact or ("blk.0.attn_k_b" if split else "blk.0.attn_kv_b") in decoded[0]
 
 
-def test_a_scale_by_position_is_refused(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def scaled(writer: Any, config: Any, tensors: gguf_export.Tensors) -> gguf_export.Tensors:
-        writer.add_float32("deepseek2.attention.temperature_scale", 0.1)
-        return gguf_export.deepseek2(writer, config, tensors)
-
-    monkeypatch.setitem(gguf_export.CONVERTERS, "deepseek2", scaled)
-    with pytest.raises(UnsupportedModelError, match=r"m\.gguf: deepseek2\.attention\.temperature_scale"):
-        load(gguf_export.export_gguf(dense, tmp_path / "m.gguf", "deepseek2"))
-
-
 def test_matrices_of_older_files_beside_newer_ones_are_ignored(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

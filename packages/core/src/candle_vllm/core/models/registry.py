@@ -197,7 +197,7 @@ def family_from_hf(
         raise InvalidFileError(f"{path}: architectures must name one model class, not {names!r:.80}")
     named, fields = text_fields(names[0], config, path, tensors)
     name = decoder_class(named, HF_FAMILIES)
-    if impl == "auto" and name not in HF_FAMILIES and _has_transformers():
+    if impl == "auto" and name not in HF_FAMILIES and _has_transformers() and _is_decoder_of_transformers(name, config):
         return _family_of_transformers(config, path)
     family = _find(name, HF_FAMILIES, path, [*TOWERS, *HF_ENCODERS])
     found = family.config_from_hf(fields, family.hf[name])
@@ -205,6 +205,13 @@ def family_from_hf(
         own = family.ignored
         family = dataclasses.replace(family, ignored=lambda config: [*own(config), rf"({'|'.join(SCORES)})\..*"])
     return family, head_as_stored(without_head(named, found, HF_FAMILIES, tensors), tensors, path)
+
+
+def _is_decoder_of_transformers(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether transformers has this class as the decoder of the config's model_type."""
+    known = import_module("transformers.models.auto.modeling_auto").MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    found = known.get(str(config.get("model_type")), ())
+    return name in ((found,) if isinstance(found, str) else found)
 
 
 def _has_transformers() -> bool:
