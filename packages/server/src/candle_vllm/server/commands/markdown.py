@@ -7,7 +7,6 @@ the last lines of the screen. What rich cannot show whole is shown as it was wri
 
 from __future__ import annotations
 
-import functools
 import re
 import time
 import unicodedata
@@ -45,22 +44,26 @@ def colour_console(stream: TextIO) -> Console:
     return Console(file=stream, highlight=False, markup=False, emoji=False)
 
 
-@functools.lru_cache(maxsize=1)
-def _masked(text: str) -> str:
-    """A text of the same length in which punctuation that does not hinder CJK emphasis is a letter.
+def _masked(text: str, begin: int) -> str:
+    """A text of the same length in which punctuation that does not hinder the emphasis of marks is a letter.
 
-    CommonMark tells by the punctuation beside asterisks whether they open or close, which takes blanks between words.
-    CJK punctuation counts as a letter here, and so does any punctuation across the marks from a CJK character. Source:
-    the specification of markdown-cjk-friendly.
+    CommonMark tells by the punctuation beside marks whether they open or close, which takes blanks between words. CJK
+    punctuation counts as a letter here, and so does any punctuation across the marks from a CJK character. Source: the
+    specification of markdown-cjk-friendly.
+
+    Args:
+        text: of a paragraph.
+        begin: where the marks begin.
     """
-    found = list(text)
-    for run in _RUN.finditer(text):
-        for at, other in ((run.start() - 1, run.end()), (run.end(), run.start() - 1)):
-            one, across = (text[index] if 0 <= index < len(text) else " " for index in (at, other))
-            is_mark = one in "*_~"
-            if not is_mark and unicodedata.category(one)[0] in "PS" and (_CJK.match(one) or _CJK.match(across)):
-                found[at] = "a"
-    return "".join(found)
+    run = _RUN.match(text, begin)
+    if run is None:
+        return text
+    end = run.end()
+    for at, other in ((begin - 1, end), (end, begin - 1)):
+        one, across = (text[index] if 0 <= index < len(text) else " " for index in (at, other))
+        if unicodedata.category(one)[0] in "PS" and (_CJK.match(one) or _CJK.match(across)):
+            text = f"{text[:at]}a{text[at + 1 :]}"
+    return text
 
 
 def _beside_cjk(rule: _Rule) -> _Rule:
@@ -69,7 +72,7 @@ def _beside_cjk(rule: _Rule) -> _Rule:
     def read(state: StateInline, silent: bool) -> bool:
         source = state.src
         try:
-            state.src = _masked(source)
+            state.src = _masked(source, state.pos)
             return rule(state, silent)
         finally:
             state.src = source
