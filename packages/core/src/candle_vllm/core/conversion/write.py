@@ -205,10 +205,13 @@ def _plan_of_gguf(
     config: EngineConfig, files: ModelFiles, checkpoint: Checkpoint
 ) -> tuple[list[PlannedTensor], dict[str, Any], Mapping[str, tuple[int, int]]]:
     """The tensors of a GGUF file in the types that are asked for, its metadata, and the types of the metadata."""
-    found = encoder_from_gguf(checkpoint.metadata, checkpoint) or family_from_gguf(checkpoint.metadata, checkpoint)
-    family, model = found
+    if (encoder := encoder_from_gguf(checkpoint.metadata, checkpoint)) is not None:
+        model, table = encoder[1], encoder[0].weights(encoder[1], checkpoint.tensors)
+    else:
+        family, model = family_from_gguf(checkpoint.metadata, checkpoint)
+        table = family.weights
     targets: dict[str, str] = {}
-    for line in expand(family.weights, model, "gguf"):
+    for line in expand(table, model, "gguf"):
         name = line.find(checkpoint.tensors) if line.names else None
         if name is not None:
             targets.setdefault(name, line.target)
