@@ -77,9 +77,12 @@ def test_files_for_the_model_are_fenced(chat: Any) -> None:
         const drop = new DragEvent("drop", { dataTransfer: transfer, bubbles: true, cancelable: true });
         document.querySelector(".composer-frame").dispatchEvent(drop);
     }""")
-    chat.locator("#composer").filter(has_text="````py").or_(chat.locator("#composer")).wait_for()
-    chat.wait_for_timeout(200)
-    assert chat.locator("#composer").input_value() == "x.py:\n````py\na = 1\n```\n# not the end\n````\n"
+    chips = chat.locator(".composer .file")
+    chips.wait_for()
+    assert chat.locator("#composer").input_value() == ""
+    button(chat, "Show x.py").click()
+    chat.locator(".file-text", has_text="# not the end").wait_for()
+    chat.keyboard.press("Escape")
     refusal = chat.get_by_text("image.png: only text files of up to 512 KiB each can be attached.")
     refusal.wait_for()
     big = {"name": "big.txt", "mimeType": "text/plain", "buffer": b"a" * 600_000}
@@ -90,8 +93,13 @@ def test_files_for_the_model_are_fenced(chat: Any) -> None:
     assert refusal.count() == 0  # one takes the other's place
     chat.locator("#attach-file").set_input_files([{"name": "y.md", "mimeType": "text/markdown", "buffer": b"hello"}])
     chat.get_by_text("big.txt").wait_for(state="detached")
-    assert str(chat.locator("#composer").input_value()).endswith("````\ny.md:\n```md\nhello\n```\n")
+    assert chips.count() == 2
     chat.locator("#attach-file").set_input_files([big])
     chat.get_by_text("big.txt").wait_for()
-    button(chat, "Send").click()
+    with chat.expect_request("**/v1/chat/completions") as asked:
+        button(chat, "Send").click()
+    content = asked.value.post_data_json["messages"][-1]["content"]
+    assert content == "x.py:\n````py\na = 1\n```\n# not the end\n````\n\ny.md:\n```md\nhello\n```"
     chat.get_by_text("big.txt").wait_for(state="detached")
+    assert chips.count() == 0
+    assert chat.locator(".question .file").count() == 2

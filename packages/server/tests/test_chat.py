@@ -629,3 +629,25 @@ def test_a_pipe_imports_nothing_of_a_terminal() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("source", "wanted"),
+    [
+        ("他说**「重要」**的事", "他说「重要」的事"),
+        ("**加粗（x）**后面", "加粗（x）后面"),
+        ("**중요(주의)**입니다", "중요(주의)입니다"),
+        ("*斜体（x）*后面", "斜体（x）后面"),
+        ("~~**删除线（test）**~~后面", "删除线（test）后面"),
+        ("a**(b)**c，好", "a**(b)**c，好"),
+    ],
+)
+def test_emphasis_beside_cjk_punctuation(source: str, wanted: str) -> None:
+    file = io.StringIO()
+    display = markdown.MarkdownDisplay(Console(file=file, force_terminal=True, color_system=None, width=60))
+    display.show(Said(source))
+    display.close()
+    screen = pyte.Screen(60, 20)
+    pyte.Stream(screen).feed(file.getvalue().replace("\n", "\r\n"))
+    shown = "".join(screen.buffer[0][x].data for x in range(60)).strip()
+    assert shown == wanted

@@ -64,6 +64,9 @@ def test_a_quantised_encoder(tmp_path: Path) -> None:
     kinds = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(quantised.path).tensors}
     assert {kinds[f"{name}.weight"] for name in ("position_embd", "token_types", "token_embd_norm")} == {"F32"}
     assert {kinds[f"{name}.weight"] for name in ("token_embd", "blk.1.attn_q", "blk.1.ffn_up")} == {"Q8_0"}
+    plain = write(folder, tmp_path / "plain.gguf").path
+    again = write(plain, tmp_path / "again.gguf", isq="q8_0").path
+    assert again.read_bytes() == quantised.path.read_bytes()
 
 
 def test_words_of_bytes(tmp_path: Path) -> None:

@@ -136,6 +136,41 @@ def test_a_template_takes_the_place_of_all(tmp_path: Path, words: Path) -> None:
         assert keys == {f"tokenizer.chat_template{end}" for end in found}
 
 
+@pytest.mark.parametrize("isq", ["q8_0", "q4k"])
+def test_a_gguf_file_is_quantised_as_its_folder_is(isq: str, tmp_path: Path, words: Path) -> None:
+    """To the bit, metadata in its types included."""
+    big = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 32, "num_attention_heads": 8}
+    folder = write_tiny(tmp_path / "model", "llama", **big)
+    plain, wanted = (write(folder, tmp_path / f"{kind}.gguf", words, isq=kind) for kind in (None, isq))
+    found = write_gguf(EngineConfig(model=str(plain.path), isq=isq), tmp_path / "again.gguf")
+    assert found.types == wanted.types
+    ours, theirs = GGUFReader(found.path), GGUFReader(wanted.path)
+    for one, other in zip(ours.tensors, theirs.tensors, strict=True):
+        assert (one.name, one.tensor_type, one.data.tobytes()) == (other.name, other.tensor_type, other.data.tobytes())
+    assert ours.fields.keys() == theirs.fields.keys()
+    for name, field in ours.fields.items():
+        assert (field.types, field.contents()) == (theirs.fields[name].types, theirs.fields[name].contents()), name
+
+
+def test_a_quantised_gguf_file_is_copied_or_quantised_again(
+    tmp_path: Path, words: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write_toy_model(tmp_path / "model", toy_config())
+    source = write(folder, tmp_path / "q8_0.gguf", words, isq="q8_0").path
+    same = write_gguf(EngineConfig(model=str(source), isq="q8_0"), tmp_path / "same.gguf").path
+    assert same.read_bytes() == source.read_bytes()
+    assert not caplog.records
+    other = write_gguf(EngineConfig(model=str(source), isq="q4_0", chat_template="{{ 1 }}"), tmp_path / "q4_0.gguf")
+    assert {"Q4_0", "F32"} < set(other.types)
+    assert "quantised already" in caplog.text
+    assert load(other.path).tokenizer.chat_template == "{{ 1 }}"
+    plain = write_gguf(EngineConfig(model=str(source), dtype="f32"), tmp_path / "f32.gguf")
+    assert set(plain.types) == {"F32"}
+    assert error(logits(plain.path), logits(source)) < 1e-2
+    at_once = write_gguf(EngineConfig(model=str(plain.path), isq="q4_0"), tmp_path / "at_once.gguf")
+    assert error(logits(other.path), logits(at_once.path)) == 0
+
+
 # ---- bad input -------------------------------------------------------------------------------------------------------
 
 
@@ -189,8 +224,10 @@ def test_models_that_cannot_be_written(tmp_path: Path, words: Path) -> None:
     with pytest.raises(ModelNotFoundError):
         write(tmp_path / "nothing", tmp_path / "m.gguf", words)
     gguf = write_toy_gguf(tmp_path / "toy.gguf")
-    with pytest.raises(ConfigError, match="toy is a gguf model, and GGUF files are written of safetensors"):
+    with pytest.raises(ConfigError, match="a GGUF file's tokenizer is copied with it"):
         write(gguf, tmp_path / "m.gguf", words)
+    with pytest.raises(ConfigError, match="adapters are merged into safetensors"):
+        write_gguf(EngineConfig(model=str(gguf)), tmp_path / "m.gguf", adapters=[(tmp_path, 1.0)])
     cross = write_toy_encoder(tmp_path / "cross", toy_encoder_config("BertForSequenceClassification"), pooling=None)
     with pytest.raises(UnsupportedModelError, match="not written for cross-encoders"):
         write(cross, tmp_path / "m.gguf", words)

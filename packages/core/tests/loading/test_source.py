@@ -432,6 +432,15 @@ def test_without_an_answer_the_cache_is_used(hub: Hub, error: Exception, caplog:
     assert "cannot be reached" in caplog.text
 
 
+@pytest.mark.parametrize("is_set", [False, True])
+def test_the_variable_is_named_where_it_is_set(is_set: bool, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub(SAFETENSORS).listing_error = OfflineModeIsEnabled("off") if is_set else HTTPError("no route")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", is_set)
+    way = "connect to the network, without HF_HUB_OFFLINE, or" if is_set else "connect to the network or"
+    with pytest.raises(ModelNotFoundError, match=f"{way} pass a folder"):
+        resolve("org/name")
+
+
 def test_offline_asks_the_cache_alone(hub: Hub) -> None:
     fake = hub(SAFETENSORS)
     with pytest.raises(ModelNotFoundError, match="not in the cache"):

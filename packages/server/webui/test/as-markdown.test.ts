@@ -2,7 +2,8 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 import { marked } from "marked";
-import { asMarkdown, fenced } from "../src/chat/as-markdown.ts";
+import { asMarkdown } from "../src/chat/as-markdown.ts";
+import { fenced } from "../src/chat/files.ts";
 import type { Message, Step } from "../src/chat/types.ts";
 
 const words = { you: "You", model: (name: string) => `Answer of ${name}`, thoughts: "Thoughts", toolCall: "Tool call", result: "Result" };

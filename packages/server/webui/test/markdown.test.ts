@@ -223,3 +223,15 @@ test("pages and pictures have a preview, nothing else has, and hostile beginning
   for (const text of ["<!---->".repeat(100_000), "<!".repeat(100_000), " ".repeat(100_000), "<?".repeat(100_000)]) assert.equal(previewOf("svg", text), undefined);
   assert.ok(performance.now() - started < 500);
 });
+
+test("emphasis beside Chinese, Japanese and Korean punctuation", () => {
+  const rows: [string, string][] = [
+    ["他说**「重要」**的事", "他说<strong>「重要」</strong>的事"], ["**加粗（x）**后面", "<strong>加粗（x）</strong>后面"],
+    ["**중요(주의)**입니다", "<strong>중요(주의)</strong>입니다"], ["これは**「強調」**です", "これは<strong>「強調」</strong>です"],
+    ["*斜体（x）*后面", "<em>斜体（x）</em>后面"], ["~~删除线（test）~~后面", "<del>删除线（test）</del>后面"],
+    ["他说**“重要”**的事", "他说<strong>“重要”</strong>的事"], ["**粗体**中文", "<strong>粗体</strong>中文"],
+    ["**甲（x）**乙**丙（y）**丁", "<strong>甲（x）</strong>乙<strong>丙（y）</strong>丁"],
+    ["a**(b)**c", "a**(b)**c"], ["2 * 3 * 4，好", "2 * 3 * 4，好"],
+  ];
+  for (const [source, wanted] of rows) assert.equal(outline(drawMarkdown(source)), `<p>${wanted}</p>`, source);
+});

@@ -142,6 +142,14 @@ test("an export that is imported again brings nothing, and one that has grown br
   assert.equal(imported(second, small), undefined); // nor does an older export take anything back
 });
 
+test("files of a question come back from an export, and what is no file is left out", () => {
+  const files = [{ name: "a.txt", text: "A" }];
+  const chat = chatOf("u1", { ...asked("u1", null), files });
+  assert.deepEqual(imported(undefined, chat), chat);
+  const odd = [null, 5, { name: "b" }, { name: 1, text: "" }, { name: "c", text: "x".repeat(1 << 20) }, ...files] as typeof files;
+  assert.deepEqual(imported(undefined, chatOf("u1", { ...asked("u1", null), files: odd })), chat);
+});
+
 test("a conversation that went on in two places has both ways, and shows the one that was here", () => {
   const start = [asked("u1", null), said("a1", "u1")];
   const ours = { ...chatOf("a2", ...start, asked("u2", "a1"), said("a2", "u2")) };

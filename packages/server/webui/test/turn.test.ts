@@ -6,10 +6,11 @@ import { readChunk } from "../src/api/readers.ts";
 import type { ChatChunk, McpResult, McpTool, ToolCallDelta } from "../src/api/types.ts";
 import { StepWriter } from "../src/chat/accumulate.ts";
 import { fingerprint, isAlwaysAllowed } from "../src/chat/approval.ts";
+import { MAX_FILE, readFile, sizeOf } from "../src/chat/files.ts";
 import { chatRequest } from "../src/chat/request.ts";
 import { statisticsOf } from "../src/chat/statistics.ts";
 import { MAX_ROUNDS, recover, Turn, type TurnHost } from "../src/chat/turn.ts";
-import { type AssistantMessage, emptyStep } from "../src/chat/types.ts";
+import { type AssistantMessage, emptyStep, type Message } from "../src/chat/types.ts";
 
 type Script = (ChatChunk | Error)[];
 
@@ -291,6 +292,28 @@ test("permission is for the tool as it was", () => {
   assert.ok(!isAlwaysAllowed({ ...before, function: { ...before.function, description: "other" } }, allowed));
   assert.ok(!isAlwaysAllowed({ ...before, server: "other" }, allowed));
   assert.ok(!isAlwaysAllowed(tool("constructor"), allowed));
+});
+
+test("files go behind the text, each as a block of code", () => {
+  const path: Message[] = [{
+    id: "u", role: "user", parent: null, created: 1, text: "Why?", images: ["data:image/png;base64,AA=="],
+    files: [{ name: "a.py", text: "x = 1\n" }, { name: "fence", text: "```\nin it" }],
+  }];
+  const content = "Why?\n\na.py:\n```py\nx = 1\n```\n\nfence:\n````\n```\nin it\n````";
+  const sent = (changes: object) => {
+    const request = chatRequest({ model: "m", path: path.map((one) => ({ ...one, ...changes }) as Message), settings: {}, tools: [], goOn: false });
+    return (request.messages as { content: unknown }[]).map((one) => one.content);
+  };
+  assert.deepEqual(sent({}), [[{ type: "image_url", image_url: { url: "data:image/png;base64,AA==" } }, { type: "text", text: content }]]);
+  assert.deepEqual(sent({ images: undefined }), [content]);
+  assert.deepEqual(sent({ images: undefined, text: "" }), [content.slice("Why?\n\n".length)]);
+});
+
+test("what is no text is not taken as a file", async () => {
+  const read = (name: string, ...parts: BlobPart[]) => readFile(new File(parts, name));
+  assert.deepEqual(await read("note.txt", "Grüße"), { name: "note.txt", text: "Grüße" });
+  for (const parts of [["%PDF-1.4\nall of it ASCII"], ["a\0b"], [new Uint8Array([0xff, 0xfe])], ["x".repeat(MAX_FILE + 1)]]) assert.equal(await read("a", ...parts), undefined);
+  assert.equal(sizeOf({ name: "", text: "Grüße" }), 7);
 });
 
 test("a branch as a request", () => {

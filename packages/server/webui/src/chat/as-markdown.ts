@@ -2,7 +2,8 @@
 // A branch of a conversation -> Markdown for other programs. What is in a message cannot reach into the next one: a
 // fence that was left open is closed, and HTML that would swallow what follows is text, as it is on the page.
 
-import type { AssistantMessage, Message, Step, ToolCall } from "./types.ts";
+import { fenced } from "./files.ts";
+import { type AssistantMessage, type Message, type Step, textOf, type ToolCall } from "./types.ts";
 
 /** The words that stand between what was said. */
 export interface MarkdownWords {
@@ -15,7 +16,7 @@ export interface MarkdownWords {
 
 export function asMarkdown(title: string, path: readonly Message[], words: MarkdownWords, thoughts: boolean): string {
   const parts = path.flatMap((message) =>
-    message.role === "user" ? [`## ${plain(words.you)}`, contained(message.text)] : answer(message, words, thoughts),
+    message.role === "user" ? [`## ${plain(words.you)}`, contained(textOf(message))] : answer(message, words, thoughts),
   );
   return `${[`# ${plain(title)}`, ...parts].join("\n\n")}\n`;
 }
@@ -40,13 +41,6 @@ function indented(json: string): string {
   } catch {
     return json; // as the model wrote it
   }
-}
-
-/** A block of code, in a fence that is longer than any in it. */
-export function fenced(text: string, language = ""): string {
-  const longest = [...text.matchAll(/`+/g)].reduce((most, one) => Math.max(most, one[0].length), 2);
-  const fence = "`".repeat(longest + 1);
-  return `${fence}${language}\n${text.replace(/\n$/, "")}\n${fence}`;
 }
 
 const SWALLOWS = /^( {0,3})<(?=[!?]|(?:script|pre|style|textarea)\b)/gi; // all up to its own end

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT
 // Images of a question: as data URLs, small enough to be sent, and to be kept by the browser.
 
+import type { Attached } from "./types.ts";
+
 const MAX_SIDE = 2048; // pixels; what models look at is not larger
 const MAX_PLAIN = 1 << 20; // bytes of a file that is sent as it is
 const MAX_KEPT = 4 << 20; // characters of one
@@ -54,6 +56,10 @@ export function fitting(images: readonly string[], held: number, most: number): 
   }
   return taken;
 }
+
+/** Characters that images and files of a question take in a request, about. */
+export const sizeOfAttached = ({ images = [], files = [] }: Attached): number =>
+  images.reduce((sum, url) => sum + url.length, 0) + files.reduce((sum, { text }) => sum + text.length, 0);
 
 /** Images from a file or the database: those that are none are left out. */
 export function keptImages(data: unknown): string[] {

@@ -2,6 +2,7 @@
 // A branch of a conversation -> the body of a chat request.
 
 import type { McpTool, WireMessage, WirePart } from "../api/types.ts";
+import { withFiles } from "./files.ts";
 import { wireFields } from "./settings.ts";
 import type { ChatSettings, Message, Step, ToolCall, UserMessage } from "./types.ts";
 
@@ -38,8 +39,9 @@ function wireMessages(message: Message): WireMessage[] {
   return message.steps.flatMap(wireStep);
 }
 
-/** The text, behind its images where it has some. */
-function userContent({ text, images }: UserMessage): string | WirePart[] {
+/** The text with its files, behind its images where it has some. */
+function userContent(message: UserMessage): string | WirePart[] {
+  const [text, images] = [withFiles(message), message.images];
   if (!images?.length) return text;
   const parts = images.map((url): WirePart => ({ type: "image_url", image_url: { url } }));
   return text ? [...parts, { type: "text", text }] : parts;

@@ -2,6 +2,7 @@
 // What a conversation consists of. Everything here is plain data: it is kept in IndexedDB and exported as it is.
 
 import type { ErrorInfo } from "../api/http.ts";
+import { withFiles } from "./files.ts";
 import type { McpContent, TokenLogprob, Usage } from "../api/types.ts";
 
 /** Where a tool call stands; "waiting" needs the user's word, "approved" will run. */
@@ -30,6 +31,12 @@ export interface Step {
   logprobs?: TokenLogprob[];
 }
 
+/** A text file that goes with a question. */
+export interface TextFile {
+  name: string;
+  text: string;
+}
+
 export interface UserMessage {
   id: string;
   role: "user";
@@ -37,7 +44,11 @@ export interface UserMessage {
   created: number;
   text: string;
   images?: readonly string[]; // data URLs
+  files?: readonly TextFile[];
 }
+
+/** What goes with the text of a question. */
+export type Attached = Pick<UserMessage, "images" | "files">;
 
 export type AnswerState = "streaming" | "waiting" | "done" | "stopped" | "failed";
 
@@ -104,9 +115,9 @@ export interface Prompt {
 
 export const emptyStep = (): Step => ({ reasoning: "", text: "", calls: [] });
 
-/** The text of an answer without thoughts and tools. */
+/** The text of a question with its files, or of an answer without thoughts and tools. */
 export function textOf(message: Message): string {
-  if (message.role === "user") return message.text;
+  if (message.role === "user") return withFiles(message);
   return message.steps
     .map((step) => step.text)
     .filter(Boolean)

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT
 // Markdown that grows -> blocks, of which only the last one is read again.
 
-import { Marked, type Token, type Tokens, type TokenizerAndRendererExtension } from "marked";
+import { Marked, type Token, Tokenizer, type TokenizerAndRendererExtension, type Tokens } from "marked";
+import { masked, opensBeside } from "./east-asian.ts";
 
 export interface MathToken extends Tokens.Generic {
   type: "math";
@@ -62,7 +63,14 @@ const dense: TokenizerAndRendererExtension = {
 const marked = new Marked({
   gfm: true,
   extensions: [blockMath, inlineMath, dense],
+  hooks: { emStrongMask: masked },
   tokenizer: {
+    emStrong(source, mask, previous = "") {
+      return Tokenizer.prototype.emStrong.call(this, source, mask, opensBeside(source, previous) ? "" : previous);
+    },
+    del(source, mask, previous = "") {
+      return Tokenizer.prototype.del.call(this, source, mask, opensBeside(source, previous) ? "" : previous);
+    },
     html: () => undefined,
     tag: (source) => {
       const found = /^<br\s*\/?>/i.exec(source);

@@ -3,7 +3,7 @@
 
 import { batch, computed, signal, type Signal } from "@preact/signals";
 import { titleOf } from "../chat/title.ts";
-import type { Conversation } from "../chat/types.ts";
+import { type Attached, type Conversation, textOf } from "../chat/types.ts";
 import { t } from "../i18n/index.ts";
 import { newId } from "../store/ids.ts";
 import { notify } from "./notices.ts";
@@ -151,10 +151,10 @@ function changed(id: string, change: Partial<Conversation>): void {
 }
 
 /** A new conversation with a first message. */
-export function beginChat(text: string, start: Pick<Conversation, "model" | "settings" | "tools">, images: readonly string[] = []): OpenChat {
+export function beginChat(text: string, start: Pick<Conversation, "model" | "settings" | "tools">, attached: Attached = {}): OpenChat {
   const now = Date.now();
   const info = signal<Conversation>({
-    ...start, id: newId(), title: titleOf(text || t.value.picture), renamed: false, created: now, updated: now, leaf: null, pinned: false, folder: null,
+    ...start, id: newId(), title: titleOf(text || attached.files?.[0]?.name || t.value.picture), renamed: false, created: now, updated: now, leaf: null, pinned: false, folder: null,
   });
   storage().add(info.value, []).catch(() => {
     unkept.add(info.peek().id);
@@ -165,7 +165,7 @@ export function beginChat(text: string, start: Pick<Conversation, "model" | "set
     known.value = new Map(known.value).set(info.value.id, info);
     current.value = chat;
     go({ page: "chat", id: info.value.id });
-    chat.send(text, images);
+    chat.send(text, attached);
   });
   return chat;
 }
@@ -222,8 +222,7 @@ export async function searchChats(query: string, signalled: AbortSignal): Promis
 
 async function textOfChat(id: string): Promise<string> {
   const messages = await storage().messages(id);
-  const texts = messages.map((one) => (one.role === "user" ? one.text : one.steps.map((step) => step.text).join("\n")));
-  return texts.join("\n");
+  return messages.map(textOf).join("\n");
 }
 
 function matches(text: string, words: readonly string[]): boolean {

@@ -2,7 +2,7 @@
 // Model, settings and tools of the conversation that is shown, or of the one that the next message begins.
 
 import { computed, signal } from "@preact/signals";
-import type { ChatSettings, Conversation } from "../chat/types.ts";
+import type { Attached, ChatSettings, Conversation } from "../chat/types.ts";
 import { beginChat, current, started } from "./chats.ts";
 
 type Start = Pick<Conversation, "model" | "settings" | "tools">;
@@ -20,14 +20,14 @@ export function changeStart(change: Partial<Start>): void {
 export const changeChatSettings = (settings: ChatSettings): void => changeStart({ settings });
 
 /** Sends a message to the conversation that is shown, or begins one. */
-export async function sendMessage(text: string, images: readonly string[] = []): Promise<void> {
+export async function sendMessage(text: string, attached: Attached = {}): Promise<void> {
   await started;
   const chat = current.peek();
   if (chat) {
-    chat.send(text, images);
+    chat.send(text, attached);
     return;
   }
   const start = next.value;
   next.value = { model: start.model, settings: {} };
-  beginChat(text, start, images);
+  beginChat(text, start, attached);
 }

@@ -7,9 +7,10 @@ import { snapshot } from "../chat/accumulate.ts";
 import { chatRequest } from "../chat/request.ts";
 import { merged } from "../chat/settings.ts";
 import { titleOf, titleRequest } from "../chat/title.ts";
+import { sizeOfAttached } from "../chat/images.ts";
 import { MessageTree } from "../chat/tree.ts";
 import { type Decision, recover, Turn } from "../chat/turn.ts";
-import { type AssistantMessage, type Conversation, emptyStep, type Message, textOf, type UserMessage } from "../chat/types.ts";
+import { type Attached, type AssistantMessage, type Conversation, emptyStep, type Message, textOf, type UserMessage } from "../chat/types.ts";
 import { t } from "../i18n/index.ts";
 import type { Store } from "../store/database.ts";
 import { newId } from "../store/ids.ts";
@@ -78,20 +79,20 @@ export class OpenChat {
     return messages.findLast((one): one is AssistantMessage => one.role === "assistant");
   }
 
-  /** Characters of the images that go with the next question. */
-  get imageSize(): number {
+  /** Characters of the images and files that go with the next question. */
+  get attachedSize(): number {
     const messages = this.path.value.map((id) => this.nodes.get(id)!.value);
-    return messages.reduce((sum, one) => sum + (one.role === "user" ? (one.images ?? []).join("").length : 0), 0);
+    return messages.reduce((sum, one) => sum + (one.role === "user" ? sizeOfAttached(one) : 0), 0);
   }
 
-  send(text: string, images: readonly string[] = []): void {
-    this.ask(text, images, this.path.value.at(-1) ?? null);
+  send(text: string, attached: Attached = {}): void {
+    this.ask(text, attached, this.path.value.at(-1) ?? null);
   }
 
   /** A changed question is a branch beside the old one. */
   edit(id: string, text: string): void {
     const message = this.nodes.get(id)?.peek();
-    this.ask(text, message?.role === "user" ? (message.images ?? []) : [], this.tree.get(id)?.parent ?? null);
+    this.ask(text, message?.role === "user" ? message : {}, this.tree.get(id)?.parent ?? null);
   }
 
   /** An answer in the user's words, beside the one that the model gave. */
@@ -175,12 +176,13 @@ export class OpenChat {
     return cardFor(this.info.value.model)?.id ?? this.info.value.model;
   }
 
-  private ask(text: string, images: readonly string[], parent: string | null): void {
+  private ask(text: string, { images, files }: Attached, parent: string | null): void {
     if (this.isBusy) return;
     const waiting = this.waiting;
     if (waiting) this.turnOf(waiting)?.stop();
     const message: UserMessage = { id: newId(), role: "user", parent, created: this.nextTime(), text };
-    if (images.length) message.images = images;
+    if (images?.length) message.images = images;
+    if (files?.length) message.files = files;
     this.add(message);
     this.answer(message.id);
   }
@@ -273,7 +275,7 @@ export class OpenChat {
     const path = this.path.peek().map((id) => this.nodes.get(id)!.peek());
     const [question, first] = path;
     const isWanted = preferences.peek().titles && !this.hasAskedForTitle && !renamed && path.length <= MAX_UNTITLED;
-    if (!isWanted || question?.role !== "user" || title !== titleOf(question.text) || !first || !textOf(first)) return;
+    if (!isWanted || question?.role !== "user" || title !== titleOf(question.text || question.files?.[0]?.name || "") || !first || !textOf(first)) return;
     const { system } = merged(preferences.peek().settings, settings);
     const made = await askForTitle(titleRequest(model, path, system, !!cardFor(model)?.reasoning_parser));
     this.hasAskedForTitle = made !== undefined;

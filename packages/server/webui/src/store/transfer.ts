@@ -3,6 +3,7 @@
 // what is here already is known again; nothing that is here gives way.
 
 import { fields, number, readContent, readLogprob, readUsage, text } from "../api/readers.ts";
+import { keptFiles } from "../chat/files.ts";
 import { keptImages } from "../chat/images.ts";
 import { MessageTree } from "../chat/tree.ts";
 import type { AnswerState, AssistantMessage, CallState, Conversation, Folder, Message, Prompt, Step, ToolCall } from "../chat/types.ts";
@@ -135,7 +136,7 @@ function covers(ours: Message, theirs: Message): boolean {
 }
 
 function contentOf(message: Message): string {
-  if (message.role === "user") return JSON.stringify([message.parent, message.text, ...(message.images ?? [])]);
+  if (message.role === "user") return JSON.stringify([message.parent, message.text, ...(message.images ?? []), ...(message.files ?? [])]);
   const steps = message.steps.map(({ reasoning, text, calls }) => [reasoning, text, calls.map((call) => [call.name, call.arguments, call.result])]);
   return JSON.stringify([message.parent, steps, message.role]);
 }
@@ -147,7 +148,8 @@ function readMessage(data: unknown, ids: ReadonlyMap<string, string>): Message |
   const base = { id, parent: ids.get(text(given.parent) ?? "") ?? null, created: timeOf(given.created) ?? 0 };
   if (given.role === "user" && typeof given.text === "string") {
     const images = keptImages(given.images);
-    return { ...base, role: "user", text: given.text, ...(images.length ? { images } : {}) };
+    const files = keptFiles(given.files);
+    return { ...base, role: "user", text: given.text, ...(images.length ? { images } : {}), ...(files.length ? { files } : {}) };
   }
   if (given.role !== "assistant" || !Array.isArray(given.steps)) return undefined;
   const message: AssistantMessage = {

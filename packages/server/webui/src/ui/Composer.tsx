@@ -2,10 +2,10 @@
 // The input: Enter sends, Shift+Enter begins a line, Escape stops.
 
 import { useEffect, useLayoutEffect, useRef, useState } from "preact/hooks";
-import { fenced } from "../chat/as-markdown.ts";
 import { maxBody } from "../api/http.ts";
-import { fitting, isImage, MAX_IMAGES, readImage } from "../chat/images.ts";
-import type { Prompt } from "../chat/types.ts";
+import { MAX_FILE, MAX_FILES, readFile } from "../chat/files.ts";
+import { fitting, isImage, MAX_IMAGES, readImage, sizeOfAttached } from "../chat/images.ts";
+import type { Prompt, TextFile } from "../chat/types.ts";
 import { formatNumber, t } from "../i18n/index.ts";
 import type { OpenChat } from "../state/open-chat.ts";
 import { confirmFirst } from "../state/dialogs.ts";
@@ -15,18 +15,20 @@ import { forgetAbout, notifyAbout } from "../state/notices.ts";
 import { readDraft, writeDraft } from "../store/preferences.ts";
 import { NOT_LOADED } from "./errors.ts";
 import { Icon } from "./Icon.tsx";
+import { FileChip } from "./FileChip.tsx";
 import { FailureNote, LoadingLine } from "./ModelState.tsx";
 import { PromptMenu, setSystemPrompt, useSuggestions } from "./PromptPicker.tsx";
 import { ToolsSwitch } from "./ToolsSwitch.tsx";
 
 const MAX_HEIGHT = 240;
-const MAX_FILE = 512 * 1024;
 const FILES = "files"; // what the notice is about
 
 export function Composer({ chat }: { chat: OpenChat | null }) {
   const id = chat?.info.peek().id ?? "";
   const [text, setText] = useState(() => readDraft(id));
   const [images, setImages] = useState<readonly string[]>([]);
+  const [files, setFiles] = useState<readonly TextFile[]>([]);
+  const isEmpty = !text.trim() && !images.length && !files.length;
   const sees = cardFor(shownStart.value.model)?.modalities?.includes("image") ?? false;
   const field = useRef<HTMLTextAreaElement>(null);
   const isBusy = chat?.isBusy ?? false;
@@ -41,7 +43,7 @@ export function Composer({ chat }: { chat: OpenChat | null }) {
   };
   const parts = useRef(new Set<string>()); // of prompts, to be written over
   const send = (isSure = false) => {
-    if ((!text.trim() && !images.length) || isBusy) return;
+    if (isEmpty || isBusy) return;
     const unfilled = [...parts.current].filter((one) => text.includes(one)).join(", ");
     if (unfilled && !isSure) {
       confirmFirst({ title: t.value.unfilled, text: t.value.unfilledText(unfilled), action: t.value.send, onConfirm: () => send(true) });
@@ -51,7 +53,8 @@ export function Composer({ chat }: { chat: OpenChat | null }) {
     const said = text.trim();
     write("");
     setImages([]);
-    void sendMessage(said, images);
+    setFiles([]);
+    void sendMessage(said, { images, files });
   };
   const insert = (more: string, from: number, to: number) => {
     const area = field.current;
@@ -77,18 +80,24 @@ export function Composer({ chat }: { chat: OpenChat | null }) {
       setSystemPrompt(prompt);
     }
   };
-  const attach = async (files: readonly File[]) => {
-    const pictures = files.filter(isImage);
+  const attach = async (given: readonly File[]) => {
+    const pictures = given.filter(isImage);
     const found = sees ? await Promise.all(pictures.map(readImage)) : [];
     const read = found.filter((url) => url !== undefined);
     const all = [...images, ...read].slice(0, MAX_IMAGES);
-    const fit = fitting(all, chat?.imageSize ?? 0, maxBody());
+    const others = given.filter((one) => !isImage(one));
+    const texts = await Promise.all(others.map(readFile));
+    const allFiles = [...files, ...texts.filter((one) => one !== undefined)].slice(0, MAX_FILES);
+    const fit = fitting(all, (chat?.attachedSize ?? 0) + sizeOfAttached({ files: allFiles }), maxBody());
     const refused = refusedImages(pictures, found, sees, images.length);
     if (fit.length < all.length) refused.push(t.value.imagesTooLarge(`${formatNumber(Math.floor(maxBody() / (1 << 20)))} MiB`));
-    const more = await readFiles(files.filter((one) => !isImage(one)), refused);
+    const strange = others.filter((_, index) => texts[index] === undefined).map(({ name }) => name);
+    if (strange.length) refused.push(t.value.filesNotTaken(strange.join(", "), most()));
+    if (files.length + others.length - strange.length > MAX_FILES) refused.push(t.value.filesFull(MAX_FILES));
+    if (refused.length) notifyAbout(FILES, refused.join(" "));
+    else forgetAbout(FILES);
     if (read.length) setImages(fit);
-    const before = field.current?.value ?? "";
-    if (more) write(before + (before && !before.endsWith("\n") ? "\n" : "") + more);
+    setFiles(allFiles);
     field.current?.focus();
   };
   const drop = (event: DragEvent) => {
@@ -136,6 +145,13 @@ export function Composer({ chat }: { chat: OpenChat | null }) {
             ))}
           </div>
         )}
+        {files.length > 0 && (
+          <div class="files">
+            {files.map((file, index) => (
+              <FileChip key={index} file={file} onRemove={() => { setFiles(files.filter((_, other) => other !== index)); field.current?.focus(); }} />
+            ))}
+          </div>
+        )}
         <textarea id="composer" ref={field} rows={1} value={text} placeholder={t.value.placeholder} aria-label={t.value.message} enterkeyhint="enter"
           onInput={(event) => write(event.currentTarget.value)} onKeyDown={onKey} onPaste={paste} {...suggestions.attributes} />
         <div class="composer-row">
@@ -148,7 +164,7 @@ export function Composer({ chat }: { chat: OpenChat | null }) {
               <Icon name="stop" />
             </button>
           ) : (
-            <button type="submit" class="send" aria-label={t.value.send} data-tip={t.value.send} disabled={(!text.trim() && !images.length) || connection.value === "locked"}>
+            <button type="submit" class="send" aria-label={t.value.send} data-tip={t.value.send} disabled={isEmpty || connection.value === "locked"}>
               <Icon name="send" />
             </button>
           )}
@@ -205,21 +221,4 @@ function Attach({ sees, onFiles }: { sees: boolean; onFiles: (files: readonly Fi
       <button type="button" class="icon-button" aria-label={tip} data-tip={tip} onClick={() => chooser.current?.click()}><Icon name="attach" /></button>
     </>
   );
-}
-
-/** Text files as blocks of code; what is no text, or too much of it, is named. */
-async function readFiles(files: readonly File[], said: readonly string[]): Promise<string> {
-  const texts = await Promise.all(files.map(readFile));
-  const refused = files.filter((_, index) => texts[index] === undefined).map(({ name }) => name);
-  const all = [...said, ...(refused.length ? [t.value.filesNotTaken(refused.join(", "), most())] : [])];
-  if (all.length) notifyAbout(FILES, all.join(" "));
-  else forgetAbout(FILES);
-  return texts.filter((text) => text !== undefined).join("\n");
-}
-
-async function readFile(file: File): Promise<string | undefined> {
-  if (file.size > MAX_FILE) return undefined;
-  const text = await file.text();
-  if (text.includes("\0") || text.includes("\ufffd")) return undefined;
-  return `${file.name}:\n${fenced(text, file.name.split(".").at(-1))}\n`;
 }

@@ -7,10 +7,10 @@ import { t } from "../i18n/index.ts";
 import type { OpenChat } from "../state/open-chat.ts";
 import { Dialog } from "./Dialog.tsx";
 import { Editor, useEditing } from "./Editor.tsx";
+import { FileChip } from "./FileChip.tsx";
+import { LongText } from "./LongText.tsx";
 import { CopyTool, MessageTools, RemoveTool, Tool } from "./MessageTools.tsx";
 import { focusInput } from "./shortcuts.ts";
-
-const SHOWN = 10_000; // characters of a question at first
 
 export function QuestionView({ chat, message, isLast }: { chat: OpenChat; message: UserMessage; isLast: boolean }) {
   const { frame, editing, edit, done } = useEditing(".edit-question");
@@ -19,7 +19,8 @@ export function QuestionView({ chat, message, isLast }: { chat: OpenChat; messag
   return (
     <article ref={frame} class="question" aria-label={t.value.you}>
       {message.images && <Pictures images={message.images} />}
-      {message.text && <Bubble text={message.text} />}
+      {message.files && <div class="files">{message.files.map((file, index) => <FileChip key={index} file={file} />)}</div>}
+      {message.text && <LongText class="bubble" text={message.text} />}
       <MessageTools chat={chat} id={message.id} actions={
         <>
           <Tool kind="edit-question" icon="edit" label={t.value.edit} tip={t.value.tips.edit} disabled={chat.isBusy} onClick={edit} />
@@ -46,19 +47,6 @@ function Pictures({ images }: { images: readonly string[] }) {
         </button>
       ))}
       {shown && <Dialog title={t.value.picture} wide onClose={() => setShown(null)}><img class="whole-picture" src={shown} alt={t.value.picture} /></Dialog>}
-    </div>
-  );
-}
-
-/** Text of any length would take seconds to lay out: a long one is shown by its beginning at first. */
-function Bubble({ text }: { text: string }) {
-  const [count, setCount] = useState(SHOWN);
-  return (
-    <div class="bubble">
-      {text.length > count ? `${text.slice(0, count)}…` : text}
-      {text.length > count && (
-        <button type="button" class="button small" onClick={() => setCount(count * 10)}>{t.value.more}</button>
-      )}
     </div>
   );
 }

@@ -7,6 +7,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import gguf
@@ -33,7 +34,7 @@ class PlannedTensor:
 
     Attributes:
         name: in the file.
-        stored: plain numbers, or MXFP4.
+        stored: plain numbers, or blocks of the type `kind`.
         kind: what they become.
         importance: of their columns, see `weight_quant.rows.quantise`.
     """
@@ -51,7 +52,11 @@ class PlannedTensor:
 
 
 def write_file(
-    path: Path, plans: Sequence[PlannedTensor], metadata: Mapping[str, Any], progress: Progress = lambda *_: None
+    path: Path,
+    plans: Sequence[PlannedTensor],
+    metadata: Mapping[str, Any],
+    progress: Progress = lambda *_: None,
+    types: Mapping[str, tuple[int, int]] = MappingProxyType({}),
 ) -> None:
     """Writes a file; beside it, memory is taken for one tensor and its blocks.
 
@@ -61,9 +66,10 @@ def write_file(
         metadata: keys and values: texts, truth values, whole numbers (uint32), other numbers (float32), lists of one
             of them, bytes. `general.architecture` must be among them.
         progress: see `Progress`.
+        types: of metadata that are copied, see `GgufFile.types`.
 
     Raises:
-        UnsupportedModelError: a number of the metadata is beyond its type.
+        UnsupportedModelError: a number of the metadata is beyond its type, or an array holds arrays.
         WeightsError: a tensor's numbers cannot be stored in its type.
         OSError: the file cannot be written.
     """
@@ -72,7 +78,7 @@ def write_file(
     try:
         for key, value in metadata.items():
             if key != "general.architecture":  # the writer has put it there
-                _add(writer, key, value)
+                _copy(writer, key, value, *types[key]) if key in types else _add(writer, key, value)
         for plan in plans:
             size, width = ggml.block_layout(plan.kind)
             shape = (*plan.stored.shape[:-1], plan.stored.shape[-1] // size * width)
@@ -89,6 +95,19 @@ def write_file(
             progress(done, total)
     finally:
         writer.close()
+
+
+def _copy(writer: GGUFWriter, key: str, value: Any, code: int, element: int) -> None:
+    """Adds a value of another file in the types that it has there; texts keep bytes that are not UTF-8."""
+    kind, items = GGUFValueType(code), value.tolist() if isinstance(value, np.ndarray) else value
+    if kind != GGUFValueType.ARRAY:
+        writer.add_key_value(key, items, kind)
+    elif element == GGUFValueType.ARRAY:
+        raise UnsupportedModelError(f"{key} is an array of arrays, which is not copied")
+    elif items:
+        if element == GGUFValueType.STRING:
+            items = [text.encode("utf-8", "surrogateescape") for text in items]
+        writer.add_key_value(key, items, kind, sub_type=GGUFValueType(element))
 
 
 def _add(writer: GGUFWriter, key: str, value: Any) -> None:

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: MIT
-"""Writes a model's folder as one GGUF file, its matrices quantised or plain, tensor by tensor."""
+"""Writes a model's folder or GGUF file as one GGUF file, its matrices quantised or plain, tensor by tensor."""
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from gguf import LlamaFileType
@@ -30,19 +32,21 @@ from candle_vllm.core.kernels.weight_quant.rows import ISQ_TYPES
 from candle_vllm.core.kernels.weight_quant.searches import SIMPLE, TYPES
 from candle_vllm.core.layers.parameters import SHAPES
 from candle_vllm.core.loading.config import EncoderConfig, ModelConfig
-from candle_vllm.core.loading.gguf import split_names
+from candle_vllm.core.loading.gguf import GgufFile, split_names
 from candle_vllm.core.loading.imatrix import Imatrix, read_imatrix
 from candle_vllm.core.loading.source import ModelFiles
 from candle_vllm.core.loading.stretch import stretched
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.trunks import is_headed
-from candle_vllm.core.loading.views import constant
+from candle_vllm.core.loading.views import computed, constant
 from candle_vllm.core.loading.vocabulary import end_tokens
-from candle_vllm.core.loading.weights import check_weights, places
+from candle_vllm.core.loading.weights import check_weights, expand, places
 from candle_vllm.core.models.family import EncoderFamily
-from candle_vllm.core.models.registry import encoder_from_hf, family_from_hf
+from candle_vllm.core.models.registry import encoder_from_gguf, encoder_from_hf, family_from_gguf, family_from_hf
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 from candle_vllm.core.quantization.tensors import StoredTensor
+
+logger = logging.getLogger(__name__)
 
 PLAIN_KINDS = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 _SPLIT = ("attend.keys:weight", "attend.values:weight")  # plain, as in llama.cpp's own files of quantised models
@@ -79,35 +83,38 @@ def write_gguf(
     The file appears under its name once it is whole. Memory: one tensor and its blocks.
 
     Args:
-        config: `model` and where to find it; `isq` is the type of matrices, as when a model is loaded; without it they
-            stay as they are stored, or are brought to `dtype`. `tokenizer` and `chat_template` replace the model's.
+        config: `model`, a GGUF file or safetensors; `isq` is the type of matrices, as when a model is loaded; without
+            it they stay as they are stored, or are brought to `dtype`. `tokenizer` and `chat_template` replace the
+            model's. Tensors of a GGUF file that have the type already are copied, as is its metadata.
         out: the file, which ends in .gguf.
         adapters: merged into the model in float32 before its matrices become what is asked for.
         overwrite: a file of that name may be replaced.
         progress: called with bytes written and bytes in all.
 
     Raises:
-        ConfigError: the file cannot be written there, or the weights are neither plain nor in MXFP4.
+        ConfigError: the file cannot be written there; the safetensors weights are neither plain nor in MXFP4; a
+            tokenizer or adapters are given beside a GGUF file.
         ModelNotFoundError: the model names nothing that exists.
         ModelLoadError: its files cannot be used, or GGUF has no form for the model; AdapterError of an adapter.
     """
     out = Path(out)
     check_target(out, overwrite)
     files = model_files(config)
-    if files.format != "safetensors":
-        raise ConfigError(
-            f"{files.name} is a {files.format} model, and GGUF files are written of safetensors: name the folder or "
-            "repository with the plain weights",
-            "model",
-        )
+    if files.format == "dummy":
+        raise ConfigError(f"{files.name} has no weights to write (load_format='dummy')", "load_format")
     with ExitStack() as opened:
         checkpoint = opened.enter_context(open_model(files, CPU).checkpoint)
         opened.enter_context(naming(config_file(files), *(path for path, _ in adapters)))
-        _check_plain(config, checkpoint)
-        plans, metadata = _plan(config, files, checkpoint, adapters, opened)
+        types: Mapping[str, tuple[int, int]] = {}
+        if files.format == "gguf":
+            _check_copied(config, adapters)
+            plans, metadata, types = _plan_of_gguf(config, files, checkpoint)
+        else:
+            _check_plain(config, checkpoint)
+            plans, metadata = _plan(config, files, checkpoint, adapters, opened)
         total = sum(plan.nbytes for plan in plans)
         _check_room(out, total)
-        return write_plans(plans, metadata, out, progress)
+        return write_plans(plans, metadata, out, progress, types)
 
 
 def _check_plain(config: EngineConfig, checkpoint: Checkpoint) -> None:
@@ -186,6 +193,65 @@ def _plan(
     return plans, metadata
 
 
+def _check_copied(config: EngineConfig, adapters: Uses) -> None:
+    """Raises ConfigError for what a copy of a GGUF file cannot change."""
+    if adapters:
+        raise ConfigError("adapters are merged into safetensors weights, not into a GGUF file: name the folder", "lora")
+    if config.tokenizer is not None:
+        raise ConfigError("a GGUF file's tokenizer is copied with it: leave --tokenizer out", "tokenizer")
+
+
+def _plan_of_gguf(
+    config: EngineConfig, files: ModelFiles, checkpoint: Checkpoint
+) -> tuple[list[PlannedTensor], dict[str, Any], Mapping[str, tuple[int, int]]]:
+    """The tensors of a GGUF file in the types that are asked for, its metadata, and the types of the metadata."""
+    if (encoder := encoder_from_gguf(checkpoint.metadata, checkpoint)) is not None:
+        model, table = encoder[1], encoder[0].weights(encoder[1], checkpoint.tensors)
+    else:
+        family, model = family_from_gguf(checkpoint.metadata, checkpoint)
+        table = family.weights
+    targets: dict[str, str] = {}
+    for line in expand(table, model, "gguf"):
+        name = line.find(checkpoint.tensors) if line.names else None
+        if name is not None:
+            targets.setdefault(name, line.target)
+    plans = [_requantised(config, name, targets.get(name), stored) for name, stored in checkpoint.tensors.items()]
+    if (again := sum(plan.stored.quantised and plan.stored.dtype is not None for plan in plans)) > 0:
+        logger.warning(
+            "%s: %d matrices are quantised already and are quantised or rounded again: a file of the plain weights is "
+            "more accurate",
+            checkpoint.path,
+            again,
+        )
+    if config.imatrix is not None:
+        plans = _by_importance(plans, read_imatrix(config.imatrix))
+    split = ("general.alignment", "split.")  # one file is written, in the usual alignment
+    metadata = {key: value for key, value in checkpoint.metadata.items() if not key.startswith(split)}
+    changed: dict[str, Any] = {}
+    if config.isq is not None or config.dtype != "auto":
+        general = _general(config, files, plans)
+        changed = {key: general[key] for key in ("general.file_type", "general.quantization_version")}
+    if config.chat_template is not None:
+        metadata = {key: value for key, value in metadata.items() if not key.startswith(_TEMPLATE)}
+        changed[_TEMPLATE] = config.chat_template
+    source = GgufFile.open(checkpoint.path)
+    source.close()
+    return plans, metadata | changed, {key: kind for key, kind in source.types.items() if key not in changed}
+
+
+def _requantised(config: EngineConfig, name: str, target: str | None, stored: StoredTensor) -> PlannedTensor:
+    """A tensor of a GGUF file: as it is, unless it is a matrix of the model and another type is asked for."""
+    own = GGMLQuantizationType[stored.type_name]
+    plain = stored if stored.dtype is not None else computed(stored, stored.shape, lambda values: values)
+    if target is None or name.endswith(_FULL) or stays_plain(target, plain):
+        return PlannedTensor(name, stored, own)
+    if config.isq is not None:
+        kind = chosen_type(ISQ_TYPES[config.isq], target, plain) or own
+    else:
+        kind = GGMLQuantizationType[PLAIN_KINDS.get(config.dtype, own.name)]
+    return PlannedTensor(name, stored if kind == own else plain, kind)
+
+
 def _by_importance(plans: Sequence[PlannedTensor], imatrix: Imatrix) -> list[PlannedTensor]:
     """The same tensors, those whose scales are searched with what the file says of them."""
     found: list[PlannedTensor] = []
@@ -257,11 +323,17 @@ def _general(config: EngineConfig, files: ModelFiles, plans: list[PlannedTensor]
     }
 
 
-def write_plans(plans: list[PlannedTensor], metadata: Mapping[str, Any], out: Path, progress: Progress) -> WrittenFile:
-    """Under another name until it is whole."""
+def write_plans(
+    plans: list[PlannedTensor],
+    metadata: Mapping[str, Any],
+    out: Path,
+    progress: Progress,
+    types: Mapping[str, tuple[int, int]] = MappingProxyType({}),
+) -> WrittenFile:
+    """Write the file, under another name until it is whole; arguments as of `write_file`."""
     partial = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:
-        write_file(partial, plans, metadata, progress)
+        write_file(partial, plans, metadata, progress, types)
         os.replace(partial, out)
     except OSError as error:
         raise ModelLoadError(f"{out} cannot be written: {error}") from error

@@ -77,6 +77,7 @@ class _Header:
         self.position = 0
         self.end = min(file.size, most or MAX_HEADER_BYTES)
         self.arrays = self.items = 0
+        self.types: dict[str, tuple[int, int]] = {}
 
     def error(self, what: str) -> InvalidFileError:
         return InvalidFileError(f"{self.file.path}: {what} (at byte {self.position} of {self.file.size})")
@@ -184,6 +185,7 @@ class GgufFile:
         path: the file.
         version: 2 or 3.
         metadata: texts, numbers, truth values and lists; long arrays of numbers are read-only numpy arrays.
+        types: by key of the metadata, the code of the value's type, and that of an array's elements (else 0).
         tensors: by name, in the order of the file's table.
         alignment: bytes; every tensor begins at a multiple of it.
         file: the mapping behind the tensors.
@@ -197,6 +199,7 @@ class GgufFile:
         num_tensors = header.count("tensors", _SMALLEST_TENSOR, MAX_TENSORS)
         num_pairs = header.count("metadata entries", _SMALLEST_PAIR, MAX_PAIRS)
         self.metadata = _read_metadata(header, num_pairs)
+        self.types = header.types
         self.alignment = _alignment(header, self.metadata)
         self.tensors = _read_tensors(header, num_tensors, self.alignment)
 
@@ -249,7 +252,9 @@ def _read_metadata(header: _Header, count: int, until: str = "") -> dict[str, Me
             raise header.error(f"metadata key {key!r} appears twice")
         if until and key.startswith(until):
             break
-        metadata[key] = header.value(header.u32(f"the type of {key!r}"), f"the value of {key!r}")
+        code, start = header.u32(f"the type of {key!r}"), header.position
+        metadata[key] = header.value(code, f"the value of {key!r}")
+        header.types[key] = code, _U32.unpack_from(header.file.buffer, start)[0] if code == _ARRAY else 0
     return metadata
 
 

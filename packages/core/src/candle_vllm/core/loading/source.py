@@ -355,11 +355,13 @@ def _download(
     weights: bool = True,
 ) -> Path:
     import huggingface_hub  # takes half a second to import, and most models are files
+    from huggingface_hub import constants
     from huggingface_hub.errors import HTTPError
 
     names = _listing(model, revision, token)
     if names is None:
-        return _cached(model, revision, cache_dir, "connect to the network, without HF_HUB_OFFLINE,")
+        offline = ", without HF_HUB_OFFLINE," if constants.HF_HUB_OFFLINE else ""
+        return _cached(model, revision, cache_dir, f"connect to the network{offline}")
     if weights:
         wanted = wanted_files(names, choose_weights(names, weight_file, f"{model} on the hub", usual=True))
     else:

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import re
 import time
+import unicodedata
 from collections import Counter
+from collections.abc import Callable
 from typing import TYPE_CHECKING, TextIO
 
 from markdown_it import MarkdownIt
+from markdown_it.rules_inline import StateInline, emphasis, strikethrough
 from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.live import Live
 from rich.markdown import Markdown
@@ -28,12 +31,53 @@ _EVERY = 0.08  # seconds between two drawings of the open block
 _MAX_BLOCK = 1 << 15  # characters of a block; a longer one goes out as it was written, so that its end is not awaited
 _MAX_DRAWN = 1 << 13  # characters of an open block that are drawn as Markdown again and again
 _FENCE = re.compile(r"( *)(`{3,}|~{3,})(.*)")
+_RUN = re.compile(r"\*+|~+")
+_CJK = re.compile(  # Hangul, CJK radicals to ideographs, Hangul syllables, compatibility and full-width forms
+    "[\u1100-\u11ff\u2e80-\u2fff\u3001-\ua4cf\ua960-\ua97f\uac00-\ud7ff\uf900-\ufaff\uff01-\uffee\U00020000-\U0003ffff]"
+)
+_Rule = Callable[[StateInline, bool], bool]
 _CODE_THEME = "ansi_dark"  # the terminal's own colours
 
 
 def colour_console(stream: TextIO) -> Console:
     """A stream for rich, which shows texts as they are."""
     return Console(file=stream, highlight=False, markup=False, emoji=False)
+
+
+def _masked(text: str, begin: int) -> str:
+    """A text of the same length in which punctuation that does not hinder the emphasis of marks is a letter.
+
+    CommonMark tells by the punctuation beside marks whether they open or close, which takes blanks between words. CJK
+    punctuation counts as a letter here, and so does any punctuation across the marks from a CJK character. Source: the
+    specification of markdown-cjk-friendly.
+
+    Args:
+        text: of a paragraph.
+        begin: where the marks begin.
+    """
+    run = _RUN.match(text, begin)
+    if run is None:
+        return text
+    end = run.end()
+    for at, other in ((begin - 1, end), (end, begin - 1)):
+        one, across = (text[index] if 0 <= index < len(text) else " " for index in (at, other))
+        if unicodedata.category(one)[0] in "PS" and (_CJK.match(one) or _CJK.match(across)):
+            text = f"{text[:at]}a{text[at + 1 :]}"
+    return text
+
+
+def _beside_cjk(rule: _Rule) -> _Rule:
+    """A rule of emphasis that reads the masked text."""
+
+    def read(state: StateInline, silent: bool) -> bool:
+        source = state.src
+        try:
+            state.src = _masked(source, state.pos)
+            return rule(state, silent)
+        finally:
+            state.src = source
+
+    return read
 
 
 class MarkdownDisplay(Display):
@@ -44,6 +88,8 @@ class MarkdownDisplay(Display):
         self._console = console
         self._parser = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"])
         self._parser.disable(["escape", "reference"])  # \( is TeX more often than an escape
+        for name, rule in (("emphasis", emphasis.tokenize), ("strikethrough", strikethrough.tokenize)):
+            self._parser.inline.ruler.at(name, _beside_cjk(rule))
         self._live: Live | None = None
         self._drawn_at = 0.0
         self._block = ""  # lines of the block that is being written

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`candle-vllm quantize`: writes a model of plain weights as one GGUF file, with adapters merged, or an adapter as one.
+"""`candle-vllm quantize`: writes a model as one GGUF file, with adapters merged, or an adapter as one.
 
 No request runs; the file is what this library and llama.cpp load (see `candle_vllm.core.conversion`).
 """
