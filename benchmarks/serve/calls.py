@@ -26,9 +26,9 @@ from types import CodeType, FrameType
 from typing import Any
 
 from candle_vllm.server import serve as serving
-from candle_vllm.server.models.catalogue import Catalogue, ModelEntry
 from candle_vllm.server.models.loader import ModelLoader, local_engine
 from candle_vllm.server.settings import Settings
+from candle_vllm.server.settings.catalogue import Catalogue, ModelEntry
 from candle_vllm.server.settings.configuration import Configuration
 from candle_vllm.server.settings.derived import demo_model
 

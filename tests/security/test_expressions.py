@@ -45,6 +45,7 @@ NOT_FOREIGN = {
 """Expressions that would be slow, and why no foreign text makes them so."""
 
 USED = {
+    "core.loading.source._QUANT": "tail",
     "core.shown._ADDRESSES": "search",
     "core.sampling.lark._TOKENS": "to a broken one",
     "core.sampling.unique_tokens._IN_STRING": "match",
@@ -52,7 +53,6 @@ USED = {
     "core.sampling.unique_tokens._LEADS": "match",
     "core.sampling.unique_tokens._OPENS_NEXT": "fullmatch",
     "openai.formats.grammars.custom._TOKENS": "steps",
-    "server.models.downloads._QUANT": "tail",
 }
 """How expressions are used where the syntax does not say it; see `WAYS`."""
 

@@ -16,6 +16,7 @@ from candle_vllm.core import ConfigError, EngineConfig, InferenceEngine, RemoteE
 from candle_vllm.core.config import SETTINGS, EngineSettings
 
 WRONG: dict[str, list[Any]] = {
+    "model_impl": ["torch", "", 5, None],
     "model": ["", 5, None, b"m"],
     "weight_file": [5, True],
     "revision": [5, ["main"]],

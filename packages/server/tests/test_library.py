@@ -19,13 +19,10 @@ from candle_vllm.core.testing.toy_model import write_toy_model
 from candle_vllm.server.cli import main
 from candle_vllm.server.models import downloads
 from candle_vllm.server.models.downloads import (
-    KNOWN,
-    PullError,
     choose_file,
     downloaded,
     find_downloaded,
     plan_pull,
-    read_name,
     remove,
     room_of,
     tag_of,
@@ -33,10 +30,11 @@ from candle_vllm.server.models.downloads import (
 from candle_vllm.server.models.library import describe, file_bytes
 from candle_vllm.server.models.pulls import Pull, PullState, discard, fetch
 from candle_vllm.server.serve import with_fetched
-from candle_vllm.server.settings import Settings
+from candle_vllm.server.settings import Settings, model_names
 from candle_vllm.server.settings.command_line import parse
 from candle_vllm.server.settings.configuration import load_configuration
 from candle_vllm.server.settings.derived import engine_config
+from candle_vllm.server.settings.model_names import KNOWN, PullError, read_name
 from packages.server.tests.fake_hub import FakeHub
 from packages.server.tests.server_fakes import PacedEngine
 
@@ -110,14 +108,14 @@ def test_tags_of_files(file: str, tag: str) -> None:
 )  # fmt: skip
 def test_one_of_several_files(tag: str | None, chosen: str) -> None:
     names = ["m-Q4_K_M.gguf", "m-UD-Q4_K_M.gguf", "m-Q8_0.gguf", "mmproj-F16.gguf"]
-    assert choose_file(names, downloads.Named("org/m", tag)) == chosen
+    assert choose_file(names, model_names.Named("org/m", tag)) == chosen
 
 
 def test_a_file_that_there_is_not_is_told_the_others() -> None:
     for tag in ("Q2_K", "Q"):
         with pytest.raises(ModelNotFoundError, match=r"name one behind a colon.*Q8_0"):
-            choose_file(["m-Q5_0.gguf", "m-Q8_0.gguf"], downloads.Named("org/m", tag))
-    assert choose_file(["config.json", "model.safetensors"], downloads.Named("org/m", None)) is None
+            choose_file(["m-Q5_0.gguf", "m-Q8_0.gguf"], model_names.Named("org/m", tag))
+    assert choose_file(["config.json", "model.safetensors"], model_names.Named("org/m", None)) is None
 
 
 # ---- fetching --------------------------------------------------------------------------------------------------------
@@ -303,7 +301,7 @@ def test_every_command_takes_the_names_of_pull(
     hub: FakeHub, settings: Settings, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What `run` and `show` know a model by is a name to `serve`, `generate` and the library's engine too."""
-    monkeypatch.setitem(cast(dict[str, Any], KNOWN), "toy:1b", downloads.Known(REPO, "Q4_K_M", 10))
+    monkeypatch.setitem(cast(dict[str, Any], KNOWN), "toy:1b", model_names.Known(REPO, "Q4_K_M", 10))
     first = model_files(engine_config(dataclasses.replace(settings, model=name)))  # fetches it
     again = model_files(engine_config(dataclasses.replace(settings, model=name), offline=True))
     assert [path.name for path in first.weights] == ["model-Q4_K_M.gguf"]

@@ -65,7 +65,7 @@ def test_lines_are_answered_in_their_order(
         {"custom_id": "second", "method": "POST", "url": "/v1/chat/completions", "body": chat},
         "",
         "no JSON",
-        request("third", max_tokens=-1),
+        request("third", max_tokens=-2),
         request("fourth", model="another"),
         {"custom_id": "fifth", "method": "POST", "url": "/v1/responses", "body": {"model": "default", "input": "hi"}},
     )

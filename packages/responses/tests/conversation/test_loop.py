@@ -436,7 +436,7 @@ class TestEnds:
             if isinstance(event, TextDelta):
                 break
         await asyncio.sleep(0.05)
-        assert bench.engine.stats().generation_tokens < 1000  # the model waits for the reader
+        assert bench.engine.stats().num_running == 1
         await events.aclose()
         assert len(bench.engine.aborted) == 1
 

@@ -49,12 +49,12 @@ class AdapterNames(Protocol):
 def answered_by(name: str, served: Sequence[str], *, strict: bool) -> str:
     """The first served name, for a request that calls the only model by `name`, which is not served.
 
-    The sender gets a warning. An empty name is a client's mistake and names no model.
+    The sender gets a warning, also of an empty name, by which candle-vllm's own client means the model that is there.
 
     Raises:
-        ModelNotServedError: names are strict, or `name` is empty.
+        ModelNotServedError: names are strict.
     """
-    if strict or not name:
+    if strict:
         shown = ", ".join(served[:_LISTED]) + (", ..." if len(served) > _LISTED else "")
         raise ModelNotServedError(f"The model {name!r:.200} is not served here; served are: {shown}.", "model")
     remark([f"the model {name!r:.100} is not served here: {served[0]!r:.100} answers"])

@@ -55,7 +55,8 @@ from candle_vllm.server.settings import Address, Settings
 from candle_vllm.server.settings.adapters import read_specs
 from candle_vllm.server.settings.catalogue import Catalogue
 from candle_vllm.server.settings.configuration import Configuration
-from candle_vllm.server.settings.derived import engine_config, image_sources, named_model, refuse_wrong_formats
+from candle_vllm.server.settings.derived import engine_config, image_sources, refuse_wrong_formats
+from candle_vllm.server.settings.model_names import named_model
 from candle_vllm.server.settings.options import UsageError
 
 if TYPE_CHECKING:

@@ -389,7 +389,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "mistral4": _MISTRAL4,
         "granite": Architecture(name="granite", more=_granite, interleaved=True, square=True, unread=()),
         "granitemoe": Architecture(name="granitemoe", more=_granite, interleaved=True, square=True, unread=()),
-        "granitehybrid": Architecture(
+        "granitemoehybrid": Architecture(
             name="granitehybrid", more=_granite_hybrid, interleaved=True, square=True, unread=(".ssm_in.bias",)
         ),
         **{

@@ -39,6 +39,7 @@ TAG = re.compile(r"[A-Za-z0-9][\w.-]{0,127}", re.ASCII)
 """What may stand behind the colon of `organisation/name:Q4_K_M`."""
 USUAL = "Q4_K_M"
 """The type that is taken of a repository with several GGUF models, where none is named."""
+_PART = re.compile(r"[0-9]{1,3}_(?:[A-Za-z]{1,40}/config\.json|Dense/model\.safetensors)")
 _QUANT = re.compile(r"(?:^|[-._])((?:UD-)?(?:I?Q[0-9][0-9A-Z_]*|TQ[0-9]_[0-9]|MXFP4(?:_MOE)?|BF16|F16|F32))$", re.I)
 _LONGEST_QUANT = 64  # characters of a name's end in which a type is looked for
 _LOOKED_AT = 10_000  # names of a folder
@@ -442,8 +443,7 @@ def wanted_files(names: Sequence[str], gguf_parts: Sequence[str]) -> list[str]:
 def _companions(names: Sequence[str]) -> list[str]:
     """What is fetched beside the weights; the parts of a sentence-transformers model lie in folders of their own."""
     top = [name for name in names if "/" not in name]
-    wanted = re.compile(r"\d+_\w+/config\.json|\d+_Dense/model\.safetensors")
-    parts = [name for name in names if wanted.fullmatch(name)] if "modules.json" in top else []
+    parts = [name for name in names if _PART.fullmatch(name)] if "modules.json" in top else []
     return [name for name in top if any(fnmatch.fnmatchcase(name, pattern) for pattern in COMPANION_PATTERNS)] + parts
 
 

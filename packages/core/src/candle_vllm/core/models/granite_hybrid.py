@@ -70,7 +70,7 @@ def config_from_hf(fields: Fields, model_type: str) -> GraniteHybridConfig:
         return GraniteHybridConfig(**shared)
     inner = fields.count("mamba_expand", 2) * shared["hidden_size"]
     mamba = sizes_from_hf(fields, _KEYS, inner=inner)
-    shared["model_type"] = "granitehybrid"
+    shared["model_type"] = "granitemoehybrid"
     return GraniteHybridConfig(**shared, mamba=mamba, mamba_layers=layers)
 
 

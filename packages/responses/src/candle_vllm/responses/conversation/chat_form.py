@@ -138,6 +138,8 @@ def chat_request(task: Task) -> dict[str, Any]:
         "priority": task.priority or None,
         "request_id": task.request_id,
     }
+    if task.cut is not None:
+        fields |= {"truncate_prompt_tokens": task.cut.tokens, "truncation_side": task.cut.side}
     return {name: value for name, value in fields.items() if value is not None}
 
 

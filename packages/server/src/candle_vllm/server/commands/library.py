@@ -16,21 +16,13 @@ from typing import Any
 from candle_vllm.core.config import demo_command, demo_model, is_demo
 from candle_vllm.core.errors import CandleVllmError, ModelNotFoundError
 from candle_vllm.core.progress import progress_bar
-from candle_vllm.server.models.downloads import (
-    KNOWN,
-    Local,
-    downloaded,
-    find_downloaded,
-    plan_pull,
-    read_name,
-    remove,
-    room_of,
-)
+from candle_vllm.server.models.downloads import Local, downloaded, find_downloaded, plan_pull, remove, room_of
 from candle_vllm.server.models.library import describe, file_bytes
 from candle_vllm.server.models.pulls import fetch
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.catalogue import source_name
-from candle_vllm.server.settings.derived import model_source, named_model, refuse_missing
+from candle_vllm.server.settings.derived import model_source, refuse_missing
+from candle_vllm.server.settings.model_names import KNOWN, named_model, read_name
 from candle_vllm.server.settings.options import UsageError
 
 _PATIENCE = 10.0  # seconds that a server has for its list

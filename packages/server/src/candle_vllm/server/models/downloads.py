@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,9 +18,7 @@ import msgspec
 
 from candle_vllm.core.errors import ModelNotFoundError
 from candle_vllm.core.loading.source import (
-    HUB_ID,
     HUB_TIMEOUT_S,
-    TAG,
     USUAL,
     choose_weights,
     gguf_models,
@@ -32,91 +30,13 @@ from candle_vllm.core.loading.source import (
 from candle_vllm.core.setting_kinds import nearest
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.derived import cache_folder
+from candle_vllm.server.settings.model_names import Named, PullError, read_name
 
 if TYPE_CHECKING:
     from huggingface_hub import CachedRepoInfo, CachedRevisionInfo
     from huggingface_hub.hf_api import RepoSibling
 
 MIB = 1 << 20
-_HOSTS = ("https://", "http://", "hf.co/", "huggingface.co/")
-
-
-class PullError(ModelNotFoundError):
-    """A model cannot be fetched.
-
-    Attributes:
-        code: why, for programs: no_such_name, no_such_model, no_access, no_such_file, hub_unreachable, offline,
-            disk_full, interrupted or stopped.
-    """
-
-    def __init__(self, message: str, code: str) -> None:
-        super().__init__(message)
-        self.code = code
-
-
-class Known(NamedTuple):
-    """A model with a name of its own: where it is, and how much memory it takes at least, in MB of 2^20 bytes."""
-
-    repo: str
-    tag: str | None
-    mib: int
-
-
-KNOWN: Mapping[str, Known] = {
-    "smollm2:135m": Known("HuggingFaceTB/SmolLM2-135M-Instruct", None, 800),
-    "smollm2:360m": Known("HuggingFaceTB/SmolLM2-360M-Instruct", None, 1300),
-    "smollm2:1.7b": Known("HuggingFaceTB/SmolLM2-1.7B-Instruct-GGUF", "Q4_K_M", 1600),
-    "qwen2.5:0.5b": Known("Qwen/Qwen2.5-0.5B-Instruct-GGUF", "Q4_K_M", 1000),
-    "qwen2.5:1.5b": Known("Qwen/Qwen2.5-1.5B-Instruct-GGUF", "Q4_K_M", 1600),
-    "qwen2.5:3b": Known("Qwen/Qwen2.5-3B-Instruct-GGUF", "Q4_K_M", 2600),
-    "qwen2.5-coder:0.5b": Known("Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF", "Q4_K_M", 1000),
-    "qwen2.5-coder:1.5b": Known("Qwen/Qwen2.5-Coder-1.5B-Instruct-GGUF", "Q4_K_M", 1600),
-    "qwen3:0.6b": Known("Qwen/Qwen3-0.6B-GGUF", "Q8_0", 1200),
-    "qwen3:1.7b": Known("Qwen/Qwen3-1.7B-GGUF", "Q8_0", 2300),
-    "qwen3:4b": Known("Qwen/Qwen3-4B-GGUF", "Q4_K_M", 2900),
-    "qwen3:8b": Known("Qwen/Qwen3-8B-GGUF", "Q4_K_M", 5300),
-    "all-minilm:latest": Known("sentence-transformers/all-MiniLM-L6-v2", None, 400),
-}
-"""A list of names: what is behind them is what its authors published, and is not checked here."""
-
-
-class Named(NamedTuple):
-    """A repository, and which of its files is meant: a type as `Q4_K_M`, or a part of a name."""
-
-    repo: str
-    tag: str | None
-
-    def __str__(self) -> str:
-        return self.repo if self.tag is None else f"{self.repo}:{self.tag}"
-
-
-def read_name(name: str) -> Named:
-    """What a name means: `org/repo`, `org/repo:Q4_K_M`, either behind `hf.co/`, or a name of `KNOWN`.
-
-    Raises:
-        PullError: it has none of these forms, or is no known name.
-    """
-    given = name.strip()
-    for host in _HOSTS:
-        given = given.removeprefix(host)
-    repo, colon, tag = given.partition(":")
-    if "/" not in repo:
-        family = [known for known in KNOWN if known.partition(":")[0] == repo]
-        exact = given if colon and tag != "latest" else next(iter(family), given)
-        if exact not in KNOWN:
-            raise PullError(
-                f"there is no model {name!r:.200}{nearest(given, KNOWN)}: known names are {', '.join(KNOWN)}; others "
-                "are organisation/name of Hugging Face, with :Q4_K_M for one of several files",
-                "no_such_name",
-            )
-        return Named(KNOWN[exact].repo, KNOWN[exact].tag)
-    if not HUB_ID.fullmatch(repo) or (colon and not TAG.fullmatch(tag)):
-        raise PullError(
-            f"{name!r:.200} is no name of a model: organisation/name of Hugging Face, with :Q4_K_M for one of several "
-            "files",
-            "no_such_name",
-        )
-    return Named(repo, None if tag in ("", "latest") else tag)
 
 
 def choose_file(names: Sequence[str], named: Named) -> str | None:

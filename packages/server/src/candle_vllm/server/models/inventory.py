@@ -11,13 +11,14 @@ from collections.abc import Sequence
 import msgspec
 
 from candle_vllm.core.errors import ModelNotFoundError
-from candle_vllm.server.models.downloads import KNOWN, MIB, downloaded, find_among, read_name, room_of
+from candle_vllm.server.models.downloads import MIB, downloaded, find_among, room_of
 from candle_vllm.server.models.library import file_bytes
 from candle_vllm.server.models.loader import LEAST_CACHE, WORKSPACE, held_by
 from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.models.pulls import Pull, failure_code
 from candle_vllm.server.models.slot import ModelSlot
 from candle_vllm.server.settings import Settings
+from candle_vllm.server.settings.model_names import KNOWN, read_name
 
 
 class StockedModel(msgspec.Struct, frozen=True, kw_only=True):

@@ -26,7 +26,6 @@ from candle_vllm.server.models.downloads import (
     HubFile,
     Local,
     Plan,
-    PullError,
     Room,
     downloaded,
     plan_pull,
@@ -35,6 +34,7 @@ from candle_vllm.server.models.downloads import (
 )
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.derived import cache_folder
+from candle_vllm.server.settings.model_names import PullError
 
 logger = logging.getLogger(__name__)
 

@@ -23,6 +23,7 @@ from candle_vllm.responses.store.options import MEMORY, StoreOptions
 from candle_vllm.server.interrupts import leaving_at_once
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.foreign_variables import is_loopback
+from candle_vllm.server.settings.model_names import named_model
 from candle_vllm.server.settings.options import UsageError, known_keys, mapping
 from candle_vllm.server.settings.table import OPTIONS
 
@@ -97,22 +98,6 @@ def model_source(settings: Settings, *, fetch: bool = True, offline: bool = Fals
         )
     logger.info("no model given: using the demo model %s", demo.stem)
     return str(demo), None
-
-
-def named_model(model: str) -> str:
-    """The model that a name means to the engine: of `qwen3:4b` and `hf.co/org/name:Q8_0` the repository and the type.
-
-    Files and folders, Hugging Face ids, other addresses, and names that nobody knows stay as they are.
-    """
-    of_hub = model.startswith(("hf.co/", "huggingface.co/", "https://hf.co/", "https://huggingface.co/"))
-    if os.path.exists(model) or ("/" in model and not of_hub):
-        return model
-    from candle_vllm.server.models.downloads import PullError, read_name
-
-    try:
-        return str(read_name(model))
-    except PullError:
-        return model
 
 
 def cache_folder(settings: Settings) -> Path:
