@@ -184,7 +184,7 @@ def test_every_kind_of_failure_has_words() -> None:
 def test_every_step_of_loading_has_words_in_every_language() -> None:
     sources = [*(ROOT / "packages/core/src").rglob("*.py"), *(ROOT / "packages/server/src").rglob("models/*.py")]
     told = {
-        word for path in sources for word in re.findall(r'(?:\btell\(|_told_bar\(f)"(\w+) ', path.read_text("utf-8"))
+        word for path in sources for word in re.findall(r'(?:\btell\(f?|_told_bar\(f)"(\w+) ', path.read_text("utf-8"))
     }
     assert {"downloading", "loading", "compiling"} <= told
     for language in ("en", "de"):

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import io
 import sys
+from weakref import WeakSet
 
 import pytest
+from tqdm import tqdm
 
 from candle_vllm.core import progress as progress_module
 from candle_vllm.core.progress import Progress, heard_by, progress_bar, tell
@@ -46,6 +48,7 @@ class Terminal(io.StringIO):
 def test_a_terminal_shows_each_thing_that_takes_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(tqdm, "_instances", WeakSet())  # bars that others left open would stand above
     now = [0.0]
     monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
     with progress_bar():

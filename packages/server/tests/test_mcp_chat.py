@@ -8,6 +8,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +21,7 @@ from candle_vllm.server.mcp.options import McpOptions
 from candle_vllm.server.mcp.service import McpService
 from packages.server.tests.mcp_fakes import call_text, is_alive, stdio_config
 from packages.server.tests.server_fakes import PacedEngine
+from tests.waiting import PATIENCE
 
 Start = Callable[..., Any]
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 200}
@@ -124,7 +126,13 @@ def test_servers_end_with_the_application(start_mcp: Start, tmp_path: Path) -> N
 def test_a_server_that_cannot_be_reached_holds_nobody_up(
     start_mcp: Start, web: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(McpService.settled, "__defaults__", (600.0,))  # longer than the clock is moved
+    waits, settled = threading.Event(), McpService.settled
+
+    async def seen(service: McpService) -> None:
+        waits.set()
+        await settled(service, 600.0)  # longer than the clock is moved
+
+    monkeypatch.setattr(McpService, "settled", seen)
     hanging = tmp_path / "hang.py"
     hanging.write_text("import time\ntime.sleep(60)\n")
     slow = stdio_config(tmp_path, "slow", args=[str(hanging)], connect_timeout=60.0)
@@ -141,6 +149,7 @@ def test_a_server_that_cannot_be_reached_holds_nobody_up(
         assert servers()["slow"]["state"] == "connecting"
         with ThreadPoolExecutor(1) as pool:
             asked = pool.submit(client.post, "/v1/chat/completions", json=CHAT)
+            assert waits.wait(PATIENCE)
             running.skip(60)
             assert asked.result().status_code == 200  # it waits for the slow one
         assert shown(engine) == ["web__echo", "web__slow", "web__fail"]
