@@ -409,7 +409,8 @@ def test_answers_are_the_same_in_a_batch_in_chunks_and_cached(
 def test_answers_survive_preemption(name: str, folders: Callable[[str], Path]) -> None:
     few = several(name)[:3]
     layers = config_of(folders(name))["text_config"]["num_hidden_layers"]
-    memory = 24 * 16 * layers * 2 * 2 * 16 * 2  # blocks, tokens, keys and values of two heads in bfloat16
+    blocks = 24 if "Gemma 4" in name else 18  # three answers take 24, and not all begin in one step
+    memory = blocks * 16 * layers * 2 * 2 * 16 * 2  # tokens, keys and values of two heads in bfloat16
     if "Gemma 4" in name:  # whose layers share caches, or have larger heads
         memory = memory * 3 // (4 if "E2B" in name else 2)
     with InferenceEngine(
