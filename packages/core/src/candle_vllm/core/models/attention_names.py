@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TypeAlias
 
+from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
+from candle_vllm.core.fields import Fields
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.views import View, chain, qkv_rows
 from candle_vllm.core.loading.weights import Seen, WeightName
@@ -46,6 +48,23 @@ def gguf_projection(part: str, kind: str, view: View | None = None) -> tuple[See
 def gguf_has_bias(checkpoint: Checkpoint) -> bool:
     """Whether q, k and v have biases; files do not say it otherwise."""
     return any(f"blk.0.attn_{part}.bias" in checkpoint.tensors for part in ("q", "qkv"))
+
+
+def kv_heads_by_layer(fields: Fields) -> tuple[Fields, list[int]]:
+    """GGUF metadata with one count of key-value heads, and the counts of all layers, which are that one or 0.
+
+    Raises:
+        InvalidFileError: there are not as many counts as layers.
+        UnsupportedModelError: the counts differ.
+    """
+    key, layers = "attention.head_count_kv", fields.count("block_count")
+    counts = fields.get(key, list)
+    heads = {count for count in counts if type(count) is int and count > 0}
+    if len(heads) != 1 or not all(type(count) is int and count in (0, *heads) for count in counts):
+        raise UnsupportedModelError(f"{fields.path}: {fields.prefix}{key} is {counts!r:.80}, not one number and 0")
+    if len(counts) != layers:
+        raise InvalidFileError(f"{fields.path}: {fields.prefix}{key} has {len(counts)} entries for {layers} layers")
+    return Fields({**fields.values, fields.prefix + key: heads.pop()}, fields.path, fields.prefix), counts
 
 
 Either: TypeAlias = str | tuple[str, ...]

@@ -9,14 +9,14 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
+from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.layers.rotary import Rotary
 from candle_vllm.core.loading.cache_specs import CacheSpec
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.models import granite, llama
-from candle_vllm.core.models.attention_names import HF
+from candle_vllm.core.models.attention_names import HF, kv_heads_by_layer
 from candle_vllm.core.models.family import Family
 from candle_vllm.core.models.llama import Llama, LlamaConfig, Mixer
 from candle_vllm.core.models.mamba2 import Mamba2Mixer, MambaSizes, mixer_names, sizes_from_gguf, sizes_from_hf
@@ -76,15 +76,8 @@ def config_from_hf(fields: Fields, model_type: str) -> GraniteHybridConfig:
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> GraniteHybridConfig:
     """Reads GGUF metadata of granitehybrid, in which layers with Mamba 2 have no key-value heads."""
-    key = fields.prefix + "attention.head_count_kv"
-    counts = fields.get("attention.head_count_kv", list)
-    heads = {count for count in counts if type(count) is int and count > 0}
-    if len(heads) != 1 or not all(type(count) is int and count in (0, *heads) for count in counts):
-        raise UnsupportedModelError(f"{fields.path}: {key} is {counts!r:.80}, not one number and 0")
-    plain = Fields({**fields.values, key: heads.pop()}, fields.path, fields.prefix)
+    plain, counts = kv_heads_by_layer(fields)
     shared = _flags(granite.config_from_gguf(plain, checkpoint))
-    if len(counts) != shared["num_layers"]:
-        raise InvalidFileError(f"{fields.path}: {key} has {len(counts)} entries for {shared['num_layers']} layers")
     layers = frozenset(n for n, count in enumerate(counts) if not count)
     mamba = sizes_from_gguf(fields, checkpoint.tensors, [*layers])
     return GraniteHybridConfig(**shared, mamba=mamba, mamba_layers=layers)

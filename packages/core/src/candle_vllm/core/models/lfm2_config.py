@@ -13,6 +13,7 @@ from candle_vllm.core.layers.moe import Mixture
 from candle_vllm.core.loading.cache_specs import CacheSpec, StatePart, StateSpec
 from candle_vllm.core.loading.config import shared_from_gguf, shared_from_hf
 from candle_vllm.core.loading.tensors import Checkpoint
+from candle_vllm.core.models.attention_names import kv_heads_by_layer
 from candle_vllm.core.models.experts import expert_count, sparse_in_gguf
 from candle_vllm.core.models.llama import LlamaConfig
 
@@ -103,16 +104,9 @@ def _convolutions(fields: Fields, layers: int) -> frozenset[int]:
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> Lfm2Config:
     """Reads GGUF metadata of lfm2 and lfm2moe, in which layers with a convolution have no key-value heads."""
-    key, tensors = "attention.head_count_kv", checkpoint.tensors
-    counts = fields.get(key, list)
-    heads = {count for count in counts if type(count) is int and count > 0}
-    if len(heads) != 1 or not all(type(count) is int and count in (0, *heads) for count in counts):
-        raise UnsupportedModelError(f"{fields.path}: {fields.prefix}{key} is {counts!r:.80}, not one number and 0")
-    known = Fields({**fields.values, fields.prefix + key: heads.pop()}, fields.path, fields.prefix)
-    shared = shared_from_gguf(known, checkpoint)
+    known, counts = kv_heads_by_layer(fields)
+    shared, tensors = shared_from_gguf(known, checkpoint), checkpoint.tensors
     layers, mixture = shared["num_layers"], None
-    if len(counts) != layers:
-        raise InvalidFileError(f"{fields.path}: {fields.prefix}{key} has {len(counts)} entries for {layers} layers")
     sparse = sparse_in_gguf(checkpoint, layers)
     if known.get("expert_count", int, 0):
         if (gating := known.get("expert_gating_func", int, 2)) != 2:
