@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from candle_vllm.openai.formats.events import CallArguments, Event
+from candle_vllm.openai.formats.events import CallArguments, CallStart, Event
 from candle_vllm.openai.formats.layout import Layout, bind
 from candle_vllm.openai.formats.output import CallSink
 from candle_vllm.openai.formats.parser import OutputParser
@@ -375,3 +375,16 @@ def test_a_closing_mark_that_was_cut_is_no_content(cut: int) -> None:
     assert (parsed.content, [name for _, name, _, _ in parsed.calls]) == ("", ["f2"])
     thoughts = parse(parser("hermes", SCHEMAS), "<think>hm" + "</think>"[: min(cut - 1, 8)], whole=False)
     assert (thoughts.content, thoughts.thoughts) == ("", "hm")
+
+
+@pytest.mark.parametrize(("most", "warnings"), [(2, 1), (1, 0)])
+def test_calls_that_are_left_out_are_logged_once(most: int, warnings: int, caplog: pytest.LogCaptureFixture) -> None:
+    """A request for one call at a time asked for it itself."""
+    events: list[Any] = []
+    sink = CallSink(events.append, SCHEMAS, str, most)
+    for _ in range(5):
+        sink.begin(next(iter(SCHEMAS)))
+        sink.arguments("{}")
+        sink.end()
+    assert sum(isinstance(event, CallStart) for event in events) == most
+    assert len([one for one in caplog.records if "tool calls" in one.message]) == warnings

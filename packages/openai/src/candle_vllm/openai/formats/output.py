@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import secrets
 import string
@@ -19,6 +20,8 @@ MakeId = Callable[[int], str]
 NAME = re.compile(r"[A-Za-z_][\w.\-:/]{0,255}")  # what can be a function's name, of whatever model
 _ID = re.compile(r"[A-Za-z0-9_.:\-]{1,128}")
 _SPECIAL = re.compile("[\ud800-\udfff]")
+
+logger = logging.getLogger(__name__)
 
 
 def call_id(_: int) -> str:
@@ -77,6 +80,8 @@ class CallSink:
         own = given_id if usable else self._make_id(index)
         self._ids.add(own)
         self._shown = self._most is None or self.count <= self._most
+        if self._most not in (None, 1) and index == self._most:  # at 1 the request asked for one call
+            logger.warning("an answer has more than %s tool calls: those behind them are left out", self._most)
         if self._shown:
             self._emit(CallStart(index, own, name))
 
