@@ -142,7 +142,7 @@ def test_help_explains_every_setting() -> None:
     for setting in SETTINGS.values():
         assert str(parameters[setting.name]) in told
         assert setting.help.split()[0] in told
-    assert "max_model_len: int | None = None\n |          longest prompt plus answer, in tokens. None is the" in told
+    assert "max_model_len: int | None = None\n |          longest context, prompt and answer together, in" in told
 
 
 def test_settings_by_keyword_are_those_of_the_table() -> None:

@@ -232,106 +232,103 @@ class EngineConfig(ExplainedSettings):
     model: Annotated[str, Text(), "a Hugging Face id, a folder, a .gguf file, or demo",
                      "It may be given as a Path."]
     weight_file: Annotated[str | None, Text(),
-                           "which weight file of the folder or repository, where there are several"] = None
+                           "weight file to load, if the folder or repository has several"] = None
     revision: Annotated[str | None, Text(), "branch, tag or commit on Hugging Face"] = None
     hf_token: Annotated[str | None, Text(), "access token for Hugging Face",
                         "None uses the one of `hf auth login`."] = dataclasses.field(
         default=None, repr=False)
-    download_dir: Annotated[Path | None, FilePath(), "where downloads are kept",
+    download_dir: Annotated[Path | None, FilePath(), "folder for downloads",
                             "None is Hugging Face's own cache."] = None
     offline: Annotated[bool, Boolean(), "never use the network to find the model"] = False
     tokenizer: Annotated[Path | None, FilePath(), "folder with the tokenizer.json to use instead"] = None
     chat_template: Annotated[str | None, Text(), "Jinja source to use instead of the model's own template"] = None
-    mmproj: Annotated[Path | None, FilePath(), "GGUF file of what the model sees by, beside a GGUF model"] = None
-    max_images: Annotated[int, Integer(0, 1024), "most images of one prompt; 0 leaves out what a model sees by"] = 64
+    mmproj: Annotated[Path | None, FilePath(), "GGUF file of the vision encoder (mmproj) of a GGUF model"] = None
+    max_images: Annotated[int, Integer(0, 1024), "most images in one prompt; 0 does not load the vision encoder"] = 64
     mm_processor_kwargs: Annotated[Mapping[str, Any] | None, JsonObject(),
-                                   "how images are prepared where the model's files say otherwise: vLLM's JSON, as "
+                                   "override the image preprocessing of the model's files: vLLM's JSON, such as "
                                    '{"max_pixels": 1003520}',
-                                   "Which names there are is the model's: docs/vision.md."] = None
+                                   "The names depend on the model: docs/vision.md."] = None
     allowed_media_domains: Annotated[tuple[str, ...], Hosts(),
-                                     "host that images of requests may be fetched from (docs/vision.md): example.com, "
-                                     "*.example.com, either with :PORT",
-                                     "A text or a list; nothing is fetched without."] = ()
+                                     "host from which images that requests name may be fetched (docs/vision.md): "
+                                     "example.com or *.example.com, either with :PORT",
+                                     "A string or a list; without it nothing is fetched."] = ()
     allowed_local_media_path: Annotated[Path | None, FilePath(),
                                         "folder whose files requests may name as images (file://)"] = None
     isq: Annotated[str | None, QuantisedType(ISQ_NAMES), "quantise plain weights while they are loaded "
                    "(docs/quantisation.md): " + ", ".join(ISQ_NAMES),
                    "q4_k stands for q4k. The embedding and the head get at least q6k; norms, biases and routers stay "
                    "plain. Not for GGUF files, for weights that are quantised already, or for encoders."] = None
-    imatrix: Annotated[Path | None, FilePath(), "file of llama.cpp, GGUF or .dat, that says how much each input of a "
-                       "matrix matters: isq quantises by it",
-                       "For the k types, iq4_nl and iq4_xs; the others have no search."] = None
-    load_format: Annotated[LoadFormat, _FORMATS, "auto reads the weights; dummy fills them with "
-                           "random numbers, to measure a model without its files",
-                           '"dummy" needs config.json and the tokenizer alone.'] = "auto"
+    imatrix: Annotated[Path | None, FilePath(), "importance matrix of llama.cpp, GGUF or .dat, that isq uses to "
+                       "quantise",
+                       "For the k types, iq4_nl and iq4_xs only, because the other types have no search."] = None
+    load_format: Annotated[LoadFormat, _FORMATS, "auto reads the weights; dummy fills them with random numbers, to "
+                           "measure a model without its weight files",
+                           '"dummy" needs config.json and the tokenizer only.'] = "auto"
     model_impl: Annotated[ModelImpl, Choice(get_args(ModelImpl), {"vllm": "native"}),
-                          "whose layers run: native for this project's own, "
-                          "transformers for those of the library of this name, op by op (docs/models.md); auto takes "
-                          "native ones where there are any"] = "auto"
+                          "implementation of the layers: native is this project's own, transformers that of the "
+                          "library, op by op (docs/models.md); auto prefers native"] = "auto"
     device: Annotated[str, Device(several=True), "auto, cpu, cuda, cuda:N, or several GPUs, as cuda:0,cuda:1",
                       '"auto" is the first GPU that can be used, else the CPU; several divide the model among them.'
                       ] = "auto"
-    tensor_parallel_size: Annotated[int, Integer(1, 64), "divide the model among so many GPUs, each with a process "
-                                    "of its own; without a GPU it means cpu_ranks (docs/scaling.md)",
-                                    "Several devices (cuda:0,1) say it, too. With enforce_eager ranks on the CPU are "
-                                    "processes that compute op by op in torch, to try it out."] = 1
-    pipeline_parallel_size: Annotated[int, Integer(1, 64), "stages that have some of the model's layers each, and run "
-                                      "after each other; each is as many ranks as tensor_parallel_size says; for "
-                                      "GPUs (docs/scaling.md)",
-                                      "Layers are divided so that the stage with most bytes has as few as can be."] = 1
-    nnodes: Annotated[int, Integer(1, 64), "machines that have as many ranks of the model each; the same command is "
-                      "started on all, with a node_rank of its own; for GPUs (docs/scaling.md)"] = 1
-    node_rank: Annotated[int, Integer(0, 63), "which of nnodes this machine is; 0 is the first, which serves"] = 0
-    master_addr: Annotated[str, Text(253), "address of the first of nnodes, at which the others reach it"] = "127.0.0.1"
-    master_port: Annotated[int, Integer(1, 65535), "port of the first of nnodes, at which the others join"] = 29501
-    cluster_key: Annotated[str | None, Text(), "what all nnodes must know, 16 characters or more",
-                           "Who knows it can have the nodes load a model, and read and change what they compute."
+    tensor_parallel_size: Annotated[int, Integer(1, 64), "divide the model among N GPUs, one process for each; without "
+                                    "a GPU it means cpu_ranks (docs/scaling.md)",
+                                    "Several devices (cuda:0,1) mean the same. With enforce_eager, ranks on the CPU "
+                                    "are processes that compute op by op in torch, to try it out."] = 1
+    pipeline_parallel_size: Annotated[int, Integer(1, 64), "pipeline stages: each has some of the model's layers and "
+                                      "tensor_parallel_size ranks; for GPUs (docs/scaling.md)",
+                                      "Layers are divided so that the largest stage has as few bytes as possible."] = 1
+    nnodes: Annotated[int, Integer(1, 64), "number of machines, each with the same number of ranks; start the same "
+                      "command on each, with its own node_rank; for GPUs (docs/scaling.md)"] = 1
+    node_rank: Annotated[int, Integer(0, 63), "number of this machine among nnodes; 0 is the first, which serves"] = 0
+    master_addr: Annotated[str, Text(253), "address of the first machine, as the others reach it"] = "127.0.0.1"
+    master_port: Annotated[int, Integer(1, 65535), "port of the first machine, at which the others join"] = 29501
+    cluster_key: Annotated[str | None, Text(), "shared secret of all machines, 16 characters or more",
+                           "Whoever knows it can make the machines load a model, and read and change what they "
+                           "compute."
                            ] = dataclasses.field(
         default=None, repr=False)
     distributed_executor_backend: Annotated[ExecutorBackend, Choice(get_args(ExecutorBackend)),
-                                            "what starts the ranks: mp, processes of this machine (of several, with "
-                                            "nnodes), or ray, a Ray cluster that runs already (docs/scaling.md)"
+                                            "what starts the ranks: mp (processes on this machine, or on several with "
+                                            "nnodes) or ray (a running Ray cluster; docs/scaling.md)"
                                             ] = "mp"
-    enable_expert_parallel: Annotated[bool, Boolean(), "among the ranks of tensor_parallel_size, whole experts of a "
-                                      "mixture on each, in the place of a part of every one; for GPUs "
-                                      "(docs/scaling.md)"] = False
+    enable_expert_parallel: Annotated[bool, Boolean(), "give each rank of tensor_parallel_size whole experts instead "
+                                      "of a part of every expert; for GPUs (docs/scaling.md)"] = False
     all2all_backend: Annotated[All2AllBackend, Choice(get_args(All2AllBackend)),
-                               "how tokens come to the experts of enable_expert_parallel: allgather_reducescatter "
-                               "(every rank has all tokens), all_to_all (each has its share, and sends them), or auto "
-                               "(on GPUs what sends fewer bytes; docs/scaling.md)",
-                               "Captured steps are never divided, nor those of fewer tokens than ranks. With "
-                               '"all_to_all" what all tokens share is whole on each rank; "auto" never does that.'
+                               "how tokens reach the experts of enable_expert_parallel: allgather_reducescatter (every "
+                               "rank gets all tokens), all_to_all (each rank sends its tokens to their experts) or "
+                               "auto (on GPUs the one that sends fewer bytes; docs/scaling.md)",
+                               "Captured steps and steps with fewer tokens than ranks are never divided. With "
+                               '"all_to_all", shared layers are whole on each rank; "auto" never does that.'
                                ] = "auto"
-    data_parallel_size: Annotated[int, Integer(1, 64), "replicas of the model behind one address, each in a process "
-                                  "of its own, on its own GPUs or its share of the CPU's threads (docs/scaling.md)",
+    data_parallel_size: Annotated[int, Integer(1, 64), "replicas of the model behind one address, each in its own "
+                                  "process, on its own GPUs or share of the CPU threads (docs/scaling.md)",
                                   "For `ReplicatedEngine`; each has a KV cache of its own."] = 1
-    cpu_experts: Annotated[int | None, Integer(0, MOST_LAYERS), "experts of the first N layers of a model on a GPU "
-                           "stay in main memory, quantised as they are, and the CPU computes them; 0 for none "
-                           "(docs/scaling.md)",
-                           "None is as many as do not fit. What layers share, attention and the rest are the GPU's."
+    cpu_experts: Annotated[int | None, Integer(0, MOST_LAYERS), "keep the experts of the first N layers in main "
+                           "memory, where the CPU computes them; 0 for none (docs/scaling.md)",
+                           "None is as many as do not fit on the GPU, which keeps shared experts, attention and all "
+                           "else."
                            ] = None
     cpu_offload_gb: Annotated[float | None, Number(0, 1 << 20, said="of GiB from 0 on: try 8"),
-                              "GiB of weights that stay in main memory, and that a GPU reads over the bus in every "
-                              "step: whole layers from the last one; 0 for none (docs/scaling.md)",
+                              "GiB of weights that stay in main memory and are read by the GPU over the bus in every "
+                              "step, whole layers from the last one; 0 for none (docs/scaling.md)",
                               "None is as much as does not fit."] = None
-    gpu_layers: Annotated[int | None, Integer(0, MOST_LAYERS), "layers whose weights are on the GPU: it reads those of "
-                          "the others over the bus, as with cpu_offload_gb",
-                          "None says nothing. In the place of cpu_offload_gb."] = None
-    dtype: Annotated[DType, Choice(_DTYPES, _DTYPE_ALIASES), "type of plain matrices: auto (each one's own; on a GPU "
-                     "bf16, or f16 where it has none), f32, bf16 or f16",
+    gpu_layers: Annotated[int | None, Integer(0, MOST_LAYERS), "number of layers whose weights are on the GPU; it "
+                          "reads the other layers over the bus, as with cpu_offload_gb",
+                          "None leaves it to cpu_offload_gb; only one of the two may be set."] = None
+    dtype: Annotated[DType, Choice(_DTYPES, _DTYPE_ALIASES), "type of plain (not quantised) matrices: auto (as stored; "
+                     "on a GPU bf16, or f16 if it has no bf16), f32, bf16 or f16",
                      'On the CPU "auto" keeps the type of each matrix (F64 becomes f32), and quantised ones stay as '
                      'they are. On a GPU it is the type of activations too, "auto" being bf16, or f16 on Turing. '
                      'With enforce_eager it is that of all weights and activations, "auto" being f32 on the CPU. '
                      "Other spellings are read as these: float32, fp32 and float; bfloat16; float16, fp16 and half."
                      ] = "auto"
-    enforce_eager: Annotated[bool, Boolean(), "decode the weights and run the layers one by one, on a GPU without CUDA "
+    enforce_eager: Annotated[bool, Boolean(), "decode the weights and run the layers op by op, on a GPU without CUDA "
                              "graphs: slow, for comparison",
-                             "On the CPU that is in torch, which the kernels are compared with; on a GPU with the "
-                             "same kernels."] = False
+                             "On the CPU the layers run in torch, on a GPU with the same kernels."] = False
     attention_backend: Annotated[AttentionBackend, _ATTENTION,
                                  "attention on a GPU: auto (triton), triton, torch_flash, flash_attn or torch",
-                                 '"torch_flash" is the FlashAttention that torch carries, "flash_attn" the package '
-                                 'of that name, "torch" the reference.'] = "auto"
+                                 '"torch_flash" is the FlashAttention inside torch, "flash_attn" the package of that '
+                                 'name, "torch" the reference.'] = "auto"
     kv_cache_dtype: Annotated[KvCacheDType, Choice(get_args(KvCacheDType)), "type of keys and values: auto (that of "
                               "activations); on the CPU q8_0, q5_1 or q4_0; on a GPU int8_per_token_head or "
                               "fp8_per_token_head, with a scale for each token and head, or fp8, scaled as the "
@@ -342,106 +339,108 @@ class EngineConfig(ExplainedSettings):
                               "memory matters on the CPU, take q8_0 for keys and q5_1 or q4_0 for values: of "
                               "SmolLM2-135M's perplexity in bf16 they have 1.000 and 1.007, and q5_1 and q4_0 for both "
                               "1.015 and 1.061."] = "auto"
-    key_cache_dtype: Annotated[KvCacheDType | None, Choice(get_args(KvCacheDType)), "type of keys alone, on the CPU: "
-                               "q8_0 where memory matters, for keys need their bits more than values do",
+    key_cache_dtype: Annotated[KvCacheDType | None, Choice(get_args(KvCacheDType)), "type of the keys only, on the "
+                               "CPU: q8_0 to save memory, because keys lose more quality than values",
                                "None is kv_cache_dtype."] = None
-    value_cache_dtype: Annotated[KvCacheDType | None, Choice(get_args(KvCacheDType)), "type of values alone, on the "
-                                 "CPU: q5_1 or q4_0 where memory matters, beside keys in q8_0 (perplexity 1.000 and "
-                                 "1.007 times bf16's)", "None is kv_cache_dtype."] = None
+    value_cache_dtype: Annotated[KvCacheDType | None, Choice(get_args(KvCacheDType)), "type of the values only, on the "
+                                 "CPU: q5_1 or q4_0 to save memory, with keys in q8_0 (perplexity 1.000 and 1.007 "
+                                 "times that of bf16)", "None is kv_cache_dtype."] = None
     cuda_graphs: Annotated[bool, Boolean(), "capture decoding steps as CUDA graphs (on unless disabled)",
-                           "Those are steps of up to 512 sequences."] = True
-    max_cudagraph_capture_size: Annotated[int, Integer(0, 16384), "on a GPU, capture steps with prompts of up to so "
-                                          "many tokens, too; 0 for none",
-                                          "So a short prompt costs its neighbours one launch and not hundreds. With "
-                                          'the attention backend "triton" alone.'] = 0
+                           "Steps of up to 512 sequences are captured."] = True
+    max_cudagraph_capture_size: Annotated[int, Integer(0, 16384), "on a GPU, also capture steps with prompts of up to "
+                                          "N tokens; 0 for none",
+                                          "A short prompt then costs the other requests one launch instead of "
+                                          'hundreds. Only with the attention backend "triton".'] = 0
     deterministic: Annotated[bool, Boolean(),
-                             "on a GPU, make seeded answers independent of what else is in the batch",
-                             "Also of how the prompt was cut, and of what the prefix cache held. On the CPU they "
-                             "always are."] = False
+                             "on a GPU, make seeded answers independent of the rest of the batch",
+                             "And of chunked prefill and the prefix cache. On the CPU they always are."] = False
     yarn_scaling_factor: Annotated[float | None,
                                    Number(1, 1024, open_low=True, said="above 1 and at most 1024: try 4.0"),
-                                   "stretch the context of a model without rotary scaling by YaRN, to this many times "
-                                   "its own",
-                                   "Short texts lose a little by it."] = None
-    max_model_len: Annotated[int | None, Integer(1, 1 << 24), "longest prompt plus answer, in tokens",
-                             "None is the model's own, or less where memory says so."] = None
+                                   "extend the context by YaRN to this many times the model's own; for models without "
+                                   "rotary scaling",
+                                   "Short texts lose a little quality."] = None
+    max_model_len: Annotated[int | None, Integer(1, 1 << 24), "longest context, prompt and answer together, in tokens",
+                             "None is the model's own, or less if memory does not suffice."] = None
     max_num_seqs: Annotated[int | None, Integer(1, 4096),
                             "most sequences in one step: 64 on the CPU, 256 on a GPU"] = None
     max_num_batched_tokens: Annotated[int | None, Integer(0, 1 << 20),
                                       "most tokens in one step, prompts included: 512 on the CPU, 8192 on a GPU; 0 "
-                                      "cuts no prompt",
-                                      "With 0 a step has room for the longest prompt, and rows for all of it are "
-                                      "taken when the engine starts."] = None
+                                      "switches chunked prefill off",
+                                      "With 0, memory for a step with the longest prompt is allocated when the engine "
+                                      "starts."] = None
     block_size: Annotated[int, Integer(1, 1024, power_of_two=True), "tokens in one KV block, a power of two"] = 64
     kv_cache_memory: Annotated[int | None, Integer(1 << 10, 1 << 50), "bytes for the KV cache",
-                               "None takes kv_fraction of what is free after loading."] = None
+                               "None takes kv_fraction of the memory that is free after loading."] = None
     kv_fraction: Annotated[float | None, Number(0, 1, open_low=True, open_high=True, said="between 0 and 1: try 0.4"),
                            "share of the memory left after loading that the KV cache takes: 0.4 on the CPU, 0.9 on a "
                            "GPU"] = None
     gpu_memory_utilization: Annotated[float | None, Number(0, 1, open_low=True, said="above 0 and at most 1: try 0.9"),
-                                      "share of a GPU's whole memory for weights, steps and the KV cache, whatever "
-                                      "else runs there; the CPU has kv_fraction alone",
-                                      "What others have taken of the GPU counts as taken. kv_cache_memory counts "
-                                      "before it, and kv_fraction not beside it."] = None
+                                      "share of a GPU's whole memory for weights, activations and the KV cache; the "
+                                      "CPU has kv_fraction only",
+                                      "Memory that other processes use counts as used. kv_cache_memory wins over it; "
+                                      "kv_fraction cannot be set beside it."] = None
     enable_prefix_caching: Annotated[bool, Boolean(),
                                      "reuse the KV blocks of equal prompt beginnings (on unless disabled)"] = True
     open_objects: Annotated[bool, Boolean(), "in structured output, objects may have keys that their schema does not "
                             "mention; otherwise a schema with properties and without additionalProperties is closed",
-                            "As in vLLM and llama.cpp. Arguments of tools have the keys of their schema alone."] = False
+                            "As in vLLM and llama.cpp. Arguments of tools always have the keys of their "
+                            "schema only."] = False
     state_cache_gb: Annotated[float | None, Number(0, 1 << 20, said="of GiB, 0 or more: try 2"),
-                              "GiB for checkpoints of models whose layers keep a state, from which prompts with an "
-                              "equal beginning go on",
-                              "They are a part of the cache's memory; None is a quarter of it, and 0 keeps none. "
-                              "Other models have no such layers, and the setting sets nothing."] = None
+                              "GiB for checkpoints of models whose layers keep a state (Qwen3.5, LFM2), from which "
+                              "prompts with the same prefix continue",
+                              "They are a part of the cache's memory; None is a quarter of it, and 0 keeps no "
+                              "checkpoint. It has no effect on models without such layers."] = None
     kv_offloading_size: Annotated[float | None, Number(0, 1 << 20, open_low=True,
-                                  said="of GiB above 0: try 16"), "GiB of main memory behind the KV "
-                                  "cache of a GPU: full blocks are kept there as well",
-                                  "None keeps them on the GPU only."] = None
-    prompt_cache_path: Annotated[Path | None, FilePath(), "folder in which full KV blocks are kept as well, so that "
-                                 "beginnings of prompts outlive memory and restarts",
-                                 "It is made for this user alone. None keeps them in memory only."] = None
-    prompt_cache_url: Annotated[str | None, Text(), "Redis in which full KV blocks are kept as well, for all servers "
+                                  said="of GiB above 0: try 16"), "GiB of main memory to which full KV blocks of a GPU "
+                                  "are offloaded",
+                                  "None keeps blocks on the GPU only."] = None
+    prompt_cache_path: Annotated[Path | None, FilePath(), "folder to which full KV blocks are written, so that prompt "
+                                 "prefixes are found again after a restart",
+                                 "It is created for this user only. None keeps blocks in memory only."] = None
+    prompt_cache_url: Annotated[str | None, Text(), "Redis to which full KV blocks are written, shared by all servers "
                                 "of a model: redis://user:password@host:port/db, or rediss:// for TLS",
-                                "Behind the folder of prompt_cache_path, where there is one."] = dataclasses.field(
+                                "It is asked after the folder of prompt_cache_path, if "
+                                "there is one."] = dataclasses.field(
         default=None, repr=False)
-    prompt_cache_bytes: Annotated[int, Integer(1 << 20, 1 << 60), "most bytes in prompt_cache_path, and in Redis of "
-                                  "each model: the blocks used longest ago are deleted"] = 8 << 30
+    prompt_cache_bytes: Annotated[int, Integer(1 << 20, 1 << 60), "most bytes in prompt_cache_path, and in Redis for "
+                                  "each model; the least recently used blocks are deleted"] = 8 << 30
     speculative_config: Annotated[Mapping[str, Any] | None, JsonObject(),
-                                  "guess several tokens at a time and check them in one step: "
-                                  'vLLM\'s JSON, as {"method": "suffix"}; answers stay the same',
-                                  "See `SpeculativeConfig` and docs/speculation.md. None guesses by the method suffix "
-                                  "where the compiled kernels of the CPU run, and elsewhere nothing. Models draft on "
-                                  "the CPU alone."] = None
+                                  "speculative decoding: vLLM's JSON, such as {\"method\": \"suffix\"}; answers do not "
+                                  "change",
+                                  "See `SpeculativeConfig` and docs/speculation.md. None is the method suffix with the "
+                                  "compiled CPU kernels, and no speculation elsewhere. Draft models run on the CPU "
+                                  "only."] = None
     enable_lora: Annotated[bool, Boolean(), "serve LoRA adapters beside the model: requests name them "
                            "(docs/lora.md)"] = False
     max_loras: Annotated[int | None, Integer(1, 4096),
-                         "most different adapters in one step; without it, as many as sequences, on a GPU 8",
-                         "Nothing is padded, so that more cost nothing."] = None
+                         "most different adapters in one step; default: as many as sequences, on a GPU 8",
+                         "Nothing is padded, so a larger number costs nothing."] = None
     max_lora_rank: Annotated[int, Integer(1, 4096), "adapters of a higher rank are refused",
-                             "True ranks are kept, so that it guards memory alone."] = 256
+                             "Adapters keep their own ranks; the limit only protects memory."] = 256
     max_cpu_loras: Annotated[int | None, Integer(1, 1 << 20),
-                             "most adapters in memory; without it, as many as lora_memory holds",
-                             "Those that were not used for longest leave first; they are loaded again when they are "
-                             "asked for."] = None
-    lora_memory: Annotated[int | None, Integer(1 << 10, 1 << 50), "bytes for adapters in memory; without it, a quarter "
-                           "of what is free behind the model, at most 4 GiB"] = None
+                             "most adapters in memory; default: as many as lora_memory holds",
+                             "The least recently used adapters are evicted first and loaded again when a request names "
+                             "them."] = None
+    lora_memory: Annotated[int | None, Integer(1 << 10, 1 << 50), "bytes for adapters in memory; default: a quarter of "
+                           "the memory that is free after loading, at most 4 GiB"] = None
     lora_dtype: Annotated[LoraDType, Choice((*_DTYPES, "int8"), _DTYPE_ALIASES), "type of adapters in memory: auto, "
                           "f32, bf16, f16 or int8",
                           'On the CPU "auto" is int8 where the base\'s matrices are quantised, f32 where they are F32, '
                           "else bf16. f16 is for GPUs, where adapters have the type of activations."] = "auto"
     max_queued_requests: Annotated[int, Integer(1, 1 << 20),
                                    "most unfinished sequences before new requests are refused"] = 1024
-    threads: Annotated[int | None, Integer(1, 1024), "CPU threads; without it, one per allowed physical core",
-                       "On a GPU they are those of loading alone."] = None
+    threads: Annotated[int | None, Integer(1, 1024), "CPU threads; default: one per allowed physical core",
+                       "On a GPU they are used for loading only."] = None
     cpu_ranks: Annotated[int | None, Integer(1, 64),
                          "groups of CPU threads, each with its rows of every matrix in the memory of its own NUMA "
-                         "node; without it, one for each node",
-                         "Those nodes count whose CPUs this process may use, on Linux; elsewhere there is one. Answers "
-                         "are the same to the bit (docs/scaling.md)."
+                         "node; default: one for each node",
+                         "On Linux, nodes count whose CPUs this process may use; elsewhere there is one node. Answers "
+                         "have the same bits (docs/scaling.md)."
                          ] = None
     cpu_level: Annotated[CpuLevel | None, Choice(get_args(CpuLevel)),
-                         "which of this CPU's instructions are used: " + ", ".join(get_args(CpuLevel)),
-                         "Without it, all that the kernels know. It counts for the whole process (docs/kernels.md)."
+                         "instruction set that the kernels use: " + ", ".join(get_args(CpuLevel)),
+                         "Default: the best one of this CPU that the kernels know. It applies to the whole process "
+                         "(docs/kernels.md)."
                          ] = None
     seed: Annotated[int | None, Integer(-(1 << 63), (1 << 64) - 1),
                     "makes requests without a seed reproducible, in order of arrival"] = None

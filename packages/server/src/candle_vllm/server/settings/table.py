@@ -112,16 +112,16 @@ class Settings:
         Text(128), "format of the model's reasoning; without it, chosen by the model's files", "NAME", in_yaml=True,
         commands=_WITH_TEXT)] = None
     reasoning_budget: Annotated[int | None, own(MODEL,
-        Integer(-1, MAX_BUDGET), "most tokens of thoughts where a request does not say it; -1 is no limit", "N",
+        Integer(-1, MAX_BUDGET), "default limit of reasoning tokens; -1 is no limit", "N",
         in_yaml=True, commands=_WITH_TEXT)] = None
     reasoning_budget_message: Annotated[str | None, own(MODEL,
-        Text(MAX_MESSAGE), "what the model is made to say where a budget ends its thoughts", "TEXT", in_yaml=True,
+        Text(MAX_MESSAGE), "text that ends the reasoning when its budget is used up", "TEXT", in_yaml=True,
         commands=_WITH_TEXT)] = None
     served_model_name: Annotated[tuple[str, ...], own(MODEL,
         Text(512), "name of the model for clients; repeatable, the first is reported", "NAME", in_yaml=True,
         commands=_SERVE)] = ()
     strict_model_names: Annotated[bool, own(MODEL,
-        Boolean(), "refuse requests that call the only model by a name that it is not served by",
+        Boolean(), "refuse requests that name another model, even if only one model is served",
         commands=_SERVE)] = False
     models_config: Annotated[Path | None, own(MODEL,
         FilePath(), "models.yaml; else ~/.candle-vllm/models.yaml, else ./models.yaml", "FILE")] = None
@@ -139,28 +139,29 @@ class Settings:
     model_impl: Annotated[str | None, engine(MODEL, "LAYERS", commands=_LOADING)] = None
     enable_lora: Annotated[bool, engine(MODEL, commands=_WITH_ADAPTERS)] = False
     device: Annotated[str | None, engine(DEVICE,
-        "DEVICE", text="auto, cpu, cuda, cuda:N, or N alone for a GPU; among several (0,1) the model is divided; --cpu "
-        "is --device cpu", reading={"several": True},
+        "DEVICE", text="auto, cpu, cuda, cuda:N, or just N for a GPU; a model is divided among several (0,1); --cpu is "
+        "--device cpu", reading={"several": True},
         flags=("--d", "--device"), constants={"--cpu": "cpu"})] = None
     tensor_parallel_size: Annotated[int | None, engine(DEVICE, "N")] = None
     pipeline_parallel_size: Annotated[int | None, engine(DEVICE, "N")] = None
     nnodes: Annotated[int | None, engine(DEVICE, "N")] = None
-    node_rank: Annotated[int | None, engine(DEVICE, "K", more="; the others serve nothing", commands=_SERVE)] = None
+    node_rank: Annotated[int | None, engine(DEVICE, ""
+        "K", more="; the others have no HTTP server", commands=_SERVE)] = None
     master_addr: Annotated[str | None, engine(DEVICE, "HOST")] = None
     master_port: Annotated[int | None, engine(DEVICE, "PORT")] = None
     cluster_key: Annotated[str | None, own(DEVICE,
-        Secret(), "what all nnodes must know, 16 characters or more; others are turned away", "KEY",
+        Secret(), "shared secret of all machines, 16 characters or more; a machine without it is refused", "KEY",
         engine="cluster_key")] = None
     distributed_executor_backend: Annotated[str | None, engine(DEVICE,
         "NAME", reading={"aliases": {"uni": "mp"}})] = None
     enable_expert_parallel: Annotated[bool, engine(DEVICE)] = False
     all2all_backend: Annotated[str | None, engine(DEVICE, "NAME")] = None
     data_parallel_size: Annotated[int | None, engine(DEVICE, "N",
-        text="replicas of the model behind one address, each in a process of its own, on its own GPU or its share of "
-        "the CPU's threads (docs/scaling.md)", commands=_SERVE)] = None
-    cpu_experts: Annotated[int | None, engine(DEVICE, "N", more="; auto: as many as do not fit; all: of all layers",
+        text="replicas of the model behind one address, each in its own process, on its own GPU or share of the CPU "
+        "threads (docs/scaling.md)", commands=_SERVE)] = None
+    cpu_experts: Annotated[int | None, engine(DEVICE, "N", more="; auto: as many as do not fit; all: all layers",
         reading={"auto": True, "whole": True})] = None
-    cpu_offload_gb: Annotated[float | None, engine(DEVICE, "GIB", more="; without it, as much as does not fit")] = None
+    cpu_offload_gb: Annotated[float | None, engine(DEVICE, "GIB", more="; default: as much as does not fit")] = None
     gpu_layers: Annotated[int | None, engine(DEVICE, "N", more="; auto: as many as fit; all: the model must fit",
         reading={"auto": True, "whole": True}, flags=("--gpu-layers", "--n-gpu-layers"))] = None
     dtype: Annotated[str | None, engine(DEVICE, "TYPE")] = None
@@ -184,13 +185,13 @@ class Settings:
     gpu_memory_utilization: Annotated[float | None, engine(DEVICE, "SHARE", rivals="KV cache size")] = None
     block_size: Annotated[int | None, engine(DEVICE, "N")] = None
     engine_process: Annotated[bool, own(DEVICE,
-        Boolean(), "run the engine in a process of its own, which is started again when it dies", in_yaml=True,
+        Boolean(), "run the engine in its own process, which is restarted when it dies", in_yaml=True,
         commands=_SERVE)] = False
     threads: Annotated[int | None, engine(DEVICE, "N")] = None
     cpu_ranks: Annotated[int | None, engine(DEVICE, "N", more=", as with auto", reading={"auto": True})] = None
     cpu_level: Annotated[str | None, engine(DEVICE, "LEVEL")] = None
     max_model_len: Annotated[int | None, engine(LIMITS,
-        "N", more="; auto: as many as the model has and memory holds", reading={"auto": True})] = None
+        "N", more="; auto: as many as the model allows and memory holds", reading={"auto": True})] = None
     yarn_scaling_factor: Annotated[float | None, engine(LIMITS, "FACTOR")] = None
     max_num_seqs: Annotated[int | None, engine(LIMITS, "N", commands=_BATCHING)] = None
     prefill_chunk_size: Annotated[int | None, engine(LIMITS,
@@ -201,7 +202,7 @@ class Settings:
     kv_offloading_size: Annotated[float | None, engine(LIMITS, "GIB", commands=_REUSING)] = None
     prompt_cache_path: Annotated[Path | None, engine(LIMITS, "DIR", commands=_REUSING)] = None
     prompt_cache_url: Annotated[str | None, own(LIMITS,
-        Secret(), "Redis in which full KV blocks are kept as well, for all servers of a model: "
+        Secret(), "Redis to which full KV blocks are written, shared by all servers of a model: "
         "redis://user:password@host:port/db, or rediss:// for TLS", "URL", in_yaml=True,
         engine="prompt_cache_url", commands=_REUSING)] = None
     prompt_cache_bytes: Annotated[int | None, engine(LIMITS, "BYTES", more="; 4G is 4 * 2^30",
@@ -217,103 +218,111 @@ class Settings:
     seed: Annotated[int | None, engine(LIMITS, "N", reading={"units": False}, commands=_WITH_TEXT)] = None
     temperature: Annotated[float | None, own(SAMPLING, Number(0, 100), "0 is greedy", "X", in_yaml=True)] = None
     top_p: Annotated[float | None, own(SAMPLING,
-        Number(0, 1, open_low=True), "keep the likeliest tokens up to this sum", "X", in_yaml=True)] = None
+        Number(0, 1, open_low=True), "keep the most likely tokens up to this sum of "
+        "probabilities", "X", in_yaml=True)] = None
     top_k: Annotated[int | None, own(SAMPLING,
-        Integer(-1, 1 << 24), "keep the K likeliest tokens; 0 or -1 keeps all", "K", in_yaml=True)] = None
+        Integer(-1, 1 << 24), "keep the K most likely tokens; 0 or -1 keeps all", "K", in_yaml=True)] = None
     min_p: Annotated[float | None, own(SAMPLING,
-        Number(0, 1), "drop tokens less likely than this share of the likeliest", "X", in_yaml=True)] = None
+        Number(0, 1), "drop tokens whose probability is below this share of the most "
+        "likely token's", "X", in_yaml=True)] = None
     frequency_penalty: Annotated[float | None, own(SAMPLING,
-        Number(-2, 2), "penalty per earlier occurrence", "X", in_yaml=True)] = None
+        Number(-2, 2), "penalty for each earlier occurrence of a token", "X", in_yaml=True)] = None
     presence_penalty: Annotated[float | None, own(SAMPLING,
-        Number(-2, 2), "penalty for having occurred", "X", in_yaml=True)] = None
+        Number(-2, 2), "penalty for tokens that have occurred", "X", in_yaml=True)] = None
     repetition_penalty: Annotated[float | None, own(SAMPLING,
         Number(0, 100, open_low=True), "divides the odds of tokens that have occurred; 1 is none", "X",
         in_yaml=True)] = None
     max_loaded_models: Annotated[int | None, own(MODELS,
-        Integer(1, 1024), "most models in memory; without it, as many as fit", "N")] = None
+        Integer(1, 1024), "most models in memory; default: as many as fit", "N")] = None
     idle_unload_secs: Annotated[int | None, own(MODELS,
-        Integer(1, 1 << 24), "unload a model that was not used for so long; without it, models stay", "SECONDS")] = None
+        Integer(1, 1 << 24), "unload a model after this time without a request; "
+        "default: models stay", "SECONDS")] = None
     queue_size: Annotated[int, own(MODELS,
-        Integer(1, 1 << 16), "requests that may wait for a model that is not loaded, for each model", "N")] = 256
+        Integer(1, 1 << 16), "most requests that may wait for a model to load, for each model", "N")] = 256
     model_wait_timeout: Annotated[int, own(MODELS,
-        Integer(1, 86400), "how long a request waits for a model that is not loaded", "SECONDS")] = 600
+        Integer(1, 86400), "how long a request waits for a model to load", "SECONDS")] = 600
     model_drain_timeout: Annotated[int, own(MODELS,
-        Integer(0, 86400), "how long a model that makes room for another may finish its requests", "SECONDS")] = 120
+        Integer(0, 86400), "how long a model may finish its requests before it is unloaded to make "
+        "room for another", "SECONDS")] = 120
     allow_model_changes: Annotated[bool, own(MODELS,
-        Boolean(), "serve the models that were fetched, let clients pull, copy and delete models (/api/pull, "
-        "/api/copy, /api/delete), and operators add, remove and read them again (/v1/models/add, remove, reload)",
+        Boolean(), "serve downloaded models, let clients pull, copy and delete models (/api/pull, /api/copy, "
+        "/api/delete), and let operators add, remove and reload them (/v1/models/add, remove, reload)",
         commands=_SERVE)] = False
     lora_modules: Annotated[tuple[str, ...], own(ADAPTERS,
-        Text(), "adapter that is served by its name (docs/lora.md): name=path, or JSON with name, path, pinned and "
-        "scale; repeatable", "NAME=PATH", in_yaml=True)] = ()
+        Text(), "LoRA adapter to serve (docs/lora.md): name=path, or JSON with name, path, pinned and scale; "
+        "repeatable", "NAME=PATH", in_yaml=True)] = ()
     lora_init_without_apply: Annotated[bool, own(ADAPTERS,
-        Boolean(), "adapters count where a request names them alone, whatever scale they were given",
+        Boolean(), "apply adapters only to requests that name them, whatever their scale",
         in_yaml=True, commands=_SERVING_ADAPTERS)] = False
     lora_warmup: Annotated[tuple[str, ...], own(ADAPTERS,
-        Text(512), "name of an adapter that is loaded with its model; repeatable", "NAME",
+        Text(512), "name of an adapter to load together with its model; repeatable", "NAME",
         in_yaml=True, commands=_SERVING_ADAPTERS)] = ()
     lora_resolver: Annotated[tuple[str, ...], own(ADAPTERS,
-        Text(), "where adapters are looked for that a request names and nobody knows: local=DIR, hf=org/* (hf alone is "
-        "every repository), s3=BUCKET/FOLDER or tar=https://HOST/{name}.tar.gz; repeatable, asked in order",
+        Text(), "where to look for an unknown adapter that a request names: local=DIR, hf=org/* (just hf is every "
+        "repository), s3=BUCKET/FOLDER or tar=https://HOST/{name}.tar.gz; repeatable, asked in order",
         "SOURCE", commands=_SERVING_ADAPTERS)] = ()
     lora_allowed_bases: Annotated[tuple[str, ...], own(ADAPTERS,
-        Text(512), "base that the configuration of a looked-for adapter must name, * for any characters; repeatable",
+        Text(512), "base model that the configuration of such an adapter must name, * for any characters; repeatable",
         "PATTERN", commands=_SERVING_ADAPTERS)] = ()
     lora_max_mb: Annotated[int, own(ADAPTERS,
-        Integer(1, 1 << 20), "largest adapter that is fetched, in MB of 2^20 bytes", "MB",
+        Integer(1, 1 << 20), "largest adapter to download, in MB of 2^20 bytes", "MB",
         commands=_SERVING_ADAPTERS)] = 1024
     lora_fetch_timeout: Annotated[int, own(ADAPTERS,
-        Integer(1, 86400), "how long fetching an adapter may take", "SECONDS", commands=_SERVING_ADAPTERS)] = 120
+        Integer(1, 86400), "how long the download of an adapter may take", "SECONDS", commands=_SERVING_ADAPTERS)] = 120
     lora_cache_dir: Annotated[Path | None, own(ADAPTERS,
-        FilePath(), "folder for fetched adapters; else adapters in --download-dir, else ~/.cache/candle-vllm/adapters",
+        FilePath(), "folder for downloaded adapters; default: adapters in --download-dir, or "
+        "~/.cache/candle-vllm/adapters",
         "DIR", commands=_SERVING_ADAPTERS)] = None
     lora_cache_bytes: Annotated[int, own(ADAPTERS,
-        Integer(1 << 20, 1 << 50), "most that fetched adapters take on disk; the least used make room; 4G is 4 * 2^30",
+        Integer(1 << 20, 1 << 50), "most bytes of downloaded adapters on disk; the least recently used are deleted; 4G "
+        "is 4 * 2^30",
         "BYTES", commands=_SERVING_ADAPTERS)] = 10 << 30
     allow_runtime_lora: Annotated[bool, own(ADAPTERS,
-        Boolean(), "let operators load and unload adapters of this machine's files while the server runs "
+        Boolean(), "let operators load adapters from this machine's files, and unload them, while the server runs "
         "(/v1/load_lora_adapter, /v1/unload_lora_adapter)",
         commands=("serve", "config"))] = False
     mailbox: Annotated[str | None, own(MAILBOX,
-        Secret(), "keep answers for clients that ask for it: sqlite (in ~/.candle-vllm), sqlite:///path or "
+        Secret(), "store answers for clients that ask for it: sqlite (in ~/.candle-vllm), sqlite:///path or "
         "postgresql://...", "URL")] = None
     mailbox_retention_secs: Annotated[int, own(MAILBOX,
-        Integer(1, 30 * 86400), "how long a finished answer is kept", "SECONDS")] = 3600
+        Integer(1, 30 * 86400), "how long a finished answer is stored", "SECONDS")] = 3600
     webhook_allowed_hosts: Annotated[tuple[str, ...], own(MAILBOX,
-        Text(512), "host to which clients may have answers pushed, or *.example.com; repeatable", "HOST")] = ()
+        Text(512), "host to which answers may be pushed (webhooks), or *.example.com; repeatable", "HOST")] = ()
     webhook_allow_private: Annotated[bool, own(MAILBOX,
-        Boolean(), "hosts that are listed by name may have private addresses")] = False
+        Boolean(), "allow private addresses for hosts that are listed by name")] = False
     responses_store: Annotated[str, own(RESPONSES,
-        Secret(), "where responses and conversations are kept: memory (until the server ends), sqlite (in "
+        Secret(), "where responses and conversations are stored: memory (until the server ends), sqlite (in "
         "~/.candle-vllm), sqlite:///path, postgresql://..., or off", "URL")] = "memory"
     responses_retention_days: Annotated[int, own(RESPONSES,
-        Integer(1, MAX_DAYS), "how long a response is kept", "DAYS")] = 30
+        Integer(1, MAX_DAYS), "how long a response is stored", "DAYS")] = 30
     responses_max_records: Annotated[int, own(RESPONSES,
-        Integer(1, MAX_RECORDS), "most responses and conversations of all keys; the oldest make room", "N")] = 10_000
+        Integer(1, MAX_RECORDS), "most stored responses and conversations of all keys; the "
+        "oldest are deleted", "N")] = 10_000
     responses_max_mb: Annotated[int, own(RESPONSES,
-        Integer(1, MAX_MB), "most of what they hold, in MB of 2^20 bytes; the oldest make room", "MB")] = 256
+        Integer(1, MAX_MB), "most stored data of responses and conversations, in MB of 2^20 bytes; the oldest are "
+        "deleted", "MB")] = 256
     files_max_mb: Annotated[int, own(RESPONSES,
-        Integer(1, MAX_MB), "most of all files of batches (docs/batches.md), in MB of 2^20 bytes; the oldest make "
-        "room; one of several keys may have half", "MB")] = 256
+        Integer(1, MAX_MB), "most stored files of batches (docs/batches.md), in MB of 2^20 bytes; the oldest are "
+        "deleted; with several keys, one key may have half", "MB")] = 256
     file_max_mb: Annotated[int, own(RESPONSES,
         Integer(1, MAX_MB), "largest file of a batch, in MB of 2^20 bytes", "MB")] = 100
     mcp_config: Annotated[Path | None, own(TOOLS,
         FilePath(), "file with the MCP servers (docs/mcp.md); else ~/.candle-vllm/mcp.json, else ./mcp.json",
         "FILE")] = None
     mcp_command: Annotated[str | None, own(TOOLS,
-        Text(), "program of one more MCP server, which is called default", "PROGRAM", commands=_SERVE)] = None
+        Text(), "program of an additional MCP server, called default", "PROGRAM", commands=_SERVE)] = None
     mcp_args: Annotated[str | None, own(TOOLS,
         Text(), "its arguments, as in a shell, or separated by commas: --mcp-args=--port,80", "ARGS",
         commands=_SERVE, secret=True)] = None
     mcp_execute: Annotated[bool, own(TOOLS,
-        Boolean(), "run the calls of tools that mcp.json approves in chat requests without tools",
+        Boolean(), "in chat requests without tools, run the calls of tools that mcp.json approves",
         commands=_SERVE)] = False
     mcp_max_turns: Annotated[int, own(TOOLS,
-        Integer(1, 1000), "most turns of the model in a chat request whose tools run here", "N", commands=_SERVE)] = 8
+        Integer(1, 1000), "most model turns in a chat request whose tools the server runs", "N", commands=_SERVE)] = 8
     mcp_max_tool_calls: Annotated[int, own(TOOLS,
-        Integer(0, 10000), "most calls of tools that run in one chat request", "N", commands=_SERVE)] = 32
+        Integer(0, 10000), "most tool calls that the server runs in one chat request", "N", commands=_SERVE)] = 32
     mcp_tool_timeout: Annotated[float | None, own(TOOLS,
-        Number(0, 3600, open_low=True), "most seconds for one call of a tool, where mcp.json allows more", "SECONDS",
+        Number(0, 3600, open_low=True), "most seconds for one tool call, even if mcp.json allows more", "SECONDS",
         commands=_SERVE)] = None
     mcp_allow_urls: Annotated[tuple[str, ...], own(TOOLS,
         Text(2048), "MCP server that requests to /v1/responses may name: https://host/path, * for any characters; "
@@ -324,7 +333,7 @@ class Settings:
     port: Annotated[int, own(HTTP,
         Integer(0, 65535, units=False), "TCP port; 0 takes a free one", "PORT", flags=("--p", "--port"))] = 2000
     ollama_port: Annotated[int | None, own(HTTP,
-        Integer(1, 65535, units=False), "second TCP port, where Ollama's clients look for theirs: 11434", "PORT",
+        Integer(1, 65535, units=False), "second TCP port for Ollama's clients, which expect 11434", "PORT",
         commands=_SERVE)] = None
     ui_server: Annotated[bool, own(HTTP, Boolean(), "serve the web UI at /", commands=_SERVE)] = False
     api_key: Annotated[tuple[str, ...], own(HTTP,
@@ -335,18 +344,19 @@ class Settings:
         FilePath(), "YAML file of API keys with names, expiry and limits; it is read again when it changes",
         "FILE")] = None
     management_key: Annotated[tuple[str, ...], own(HTTP,
-        Secret(), "key for loading and unloading models and for /metrics, where API keys shall not do; repeatable",
+        Secret(), "key for loading and unloading models and for /metrics, which API keys then cannot do; repeatable",
         "KEY")] = ()
     max_queued_per_key: Annotated[int | None, own(HTTP,
-        Integer(1, 1 << 20), "most unfinished sequences of one API key before its further requests are refused with "
-        "429", "N")] = None
+        Integer(1, 1 << 20), "most unfinished sequences of one API key; further requests are "
+        "refused with 429", "N")] = None
     requests_per_minute: Annotated[int | None, own(HTTP,
-        Integer(1, 1 << 30), "most requests of one API key in a minute before further ones are refused with 429; "
-        "without keys, of all clients together", "N")] = None
+        Integer(1, 1 << 30), "most requests of one API key in a minute; further requests are refused with 429; without "
+        "keys, of all clients together", "N")] = None
     tokens_per_minute: Annotated[int | None, own(HTTP,
-        Integer(1, 1 << 40), "the same for tokens, of prompts and answers together", "N")] = None
+        Integer(1, 1 << 40), "most tokens of prompts and answers in a minute, likewise", "N")] = None
     request_timeout: Annotated[int, own(HTTP,
-        Integer(1, 1 << 20), "seconds after which a request is ended, waiting included", "SECONDS")] = 3600
+        Integer(1, 1 << 20), "seconds after which a request is aborted, its time in the "
+        "queue included", "SECONDS")] = 3600
     cors_origin: Annotated[tuple[str, ...], own(HTTP,
         Text(512), "web origin whose pages may call this server, or *; * in it is any host; repeatable", "ORIGIN")] = ()
     root_path: Annotated[str | None, own(HTTP,
@@ -357,43 +367,43 @@ class Settings:
         FilePath(), "its private key in PEM, without a password; may stand in the same file", "FILE",
         commands=_SERVE)] = None
     ssl_ca_certs: Annotated[Path | None, own(HTTP,
-        FilePath(), "certificates in PEM that clients' certificates must come from", "FILE", commands=_SERVE)] = None
+        FilePath(), "CA certificates in PEM that sign the certificates of clients", "FILE", commands=_SERVE)] = None
     ssl_cert_reqs: Annotated[int, own(HTTP,
-        Integer(0, 2, units=False), "whether clients need certificates: 0 no, 1 those that have one show it, 2 all",
+        Integer(0, 2, units=False), "whether clients need certificates: 0 no, 1 optional, 2 required",
         "N", commands=_SERVE)] = 0
     ssl_ciphers: Annotated[str | None, own(HTTP,
         Text(), "ciphers of TLS 1.2, as OpenSSL writes them", "CIPHERS", commands=_SERVE)] = None
     enable_ssl_refresh: Annotated[bool, own(HTTP,
-        Boolean(), "read certificate and key again when their files change", commands=_SERVE)] = False
+        Boolean(), "reload certificate and key when their files change", commands=_SERVE)] = False
     unknown_fields: Annotated[str, own(HTTP,
-        Choice(("refuse", "warn")), "what becomes of a request's fields that no API knows: refuse, or warn, which "
-        "leaves them out and says so in x-warning", commands=_SERVE)] = "refuse"
+        Choice(("refuse", "warn")), "unknown fields of a request: refuse it, or warn (leave them out and name them in "
+        "the header x-warning)", commands=_SERVE)] = "refuse"
     max_body_mb: Annotated[int, own(HTTP, Integer(1, 1024), "largest request body, in MB of 2^20 bytes", "MB")] = 8
     max_held_mb: Annotated[int, own(HTTP,
-        Integer(1, 1 << 20), "most of all bodies and messages that have not been parsed or whose requests wait for "
-        "their turn, in MB of 2^20 bytes; one API key may have half; further ones are refused with 503", "MB")] = 512
+        Integer(1, 1 << 20), "most request bodies and messages in memory that are unparsed or whose requests wait, in "
+        "MB of 2^20 bytes; one API key may have half; further requests are refused with 503", "MB")] = 512
     allowed_media_domains: Annotated[tuple[str, ...], engine(HTTP, "HOST", more="; several with commas; repeatable",
         in_yaml=False, commands=_SERVE)] = ()
     allowed_local_media_path: Annotated[Path | None, engine(HTTP, "DIR", in_yaml=False, commands=_SERVE)] = None
     enable_request_priority: Annotated[bool, own(HTTP,
-        Boolean(), "let clients put their requests before those of others (`priority`)")] = False
+        Boolean(), "let clients raise the priority of their requests (`priority`)")] = False
     enable_force_include_usage: Annotated[bool, own(HTTP,
-        Boolean(), "streams end with their token counts, also where the request does not ask (`stream_options`)",
+        Boolean(), "end every stream with its token counts, even if the request does not ask for it (`stream_options`)",
         commands=_SERVE)] = False
     trust_request_chat_template: Annotated[bool, own(HTTP,
-        Boolean(), "let clients send a chat template of their own (`chat_template`)")] = False
+        Boolean(), "let clients send their own chat template (`chat_template`)")] = False
     shutdown_timeout: Annotated[int, own(HTTP,
-        Integer(0, 86400), "seconds that running requests get to finish on shutdown", "SECONDS")] = 30
+        Integer(0, 86400), "seconds for running requests to finish on shutdown", "SECONDS")] = 30
     log_requests: Annotated[bool, own(LOGGING,
         Boolean(), "log one line per HTTP request and one per generation, without its content",
         commands=_SERVE)] = False
     log_prompts: Annotated[bool, own(LOGGING,
-        Boolean(), "write the beginning of prompts to the request log as well (needs --log-requests)",
+        Boolean(), "also log the beginning of each prompt (needs --log-requests)",
         commands=_SERVE)] = False
     log_format: Annotated[str, own(LOGGING,
         Choice(("text", "json")), "text, or json: one object per line", "FORMAT", commands=_SERVE)] = "text"
     log_file: Annotated[Path | None, own(LOGGING,
-        FilePath(), "file that the log is written to as well, behind what stands there; --log is candle-vllm.log",
+        FilePath(), "file to which the log is appended as well; --log is candle-vllm.log",
         "FILE", constants={"--log": Path("candle-vllm.log")}, commands=_SERVE)] = None
     otlp_endpoint: Annotated[str | None, own(LOGGING,
         Text(2048), "OTLP/HTTP collector for traces, such as http://127.0.0.1:4318; needs "
