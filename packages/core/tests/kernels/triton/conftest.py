@@ -36,7 +36,7 @@ from candle_vllm.core.kernels.triton_build import Usage, compile_form
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HERE = Path(__file__).parent
 CPU_SECONDS = 3600  # that one such process may take
-PROCESSES = 2  # of tests under the interpreter, a half of the files for each
+PROCESSES = 3  # a half of the files under the interpreter for each of two, and the launches: what waited would end last
 DRIVERS = ("test_interpreter.py", "test_ahead_of_time.py", "test_launches.py")
 
 
