@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a plain installation needs has wheels on the systems that docs/installation.md names, so that nothing is compiled there."""
+"""What a plain installation needs has wheels on the systems that docs/installation.md names: nothing is compiled."""
 
 from __future__ import annotations
 
