@@ -3,17 +3,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
 
-from tests import restless
+from tests import restless, workers
 from tests.waiting import wait_for
 
 ROOT = Path(__file__).parents[1]
@@ -165,6 +168,17 @@ def test_fixtures_of_a_session_and_of_a_folder_serve_all_files(tmp_path: Path) -
     assert done.returncode == 0, done.stdout
     assert "6 passed" in done.stdout.splitlines()[-1]
     assert (folder / "made").read_text().splitlines() == ["made", "ended"]
+
+
+def test_a_file_without_a_time_begins_before_the_short_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("test_long", "test_new", "test_short"):
+        (tmp_path / f"{name}.py").write_text("")
+    monkeypatch.setattr(workers, "ROOT", tmp_path)
+    monkeypatch.setattr(workers, "TIMES", times := tmp_path / "times.json")
+    times.write_text(json.dumps({"test_short.py": 2, "test_long.py": 90}))
+    config: Any = SimpleNamespace(args=[str(tmp_path)], invocation_params=SimpleNamespace(dir=tmp_path))
+    names = [Path(unit).stem for unit in workers.find_units(config)]
+    assert names == ["test_long", "test_new", "test_short"]
 
 
 def test_a_restless_run_has_the_common_tests_and_the_switch_interval(tmp_path: Path) -> None:

@@ -4,7 +4,8 @@
 A plugin of pytest, loaded by the workspace's `conftest.py`. A run that names more than `FEW` files is divided. Each of
 `--workers` processes is a pytest session that asks this process for a file, runs it, and sends its reports. The
 default of four is more than two cores need for computing, because tests of servers, of processes and of the page
-mostly wait. Files that take longest by `tests/file_times.json` come first; `--write-file-times` writes that table anew.
+mostly wait. Files that take longest by `tests/file_times.json` come first, and those that have no time yet before short
+ones; `--write-file-times` writes that table anew.
 `--workers 0`, `--pdb`, `-s` and `--collect-only` keep a run in one process.
 
 A test whose failure has a cause of `passing` (a timeout, a lost connection, a process that has ended) is run once more
@@ -39,6 +40,7 @@ ROOT = Path(__file__).parents[1]
 TIMES = ROOT / "tests" / "file_times.json"
 FLAKY = ROOT / "flaky.txt"
 FEW = 8  # files; a run of so few is not divided
+UNKNOWN = 30.0  # seconds of a file without a time: it is short, or new and perhaps long, so it is not the last
 TOGETHER = (
     ROOT / "packages/core/tests/kernels/triton",
 )  # folders whose files share what is started when they are collected
@@ -83,7 +85,7 @@ def find_units(config: pytest.Config) -> list[str]:
             for found in sorted(path.rglob("test_*.py")):
                 if not {".venv", "node_modules"} & set(found.parts):
                     files[str(found)] = None
-    units = {file: times.get(os.path.relpath(file, ROOT), 1.0) for file in files}
+    units = {file: times.get(os.path.relpath(file, ROOT), UNKNOWN) for file in files}
     for folder in map(str, TOGETHER):  # given as a folder, so that its conftest.py chooses among its files
         inside = [file for file in files if os.path.dirname(file) == folder]
         if len(inside) > 1:
