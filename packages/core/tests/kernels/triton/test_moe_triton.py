@@ -269,9 +269,13 @@ def quantised(
     return x.to(torch.bfloat16), gate_up, down, weights, experts
 
 
+KINDS = [PackedKind[name] for name in ("Q4_0", "Q3_K", "Q5_K", "Q6_K", "IQ2_S")]
+"""One of each way to keep codes and scales: the linear kernel, which decodes by the same functions, has every form."""
+
+
 @pytest.mark.one_of_each
 @pytest.mark.parametrize("tokens", [2, 34])
-@pytest.mark.parametrize("kind", OWN_FORMS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", few(OWN_FORMS, *KINDS), ids=lambda kind: kind.name)
 def test_quantised_experts(kind: PackedKind, tokens: int, device: torch.device) -> None:
     """Matrices of two kinds; the second's columns fill no step."""
     x, gate_up, down, weights, experts = quantised(tokens, (kind, PackedKind.Q8_0), 2, 256, 32, device)
