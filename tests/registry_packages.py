@@ -78,7 +78,7 @@ def unpacked(archive: Path, inside: str, wanted: Callable[[str], bool], folder: 
 
 
 def _members(archive: Path, inside: str) -> Sequence[tuple[str, Callable[[], bytes]]]:
-    if archive.suffix == ".whl":
+    if archive.suffix in (".whl", ".zip"):
         whole = zipfile.ZipFile(archive)
         return [
             (entry.filename.removeprefix(inside), lambda entry=entry: whole.read(entry))

@@ -38,7 +38,7 @@ COMPILED, TORCH, INTERPRETED, REFERENCE, UNTESTED, NONE = (
 )
 
 
-ENCODED = "compiled on the CPU and in torch on a GPU"  # what `pooling/test_encoders.py` compares with transformers
+ENCODED = "compiled on the CPU (DeBERTa: in torch) and in torch on a GPU"  # what `core/tests/pooling` compares
 
 
 def rows_by_class() -> dict[str, list[str]]:

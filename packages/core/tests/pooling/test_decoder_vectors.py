@@ -409,7 +409,12 @@ def test_a_gguf_file_says_how(number: int, kind: str) -> None:
         (None, {"pooling_mode": "weighted"}, "the pooling is weighted"),
         (None, {"pooling_mode_mean_tokens": True, "include_prompt": False}, "include_prompt is false"),
         (None, {"pooling_mode_mean_tokens": "yes"}, "pooling_mode_mean_tokens is 'yes', not a bool"),
-        ([{"type": "a.Transformer", "path": ""}, {"type": "a.Dense", "path": "2_Dense"}], None, "Transformer, Dense"),
+        (
+            [{"type": "a.Transformer", "path": ""}, {"type": "a.WordWeights", "path": "2_W"}],
+            None,
+            "Transformer, WordWe",
+        ),
+        ([{"type": "a.Transformer", "path": ""}, {"type": "a.Dense", "path": "2_Dense"}], None, "cannot be read"),
         ([{"type": "a.Transformer", "path": "../../etc"}], None, "as path a folder beside it"),
         ([{"type": "a.Transformer", "path": "/etc"}], None, "as path a folder beside it"),
         ([{"type": "a.Transformer"}], None, "each entry must have a type"),

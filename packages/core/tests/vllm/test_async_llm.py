@@ -141,8 +141,8 @@ def test_classes(tmp_path: Path, engine: InferenceEngine) -> None:
             asyncio.run(classes(classifier, PoolingParams()))
     with pytest.raises(InvalidParameterError, match="no scores or classes"):
         asyncio.run(classes(engine))
-    with pytest.raises(InvalidParameterError, match="no vectors of single tokens"):
-        asyncio.run(classes(engine, task="token_embed"))
+    (single,) = asyncio.run(classes(engine, task="token_embed"))
+    assert single.outputs.data.shape == (len(single.prompt_token_ids), engine.model_info.embedding_size)
 
 
 def test_what_there_is_not_is_refused_by_name(engine: InferenceEngine) -> None:

@@ -230,7 +230,7 @@ def test_a_bar_of_the_callers_own_is_moved(llm: LLM) -> None:
         ),
         (lambda llm: llm.generate("a", tokenization_kwargs={"truncation": True}), "may have add_special_tokens"),
         (lambda llm: llm.chat([USER], chat_template_content_format="openai"), "always joined to one text"),
-        (lambda llm: llm.encode("a", pooling_task="token_embed"), "no vectors of single tokens"),
+        (lambda llm: llm.encode("a", pooling_task="score"), "scores are asked of pairs"),
         (lambda llm: llm.generate("a", {"temperature": 0}), "sampling_params must be SamplingParams, not dict"),
         (lambda llm: llm.generate({"multi_modal_data": {}, "prompt": "a"}), "text alone is read here"),
     ],

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: MIT
 """Layers behind the pooling, of a vector or of a head for scores and classes.
 
-They are a few products with one vector a text, and computed by numpy, in float32.
+They are a few products with one vector a text, or with one of each token, and computed by numpy, in float32.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -20,12 +21,13 @@ Likelihood = Literal["none", "sigmoid", "softmax"]
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Dense:
-    """norm(act(W x + b)) of a vector x [K], [N].
+    """norm(act(W x + b)) of vectors x [..., K], [..., N].
 
     Attributes:
         weight, bias: float32 [N, K] and [N]; no bias is None.
         activation: act.
-        norm, eps: float32 weight [N] and epsilon of a LayerNorm without a bias; None where there is none.
+        norm, eps: float32 weight [N] and epsilon of a LayerNorm; None where there is none.
+        norm_bias: of that, where it has one.
     """
 
     weight: NDArray[np.float32]
@@ -33,18 +35,21 @@ class Dense:
     activation: DenseActivation = "none"
     norm: NDArray[np.float32] | None = None
     eps: float = 1e-5
+    norm_bias: NDArray[np.float32] | None = None
 
     def __call__(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
-        y = (self.weight @ x.astype(np.float32)).astype(np.float64)
+        y = (x.astype(np.float32) @ self.weight.T).astype(np.float64)
         y = _activated(y if self.bias is None else y + self.bias, self.activation)
         if self.norm is None:
             return y
-        return (y - y.mean()) / np.sqrt(y.var() + self.eps) * self.norm
+        y = (y - y.mean(-1, keepdims=True)) / np.sqrt(y.var(-1, keepdims=True) + self.eps) * self.norm
+        return y if self.norm_bias is None else y + self.norm_bias
 
 
 def _activated(y: NDArray[np.float64], kind: DenseActivation) -> NDArray[np.float64]:
     if kind == "gelu":
-        return y * 0.5 * (1 + np.array([math.erf(value / math.sqrt(2)) for value in y]))
+        halves = [math.erf(value) for value in (y / math.sqrt(2)).ravel()]
+        return y * 0.5 * (1 + np.array(halves).reshape(y.shape))
     if kind == "gelu_tanh":
         return 0.5 * y * (1 + np.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
     if kind == "silu":
@@ -71,6 +76,18 @@ class PooledHead:
     labels: tuple[str, ...] = ()
     likelihood: Likelihood = "none"
 
+    def of(self, kind: str) -> PooledHead:  # noqa: ARG002
+        """See `pooling.Behind`."""
+        return self
+
+    def by_token(
+        self, rows: NDArray[np.float64], token_ids: Sequence[int], *, activate: bool, sparse: bool
+    ) -> NDArray[np.float64]:
+        """See `pooling.Behind`; of a head that is the same for each token."""
+        del token_ids
+        assert not sparse
+        return self(rows, activate=activate)
+
     def __call__(self, pooled: NDArray[np.float64], *, activate: bool) -> NDArray[np.float64]:
         for layer in self.layers:
             pooled = layer(pooled)
@@ -78,5 +95,5 @@ class PooledHead:
             return pooled
         if self.likelihood == "sigmoid":
             return _sigmoid(pooled)
-        powers = np.exp(pooled - pooled.max())
-        return powers / powers.sum()
+        powers = np.exp(pooled - pooled.max(-1, keepdims=True))
+        return powers / powers.sum(-1, keepdims=True)

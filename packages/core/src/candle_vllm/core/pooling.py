@@ -7,6 +7,7 @@ No torch here. The name `PoolingParams` and its `dimensions` are vLLM's.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol, get_args
 
 from candle_vllm.core.arguments import ExplainedStruct
@@ -14,8 +15,9 @@ from candle_vllm.core.errors import InvalidParameterError
 
 MAX_DIMENSIONS = 1 << 16
 
-PoolingKind = Literal["mean", "cls", "last"]
-"""The mean over all positions, the first one, or the last one."""
+PoolingKind = Literal["mean", "cls", "last", "all", "sparse"]
+"""The mean over all positions, the first one, the last one; a vector of each position (ColBERT); or a weight of each
+token of the vocabulary (SPLADE)."""
 
 
 class PoolingParams(ExplainedStruct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -62,7 +64,15 @@ class Behind(Protocol):
     """What stands behind the pooling; see `pooled_head.PooledHead`."""
 
     def __call__(self, pooled: Any, *, activate: bool) -> Any:
-        """What is made of a pooled vector."""
+        """What is made of pooled vectors [..., E]."""
+        ...
+
+    def of(self, kind: PoolingKind) -> Behind:
+        """What stands behind a pooling of this kind."""
+        ...
+
+    def by_token(self, rows: Any, token_ids: Sequence[int], *, activate: bool, sparse: bool) -> Any:
+        """What is made of all positions [T, E] of a text: a vector of each, or the vocabulary's weights."""
         ...
 
 
@@ -81,6 +91,11 @@ class PoolingPlan:
         """Hidden states of earlier positions count, so that none may come from the prefix cache."""
         return self.pooling != "last"
 
+    @property
+    def by_token(self) -> bool:
+        """Every position is kept, not a sum of them."""
+        return self.pooling in ("all", "sparse")
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelPooling:
@@ -92,6 +107,9 @@ class ModelPooling:
         normalize: whether vectors have length 1.
         matryoshka: the model was trained so that vectors may be cut.
         matryoshka_dimensions: the lengths it was trained for; empty is any.
+        sizes: lengths of vectors of other kinds of pooling, where they are not E; weights of the vocabulary are made by
+            those models alone that have a length of them here.
+        prompts: words that the model wants before a text, by what the text is ("query", "document").
     """
 
     size: int
@@ -99,37 +117,45 @@ class ModelPooling:
     normalize: bool = True
     matryoshka: bool = False
     matryoshka_dimensions: tuple[int, ...] = ()
+    sizes: Mapping[PoolingKind, int] = dataclasses.field(default_factory=dict[PoolingKind, int])
+    prompts: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
+
+    def length(self, kind: PoolingKind) -> int:
+        """Elements of a vector of this kind."""
+        return self.sizes.get(kind, self.size)
 
     def plan(self, params: PoolingParams, head: Behind | None = None) -> PoolingPlan:
         """What a request gets from a model with this head.
 
         Raises:
-            InvalidParameterError: the model cannot give vectors of that length.
+            InvalidParameterError: the model cannot give vectors of that length or kind.
         """
-        dimensions = self.size if params.dimensions is None else params.dimensions
-        if dimensions != self.size:
-            self._check(dimensions)
+        kind = params.pooling or self.pooling
+        if kind == "sparse" and kind not in self.sizes:
+            raise InvalidParameterError("the model has no head that gives a weight to each token", "pooling")
+        size, normal = self.length(kind), self.normalize and kind != "sparse"
+        dimensions = size if params.dimensions is None else params.dimensions
+        if dimensions != size:
+            self._check(dimensions, size, cut=self.matryoshka and kind != "sparse")
         return PoolingPlan(
-            pooling=params.pooling or self.pooling,
-            normalize=self.normalize if params.normalize is None else params.normalize,
+            pooling=kind,
+            normalize=normal if params.normalize is None else params.normalize,
             dimensions=dimensions,
-            head=head,
+            head=None if head is None else head.of(kind),
             activate=params.use_activation is not False,
         )
 
-    def _check(self, dimensions: int) -> None:
-        if dimensions > self.size:
+    def _check(self, dimensions: int, size: int, *, cut: bool) -> None:
+        if dimensions > size:
+            raise InvalidParameterError(f"dimensions is {dimensions} and the model's vectors have {size}", "dimensions")
+        if not cut:
             raise InvalidParameterError(
-                f"dimensions is {dimensions} and the model's vectors have {self.size}", "dimensions"
-            )
-        if not self.matryoshka:
-            raise InvalidParameterError(
-                f"dimensions is {dimensions}, and the model's config.json does not say that its vectors of {self.size} "
+                f"dimensions is {dimensions}, and the model's config.json does not say that its vectors of {size} "
                 'may be cut ("is_matryoshka" or "matryoshka_dimensions"): leave dimensions out',
                 "dimensions",
             )
         if self.matryoshka_dimensions and dimensions not in self.matryoshka_dimensions:
-            allowed = ", ".join(map(str, sorted({*self.matryoshka_dimensions, self.size})))
+            allowed = ", ".join(map(str, sorted({*self.matryoshka_dimensions, size})))
             raise InvalidParameterError(
                 f"dimensions is {dimensions}; the model was trained for {allowed}", "dimensions"
             )

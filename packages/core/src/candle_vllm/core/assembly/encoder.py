@@ -35,6 +35,7 @@ from candle_vllm.core.loading.source import ModelFiles
 from candle_vllm.core.loading.weights import check_weights
 from candle_vllm.core.models.family import Encoder, EncoderFamily
 from candle_vllm.core.models.registry import encoder_from_gguf, encoder_from_hf
+from candle_vllm.core.models.token_heads import with_token_heads
 from candle_vllm.core.pooled_head import PooledHead
 from candle_vllm.core.pooling import ModelPooling
 from candle_vllm.core.threads import collector_paused
@@ -145,10 +146,12 @@ def _load_encoder(
     pooling, head = None, None
     if model.labels and not model.scores:
         pooling = ModelPooling(len(model.labels), model.head_pooling or "cls", normalize=False)
+        assert family.behind is not None
         head = PooledHead(family.behind(model, checkpoint), model.labels, model.likelihood)
     elif not model.scores:
         pooling, head = pooling_of(files, checkpoint, opened.metadata, model.hidden_size, "mean", tokenizer)
-    placement = encoder_placement(config, device, checkpoint)
+        pooling, head = with_token_heads(files.folder, checkpoint, model, tokenizer, pooling, head)
+    placement = encoder_placement(config, device, checkpoint, family.in_torch)
     table, ignored = family.weights(model, checkpoint.tensors), family.ignored(model)
     tensors = checkpoint.tensors.values()
     weight_bytes = sum(tensor.nbytes for tensor in tensors)

@@ -136,12 +136,17 @@ def choose_placement(config: EngineConfig, device: Device, checkpoint: Checkpoin
     return _recorded(config, in_torch, recording_obstacle(checkpoint, model, config.block_size))
 
 
-def encoder_placement(config: EngineConfig, device: Device, checkpoint: Checkpoint) -> Placement:
-    """The same for an encoder, whose matrices are plain where steps are not recorded; errors as `choose_placement`."""
+def encoder_placement(
+    config: EngineConfig, device: Device, checkpoint: Checkpoint, obstacle: str | None = None
+) -> Placement:
+    """The same for an encoder, whose matrices are plain where steps are not recorded; errors as `choose_placement`.
+
+    `obstacle` is why they cannot be, by the model's family.
+    """
     in_torch = Placement(device, device_dtype(config, device))
     if config.enforce_eager or device.type == "cuda":
         return _in_torch(config, in_torch, "enforce_eager is set" if config.enforce_eager else f"{device} is a GPU")
-    return _recorded(config, in_torch, matrix_obstacle(checkpoint))
+    return _recorded(config, in_torch, obstacle or matrix_obstacle(checkpoint))
 
 
 def _recorded(config: EngineConfig, in_torch: Placement, obstacle: str | None) -> Placement:

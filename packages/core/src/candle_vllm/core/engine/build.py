@@ -612,7 +612,8 @@ def model_info(loaded: LoadedModel | LoadedEncoder, engine: Engine) -> ModelInfo
     """What callers may know of a model that an engine serves."""
     beside = (loaded.draft, loaded.tower) if isinstance(loaded, LoadedModel) else ()
     labels = loaded.labels
-    vectors = pooling_tasks(labels) if isinstance(loaded, LoadedEncoder) or labels else ("embed", "score")
+    single = loaded.pooling is not None and loaded.pooling.pooling == "all"
+    vectors = pooling_tasks(labels, single) if isinstance(loaded, LoadedEncoder) or labels else ("embed", "score")
     generates = isinstance(loaded, LoadedModel) and loaded.config.has_head
     sampling = {**DEFAULT_SAMPLING, **loaded.default_sampling}
     sampling.pop(
@@ -637,7 +638,9 @@ def model_info(loaded: LoadedModel | LoadedEncoder, engine: Engine) -> ModelInfo
         max_images=0 if loaded.sight is None else loaded.sight.most,
         image_text="" if loaded.sight is None else loaded.sight.parts.written,
         labels=labels,
-        embedding_size=0 if loaded.pooling is None or labels else loaded.pooling.size,
+        embedding_size=0 if loaded.pooling is None or labels else loaded.pooling.length(loaded.pooling.pooling),
+        pooling="" if loaded.pooling is None else loaded.pooling.pooling,
+        prompts={} if loaded.pooling is None else loaded.pooling.prompts,
         implementation=loaded.config.implementation,
         max_num_seqs=engine.max_num_seqs,
         kv_cache_bytes=engine.cache_bytes,

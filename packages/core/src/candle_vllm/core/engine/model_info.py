@@ -56,6 +56,9 @@ class ModelInfo(ShownStruct, frozen=True, kw_only=True):
         image_text: what its template writes for one; empty there.
         labels: names of what a classifier tells apart, or of a cross-encoder's score.
         embedding_size: length of its vectors; 0 where it gives none.
+        pooling: how they, or what a head is given, are made of a text: "mean", "cls", "last"; "all", one of each token;
+            "sparse", a weight of each token of the vocabulary.
+        prompts: words that it wants before a text, by what the text is, as sentence-transformers' files name them.
         implementation: whose layers run, "native" or "transformers", and with "one sequence at a time" behind it where
             these keep a cache of their own.
         max_num_seqs: most sequences in one step.
@@ -79,6 +82,8 @@ class ModelInfo(ShownStruct, frozen=True, kw_only=True):
             "max_images",
             "image_text",
             "labels",
+            "pooling",
+            "prompts",
         }
     )
 
@@ -101,6 +106,8 @@ class ModelInfo(ShownStruct, frozen=True, kw_only=True):
     image_text: str = ""
     labels: tuple[str, ...] = ()
     embedding_size: int = 0
+    pooling: str = ""
+    prompts: Mapping[str, str] = msgspec.field(default_factory=dict)
     implementation: str = "native"
     max_num_seqs: int = 1
     kv_cache_bytes: int = 0

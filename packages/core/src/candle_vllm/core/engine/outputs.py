@@ -113,6 +113,7 @@ class TokenOutput(ShownStruct, frozen=True, kw_only=True, gc=False):
         error_kind: "request" when the request's own parameters led to the error, "engine" otherwise.
         error_param: the parameter to blame, where it is one.
         pooled: on the only piece of a `PoolingRequest`: its vector, or its score alone; float32.
+        vectors: how many stand behind each other in `pooled`, where each token has one; else None.
     """
 
     request_id: str
@@ -131,6 +132,7 @@ class TokenOutput(ShownStruct, frozen=True, kw_only=True, gc=False):
     error_kind: Literal["request", "engine"] | None = None
     error_param: str | None = None
     pooled: Numbers | None = None
+    vectors: int | None = None
 
     @property
     def finished(self) -> bool:
@@ -256,12 +258,13 @@ def _completion(index: int, pieces: Sequence[TokenOutput]) -> CompletionOutput:
 
 
 class EmbeddingOutput(ShownStruct, frozen=True, kw_only=True):
-    """The vector of one text.
+    """The vector of one text, or its vectors, where a model gives one of each token.
 
     Attributes:
         request_id: of the text.
         embedding: float32 numbers, `array("f")`: numpy takes them without copying, `tobytes` is little-endian,
             `tolist` for JSON.
+        vectors: how many vectors stand behind each other in it, where each token has one; None where there is one.
         prompt_token_ids: the text's tokens, those that the tokenizer adds included.
         num_cached_tokens: how many of them came from the prefix cache.
     """
@@ -272,6 +275,7 @@ class EmbeddingOutput(ShownStruct, frozen=True, kw_only=True):
     embedding: array[float]
     prompt_token_ids: tuple[int, ...]
     num_cached_tokens: int = 0
+    vectors: int | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -304,6 +308,7 @@ class ClassificationOutput(ShownStruct, frozen=True, kw_only=True):
         request_id: of the text.
         probs: float32 numbers in the order of `ModelInfo.labels`, `array("f")`; they add up to 1 unless a text may be
             of several classes. A model of regression gives its numbers as they are.
+        vectors: how many tokens' classes stand behind each other in it, where the model tells tokens apart; else None.
         prompt_token_ids: the text's tokens, those that the tokenizer adds included.
     """
 
@@ -312,6 +317,7 @@ class ClassificationOutput(ShownStruct, frozen=True, kw_only=True):
     request_id: str
     probs: array[float]
     prompt_token_ids: tuple[int, ...]
+    vectors: int | None = None
 
     @property
     def num_tokens(self) -> int:

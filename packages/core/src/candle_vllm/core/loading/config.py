@@ -243,7 +243,8 @@ class EncoderConfig:
         labels: names of the numbers that the model's head gives for a text or pair: one of a cross-encoder, several of
             a classifier, none where there is no head.
         likelihood: how those numbers are brought to 0..1: each by a sigmoid, all by a softmax, or not at all.
-        head_pooling: what a head that stands behind the pooling is given; None of a head that the model computes.
+        head_pooling: what a head that stands behind the pooling is given, "all" of each token; None of a head
+            that the model computes.
     """
 
     model_type: str
@@ -259,7 +260,7 @@ class EncoderConfig:
     activation: str = "gelu"
     labels: tuple[str, ...] = ()
     likelihood: Literal["none", "sigmoid", "softmax"] = "none"
-    head_pooling: Literal["mean", "cls"] | None = None
+    head_pooling: Literal["mean", "cls", "all"] | None = None
     num_experts: int = 0
     tie_embeddings: bool = False
     has_head: bool = False  # of tokens

@@ -30,6 +30,7 @@ from candle_vllm.core.quantization.tensors import StoredTensor
 logger = logging.getLogger(__name__)
 
 MAX_MODULES = 16
+MAX_PROMPTS, MAX_PROMPT = 256, 1 << 14
 _PART_FOLDER = re.compile(r"[\w-][\w.-]{0,63}", re.ASCII)  # one folder below the model's own
 _MODES: Mapping[str, PoolingKind] = {"cls": "cls", "mean": "mean", "lasttoken": "last"}
 _OLD_FLAGS: Mapping[str, str] = {
@@ -65,7 +66,18 @@ def read_pooling(
     pooling, normalize = default, True
     if modules.is_file():
         pooling, normalize = _folder_pooling(modules)
-    return ModelPooling(size, pooling, normalize, matryoshka, dimensions)
+    prompts = _prompts(files.folder / "config_sentence_transformers.json")
+    return ModelPooling(size, pooling, normalize, matryoshka, dimensions, prompts=prompts)
+
+
+def _prompts(path: Path) -> dict[str, str]:
+    """The words before texts that a sentence-transformers folder names."""
+    found = Fields(read_json(path), path).get("prompts", dict, {}) if path.is_file() else {}
+    if len(found) > MAX_PROMPTS or not all(
+        isinstance(text, str) and len(name) < 256 and len(text) < MAX_PROMPT for name, text in found.items()
+    ):
+        raise InvalidFileError(f"{path}: prompts must be up to {MAX_PROMPTS} texts below {MAX_PROMPT} characters")
+    return dict(found)
 
 
 def longest_text(folder: Path) -> int | None:
@@ -95,14 +107,25 @@ def _matryoshka(config: Fields, size: int) -> tuple[bool, tuple[int, ...]]:
 
 
 def _folder_pooling(path: Path) -> tuple[PoolingKind, bool]:
-    """Pooling and normalisation, in that order behind the transformer."""
+    """Pooling and normalisation, in that order behind the transformer.
+
+    Without a pooling each token has a vector, as in PyLate's ColBERT models; SPLADE has one of the vocabulary.
+    """
     parts = [_part(entry, path) for entry in _read_list(path)]
     kinds = [kind for kind, _ in parts]
+    if kinds == ["MLMTransformer", "SpladePooling"]:
+        fields = Fields(read_json(file := path.parent / parts[1][1] / "config.json"), file)
+        fields.choice("pooling_strategy", "max", "max")
+        fields.choice("activation_function", "relu", "relu")
+        return "sparse", False
+    if kinds[:1] == ["Transformer"] and set(kinds[1:]) == {"Dense"}:
+        return "all", True
     rest = kinds[2 : -1 if kinds[-1:] == ["Normalize"] else None]
     if kinds[:2] != ["Transformer", "Pooling"] or not set(rest) <= {"Dense"}:
         raise UnsupportedModelError(
             f"{path}: the model is made of {', '.join(kinds) or 'nothing'}; implemented: a Transformer, a Pooling, and "
-            "perhaps Dense layers and a Normalize"
+            "perhaps Dense layers and a Normalize; a Transformer and Dense layers (ColBERT); an MLMTransformer and a "
+            "SpladePooling"
         )
     return _pooling_config(path.parent / parts[1][1] / "config.json"), "Normalize" in kinds
 
@@ -123,6 +146,8 @@ def dense_layers(files: ModelFiles, checkpoint: Checkpoint) -> tuple[Dense, ...]
 
 def _dense(folder: Path) -> Dense:
     fields = Fields(read_json(folder / "config.json"), folder / "config.json")
+    if fields.get("use_residual", bool, False):
+        raise UnsupportedModelError(f"{fields.path}: use_residual is true, which is not implemented")
     name = fields.get("activation_function", str, "torch.nn.modules.activation.Tanh")
     kinds: Mapping[str, DenseActivation] = {
         "Identity": "none", "Tanh": "tanh", "ReLU": "relu", "GELU": "gelu", "SiLU": "silu",

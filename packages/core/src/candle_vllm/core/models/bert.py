@@ -24,6 +24,7 @@ from candle_vllm.core.layers.embedding import Embedding
 from candle_vllm.core.layers.layer_norm import LayerNorm
 from candle_vllm.core.layers.linear import Linear
 from candle_vllm.core.layers.mlp import MLP, GatedMLP
+from candle_vllm.core.layers.moe import Mixture, SparseMLP
 from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.layers.rotary import Rotary
 from candle_vllm.core.loading.config import EncoderConfig
@@ -55,6 +56,9 @@ class BertConfig(EncoderConfig):
         qkv_bias, output_bias, mlp_bias, down_bias: there are biases of queries, keys and values, of attention's result,
             of the feed-forward layer's first matrix, and of its last.
         head_activation: between the two matrices of a head.
+        mixture, sparse_every: experts in place of the feed-forward layer of every `sparse_every`-th layer from the
+            second on; None where there are none.
+        mixture_bias: a bias of their sum.
     """
 
     typed: bool = True
@@ -66,6 +70,9 @@ class BertConfig(EncoderConfig):
     mlp_bias: bool = True
     down_bias: bool = True
     head_activation: Activation = "tanh"
+    mixture: Mixture | None = None
+    sparse_every: int = 1
+    mixture_bias: bool = False
 
 
 def config_from_hf(fields: Fields, model_type: str, *, scores: bool) -> BertConfig:
@@ -120,20 +127,28 @@ class Attention:
 class Block:
     """One layer: [T, E] -> [T, E] in fp32."""
 
-    def __init__(self, config: BertConfig, placement: Placement) -> None:
+    def __init__(self, config: BertConfig, placement: Placement, layer: int = 0) -> None:
         size, inner = config.hidden_size, config.intermediate_size
+        sparse = config.mixture if layer % config.sparse_every == 1 else None
         self.attention = Attention(config, placement)
         self.attention_norm = LayerNorm(size, config.norm_eps, placement)
-        self.mlp = (
-            GatedMLP(size, inner, placement, bias=config.mlp_bias, down_bias=config.down_bias, activation=config.gate)
-            if config.gate
-            else MLP(size, inner, placement, bias=config.mlp_bias, activation=ACTIVATIONS[config.activation])
-        )
+        bias = config.mlp_bias
+        if sparse is not None:
+            self.mlp = SparseMLP(size, sparse, placement)
+        elif config.gate:
+            down, gate = config.down_bias, config.gate
+            self.mlp = GatedMLP(size, inner, placement, bias=bias, down_bias=down, activation=gate)
+        else:
+            self.mlp = MLP(size, inner, placement, bias=bias, activation=ACTIVATIONS[config.activation])
         self.output_norm = LayerNorm(size, config.norm_eps, placement)
 
-    def __call__(self, x: Value, attend: Attend) -> Value:
+        # as a table of one row, for texts of one type, in which a sum with it is recorded
+        self.mlp_bias = Embedding(1, size, placement, wide=True) if sparse and config.mixture_bias else None
+
+    def __call__(self, x: Value, attend: Attend, types: Value) -> Value:
         x = self.attention_norm(x + self.attention(x, attend))
-        return self.output_norm(x + self.mlp(x))
+        y = x + self.mlp(x)
+        return self.output_norm(y if self.mlp_bias is None else y + self.mlp_bias(types))
 
 
 # ---- model -----------------------------------------------------------------------------------------------------------
@@ -162,7 +177,7 @@ class Bert:
         self.types = Embedding(config.token_types, size, placement, wide=True) if config.typed else None
         self.rotary = None if config.rope is None else Rotary(config.rope, config.max_position, placement)
         self.norm = LayerNorm(size, eps, placement)
-        self.layers = [Block(config, placement) for _ in range(config.num_layers)]
+        self.layers = [Block(config, placement, layer) for layer in range(config.num_layers)]
         self.head = Linear(size, size, placement, bias=True) if config.scores else None
         self.score = Linear(size, len(config.labels), placement, bias=True) if config.scores else None
 
@@ -180,7 +195,7 @@ class Bert:
         bias = None if self.near is None else self.near.table
         x, heads = self.norm(x), self.config.num_heads
         for layer in self.layers:
-            x = layer(x, lambda qkv: whole_attention(qkv, heads, lengths, turned, bias=bias))
+            x = layer(x, lambda qkv: whole_attention(qkv, heads, lengths, turned, bias=bias), types)
         return x
 
     def scores(self, first: Value) -> Value:
@@ -229,6 +244,7 @@ def ignored(config: BertConfig) -> list[str]:
 FAMILY = EncoderFamily(
     hf={
         "BertModel": ("bert", False),
+        "BertForMaskedLM": ("bert", False),
         "BertForSequenceClassification": ("bert", True),
         "RobertaModel": ("roberta", False),
         "RobertaForSequenceClassification": ("roberta", True),

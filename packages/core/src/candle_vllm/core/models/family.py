@@ -404,7 +404,8 @@ class EncoderFamily:
     Attributes:
         hf: `architectures` of config.json: the model_type, and whether the model has a head for scores.
         gguf, config_from_hf, config_from_gguf, build, weights, ignored: as for `Family`.
-        behind: the layers of a head that stands behind the pooling.
+        behind: the layers of a head that stands behind the pooling; None where no class has one.
+        in_torch: why its layers run op by op in torch; None where they are compiled on a CPU.
     """
 
     hf: Mapping[str, tuple[str, bool]]
@@ -414,4 +415,5 @@ class EncoderFamily:
     build: Callable[[Any, Placement], Encoder]
     weights: Callable[[Any, Iterable[str]], Sequence[WeightName]]
     ignored: Callable[[Any], Sequence[str]]
-    behind: Callable[[Any, Checkpoint], tuple[Dense, ...]] = lambda _config, _checkpoint: ()
+    behind: Callable[[Any, Checkpoint], tuple[Dense, ...]] | None = None
+    in_torch: str | None = None

@@ -20,6 +20,7 @@ from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.towers import TOWERS, text_fields
 from candle_vllm.core.loading.trunks import SCORES, decoder_class, head_as_stored, is_headed, without_head
 from candle_vllm.core.models.family import EncoderFamily, Family, TowerFamily
+from candle_vllm.core.models.token_heads import base_class, with_head
 from candle_vllm.core.quantization.tensors import StoredTensor
 
 Row = TypeVar("Row", Family, EncoderFamily)
@@ -66,6 +67,7 @@ FAMILIES = (
     "modernbert",
     "gemma_embedding",
     "jina_bert",
+    "deberta",
 )
 """The files of this folder that have one, `FAMILY`. They are asked in this order whether they serve a name, so that a
 start imports no more of them than it takes to find the model's: most are of the first."""
@@ -157,13 +159,15 @@ def encoder_from_hf(config: Mapping[str, Any], path: Path) -> tuple[EncoderFamil
     """The family and configuration of a `config.json`, if it describes an encoder."""
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and len(names) == 1 else None
-    family = HF_ENCODERS.get(name) if isinstance(name, str) else None
-    if family is None or not isinstance(name, str):
+    base = base_class(name, config, HF_ENCODERS) if isinstance(name, str) else None
+    family = None if base is None else HF_ENCODERS.get(base)
+    if family is None or base is None or name is None:
         return None
-    model_type, scores = family.hf[name]
+    model_type, scores = family.hf[base]
     if model_type == "gemma3_text" and config.get("use_bidirectional_attention") is not True:
         return None  # a decoder without its head
-    return family, family.config_from_hf(Fields(config, path), model_type, scores=scores)
+    fields = Fields(config, path)
+    return with_head(name, family, family.config_from_hf(fields, model_type, scores=scores), fields)
 
 
 def encoder_from_gguf(

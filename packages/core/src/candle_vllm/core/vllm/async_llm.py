@@ -9,8 +9,6 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
-
 from candle_vllm.core.arguments import explained
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.engine.outputs import FinishReason, TokenOutput
@@ -22,7 +20,15 @@ from candle_vllm.core.pooling import PoolingParams
 from candle_vllm.core.sampling.params import RequestOutputKind, SamplingParams
 from candle_vllm.core.text.prompts import Prompt
 from candle_vllm.core.vllm.arguments import EngineArgs
-from candle_vllm.core.vllm.llm import LlmTokenizer, Opened, adds_special, asks_classes, refuse_given
+from candle_vllm.core.vllm.llm import (
+    LlmTokenizer,
+    Opened,
+    adds_special,
+    asks_classes,
+    refuse_given,
+    shaped,
+    task_params,
+)
 from candle_vllm.core.vllm.outputs import (
     CompletionOutput,
     PoolingOutput,
@@ -127,7 +133,7 @@ class AsyncLLM:
         refuse_given("encode", trace_headers=trace_headers or None)
         request_id = request_id or uuid.uuid4().hex
         special = adds_special(tokenization_kwargs)
-        if asks_classes(pooling_task):
+        if asks_classes(pooling_task, self.engine.model_info):
             refuse_given("encode", pooling_params=pooling_params)
             (classes,) = await self.engine.aclassify(
                 [prompt],
@@ -136,18 +142,18 @@ class AsyncLLM:
                 add_special_tokens=special,
                 lora_request=lora_request,
             )
-            probs = PoolingOutput(np.array(classes.probs, np.float32))
+            probs = shaped(classes.probs, classes.vectors)
             yield PoolingRequestOutput(request_id, probs, list(classes.prompt_token_ids))
             return
         (made,) = await self.engine.aembed(
             [prompt],
-            self._opened.pooling if pooling_params is None else pooling_params,
+            task_params(self._opened.pooling if pooling_params is None else pooling_params, pooling_task),
             request_id=request_id,
             priority=priority,
             add_special_tokens=special,
             lora_request=lora_request,
         )
-        data = PoolingOutput(np.frombuffer(made.embedding, np.float32))
+        data = shaped(made.embedding, made.vectors)
         yield PoolingRequestOutput(made.request_id, data, list(made.prompt_token_ids), made.num_cached_tokens)
 
     async def abort(self, request_id: str | Iterable[str]) -> None:

@@ -17,6 +17,7 @@ from msgspec.structs import replace
 
 from candle_vllm.core.arguments import explained, foreign_names
 from candle_vllm.core.config import EngineConfig
+from candle_vllm.core.engine.model_info import ModelInfo
 from candle_vllm.core.engine.outputs import GenerationOutput
 from candle_vllm.core.engine.requests import LoraChoice, LoRARequest
 from candle_vllm.core.engine.step.stream import Bar
@@ -309,34 +310,27 @@ class LLM:
         """The numbers of every text, as arrays of numpy.
 
         Args:
-            pooling_task: "embed" for vectors, "classify" for those of a classifier.
+            pooling_task: "embed" for vectors, "classify" for those of a classifier; "token_embed" and "token_classify"
+                for one of each token, [tokens, ...].
 
         Raises:
             InvalidParameterError: another task.
         """
-        if asks_classes(pooling_task):
+        refuse_given("embed", tokenization_kwargs=tokenization_kwargs or None)
+        if asks_classes(pooling_task, self.engine.model_info):
             refuse_given("encode", pooling_params=pooling_params)
-            classes = self.classify(
-                prompts, use_tqdm=use_tqdm, lora_request=lora_request, tokenization_kwargs=tokenization_kwargs
-            )
+            classes = self.engine.classify(prompts, use_tqdm=use_tqdm, lora_request=lora_request)
             return [
-                PoolingRequestOutput(
-                    each.request_id, PoolingOutput(np.array(each.outputs.probs, np.float32)), each.prompt_token_ids
-                )
+                PoolingRequestOutput(each.request_id, shaped(each.probs, each.vectors), list(each.prompt_token_ids))
                 for each in classes
             ]
-        made = self.embed(
-            prompts,
-            use_tqdm=use_tqdm,
-            pooling_params=pooling_params,
-            lora_request=lora_request,
-            tokenization_kwargs=tokenization_kwargs,
-        )
+        params = task_params(self._pooling_params(pooling_params), pooling_task)
+        made = self.engine.embed(prompts, params, use_tqdm=use_tqdm, lora_request=lora_request)
         return [
             PoolingRequestOutput(
                 each.request_id,
-                PoolingOutput(np.array(each.outputs.embedding, np.float32)),
-                each.prompt_token_ids,
+                shaped(each.embedding, each.vectors),
+                list(each.prompt_token_ids),
                 each.num_cached_tokens,
             )
             for each in made
@@ -520,19 +514,37 @@ def adds_special(given: Mapping[str, Any] | None) -> bool:
     return adds
 
 
-def asks_classes(pooling_task: str) -> bool:
-    """Whether `encode` is asked for the classes of a text, and not for its vector.
+def asks_classes(pooling_task: str, info: ModelInfo) -> bool:
+    """Whether `encode` is asked for the classes of a text or of its tokens, and not for vectors.
 
     Raises:
-        InvalidParameterError: for neither.
+        InvalidParameterError: for neither, or the model tells no tokens apart, or no texts.
     """
-    if pooling_task not in ("embed", "classify"):
+    if pooling_task not in ("embed", "token_embed", "classify", "token_classify"):
         raise InvalidParameterError(
-            f"pooling_task {pooling_task!r:.60}: a text gives one vector, by 'embed', or its classes, by "
-            "'classify'; there are no vectors of single tokens, and scores are asked of pairs, by score",
+            f"pooling_task {pooling_task!r:.60}: 'embed', 'classify', and of each token 'token_embed' and "
+            "'token_classify' can be; scores are asked of pairs, by score",
             "pooling_task",
         )
-    return pooling_task == "classify"
+    classes, single = pooling_task.endswith("classify"), pooling_task.startswith("token")
+    if "classify" in info.tasks and classes and single != (info.pooling == "all"):
+        raise InvalidParameterError(f"{info.name} tells {'texts' if single else 'tokens'} apart", "pooling_task")
+    return classes
+
+
+def task_params(params: Any, pooling_task: str) -> Any:
+    """The parameters of vectors for a task: of "token_embed", a vector of each token."""
+    if pooling_task != "token_embed":
+        return params
+    if isinstance(params, (list, tuple)):
+        return [task_params(each, pooling_task) for each in params]
+    return replace(params or PoolingParams(), pooling="all")
+
+
+def shaped(numbers: Any, vectors: int | None) -> PoolingOutput:
+    """A vector, or vectors that stand behind each other as rows."""
+    flat = np.array(numbers, np.float32)
+    return PoolingOutput(flat.reshape(vectors, -1) if vectors else flat)
 
 
 def refuse_given(method: str, **given: object) -> None:

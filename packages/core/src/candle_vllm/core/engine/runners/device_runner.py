@@ -280,7 +280,7 @@ class DeviceRunner:
         """See `ModelRunner`. Waits for the step."""
         found: list[torch.Tensor] = []
         wanted = Sent(self._stream, rows)
-        self._stream.run(lambda: found.append(self._hidden[wanted.there()].float().sum(0, dtype=torch.float64)))
+        self._stream.run(lambda: found.append(self._hidden[wanted.there()].float().sum(-2, dtype=torch.float64)))
         self._stream.mark().wait()
         return found[0].cpu().numpy()
 

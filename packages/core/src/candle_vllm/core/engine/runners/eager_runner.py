@@ -407,4 +407,4 @@ class EagerEncoderRunner(EncoderRunner):
 def _sum_of(hidden: torch.Tensor, rows: Ints) -> NDArray[np.float64]:
     """See `ModelRunner.hidden_sum`."""
     wanted = hidden[torch.from_numpy(rows).to(hidden.device)].float()
-    return wanted.sum(0, dtype=torch.float64).cpu().numpy()
+    return wanted.sum(-2, dtype=torch.float64).cpu().numpy()

@@ -78,7 +78,7 @@ class ModelRunner(Protocol):
         ...
 
     def hidden_sum(self, rows: Ints) -> NDArray[np.float64]:
-        """The sum [E] of the hidden states, in fp32, of any rows of the last step; at most `MAX_HIDDEN_ROWS`."""
+        """Sums [..., E] of the hidden states, in fp32, of rows [..., n] of the last step; at most `MAX_HIDDEN_ROWS`."""
         ...
 
     def drop_cache(self) -> None:
@@ -271,7 +271,7 @@ class EncoderRunner(StepwiseRunner):
 
     def hidden_sum(self, rows: Ints) -> NDArray[np.float64]:
         """See `ModelRunner`."""
-        return self._scores[rows].sum(0) if self._config.scores else self.states_sum(rows)
+        return self._scores[rows].sum(-2) if self._config.scores else self.states_sum(rows)
 
 
 def _token_types(run: Run) -> Ints:

@@ -270,7 +270,7 @@ class RecordedRunner(StepwiseRunner):
 
     def hidden_sum(self, rows: Ints) -> NDArray[np.float64]:
         """See `ModelRunner`."""
-        return self._plan.hidden.rows(rows).sum(0, dtype=np.float64)
+        return self._plan.hidden.rows(rows).sum(-2, dtype=np.float64)
 
     def hidden_rows(self, rows: Ints) -> NDArray[np.float32]:
         """See `StepwiseRunner`."""
@@ -584,7 +584,7 @@ class RecordedEncoderRunner(EncoderRunner):
 
     def states_sum(self, rows: Ints) -> NDArray[np.float64]:
         """See `EncoderRunner`."""
-        return self._hidden.rows(rows).sum(0, dtype=np.float64)
+        return self._hidden.rows(rows).sum(-2, dtype=np.float64)
 
     def close(self) -> None:
         """Ends the team's threads."""

@@ -71,11 +71,16 @@ def check_pooling_request(request: PoolingRequest, vocab_size: int, max_model_le
         raise InvalidParameterError(f"{len(prompt)} tokens and {len(types)} token_type_ids", "token_type_ids")
 
 
-def pooling_tasks(labels: Sequence[str]) -> tuple[str, ...]:
-    """What a model that generates nothing does, for `ModelInfo.tasks`; `labels` are those of its head."""
+def pooling_tasks(labels: Sequence[str], by_token: bool = False) -> tuple[str, ...]:
+    """What a model that generates nothing does, for `ModelInfo.tasks`.
+
+    Args:
+        labels: those of its head.
+        by_token: which says something of each token.
+    """
     if not labels:
         return ("embed", "score")
-    return ("score", "classify") if len(labels) == 1 else ("classify",)
+    return ("score", "classify") if len(labels) == 1 and not by_token else ("classify",)
 
 
 def check_encoder_task(name: str, wanted: str, tasks: Sequence[str]) -> None:

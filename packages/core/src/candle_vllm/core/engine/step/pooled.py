@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from array import array
+from collections.abc import Sequence as Seq
 
 import msgspec
 import numpy as np
@@ -37,7 +38,7 @@ class PooledText(Live):
     def __init__(self, sequence: Sequence, plan: PoolingPlan) -> None:
         super().__init__(sequence)
         sequence.max_length = sequence.num_prompt_tokens + 1
-        self.pooler = Pooler(plan, sequence.num_prompt_tokens)
+        self.pooler = Pooler(plan, sequence.request.prompt_token_ids)
 
     @property
     def reads_rows(self) -> bool:
@@ -49,7 +50,7 @@ class PooledText(Live):
         wanted = self.pooler.wanted(run.start, run.start + run.count)
         for first in range(0, len(wanted), MAX_HIDDEN_ROWS):
             rows = np.array(wanted[first : first + MAX_HIDDEN_ROWS], np.int64) + (offset - run.start)
-            self.pooler.add(runner.hidden_sum(rows), len(rows))
+            self.pooler.add(runner.hidden_sum(rows[:, None] if self.pooler.plan.by_token else rows), len(rows))
 
     def finish(self) -> TokenOutput:
         """The only piece, once the text's last token has been run.
@@ -57,7 +58,9 @@ class PooledText(Live):
         Raises:
             CandleVllmError: the model gave a number that is not finite.
         """
-        return msgspec.structs.replace(self.end(FinishReason.STOP), pooled=self.pooler.vector())
+        vector, plan = self.pooler.vector(), self.pooler.plan
+        vectors = len(vector) // plan.dimensions if plan.pooling == "all" else None
+        return msgspec.structs.replace(self.end(FinishReason.STOP), pooled=vector, vectors=vectors)
 
 
 class Pooler:
@@ -65,12 +68,14 @@ class Pooler:
 
     Args:
         plan: what is asked for.
-        num_positions: tokens of the text.
+        token_ids: of the text.
     """
 
-    def __init__(self, plan: PoolingPlan, num_positions: int) -> None:
+    def __init__(self, plan: PoolingPlan, token_ids: Seq[int]) -> None:
         self.plan = plan
-        self.num_positions = num_positions
+        self.token_ids = token_ids
+        self.num_positions = num_positions = len(token_ids)
+        self._rows: list[NDArray[np.float64]] = []
         self._next = num_positions - 1 if plan.pooling == "last" else 0
         self._end = 1 if plan.pooling == "cls" else num_positions
         self._sum: NDArray[np.float64] | None = None
@@ -87,24 +92,33 @@ class Pooler:
         return missing
 
     def add(self, total: NDArray[np.float64], positions: int) -> None:
-        """Takes the sum [E] of the hidden states of the next positions."""
-        self._sum = total if self._sum is None else self._sum + total
+        """Takes the sum [E] of the hidden states of the next positions, or each [positions, E] where all are kept."""
+        if self.plan.by_token:
+            self._rows.append(total)
+        else:
+            self._sum = total if self._sum is None else self._sum + total
         self._next += positions
 
     def vector(self) -> array[float]:
-        """The vector, float32.
+        """The vector, or those of all positions behind each other, float32.
 
         Raises:
             CandleVllmError: the model gave a number that is not finite.
         """
         assert self.is_complete
-        assert self._sum is not None
-        pooled = self._sum / (self.num_positions if self.plan.pooling == "mean" else 1)
-        if self.plan.head is not None:
-            pooled = self.plan.head(pooled, activate=self.plan.activate)
-        pooled = pooled[: self.plan.dimensions]
-        if self.plan.normalize:
-            pooled = pooled / max(np.linalg.norm(pooled), _SMALLEST_NORM)
+        plan, head = self.plan, self.plan.head
+        if plan.by_token:
+            pooled, sparse = np.concatenate(self._rows), plan.pooling == "sparse"
+            if head is not None:
+                pooled = head.by_token(pooled, self.token_ids, activate=plan.activate, sparse=sparse)
+        else:
+            assert self._sum is not None
+            pooled = self._sum / (self.num_positions if plan.pooling == "mean" else 1)
+            if head is not None:
+                pooled = head(pooled, activate=plan.activate)
+        pooled = pooled[..., : plan.dimensions]
+        if plan.normalize:
+            pooled = pooled / np.maximum(np.linalg.norm(pooled, axis=-1, keepdims=True), _SMALLEST_NORM)
         return as_array(pooled)
 
 

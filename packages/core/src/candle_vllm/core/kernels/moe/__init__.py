@@ -20,7 +20,8 @@ comes of it is, for each of its pairs and with e the pair's expert,
     act(gate[e] x[t]) * (up[e] x[t])
 
 gpt-oss's "swiglu_oai" is (up + 1) * gate * sigmoid(1.702 gate), gate at most 7 and up within [-7, 7], in the place of
-act(gate) * up. With "relu2" the matrix has up alone, [X, N, K], and the square of max(up[e] x[t], 0) comes of it.
+act(gate) * up. With "relu2" the matrix has up alone, [X, N, K], and the square of max(up[e] x[t], 0) comes of it;
+with "gelu" the GELU of up[e] x[t].
 Without an activation x is such a result, and so is down[e] x. A bias [X, N] (or [X, 2 N]) is added to
 the products. In which order the results [T * k, N] lie is known to these functions alone, and what belongs to no expert
 is undefined.

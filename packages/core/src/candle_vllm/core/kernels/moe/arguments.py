@@ -24,12 +24,12 @@ MOST_EXPERTS = 512
 LEAST_SUM = 1e-20
 """Keeps a sum of scores from being 0 where every one of them is; nothing against any other sum."""
 
-Activation: TypeAlias = Literal["silu", "gelu_tanh", "swiglu_oai", "relu2"]
+Activation: TypeAlias = Literal["silu", "gelu_tanh", "swiglu_oai", "relu2", "gelu"]
 
 
 def is_gated(activation: Activation | None) -> bool:
     """Whether an expert has a gate and an up, of which the activation makes one."""
-    return activation not in (None, "relu2")
+    return activation not in (None, "relu2", "gelu")
 
 
 Scoring: TypeAlias = Literal["softmax", "sigmoid"]

@@ -26,9 +26,10 @@ if TYPE_CHECKING:
     from candle_vllm.core.kernels.cpu_runtime.recorder import Recorder
     from candle_vllm.core.kernels.recorded import Matrix
 
-PROLOGUES: Mapping[Activation, Prologue] = MappingProxyType(
-    {"silu": Prologue.SILU, "gelu_tanh": Prologue.GELU_GATE, "swiglu_oai": Prologue.SWIGLU_OAI, "relu2": Prologue.RELU2}
-)
+PROLOGUES: Mapping[Activation, Prologue] = MappingProxyType({
+    "silu": Prologue.SILU, "gelu_tanh": Prologue.GELU_GATE, "swiglu_oai": Prologue.SWIGLU_OAI,
+    "relu2": Prologue.RELU2, "gelu": Prologue.GELU,
+})  # fmt: skip
 """How the down matrices' input is made of what gate and up gave."""
 
 

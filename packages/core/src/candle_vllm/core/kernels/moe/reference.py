@@ -84,6 +84,8 @@ def expert_linear(
         y = y if bias is None else y + bias[expert].float()
         if activation == "relu2":
             y = torch.nn.functional.relu(y).square()
+        elif activation == "gelu":
+            y = torch.nn.functional.gelu(y)
         elif activation is not None:
             y = gated(*y.chunk(2, -1), activation)
         if waits:

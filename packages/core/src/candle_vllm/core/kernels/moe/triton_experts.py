@@ -111,6 +111,8 @@ def finished(
     elif ACT == 3:
         total = tl.where(total < 0.0, 0.0, total)  # NaN stays NaN
         total *= total
+    elif ACT == 4:
+        total = 0.5 * total * (1.0 + tl.erf(total * 0.7071067811865476))
     return total
 
 

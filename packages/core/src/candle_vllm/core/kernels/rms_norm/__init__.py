@@ -118,10 +118,10 @@ def norm_onto_operation(layer: bool = False) -> int:
 
 
 def norm_rows(x: np.ndarray, weight: np.ndarray, eps: float, *, layer: bool) -> np.ndarray:
-    """The norm of a step's last rows, float32 [R, K], in numpy; the bias of a LayerNorm stands behind its weight."""
-    columns = x.shape[1]
+    """The norm of a step's last rows, float32 [..., K], in numpy; the bias of a LayerNorm stands behind its weight."""
+    columns = x.shape[-1]
     if layer:
-        x = x - x.mean(1, keepdims=True)
-    scale = 1 / np.sqrt(np.square(x).mean(1, keepdims=True) + np.float32(eps))
+        x = x - x.mean(-1, keepdims=True)
+    scale = 1 / np.sqrt(np.square(x).mean(-1, keepdims=True) + np.float32(eps))
     normed = x * scale * weight[:columns]
     return normed + weight[columns:] if layer else normed

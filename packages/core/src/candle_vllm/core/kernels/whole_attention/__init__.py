@@ -15,6 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from candle_vllm.core.kernels.recorded import Recorded, Value
 from candle_vllm.core.kernels.rotary import Turned
 
@@ -48,3 +50,16 @@ def whole_attention(
     from candle_vllm.core.kernels.whole_attention import reference
 
     return reference.whole_attention(qkv, heads, lengths, turned, kv_heads=kv_heads, bias=bias, window=window)
+
+
+def disentangled_attention(qkv: Value, near: Value, heads: int, lengths: Sequence[int], rows: np.ndarray) -> Value:
+    """y of DeBERTa's scores, (q_i k_j + q_i near_k[r] + near_q[r] k_j) / sqrt(3 D), r the row of i - j; in torch alone.
+
+    Args:
+        qkv, heads, lengths: as for `whole_attention`.
+        near: [2 S, 3 H * D] has the same of relative positions.
+        rows: int64 [2 P - 1], r of i - j in column i - j + P - 1.
+    """
+    from candle_vllm.core.kernels.whole_attention import reference
+
+    return reference.disentangled_attention(qkv, near, heads, lengths, rows)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import groupby
 
+import numpy as np
 import torch
 from torch.nn import functional
 
@@ -38,6 +39,25 @@ def whole_attention(
         mixed = functional.scaled_dot_product_attention(q, k, v, seen)  # [texts, H, length, D]
         out[rows] = mixed.transpose(1, 2).flatten(0, 1)
         start = rows.stop
+    return out.flatten(1)
+
+
+def disentangled_attention(
+    qkv: torch.Tensor, near: torch.Tensor, heads: int, lengths: Sequence[int], rows: np.ndarray
+) -> torch.Tensor:
+    """See the contract in the package."""
+    parts = qkv.unflatten(-1, (3, heads, -1)).movedim(-3, 0)
+    near_q, near_k = (part.transpose(0, 1) for part in near.unflatten(-1, (3, heads, -1)).movedim(-3, 0)[:2])
+    table = torch.from_numpy(rows).to(qkv.device)
+    scale = (3 * parts.shape[-1]) ** -0.5
+    out, start = torch.empty_like(parts[0], memory_format=torch.contiguous_format), 0
+    for length in lengths:
+        q, k, v = (part[start : start + length].transpose(0, 1) for part in parts)  # [H, length, D]
+        places = torch.arange(length, device=qkv.device)
+        index = table[places[:, None] - places + len(rows) // 2].expand(heads, -1, -1)
+        scores = q @ k.mT + (q @ near_k.mT).gather(-1, index) + (k @ near_q.mT).gather(-1, index.mT).mT
+        out[start : start + length] = ((scores * scale).softmax(-1) @ v).transpose(0, 1)
+        start += length
     return out.flatten(1)
 
 

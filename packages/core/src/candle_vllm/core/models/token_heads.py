@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: MIT
+"""Heads of encoders that say something of each token: classes, ColBERT's vectors, weights of the vocabulary.
+
+- `...ForTokenClassification`: labels of each token.
+- ColBERT: a matrix gives each token a short vector; `HF_ColBERT`, PyLate's folders, or bge-m3's `colbert_linear`.
+- SPLADE and bge-m3's `sparse_linear`: a weight of each token of the vocabulary.
+
+Sources: Khattab and Zaharia, 2020, arXiv:2004.12832; Formal et al., 2021, arXiv:2109.10086; Chen et al., 2024,
+arXiv:2402.03216 (bge-m3).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from candle_vllm.core.errors import UnsupportedModelError
+from candle_vllm.core.fields import Fields
+from candle_vllm.core.loading.config import EncoderConfig
+from candle_vllm.core.loading.safetensors import open_safetensors
+from candle_vllm.core.loading.tensors import Checkpoint
+from candle_vllm.core.models.encoder_parts import ACTIVATIONS, head_of, read_part
+from candle_vllm.core.models.family import EncoderFamily
+from candle_vllm.core.pooled_head import Dense, PooledHead
+from candle_vllm.core.pooling import ModelPooling, PoolingKind
+from candle_vllm.core.text.tokenizer import Tokenizer
+
+_CLASSES, _COLBERT = "ForTokenClassification", "HF_ColBERT"
+_LINEAR = "linear.weight"  # of an HF_ColBERT
+
+# dense, norm, matrix of logits and its bias in the heads of masked language models
+_MASKED = (
+    ("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions.decoder.weight",
+     "cls.predictions.bias"),
+    ("vocab_transform", "vocab_layer_norm", "vocab_projector.weight", "vocab_projector.bias"),
+    ("lm_head.dense", "lm_head.layer_norm", "lm_head.decoder.weight", "lm_head.bias"),
+    ("head.dense", "head.norm", "decoder.weight", "decoder.bias"),
+)  # fmt: skip
+
+
+_ROWS = 64  # positions at a time: logits of a large vocabulary take 128 MB then
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TokenHead(PooledHead):
+    """A head of which others stand behind poolings of other kinds, and which may weigh the vocabulary.
+
+    Attributes:
+        kinds: those others.
+        skip: positions in front that have no vector of their own.
+        words: V, where it gives a token's one weight: the vocabulary's weights are the largest of each.
+        unweighted: tokens that have no weight there.
+    """
+
+    kinds: Mapping[str, PooledHead] = dataclasses.field(default_factory=dict[str, PooledHead])
+    skip: int = 0
+    words: int = 0
+    unweighted: tuple[int, ...] = ()
+
+    def of(self, kind: str) -> PooledHead:
+        """See `pooling.Behind`."""
+        return self.kinds.get(kind, self)
+
+    def by_token(
+        self, rows: NDArray[np.float64], token_ids: Sequence[int], *, activate: bool, sparse: bool
+    ) -> NDArray[np.float64]:
+        """See `pooling.Behind`. Of a masked language model's logits, weights are log(1 + ReLU) of the largest ones."""
+        made = []
+        for first in range(self.skip, len(rows), _ROWS):
+            part = self(rows[first : first + _ROWS], activate=activate)
+            made.append(part.max(0, keepdims=True) if sparse and not self.words else part)
+        width = len(self.layers[-1].weight) if self.layers else rows.shape[1]
+        found = np.concatenate(made) if made else np.empty((0, width))
+        if not sparse:
+            return found
+        if not self.words:
+            return np.log1p(np.maximum(found.max(0), 0))
+        weights = np.zeros(self.words)
+        np.maximum.at(weights, np.array(token_ids), found[:, 0])
+        weights[list(self.unweighted)] = 0
+        return weights
+
+
+def base_class(name: str, config: Mapping[str, Any], known: Collection[str]) -> str:
+    """The class of the encoder below a head for tokens; of any other class the name itself."""
+    if name == _COLBERT:
+        kind = str(config.get("model_type"))
+        if config.get("position_embedding_type") == "rotary":  # jina's code, by XLM-RoBERTa's name
+            kind = "rotary"
+        bases = {"bert": "BertModel", "xlm-roberta": "XLMRobertaModel", "rotary": "JinaEmbeddingsV3Model"}
+        return bases.get(kind, name)
+    stem = name.removesuffix(_CLASSES)
+    return next((stem + end for end in ("Model", "ForMaskedLM") if stem != name and stem + end in known), name)
+
+
+def with_head(
+    name: str, family: EncoderFamily, config: EncoderConfig, fields: Fields
+) -> tuple[EncoderFamily, EncoderConfig]:
+    """The family and config of a class whose encoder they are: the head's labels, its tensors left to `behind`."""
+    own = family.ignored
+    if name == _COLBERT:
+        return dataclasses.replace(family, ignored=lambda config: [*own(config), r"linear\.weight"]), config
+    if not name.endswith(_CLASSES):
+        return family, config
+    labels = head_of(fields, scores=True)["labels"]
+    config = dataclasses.replace(config, labels=labels, likelihood="softmax", head_pooling="all")
+    ignored = lambda config: [*own(config), r"classifier\..*"]  # noqa: E731
+    return dataclasses.replace(family, ignored=ignored, behind=family.behind or _classifier), config
+
+
+def _classifier(config: EncoderConfig, checkpoint: Checkpoint) -> tuple[Dense, ...]:
+    size = len(config.labels)
+    weight = read_part(checkpoint, "classifier.weight", size, config.hidden_size)
+    return (Dense(weight=weight, bias=read_part(checkpoint, "classifier.bias", size)),)
+
+
+def with_token_heads(
+    folder: Path,
+    checkpoint: Checkpoint,
+    config: EncoderConfig,
+    tokenizer: Tokenizer,
+    pooling: ModelPooling,
+    head: PooledHead | None,
+) -> tuple[ModelPooling, PooledHead | None]:
+    """How an encoder's vectors are made, with the heads for tokens that its files have.
+
+    Raises:
+        WeightsError, UnsupportedModelError: a head is missing or misshapen.
+    """
+    if _LINEAR in checkpoint.tensors:
+        rows = sum(checkpoint.tensors[_LINEAR].shape[:1])
+        weight = read_part(checkpoint, _LINEAR, rows, config.hidden_size)
+        return dataclasses.replace(pooling, pooling="all", normalize=True, size=rows), PooledHead(
+            (Dense(weight=weight),)
+        )
+    kinds: dict[str, PooledHead] = {}
+    sizes: dict[PoolingKind, int] = {}
+    if pooling.pooling == "sparse":
+        kinds["sparse"], sizes["sparse"] = TokenHead(_masked(config, checkpoint)), config.vocab_size
+    added = tokenizer.backend.get_added_tokens_decoder().items()
+    special = tuple(number for number, token in added if token.special and number < config.vocab_size)
+    for kind, name in (("all", "colbert_linear"), ("sparse", "sparse_linear")):
+        if not (folder / f"{name}.safetensors").is_file():
+            continue
+        with open_safetensors(folder / f"{name}.safetensors") as own:
+            rows = sum(own.tensors["weight"].shape[:1]) if kind == "all" and "weight" in own.tensors else 1
+            bias = read_part(own, "bias", rows)
+            layer = Dense(
+                weight=read_part(own, "weight", rows, config.hidden_size),
+                bias=bias,
+                activation="none" if kind == "all" else "relu",
+            )
+        if kind == "all":  # the first token is the text's own vector
+            kinds["all"], sizes["all"] = TokenHead((layer,), skip=1), rows
+        else:
+            kinds["sparse"] = TokenHead((layer,), words=config.vocab_size, unweighted=special)
+            sizes["sparse"] = config.vocab_size
+    if kinds:
+        head = TokenHead(() if head is None else head.layers, kinds=kinds)
+    return dataclasses.replace(pooling, sizes=sizes), head
+
+
+def _masked(config: EncoderConfig, checkpoint: Checkpoint) -> tuple[Dense, Dense]:
+    """The head of a masked language model, whose logits may be products with the table of embeddings."""
+    size, tensors = config.hidden_size, checkpoint.tensors
+    names = next((names for names in _MASKED if f"{names[0]}.weight" in tensors), None)
+    if names is None:
+        raise UnsupportedModelError(f"{checkpoint.path}: no head of a masked language model that is implemented")
+    dense, norm, matrix, bias = names
+    table = next(
+        (name for name in tensors if name.endswith(("word_embeddings.weight", "tok_embeddings.weight"))), matrix
+    )
+
+    def vector(name: str, size: int) -> np.ndarray | None:
+        return read_part(checkpoint, name, size) if name in tensors else None
+
+    activation = ACTIVATIONS[config.activation] if names is _MASKED[0] else "gelu"
+    first = Dense(
+        weight=read_part(checkpoint, f"{dense}.weight", size, size),
+        bias=vector(f"{dense}.bias", size),
+        activation=activation,
+        norm=read_part(checkpoint, f"{norm}.weight", size),
+        norm_bias=vector(f"{norm}.bias", size),
+        eps=config.norm_eps,
+    )
+    logits = read_part(checkpoint, matrix if matrix in tensors else table, config.vocab_size, size)
+    return first, Dense(weight=logits, bias=vector(bias, config.vocab_size))
