@@ -11,10 +11,12 @@ from array import array
 from functools import partial
 from typing import Any
 
+import msgspec
 import openai.types as official
 import pytest
 from openai.types.embedding_create_params import EmbeddingCreateParams
 
+from candle_vllm.core.engine.model_info import ModelInfo
 from candle_vllm.core.errors import (
     CandleVllmError,
     EngineDeadError,
@@ -39,14 +41,18 @@ from candle_vllm.openai import (
 )
 from candle_vllm.openai.embedding import (
     EmbeddingAdapter,
+    parse_classify_request,
     parse_embedding_request,
+    parse_pooling_request,
     parse_rerank_request,
     parse_score_request,
 )
 from candle_vllm.openai.fair_threads import asker
-from candle_vllm.openai.protocol.embeddings import EmbeddingRequest
+from candle_vllm.openai.protocol.cohere import CohereEmbedRequest
+from candle_vllm.openai.protocol.embeddings import EmbeddingRequest, ModerationRequest, moderated
 from candle_vllm.openai.protocol.pooling import MAX_INPUTS, MAX_PAIRS, MAX_POOLED_TOKENS, POOLING_REFUSED_FIELDS
 from candle_vllm.openai.serving import WorkerThreads
+from candle_vllm.openai.validation import parse_body
 from tests.waiting import PATIENCE
 
 
@@ -173,8 +179,10 @@ def test_wrong_inputs_name_their_place(given: Any, param: str, message: str) -> 
         ({"normalize": 1}, "normalize", InvalidParameterError),
         ({"request_id": "a b"}, "request_id", InvalidParameterError),
         ({"priority": 1 << 40}, "priority", InvalidParameterError),
-        ({"truncate": True}, "truncate", UnsupportedParameterError),
-        ({"input_type": "query"}, "input_type", UnsupportedParameterError),
+        ({"truncate": "START"}, "truncate", InvalidParameterError),
+        ({"return_multivector": True, "pooling": "mean"}, "return_multivector", InvalidParameterError),
+        ({"normalized": True, "normalize": False}, "normalized", InvalidParameterError),
+        ({"truncate": True, "truncate_prompt_tokens": 1}, "truncate", InvalidParameterError),
         ({"embed_dtype": "float16"}, "embed_dtype", UnsupportedParameterError),
         ({"dimension": 8}, "dimension", UnknownParameterError),
         ({"temperature": 1}, "temperature", UnknownParameterError),
@@ -486,3 +494,168 @@ async def test_a_long_text_is_not_tokenized_as_a_whole(monkeypatch: pytest.Monke
         with pytest.raises(PromptTooLongError, match="more than 512 tokens"):
             await call(engine, **fields)
     assert longest <= 16_384
+
+
+class TokenVectors(ScriptedEngine):
+    """An engine whose model gives a vector of each token, or classes of each, by its tasks; it has prompts."""
+
+    def __init__(self, *tasks: str, pooling: str = "all") -> None:
+        super().__init__(tasks=tasks)
+        self.more: dict[str, Any] = {"pooling": pooling, "prompts": {"query": "q: ", "passage": "p: "}}
+
+    @property
+    def model_info(self) -> ModelInfo:
+        return msgspec.structs.replace(super().model_info, **getattr(self, "more", {}))
+
+    async def aembed(self, inputs: Any, params: Any = None, **options: Any) -> Any:
+        made = await super().aembed(inputs, params, **options)
+        if params.pooling != "all" and self.model_info.pooling != "all":
+            return made
+        return [
+            msgspec.structs.replace(each, embedding=array("f", range(2 * each.num_tokens)), vectors=each.num_tokens)
+            for each in made
+        ]
+
+    async def aclassify(self, inputs: Any, params: Any = None, **options: Any) -> Any:
+        made = await super().aclassify(inputs, params, **options)
+        if self.model_info.pooling != "all":
+            return made
+        return [msgspec.structs.replace(each, probs=array("f", [0.5] * 4), vectors=2) for each in made]
+
+
+async def pool(engine: ScriptedEngine, **fields: Any) -> list[Any]:
+    made = await EmbeddingAdapter(engine).pool(parse_pooling_request({"input": ["ab"], **fields}))
+    return [each.data for each in made.data]
+
+
+WANTED = [[0.0, 1.0], [2.0, 3.0], [4.0, 5.0]]  # "ab" has a token in front
+
+
+async def test_each_token_has_a_vector_of_its_own() -> None:
+    engine = TokenVectors("embed", "score")
+    made = await EmbeddingAdapter(engine).embed(parse_embedding_request({"input": "ab"}))
+    assert made.data[0].embedding == WANTED
+    packed = await EmbeddingAdapter(engine).embed(parse_embedding_request({"input": "ab", "encoding_format": "base64"}))
+    assert [array("f", base64.b64decode(str(each))).tolist() for each in packed.data[0].embedding] == WANTED
+    assert await pool(engine) == await pool(engine, task="token_embed") == [WANTED]
+    plain = TokenVectors("embed", "score", pooling="mean")
+    assert await pool(plain, task="token_embed") == [WANTED]
+    assert len((await pool(plain, task="embed"))[0]) == SIZE
+    jina = await EmbeddingAdapter(plain).embed(parse_embedding_request({"input": "ab", "return_multivector": True}))
+    assert jina.data[0].embedding == WANTED
+    for of, task in ((engine, "embed"), (plain, "classify"), (plain, "token_classify")):
+        with pytest.raises(InvalidParameterError, match=f"does not {task}") as caught:
+            await pool(of, task=task)
+        assert caught.value.param == "task"
+
+
+async def test_vectors_of_tokens_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedding, "MAX_NUMBERS", 4 * SIZE)
+    engine = TokenVectors("embed", "score")
+    engine.more["embedding_size"] = SIZE
+    await pool(engine, input=["abc"])
+    with pytest.raises(InvalidParameterError, match="send less at once") as caught:
+        await pool(engine, input=["ab", "cd"])
+    assert caught.value.param == "input"
+    with pytest.raises(InvalidParameterError, match="send less at once") as caught:
+        await score(engine, text_1="ab", text_2="cd")
+    assert caught.value.param == "text_2"
+
+
+async def test_classes_of_tokens_are_asked_of_pooling() -> None:
+    engine = TokenVectors("classify")
+    wanted = [[[0.5, 0.5], [0.5, 0.5]]]
+    assert await pool(engine) == await pool(engine, task="token_classify", activation=False) == wanted
+    assert engine.pooling_calls[-1].params == PoolingParams(use_activation=False)
+    for of, field in ((engine, "dimensions"), (TokenVectors("embed"), "use_activation")):
+        with pytest.raises(InvalidParameterError, match="changes nothing") as caught:
+            await pool(of, **{field: 2 if field == "dimensions" else True})
+        assert caught.value.param == field
+    with pytest.raises(InvalidParameterError, match="POST /pooling"):
+        await EmbeddingAdapter(engine).classify(parse_classify_request({"input": "ab"}))
+
+
+async def test_input_types_put_the_models_words_before_texts() -> None:
+    engine = TokenVectors("embed", "score", pooling="mean")
+    for given in ({"input": ["ab"], "input_type": "query"}, {"input": ["q: ab"]}):
+        await embed(engine, **given)
+    first, second = engine.pooling_calls
+    assert first.inputs == second.inputs
+    with pytest.raises(InvalidParameterError, match="the model's prompts are query, passage") as caught:
+        await embed(engine, input=["ab"], input_type="weather")
+    assert caught.value.param == "input_type"
+    with pytest.raises(InvalidParameterError, match="this one is token ids"):
+        await embed(engine, input=[1, 2], input_type="query")
+    assert await embed(ScriptedEngine(), input=["ab"], input_type="query"), "a model without prompts wants no words"
+
+
+async def cohere(engine: ScriptedEngine, version: str = "2", **fields: Any) -> dict[str, Any]:
+    asked = parse_body(CohereEmbedRequest, {"texts": ["ab", "abc"], **fields})
+    return json.loads(to_json_bytes(await EmbeddingAdapter(engine).embed_cohere(asked, version)))
+
+
+async def test_vectors_in_coheres_words() -> None:
+    engine = TokenVectors("embed", "score", pooling="mean")
+    wanted = [each["embedding"] for each in (await embed(engine, input=["p: ab", "p: abc"]))["data"]]
+    types = ["float", "base64", "int8", "uint8", "binary", "ubinary"]
+    made = await cohere(engine, input_type="search_document", embedding_types=types)
+    assert made["embeddings"]["float"] == wanted
+    assert [array("f", base64.b64decode(each)).tolist() for each in made["embeddings"]["base64"]] == wanted
+    assert made["embeddings"]["int8"] == [[round(127 * number) for number in each] for each in wanted]
+    assert made["embeddings"]["uint8"] == [[number + 128 for number in each] for each in made["embeddings"]["int8"]]
+    bits = [int("".join(str(int(number > 0)) for number in each).ljust(-(-SIZE // 8) * 8, "0"), 2) for each in wanted]
+    assert [int.from_bytes(bytes(each)) for each in made["embeddings"]["ubinary"]] == bits
+    assert made["embeddings"]["binary"] == [[byte - 128 for byte in each] for each in made["embeddings"]["ubinary"]]
+    assert (made["texts"], made["response_type"]) == (["ab", "abc"], "embeddings_by_type")
+    assert made["meta"]["billed_units"]["input_tokens"] > 0
+    first = await cohere(engine, "1")
+    assert first["response_type"] == "embeddings_floats"
+    assert first["embeddings"] == (await cohere(engine))["embeddings"]["float"]
+    assert len((await cohere(engine, output_dimension=2))["embeddings"]["float"][0]) == 2
+    engine.more["max_model_len"] = 64
+    long: dict[str, Any] = {"texts": ["a" * 100]}
+    assert (await cohere(engine, truncate="START", **long))["embeddings"]
+    with pytest.raises(PromptTooLongError) as caught:
+        await cohere(engine, truncate="NONE", **long)
+    assert caught.value.param == "texts"
+    for field, value in {"images": ["x"], "max_tokens": 5, "input_type": "x"}.items():
+        with pytest.raises(RequestError) as refused:
+            await cohere(engine, **{field: value})
+        assert refused.value.param == field
+    with pytest.raises(InvalidParameterError, match="each token"):
+        await cohere(TokenVectors("embed"))
+
+
+async def test_a_task_is_an_adapters_name() -> None:
+    asked = parse_embedding_request({"input": "a", "model": "m", "task": "retrieval.query"})
+    assert (asked.lora_path, asked.model) == ("retrieval_query", "m:retrieval_query")
+    with pytest.raises(InvalidParameterError, match="name two adapters"):
+        parse_embedding_request({"input": "a", "task": "retrieval.query", "lora_path": "other"})
+    with pytest.raises(InvalidParameterError, match="served without adapters"):
+        await embed(ScriptedEngine(), input="a", task="separation")
+
+
+async def test_moderation_by_the_labels_of_a_classifier() -> None:
+    async def moderate(engine: ScriptedEngine, **fields: Any) -> Any:
+        body = to_json_bytes(await EmbeddingAdapter(engine).moderate(parse_body(ModerationRequest, fields)))
+        return json.loads(body)
+
+    engine, labels = TokenVectors("classify", pooling="cls"), ("BENIGN", "unsafe", "non-toxic")
+    for harmless in (("LABEL_0", "LABEL_1"), ("safe", "OK")):
+        engine.more["labels"] = harmless
+        with pytest.raises(InvalidParameterError, match="no moderation model"):
+            await moderate(engine, input="ab")
+    engine.more["labels"] = labels
+    shares = [each.probs.tolist() for each in await engine.aclassify([[1, 1, 4], [0, 0, 1], [2]])]
+    made = await moderate(engine, input=["ab", "c"])
+    assert len(made["results"]) == 2
+    assert set(made["results"][0]["categories"]) == set(made["results"][0]["category_scores"]) == {"unsafe"}
+    for share, flagged in zip(shares, (True, False, False), strict=True):
+        said = moderated(labels, share)
+        assert (said.flagged, said.categories, said.category_scores) == (
+            flagged, {"unsafe": flagged}, {"unsafe": share[1]},
+        )  # fmt: skip
+    for wrong in ([{"type": "image_url", "image_url": {"url": "x"}}], [], [1]):
+        with pytest.raises(RequestError) as caught:
+            await moderate(engine, input=wrong)
+        assert str(caught.value.param).startswith("input")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from candle_vllm.openai.protocol.cohere import CohereEmbedRequest
 from candle_vllm.openai.protocol.embeddings import EMBEDDING_REFUSED_FIELDS
 from candle_vllm.openai.protocol.pooling import POOLING_REFUSED_FIELDS
 from candle_vllm.openai.protocol.score import RerankRequest
@@ -21,7 +22,9 @@ POOLING = [
 EMBEDDING_ROWS = [
     *POOLING,
     *not_served(EMBEDDING_REFUSED_FIELDS),
-    *switches("normalize", "add_special_tokens"),
+    *switches("normalize", "normalized", "truncate", "return_multivector", "add_special_tokens"),
+    Row("task", 1),
+    Row("input_type", ""),
     Row("input", GONE),
     Row("input", None),
     Row("input", ""),
@@ -48,6 +51,16 @@ EMBEDDING_ROWS = [
     Row("pooling", "max"),
     Row("pooling", 1),
     Row("embedding_type", "cls"),  # another one than pooling
+]
+MODERATION_ROWS = [*MODEL, Row("input", []), Row("input", [1], "input.0")]
+COHERE_ROWS = [
+    *not_served(CohereEmbedRequest.refused_fields),
+    Row("texts", []),
+    Row("texts", ["a", 1], "texts.1"),
+    Row("input_type", "weather"),
+    Row("embedding_types", ["float", "f8"], "embedding_types.1"),
+    Row("output_dimension", 9999),
+    Row("truncate", "MIDDLE"),
 ]
 SCORE_ROWS = [
     *POOLING,
@@ -219,7 +232,7 @@ POOLING_ROWS = [
     *MODEL,
     Row("input", []),
     Row("input", [1, "a"], "input.1"),
-    Row("task", "classify"),
+    Row("task", "plugin"),
     Row("task", 1),
     Row("messages", MESSAGES, code="unsupported_parameter"),
     Row("dimensions", 0),
@@ -255,6 +268,10 @@ ROUTES = [
         Route(path, {"messages": MESSAGES}, TEMPLATE_ROWS)
         for path in ("/apply-template", "/v1/chat/completions/input_tokens")
     ],
+    Route(
+        "/v1/moderations", {"model": "default", "input": "a"}, [*MODEL, Row("input", []), Row("input", [1], "input.0")]
+    ),
+    *[Route(path, {"texts": ["a"]}, COHERE_ROWS) for path in ("/v1/embed", "/v2/embed")],
     Route("/classify", {"model": "default", "input": "a"}, CLASSIFY_ROWS),
     Route("/pooling", {"model": "default", "input": "a", "pooling": "mean", "task": "embed"}, POOLING_ROWS),
     *[Route(f"/v1/models/{verb}", {"model": "default"}, MANAGED_ROWS) for verb in ("load", "select")],

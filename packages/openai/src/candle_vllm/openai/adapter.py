@@ -41,12 +41,15 @@ from candle_vllm.openai.fair_threads import apart
 from candle_vllm.openai.planning import AnswerPlanner
 from candle_vllm.openai.preparation import PreparedChat, TaskPreparation
 from candle_vllm.openai.protocol.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionRequest
+from candle_vllm.openai.protocol.cohere import CohereEmbeddings, CohereEmbedRequest
 from candle_vllm.openai.protocol.completions import Completion, CompletionRequest
 from candle_vllm.openai.protocol.embeddings import (
     ClassifiedList,
     ClassifyRequest,
     EmbeddingList,
     EmbeddingRequest,
+    Moderation,
+    ModerationRequest,
     PooledList,
     PoolingRequest,
 )
@@ -259,6 +262,14 @@ class OpenAIAdapter:
     async def pool(self, request: PoolingRequest) -> PooledList:
         """The vectors of texts, in vLLM's words."""
         return await self._embedding.pool(request)
+
+    async def moderate(self, request: ModerationRequest) -> Moderation:
+        """Whether the request's texts do harm, by a classifier's labels."""
+        return await self._embedding.moderate(request)
+
+    async def embed_cohere(self, request: CohereEmbedRequest, version: str) -> CohereEmbeddings:
+        """The vectors of the request's texts, in Cohere's words."""
+        return await self._embedding.embed_cohere(request, version)
 
     async def classify(self, request: ClassifyRequest) -> ClassifiedList:
         """What texts are, as a classifier tells them apart."""

@@ -8,18 +8,19 @@ model's config does not say otherwise; or the cosine of the two texts' vectors, 
 from __future__ import annotations
 
 import base64
+import re
 import time
 import uuid
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
+import msgspec
 from msgspec import UNSET
 
 from candle_vllm.core.engine.model_info import ModelInfo
 from candle_vllm.core.engine.outputs import ClassificationOutput, EmbeddingOutput, ScoreOutput
-from candle_vllm.core.engine.step.pooling_calls import Apart
 from candle_vllm.core.engine.step.watching import RequestWatcher
 from candle_vllm.core.errors import (
     CandleVllmError,
@@ -36,6 +37,7 @@ from candle_vllm.openai.errors import (
     GenerationFailedError,
     no_priority,
 )
+from candle_vllm.openai.protocol.cohere import INPUT_TYPES, CohereEmbeddings, CohereEmbedRequest, cohere_answer
 from candle_vllm.openai.protocol.embeddings import (
     Classified,
     ClassifiedList,
@@ -43,13 +45,17 @@ from candle_vllm.openai.protocol.embeddings import (
     Embedding,
     EmbeddingList,
     EmbeddingRequest,
+    Moderation,
+    ModerationRequest,
+    Numbers,
     Pooled,
     PooledList,
     PoolingRequest,
+    moderated,
 )
-from candle_vllm.openai.protocol.pooling import MAX_POOLED_TOKENS, PoolingFields, PoolingUsage
+from candle_vllm.openai.protocol.pooling import MAX_NUMBERS, MAX_POOLED_TOKENS, PoolingFields, PoolingUsage
 from candle_vllm.openai.protocol.score import Ranked, RankedText, Ranking, RerankRequest, Score, ScoreList, ScoreRequest
-from candle_vllm.openai.serving import AdapterNames, ServedNames, Uses, WorkerThreads, check_length
+from candle_vllm.openai.serving import AdapterNames, ServedNames, WorkerThreads, check_length
 from candle_vllm.openai.validation import parse_body
 
 
@@ -61,42 +67,14 @@ class EmbeddingEngineLike(Protocol):
 
     def tokenize(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
 
-    async def aembed(
-        self,
-        inputs: Sequence[str | Sequence[int]],
-        params: PoolingParams | None = None,
-        *,
-        request_id: str | None = None,
-        priority: int = 0,
-        add_special_tokens: bool = True,
-        watcher: RequestWatcher | None = None,
-        lora_request: Uses = (),
-        apart: Apart = ...,
-    ) -> list[EmbeddingOutput]: ...
+    @property
+    def aembed(self) -> Callable[..., Awaitable[list[EmbeddingOutput]]]: ...
 
-    async def aclassify(
-        self,
-        inputs: Sequence[str | Sequence[int]],
-        params: PoolingParams | None = None,
-        *,
-        request_id: str | None = None,
-        priority: int = 0,
-        add_special_tokens: bool = True,
-        watcher: RequestWatcher | None = None,
-        lora_request: Uses = (),
-        apart: Apart = ...,
-    ) -> list[ClassificationOutput]: ...
+    @property
+    def aclassify(self) -> Callable[..., Awaitable[list[ClassificationOutput]]]: ...
 
-    async def ascore(
-        self,
-        pairs: Sequence[tuple[str, str]],
-        *,
-        request_id: str | None = None,
-        priority: int = 0,
-        watcher: RequestWatcher | None = None,
-        lora_request: Uses = (),
-        apart: Apart = ...,
-    ) -> list[ScoreOutput]: ...
+    @property
+    def ascore(self) -> Callable[..., Awaitable[list[ScoreOutput]]]: ...
 
 
 def parse_embedding_request(body: bytes | Mapping[str, Any]) -> EmbeddingRequest:
@@ -154,54 +132,107 @@ class EmbeddingAdapter:
         """The vectors of the request's texts."""
         self._check(request, "embed")
         name, request_id = self._names.served(request.model), _request_id("embd-", request)
-        more = self._more(request, request_id)
-        params = request.pooling_params()
-        # Tokenizing many texts takes long enough to hold up every stream on the loop.
-        texts = await self._work.prepare(self._tokens, request)
-        with _failures(lambda number, _: f"input.{number}", "input"):
-            outputs = await self._engine.aembed(texts, params, **more)
-        encode = _base64 if request.encoding_format == "base64" else array.tolist
-        vectors = await self._work.prepare(lambda: [encode(each.embedding) for each in outputs])
-        data = [Embedding(index=index, embedding=vector) for index, vector in enumerate(vectors)]
-        return EmbeddingList(
-            id=request_id,
-            created=int(time.time()),
-            model=name,
-            data=tuple(data),
-            usage=_usage(sum(len(text) for text in texts)),
+        outputs = await self._embedded(request, request_id, request.pooling_params())
+        vectors = await self._work.prepare(
+            lambda: [_numbers(request, each.embedding, each.vectors) for each in outputs]
         )
+        data = (Embedding(index=index, embedding=vector) for index, vector in enumerate(vectors))
+        return _listed(EmbeddingList, request_id, name, data, outputs)
+
+    async def embed_cohere(self, request: CohereEmbedRequest, version: str) -> CohereEmbeddings:
+        """The same in Cohere's words, of this version of its API."""
+        self._check(request, "embed")
+        if self._engine.model_info.pooling == "all":
+            raise InvalidParameterError("the model gives a vector of each token: ask /v1/embeddings", "model")
+        inner, request_id = request.inner(), _request_id("", request)
+        self._names.served(request.model)
+        try:
+            outputs = await self._embedded(inner, request_id, inner.pooling_params(), "texts")
+        except RequestError as error:
+            error.param = "output_dimension" if error.param == "dimensions" else error.param
+            raise
+        return await self._work.prepare(cohere_answer, request, request_id, outputs, version)
 
     async def pool(self, request: PoolingRequest) -> PooledList:
-        """The same in vLLM's words."""
-        made = await self.embed(request)
-        return PooledList(
-            id=made.id,
-            created=made.created,
-            model=made.model,
-            data=tuple(Pooled(index=each.index, data=each.embedding) for each in made.data),
-            usage=made.usage,
-        )
+        """What is made of the request's texts or of their tokens, in vLLM's words."""
+        info = self._engine.model_info
+        single, does = info.pooling == "all", [task for task in ("embed", "classify") if task in info.tasks]
+        task = request.task or ("token_" * single + does[0] if does else "embed")
+        wanted = "embed" if task.endswith("embed") else "classify"
+        params = request.pooling_params()
+        # A vector of each token can be had of any model that gives vectors; the rest is as the model's head is.
+        if wanted not in does or (task != "token_embed" and task.startswith("token") != single):
+            known = [f"token_{each}" if single else each for each in does]
+            known += ["token_embed"] if "embed" in known else []
+            raise InvalidParameterError(f"{info.name} does not {task}; it does {' and '.join(known)}", "task")
+        other = _OF_VECTORS if wanted == "classify" else ("use_activation", "activation")
+        if given := next((field for field in other if getattr(request, field) is not None), None):
+            raise InvalidParameterError(f"{given} changes nothing of what the task {task} gives", given)
+        if task == "token_embed":
+            params = msgspec.structs.replace(params, pooling="all")
+        name, request_id = self._names.served(request.model), _request_id("pool-", request)
+        if wanted == "embed":
+            self._check(request, wanted)
+            outputs = await self._embedded(request, request_id, params)
+            found = [(each.embedding, each.vectors) for each in outputs]
+        else:
+            outputs = await self._classified(request, request_id, request.activated())
+            found = [(each.probs, each.vectors) for each in outputs]
+        data = await self._work.prepare(lambda: [_numbers(request, *each) for each in found])
+        pooled = (Pooled(index=index, data=each) for index, each in enumerate(data))
+        return _listed(PooledList, request_id, name, pooled, outputs)
+
+    async def _embedded(
+        self, request: EmbeddingRequest, request_id: str, params: PoolingParams, field: str = "input"
+    ) -> list[EmbeddingOutput]:
+        more = self._more(request, request_id)
+        # Tokenizing many texts takes long enough to hold up every stream on the loop.
+        texts = await self._work.prepare(self._tokens, request, field)
+        self._check_size(sum(map(len, texts)), len(texts), params.pooling, field)
+        with _failures(lambda number, _: f"{field}.{number}", field):
+            return await self._engine.aembed(texts, params, **more)
+
+    async def _classified(
+        self, request: ClassifyRequest | PoolingRequest, request_id: str, params: PoolingParams
+    ) -> list[ClassificationOutput]:
+        self._check(request, "classify")
+        more = self._more(request, request_id)
+        texts = await self._work.prepare(self._tokens, request)
+        with _failures(lambda number, _: f"input.{number}", "input"):
+            return await self._engine.aclassify(texts, params, **more)
 
     async def classify(self, request: ClassifyRequest) -> ClassifiedList:
         """What the request's texts are, as the model tells them apart."""
-        self._check(request, "classify")
+        if self._engine.model_info.pooling == "all":
+            raise InvalidParameterError(
+                "the model tells tokens apart, not texts: ask POST /pooling with the task token_classify", "model"
+            )
         name, request_id = self._names.served(request.model), _request_id("classify-", request)
-        more = self._more(request, request_id)
-        texts = await self._work.prepare(self._tokens, request)
-        with _failures(lambda number, _: f"input.{number}", "input"):
-            outputs = await self._engine.aclassify(texts, request.pooling_params(), **more)
+        outputs = await self._classified(request, request_id, request.activated())
         labels = self._engine.model_info.labels
         found = [each.probs.tolist() for each in outputs]
-        return ClassifiedList(
-            id=request_id,
-            created=int(time.time()),
-            model=name,
-            data=tuple(
-                Classified(index=n, label=labels[probs.index(max(probs))], probs=probs, num_classes=len(probs))
-                for n, probs in enumerate(found)
-            ),
-            usage=_usage(sum(len(text) for text in texts)),
+        data = (
+            Classified(index=n, label=labels[probs.index(max(probs))], probs=probs, num_classes=len(probs))
+            for n, probs in enumerate(found)
         )
+        return _listed(ClassifiedList, request_id, name, data, outputs)
+
+    async def moderate(self, request: ModerationRequest) -> Moderation:
+        """Whether the request's texts do harm, by a classifier's labels."""
+        name, request_id = self._names.served(request.model), _request_id("modr-", request)
+        inner = ClassifyRequest(model=request.model, lora_path=request.lora_path, input=request.input)
+        self._check(request, "classify")
+        labels = self._engine.model_info.labels
+        harm = moderated(labels, [0.0] * len(labels)).category_scores
+        if self._engine.model_info.pooling == "all" or not harm or all(_NAMELESS.fullmatch(label) for label in harm):
+            raise InvalidParameterError(
+                f"{self._engine.model_info.name} has no labels of texts that name a harm ({', '.join(labels)!s:.80}): "
+                "it is no moderation model",
+                "model",
+            )
+        outputs = await self._classified(inner, request_id, PoolingParams())
+        results = tuple(moderated(labels, each.probs.tolist()) for each in outputs)
+        return Moderation(id=request_id, model=name, results=results)
 
     async def score(self, request: ScoreRequest) -> ScoreList:
         """The scores of the request's pairs."""
@@ -211,13 +242,8 @@ class EmbeddingAdapter:
         with _failures(request.blamed, request.blamed(0, 1)):
             await self._work.prepare(self._count_pairs, request.pairs, request.blamed(0, 1).partition(".")[0])
             outputs = await self._engine.ascore(request.pairs, **more)
-        return ScoreList(
-            id=request_id,
-            created=int(time.time()),
-            model=name,
-            data=tuple(Score(index=index, score=output.score) for index, output in enumerate(outputs)),
-            usage=_usage(sum(output.num_tokens for output in outputs)),
-        )
+        data = (Score(index=index, score=output.score) for index, output in enumerate(outputs))
+        return _listed(ScoreList, request_id, name, data, outputs)
 
     async def rerank(self, request: RerankRequest) -> Ranking:
         """The request's documents, best first; equal ones in the order of the request."""
@@ -239,8 +265,7 @@ class EmbeddingAdapter:
             )
             for index in order
         ]
-        usage = _usage(sum(output.num_tokens for output in outputs))
-        return Ranking(id=request_id, model=name, results=tuple(results), usage=usage)
+        return Ranking(id=request_id, model=name, results=tuple(results), usage=_usage(outputs))
 
     def _more(self, request: PoolingFields, request_id: str) -> dict[str, Any]:
         """What the engine is told of every request."""
@@ -260,19 +285,42 @@ class EmbeddingAdapter:
             others = ", ".join(_ROUTES[other] for other in info.tasks)
             raise InvalidParameterError(f"{info.name} does not {_VERBS[task]}; it answers {others}", "model")
 
-    def _tokens(self, request: EmbeddingRequest | ClassifyRequest) -> list[list[int]]:
-        """Every text as token ids, counted before any of them is run."""
-        total, texts = 0, []
+    def _tokens(self, request: EmbeddingRequest | ClassifyRequest, field: str = "input") -> list[list[int]]:
+        """Every text as token ids, counted before any of them is run; behind the words of the request's input_type."""
+        total, texts, front = 0, [], self._prompt(request)
         special, cut = request.add_special_tokens is not False, request.cut("right")
         for number, text in enumerate(request.inputs):
-            with _blamed(number, len(request.inputs)):
-                ids = text if not isinstance(text, str) else self._known(text, special, bounded=cut is None)
+            with _blamed(number, len(request.inputs), field=field):
+                if front and not isinstance(text, str):
+                    raise InvalidParameterError("input_type puts words before texts, and this one is token ids", field)
+                ids = text if not isinstance(text, str) else self._known(front + text, special, bounded=cut is None)
             if cut is not None:
                 ids = list(cut.of(ids, self._engine.model_info.max_model_len))
             total += len(ids)
-            _check_total(total, "input", number)
+            _check_total(total, field, number)
             texts.append(ids)
         return texts
+
+    def _prompt(self, request: EmbeddingRequest | ClassifyRequest) -> str:
+        """What the model wants before texts of the request's input_type; nothing where its files name no prompts."""
+        prompts, wanted = self._engine.model_info.prompts, getattr(request, "input_type", None)
+        if wanted is None or not prompts:
+            return ""
+        names = (wanted, *INPUT_TYPES.get(wanted, ()))
+        found = next((prompts[name] for name in names if name in prompts), None)
+        if found is None:
+            known = ", ".join(prompts)
+            raise InvalidParameterError(f"input_type {wanted!r:.60}: the model's prompts are {known}", "input_type")
+        return found
+
+    def _check_size(self, tokens: int, texts: int, kind: str | None, field: str) -> None:
+        """Refuses what would have a larger answer than any client can want, before any of it is run."""
+        info, kind = self._engine.model_info, kind or self._engine.model_info.pooling
+        count = {"all": tokens * info.embedding_size, "sparse": texts * info.vocab_size}.get(kind, 0)
+        if count > MAX_NUMBERS:
+            raise InvalidParameterError(
+                f"{field} would have {count} numbers in its vectors; {MAX_NUMBERS} can be: send less at once", field
+            )
 
     def _known(self, text: str, add_special_tokens: bool = True, *, bounded: bool = True) -> list[int]:
         if bounded:
@@ -296,8 +344,13 @@ class EmbeddingAdapter:
                 elif not reads_once:
                     total += known
             _check_total(total, field, number)
+        if reads_once:
+            self._check_size(total, len(lengths), None, field)
 
 
+_OF_VECTORS = ("dimensions", "normalize", "normalized", "pooling", "embedding_type", "return_multivector", "input_type")
+_List = TypeVar("_List", EmbeddingList, PooledList, ClassifiedList, ScoreList)
+_NAMELESS = re.compile(r"LABEL_\d+")  # transformers' names where a model has none
 _VERBS: Mapping[str, str] = {
     "embed": "give vectors",
     "score": "score pairs of texts",
@@ -307,7 +360,7 @@ _ROUTES: Mapping[str, str] = {
     "generate": "/v1/chat/completions and /v1/completions",
     "embed": "/v1/embeddings",
     "score": "/v1/score and /v1/rerank",
-    "classify": "/classify",
+    "classify": "/classify and /v1/moderations",
 }
 
 
@@ -315,8 +368,24 @@ def _request_id(prefix: str, request: PoolingFields) -> str:
     return prefix + (request.request_id or uuid.uuid4().hex)
 
 
-def _usage(tokens: int) -> PoolingUsage:
+def _usage(outputs: Sequence[EmbeddingOutput | ClassificationOutput | ScoreOutput]) -> PoolingUsage:
+    tokens = sum(each.num_tokens for each in outputs)
     return PoolingUsage(prompt_tokens=tokens, total_tokens=tokens)
+
+
+def _listed(kind: type[_List], request_id: str, name: str, data: Iterable[Any], outputs: Sequence[Any]) -> _List:
+    """An answer that is a list, made now."""
+    made = {"id": request_id, "created": int(time.time()), "model": name, "usage": _usage(outputs)}
+    return kind(data=tuple(data), **made)
+
+
+def _numbers(request: EmbeddingRequest, flat: array[float], vectors: int | None) -> Numbers:
+    """A vector as the request wants it, or each of several that stand behind each other."""
+    encode = _base64 if request.encoding_format == "base64" else array.tolist
+    if vectors is None:
+        return encode(flat)
+    size = len(flat) // max(vectors, 1)
+    return [encode(flat[first : first + size]) for first in range(0, size * vectors, max(size, 1))]
 
 
 def _base64(vector: array[float]) -> str:
@@ -334,14 +403,14 @@ def _check_total(tokens: int, field: str, number: int) -> None:
 
 
 @contextmanager
-def _blamed(number: int, count: int, param: str | None = None) -> Iterator[None]:
-    """Puts the number of a text before what is wrong with it, and names the field: `param`, or that of `input`."""
+def _blamed(number: int, count: int, param: str | None = None, *, field: str = "input") -> Iterator[None]:
+    """Puts the number of a text before what is wrong with it, and names it: `param`, or the text of `field`."""
     try:
         yield
     except RequestError as error:
         if count == 1:
-            raise type(error)(str(error), param or "input") from None
-        raise type(error)(f"input {number}: {error}", param or f"input.{number}") from None
+            raise type(error)(str(error), param or field) from None
+        raise type(error)(f"input {number}: {error}", param or f"{field}.{number}") from None
 
 
 @contextmanager

@@ -3,24 +3,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal, Self, cast
+import re
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Generic, Literal, Self, TypeVar, cast
 
 import msgspec
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from candle_vllm.core.pooling import MAX_DIMENSIONS, PoolingParams
-from candle_vllm.openai.protocol.fields import CutFields, Refusal, TokenIds, invalid, prompt_form
+from candle_vllm.openai.protocol.fields import CutFields, Refusal, TokenIds, WireModel, invalid, prompt_form
 from candle_vllm.openai.protocol.pooling import MAX_INPUTS, POOLING_REFUSED_FIELDS, PoolingFields, PoolingUsage, Words
+from candle_vllm.openai.protocol.score import Texts
+from candle_vllm.openai.task import Cut
 
-PoolingName = Literal["mean", "last", "cls"]
+TaskName = Annotated[str, Field(min_length=1, max_length=64)]
+PoolingName = Literal["mean", "last", "cls", "all", "sparse"]
 
 EMBEDDING_REFUSED_FIELDS: Mapping[str, Refusal] = {
-    **{name: refusal for name, refusal in POOLING_REFUSED_FIELDS.items() if name not in CutFields.model_fields},
+    **{
+        name: refusal
+        for name, refusal in POOLING_REFUSED_FIELDS.items()
+        if name not in (*CutFields.model_fields, "truncate")
+    },
     "embed_dtype": Refusal("vectors are float32", ("float32",)),
     "endianness": Refusal("vectors are little-endian", ("native", "little")),
-    "input_type": Refusal("put the words that the model wants for queries or documents into the text"),
-    "task": Refusal("put the words that the model wants for a task into the text"),
     "output_dtype": Refusal("vectors are float32", ("float", "float32")),
 }
 
@@ -41,11 +47,17 @@ class EmbeddingRequest(CutFields, PoolingFields):
         encoding_format: numbers, or the bytes of little-endian float32 in base64.
         dimensions: length of the vectors, where the model was trained to be cut.
         pooling, embedding_type: which positions a vector is made of; two names of one field, the second candle-vllm's.
-        normalize: scale the vectors to length 1; None is as the model says.
+        normalize, normalized: scale the vectors to length 1; None is as the model says. The second name is Jina's.
         add_special_tokens: of texts; None adds them.
+        truncate: Jina's way to have texts cut at the model's longest; the same as `truncate_prompt_tokens` -1.
+        task: Jina's name of a task ("retrieval.query"): the adapter of that name ("retrieval_query") answers.
+        return_multivector: Jina's way to ask for a vector of each token, `pooling` "all".
+        input_type: what the texts are ("query", "document"), as sentence-transformers' prompts of the model name it:
+            the words that the model has for it are put before each.
     """
 
     refused_fields: ClassVar[Mapping[str, Refusal]] = EMBEDDING_REFUSED_FIELDS
+    own_tasks: ClassVar[bool] = False  # tasks are not adapters' names
 
     input: Input
     encoding_format: Literal["float", "base64"] | None = None
@@ -53,10 +65,32 @@ class EmbeddingRequest(CutFields, PoolingFields):
     pooling: PoolingName | None = None
     embedding_type: PoolingName | None = None
     normalize: bool | None = None
+    normalized: bool | None = None
     add_special_tokens: bool | None = None
+    truncate: bool | None = None
+    task: TaskName | None = None
+    return_multivector: bool | None = None
+    input_type: TaskName | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _task_adapter(cls, data: Any) -> Any:
+        task = data.get("task") if isinstance(data, dict) and not cls.own_tasks else None
+        if not isinstance(task, str):
+            return data
+        adapter = task.replace(".", "_").replace("-", "_")
+        if data.get("lora_path") not in (None, adapter):
+            raise invalid("task", "and lora_path name two adapters")
+        return data | {"lora_path": adapter}
 
     @model_validator(mode="after")
     def _one_pooling(self) -> Self:
+        if self.return_multivector is not None and (self.pooling or self.embedding_type):
+            raise invalid("return_multivector", "and pooling say the same: send one of them")
+        if self.normalized is not None and self.normalize not in (None, self.normalized):
+            raise invalid("normalized", "and normalize are two names of one field and must be equal")
+        if self.truncate and self.truncate_prompt_tokens is not None:
+            raise invalid("truncate", "and truncate_prompt_tokens say the same: send one of them")
         if self.embedding_type is not None and self.pooling not in (None, self.embedding_type):
             raise invalid("embedding_type", "and pooling are two names of one field and must be equal")
         return self
@@ -66,20 +100,43 @@ class EmbeddingRequest(CutFields, PoolingFields):
         """The texts, one entry each."""
         return _entries(self.input)
 
+    def cut(self, otherwise: Literal["left", "right"]) -> Cut | None:
+        """See `CutFields`."""
+        if self.truncate:
+            return Cut(-1, self.truncation_side or otherwise)
+        return super().cut(otherwise)
+
     def pooling_params(self) -> PoolingParams:
         """How the vectors are made."""
         return PoolingParams(
-            dimensions=self.dimensions, normalize=self.normalize, pooling=self.pooling or self.embedding_type
+            dimensions=self.dimensions,
+            normalize=self.normalized if self.normalize is None else self.normalize,
+            pooling="all" if self.return_multivector else self.pooling or self.embedding_type,
         )
 
 
-class ClassifyRequest(CutFields, PoolingFields):
+class ActivationFields(WireModel):
+    """Whether a head's logits become probabilities; two names of one field, the second vLLM's older one."""
+
+    use_activation: bool | None = None
+    activation: bool | None = None
+
+    @model_validator(mode="after")
+    def _one_activation(self) -> Self:
+        if self.activation is not None and self.use_activation not in (None, self.activation):
+            raise invalid("activation", "and use_activation are two names of one field and must be equal")
+        return self
+
+    def activated(self) -> PoolingParams:
+        """The parameters of a call for classes."""
+        return PoolingParams(use_activation=self.activation if self.use_activation is None else self.use_activation)
+
+
+class ClassifyRequest(ActivationFields, CutFields, PoolingFields):
     """Texts that a classifier is to tell apart, in vLLM's words.
 
     Attributes:
         add_special_tokens: of texts; None adds them.
-        use_activation, activation: false asks for logits, such as rewards, in place of probabilities; two names of one
-            field, the second vLLM's older one.
     """
 
     refused_fields: ClassVar[Mapping[str, Refusal]] = {
@@ -90,18 +147,6 @@ class ClassifyRequest(CutFields, PoolingFields):
 
     input: Input
     add_special_tokens: bool | None = None
-    use_activation: bool | None = None
-    activation: bool | None = None
-
-    @model_validator(mode="after")
-    def _one_activation(self) -> Self:
-        if self.activation is not None and self.use_activation not in (None, self.activation):
-            raise invalid("activation", "and use_activation are two names of one field and must be equal")
-        return self
-
-    def pooling_params(self) -> PoolingParams:
-        """Whether logits become probabilities."""
-        return PoolingParams(use_activation=self.activation if self.use_activation is None else self.use_activation)
 
     @property
     def inputs(self) -> list[str | list[int]]:
@@ -117,6 +162,56 @@ def _entries(given: Input) -> list[str | list[int]]:
     return cast("list[str | list[int]]", given)
 
 
+Item = TypeVar("Item")
+
+
+class Listed(msgspec.Struct, Generic[Item], frozen=True, kw_only=True):
+    """What was made of a request's texts."""
+
+    id: str
+    created: int
+    model: str
+    data: tuple[Item, ...]
+    usage: PoolingUsage
+    object: str = "list"
+
+
+class ModerationRequest(PoolingFields):
+    """Texts of which a classifier is to say whether they do harm, in OpenAI's words."""
+
+    input: Texts
+
+
+class Moderated(msgspec.Struct, frozen=True, kw_only=True):
+    """Which of the model's labels have at least 0.5 for one text, and their numbers; harmless ones are left out."""
+
+    flagged: bool
+    categories: dict[str, bool]
+    category_scores: dict[str, float]
+
+
+class Moderation(msgspec.Struct, frozen=True, kw_only=True):
+    """What is said of each text, in their order."""
+
+    id: str
+    model: str
+    results: tuple[Moderated, ...]
+
+
+_HARMLESS = (
+    r"ok(ay)?|safe|benign|harmless|neutral|normal|clean|none|other|sfw|acceptable|"
+    r"no[tn]?[-_ ]?(toxic|hate|hateful|injection|jailbreak|offensive|spam|harmful|nsfw|abusive)"
+)
+
+
+def moderated(labels: Sequence[str], numbers: Sequence[float]) -> Moderated:
+    """What numbers of a classifier's labels say."""
+    pairs = zip(labels, numbers, strict=True)
+    scores = {label: number for label, number in pairs if not re.fullmatch(_HARMLESS, label.lower())}
+    found = {label: number >= 0.5 for label, number in scores.items()}
+    return Moderated(flagged=any(found.values()), categories=found, category_scores=scores)
+
+
 class Classified(msgspec.Struct, frozen=True, kw_only=True):
     """What one text is: the likeliest label, and the numbers of all of them in the order of the model's config."""
 
@@ -126,64 +221,53 @@ class Classified(msgspec.Struct, frozen=True, kw_only=True):
     num_classes: int
 
 
-class ClassifiedList(msgspec.Struct, frozen=True, kw_only=True):
+class ClassifiedList(Listed[Classified], frozen=True, kw_only=True):
     """The classes in the order of the texts."""
 
-    id: str
-    created: int
-    model: str
-    data: tuple[Classified, ...]
-    usage: PoolingUsage
-    object: str = "list"
+
+Numbers = list[float | list[float] | str] | str
+"""A vector, or a list of vectors where each token has one; a text in the place of each where base64 was asked for."""
 
 
 class Embedding(msgspec.Struct, frozen=True, kw_only=True):
-    """One vector; a text where base64 was asked for."""
+    """What was made of one text."""
 
     index: int
-    embedding: list[float] | str
+    embedding: Numbers
     object: str = "embedding"
 
 
-class EmbeddingList(msgspec.Struct, frozen=True, kw_only=True):
+class EmbeddingList(Listed[Embedding], frozen=True, kw_only=True):
     """The vectors in the order of the texts."""
 
-    id: str
-    created: int
-    model: str
-    data: tuple[Embedding, ...]
-    usage: PoolingUsage
-    object: str = "list"
+
+PoolingTask = Literal["embed", "classify", "token_embed", "token_classify"]
 
 
-class PoolingRequest(EmbeddingRequest):
+class PoolingRequest(ActivationFields, EmbeddingRequest):
     """The same in vLLM's words.
 
     Attributes:
-        task: what is made of a text; vectors are the one thing.
+        task: what is made of a text, or of each token; None is what the model does.
     """
 
     refused_fields: ClassVar[Mapping[str, Refusal]] = {
-        name: refusal for name, refusal in EMBEDDING_REFUSED_FIELDS.items() if name != "task"
+        name: refusal
+        for name, refusal in EMBEDDING_REFUSED_FIELDS.items()
+        if name not in ("activation", "use_activation")
     } | {"messages": Refusal("the texts are the input")}
+    own_tasks: ClassVar[bool] = True
 
-    task: Literal["embed"] | None = None
+    task: PoolingTask | None = None  # type: ignore[assignment]
 
 
 class Pooled(msgspec.Struct, frozen=True, kw_only=True):
-    """One vector; a text where base64 was asked for."""
+    """What was made of one text."""
 
     index: int
-    data: list[float] | str
+    data: Numbers
     object: str = "pooling"
 
 
-class PooledList(msgspec.Struct, frozen=True, kw_only=True):
+class PooledList(Listed[Pooled], frozen=True, kw_only=True):
     """The vectors in the order of the texts, in vLLM's words."""
-
-    id: str
-    created: int
-    model: str
-    data: tuple[Pooled, ...]
-    usage: PoolingUsage
-    object: str = "list"

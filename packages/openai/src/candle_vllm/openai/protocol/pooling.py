@@ -14,6 +14,7 @@ from candle_vllm.openai.protocol.fields import MAX_PRIORITY, ModelFields, Refusa
 MAX_INPUTS = 2048  # texts of one request for vectors; OpenAI's limit
 MAX_PAIRS = 2048  # pairs of texts that one request has scored
 MAX_POOLED_TOKENS = 1 << 20  # of all texts or pairs of a request together
+MAX_NUMBERS = 1 << 24  # of all vectors, where a text has more than one, or one as long as the vocabulary
 
 _NEVER_CUT = "texts are never cut; one that is too long is refused with its number"
 _TEXT_ONLY = "the server takes text only"

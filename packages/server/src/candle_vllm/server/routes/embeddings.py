@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`/v1/embeddings`, `/v1/score` and `/v1/rerank`: steps 1 and 10 of a request's life.
+"""`/v1/embeddings`, `/v2/embed`, `/v1/score` and `/v1/rerank`: steps 1 and 10 of a request's life.
 
 `/score`, `/rerank` and `/v2/rerank` are the same routes under the names that clients of vLLM, Jina and Cohere use.
 """
@@ -13,6 +13,9 @@ from starlette.responses import Response
 
 from candle_vllm.openai import EmbeddingList, EmbeddingRequest, Ranking, RerankRequest, ScoreList, ScoreRequest
 from candle_vllm.openai.embedding import parse_embedding_request, parse_rerank_request, parse_score_request
+from candle_vllm.openai.protocol.cohere import CohereEmbeddings, CohereEmbedRequest
+from candle_vllm.openai.protocol.embeddings import Moderation, ModerationRequest
+from candle_vllm.openai.validation import parse_body
 from candle_vllm.server.answering import answer_with
 from candle_vllm.server.openapi.operation import QUEUED, Operation, routing
 
@@ -24,6 +27,27 @@ route = routing(router, functools.partial(Operation, tag="vectors and scores", e
 async def create_embedding(request: Request) -> Response:
     """The vectors of texts."""
     return await answer_with(request, parse_embedding_request, lambda model, wire: model.adapter.embed(wire))
+
+
+@route("POST /v1/moderations", body=ModerationRequest, example={"input": "The sky is blue."}, answer=Moderation)
+async def create_moderation(request: Request) -> Response:
+    """Whether texts do harm, as a classifier tells."""
+    parse = functools.partial(parse_body, ModerationRequest)
+    return await answer_with(request, parse, lambda model, wire: model.adapter.moderate(wire))
+
+
+@route(
+    "POST /v2/embed /v1/embed",
+    body=CohereEmbedRequest,
+    example={"texts": ["The sky is blue."]},
+    answer=CohereEmbeddings,
+)
+async def cohere_embed(request: Request) -> Response:
+    """The vectors of texts, in Cohere's words."""
+    parse, first = functools.partial(parse_body, CohereEmbedRequest), "/v1/" in request.url.path
+    return await answer_with(
+        request, parse, lambda model, wire: model.adapter.embed_cohere(wire, "1" if first else "2")
+    )
 
 
 @route(

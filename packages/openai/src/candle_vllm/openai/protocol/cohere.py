@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: MIT
+"""Wire types of Cohere's `/v2/embed` and `/v1/embed`, and their answers. Source: docs.cohere.com/reference/embed."""
+
+from __future__ import annotations
+
+import base64
+from array import array
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Annotated, Any, ClassVar, Literal
+
+import msgspec
+import numpy as np
+from pydantic import Field
+
+from candle_vllm.core.engine.outputs import EmbeddingOutput
+from candle_vllm.core.pooling import MAX_DIMENSIONS
+from candle_vllm.openai.protocol.embeddings import EmbeddingRequest
+from candle_vllm.openai.protocol.fields import Refusal
+from candle_vllm.openai.protocol.pooling import MAX_INPUTS, POOLING_REFUSED_FIELDS, PoolingFields, Words
+
+_QUERY, _DOCUMENT = ("query", "retrieval.query"), ("document", "passage", "corpus", "retrieval.passage")
+INPUT_TYPES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"search_query": _QUERY, "query": _QUERY, "search_document": _DOCUMENT, "document": _DOCUMENT, "passage": _DOCUMENT}
+)
+"""Further names that models have for the prompt of an input_type, where they have none of its own name."""
+
+EmbeddingType = Literal["float", "base64", "int8", "uint8", "binary", "ubinary"]
+
+
+class CohereEmbedRequest(PoolingFields):
+    """Texts whose vectors are wanted.
+
+    Attributes:
+        input_type: what the texts are; the words that the model has for it are put before each.
+        embedding_types: in which types; None is floats, and of `/v1/embed` a plain list of them.
+        output_dimension: length of the vectors, where the model was trained to be cut.
+        truncate: from which end texts that are too long are cut; Cohere's default is "END".
+    """
+
+    refused_fields: ClassVar[Mapping[str, Refusal]] = {
+        **{name: refusal for name, refusal in POOLING_REFUSED_FIELDS.items() if name != "truncate"},
+        "images": Refusal("the server takes text only", ([],)),
+        "inputs": Refusal("send the texts as texts", ([],)),
+        "max_tokens": Refusal("texts are cut at the model's longest"),
+    }
+
+    texts: Annotated[list[Words], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)]
+    input_type: Literal["search_document", "search_query", "classification", "clustering"] | None = None
+    embedding_types: Annotated[list[EmbeddingType], Field(min_length=1, max_length=6)] | None = None
+    output_dimension: Annotated[int, Field(ge=1, le=MAX_DIMENSIONS)] | None = None
+    truncate: Literal["NONE", "START", "END"] | None = None
+
+    def inner(self) -> EmbeddingRequest:
+        """The same in OpenAI's words."""
+        return EmbeddingRequest(
+            **{name: getattr(self, name) for name in ("model", "lora_path", "priority", "input_type")},
+            input=self.texts,
+            dimensions=self.output_dimension,
+            truncate_prompt_tokens=None if self.truncate == "NONE" else -1,
+            truncation_side="left" if self.truncate == "START" else "right",
+        )
+
+
+class CohereEmbeddings(msgspec.Struct, frozen=True, kw_only=True):
+    """The vectors by their types, in the order of the texts."""
+
+    id: str
+    embeddings: dict[str, list[Any]] | list[Any]
+    texts: list[str]
+    meta: dict[str, dict[str, Any]]
+    response_type: str
+
+
+def cohere_answer(
+    request: CohereEmbedRequest, request_id: str, outputs: Sequence[EmbeddingOutput], version: str
+) -> CohereEmbeddings:
+    """The answer to a request, of version 1 or 2 of the API."""
+    plain, types = version == "1" and request.embedding_types is None, request.embedding_types or ["float"]
+    tokens = sum(each.num_tokens for each in outputs)
+    made: dict[str, list[Any]] = {
+        kind: [_typed(each.embedding, kind) for each in outputs] for kind in dict.fromkeys(types)
+    }
+    return CohereEmbeddings(
+        id=request_id,
+        embeddings=made["float"] if plain else made,
+        texts=list(request.texts),
+        meta={"api_version": {"version": version}, "billed_units": {"input_tokens": tokens}},
+        response_type="embeddings_floats" if plain else "embeddings_by_type",
+    )
+
+
+def _typed(vector: array[float], kind: EmbeddingType) -> list[float] | list[int] | str:
+    """A vector of length 1 in one of Cohere's types.
+
+    int8 is 127 times each number; binary has a bit for each that is above 0, the first the highest of its byte.
+    """
+    if kind == "float":
+        return vector.tolist()
+    if kind == "base64":  # little-endian float32
+        return base64.b64encode(vector.tobytes()).decode("ascii")
+    numbers = np.asarray(vector)
+    if kind in ("int8", "uint8"):
+        scaled = np.clip(np.rint(numbers * 127), -127, 127).astype(int)
+        return (scaled + 128 * (kind == "uint8")).tolist()
+    packed = np.packbits(numbers > 0).astype(int)
+    return (packed - 128 * (kind == "binary")).tolist()
