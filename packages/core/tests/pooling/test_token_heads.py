@@ -132,7 +132,7 @@ def test_heads_of_bge_m3_stand_beside_its_vector(tmp_path: Path) -> None:
     for name, head in heads.items():
         for wrong in (head | {"weight": np.zeros((), np.float32)}, {"bias": head["bias"]}):
             save_file(wrong, tmp_path / f"{name}.safetensors")
-            with pytest.raises(WeightsError, match="tensor (weight|bias) is"):
+            with pytest.raises(WeightsError, match=r"tensor (weight|bias) is"):
                 InferenceEngine(str(tmp_path))
         save_file(head, tmp_path / f"{name}.safetensors")
     with InferenceEngine(str(tmp_path)) as engine:
