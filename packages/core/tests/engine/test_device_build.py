@@ -210,7 +210,11 @@ def test_what_does_not_fit_names_a_flag(
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"attention_sinks": True}, "has no attention sinks"), ({"attention_softcap": 50.0}, "has no soft cap")],
+    [
+        ({"attention_sinks": True}, "has no attention sinks"),
+        ({"attention_softcap": 50.0}, "has no soft cap"),
+        ({"slopes": (0.5,)}, "ALiBi"),
+    ],
 )
 def test_what_a_model_asks_of_attention_is_told_to_the_backend(
     loaded: LoadedModel, memory: Memory, change: dict[str, Any], message: str

@@ -91,6 +91,7 @@ def test_auto_is_triton_on_a_gpu_and_the_reference_elsewhere(triton_kernels: Mod
         ("torch_flash", change(soft_caps=True), "no soft cap", "'triton'"),
         ("torch_flash", change(sinks=True), "no attention sinks", "'triton'"),
         ("flash_attn", change(sinks=True), "no attention sinks", "'triton'"),
+        ("flash_attn", change(slopes=True), "ALiBi", "'triton'"),
         ("torch_flash", change(dtype=torch.float32), "float32", "'triton'"),
         ("torch_flash", change(deterministic=True), "'deterministic'", "'triton'"),
         ("torch_flash", change(capability=(7, 0)), "8.0", "'torch'"),

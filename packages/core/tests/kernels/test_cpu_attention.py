@@ -132,6 +132,7 @@ class Model:
     window: int = 0
     softcap: float | None = None
     sinks: torch.Tensor | None = None
+    slopes: torch.Tensor | None = None
     rotary: int = -1
     isa: Isa = dataclasses.field(default_factory=host_isa)
     threads: int = 1
@@ -233,6 +234,7 @@ class Step:
         numbers[:2] = tokens, len(lengths)
         k_column = model.heads * model.dim
         sinks = None if model.sinks is None else model.sinks * LOG2E
+        slopes = None if model.slopes is None else model.slopes * LOG2E
         write = WriteArguments(
             qkv=qkv.data_ptr(),
             stride=stride,
@@ -274,6 +276,7 @@ class Step:
             cap=(model.softcap or 0) * LOG2E,
             sinks=0 if sinks is None else sinks.data_ptr(),
             ahead=0 if self.ahead is None else address_of(self.ahead),
+            slopes=0 if slopes is None else slopes.data_ptr(),
         )
         operations = attend_operation(model.dim, model.isa, *model.kinds), merge_operation(model.dim, model.kinds[1])
         both = [(each, attend) for each in operations]
@@ -299,6 +302,7 @@ class Step:
         window = model.window or None
         scale = 1 / math.log2(math.e)
         options = {"scale": scale, "window": window, "softcap": model.softcap, "sinks": model.sinks}
+        options |= {"slopes": model.slopes}
         return attention_reference.paged_attention(q.float(), keys.float(), values.float(), rows, **options)
 
 
@@ -374,6 +378,17 @@ def test_sinks(teams: dict[int, ThreadTeam], window: int, softcap: float | None,
     sinks = torch.tensor([-200.0, -1.0, 0.0, 0.7, 3.0, 9.0])
     model = Model(sinks=sinks, softcap=softcap, heads=6, kv_heads=2, window=window)
     check(model, teams[threads], [700, 41, 90], [1, 41, 30])
+
+
+SLOPES = torch.tensor([0.5, 0.0, 0.03, 0.7, 0.001, 0.2])
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("isa", few([Isa.GENERIC, host_isa() & ~Isa.AMX, host_isa()], host_isa()))
+def test_scores_fall_with_distance(teams: dict[int, ThreadTeam], isa: Isa, softcap: float | None) -> None:
+    """By a slope of each head, of rows in any place of a tile, split among threads and not."""
+    model = Model(slopes=SLOPES, softcap=softcap, heads=6, kv_heads=2, isa=isa)
+    check(model, teams[2], [700, 41, 90], [1, 41, 30])
 
 
 def test_a_sink_beyond_every_score_takes_all(teams: dict[int, ThreadTeam]) -> None:
@@ -587,6 +602,7 @@ def test_quantised_windows_caps_and_sinks(teams: dict[int, ThreadTeam], kinds: t
     sinks = torch.tensor([-200.0, -1.0, 0.0, 0.7, 3.0, 9.0])
     model = Model(heads=6, kv_heads=2, kinds=kinds, window=50, softcap=5.0, sinks=sinks)
     check(model, teams[2], [700, 41, 90], [1, 41, 30])
+    check(dataclasses.replace(model, slopes=SLOPES), teams[2], [700, 41, 90], [1, 41, 30])
 
 
 @pytest.mark.parametrize("isa", few([host_isa(), *READERS], host_isa()))

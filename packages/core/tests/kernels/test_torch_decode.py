@@ -45,6 +45,7 @@ def step(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, 
         {"softcap": 0.7},
         {"sinks": torch.arange(-3.0, 3.0)},
         {"window": 9, "softcap": 2.0},
+        {"slopes": torch.tensor([0.0, 0.5, 0.1, 1.0, 0.01, 0.3])},
     ],
     ids=str,
 )

@@ -402,6 +402,9 @@ OPT = {"hidden_size": 128, "ffn_dim": 96}
 OPT_350M = OPT | {"do_layer_norm_before": False, "word_embed_proj_dim": 64, "enable_bias": False}
 STARCODER2 = {"hidden_size": 128, "sliding_window": 16, "use_bias": False, "tie_word_embeddings": False}
 
+HUNYUAN = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "alpha": 50.0, "factor": 1.0}}
+HUNYUAN_MOE = {"head_dim": 32, "num_experts": 6, "moe_topk": 3}
+
 ROWS: Mapping[str, Row] = {
     "Llama": Row("llama", {"head_dim": 32}, "llama"),
     "Llama 3 rope": Row("llama", {"head_dim": 32, "rope_parameters": LLAMA3}, "llama"),
@@ -535,6 +538,10 @@ ROWS: Mapping[str, Row] = {
     "Falcon-40B": Row("falcon", FALCON_40B, "falcon", common=False),
     "Falcon-11B": Row("falcon", FALCON_11B, "falcon", common=False),
     "Falcon-1B": Row("falcon", FALCON_1B, common=False),
+    "Falcon-RW": Row("falcon", FALCON_1B | {"alibi": True}, common=False),
+    "Hunyuan": Row("hunyuan_v1_dense", {"head_dim": 32} | HUNYUAN, "hunyuan-dense", common=False),
+    "Hunyuan A13B": Row("hunyuan_v1_moe", HUNYUAN | HUNYUAN_MOE, "hunyuan-moe", undecided=0.1, common=False),
+    "BLOOM": Row("bloom", CLASSIC, "bloom"),
     "StarCoder2": Row("starcoder2", {"hidden_size": 128}, "starcoder2", common=False),
     "StarCoder2 window": Row("starcoder2", STARCODER2, common=False),
 }
@@ -565,11 +572,13 @@ TOWERS: Mapping[str, str] = {
 """Classes of multimodal models, and those whose rows stand for their text towers; see `test_towers.py`."""
 
 RENAMED: Mapping[str, str] = {
+    "ChatGLMForConditionalGeneration": "chatglm",
+    "ChatGLMModel": "chatglm",
     "ExaoneForCausalLM": "exaone",
     "InternLM2ForCausalLM": "internlm2",
     "InternLM3ForCausalLM": "llama",
 }
-"""Classes that transformers does not have and that are Llamas under other names, with the GGUF architecture; see
+"""Classes that transformers does not have and that are others under other names, with the GGUF architecture; see
 `test_renamed.py`."""
 
 CUDA_FORMATS: Mapping[str, tuple[str, ...]] = {

@@ -79,6 +79,8 @@ def usual_config(folder: Path) -> dict[str, Any]:
     """A checkpoint's config, with what the older families name otherwise under the usual keys too."""
     config = config_of(folder)
     config.setdefault("num_hidden_layers", len(config.get("layers_block_type", ())))
+    if config["model_type"] == "bloom":  # which does not say it
+        config["intermediate_size"] = 4 * config["hidden_size"]
     return config | {usual: config[own] for own, usual in _USUAL_KEYS.items() if own in config}
 
 
@@ -723,6 +725,27 @@ def _gptneox(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) ->
     return _fused_heads(tensors, config["num_attention_heads"], config["num_attention_heads"])
 
 
+def _hunyuan(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    """The base of the frequencies as the converter writes it."""
+    rope, dim = config["rope_parameters"], config["head_dim"]
+    writer.add_rope_freq_base(rope["rope_theta"] * rope["alpha"] ** (dim / (dim - 2)))
+    made = {}
+    for name, data in tensors.items():
+        name = name.replace("query_layernorm", "q_norm").replace("key_layernorm", "k_norm")
+        made[name.replace("gate.wg.", "gate.").replace("shared_mlp.", "shared_expert.")] = data
+    if "num_experts" not in config:
+        return made
+    writer.add_expert_shared_feed_forward_length(config["intermediate_size"])
+    writer.add_expert_feed_forward_length(config["intermediate_size"])
+    return _experts(writer, {**config, "num_experts_per_tok": config["moe_topk"]}, made)
+
+
+def _bloom(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    writer.add_layer_norm_eps(config["layer_norm_epsilon"])
+    made = _fused_heads(tensors, config["n_head"], config["n_head"])
+    return {name.removeprefix("transformer."): data for name, data in made.items()}
+
+
 def _falcon(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
     kv_heads = config["num_kv_heads"] if config["new_decoder_architecture"] else 1
     writer.add_head_count_kv(kv_heads)
@@ -749,6 +772,9 @@ CONVERTERS: Mapping[str, Convert] = {
     "granite": _granite,
     "granitemoe": _granite,
     "gptneox": _gptneox,
+    "hunyuan-dense": _hunyuan,
+    "hunyuan-moe": _hunyuan,
+    "bloom": _bloom,
     "falcon": _falcon,
     "starcoder2": _starcoder2,
     "gpt2": _gpt2,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Models that transformers has no class for: a Llama of transformers, its config and its tensors under other names."""
+"""Models that transformers has no class for: another model of transformers, its config and tensors under other names."""
 
 from __future__ import annotations
 
@@ -81,6 +81,45 @@ def internlm3(config: Mapping[str, Any], tensors: Tensors) -> tuple[dict[str, An
     return made | {"architectures": ["InternLM3ForCausalLM"], "model_type": "internlm3"}, tensors
 
 
+def chatglm(config: Mapping[str, Any], tensors: Tensors) -> tuple[dict[str, Any], Tensors]:
+    names = {
+        "model.embed_tokens": "transformer.embedding.word_embeddings",
+        "model.layers": "transformer.encoder.layers",
+        "model.norm": "transformer.encoder.final_layernorm",
+        "lm_head": "transformer.output_layer",
+        "self_attn.o_proj": "self_attention.dense",
+        "gate_up_proj": "dense_h_to_4h",
+        "down_proj": "dense_4h_to_h",
+    }
+    made = _renamed(tensors, names)
+    for layer in range(config["num_hidden_layers"]):
+        at = f"transformer.encoder.layers.{layer}."
+        for kind in ("weight", "bias"):
+            parts = [made.pop(f"{at}self_attn.{part}_proj.{kind}") for part in "qkv"]
+            made[f"{at}self_attention.query_key_value.{kind}"] = torch.cat(parts)
+    keys = {
+        "architectures": ["ChatGLMForConditionalGeneration"],
+        "model_type": "chatglm",
+        "num_layers": config["num_hidden_layers"],
+        "multi_query_attention": True,
+        "multi_query_group_num": config["num_key_value_heads"],
+        "ffn_hidden_size": config["intermediate_size"],
+        "seq_length": config["max_position_embeddings"],
+        "layernorm_epsilon": config["rms_norm_eps"],
+        "padded_vocab_size": config["vocab_size"],
+        "kv_channels": config["head_dim"],
+        "add_qkv_bias": True,
+        "rope_ratio": config["rope_parameters"]["rope_theta"] / 10000.0,
+    }
+    same = ("hidden_size", "num_attention_heads", "tie_word_embeddings", "eos_token_id")
+    return keys | {key: config[key] for key in same if key in config}, made
+
+
+def chatglm_model(config: Mapping[str, Any], tensors: Tensors) -> tuple[dict[str, Any], Tensors]:
+    keys, made = chatglm(config, tensors)
+    return keys | {"architectures": ["ChatGLMModel"]}, made
+
+
 def _renamed(tensors: Tensors, names: Mapping[str, str]) -> Tensors:
     made: Tensors = {}
     for name, tensor in tensors.items():
@@ -90,7 +129,11 @@ def _renamed(tensors: Tensors, names: Mapping[str, str]) -> Tensors:
     return made
 
 
+GLM = {"hidden_size": 128, "head_dim": 32, "attention_bias": True}  # whose type is no Llama's
+GLM_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0, "partial_rotary_factor": 0.5}}
 KINDS: Mapping[str, tuple[Callable[..., tuple[dict[str, Any], Tensors]], Mapping[str, Any]]] = {
+    "ChatGLMForConditionalGeneration": (chatglm, GLM | GLM_ROPE),
+    "ChatGLMModel": (chatglm_model, GLM),
     "ExaoneForCausalLM": (exaone, {"head_dim": 16, "rope_parameters": LLAMA3}),
     "InternLM2ForCausalLM": (internlm2, {"head_dim": 16, "attention_bias": True}),
     "InternLM3ForCausalLM": (internlm3, {"head_dim": 16, "attention_bias": True, "mlp_bias": True}),
@@ -98,9 +141,12 @@ KINDS: Mapping[str, tuple[Callable[..., tuple[dict[str, Any], Tensors]], Mapping
 
 
 def write_renamed(kind: str, folder: Path, **changes: Any) -> tuple[Path, Path]:
-    """Folders of transformers' Llama and of the same under the names of a class."""
+    """Folders of transformers' Llama, or GLM, and of the same under the names of a class."""
     rename, usual = KINDS[kind]
-    plain, renamed = write_tiny(folder / "plain", "llama", **{**usual, **changes}), folder / "renamed"
+    plain, renamed = (
+        write_tiny(folder / "plain", "glm" if "GLM" in kind else "llama", **{**usual, **changes}),
+        folder / "renamed",
+    )
     config, tensors = rename(config_of(plain), load_file(plain / "model.safetensors"))
     renamed.mkdir()
     (renamed / "config.json").write_text(json.dumps(config))

@@ -186,8 +186,9 @@ def cuts(count: int = LENGTH) -> list[list[int]]:
 
 
 def their_logits(folder: Path, tokens: list[int]) -> torch.Tensor:
-    """transformers' logits [T, V] in fp32."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    """transformers' logits [T, V] in fp32. Its eager attention adds Falcon's ALiBi twice."""
+    kind = "sdpa" if config_of(folder).get("alibi") else "eager"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=kind)
     with torch.no_grad():
         return model(torch.tensor([tokens])).logits[0].float()
 

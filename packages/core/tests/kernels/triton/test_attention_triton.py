@@ -142,6 +142,19 @@ def test_sinks(device: torch.device, decodes: int | None, window: int | None, so
     assert torch.equal(got[:, 0], without[:, 0])
 
 
+@pytest.mark.one_of_each
+@pytest.mark.parametrize("options", [{}, {"window": 30, "softcap": 2.0}])
+@pytest.mark.parametrize("kind", [None, "int8"])
+def test_scores_fall_with_distance(device: torch.device, kind: str | None, options: dict) -> None:
+    """By a slope of each head, in decodes of one split and of several, and in prompts."""
+    shape = {"heads": 6, "kv_heads": 2, "dim": 32, "dtype": torch.float16}
+    step = make_step(device, (200, 300, 1, 40, 60), (1, 1, 1, 40, 30), **shape)
+    step = step if kind is None else scaled(step, SCALED[kind])
+    slopes = torch.tensor([0.5, 0.0, 0.03, 0.7, 0.001, 0.2], device=device)
+    check(step, slopes=slopes, **options)
+    check(step, decodes=0, slopes=slopes, **options)
+
+
 def test_a_single_token_as_a_prompt(device: torch.device) -> None:
     """The other rows of its tile, behind the last token, have no key in their window."""
     check(make_step(device, (100,), (1,), heads=2, kv_heads=1, dim=16), decodes=0, window=5)
@@ -366,7 +379,7 @@ def test_the_decode_kernels_write_nothing_for_others(device: torch.device) -> No
     """One split, several, and none, each of which is written by another kernel."""
     step = make_step(device, (20, 20, 600, 1), (1, 1, 1, 1), heads=2, kv_heads=1, dim=16)
     contexts = torch.tensor([20, 20, 600, 0], dtype=torch.int32, device=device)
-    options = {"scale": 0.25, "window": None, "softcap": None, "scales": None, "sinks": None}
+    options = {"scale": 0.25, "window": None, "softcap": None, "scales": None, "sinks": None, "slopes": None}
 
     def decoded(decoding: torch.Tensor | None) -> torch.Tensor:
         out = torch.full_like(step.q, math.nan, memory_format=torch.contiguous_format)

@@ -228,6 +228,14 @@ def _ernie(config: Any) -> Keys:
     }
 
 
+def _hunyuan(config: Any) -> Keys:
+    """llama.cpp has one size of experts, that of dense layers."""
+    mixture = config.mixture
+    if mixture.inner_size != config.intermediate_size:
+        raise UnsupportedModelError("llama.cpp's hunyuan-moe has experts as wide as intermediate_size alone")
+    return _sizes(mixture) | {"expert_shared_feed_forward_length": mixture.shared_size, "expert_shared_count": 1}
+
+
 def _hy_v3(config: Any) -> Keys:
     return _glm4_moe(config) | {"expert_shared_feed_forward_length": config.mixture.shared_size}
 
@@ -408,12 +416,15 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "cohere2": Architecture(name="cohere2", more=_cohere, eps=_LAYER_NORM, interleaved=True, square=True),
         "exaone": Architecture(name="exaone", unread=BIASES),
         "internlm2": Architecture(name="internlm2", interleaved=True, square=True),
+        "hunyuan_v1_dense": Architecture(name="hunyuan-dense"),
+        "hunyuan_v1_moe": Architecture(name="hunyuan-moe", more=_hunyuan, norm=True),
         "hy_v3": Architecture(name="hy_v3", more=_hy_v3, otherwise=_ungrouped),
         "ernie4_5": Architecture(name="ernie4_5", interleaved=True, unread=(DIVISORS, *BIASES[1:])),
         "ernie4_5_moe": Architecture(name="ernie4_5-moe", more=_ernie, interleaved=True, norm=True),
         "gpt2": Architecture(name="gpt2", **_FUSED),
         "gpt_bigcode": Architecture(name="starcoder", **_FUSED),
         "gpt_neox": Architecture(name="gptneox", more=_gpt_neox, head=True, **_FUSED),
+        "bloom": Architecture(name="bloom", **_FUSED),
         "falcon": Architecture(name="falcon", names=_falcon_names, eps=_LAYER_NORM, square=True),
         "starcoder2": Architecture(name="starcoder2", more=_window, eps=_LAYER_NORM, square=True, unread=(DIVISORS,)),
         "lfm2": Architecture(name="lfm2", more=_lfm2, unread=_CONVOLVED, square=True),

@@ -202,6 +202,7 @@ class Recorded(ABC):
         offset: NDArray[np.float32] | None = None,
         narrows: bool = False,
         causal: bool = False,
+        slopes: NDArray[np.float32] | None = None,
     ) -> Recorded:
         """See `kernels/kv_write` and `kernels/attention`; this value is q, and `offset` [K * D] what keys may be taken
         relative to. Without k and v nothing is written. Where it `narrows`, the result has the rows alone whose

@@ -24,6 +24,16 @@ from candle_vllm.core.loading.weights import Parameter
 _FAR = 4096  # positions over which a bias is averaged
 
 
+def alibi_slopes(heads: int) -> tuple[float, ...]:
+    """What a score of each of H heads loses by position: powers of 2^(-8 / n), n the largest power of two up to H.
+
+    The heads beyond n have every other slope of 2 n heads. Source: Press et al., 2021, arXiv:2108.12409.
+    """
+    most = 1 << (heads.bit_length() - 1)
+    first = tuple(2.0 ** (-8 / most * power) for power in range(1, most + 1))
+    return first + alibi_slopes(2 * most)[: 2 * (heads - most) : 2] if heads > most else first
+
+
 class Taps:
     """What goes into some layers, kept until the next step: sums of a layer's two summands, see `models/stack.py`.
 
@@ -122,8 +132,10 @@ class PagedAttention:
         softcap: of scores.
         sinks: [H] fp32 on the model's device, to be loaded as the part "sinks": a score more of each head, see
             `kernels/attention`.
+        slopes: [H] fp32 on the model's device, what a score loses by position of distance (ALiBi).
         key_bias: [K * D], what the projection adds to keys.
         causal: tokens of an image do not see each other in this layer, whatever the step says.
+        norms_behind: the norms of heads stand behind the rotation.
 
     Attributes:
         cache_scales: of keys and of values, [1] fp32 each, for float8 caches; None for those of the step.
@@ -141,17 +153,19 @@ class PagedAttention:
         scale: float | None = None,
         softcap: float | None = None,
         sinks: Value | None = None,
+        slopes: Value | None = None,
         key_bias: Value | None = None,
         causal: bool = False,
+        norms_behind: bool = False,
     ) -> None:
-        self.layer, self.causal = layer, causal
+        self.layer, self.causal, self.norms_behind = layer, causal, norms_behind
         self.head_dim = head_dim
         self.rotary = rotary
         self.q_norm, self.k_norm = q_norm, k_norm
         self.window = window
         self.scale = head_dim**-0.5 if scale is None else scale
         self.softcap = softcap
-        self.sinks = sinks
+        self.sinks, self.slopes = sinks, slopes
         self.key_bias = key_bias
         self.cache_scales: tuple[Value, Value] | None = None
 
@@ -163,31 +177,36 @@ class PagedAttention:
     def __call__(self, q: Value, k: Value | None, v: Value | None, step: StepInput) -> Value:
         cache = step.caches[self.layer]
         scores = {"scale": self.scale, "window": self.window, "softcap": self.softcap, "sinks": self.sinks}
+        scores |= {} if self.slopes is None else {"slopes": self.slopes}
         norms, scales = None, step.cache_scales and (self.cache_scales or step.cache_scales)
+        rotary = self.rotary
+        if self.norms_behind and rotary is not None and k is not None:
+            q, k = rotary(q, k, step.positions)
+            rotary = None
         if isinstance(self.q_norm, RMSNorm) and self.k_norm is not None and not isinstance(q, Recorded):
             norms = HeadNorms(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
         else:
             q = q if self.q_norm is None else self.q_norm(q)
             k = k if self.k_norm is None else self.k_norm(k)
         if isinstance(q, Recorded):
-            if self.rotary is not None:
-                q = self.rotary.scaled(q, step.positions)
+            if rotary is not None:
+                q = rotary.scaled(q, step.positions)
                 if k is None:
-                    q = self.rotary.queries(q, step.positions)
+                    q = rotary.queries(q, step.positions)
                 else:
-                    q, k = self.rotary(q, k, step.positions)
+                    q, k = rotary(q, k, step.positions)
             narrows = self.layer == step.narrows
             key = self._common_key()
             return q.attend(k, v, cache, **scores, offset=key, narrows=narrows, causal=self.causal)
         slots, rows = (step.windowed if isinstance(cache, WindowedCache) else None) or (step.slots, step.rows)
         rows = rows.causal() if self.causal else rows
         if k is None or v is None:
-            q = q if self.rotary is None else self.rotary.queries(q, step.positions)
+            q = q if rotary is None else rotary.queries(q, step.positions)
         else:
-            tables = None if self.rotary is None else self.rotary.tables
+            tables = None if rotary is None else rotary.tables
             q = rotary_write(q, k, v, step.positions, tables, cache, slots, norms=norms, cache_scales=scales)
-        if self.rotary is not None:
-            q = self.rotary.scaled(q, step.positions)
+        if rotary is not None:
+            q = rotary.scaled(q, step.positions)
         return step.attend(q, *cache, rows, cache_scales=scales, **scores)
 
     def _common_key(self) -> Value | None:

@@ -57,6 +57,7 @@ class ModelConfig:
         sliding_windows: per layer, how many tokens back a query sees, itself included; None sees all.
         attention_softcap: of scores, in every layer; None leaves them.
         attention_sinks: heads have sinks, see `kernels/attention`.
+        slopes: what a score of each head loses by position of distance (ALiBi); none where it loses nothing.
         num_experts: of a layer of experts; 0 where there are none.
         interleaved_rotary: q and k rows are stored in pairs of neighbours, and are brought to half-split order.
         has_head: it generates; else it has no head of its own, and gives vectors alone.
@@ -78,6 +79,7 @@ class ModelConfig:
     sliding_windows: tuple[int | None, ...] = ()
     attention_softcap: float | None = None
     attention_sinks: bool = False
+    slopes: tuple[float, ...] = ()
     num_experts: int = 0
     interleaved_rotary: bool = False
     has_head: bool = True

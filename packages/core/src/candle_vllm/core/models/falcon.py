@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Falcon 7B, 11B, 40B and 180B: a parallel block with one norm or two, without biases.
+"""Falcon 7B, 11B, 40B and 180B: a parallel block with one norm or two, without biases; and those with ALiBi.
 
 The 7B has one head of keys and values; the others group their heads, and store the rows of q, k and v behind each other
 for each group. Source: Almazrouei et al., 2023, arXiv:2311.16867.
@@ -7,8 +7,8 @@ for each group. Source: Almazrouei et al., 2023, arXiv:2311.16867.
 
 from __future__ import annotations
 
-from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.fields import Fields
+from candle_vllm.core.layers.attention import alibi_slopes
 from candle_vllm.core.loading.config import shared_from_gguf, shared_from_hf
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.views import qkv_rows
@@ -23,8 +23,6 @@ from candle_vllm.core.models.gpt import Gpt, GptConfig, activation_of, with_defa
 
 def config_from_hf(fields: Fields, model_type: str) -> GptConfig:
     """Reads `config.json` of falcon; keys may be left out as transformers leaves them out."""
-    if fields.get("alibi", bool, False):
-        raise UnsupportedModelError(f"{fields.path}: alibi is true; attention with ALiBi is not implemented")
     fields = with_defaults(
         fields,
         max_position_embeddings=2048,
@@ -39,8 +37,10 @@ def config_from_hf(fields: Fields, model_type: str) -> GptConfig:
     if not grouped:
         shared["num_kv_heads"] = 1 if fields.get("multi_query", bool, True) else shared["num_heads"]
     parallel, bias = grouped or fields.get("parallel_attn", bool, True), fields.get("bias", bool, False)
+    slopes = alibi_slopes(shared["num_heads"]) if fields.get("alibi", bool, False) else ()
     return GptConfig(
         **shared,
+        slopes=tuple(slope * shared["head_dim"] ** -0.5 for slope in slopes),  # its scores are scaled behind them
         activation=activation_of(fields, "activation", "gelu"),
         parallel=parallel,
         shared_norm=parallel and not (grouped and fields.get("num_ln_in_parallel_attn", int, 2) == 2),

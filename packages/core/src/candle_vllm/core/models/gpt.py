@@ -2,8 +2,8 @@
 """The wiring of the LayerNorm decoders of 2019 to 2024, which differ in flags: GPT-2, GPT-NeoX, Falcon and their kin.
 
 Each block is x + attention(norm(x)), then x + mlp(norm(x)), the MLP without a gate; a parallel block is
-x + attention(norm(x)) + mlp(norm(x)). Positions are rotary, or rows of a table that are added to the embedding. The
-families' files have their configs and weight names.
+x + attention(norm(x)) + mlp(norm(x)). Positions are rotary, rows of a table that are added to the embedding, or what
+scores lose by distance (ALiBi). The families' files have their configs and weight names.
 Shapes: T tokens, H heads, K key-value heads, D head size, E hidden, V vocabulary.
 """
 
@@ -14,9 +14,12 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.kernels.activation import Activation
 from candle_vllm.core.kernels.recorded import Value
+from candle_vllm.core.kernels.side_by_side import side_by_side
 from candle_vllm.core.layers.attention import PagedAttention, StepInput
 from candle_vllm.core.layers.embedding import Embedding
 from candle_vllm.core.layers.layer_norm import LayerNorm
@@ -45,6 +48,8 @@ class GptConfig(ModelConfig):
         shared_norm: and the same norm of it.
         qkv_bias, output_bias, mlp_bias, head_bias: which projections have biases.
         scales: of each layer's attention scores; empty for D^-0.5.
+        embed_norm: a norm behind the embedding (`bloom.py`).
+        first_heads: the numbers of the first heads of queries and of keys; not 0 where it has some of a model's.
     """
 
     activation: Activation = "gelu_tanh"
@@ -56,6 +61,8 @@ class GptConfig(ModelConfig):
     mlp_bias: bool = True
     head_bias: bool = False
     scales: tuple[float, ...] = ()
+    embed_norm: bool = False
+    first_heads: tuple[int, int] = (0, 0)
 
 
 def activation_of(fields: Fields, key: str, default: str) -> Activation:
@@ -81,12 +88,14 @@ class Attention:
         shards = dict(zip("qkv", self.sizes, strict=True))
         self.qkv = Linear(config.hidden_size, shards, placement, bias=config.qkv_bias)
         self.output = Linear(heads * dim, config.hidden_size, placement, bias=config.output_bias)
+        of_heads = np.array(config.slopes[config.first_heads[0] :][:heads], np.float32)
         self.attend = PagedAttention(
             layer,
             dim,
-            None if config.positions else rotary,
+            None if config.positions or config.slopes else rotary,
             window=config.sliding_windows[layer],
             scale=config.scales[layer] if config.scales else None,
+            slopes=placement.constant(of_heads) if config.slopes else None,
             key_bias=None if self.qkv.bias is None else self.qkv.bias[self.sizes[0] : sum(self.sizes[:2])],
         )
 
@@ -133,6 +142,7 @@ class Gpt(DecoderStack):
         hidden, tied = config.hidden_size, config.tie_embeddings
         self.embed = Embedding(config.vocab_size, hidden, placement, bias=config.head_bias and tied and config.has_head)
         self.positions = Embedding(config.positions, hidden, placement) if config.positions else None
+        self.embed_norm = LayerNorm(hidden, config.norm_eps, placement) if config.embed_norm else None
         self.rotary = Rotary(config.rope, config.max_position, placement)
         self.layers = [Block(config, layer, self.rotary, placement) for layer in range(config.num_layers)]
         self.norm = LayerNorm(hidden, config.norm_eps, placement)
@@ -141,10 +151,11 @@ class Gpt(DecoderStack):
 
     def prepare(self, positions: int) -> None:
         """See `Decoder.prepare`."""
-        if not self.config.positions:
+        if not (self.config.positions or self.config.slopes):
             super().prepare(positions)
 
     def start(self, token_ids: Value, step: StepInput) -> Value:
         """See `DecoderStack.start`."""
         x = self.embed(token_ids)
+        x = x if self.embed_norm is None else side_by_side(self.embed_norm(x))  # norms and sums read it
         return x if self.positions is None else x + self.positions(step.positions)

@@ -7,7 +7,6 @@ Press et al., 2021, arXiv:2108.12409 (ALiBi).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.fields import Fields
+from candle_vllm.core.layers.attention import alibi_slopes
 from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.views import row_part
@@ -66,18 +66,8 @@ class Alibi:
 
     def __init__(self, config: BertConfig, placement: Placement) -> None:
         away = np.abs(np.arange(1 - config.max_position, config.max_position))
-        table = np.zeros((1, 1)) if placement.shapes_only else -slopes(config.num_heads)[:, None] * away
+        table = np.zeros((1, 1)) if placement.shapes_only else -np.array(alibi_slopes(config.num_heads))[:, None] * away
         self.table = placement.constant(np.ascontiguousarray(table, np.float32))
-
-
-def slopes(heads: int) -> np.ndarray:
-    """What each head loses by a token of distance: powers of 2^(-8 / n) for the largest power of two n up to H.
-
-    The heads beyond n have every other slope of 2 n heads.
-    """
-    most = 1 << int(math.log2(heads))
-    first = 2.0 ** (-8 / most * np.arange(1, most + 1))
-    return np.concatenate([first, slopes(2 * most)[::2][: heads - most]]) if heads > most else first
 
 
 # ---- model -----------------------------------------------------------------------------------------------------------

@@ -43,6 +43,7 @@ class LlamaConfig(ModelConfig):
     Attributes:
         qkv_bias, output_bias, mlp_bias: which projections have biases.
         qk_norm: q and k are RMS-normalised per head before rotation.
+        norms_behind: these norms stand behind the rotation (`hunyuan.py`).
         whole_norms: these norms are of all heads of q, and of k, at once (`olmoe.py`); ranks cannot divide them.
         mixture, sparse_layers: experts, and which layers have them (`mixtral.py`, `qwen_moe.py`, `glm4_moe.py`).
         unrotated_layers: whose queries and keys do not turn (`smollm3.py`).
@@ -57,6 +58,7 @@ class LlamaConfig(ModelConfig):
     output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    norms_behind: bool = False
     whole_norms: bool = False
     mixture: Mixture | None = None
     sparse_layers: frozenset[int] = frozenset()
@@ -166,7 +168,10 @@ class Attention:
         turns = None if layer in config.unrotated_layers else rotary
         bias = None if self.qkv.bias is None or config.qk_norm else self.qkv.bias[self.sizes[0] : sum(self.sizes[:2])]
         scale = config.attention_scale
-        self.attend = PagedAttention(layer, dim, turns, *of_heads, window=window, scale=scale, key_bias=bias)
+        behind = config.norms_behind
+        self.attend = PagedAttention(
+            layer, dim, turns, *of_heads, window=window, scale=scale, key_bias=bias, norms_behind=behind
+        )
 
     def __call__(self, x: Value, step: StepInput) -> Value:
         parts = self.qkv(x).split(self.sizes, dim=-1)

@@ -229,6 +229,7 @@ def _needs(config: EngineConfig, loaded: LoadedModel) -> AttentionNeeds:
         windows=any(window is not None for window in model.sliding_windows),
         soft_caps=model.attention_softcap is not None,
         sinks=model.attention_sinks,
+        slopes=bool(model.slopes),
         cache_dtype=config.kv_cache_dtype,
         deterministic=config.deterministic,
     )

@@ -5,7 +5,8 @@ Contract: q [T, H, D]; key_cache and value_cache [B, S, K, D] of q's dtype, alre
 values; H is a multiple of K, and query head h reads key-value head h // (H / K). `rows` says which tokens belong to
 which sequence and where its blocks are. The token at position p sees positions 0..p, or, with a window w, only
 p - w + 1..p. With a soft cap c, a score s becomes c * tanh(s / c) before it is masked. With sinks [H] fp32, each head's
-number joins its softmax as one score more, uncapped and always seen, whose probability goes to no value. Where `rows`
+number joins its softmax as one score more, uncapped and always seen, whose probability goes to no value. With slopes
+[H] fp32, a head's score loses its slope times the distance of query and key, behind the soft cap (ALiBi). Where `rows`
 says so, on the CPU alone, a token sees some positions behind its own as well: those of a picture see each other. Scores
 and sums are fp32. y [T, H, D] has q's dtype, in new memory.
 
@@ -20,7 +21,7 @@ first `decodes` without context get zeros. With `decoding` it is a number on the
 decode, so that one captured launch serves every mix of decodes and prompts: sequences behind the last one (query_start
 stands still, no context) get nothing.
 Sources: Vaswani et al., 2017, arXiv:1706.03762; Kwon et al., 2023, arXiv:2309.06180 (pages); Gemma Team, 2024,
-arXiv:2408.00118 (soft cap); OpenAI, 2025, arXiv:2508.10925 (sinks).
+arXiv:2408.00118 (soft cap); OpenAI, 2025, arXiv:2508.10925 (sinks); Press et al., 2021, arXiv:2108.12409 (ALiBi).
 """
 
 from __future__ import annotations
@@ -45,11 +46,13 @@ def paged_attention(
     softcap: float | None = None,
     cache_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
     sinks: torch.Tensor | None = None,
+    slopes: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """softmax(q k^T * scale) v for every sequence of the step."""
     assert q.shape[1] % key_cache.shape[2] == 0
-    assert sinks is None or sinks.shape == q.shape[1:2]
-    options = {"scale": scale, "window": window, "softcap": softcap, "cache_scales": cache_scales, "sinks": sinks}
+    assert all(each is None or each.shape == q.shape[1:2] for each in (sinks, slopes))
+    options = {"scale": scale, "window": window, "softcap": softcap, "cache_scales": cache_scales}
+    options |= {"sinks": sinks, "slopes": slopes}
     if on_gpu(q):
         from candle_vllm.core.kernels.attention import triton
 

@@ -27,6 +27,7 @@ class Attend(Protocol):
         softcap: float | None = None,
         cache_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
         sinks: torch.Tensor | None = None,
+        slopes: torch.Tensor | None = None,
     ) -> torch.Tensor: ...
 
 
@@ -42,6 +43,7 @@ class AttentionNeeds:
         windows: whether a layer has a sliding window.
         soft_caps: whether a layer caps its scores.
         sinks: whether a layer's heads have sinks.
+        slopes: whether a layer's scores fall with distance (ALiBi).
         cache_dtype: of keys and values, as `EngineConfig.kv_cache_dtype` names it.
         deterministic: whether a result must not depend on the rest of the step, nor on how a prompt is cut.
     """
@@ -53,6 +55,7 @@ class AttentionNeeds:
     windows: bool = False
     soft_caps: bool = False
     sinks: bool = False
+    slopes: bool = False
     cache_dtype: str = "auto"
     deterministic: bool = False
 
@@ -86,6 +89,8 @@ def flash_refusal(needs: AttentionNeeds) -> str | None:
         return f"FlashAttention computes f16 and bf16, not {needs.dtype}"
     if needs.sinks:
         return "FlashAttention has no attention sinks"
+    if needs.slopes:
+        return "ALiBi is computed by the Triton kernels alone"
     if needs.cache_dtype != "auto":
         return f"FlashAttention does not read a cache of {needs.cache_dtype} beside queries of another type"
     if torch.version.hip is not None:

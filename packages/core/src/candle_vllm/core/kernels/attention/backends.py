@@ -90,8 +90,10 @@ def attend_by_reference(
     softcap: float | None = None,
     cache_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
     sinks: torch.Tensor | None = None,
+    slopes: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    options = {"scale": scale, "window": window, "softcap": softcap, "cache_scales": cache_scales, "sinks": sinks}
+    options = {"scale": scale, "window": window, "softcap": softcap, "cache_scales": cache_scales}
+    options |= {"sinks": sinks, "slopes": slopes}
     return reference.paged_attention(q, key_cache, value_cache, rows.on_host(), **options)
 
 

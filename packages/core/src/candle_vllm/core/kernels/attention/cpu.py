@@ -4,8 +4,8 @@
 
 Caches are bfloat16 in tiles of 16 positions (`cpu_tiles`) or quantised (`cpu_quantised`), queries [T, H, D] bfloat16 or
 like the keys, already times softmax scale * log2(e) (`kv_write.cpu`), the result float32 [T, H, D]. So scores are
-exponents of 2, and a soft cap and sinks come in their unit too, times `LOG2E`. A head's sink joins its rows' sums
-when all their keys have.
+exponents of 2, and a soft cap, sinks and slopes come in their unit too, times `LOG2E`. A head's sink joins its rows'
+sums when all their keys have.
 
 Same bits whatever else is in the step: the positions are cut into fixed chunks (`cpu_split.py`), every chunk gives a
 partial result for each query row, and a row's partial results are merged in order of position by one formula. Who does
@@ -69,6 +69,7 @@ from candle_vllm.core.kernels.attention.cpu_tiles import (
     cap_scores,
     clear_partial,
     copy_query,
+    fall_with_distance,
     finish_partial,
     in_floats,
     merge_partial,
@@ -227,18 +228,30 @@ def _gather_queries(
 
 
 @njit(inline="always")
+def _fall(scores: int, chunk, positions: int, row: int) -> None:
+    """Takes from a row's scores what its head's slope makes of distances; `row` counts in a block of rows."""
+    start, _, count, _, slopes, group, first = chunk
+    if slopes != 0:
+        slope = slopes + 4 * ((first + row) % group)
+        fall_with_distance(scores + row * SCORE_STRIDE, count, slope, int64_at(positions)[row] - start)
+
+
+@njit(inline="always")
 def _attend_rows(memory, chunk, to, size, rows, stride, cap, dim, keys_as, values_as, isa) -> None:
     """Partial results of up to 4 rows with a chunk, `size` bytes apart at `to`.
 
     `memory` is where the rows' queries and positions are, the tiles, those that are asked for meanwhile, and room for
-    scores and probabilities; `chunk` its first position, keys and tiles, and the window.
+    scores and probabilities; `chunk` its first position, keys and tiles, and the window, then the address of the slopes
+    of the heads that share a key-value head (0 for none), how many they are, and the first row's number in its tile.
     """
     queries, positions, tiles, coming, scores, probabilities = memory
-    start, keys, count, window = chunk
+    start, keys, count, window = chunk[:4]
     _scores(queries, tiles, coming, stride, scores, count, rows, dim, keys_as, isa)
     if cap > 0:
         for j in range(rows):
             cap_scores(scores + j * SCORE_STRIDE, count, cap)
+    for j in range(rows):
+        _fall(scores, chunk, positions, j)
     _softmax(scores, probabilities, count, positions, start, window, to, rows, dim, values_as, isa)
     values, asked = tiles + VALUE_TILES, coming + VALUE_TILES
     _values(scores, probabilities, values, asked, keys, to, rows, dim, values_as, isa)
@@ -248,7 +261,7 @@ def _attend_rows(memory, chunk, to, size, rows, stride, cap, dim, keys_as, value
 def _attend_square(memory, chunk, to, size, rows, stride, cap, dim, keys_as, values_as, isa) -> None:
     """The same for up to 16 rows of bfloat16; as many results are written as the registers have rows."""
     queries, positions, tiles, _, scores, probabilities = memory
-    start, _, count, window = chunk
+    start, _, count, window = chunk[:4]
     for n in range(0, count, TILES):
         score_squares(queries, tiles + 8 * n, stride, scores + 4 * LANES * n, dim)
     for j in range(0, rows, ROWS):
@@ -256,6 +269,8 @@ def _attend_square(memory, chunk, to, size, rows, stride, cap, dim, keys_as, val
         if cap > 0:
             for i in range(some):
                 cap_scores(at + i * SCORE_STRIDE, count, cap)
+        for i in range(some):
+            _fall(scores, chunk, positions, j + i)
         weights = probabilities + j * PROBABILITY_STRIDE
         _softmax(at, weights, count, positions + 8 * j, start, window, to + j * size, some, dim, values_as, isa)
     value_squares(probabilities, tiles + VALUE_TILES, count, to, dim)
@@ -324,6 +339,7 @@ def make_attend(head_dim: int, isa: int, keys_as: int, values_as: int) -> Callab
                 turn = rest % runs
                 rest //= runs
                 head = first_head + rest % own_heads
+                slopes = given.slopes + 4 * head * group if given.slopes != 0 else 0
                 tile = rest // own_heads
                 first = tile * ROW_TILE
                 rows = min(ROW_TILE, all_rows - first)
@@ -396,7 +412,7 @@ def make_attend(head_dim: int, isa: int, keys_as: int, values_as: int) -> Callab
                             target = to + i * row_bytes
                         ask = coming if asked and i == 0 else tiles
                         memory = queries + i * row_query, positions + 8 * i, tiles, ask, scores, probabilities
-                        seen_keys = start, keys, count, window
+                        seen_keys = start, keys, count, window, slopes, group, first + i
                         attend_block(
                             memory,
                             seen_keys,

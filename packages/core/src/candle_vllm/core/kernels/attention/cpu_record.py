@@ -48,6 +48,7 @@ class Scores:
     offset: NDArray[np.float32] | None = None
     narrows: bool = False
     causal: bool = False
+    slopes: NDArray[np.float32] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +125,7 @@ def record_attention(
         window=scores.window or 0,
         cap=(scores.softcap or 0.0) * LOG2E,
         sinks=0 if scores.sinks is None else recorder.keep(scores.sinks * np.float32(LOG2E)),
+        slopes=0 if scores.slopes is None else recorder.keep(scores.slopes * np.float32(LOG2E)),
         ahead=address_of(arrays.ahead) if limits.ahead and not scores.causal else 0,
         head_gap=head_gap(cache.keys.strides, limits.block_size, dim, keys),
         ranks=recorder.ranks if limits.ranks is not None and limits.ranks.divides(kv_heads) else 0,
@@ -192,6 +194,7 @@ class AttendArguments(NamedTuple):
         ahead: address of int64 [T], how many positions behind its own a token sees; 0 is none of all.
         head_gap: see `cpu_cache.head_gap`.
         ranks: see `rank_of`; 0 where the heads are not divided among ranks.
+        slopes: address of float32 [H], what a head's score loses by position of distance, times log2(e); 0 is none.
     """
 
     q: int
@@ -214,6 +217,7 @@ class AttendArguments(NamedTuple):
     ahead: int = 0
     head_gap: int = 0
     ranks: int = 0
+    slopes: int = 0
 
 
 def attend_operation(

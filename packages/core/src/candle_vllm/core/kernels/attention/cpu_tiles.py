@@ -356,6 +356,28 @@ def cap_scores(_: Any, scores: Any, tiles: Any, cap: Any) -> Any:
 
 
 @intrinsic(prefer_literal=True)
+def fall_with_distance(_: Any, scores: Any, tiles: Any, slope: Any, distance: Any) -> Any:
+    """A row's scores of some tiles less distance times the slope at an address; that of the first key is `distance`."""
+    signature = types.void(*[types.int64] * 4)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+        slope, numbers = e.splat(b.fneg(e.load(args[2], F32))), ir.Constant(vector(I32), list(range(LANES)))
+
+        def body(tile: Any, state: list[Any]) -> list[Any]:
+            at = b.add(args[0], b.shl(tile, e.int64(6)))
+            first = e.splat(b.trunc(b.sub(args[3], b.shl(tile, e.int64(4))), I32))
+            away = b.sitofp(b.sub(first, numbers), vector(F32))
+            e.store(at, e.fma(away, slope, e.load(at, vector(F32))))
+            return state
+
+        e.loop(args[1], [], body)
+        return context.get_dummy_value()
+
+    return signature, code
+
+
+@intrinsic(prefer_literal=True)
 def clear_partial(_: Any, partial: Any, dim: Any) -> Any:
     """The partial result of no keys."""
     signature = types.void(types.int64, dim)

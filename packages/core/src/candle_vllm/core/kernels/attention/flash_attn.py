@@ -122,9 +122,11 @@ class PagedFlash:
         softcap: float | None = None,
         cache_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
         sinks: torch.Tensor | None = None,
+        slopes: torch.Tensor | None = None,
     ) -> torch.Tensor:
         assert cache_scales is None
         assert sinks is None
+        assert slopes is None
         assert rows.decoding is None
         assert key_cache.dtype == value_cache.dtype == q.dtype
         options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}

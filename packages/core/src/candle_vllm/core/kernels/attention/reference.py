@@ -26,6 +26,7 @@ def paged_attention(
     softcap: float | None = None,
     cache_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
     sinks: torch.Tensor | None = None,
+    slopes: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See the contract in the package."""
     out = torch.empty_like(q)
@@ -45,7 +46,7 @@ def paged_attention(
             last = min(first + _QUERIES, end)
             ahead = None if rows.ahead is None else rows.ahead[first:last, None]
             out[first:last] = _attend(
-                q[first:last], k, v, context - (end - first), scale, window, softcap, sinks, ahead
+                q[first:last], k, v, context - (end - first), scale, window, softcap, sinks, slopes, ahead
             )
     return out
 
@@ -64,6 +65,7 @@ def _attend(
     window: int | None,
     softcap: float | None,
     sinks: torch.Tensor | None,
+    slopes: torch.Tensor | None,
     ahead: torch.Tensor | None,
 ) -> torch.Tensor:
     """q [Q, H, D] at positions position, position + 1, ...; k, v [K, C, D]; ahead [Q, 1]; returns [Q, H, D]."""
@@ -75,6 +77,9 @@ def _attend(
         scores.div_(softcap).tanh_().mul_(softcap)
     at = torch.arange(position, position + queries, device=q.device).unsqueeze(1)  # [Q, 1]
     seen = torch.arange(context, device=q.device).unsqueeze(0)  # [1, C]
+    if slopes is not None:
+        lost = slopes.float().view(kv_heads, -1, 1, 1) * (at - seen)  # [K, G, Q, C]
+        scores.sub_(lost.flatten(1, 2))
     hidden = seen > (at if ahead is None else at + ahead)
     if window is not None:
         hidden |= seen <= at - window

@@ -33,11 +33,13 @@ def paged_attention(
     softcap: float | None = None,
     cache_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
     sinks: torch.Tensor | None = None,
+    slopes: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See the contract in the package."""
     starts, counts = rows.query_start, [end - start for start, end in itertools.pairwise(rows.query_start)]
     single = [row for row, count in enumerate(counts) if count == 1 and rows.context_lens[row]]
-    options = {"scale": scale, "window": window, "softcap": softcap, "cache_scales": cache_scales, "sinks": sinks}
+    options = {"scale": scale, "window": window, "softcap": softcap, "cache_scales": cache_scales}
+    options |= {"sinks": sinks, "slopes": slopes}
     if len(single) < 2:
         return reference.paged_attention(q, key_cache, value_cache, rows, **options)
     size, kv_heads, dim = *key_cache.shape[1:3], q.shape[2]
@@ -77,6 +79,7 @@ def _attend(
     softcap: float | None,
     cache_scales: tuple[torch.Tensor, torch.Tensor] | None,
     sinks: torch.Tensor | None,
+    slopes: torch.Tensor | None,
 ) -> torch.Tensor:
     """q [R, H, D], one for each sequence; tables [R, blocks], contexts [R]; returns [R, H, D]."""
     count, heads, dim = q.shape
@@ -95,6 +98,8 @@ def _attend(
     scores = torch.matmul(q.float().view(count, kv_heads, -1, dim), k).mul_(scale)  # [R, K, G, C]
     if softcap is not None:
         scores.div_(softcap).tanh_().mul_(softcap)
+    if slopes is not None:
+        scores.sub_(slopes.float().view(kv_heads, -1, 1) * (contexts[:, None] - 1 - at)[:, None, None])
     scores.masked_fill_(hidden[:, None, None], float("-inf"))
     if sinks is None:
         weights = scores.softmax(-1)

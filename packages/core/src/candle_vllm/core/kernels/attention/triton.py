@@ -30,15 +30,17 @@ def paged_attention(
     softcap: float | None = None,
     cache_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
     sinks: torch.Tensor | None = None,
+    slopes: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See the contract in the package."""
     tokens, heads, dim = q.shape
     _check(q, key_cache, value_cache, rows, cache_scales)
-    if sinks is not None:
-        assert sinks.shape == (heads,)
-        assert sinks.dtype == torch.float32
-        assert sinks.is_contiguous()
-        assert sinks.device == q.device
+    for of_heads in (sinks, slopes):
+        if of_heads is not None:
+            assert of_heads.shape == (heads,)
+            assert of_heads.dtype == torch.float32
+            assert of_heads.is_contiguous()
+            assert of_heads.device == q.device
     assert scale > 0
     assert window is None or window > 0
     assert softcap is None or softcap > 0
@@ -57,6 +59,7 @@ def paged_attention(
             softcap=softcap,
             scales=cache_scales,
             sinks=sinks,
+            slopes=slopes,
             decoding=rows.decoding,
             lists=rows.lists,
         )
@@ -76,6 +79,7 @@ def paged_attention(
             softcap=softcap,
             scales=cache_scales,
             sinks=sinks,
+            slopes=slopes,
             decoding=rows.decoding,
         )
     return out

@@ -76,6 +76,7 @@ def decode_kernel(
     key_scale,  # [1] fp32, read where FP8
     value_scale,  # [1] fp32
     sinks,  # [H] fp32, read where SINKS
+    slopes,  # [H] fp32, or None
     scale,
     cap,
     first,
@@ -138,6 +139,9 @@ def decode_kernel(
         place = (head * G + lines)[:, None] * D + dims[None, :]
         queries = tl.load(q + row.to(tl.int64) * q_stride + place, mask=valid, other=0.0)
         positions = tl.zeros([GP], tl.int32) + context - 1
+        bias = None
+        if slopes is not None:
+            bias = tl.load(slopes + head * G + lines, mask=lines < G, other=0.0) * (1.4426950408889634 / factor)
 
         tops = tl.full([GP], float("-inf"), tl.float32)
         sums = tl.zeros([GP], tl.float32)
@@ -156,7 +160,7 @@ def decode_kernel(
                     k_scales = load_scales(key_cache, slots, at, end, head, K, D, S, key_unit(stored), True)
                     v_scales = load_scales(value_cache, slots, at, end, head, K, D, S, value_unit(stored), True)
                 tops, sums, weights, keep = weigh_tile(
-                    queries, tops, sums, k, k_scales, positions, at, factor, cap_in, cap, CAP, WINDOW, True
+                    queries, tops, sums, k, k_scales, positions, at, factor, cap_in, cap, bias, CAP, WINDOW, True
                 )
                 low, high = unpack_pairs(pairs, stored, queries.dtype)
                 even = add_values(weights, low, v_scales, even, keep)
@@ -169,7 +173,23 @@ def decode_kernel(
                 k = load_tile(keys_at, slots, at, end, K * D, D, DP, True, S, 0)
                 v = load_tile(values_at, slots, at, end, K * D, D, DP, True, S, 0)
                 tops, sums, values = attend_tile(
-                    queries, tops, sums, values, k, v, None, None, positions, at, factor, cap_in, cap, CAP, WINDOW, True
+                    queries,
+                    tops,
+                    sums,
+                    values,
+                    k,
+                    v,
+                    None,
+                    None,
+                    positions,
+                    at,
+                    factor,
+                    cap_in,
+                    cap,
+                    bias,
+                    CAP,
+                    WINDOW,
+                    True,
                 )
         values = values * out_factor
         if count == 1:
@@ -278,6 +298,7 @@ def decode(
     softcap: float | None,
     scales: tuple[torch.Tensor, torch.Tensor] | None,
     sinks: torch.Tensor | None,
+    slopes: torch.Tensor | None,
     decoding: torch.Tensor | None,
     lists: dict[tuple[int, ...], torch.Tensor],
 ) -> None:
@@ -315,6 +336,7 @@ def decode(
             scales[0] if scales else None,
             scales[1] if scales else None,
             sinks,
+            slopes,
             scale,
             softcap or 0.0,
             start,
@@ -392,6 +414,7 @@ def _builds(
     cap: bool = False,
     fp8: bool = False,
     sinks: bool = False,
+    slopes: bool = False,
     mixed: bool = False,
     listed: bool = False,
     turing: bool = False,
@@ -408,13 +431,19 @@ def _builds(
     arguments |= dict.fromkeys(("rows", "q_stride", "table_stride"), "i32")
     scales, sink = ("key_scale", "value_scale"), {"sinks": "*fp32"} if sinks else {}
     label = f"{dtype}-d{dim}-g{group}-s{block_size}" + "-window" * bool(window) + "-cap" * cap + "-fp8" * fp8
-    label += "-sinks" * sinks + "-mixed" * mixed + "-listed" * listed + f"-{rows}-rows" * bool(rows)
+    label += (
+        "-sinks" * sinks + "-slopes" * slopes + "-mixed" * mixed + "-listed" * listed + f"-{rows}-rows" * bool(rows)
+    )
     none = dict.fromkeys(("sinks",) * (not sinks) + ("decoding",) * (not mixed))
     targets = (75,) if turing else build_types(cache, WITH_TENSOR_CORES)
     return (
         Build(
             decode_kernel,
-            arguments | sink | (dict.fromkeys(scales, "*fp32") if fp8 else {}) | ({"items": "*i32"} if listed else {}),
+            arguments
+            | sink
+            | (dict.fromkeys(scales, "*fp32") if fp8 else {})
+            | ({"items": "*i32"} if listed else {})
+            | ({"slopes": "*fp32"} if slopes else {}),
             {
                 **constants,
                 "FP8": fp8,
@@ -422,7 +451,8 @@ def _builds(
                 **none,
                 **({} if fp8 else dict.fromkeys(scales)),
             }
-            | ({} if listed else {"items": None}),
+            | ({} if listed else {"items": None})
+            | ({} if slopes else {"slopes": None}),
             num_warps=shape.num_warps,
             num_stages=shape.num_stages,
             aligned=("q_stride",),
@@ -457,6 +487,7 @@ AOT = (
     *_builds("bf16", 128, 8, 4, 16, fp8=True)[:1],
     *_builds("fp32", 128, 8, 4, 16, fp8=True)[:1],
     *_builds("bf16", 64, 8, 8, 16, window=128, sinks=True),
+    *_builds("bf16", 64, 16, 1, 16, slopes=True)[:1],
     *_builds("bf16", 128, 8, 4, 16, rows="i8")[:1],
     *_builds("bf16", 128, 8, 4, 16, rows="fp8e4nv")[:1],
     *_builds("bf16", 128, 8, 4, 16, rows="u8")[:1],

@@ -89,6 +89,7 @@ def attend_keys(
     factor,
     cap_in,
     cap,
+    bias,
     K: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
@@ -112,7 +113,23 @@ def attend_keys(
     k = as_queries(k, queries.dtype)
     v = as_queries(v, queries.dtype)
     return attend_tile(
-        queries, tops, sums, values, k, v, k_scales, v_scales, positions, at, factor, cap_in, cap, CAP, WINDOW, MASKED
+        queries,
+        tops,
+        sums,
+        values,
+        k,
+        v,
+        k_scales,
+        v_scales,
+        positions,
+        at,
+        factor,
+        cap_in,
+        cap,
+        bias,
+        CAP,
+        WINDOW,
+        MASKED,
     )
 
 
@@ -132,6 +149,7 @@ def prefill_kernel(
     key_scale,  # [1] fp32, read where FP8
     value_scale,  # [1] fp32
     sinks,  # [H] fp32, read where SINKS
+    slopes,  # [H] fp32, or None
     scale,
     cap,
     rows,
@@ -199,6 +217,9 @@ def prefill_kernel(
             factor = 1.0
         factor = factor * 1.4426950408889634
         table = block_tables + row.to(tl.int64) * table_stride
+        bias = None
+        if slopes is not None:
+            bias = tl.load(slopes + heads, mask=lines < BLOCK_Q * G, other=0.0) * (1.4426950408889634 / factor)
 
         tops = tl.full([BLOCK_M], float("-inf"), tl.float32)
         sums = tl.zeros([BLOCK_M], tl.float32)
@@ -220,6 +241,7 @@ def prefill_kernel(
                     factor,
                     cap_in,
                     cap,
+                    bias,
                     K,
                     D,
                     DP,
@@ -247,6 +269,7 @@ def prefill_kernel(
                 factor,
                 cap_in,
                 cap,
+                bias,
                 K,
                 D,
                 DP,
@@ -274,6 +297,7 @@ def prefill_kernel(
                 factor,
                 cap_in,
                 cap,
+                bias,
                 K,
                 D,
                 DP,
@@ -336,6 +360,7 @@ def prefill(
     softcap: float | None,
     scales: tuple[torch.Tensor, torch.Tensor] | None,
     sinks: torch.Tensor | None,
+    slopes: torch.Tensor | None,
     decoding: torch.Tensor | None,
 ) -> None:
     """Writes out's rows from query_start[0] to query_start[-1], which are `tokens` at most. Checks are the caller's.
@@ -362,6 +387,7 @@ def prefill(
         scales[0] if scales else None,
         scales[1] if scales else None,
         sinks,
+        slopes,
         scale,
         softcap or 0.0,
         rows,
@@ -413,6 +439,7 @@ def _builds(
     cap: bool = False,
     fp8: bool = False,
     sinks: bool = False,
+    slopes: bool = False,
     mixed: bool = False,
     rows: str = "",
 ) -> list[Build]:
@@ -421,7 +448,7 @@ def _builds(
     arguments |= {"query_start": "*i32", "context_lens": "*i32", "block_tables": "*i32", "scale": "fp32", "cap": "fp32"}
     arguments |= dict.fromkeys(("rows", "q_stride", "table_stride"), "i32")
     arguments |= {"decoding": "*i32"} if mixed else {}
-    pointers = ("key_scale", "value_scale") * fp8 + ("sinks",) * sinks
+    pointers = ("key_scale", "value_scale") * fp8 + ("sinks",) * sinks + ("slopes",) * slopes
     label = f"{dtype}-d{dim}-g{group}-s{block_size}" + "-window" * bool(window) + "-cap" * cap + "-fp8" * fp8
     label += f"-{rows}-rows" * bool(rows)
     builds = []
@@ -431,13 +458,13 @@ def _builds(
             prefill_kernel,
             arguments | dict.fromkeys(pointers, "*fp32"),
             _constants(shape, 8, group, dim, block_size, window, cap, fp8, sinks, bool(rows))
-            | {name: None for name in ("key_scale", "value_scale", "sinks") if name not in pointers}
+            | {name: None for name in ("key_scale", "value_scale", "sinks", "slopes") if name not in pointers}
             | ({} if mixed else {"decoding": None}),
             num_warps=shape.num_warps,
             num_stages=shape.num_stages,
             aligned=("q_stride",),
             unaligned=("query_start", "context_lens", "block_tables", "decoding"),
-            label=label + "-sinks" * sinks + "-mixed" * mixed,
+            label=label + "-sinks" * sinks + "-slopes" * slopes + "-mixed" * mixed,
             capabilities=(target,),
         )
         builds.append(build)
@@ -455,6 +482,7 @@ AOT = (
     *_builds("fp32", 256, 1, 16, window=1024),
     *_builds("bf16", 128, 4, 16, fp8=True),
     *_builds("bf16", 64, 8, 16, window=128, sinks=True),
+    *_builds("bf16", 64, 1, 16, slopes=True),
     *_builds("bf16", 128, 4, 16, rows="i8"),
     *_builds("bf16", 128, 4, 16, rows="fp8e4nv"),
     *_builds("fp16", 128, 4, 16, rows="u8"),

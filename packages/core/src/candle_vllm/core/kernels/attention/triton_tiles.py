@@ -158,6 +158,7 @@ def weigh_tile(
     factor,  # > 0: scores times this are exponents of 2
     cap_in,  # with CAP: the score is cap_out * tanh(cap_in * q k)
     cap_out,
+    bias,  # [M] fp32 that a score loses by position of distance, or None
     CAP: tl.constexpr,
     WINDOW: tl.constexpr,
     MASKED: tl.constexpr,
@@ -171,6 +172,9 @@ def weigh_tile(
         scores = scores * k_scales[None, :]
     if CAP:
         scores = cap_out * (1.0 - 2.0 / (tl.exp2(scores * (cap_in * 2.8853900817779268)) + 1.0))
+    if bias is not None:
+        distance = positions[:, None] - (first + tl.arange(0, k.shape[0]))[None, :]
+        scores -= bias[:, None] * distance.to(tl.float32)
     if MASKED:
         keys = first + tl.arange(0, k.shape[0])
         seen = keys[None, :] <= positions[:, None]
@@ -208,12 +212,13 @@ def attend_tile(
     factor,
     cap_in,
     cap_out,
+    bias,
     CAP: tl.constexpr,
     WINDOW: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """One tile's keys and values into the state of M rows; see `weigh_tile`."""
     tops, sums, weights, keep = weigh_tile(
-        q, tops, sums, k, k_scales, positions, first, factor, cap_in, cap_out, CAP, WINDOW, MASKED
+        q, tops, sums, k, k_scales, positions, first, factor, cap_in, cap_out, bias, CAP, WINDOW, MASKED
     )
     return tops, sums, add_values(weights, v, v_scales, values, keep)

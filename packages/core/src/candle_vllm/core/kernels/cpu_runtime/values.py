@@ -204,11 +204,13 @@ class _Value(Recorded):
 
     def rms_norm(self, weight: NDArray[np.float32], eps: float) -> Recorded:
         if self.head_dim is None:
+            assert not isinstance(self, _Prepared), "a norm reads what is made: see `side_by_side`"
             return _Prepared(self, Prologue.NORM, self.width, weight, eps)
         return self._norm_heads(self.head_dim, weight, eps, layer=False)
 
     def layer_norm(self, weight: NDArray[np.float32], bias: NDArray[np.float32] | None, eps: float) -> Recorded:
         if self.head_dim is None:
+            assert not isinstance(self, _Prepared), "a norm reads what is made: see `side_by_side`"
             both = np.concatenate([weight, np.zeros_like(weight) if bias is None else bias])
             return _Prepared(self, Prologue.LAYER_NORM, self.width, both, eps)
         assert bias is None
@@ -360,10 +362,11 @@ class _Value(Recorded):
         offset: NDArray[np.float32] | None = None,
         narrows: bool = False,
         causal: bool = False,
+        slopes: NDArray[np.float32] | None = None,
     ) -> Recorded:
         assert k is None or isinstance(k, _Value)
         assert v is None or isinstance(v, _Value)
-        return _attend(self, k, v, cache, Scores(scale, window, softcap, sinks, offset, narrows, causal), None)
+        return _attend(self, k, v, cache, Scores(scale, window, softcap, sinks, offset, narrows, causal, slopes), None)
 
     def attend_whole(
         self,
@@ -774,6 +777,17 @@ class _Rotated(_Wrapper):
         super().__init__(source, source.width)
         self.tables = (cos, sin)
 
+    def rms_norm(self, weight: NDArray[np.float32], eps: float) -> Recorded:
+        """In place: these heads turn before they are normed."""
+        from candle_vllm.core.kernels.whole_attention.cpu_record import WholeHeads, record_turn
+
+        dim, arrays = self.head_dim, self.recorder.arrays
+        assert dim is not None
+        assert arrays.turns is None, "positions of images"
+        heads = WholeHeads(self.address, self.buffer.stride, self.width // dim, 0, dim)
+        record_turn(self.recorder, heads, arrays.positions, self.tables)
+        return self.source.rms_norm(weight, eps)
+
     def attend(
         self,
         k: Recorded | None,
@@ -787,11 +801,12 @@ class _Rotated(_Wrapper):
         offset: NDArray[np.float32] | None = None,
         narrows: bool = False,
         causal: bool = False,
+        slopes: NDArray[np.float32] | None = None,
     ) -> Recorded:
         assert k is None or isinstance(k, _Rotated)
         assert v is None or isinstance(v, _Value)
         keys = None if k is None else k.source
-        scores = Scores(scale, window, softcap, sinks, offset, narrows, causal)
+        scores = Scores(scale, window, softcap, sinks, offset, narrows, causal, slopes)
         return _attend(self.source, keys, v, cache, scores, self.tables)
 
 

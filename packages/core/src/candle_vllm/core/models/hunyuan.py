@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: MIT
+"""Hunyuan V1, dense and A13B: the Llama wiring (`llama.py`) with norms of heads of q and k behind their rotation.
+
+The base of the frequencies is stretched by a factor that the config names (alpha). All layers of A13B have experts, and
+a feed-forward layer that all tokens share. Source: Tencent, 2025, "Hunyuan-A13B Technical Report".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from candle_vllm.core.errors import UnsupportedModelError
+from candle_vllm.core.fields import Fields
+from candle_vllm.core.layers.moe import Mixture
+from candle_vllm.core.loading.config import shared_from_gguf, shared_from_hf
+from candle_vllm.core.loading.tensors import Checkpoint
+from candle_vllm.core.loading.weights import WeightName
+from candle_vllm.core.models import llama
+from candle_vllm.core.models.attention_names import GG, HF, gguf_has_bias
+from candle_vllm.core.models.experts import expert_names, shared_names
+from candle_vllm.core.models.family import Family
+from candle_vllm.core.models.llama import Llama, LlamaConfig
+
+# ---- config ----------------------------------------------------------------------------------------------------------
+
+
+def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
+    """Reads `config.json` of hunyuan_v1_dense and hunyuan_v1_moe."""
+    fields.choice("hidden_act", "silu", "silu", "swish")
+    if fields.get("use_cla", bool, False):
+        raise UnsupportedModelError(f"{fields.path}: use_cla is true: layers that share keys are not implemented")
+    shared = shared_from_hf(_stretched(fields), model_type)
+    bias, normed = fields.get("attention_bias", bool, False), fields.get("use_qk_norm", bool, True)
+    own = {"qkv_bias": bias, "output_bias": bias, "qk_norm": normed, "norms_behind": normed}
+    if model_type == "hunyuan_v1_dense":
+        return LlamaConfig(**shared | own)
+    inner = shared["intermediate_size"]
+    mixture = Mixture(
+        experts=_same(fields, "num_experts"),
+        top_k=_same(fields, "moe_topk"),
+        inner_size=_same(fields, "moe_intermediate_size", inner),
+        shared_size=inner * _same(fields, "num_shared_expert", 1),
+    )
+    return LlamaConfig(**shared | own, **_sparse(mixture, shared["num_layers"]))
+
+
+def _stretched(fields: Fields) -> Fields:
+    """The config with the base of the frequencies in place of alpha, as transformers computes it."""
+    key = "rope_parameters" if "rope_parameters" in fields else "rope_scaling"
+    scaling = fields.section(key)
+    alpha = scaling.get("alpha", float, 0.0)
+    if not alpha:
+        return fields
+    dim = fields.count("head_dim", fields.count("hidden_size") // fields.count("num_attention_heads"))
+    theta = scaling.get("rope_theta", float, fields.get("rope_theta", float, 10000.0))
+    if dim <= 2 or not 0 < alpha <= 1e9:
+        raise UnsupportedModelError(f"{fields.path}: {key} has an alpha of {alpha} for heads of {dim} numbers")
+    theta *= alpha ** (dim / (dim - 2))
+    rope = {"rope_type": "default", "rope_theta": theta}
+    return Fields({**fields.values, "rope_theta": theta, "rope_scaling": None, "rope_parameters": rope}, fields.path)
+
+
+def _same(fields: Fields, key: str, *default: int) -> int:
+    """A count, which files also have as a list of one for each layer."""
+    stored = fields.values.get(key)
+    if not isinstance(stored, list):
+        return fields.count(key, *default)
+    if not stored or any(each != stored[0] for each in stored):
+        raise UnsupportedModelError(f"{fields.path}: {key} differs from layer to layer, which is not implemented")
+    return Fields({key: stored[0]}, fields.path).count(key)
+
+
+def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
+    """Reads GGUF metadata of hunyuan-dense and hunyuan-moe."""
+    shared = shared_from_gguf(fields, checkpoint)
+    biases = {"qkv_bias": gguf_has_bias(checkpoint), "output_bias": "blk.0.attn_output.bias" in checkpoint.tensors}
+    normed = "blk.0.attn_q_norm.weight" in checkpoint.tensors
+    own: dict[str, Any] = biases | {"qk_norm": normed, "norms_behind": normed}
+    if shared["model_type"] == "hunyuan-dense":
+        return LlamaConfig(**shared | own)
+    inner = shared["intermediate_size"]
+    mixture = Mixture(
+        experts=fields.count("expert_count"),
+        top_k=fields.count("expert_used_count"),
+        inner_size=inner,
+        shared_size=fields.count("expert_shared_feed_forward_length", inner),
+    )
+    return LlamaConfig(**shared | own, **_sparse(mixture, shared["num_layers"]))
+
+
+def _sparse(mixture: Mixture, layers: int) -> dict[str, Any]:
+    return {"mixture": mixture, "num_experts": mixture.experts, "sparse_layers": frozenset(range(layers))}
+
+
+# ---- weight names ----------------------------------------------------------------------------------------------------
+
+_NORMS = {"layers.{i}.attention.q_norm:weight": "query", "layers.{i}.attention.k_norm:weight": "key"}
+
+
+def _renamed(line: WeightName) -> WeightName:
+    """Llama's line, with the names that the norms of heads have here."""
+    part = _NORMS.get(line.target)
+    return line if part is None else dataclasses.replace(line, hf=f"{HF}self_attn.{part}_layernorm.weight")
+
+
+WEIGHTS = [
+    *map(_renamed, llama.WEIGHTS),
+    *expert_names("mlp.experts", "gate_proj", "up_proj", "down_proj"),
+    *shared_names("mlp.shared_mlp"),
+    WeightName("layers.{i}.mlp.router:weight", HF + "mlp.gate.wg.weight", GG + "ffn_gate_inp.weight"),
+]
+
+FAMILY = Family(
+    hf={"HunYuanDenseV1ForCausalLM": "hunyuan_v1_dense", "HunYuanMoEV1ForCausalLM": "hunyuan_v1_moe"},
+    gguf=("hunyuan-dense", "hunyuan-moe"),
+    config_from_hf=config_from_hf,
+    config_from_gguf=config_from_gguf,
+    build=Llama,
+    weights=WEIGHTS,
+    ignored=llama.ignored,
+)
