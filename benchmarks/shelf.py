@@ -44,6 +44,7 @@ NOT_GENERATIVE = {  # whatever their repositories say; the first has no config
 }
 # fmt: on
 REMOTE = {  # classes of types that transformers does not have
+    "chatglm": "ChatGLMModel",
     "exaone": "ExaoneForCausalLM",
     "internlm2": "InternLM2ForCausalLM",
     "kimi_k2": "DeepseekV3ForCausalLM",

@@ -33,6 +33,7 @@ UNSAYABLE = {  # what there is no key for
     "DeepSeek-V3 halves": "rope",
     "GPT-2 scales": "activation, scales",
     "Falcon-1B": "parallel, qkv_bias, output_bias, mlp_bias",
+    "Falcon-RW": "slopes, parallel, qkv_bias, output_bias, mlp_bias",
     "SmolLM3 windows": "sliding_windows, unrotated_layers",
 }
 LLAMA_CPP = (

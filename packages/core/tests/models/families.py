@@ -407,9 +407,11 @@ HUNYUAN_MOE = {"head_dim": 32, "num_experts": 6, "moe_topk": 3}
 
 ROWS: Mapping[str, Row] = {
     "Llama": Row("llama", {"head_dim": 32}, "llama"),
-    "Llama 3 rope": Row("llama", {"head_dim": 32, "rope_parameters": LLAMA3}, "llama"),
+    "Llama 3 rope": Row("llama", {"head_dim": 32, "rope_parameters": LLAMA3}, "llama", common=False),
     "Mistral": Row("mistral", {"head_dim": 32, "sliding_window": 16}, "llama"),
-    "Ministral": Row("ministral", {"head_dim": 32, "sliding_window": 16, "layer_types": MINISTRAL_LAYERS}),
+    "Ministral": Row(
+        "ministral", {"head_dim": 32, "sliding_window": 16, "layer_types": MINISTRAL_LAYERS}, common=False
+    ),
     "Ministral 3": Row("ministral3", {"head_dim": 32, "rope_parameters": MINISTRAL3_ROPE}, "mistral3"),
     "Qwen2": Row("qwen2", {"hidden_size": 128}, "qwen2"),
     "Qwen2-VL": Row("qwen2", {"hidden_size": 128, "rope_parameters": QWEN2_VL_ROPE}, "qwen2vl"),
@@ -417,9 +419,11 @@ ROWS: Mapping[str, Row] = {
     "Qwen3-VL": Row("qwen3", {"head_dim": 32, "rope_parameters": QWEN3_VL_ROPE}, "qwen3vl"),
     "Gemma": Row("gemma", {"head_dim": 32, "hidden_act": "gelu_pytorch_tanh"}, "gemma"),
     "Gemma-2": Row("gemma2", GEMMA2, "gemma2"),
-    "Gemma-2 scale": Row("gemma2", GEMMA2 | {"query_pre_attn_scalar": 24, "attn_logit_softcapping": None}),
+    "Gemma-2 scale": Row(
+        "gemma2", GEMMA2 | {"query_pre_attn_scalar": 24, "attn_logit_softcapping": None}, common=False
+    ),
     "Gemma-3": Row("gemma3_text", GEMMA3, "gemma3"),
-    "Gemma-3 stretched": Row("gemma3_text", GEMMA3 | {"rope_parameters": GEMMA3_ROPE}, "gemma3"),
+    "Gemma-3 stretched": Row("gemma3_text", GEMMA3 | {"rope_parameters": GEMMA3_ROPE}, "gemma3", common=False),
     "Gemma-4": Row("gemma4_text", GEMMA4_31B, "gemma4"),
     "Gemma-4 wide heads": Row("gemma4_text", GEMMA4_WIDE, "gemma4", interpreted=False, common=False),
     "Gemma-4 shared keys": Row("gemma4_text", GEMMA4_E4B, "gemma4"),
@@ -427,7 +431,9 @@ ROWS: Mapping[str, Row] = {
     "Gemma-4 biases": Row("gemma4_text", GEMMA4 | {"attention_bias": True, "attention_k_eq_v": True}, common=False),
     "Gemma-4 unified": Row("gemma4_unified_text", GEMMA4 | {"tie_word_embeddings": False}, common=False),
     "GLM-4": Row("glm4", {"head_dim": 32, "attention_bias": True}, "glm4"),
-    "GLM-4 chat": Row("glm", {"head_dim": 32, "attention_bias": True, "partial_rotary_factor": 0.25}, "chatglm"),
+    "GLM-4 chat": Row(
+        "glm", {"head_dim": 32, "attention_bias": True, "partial_rotary_factor": 0.25}, "chatglm", common=False
+    ),
     "DeepSeek-V2": Row("deepseek_v2", DEEPSEEK | {"topk_method": "group_limited_greedy"}, "deepseek2", undecided=0.1),
     "DeepSeek-V2 Lite": Row(
         "deepseek_v2", DEEPSEEK | {"q_lora_rank": None, "rope_parameters": DEEPSEEK_YARN}, "deepseek2", undecided=0.1
@@ -451,10 +457,15 @@ ROWS: Mapping[str, Row] = {
         common=False,
         undecided=0.1,
     ),
-    "DeepSeek-V3 dense": Row("deepseek_v3", DEEPSEEK | {"first_k_dense_replace": 2, "q_lora_rank": None}, "deepseek2"),
+    "DeepSeek-V3 dense": Row(
+        "deepseek_v3", DEEPSEEK | {"first_k_dense_replace": 2, "q_lora_rank": None}, "deepseek2", common=False
+    ),
     "Mixtral": Row("mixtral", {"head_dim": 32} | MIXTRAL, "llama", undecided=0.1),
     "Mixtral window": Row(
-        "mixtral", {"head_dim": 32, "sliding_window": 16} | MIXTRAL | {"num_experts_per_tok": 2}, undecided=0.1
+        "mixtral",
+        {"head_dim": 32, "sliding_window": 16} | MIXTRAL | {"num_experts_per_tok": 2},
+        undecided=0.1,
+        common=False,
     ),
     "Qwen2-MoE": Row("qwen2_moe", {"hidden_size": 128} | QWEN_MOE, "qwen2moe", undecided=0.1),
     "Qwen2-MoE sparse steps": Row("qwen2_moe", {"hidden_size": 128} | QWEN_MOE | SPARSE_STEPS, undecided=0.1),
@@ -464,29 +475,30 @@ ROWS: Mapping[str, Row] = {
         {"head_dim": 32, "rope_parameters": QWEN3_VL_ROPE} | QWEN_MOE | {"norm_topk_prob": True},
         "qwen3vlmoe",
         undecided=0.1,
+        common=False,
     ),
     "Qwen3.5": Row("qwen3_5_text", QWEN35, "qwen35"),
-    "Qwen3.5 even heads": Row("qwen3_5_text", QWEN35 | EVEN_HEADS, "qwen35"),
+    "Qwen3.5 even heads": Row("qwen3_5_text", QWEN35 | EVEN_HEADS, "qwen35", common=False),
     "Qwen3.5-MoE": Row("qwen3_5_moe_text", QWEN35 | QWEN_MOE, "qwen35moe", undecided=0.1),
     "Qwen3-Next": Row("qwen3_next", QWEN3_NEXT | QWEN_MOE, "qwen3next", undecided=0.1),
     "OLMo Hybrid": Row("olmo_hybrid", OLMO_HYBRID),
-    "OLMo Hybrid turned": Row("olmo_hybrid", OLMO_HYBRID | OLMO_TURNED),
-    "Qwen3-Next sparse steps": Row("qwen3_next", QWEN3_NEXT | QWEN_MOE | NEXT_STEPS, undecided=0.1),
+    "OLMo Hybrid turned": Row("olmo_hybrid", OLMO_HYBRID | OLMO_TURNED, common=False),
+    "Qwen3-Next sparse steps": Row("qwen3_next", QWEN3_NEXT | QWEN_MOE | NEXT_STEPS, undecided=0.1, common=False),
     "GLM-4-MoE": Row("glm4_moe", {"head_dim": 32} | GLM_MOE, "glm4moe", undecided=0.1),
     "GLM-4-MoE groups": Row("glm4_moe", {"head_dim": 32} | GLM_MOE | GLM_GROUPS, "glm4moe", undecided=0.1),
-    "Yi": Row("llama", YI, "llama"),
-    "QwQ": Row("qwen2", QWQ, "qwen2"),
+    "Yi": Row("llama", YI, "llama", common=False),
+    "QwQ": Row("qwen2", QWQ, "qwen2", common=False),
     "Phi-2": Row("phi", PHI2, "phi2"),
     "Phi-3": Row("phi3", PHI3, "phi3"),
     "Phi-4-mini": Row("phi3", PHI4_MINI, "phi3"),
     "StableLM": Row("stablelm", STABLELM, "stablelm"),
-    "StableLM-2": Row("stablelm", STABLELM | {"hidden_size": 128, "use_qkv_bias": True}, "stablelm"),
+    "StableLM-2": Row("stablelm", STABLELM | {"hidden_size": 128, "use_qkv_bias": True}, "stablelm", common=False),
     "StableLM-2-12B": Row("stablelm", STABLELM_12B, "stablelm"),
     "SmolLM3": Row("smollm3", SMOLLM3, "smollm3"),
-    "SmolLM3 windows": Row("smollm3", SMOLLM3_WINDOWS),
+    "SmolLM3 windows": Row("smollm3", SMOLLM3_WINDOWS, common=False),
     "gpt-oss": Row("gpt_oss", {"head_dim": 32} | GPT_OSS, "gpt-oss", undecided=0.1),
     "LFM2": Row("lfm2", LFM2, "lfm2"),
-    "LFM2 biases": Row("lfm2", LFM2 | LFM2_BIAS),
+    "LFM2 biases": Row("lfm2", LFM2 | LFM2_BIAS, common=False),
     "LFM2-MoE": Row("lfm2_moe", LFM2_MOE, "lfm2moe", undecided=0.1),
     "LFM2-MoE plain": Row("lfm2_moe", LFM2_MOE | LFM2_PLAIN, undecided=0.1),
     "Granite": Row("granite", GRANITE, "granite"),

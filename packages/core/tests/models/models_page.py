@@ -47,7 +47,8 @@ def rows_by_class() -> dict[str, list[str]]:
     for name, row in ROWS.items():
         named = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(row.model_type, "Mistral4ForCausalLM")  # which has no row there
         found[str(named)].append(name)
-    for name, text in {**TOWERS, **dict.fromkeys(RENAMED, "LlamaForCausalLM")}.items():
+    renamed = {name: "GlmForCausalLM" if gguf == "chatglm" else "LlamaForCausalLM" for name, gguf in RENAMED.items()}
+    for name, text in {**TOWERS, **renamed}.items():
         found[name] = list(found[text])
     return found
 

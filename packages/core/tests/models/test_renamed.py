@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Models that transformers has no class for: another model of transformers, its config and tensors under other names."""
+"""Models that transformers has no class for: a model of another class, its config and its tensors under other names."""
 
 from __future__ import annotations
 
@@ -95,8 +95,9 @@ def chatglm(config: Mapping[str, Any], tensors: Tensors) -> tuple[dict[str, Any]
     for layer in range(config["num_hidden_layers"]):
         at = f"transformer.encoder.layers.{layer}."
         for kind in ("weight", "bias"):
-            parts = [made.pop(f"{at}self_attn.{part}_proj.{kind}") for part in "qkv"]
-            made[f"{at}self_attention.query_key_value.{kind}"] = torch.cat(parts)
+            if f"{at}self_attn.q_proj.{kind}" in made:
+                parts = [made.pop(f"{at}self_attn.{part}_proj.{kind}") for part in "qkv"]
+                made[f"{at}self_attention.query_key_value.{kind}"] = torch.cat(parts)
     keys = {
         "architectures": ["ChatGLMForConditionalGeneration"],
         "model_type": "chatglm",
@@ -108,7 +109,7 @@ def chatglm(config: Mapping[str, Any], tensors: Tensors) -> tuple[dict[str, Any]
         "layernorm_epsilon": config["rms_norm_eps"],
         "padded_vocab_size": config["vocab_size"],
         "kv_channels": config["head_dim"],
-        "add_qkv_bias": True,
+        "add_qkv_bias": config["attention_bias"],
         "rope_ratio": config["rope_parameters"]["rope_theta"] / 10000.0,
     }
     same = ("hidden_size", "num_attention_heads", "tie_word_embeddings", "eos_token_id")
