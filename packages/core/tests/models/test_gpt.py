@@ -188,20 +188,43 @@ def test_rotary_settings_by_their_old_names() -> None:
     assert (rope.dim, rope.theta) == (32, 500.0)
 
 
+BLOOM = {  # as bigscience/bloom-560m has it
+    "architectures": ["BloomForCausalLM"],
+    "model_type": "bloom",
+    "n_embed": None,
+    "hidden_size": 1024,
+    "n_head": 16,
+    "n_layer": 24,
+    "vocab_size": 250880,
+    "layer_norm_epsilon": 1e-5,
+    "seq_length": 2048,
+}
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (_falcon(alibi=True), "alibi is true"),
         (_gpt2(add_cross_attention=True), "add_cross_attention is true"),
         (_gpt2(activation_function="mish"), "activation_function is 'mish'"),
         (_opt(768, layer_norm_elementwise_affine=False), "layer_norm_elementwise_affine is false"),
         (_opt(768, _remove_final_layer_norm=True), "_remove_final_layer_norm is true"),
-        (_gpt2(architectures=["BloomForCausalLM"]), "'BloomForCausalLM' is not implemented"),
+        (_gpt2(architectures=["MptForCausalLM"]), "'MptForCausalLM' is not implemented"),
+        (BLOOM | {"apply_residual_connection_post_layernorm": True}, "post_layernorm is true"),
     ],
 )
 def test_what_is_not_implemented_is_named(config: dict[str, Any], message: str) -> None:
     with pytest.raises(UnsupportedModelError, match=message):
         family_from_hf(json.loads(json.dumps(config)), Path("config.json"))
+
+
+def test_slopes_are_alibis_and_those_of_falcon_are_scaled() -> None:
+    """Of a number of heads that is no power of two, the further ones have every other slope of twice the power."""
+    path = Path("config.json")
+    bloom = family_from_hf({**BLOOM, "n_head": 6, "hidden_size": 96}, path)[1]
+    assert bloom.slopes == pytest.approx([2**-2, 2**-4, 2**-6, 2**-8, 2**-1, 2**-3])
+    assert (bloom.max_position, bloom.intermediate_size) == (2048, 384)
+    falcon = family_from_hf(_falcon(alibi=True, num_attention_heads=4, hidden_size=64), path)[1]
+    assert falcon.slopes == pytest.approx([2.0**-power / 4 for power in (2, 4, 6, 8)])
 
 
 def test_a_missing_key_is_named_as_the_family_names_it() -> None:
