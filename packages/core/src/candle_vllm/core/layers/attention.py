@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
+from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.kernels.attention import paged_attention
 from candle_vllm.core.kernels.attention.rows import AttentionRows, DeviceRows, WindowedCache
 from candle_vllm.core.kernels.collectives import Collective
@@ -22,13 +23,19 @@ from candle_vllm.core.layers.rotary import Rotary
 from candle_vllm.core.loading.weights import Parameter
 
 _FAR = 4096  # positions over which a bias is averaged
+_MOST_SLOPES = 4096
 
 
 def alibi_slopes(heads: int) -> tuple[float, ...]:
     """What a score of each of H heads loses by position: powers of 2^(-8 / n), n the largest power of two up to H.
 
     The heads beyond n have every other slope of 2 n heads. Source: Press et al., 2021, arXiv:2108.12409.
+
+    Raises:
+        UnsupportedModelError: there are more heads than any model has.
     """
+    if heads > _MOST_SLOPES:
+        raise UnsupportedModelError(f"ALiBi of {heads} heads is not implemented; at most {_MOST_SLOPES} are")
     most = 1 << (heads.bit_length() - 1)
     first = tuple(2.0 ** (-8 / most * power) for power in range(1, most + 1))
     return first + alibi_slopes(2 * most)[: 2 * (heads - most) : 2] if heads > most else first

@@ -52,6 +52,7 @@ def _stretched(fields: Fields) -> Fields:
     alpha = scaling.get("alpha", float, 0.0)
     if not alpha:
         return fields
+    scaling.choice("rope_type" if "rope_type" in scaling else "type", "dynamic", "dynamic")
     dim = fields.count("head_dim", fields.count("hidden_size") // fields.count("num_attention_heads"))
     theta = scaling.get("rope_theta", float, fields.get("rope_theta", float, 10000.0))
     if dim <= 2 or not 0 < alpha <= 1e9:

@@ -90,7 +90,7 @@ def flash_refusal(needs: AttentionNeeds) -> str | None:
     if needs.sinks:
         return "FlashAttention has no attention sinks"
     if needs.slopes:
-        return "ALiBi is computed by the Triton kernels alone"
+        return "FlashAttention is not used with ALiBi"
     if needs.cache_dtype != "auto":
         return f"FlashAttention does not read a cache of {needs.cache_dtype} beside queries of another type"
     if torch.version.hip is not None:
