@@ -19,12 +19,12 @@ from torch.nn import functional
 
 from candle_vllm.core import InferenceEngine, UnsupportedModelError
 from candle_vllm.core.fields import read_json
+from candle_vllm.core.layers.attention import alibi_slopes
 from candle_vllm.core.layers.rotary import inverse_frequencies
 from candle_vllm.core.loading.safetensors import open_safetensors
 from candle_vllm.core.loading.trunks import prefixed
 from candle_vllm.core.loading.weights import expand
 from candle_vllm.core.models.deberta import rows_of_distances
-from candle_vllm.core.models.jina_bert import slopes
 from candle_vllm.core.models.registry import encoder_from_hf
 from candle_vllm.core.pooling import PoolingKind, PoolingParams
 from candle_vllm.core.testing.toy_encoder import TOY_ENCODER_VOCAB_SIZE, write_toy_encoder
@@ -254,8 +254,8 @@ def test_jina_v2_written_out(eager: bool, tmp_path: Path) -> None:
 
 
 def test_slopes_of_heads_that_are_no_power_of_two() -> None:
-    assert slopes(12)[:8] == pytest.approx([2.0**-n for n in range(1, 9)])
-    assert slopes(12)[8:] == pytest.approx([2 ** -(n + 0.5) for n in range(4)])
+    assert alibi_slopes(12)[:8] == pytest.approx([2.0**-n for n in range(1, 9)])
+    assert alibi_slopes(12)[8:] == pytest.approx([2 ** -(n + 0.5) for n in range(4)])
 
 
 def test_rows_of_distances_are_those_of_transformers() -> None:
