@@ -32,7 +32,7 @@ def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
         raise UnsupportedModelError(f"{fields.path}: use_cla is true: layers that share keys are not implemented")
     shared = shared_from_hf(_stretched(fields), model_type)
     bias, normed = fields.get("attention_bias", bool, False), fields.get("use_qk_norm", bool, True)
-    own = {"qkv_bias": bias, "output_bias": bias, "qk_norm": normed, "norms_behind": normed}
+    own: dict[str, Any] = {"qkv_bias": bias, "output_bias": bias, "qk_norm": normed, "norms_behind": normed}
     if model_type == "hunyuan_v1_dense":
         return LlamaConfig(**shared | own)
     inner = shared["intermediate_size"]
