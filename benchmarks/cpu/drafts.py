@@ -3,7 +3,7 @@
 
     python benchmarks/cpu/drafts.py MODEL.gguf [--pairs 10] [--method ngram] [--draft SMALL.gguf]
         [--tasks code facts agent chat batch describe] [--json] [--threads 2] [--cpu-time]
-    python benchmarks/cpu/drafts.py packages/core/tests/models/speaking/qwen3.5 --method mtp --tasks line lines
+    python benchmarks/cpu/drafts.py packages/core/tests/models/speaking/qwen3.5 --method mtp --tasks line two lines many
 
 Each task is asked of one engine in turns, with guesses and without; the texts are written for this. A line has tokens
 a second of both, the median of the pairs' ratios, how many of the guesses that were tried were right, and the bound:
@@ -14,9 +14,9 @@ where they are not, this ends with an error. `step` is the table of the steps' t
 a model of drafts its own steps count in the bound, each as long as the median of those with as many rows, and `ms a
 draft` is that of one row.
 
-`line` and `lines` are beginnings of docstrings, one stream and eight, for the small trained model that has a layer for
-further tokens. On a machine with other work `--cpu-time` counts the time of this process's processors alone; it is for
-one thread.
+`line`, `two`, `lines` and `many` are beginnings of docstrings, 1, 2, 8 and 32 streams, for the small trained model that
+has a layer for further tokens. On a machine with other work `--cpu-time` counts the time of this process's processors
+alone; it is for one thread.
 """
 
 from __future__ import annotations
@@ -142,9 +142,11 @@ TASKS: dict[str, tuple[list[Any], dict[str, Any]]] = {
                for thing in ("bell", "boat", "mirror", "storm")],
               {"max_tokens": 64, "temperature": 0.7, "seed": 1}),
     "line": (LINES[:1], {"max_tokens": 400, "ignore_eos": True}),
+    "two": (LINES[:2], {"max_tokens": 200, "ignore_eos": True}),
     "lines": (LINES, {"max_tokens": 200, "ignore_eos": True}),
+    "many": (LINES * 4, {"max_tokens": 200, "ignore_eos": True}),
 }  # fmt: skip
-SMALL = ("line", "lines")
+SMALL = ("line", "two", "lines", "many")
 CLOCK = [time.perf_counter]
 
 
@@ -154,20 +156,30 @@ def rows_of_steps(engine: InferenceEngine, *, learns: bool = True) -> Iterator[l
     assert engine._engine is not None
     drafter = engine._engine._drafter
     assert drafter is not None
-    with _noted(drafter.times, learns=learns) as seen:
+    stepped, seen = drafter.stepped, list[tuple[int, float]]()
+
+    def noted(lives: int, drafts: int, seconds: float) -> None:
+        if lives:
+            seen.append((lives + drafts, seconds))
+        if learns:
+            stepped(lives, drafts, seconds)
+
+    drafter.stepped = noted  # type: ignore[method-assign]
+    try:
         yield seen
+    finally:
+        drafter.stepped = stepped  # type: ignore[method-assign]
 
 
 @contextmanager
-def _noted(times: Any, *, learns: bool = True) -> Iterator[list[tuple[int, float]]]:
-    """What is noted of steps: rows and seconds."""
+def _noted(times: Any) -> Iterator[list[tuple[int, float]]]:
+    """What is noted of a small model's steps: rows and seconds."""
     seen: list[tuple[int, float]] = []
     note = times.note
 
-    def noted(rows: int, seconds: float, *more: Any) -> None:
+    def noted(rows: int, seconds: float) -> None:
         seen.append((rows, seconds))
-        if learns:
-            note(rows, seconds, *more)
+        note(rows, seconds)
 
     times.note = noted
     try:
@@ -190,21 +202,22 @@ def step_times(engine: InferenceEngine, most: int, rounds: int = 14, length: int
     assert drafter is not None
     times: dict[int, list[float]] = {rows: [] for rows in range(1, most + 1)}
     params = SamplingParams(temperature=0, max_tokens=most * rounds, ignore_eos=True)
-    propose, wanted = drafter.propose, 1
+    propose, rests, wanted = drafter.propose, drafter.rests, 1
 
-    def wrong(lives: Any) -> bool:
+    def wrong(lives: Any, *_: Any) -> bool:
         for live in lives:
             live.sequence.drafts = (1,) * (wanted - 1)
         return wanted > 1
 
     drafter.propose = wrong  # type: ignore[method-assign, assignment]
+    drafter.rests = lambda _: False  # type: ignore[method-assign]
     with rows_of_steps(engine, learns=False) as seen:
         request = engine.add_request([5 + place % 3 for place in range(length)], params)
         while any(piece.request_id == request and not piece.finished for piece in engine.step()) or not seen:
             if seen:
                 times.setdefault(seen[-1][0], []).append(seen[-1][1])
                 wanted = wanted % most + 1
-    drafter.propose = propose  # type: ignore[method-assign]
+    drafter.propose, drafter.rests = propose, rests  # type: ignore[method-assign]
     return {rows: statistics.median(found[2:]) for rows, found in times.items() if len(found) > 2}
 
 

@@ -11,13 +11,13 @@ import pytest
 from openai.types.chat import ChatCompletion
 
 from candle_vllm.core import InferenceEngine
-from candle_vllm.core.engine.drafts.drafting import StepTimes
 from candle_vllm.core.errors import RequestError
 from candle_vllm.core.testing import ScriptedEngine
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 from candle_vllm.openai import OpenAIAdapter, to_dict
 from candle_vllm.openai.llama_server import LlamaCompletionRequest, llama_answer
 from candle_vllm.openai.protocol.usage import CompletionTokensDetails
+from packages.core.tests.engine.drafted import same_times
 
 ASK: dict[str, Any] = {"messages": [{"role": "user", "content": "Why?"}]}
 
@@ -88,20 +88,11 @@ async def test_usage_tells_what_of_a_prediction_stands_in_the_answer(guessing: I
     assert accepted + rejected == 80  # of every choice
 
 
-class SameTimes(StepTimes):
-    """A step takes as long as any other, so that guesses are tried wherever there are any."""
-
-    GAIN, LEAVING = 1.0, 0.0
-
-    def __call__(self, rows: int) -> float:
-        return 1.0
-
-
 @pytest.fixture
 def tries_all(guessing: InferenceEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     assert guessing._engine is not None
     assert guessing._engine._drafter is not None
-    monkeypatch.setattr(guessing._engine._drafter, "times", SameTimes(1))
+    monkeypatch.setattr(guessing._engine._drafter, "times", same_times)
 
 
 @pytest.mark.usefixtures("tries_all")

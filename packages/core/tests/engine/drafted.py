@@ -61,12 +61,20 @@ class SlotModel(StepwiseRunner):
 
 
 class SameTimes(StepTimes):
-    """A step takes as long as any other."""
+    """A step takes as long as any other, so that guesses are tried wherever there are any."""
 
-    GAIN, LEAVING = 1.0, 0.0
+    GAIN, LEAVING, UNPLAIN = 1.0, 0.0, 1 << 60
 
-    def __call__(self, rows: int) -> float:
+    def plain(self, lives: int) -> float:
         return 1.0
+
+    def __call__(self, drafts: int) -> float:
+        return 1.0
+
+
+def same_times(lives: int) -> SameTimes:
+    """Those of a step; what was seen of others is not known."""
+    return SameTimes(lives, 72)
 
 
 class FreeTimes(OwnTimes):

@@ -108,7 +108,7 @@ def make(
 ) -> Engine:
     how: dict[str, Any] = {"reproducible": reproducible, "draft_rows": drafts, "in_flight": runner.in_flight}
     scheduler = Scheduler(BlockManager(blocks, SIZE), sequences, budget, **how)
-    drafter = Drafter(SpeculativeConfig(), sequences, drafts) if drafts else None
+    drafter = Drafter(SpeculativeConfig(), drafts) if drafts else None
     return Engine(runner, scheduler, preparation_for(loaded, CONTEXT, seed=0), drafter)
 
 

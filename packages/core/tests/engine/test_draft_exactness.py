@@ -16,7 +16,7 @@ from candle_vllm.core.engine.step.live import LiveSequence
 from candle_vllm.core.sampling.thoughts import ThoughtBudget
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 from candle_vllm.core.text.stop_scanner import StopMarks
-from packages.core.tests.engine.drafted import FreeTimes, SameTimes
+from packages.core.tests.engine.drafted import FreeTimes, same_times
 from packages.core.tests.engine.toy_heads import NextTokens, eagle3_config, eagle3_weights, write_head
 
 EOS, END = 258, ". So: "
@@ -120,7 +120,7 @@ def check(engine: InferenceEngine, given: list[Case], kinds: Iterable[Kind], mon
     drafter = inner._drafter
     assert drafter is not None
     with monkeypatch.context() as patched:
-        patched.setattr(drafter, "propose", lambda lives: False)
+        patched.setattr(drafter, "propose", lambda *_: False)
         expected = answered(engine, given)
     for case, answer in zip(given, expected):
         if "form behind" in case.asked:
@@ -155,7 +155,7 @@ def test_runs_are_drawn_by_the_steps_own_plan(engine: InferenceEngine, monkeypat
     drafter, team = inner._drafter, inner.runner.team  # type: ignore[attr-defined]
     assert drafter is not None
     given = [*cases(["plain"], 2), *cases(["logprobs"], 1)]
-    monkeypatch.setattr(drafter, "propose", lambda lives: False)
+    monkeypatch.setattr(drafter, "propose", lambda *_: False)
     expected = answered(engine, given)
     entered, run, steps = [0], team.run, inner._num_steps
 
@@ -201,7 +201,7 @@ def headed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         drafter = engine._engine and engine._engine._drafter
         assert drafter is not None
         assert isinstance(drafter.model, DraftingHead)
-        drafter.times, drafter.model.times = SameTimes(72), FreeTimes()
+        drafter.times, drafter.model.times = same_times, FreeTimes()
         drafter._past = None  # what the same prompts were answered before
         yield engine
 
@@ -210,7 +210,7 @@ def check_headed(engine: InferenceEngine, given: list[Case], monkeypatch: pytest
     drafter = engine._engine and engine._engine._drafter
     assert drafter is not None
     with monkeypatch.context() as patched:
-        patched.setattr(drafter, "propose", lambda lives: False)
+        patched.setattr(drafter, "propose", lambda *_: False)
         expected = answered(engine, given)
     before = engine.stats()
     assert answered(engine, given) == expected

@@ -40,7 +40,7 @@ from candle_vllm.core.engine.step.scheduler import Scheduler
 from candle_vllm.core.layers.adapters import number_places
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_gguf, write_toy_model
 from candle_vllm.core.text.tokenizer import Tokenizer
-from packages.core.tests.engine.drafted import FreeTimes, SameTimes, SlotModel, answers, driven, requests
+from packages.core.tests.engine.drafted import FreeTimes, SlotModel, answers, driven, requests, same_times
 from packages.core.tests.engine.toy_heads import (
     NextTokens,
     Weights,
@@ -72,7 +72,7 @@ def loaded(folder: Path, method: dict[str, Any] | None, **given: Any) -> Inferen
         model.times = FreeTimes()
         assert engine._engine is not None
         assert engine._engine._drafter is not None
-        engine._engine._drafter.times = SameTimes(72)
+        engine._engine._drafter.times = same_times
     return engine
 
 
@@ -388,8 +388,8 @@ def scripted(
     head, both = SlotHead(target, wrong), (words.vocab_size, words.vocab_size)
     model = head.model = DraftingHead(head, target, None, config, scheduler, both, 80, budget, 0.1, both[1])
     model.times = FreeTimes(moods)
-    drafter = Drafter(config, 4, 8, model)
-    drafter.times = SameTimes(12)
+    drafter = Drafter(config, 8, model)
+    drafter.times = same_times
     if moods is not None:  # what is not guessed for now and then is not read in such steps
         model.settle = lambda: _settled(model, hopeless=moods.random() < 0.2)  # type: ignore[method-assign]
     return (
@@ -491,7 +491,7 @@ def adapted_answers(folder: Path, method: dict[str, Any] | None, *, eager: bool)
         [list[int](), list[int](), list[int]()],
     )
     if engine._drafter is not None and engine._drafter.model is not None:
-        engine._drafter.times, engine._drafter.model.times = SameTimes(72), FreeTimes()
+        engine._drafter.times, engine._drafter.model.times = same_times, FreeTimes()
     for number, prompt in enumerate((b"with", b"without, and longer", b"with")):
         params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
         request = GenerationRequest(request_id=str(number), prompt_token_ids=list(prompt), params=params)

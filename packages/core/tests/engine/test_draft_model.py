@@ -30,7 +30,7 @@ from candle_vllm.core.engine.step.preparation import DecoderPreparation
 from candle_vllm.core.engine.step.scheduler import Scheduler
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 from candle_vllm.core.text.tokenizer import Tokenizer
-from packages.core.tests.engine.drafted import FreeTimes, SameTimes, SlotModel, answers, driven, requests
+from packages.core.tests.engine.drafted import FreeTimes, SlotModel, answers, driven, requests, same_times
 
 EOS, CONTEXT = 258, 80
 
@@ -64,8 +64,8 @@ def scripted(
     config = SpeculativeConfig(method="draft_model", model="draft", num_speculative_tokens=5, prompt_lookup_min=matches)
     model = DraftModel(SlotModel(blocks, size, words, wrong), config, scheduler, (words, words), CONTEXT, budget, 0.1)
     model.times = FreeTimes(moods)
-    drafter = Drafter(config, 4, 8, model)
-    drafter.times = SameTimes(12)
+    drafter = Drafter(config, 8, model)
+    drafter.times = same_times
     preparation = DecoderPreparation(tokenizer, (EOS,), words, CONTEXT, seed=0)
     return Engine(SlotModel(blocks, size, words), scheduler, preparation, drafter), drafter
 
@@ -198,7 +198,7 @@ def loaded(folder: Path, draft: Path | None = None, **given: Any) -> InferenceEn
         drafter = engine._engine._drafter
         assert drafter is not None
         assert drafter.model is not None
-        drafter.times, drafter.model.times = SameTimes(1), FreeTimes()
+        drafter.times, drafter.model.times = same_times, FreeTimes()
     return engine
 
 

@@ -14,7 +14,7 @@ import pytest
 from candle_vllm.core import InferenceEngine, SamplingParams
 from candle_vllm.core.engine.drafts.draft_model import DraftModel
 from candle_vllm.core.testing.toy_model import write_toy_model
-from packages.core.tests.engine.drafted import FreeTimes, SameTimes, answers
+from packages.core.tests.engine.drafted import FreeTimes, answers, same_times
 from packages.core.tests.engine.test_draft_head import CONFIG, MODELS, apart, eagle3_reference, loaded, watched
 from packages.core.tests.engine.toy_heads import NextTokens, eagle3_config, eagle3_weights, write_head
 from packages.core.tests.models.tiny import write_tiny
@@ -55,7 +55,7 @@ def test_a_model_drafts(folder: Path, right: list[Any]) -> None:
         drafter = engine._engine._drafter
         assert drafter is not None
         assert isinstance(drafter.model, DraftModel)
-        drafter.model.times, drafter.times = FreeTimes(), SameTimes(72)
+        drafter.model.times, drafter.times = FreeTimes(), same_times
         assert texts(engine) == right
         stats = engine.stats()
         assert stats.drafts > 50

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from candle_vllm.core import InferenceEngine, SamplingParams
 from candle_vllm.core.engine.drafts.draft_head import DraftingHead
 from candle_vllm.core.engine.runners.recorded_runner import RecordedRunner
-from packages.core.tests.engine.drafted import FreeTimes, SameTimes
+from packages.core.tests.engine.drafted import FreeTimes, same_times
 from packages.core.tests.engine.toy_heads import NextTokens
 from packages.core.tests.exact_sums import exact_sums
 from packages.core.tests.models.families import QWEN3_NEXT, QWEN35, QWEN_MOE
@@ -77,7 +77,7 @@ def engine(source: Path, method: str, **settings: Any) -> InferenceEngine:
     drafter = made._engine and made._engine._drafter
     if drafter is not None:
         assert isinstance(drafter.model, DraftingHead)
-        drafter.times, drafter.model.times = SameTimes(72), FreeTimes()
+        drafter.times, drafter.model.times = same_times, FreeTimes()
         drafter._past = None
     return made
 

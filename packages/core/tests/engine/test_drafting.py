@@ -7,6 +7,7 @@ import itertools
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,12 +22,13 @@ from candle_vllm.core import (
     SamplingParams,
     StructuredOutputsParams,
 )
-from candle_vllm.core.config import LONGEST_MATCH, draft_settings
+from candle_vllm.core.config import LONGEST_MATCH, SpeculativeConfig, draft_settings
 from candle_vllm.core.engine.drafts import drafting as drafting_module
-from candle_vllm.core.engine.drafts.drafting import StepTimes, _Guess
+from candle_vllm.core.engine.drafts.drafting import Drafter, StepTimes, _Guess
 from candle_vllm.core.engine.drafts.repeats import SEPARATOR, Past, Text
 from candle_vllm.core.engine.step.prediction import Prediction
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
+from packages.core.tests.engine.drafted import same_times
 
 
 def naive(tokens: list[int], end: Sequence[int], least: int, most: int) -> int:
@@ -139,28 +141,125 @@ def test_no_more_of_a_prediction_is_found_than_stands_in_the_answer(left: list[i
     assert Prediction(left).found_in([9, *right]) <= sum(each in right for each in left)
 
 
+def drafter_of_steps(rows: int = 16) -> Drafter:
+    return Drafter(SpeculativeConfig(), rows)
+
+
 def test_times_of_steps_follow_what_is_measured_and_no_single_time() -> None:
-    times = StepTimes(20)
-    assert times(3) == 0
-    times.note(1, 0.010, 0)
-    assert 1 < times(4) / times(1) < 2
-    assert times(4) < times(5)
-    for _ in range(60):
-        times.note(1, 0.010, 0)
-        times.note(8, 0.015, 7)
-    assert times(8) / times(1) == pytest.approx(1.5, rel=0.06)
-    assert times(7) / times(1) < 1.7  # the neighbours follow
-    before = times(8) / times(1)
-    times.note(8, 100.0, 7)
-    times.note(1, 100.0, 0)
-    assert times(8) / times(1) == pytest.approx(before, rel=0.06)
-    for _ in range(100):
-        times.note(8, 1.0, 7)
-    assert times(8) / times(1) > 5
+    times = StepTimes(1, 16)
+    assert times.plain(1) == 0
+    for seconds in (0.010, 0.500, 0.010):  # something else ran beside the second
+        times.note_plain(1, seconds)
+    assert times.plain(1) == 0.010
+    assert 1 < times(3) < times(4) < 2
+    for _ in range(20):
+        times.note_plain(1, 0.010)
+        times.note(1, 7, 0.015, 3.0)
+    assert times(7) == pytest.approx(1.5, rel=0.01)
+    assert times(6) < 1.7  # the neighbours follow
+    before, balance = times(7), times.balance
+    times.note(1, 7, 100.0, 3.0)
+    times.note_plain(1, 100.0)
+    assert (times(7), times.plain(1)) == (before, 0.010)
+    assert times.balance >= balance  # twice what such steps take is charged for it: it saved three
+    for _ in range(9):
+        times.note(1, 7, 0.040, 0.0)
+    assert times(7) == pytest.approx(4.0, rel=0.01)
     for _ in range(60):
         times.relax()
-    assert times(8) / times(1) < 2.5  # so that it is tried again
-    times.note(4000, 1.0, 0)
+    assert times(7) < 2.5  # so that it is tried again
+    times.note(1, 4000, 1.0, 0.0)
+
+
+def test_drafts_of_one_sequence_say_nothing_about_steps_of_many() -> None:
+    """Rows of drafts are not rows of sequences: a step of eight sequences is a plain one."""
+    drafter = drafter_of_steps()
+    before = [drafter.times(8)(drafts) for drafts in range(17)]
+    for _ in range(40):
+        drafter.times(1).note_plain(1, 0.010)
+        drafter.times(1).note(1, 7, 0.050, 0.0)
+    assert drafter.times(1)(7) > 4
+    assert [drafter.times(8)(drafts) for drafts in range(17)] == before
+    assert drafter.times(9) is drafter.times(8)
+    assert drafter.times(7) is not drafter.times(8)
+
+
+class Steps:
+    """Steps of an engine that take what is given, in plain ones; the clock of drafting is theirs.
+
+    Args:
+        look: what the search takes.
+        draft: what a step with drafts takes.
+        right: drafts of each sequence that are right.
+        tries: of how many searches one finds something.
+        noise: of how many steps one takes eight times as long.
+    """
+
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, look: float, draft: float, right: int, tries: int, noise: int
+    ) -> None:
+        self.look, self.draft, self.right, self.tries, self.noise = look, draft, right, tries, noise
+        self.now, self.looked, self.drafter = 0.0, 0, drafter_of_steps()
+        monkeypatch.setattr(drafting_module.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(self.drafter, "_propose", self._propose)
+
+    def _propose(self, *_: object) -> bool:
+        self.now += self.look
+        self.looked += 1
+        return bool(self.tries) and self.looked % self.tries == 0
+
+    def run(self, count: int, steps: int) -> float:
+        """Time of so many steps of so many sequences, without the noise, for each step that a plain engine takes."""
+        lives = [SimpleNamespace(sequence=SimpleNamespace(drafts=()), state=SimpleNamespace(grammar=None))] * count
+        found, made, began, touched, disturbed = False, 0, self.now, False, 0.0
+        for step in range(steps):
+            took = self.draft if found else 1.3 if touched else 1.0
+            made += 1 + (self.right if found else 0)
+            other = 7 * took if self.noise and step % self.noise == 0 else 0
+            self.now, disturbed, touched = self.now + took + other, disturbed + other, found
+            if self.drafter.rests(count):
+                found = False
+                continue
+            for _ in range(count if found else 0):
+                self.drafter.tried(4, self.right)
+            self.drafter.stepped(count, 4 * count if found else 0, took + other)
+            found = self.drafter.propose(lives)  # type: ignore[arg-type]
+        return (self.now - began - disturbed) / made
+
+
+@pytest.mark.parametrize("count", [1, 2, 8, 32])
+@pytest.mark.parametrize(
+    ("look", "draft", "right", "tries"),
+    [
+        (0.15, 1.0, 0, 0),  # the search alone, of a step that takes hardly longer
+        (3.0, 1.0, 0, 0),  # one that takes longer than a step
+        (0.02, 4.0, 0, 1),  # drafts that are believed in and never right
+        (0.02, 4.0, 1, 3),  # now and then, and too dear for what they save
+    ],
+)
+def test_drafts_that_do_not_pay_cost_a_hundredth(
+    monkeypatch: pytest.MonkeyPatch, count: int, look: float, draft: float, right: int, tries: int
+) -> None:
+    steps = Steps(monkeypatch, look, draft, right, tries, 0)
+    steps.run(count, 300)
+    assert steps.run(count, 4000) < 1.015
+    assert steps.looked > 10  # and they are tried again and again
+
+
+@pytest.mark.parametrize("count", [1, 2, 8, 32])
+@pytest.mark.parametrize("noise", [0, 7])
+def test_drafts_that_pay_are_not_left(monkeypatch: pytest.MonkeyPatch, count: int, noise: int) -> None:
+    steps = Steps(monkeypatch, 0.02, 1.4, 2, 1, noise)
+    steps.run(count, 300)
+    assert steps.run(count, 4000) < 1.05 * 1.42 / 3
+
+
+def test_drafts_are_tried_again_when_they_begin_to_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = Steps(monkeypatch, 0.02, 4.0, 0, 1, 0)
+    assert steps.run(8, 2000) > 1
+    steps.draft, steps.right = 1.2, 3
+    steps.run(8, 1000)
+    assert steps.run(8, 1000) < 0.4
 
 
 @pytest.mark.parametrize(
@@ -236,21 +335,12 @@ def plain(folder: Path) -> Iterator[InferenceEngine]:
         yield engine
 
 
-class SameTimes(StepTimes):
-    """A step takes as long as any other."""
-
-    GAIN, LEAVING = 1.0, 0.0
-
-    def __call__(self, rows: int) -> float:
-        return 1.0
-
-
 @pytest.fixture(scope="module")
 def drafting(folder: Path) -> Iterator[InferenceEngine]:
     with loaded(folder, speculative_config={"suffix_decoding_min_token_prob": 0.0}) as engine:
         assert engine._engine is not None
         assert engine._engine._drafter is not None
-        engine._engine._drafter.times = SameTimes(1)  # what is tried follows from the guesses alone
+        engine._engine._drafter.times = same_times  # what is tried follows from the guesses alone
         yield engine
 
 

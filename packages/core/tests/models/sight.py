@@ -83,7 +83,7 @@ def engine_of(loaded: LoadedModel, runner: ModelRunner, budget: int, drafts: int
     scheduler = Scheduler(
         BlockManager(100, BLOCK), 4, budget, draft_rows=drafts, images=images, in_flight=flight, states=pool
     )
-    drafter = Drafter(SpeculativeConfig(), 4, drafts) if drafts else None
+    drafter = Drafter(SpeculativeConfig(), drafts) if drafts else None
     return Engine(runner, scheduler, preparation_for(loaded, CONTEXT, seed=0), drafter, images)
 
 

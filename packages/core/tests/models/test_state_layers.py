@@ -228,7 +228,7 @@ def on_device(
     runner.allocate(blocks, room)
     pool = StatePool(room.running, room.checkpoints, BLOCK)
     scheduler = Scheduler(BlockManager(blocks, BLOCK), 4, 40, draft_rows=drafts, states=pool)
-    drafter = Drafter(SpeculativeConfig(num_speculative_tokens=kept), 4, drafts) if drafts else None
+    drafter = Drafter(SpeculativeConfig(num_speculative_tokens=kept), drafts) if drafts else None
     built = Engine(runner, scheduler, preparation_for(loaded, 128, seed=0), drafter)
     greedy = SamplingParams(temperature=0.0, max_tokens=LONGEST, ignore_eos=True)
     waiting = [

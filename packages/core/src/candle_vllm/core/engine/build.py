@@ -159,7 +159,7 @@ def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder, rank
         from candle_vllm.core.engine.drafts.drafting import Drafter
 
         model = None if draft is None else _draft_model(drafts, loaded, runner, draft, scheduler)
-        drafter = Drafter(drafts, sequences, rows, model)
+        drafter = Drafter(drafts, rows, model)
     preparation = preparation_for(loaded, plan.max_model_len, config.seed, store, open_objects=config.open_objects)
     sleeper.runners = [runner] if draft is None else [runner, draft]
     engine = Engine(runner, scheduler, preparation, drafter, images, kept, sleeper)

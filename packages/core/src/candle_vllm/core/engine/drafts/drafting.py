@@ -7,16 +7,21 @@ end of the text where it stood before: in the prompt, in the answer, or in an an
 rows behind the sequence's last token and holds as far as it equals what is drawn, so answers stay what they are.
 
 How likely a guessed token is right follows from how such guesses fared, by the length of what matched and by sequence.
-A guess is judged whether it was tried or not: a sequence that begins to repeat itself is noticed for nothing. A step
-tries as many as make the most tokens a second, by the times that steps of so many rows took so far; where that is none,
-it is a plain step.
+A guess is judged whether it was tried or not. A step tries as many as save the most time, by the times that steps with
+so many drafts took so far; where that is none, it is a plain step.
+
+Whether all this pays is not believed but measured, in steps of about as many sequences (`StepTimes.balance`): what
+drafts have saved, less what they and the search for them have taken, in plain steps. Below zero nothing is searched
+for, and each plain step adds a hundredth. So drafts cost no more than that hundredth for long, whatever is believed.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
-from collections.abc import Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
@@ -31,8 +36,8 @@ if TYPE_CHECKING:
     from candle_vllm.core.sampling.grammar import GrammarState
 
 _OPENING = 12  # tokens of a match that are as good as the place where a predicted text begins
-_WORTH, _REST = 1.15, 7  # where sure guesses would make less than this, they are looked for in one step of eight
 _COUNTS = (1, 2, 4, 8, 16)  # of drafts that are looked at to see whether any pay
+_LEAST_REST, _TIMED = 64, 8  # steps of a rest at least, and those at its end that are timed
 _PATIENCE = 16  # steps in which there were guesses and none was worth a try
 _SLOW = 0.003  # seconds that asking a grammar takes at most, before nothing is guessed for its text any more
 _LOOKED = 1024  # tokens of prompts and predictions that are looked at in a step, so that no long one holds it up
@@ -115,38 +120,74 @@ def _asks(live: LiveSequence) -> bool:
 
 
 class StepTimes:
-    """How long a step of so many rows takes: a curve that is known beforehand and follows what is measured.
+    """What steps of about as many sequences take, and whether drafts have paid in them.
 
-    Plain steps say how quick the machine is now, steps with drafts how much longer they took than plain ones just now.
-    One time moves what is believed by a few percent at most, whatever else the machine did meanwhile; and what is not
-    tried because it seems to cost too much is believed to cost less as time goes by, so that it is tried again.
+    Times of plain steps are seconds, by the number of sequences; all others are in plain steps of as many sequences.
+    Each is the lower median of the last few that were seen, so a step during which the machine did something else
+    changes nothing. What is not tried because it seems to take too long is believed to take less as time goes by.
 
     Args:
-        most: rows.
+        lives: sequences of a step, about.
+        most: drafts of a step.
+
+    Attributes:
+        balance: plain steps that drafts have saved, less those that they and the search for them have taken.
+        leaving: what a step with drafts makes the plain step behind it take more, which is laid out anew, and where
+            states replay their accepted inputs.
     """
 
     GAIN = 1.05  # how much more a step with drafts must seem to make than a plain one
-    LEAVING = 0.15  # of a plain step: what going on from step to step saves, and this step and the next one do not
+    LEAVING = 0.15  # before any was seen
+    SHARE = 0.01  # what the search may take of the time of plain steps
+    BOUNDS = -8.0, 4.0  # of the balance: neither a good hour nor a bad one lasts
+    UNPLAIN = 64  # steps with drafts after which two plain ones show what such take now
+    LONGEST = 8.0  # plain steps that one step counts as at most
 
-    def __init__(self, most: int) -> None:
-        self._known = [FIXED + rows for rows in range(most + 2)]
-        self._curve = self._known[:]  # in a unit of its own
-        self._unit = 0.0  # seconds; 0 where no step was seen
+    def __init__(self, lives: int, most: int) -> None:
+        self.balance, self.leaving = 1.0, self.LEAVING
+        self._known = [1 + drafts / (FIXED + lives) for drafts in range(most + 1)]
+        self._curve = self._known[:]
+        self._plain: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=9))
+        self._drafted: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=5))  # by drafts; 0: behind some
 
-    def note(self, rows: int, seconds: float, drafts: int) -> None:
-        """A step of that many rows, so many of them drafts, took so long."""
-        if rows >= len(self._curve):
+    def plain(self, lives: int) -> float:
+        """Seconds of a plain step of so many sequences; 0 before three were seen."""
+        seen = self._plain.get(lives, ())
+        return _lower_median(seen) if len(seen) > 2 else 0.0
+
+    def __call__(self, drafts: int) -> float:
+        """A step with so many drafts."""
+        return self._curve[min(drafts, len(self._curve) - 1)]
+
+    def seconds(self, lives: int, rows: int) -> float:
+        """A step of so many sequences, with as many drafts as it has more rows than these."""
+        share = self(rows - lives) if rows >= lives else (FIXED + rows) / (FIXED + lives)
+        return self.plain(lives) * share
+
+    def note_plain(self, lives: int, seconds: float) -> None:
+        """A plain step of so many sequences behind one like it took so long."""
+        self._plain[lives].append(seconds)
+
+    def note(self, lives: int, drafts: int, seconds: float, saved: float) -> None:
+        """A step with drafts, or the plain one behind it with 0, took so long and saved so many plain steps."""
+        if not (plain := self.plain(lives)):
             return
-        if not self._unit:
-            self._unit = seconds / self._curve[rows]
-        change = seconds / (self._unit * self._curve[rows])
+        seen = self._drafted[drafts]
+        seen.append(min(seconds / plain, self.LONGEST))
+        usual = _lower_median(seen)
+        self.pay(1 + saved - min(seen[-1], 2 * usual))
         if not drafts:
-            self._unit *= min(max(change, 0.9), 1.1)
+            self.leaving = max(0.0, usual - 1)
             return
-        part = min(max(change, 0.95), 1.05) - 1
-        for near in range(rows - drafts + 1, min(len(self._curve), rows + 8)):
-            time, known = self._curve[near] * (1 + part / (1 + 0.5 * abs(near - rows))), self._known[near]
-            self._curve[near] = min(max(time, 0.25 * known), 4 * known)
+        change = min(max(usual / self(drafts), 0.7), 1.4) - 1
+        for near in range(1, min(len(self._curve), drafts + 8)):
+            time, known = self._curve[near] * (1 + change / (1 + 0.5 * abs(near - drafts))), self._known[near]
+            self._curve[near] = min(max(time, 0.25 * known), self.LONGEST * known)
+
+    def pay(self, steps: float) -> None:
+        """Adds to the balance."""
+        least, most = self.BOUNDS
+        self.balance = min(max(self.balance + steps, least), most)
 
     def relax(self) -> None:
         """Nothing was tried for a while."""
@@ -155,13 +196,9 @@ class StepTimes:
             for time, known in zip(self._curve, self._known, strict=True)
         ]
 
-    def seconds(self, rows: int) -> float:
-        """As they are now; 0 where no step was seen."""
-        return self(rows) * self._unit
 
-    def __call__(self, rows: int) -> float:
-        """Relative to steps of other rows; 0 where no step was seen."""
-        return self._curve[min(rows, len(self._curve) - 1)] if self._unit else 0.0
+def _lower_median(seen: Sequence[float] | deque[float]) -> float:
+    return sorted(seen)[(len(seen) - 1) // 2]
 
 
 @dataclasses.dataclass
@@ -177,16 +214,18 @@ class DraftCounts:
 class Drafter:
     """Guesses for the sequences of an engine; what is to be tried stands in `Sequence.drafts`.
 
+    Attributes:
+        times: of steps, by the number of sequences.
+
     Args:
         config: how.
-        max_seqs: most sequences of a step.
         rows: most drafts of a step.
         model: guesses where nothing as likely was found; None where there is none.
     """
 
-    def __init__(self, config: SpeculativeConfig, max_seqs: int, rows: int, model: DraftModel | None = None) -> None:
+    def __init__(self, config: SpeculativeConfig, rows: int, model: DraftModel | None = None) -> None:
         self.counts = DraftCounts(accepted_per_position=[0] * config.num_speculative_tokens)
-        self.times = StepTimes(max_seqs + rows)
+        self.times: Callable[[int], StepTimes] = self._times
         self.model = model
         self._config, self._rows = config, rows
         keeps = config.method not in ("ngram", "none") and config.suffix_decoding_max_cached_requests > 0
@@ -195,12 +234,71 @@ class Drafter:
         self._predictions = WeakKeyDictionary[Prediction, Text]()
         self._prompts = WeakValueDictionary[str, Text]()  # of requests, by their ids
         self._left = 0  # how much more is looked at in this step
-        self._idle = self._rest = 0
+        self._idle = 0
+        self._seen: dict[int, StepTimes] = {}  # by the digits of the number of sequences
+        self._before = 0, False  # of the last step: its sequences if it had no prompt, and whether it had drafts
+        self._rest = self._rested = self._resting = 0  # steps: left, all; and their sequences
+        self._unplain = 0  # steps since a plain one behind one like it
+        self._right: list[int] = []  # drafts of each sequence that were right in the last step
         self._hits = [hits for hits, _ in _PRIOR]
         self._tries = [tries for _, tries in _PRIOR]
 
+    def _times(self, lives: int) -> StepTimes:
+        digits = lives.bit_length()
+        if digits not in self._seen:
+            self._seen[digits] = StepTimes(lives, self._rows)
+        return self._seen[digits]
+
+    def stepped(self, lives: int, drafts: int, seconds: float) -> None:
+        """A step is over; must be followed by `propose`.
+
+        Args:
+            lives: its sequences; 0 of a step with prompts, which has a time of its own.
+            drafts: that it tried.
+            seconds: that it took.
+        """
+        right, self._right = self._right, []
+        (before, touched), self._before = self._before, (lives, drafts > 0)
+        if drafts or touched:
+            if lives:
+                common = min(right) if len(right) == lives else 0
+                # A token that not all sequences have more saves a later step nothing but its row.
+                saved = common + (sum(right) - common * lives) / (FIXED + lives)
+                self.times(lives).note(lives, drafts, seconds, saved)
+            self._unplain += 1
+        elif lives and lives == before:
+            self.times(lives).note_plain(lives, seconds)
+            self._unplain = 0
+
+    def rests(self, lives: int) -> bool:
+        """Whether the step behind one of so many sequences is a plain one, and nothing is to be done for it.
+
+        That costs next to nothing, so it is asked first. The last steps of a rest are none: plain ones are timed then.
+        """
+        if not self._rest:
+            return False
+        self._rest -= 1
+        if lives == self._resting and self._rest >= _TIMED:
+            return True
+        if not self._rest or lives != self._resting:
+            times = self.times(self._resting)
+            times.pay(times.SHARE * (self._rested - self._rest))
+            self._rest = 0
+        return False
+
+    def _begin_rest(self, lives: Sequence[LiveSequence], times: StepTimes) -> None:
+        if self._before[1]:
+            times.pay(-times.leaving)
+        self._before, self._resting = (0, False), len(lives)
+        self._rest = self._rested = max(_LEAST_REST, math.ceil(-times.balance / times.SHARE))
+        for live in lives:
+            if live.state.grammar is not None:
+                live.state.grammar.waits = False
+                live.state.grammar.begin()
+
     def tried(self, drafts: int, right: int) -> None:
         """Counts what came of one sequence's drafts in a step."""
+        self._right.append(right)
         counts = self.counts
         counts.drafts += 1
         counts.draft_tokens += drafts
@@ -224,28 +322,38 @@ class Drafter:
 
     @property
     def reads_states(self) -> bool:
-        """Whether every step is to be told by `ran`."""
+        """Whether `propose` needs the step that is over."""
         return self.model is not None and self.model.reads_states
 
-    def ran(self, batch: Batch, lives: Sequence[object]) -> None:
-        """A step is over and settled; must be followed by `propose`.
+    def propose(self, lives: Sequence[LiveSequence], batch: Batch | None = None, ran: Sequence[object] = ()) -> bool:
+        """Chooses the drafts of the next step of sequences that all have a token to be run.
 
         Args:
-            batch: the step, whose hidden states can still be had.
-            lives: the sequence of each of its runs; None of one that has ended.
-        """
-        if self.model is not None:
-            self.model.ran(batch, [live if isinstance(live, LiveSequence) and _asks(live) else None for live in lives])
-
-    def propose(self, lives: Sequence[LiveSequence]) -> bool:
-        """Chooses the drafts of the next step of sequences that all have a token to be run.
+            lives: the sequences.
+            batch: the step that is over, where a model reads its hidden states.
+            ran: the sequence of each of its runs; None of one that has ended.
 
         Returns:
             Whether there are any.
         """
-        found = self._propose(lives)
+        began, count, found = time.perf_counter(), len(lives), False
+        times = self.times(count)
+        if self._before[1]:
+            for live in lives:
+                live.sequence.drafts = ()
+        if times.balance < 0:
+            if not self._rest:
+                self._begin_rest(lives, times)
+            return False
+        if self.model is not None and batch is not None:
+            self.model.ran(batch, [live if isinstance(live, LiveSequence) and _asks(live) else None for live in ran])
+        plain = times.plain(count)
+        if plain and self._unplain < times.UNPLAIN:
+            found = self._propose(lives, times)
         if self.model is not None:
             self.model.settle()
+        if plain and self._before[0]:  # behind a prompt more is looked at, once
+            times.pay(times.SHARE - min((time.perf_counter() - began) / plain, times.LONGEST))
         for live in lives:
             grammar = live.state.grammar
             if grammar is not None:
@@ -254,27 +362,14 @@ class Drafter:
                     grammar.begin()
         return found
 
-    def _propose(self, lives: Sequence[LiveSequence]) -> bool:
-        rows, times = len(lives), self.times
-        plain = times(rows) / times.GAIN
-        if not plain:
-            return False
-        if self._rest:
-            self._rest -= 1
-            return False
-        # What all guesses of a step must be right with, so that it pays; and how much it would make if all were sure.
-        left = times.LEAVING * times(rows)
-        needs = [
-            (rows * ((times(rows + count) + left) / plain - 1) / count, count)
-            for count in _COUNTS
-            if count <= self._rows
-        ]
-        least, count = min(needs)
-        if (rows + SURE * count) * plain < _WORTH * rows * times(rows + count):
-            self._rest = _REST
+    def _propose(self, lives: Sequence[LiveSequence], times: StepTimes) -> bool:
+        rows, left = len(lives), times.leaving
+        # What all guesses of a step must be right with, so that it pays.
+        least = min(rows * (times.GAIN * (times(count) + left) - 1) / count for count in _COUNTS if count <= self._rows)
         if self.model is not None:
-            self.model.hopeless = least > SURE or self._rest > 0
+            self.model.hopeless = least > SURE
         if least > SURE:
+            self._count_idle(times)
             return False  # what is guessed is judged when it may pay again
         self._left = _LOOKED
         offers: list[tuple[LiveSequence, tuple[list[int], list[float]] | None]] = []
@@ -294,15 +389,19 @@ class Drafter:
         if self.model is None:
             guesses = [(live, *offer) for live, offer in offers if offer is not None]
         else:
-            guesses = self.model.improve(offers, rows, times.seconds, self._rows)
-        chosen = bool(guesses) and self._choose(guesses, rows)
+            guesses = self.model.improve(offers, rows, lambda count: times.seconds(rows, count), self._rows)
+        chosen = bool(guesses) and self._choose(guesses, rows, times)
         if chosen:
-            self._idle = self._rest = 0
+            self._idle = 0
         elif guesses:
-            self._idle += 1
-            if self._idle % _PATIENCE == 0:
-                times.relax()
+            self._count_idle(times)
         return chosen
+
+    def _count_idle(self, times: StepTimes) -> None:
+        """A step for which drafts were not worth a try."""
+        self._idle += 1
+        if self._idle % _PATIENCE == 0:
+            times.relax()
 
     def _predicted(self, prediction: Prediction | None) -> Text | None:
         """A prediction as a text that ends where it ends; one for all sequences of a request."""
@@ -476,18 +575,20 @@ class Drafter:
                 length = min(length + 1, LONGEST_MATCH)
         return chances
 
-    def _choose(self, guesses: list[tuple[LiveSequence, list[int], list[float]]], rows: int) -> bool:
-        """Gives the step the drafts that make the most tokens in its time; False where that is none."""
+    def _choose(self, guesses: list[tuple[LiveSequence, list[int], list[float]]], rows: int, times: StepTimes) -> bool:
+        """Gives the step the drafts that save the most time; False where that is none."""
         offers = [(chance, place) for place, (_, _, chances) in enumerate(guesses) for chance in chances]
         if len(guesses) > 1:
             offers.sort(reverse=True)
-        plain = self.times(rows)
-        best, rate, tokens = 0, self.times.GAIN * rows / plain, float(rows)
-        for count, (chance, _) in enumerate(offers[: self._rows], 1):
-            tokens += chance
-            seconds = self.times(rows + count) + self.times.LEAVING * plain
-            if tokens > rate * seconds:
-                best, rate = count, tokens / seconds
+        best, rate = 0, times.GAIN
+        more, total = [0.0] * len(guesses), 0.0
+        for count, (chance, place) in enumerate(offers[: self._rows], 1):
+            more[place] += chance
+            total += chance
+            common = min(more) if len(more) == rows else 0.0
+            tokens = 1 + common + (total - common * rows) / (FIXED + rows)  # see `stepped`
+            if tokens > rate * (times(count) + times.leaving):
+                best, rate = count, tokens / (times(count) + times.leaving)
         counts = [0] * len(guesses)
         for _, place in offers[:best]:
             counts[place] += 1

@@ -260,15 +260,15 @@ class Engine:
     def _guess(self, drafter: Drafter, flight: _Flight, seconds: float) -> None:
         """Chooses the drafts of the next step; this one took so long."""
         assert isinstance(self.scheduler, Scheduler)
-        batch = flight.batch
+        batch, count = flight.batch, len(flight.lives)
+        if drafter.rests(count):
+            return
         rows = len(batch.drawn_rows)
-        if batch.tokens.shape[1] == rows:  # prompts have a time of their own
-            drafter.times.note(rows, seconds, rows - len(flight.lives))
+        drafter.stepped(count if batch.tokens.shape[1] == rows else 0, rows - count, seconds)
         lives = [live for live in flight.lives if not live.is_over]
         try:
-            if drafter.reads_states:
-                drafter.ran(batch, [self._live.get(run.sequence) for run in batch.runs])
-            self.scheduler.has_drafts = drafter.propose(lives)
+            read = (batch, [self._live.get(run.sequence) for run in batch.runs]) if drafter.reads_states else ()
+            self.scheduler.has_drafts = drafter.propose(lives, *read)
         except self.runner.fatal:
             raise
         except Exception as error:  # a guess is worth no answer
@@ -360,7 +360,7 @@ class Engine:
             "draft_tokens": counts.draft_tokens,
             "accepted_draft_tokens": counts.accepted_tokens,
             "accepted_per_position": tuple(counts.accepted_per_position),
-            "step_seconds": tuple(self._drafter.times(rows) for rows in range(1, _TIMED_ROWS + 1)),
+            "step_seconds": tuple(self._drafter.times(1)(drafts) for drafts in range(_TIMED_ROWS)),
         }
 
     def _launch(self, pieces: list[TokenOutput]) -> _Flight | None:
