@@ -156,7 +156,7 @@ def rows_of_steps(engine: InferenceEngine, *, learns: bool = True) -> Iterator[l
     assert engine._engine is not None
     drafter = engine._engine._drafter
     assert drafter is not None
-    stepped, seen = drafter.stepped, list[tuple[int, float]]()
+    stepped, rests, seen = drafter.stepped, drafter.rests, list[tuple[int, float]]()
 
     def noted(lives: int, drafts: int, seconds: float) -> None:
         if lives:
@@ -164,11 +164,16 @@ def rows_of_steps(engine: InferenceEngine, *, learns: bool = True) -> Iterator[l
         if learns:
             stepped(lives, drafts, seconds)
 
-    drafter.stepped = noted  # type: ignore[method-assign]
+    def rested(lives: int) -> bool:
+        if found := rests(lives):
+            seen.append((lives, 0.0))  # nobody times such a step
+        return found
+
+    drafter.stepped, drafter.rests = noted, rested  # type: ignore[method-assign]
     try:
         yield seen
     finally:
-        drafter.stepped = stepped  # type: ignore[method-assign]
+        drafter.stepped, drafter.rests = stepped, rests  # type: ignore[method-assign]
 
 
 @contextmanager

@@ -267,8 +267,11 @@ class Engine:
         drafter.stepped(count if batch.tokens.shape[1] == rows else 0, rows - count, seconds)
         lives = [live for live in flight.lives if not live.is_over]
         try:
-            read = (batch, [self._live.get(run.sequence) for run in batch.runs]) if drafter.reads_states else ()
-            self.scheduler.has_drafts = drafter.propose(lives, *read)
+            if drafter.reads_states:
+                ran = [self._live.get(run.sequence) for run in batch.runs]
+                self.scheduler.has_drafts = drafter.propose(lives, batch, ran)
+            else:
+                self.scheduler.has_drafts = drafter.propose(lives)
         except self.runner.fatal:
             raise
         except Exception as error:  # a guess is worth no answer
