@@ -189,16 +189,19 @@ def _reasoning(name: str) -> ReasoningFormat:
 
 
 @pytest.mark.parametrize("walks", WALKS)
-@pytest.mark.parametrize("bound", [False, True], ids=["text", "special"])
+@pytest.mark.parametrize("kind", ["text", "special", "own"])
 @pytest.mark.parametrize("name", ROWS)
-def test_every_required_text_is_calls(name: str, bound: bool, walks: int) -> None:
+def test_every_required_text_is_calls(name: str, kind: str, walks: int) -> None:
     form, reasoning = ROWS[name], _reasoning(name)
+    bound = kind == "special"
     vocab = vocabulary(form, reasoning, bound=bound)
+    marks = special_tokens(form, reasoning) if kind == "own" else ()
+    own = {mark: vocab.tokens.index(mark.encode()) for mark in marks if mark.encode() in vocab.tokens}
     rng = random.Random(f"{name}{bound}")
     for parallel, in_reasoning in ((True, False), (False, True)):
         grammar = tool_grammar(
             form, TOOLSET, mode="required", parallel=parallel, reasoning=reasoning, in_reasoning=in_reasoning,
-            special=vocab.special if bound else {},
+            special=vocab.special if bound else {}, own=own,
         )  # fmt: skip
         assert grammar is not None
         begin = vocab.compiler(grammar)
@@ -215,6 +218,21 @@ def test_every_required_text_is_calls(name: str, bound: bool, walks: int) -> Non
                 form, reasoning, vocab, vocab.whole(cut), TOOLSET, bound=bound, in_reasoning=in_reasoning, whole=False
             )
             assert _begins(part, parsed), (text, vocab.text(vocab.whole(cut)))
+
+
+def test_a_forced_mark_is_the_models_own_token() -> None:
+    """Qwen's `<tool_call>` is a token that is text: spelt otherwise, the next prompt would not find it in the cache."""
+    vocab = vocabulary(ROWS["hermes"], THINK, bound=False)
+    own = {mark: vocab.tokens.index(mark.encode()) for mark in ("<tool_call>", "</tool_call>")}
+    for mode, spelt in (("required", False), ("auto", True)):
+        lark = tool_grammar(
+            ROWS["hermes"], TOOLSET, mode=mode, parallel=False, reasoning=None, in_reasoning=False, special={},
+            own=own, always=True,
+        )  # fmt: skip
+        assert lark is not None
+        choices = allowed(vocab.compiler(lark)(), vocab.vocab_size)
+        assert own["<tool_call>"] in choices
+        assert (ord("<") in choices) is spelt
 
 
 CUSTOM = [  # any text at all, with marks of the formats in it; and one of a few words, with what is spelled otherwise

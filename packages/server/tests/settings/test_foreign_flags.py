@@ -53,6 +53,10 @@ TRANSLATED: dict[str, dict[str, Any]] = {
     "--served-model-name a b --api-key k1 k2": {"served_model_name": ("a", "b"), "api_key": ("k1", "k2")},
     "--api-key k1 --api-key k2": {"api_key": ("k1", "k2")},
     "-tp 1 -O3 --swap-space 4": {"tensor_parallel_size": 1},
+    "--spec-type ngram-simple --spec-draft-n-max 64": {
+        "speculative_config": {"method": "ngram", "num_speculative_tokens": 31}
+    },
+    "--mcp-servers-config a.json --no-mmproj-offload --enable-offline-docs": {"mcp_config": Path("a.json")},
     "-tp 2 --num-shards 2": {"tensor_parallel_size": 2},
     "--num-nodes 2 --headless": {"nnodes": 2},
     "--worker-use-ray": {"distributed_executor_backend": "ray"},

@@ -82,7 +82,7 @@ class AnswerPlanner:
         tools, reasoning = self.choice.tools, self.choice.reasoning
         logger.debug("tool calls: %s (%s)", tools.name if tools else "none", self.choice.tools_reason)
         logger.debug("reasoning: %s (%s)", reasoning.name if reasoning else "none", self.choice.reasoning_reason)
-        self._special = conventions.special_tokens
+        self._special, self._marks = conventions.special_tokens, conventions.mark_ids
         self._model_type, self._thinking = model_type, thinking
         frame = tools if tools is not None and tools.flow is not None else None  # of answers without calls too
         leads = reasoning.pairs if reasoning is not None else {}
@@ -113,6 +113,7 @@ class AnswerPlanner:
             reasoning=None if continued or (closed and not is_open) else reasoning,
             in_reasoning=is_open,
             special=self._special,
+            own=self._marks,
             loose=loose,
             continued=continued,
         )
@@ -231,6 +232,7 @@ def constrain(
     reasoning: ReasoningFormat | None,
     in_reasoning: bool,
     special: Mapping[str, int],
+    own: Mapping[str, int] | None = None,
     loose: Collection[str] = (),
     continued: bool = False,
 ) -> StructuredOutputsParams | None:
@@ -246,6 +248,7 @@ def constrain(
         reasoning: how it writes the thoughts that may come; None where none may.
         in_reasoning: the prompt has opened the thoughts already.
         special: special tokens of the vocabulary, by name.
+        own: other tokens that marks are made of, by name.
         loose: names of tools that are not held to their schemas.
         continued: the prompt ends within an answer, which the model is to go on with.
 
@@ -284,6 +287,7 @@ def constrain(
         reasoning=reasoning,
         in_reasoning=in_reasoning,
         special=special,
+        own=own,
         loose=loose,
         always=len(use.shown) > len(use.tools),  # the model is shown tools that it may not call
     )

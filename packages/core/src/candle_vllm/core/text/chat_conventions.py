@@ -17,12 +17,14 @@ class ChatConventions(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         chat_template: the template in use, several by name, or None.
         special_tokens: name -> id of the tokens that structure a text and are no part of it.
+        mark_ids: name -> id of the tokens that a model writes as marks, though they are text.
         token_names: texts of `bos_token`, `eos_token` and so on, for templates.
         response_template: what the tokenizer's configuration says about the form of an answer (transformers 5.13).
     """
 
     chat_template: ChatTemplateSource | None = None
     special_tokens: Mapping[str, int] = {}
+    mark_ids: Mapping[str, int] = {}
     token_names: Mapping[str, str] = {}
     response_template: Mapping[str, Any] | None = None
 
@@ -32,6 +34,7 @@ def chat_conventions(tokenizer: Tokenizer, chat_template: ChatTemplateSource | N
     return ChatConventions(
         chat_template=chat_template,
         special_tokens=tokenizer.special_token_ids,
+        mark_ids=tokenizer.mark_ids,
         token_names=tokenizer.special_tokens,
         response_template=tokenizer.response_template,
     )

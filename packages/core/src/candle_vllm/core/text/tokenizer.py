@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import codecs
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ utf8_decoder = codecs.getincrementaldecoder("utf-8")
 ChatTemplateSource = str | dict[str, str]
 _CHAT_TEMPLATE = "tokenizer.chat_template"
 _MAX_NAMED_TEMPLATES = 64
+_MARK = re.compile(r"<[^<>\s]+>|\[[A-Z_/]+\]")
 
 
 class Tokenizer:
@@ -67,6 +69,11 @@ class Tokenizer:
         self.chat_template = chat_template
         self.response_template = response_template
         self._special = frozenset(index for index, token in added.items() if token.special)
+        self.mark_ids = {  # added tokens in brackets that are text, as `<tool_call>` of Qwen 2.5
+            token.content: index
+            for index, token in added.items()
+            if not token.special and _MARK.fullmatch(token.content)
+        }
         rule = byte_rule(backend)
         self._literals = {i: token.content for i, token in added.items() if token.special or not rule.spells_added}
         self.strips_leading_space: bool = rule.strips_leading_space

@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: MIT
 """A tokenizer from a Hugging Face model folder (loading, before step 3 of a request can run).
 
-tokenizer.json holds the vocabulary and its rules; tokenizer_config.json, special_tokens_map.json and added_tokens.json
-say which tokens are special and which play which part (docs/models.md says which file wins); the chat template stands
-in one of four places, the newest first: chat_template.jinja with additional_chat_templates/, chat_template.json,
-tokenizer_config.json. generation_config.json belongs to the model, not to the tokenizer: loading/model.py reads it.
+tokenizer.json holds the vocabulary and its rules; without it SentencePiece's tokenizer.model does (sentencepiece.py).
+tokenizer_config.json, special_tokens_map.json and added_tokens.json say which tokens are special and which play which
+part (docs/models.md says which file wins); the chat template stands in one of four places, the newest first:
+chat_template.jinja with additional_chat_templates/, chat_template.json, tokenizer_config.json. generation_config.json
+belongs to the model, not to the tokenizer: loading/model.py reads it.
 """
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
-from candle_vllm.core.text.gguf_backend import refusing_panics, set_frame
+from candle_vllm.core.text.gguf_backend import build_backend, refusing_panics, set_frame
+from candle_vllm.core.text.sentencepiece import read_sentencepiece
 from candle_vllm.core.text.special_tokens import end_of_turn_ids
 
 logger = logging.getLogger(__name__)
@@ -45,12 +47,12 @@ class FolderParts:
 
 def load_folder(folder: Path) -> FolderParts:
     """Reads the tokenizer files of `folder`; errors as `Tokenizer.from_folder`."""
-    backend = _load_backend(folder)
     path = folder / "tokenizer_config.json"
     config = _read_json(path)
+    backend, known = _load_backend(folder, config)
     named, extra = _special_tokens(config, folder)
     _add_tokens(backend, config, [*named.values(), *extra], folder)
-    names = {name: _content(value) for name, value in named.items()}
+    names = known | {name: _content(value) for name, value in named.items()}
     ids = {name: backend.token_to_id(text) for name, text in names.items()}
     _frame(backend, config, names, path)
     return FolderParts(
@@ -68,14 +70,19 @@ def _response_template(config: dict[str, Any]) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _load_backend(folder: Path) -> Backend:
+def _load_backend(folder: Path, config: dict[str, Any]) -> tuple[Backend, dict[str, str]]:
+    """The tokenizer of tokenizer.json, or of tokenizer.model with the names that this gives to tokens."""
     path = folder / "tokenizer.json"
     if not path.is_file():
-        if (folder / "tokenizer.model").is_file():
-            raise UnsupportedModelError(
-                f"{folder} has tokenizer.model (SentencePiece) and no tokenizer.json; convert it once with "
-                "transformers (AutoTokenizer.from_pretrained(folder).save_pretrained(folder)), or use a GGUF file"
-            )
+        if (model := folder / "tokenizer.model").is_file():
+            _check_size(model, MAX_TOKENIZER_FILE)
+            vocab = read_sentencepiece(model)
+            frame = {side: config[f"{side}_token"] for side in ("add_bos", "add_eos") if f"{side}_token" in config}
+            vocab = replace(vocab, **{side: wanted is True and side[4:] in vocab.ids for side, wanted in frame.items()})
+            names = {"bos": "bos_token", "eos": "eos_token", "padding": "pad_token", "unknown": "unk_token"}
+            return build_backend(vocab), {
+                names[name]: vocab.tokens[i] for name, i in vocab.ids.items() if name in names
+            }
         raise UnsupportedModelError(
             f"{folder} has no tokenizer.json; download it from the model's page, or name a folder that has one"
         )
@@ -85,7 +92,7 @@ def _load_backend(folder: Path) -> Backend:
     # A file saved in the middle of training may ask for both; a prompt is never cut or filled up here.
     backend.no_truncation()
     backend.no_padding()
-    return backend
+    return backend, {}
 
 
 def _check_size(path: Path, most: int) -> None:

@@ -54,6 +54,7 @@ def tool_grammar(
     reasoning: ReasoningFormat | None,
     in_reasoning: bool,
     special: Mapping[str, int],
+    own: Mapping[str, int] | None = None,
     loose: Collection[str] = (),
     always: bool = False,
 ) -> str | None:
@@ -67,6 +68,8 @@ def tool_grammar(
         reasoning: how the model writes thoughts, which are free.
         in_reasoning: the prompt has opened the thoughts already, with the first pair of marks.
         special: texts of the vocabulary's special tokens -> their ids.
+        own: texts of tokens that are no special ones -> their ids; marks that are forced are made of them, so that the
+            next prompt, which has the same tokens, finds this answer in the cache.
         loose: names of tools whose arguments may be any object; in mode "auto" all that are not strict and have no
             grammar are.
         always: calls are held to their form in mode "auto" even where no tool is strict.
@@ -84,7 +87,7 @@ def tool_grammar(
     if auto and not always and not held:
         return None
     context = Context(
-        Writer(special),
+        Writer(special, None if auto else own),
         form,
         tools,
         loose=[tool.name for tool in tools if tool not in held] if auto else loose,

@@ -260,12 +260,15 @@ def split_command(argv: Sequence[str]) -> tuple[str, list[str]]:
         return "serve", list(argv)
     if " ".join(argv[:2]) in COMMANDS:
         return " ".join(argv[:2]), list(argv[2:])
+    if argv[0] == "ls":
+        return "list", list(argv[1:])
     if argv[0] in ("help", "version"):
         command, rest = split_command(argv[1:]) if argv[1:] else ("serve", [])
         return command, [f"--{argv[0]}", *rest]
+    for name in (" ".join(argv[:2]), argv[0]):
+        if name in FOREIGN_COMMANDS and name not in COMMANDS:
+            raise UsageError(f"there is no command {name!r}: {FOREIGN_COMMANDS[name]}")
     if argv[0] not in COMMANDS:
-        if argv[0] in FOREIGN_COMMANDS:
-            raise UsageError(f"there is no command {argv[0]!r}: {FOREIGN_COMMANDS[argv[0]]}")
         raise UsageError(
             f"unknown command {argv[0]!r:.60}{nearest(argv[0], COMMANDS)}; commands: {', '.join(COMMANDS)}"
         )
@@ -446,6 +449,8 @@ def _unknown(command: str, text: str) -> str:
         )
         if command == "chat" and not more:
             more = ": one question is asked with candle-vllm generate --chat"
+        if command == "quantize" and not more:
+            more = ": candle-vllm quantize --m MODEL --isq q4k --out FILE.gguf"
         if text in COMMANDS:
             more = f": the command comes first (candle-vllm {text} ...)"
         return f"unexpected argument {text!r:.60}{more:.200}"

@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from candle_vllm.core.config import MAX_DRAFT
 from candle_vllm.core.foreign_names import foreign_tables
 
 Becomes = str | Callable[[str], list[str]]
@@ -74,6 +75,12 @@ def _device(text: str) -> list[str]:
             {"none": "cpu"}.get(name, text)]  # fmt: skip
 
 
+def _drafts(text: str) -> list[str]:
+    """llama.cpp's most drafted tokens of a step; its n-gram methods take up to 64, which counts as our bound."""
+    count = min(int(text), MAX_DRAFT) if text.isdecimal() else text
+    return ["--speculative-config.num_speculative_tokens", str(count)]
+
+
 def _images(text: str) -> list[str]:
     """vLLM's `--limit-mm-per-prompt`: a JSON object of counts; those of video and audio may only be 0."""
     try:
@@ -112,6 +119,7 @@ _MADE: Mapping[str, Callable[[str], list[str]]] = {
     "adapters": _adapters,
     "device": _device,
     "generation": _generation,
+    "drafts": _drafts,
     "images": _images,
     "origins": _origins,
     "scaled": _scaled,

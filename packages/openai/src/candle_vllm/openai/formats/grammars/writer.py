@@ -48,10 +48,12 @@ class Writer:
 
     Args:
         special: special token -> its id.
+        own: tokens that are text, name -> id; in a mark that is forced the name is this token, as the model learned it.
     """
 
-    def __init__(self, special: Mapping[str, int]) -> None:
+    def __init__(self, special: Mapping[str, int], own: Mapping[str, int] | None = None) -> None:
         self._literals = Literals(special)
+        self._marks = Literals({**own, **special}) if own else self._literals
         self._lines: list[str] = [f"WS: {_SPACE}", f"TEXT: {ANY_TEXT}"]
         self._known: dict[str, str] = {}
 
@@ -106,8 +108,8 @@ class Writer:
         return self._known[key]
 
     def mark(self, text: str) -> str:
-        """A text in which names of special tokens are these tokens."""
-        return " ".join(self._literals.pieces(text))
+        """A text in which names of special tokens, and of tokens of the model's own, are these tokens."""
+        return " ".join(self._marks.pieces(text))
 
     def is_special(self, text: str) -> bool:
         """Whether a mark begins with a special token."""
