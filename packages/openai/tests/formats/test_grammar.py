@@ -224,7 +224,8 @@ def test_a_forced_mark_is_the_models_own_token() -> None:
     """Qwen's `<tool_call>` is a token that is text: spelt otherwise, the next prompt would not find it in the cache."""
     vocab = vocabulary(ROWS["hermes"], THINK, bound=False)
     own = {mark: vocab.tokens.index(mark.encode()) for mark in ("<tool_call>", "</tool_call>")}
-    for mode, spelt in (("required", False), ("auto", True)):
+    cases: list[tuple[Literal["required", "auto"], bool]] = [("required", False), ("auto", True)]
+    for mode, spelt in cases:
         lark = tool_grammar(
             ROWS["hermes"], TOOLSET, mode=mode, parallel=False, reasoning=None, in_reasoning=False, special={},
             own=own, always=True,

@@ -53,7 +53,7 @@ def test_hostile_durations_take_no_time() -> None:
         ({"repeat_penalty": 1.1, "repeat_last_n": 64}, {"repetition_penalty": 1.1, "repeat_last_n": 64}),
         ({"mirostat": 2, "mirostat_tau": 4, "typical_p": 0.9}, {"mirostat": 2, "mirostat_tau": 4.0, "typical_p": 0.9}),
         ({"dry_sequence_breakers": []}, {"dry_sequence_breakers": []}),
-        ({"tfs_z": 1.0, "num_gpu": -1, "numa": False}, {}),
+        ({"tfs_z": 1.0, "num_gpu": -1, "numa": False, "draft_num_predict": 4}, {}),
     ],
 )
 def test_options_are_sampling_parameters(options: dict[str, Any], sampling: dict[str, Any]) -> None:

@@ -49,6 +49,7 @@ ADVISORY_OPTIONS: Mapping[str, str] = {
     "num_gpu": "a model lies whole on one device (--device)",
     "main_gpu": "a model lies whole on one device (--device)",
     "num_thread": "threads are the operator's (--threads)",
+    "draft_num_predict": "drafts are the operator's (--speculative-config)",
     "numa": "about memory of several processors",
     "low_vram": "about memory of a GPU",
     "f16_kv": "the cache's numbers are the operator's (--kv-cache-dtype)",
@@ -166,6 +167,7 @@ class Options(LlamaFields):
     num_gpu: _Count = None
     main_gpu: _Count = None
     num_thread: _Count = None
+    draft_num_predict: _Count = None
     numa: bool | None = None
     low_vram: bool | None = None
     f16_kv: bool | None = None
