@@ -15,25 +15,8 @@ from msgspec import UNSET, UnsetType
 
 from candle_vllm.openai.events import Begun, CallBegun, CallText, Ended, Event, Head, Text, Thought, Usage
 from candle_vllm.openai.logprobs import chat_logprobs, prompt_logprobs
+from candle_vllm.openai.protocol import chat
 from candle_vllm.openai.protocol import usage as wire
-from candle_vllm.openai.protocol.chat import (
-    ChatChoice,
-    ChatCompletion,
-    ChatCompletionChunk,
-    ChatCompletionRequest,
-    ChatDelta,
-    ChatLogprobs,
-    ChatMessage,
-    ChunkChoice,
-    CustomCallDelta,
-    CustomCallOut,
-    CustomToolCallOut,
-    FunctionCallDelta,
-    FunctionCallOut,
-    PromptLogprobs,
-    ToolCallDelta,
-    ToolCallOut,
-)
 from candle_vllm.openai.protocol.custom_tools import custom_input
 from candle_vllm.openai.protocol.generation import GenerationFields
 
@@ -102,7 +85,7 @@ class AnswerWriter(ABC, Generic[Chunk]):
         )
 
 
-class ChatWriter(AnswerWriter[ChatCompletionChunk]):
+class ChatWriter(AnswerWriter[chat.ChatCompletionChunk]):
     """The chunks of one chat answer.
 
     Each choice begins with its role and ends with a chunk that has its finish reason and no text.
@@ -116,13 +99,13 @@ class ChatWriter(AnswerWriter[ChatCompletionChunk]):
 
     def __init__(
         self,
-        request: ChatCompletionRequest,
+        request: chat.ChatCompletionRequest,
         prompt_token_ids: Sequence[int],
         *,
         calls: bool = False,
         whole: bool = False,
     ) -> None:
-        super().__init__(ChatCompletionChunk, request, whole)
+        super().__init__(chat.ChatCompletionChunk, request, whole)
         self._request = request
         # The official client adds the pieces up: a message of calls alone has no content, not an empty one.
         self._first_content = None if calls else ""
@@ -133,42 +116,42 @@ class ChatWriter(AnswerWriter[ChatCompletionChunk]):
         self._inputs: dict[int, tuple[int, list[str]]] = {}  # choice -> its custom call that grows, and the arguments
         self._prompt_token_ids = tuple(prompt_token_ids) if request.return_token_ids else UNSET
 
-    def write(self, events: Sequence[Event]) -> list[ChatCompletionChunk]:
+    def write(self, events: Sequence[Event]) -> list[chat.ChatCompletionChunk]:
         if not self._custom:
             return super().write(events)
-        chunks: list[ChatCompletionChunk] = []
+        chunks: list[chat.ChatCompletionChunk] = []
         for event in events:
             if not isinstance(event, (CallText, Usage)) and event.choice in self._inputs:
                 chunks.append(self._input(event.choice))
             chunks += super().write([event])
         return chunks
 
-    def _written(self, event: Event) -> ChatCompletionChunk | None:
+    def _written(self, event: Event) -> chat.ChatCompletionChunk | None:
         if isinstance(event, Text):
-            return self._news(event, ChatDelta(content=event.text))
+            return self._news(event, chat.ChatDelta(content=event.text))
         if isinstance(event, Thought):
-            return self._news(event, ChatDelta(reasoning_content=event.text, reasoning=event.text))
+            return self._news(event, chat.ChatDelta(reasoning_content=event.text, reasoning=event.text))
         if isinstance(event, CallText):
             if event.choice in self._inputs:
                 return self._held(event)
-            call = ToolCallDelta(index=event.call, function=FunctionCallDelta(arguments=event.text))
-            return self._news(event, ChatDelta(tool_calls=(call,)))
+            call = chat.ToolCallDelta(index=event.call, function=chat.FunctionCallDelta(arguments=event.text))
+            return self._news(event, chat.ChatDelta(tool_calls=(call,)))
         if isinstance(event, CallBegun):
             if event.name in self._custom:
                 self._inputs[event.choice] = event.call, []
-                custom = CustomCallDelta(name=event.name, input="")
-                call = ToolCallDelta(index=event.call, id=event.id, type="custom", custom=custom)
-                return self._news(event, ChatDelta(tool_calls=(call,)))
-            function = FunctionCallDelta(name=event.name, arguments="")
-            call = ToolCallDelta(index=event.call, id=event.id, type="function", function=function)
-            return self._news(event, ChatDelta(tool_calls=(call,)))
+                custom = chat.CustomCallDelta(name=event.name, input="")
+                call = chat.ToolCallDelta(index=event.call, id=event.id, type="custom", custom=custom)
+                return self._news(event, chat.ChatDelta(tool_calls=(call,)))
+            function = chat.FunctionCallDelta(name=event.name, arguments="")
+            call = chat.ToolCallDelta(index=event.call, id=event.id, type="function", function=function)
+            return self._news(event, chat.ChatDelta(tool_calls=(call,)))
         if isinstance(event, Begun):
             return self._first(event)
         if isinstance(event, Ended):
             return self._chunk(
-                ChunkChoice(
+                chat.ChunkChoice(
                     index=event.choice,
-                    delta=ChatDelta(),
+                    delta=chat.ChatDelta(),
                     finish_reason=event.reason.value,
                     stop_reason=event.stop,
                     token_ids=self._no_ids,
@@ -176,37 +159,41 @@ class ChatWriter(AnswerWriter[ChatCompletionChunk]):
             )
         return self._counts(event)
 
-    def _held(self, event: CallText) -> ChatCompletionChunk | None:
+    def _held(self, event: CallText) -> chat.ChatCompletionChunk | None:
         """Arguments of a custom call wait until they are whole: its text stands in them. Tokens are told at once."""
         number, parts = self._inputs[event.choice]
         parts.append(event.text)
         if event.ids is None and event.logprobs is None:
             return None
-        return self._news(event, ChatDelta(tool_calls=(ToolCallDelta(index=number, custom=CustomCallDelta(input="")),)))
+        return self._news(
+            event, chat.ChatDelta(tool_calls=(chat.ToolCallDelta(index=number, custom=chat.CustomCallDelta(input="")),))
+        )
 
-    def _input(self, choice: int) -> ChatCompletionChunk:
+    def _input(self, choice: int) -> chat.ChatCompletionChunk:
         """The input of the custom call that has grown."""
         number, parts = self._inputs.pop(choice)
-        call = ToolCallDelta(index=number, custom=CustomCallDelta(input=custom_input("".join(parts))))
-        return self._chunk(ChunkChoice(index=choice, delta=ChatDelta(tool_calls=(call,)), token_ids=self._no_ids))
+        call = chat.ToolCallDelta(index=number, custom=chat.CustomCallDelta(input=custom_input("".join(parts))))
+        return self._chunk(
+            chat.ChunkChoice(index=choice, delta=chat.ChatDelta(tool_calls=(call,)), token_ids=self._no_ids)
+        )
 
-    def _news(self, event: Text | Thought | CallBegun | CallText, delta: ChatDelta) -> ChatCompletionChunk:
+    def _news(self, event: Text | Thought | CallBegun | CallText, delta: chat.ChatDelta) -> chat.ChatCompletionChunk:
         logprobs = None if event.logprobs is None else chat_logprobs(event.logprobs, by_id=self._by_id)
         ids = UNSET if event.ids is None else event.ids
-        return self._chunk(ChunkChoice(index=event.choice, delta=delta, logprobs=logprobs, token_ids=ids))
+        return self._chunk(chat.ChunkChoice(index=event.choice, delta=delta, logprobs=logprobs, token_ids=ids))
 
-    def _first(self, event: Begun) -> ChatCompletionChunk:
+    def _first(self, event: Begun) -> chat.ChatCompletionChunk:
         token_ids = UNSET if self._head is not None else self._prompt_token_ids
         labels = {} if self._head is not None else self._request.labels
         self._head = event.head
-        shown: PromptLogprobs | UnsetType = UNSET
+        shown: chat.PromptLogprobs | UnsetType = UNSET
         if event.prompt_logprobs is not None and self._request.prompt_logprobs is not None:
             shown = prompt_logprobs(event.prompt_logprobs, self._request.prompt_logprobs)
-        role = ChunkChoice(index=event.choice, delta=ChatDelta(role="assistant", content=self._first_content))
+        role = chat.ChunkChoice(index=event.choice, delta=chat.ChatDelta(role="assistant", content=self._first_content))
         return self._chunk(role, prompt_logprobs=shown, prompt_token_ids=token_ids, timings=UNSET, **labels)
 
 
-def told_of(request: ChatCompletionRequest) -> Told:
+def told_of(request: chat.ChatCompletionRequest) -> Told:
     """What a chat request wants to know beside the usual counts."""
     return Told(predicted=request.prediction is not None, guesses=bool(request.return_draft_counts))
 
@@ -269,11 +256,11 @@ class RunningTimings:
         return wire_timings(usage, round(1000 * (self._first - self._submitted)), round(1000 * (now - self._first)))
 
 
-def join_chat(chunks: Sequence[ChatCompletionChunk]) -> ChatCompletion:
+def join_chat(chunks: Sequence[chat.ChatCompletionChunk]) -> chat.ChatCompletion:
     """The whole answer that `chunks`, the last of which has the usage, amount to."""
     head, usage = chunks[0], chunks[-1].usage
     assert isinstance(usage, wire.Usage)
-    return ChatCompletion(
+    return chat.ChatCompletion(
         id=head.id,
         created=head.created,
         model=head.model,
@@ -305,26 +292,26 @@ def by_choice(chunks: Iterable[Sequence[ChoicePart]]) -> list[tuple[int, list[Ch
     return sorted(choices.items())
 
 
-def _join_choice(index: int, parts: Sequence[ChunkChoice]) -> ChatChoice:
+def _join_choice(index: int, parts: Sequence[chat.ChunkChoice]) -> chat.ChatChoice:
     last = parts[-1]
     assert last.finish_reason is not None
     logprobs = [part.logprobs for part in parts if part.logprobs is not None]
-    return ChatChoice(
+    return chat.ChatChoice(
         index=index,
         message=_join_message(parts),
         finish_reason=last.finish_reason,
-        logprobs=ChatLogprobs(tuple(entry for part in logprobs for entry in part.content)) if logprobs else None,
+        logprobs=chat.ChatLogprobs(tuple(entry for part in logprobs for entry in part.content)) if logprobs else None,
         stop_reason=None if last.stop_reason is UNSET else last.stop_reason,
         token_ids=join_token_ids([part.token_ids for part in parts]),
     )
 
 
-def _join_message(parts: Sequence[ChunkChoice]) -> ChatMessage:
+def _join_message(parts: Sequence[chat.ChunkChoice]) -> chat.ChatMessage:
     """The message; content is null where there are only thoughts or calls."""
     content = "".join(part.delta.content or "" for part in parts)
     thoughts = [part.delta.reasoning_content for part in parts if part.delta.reasoning_content is not None]
     calls = _join_calls(parts)
-    return ChatMessage(
+    return chat.ChatMessage(
         content=None if not content and (thoughts or calls) else content,
         reasoning_content="".join(thoughts) if thoughts else UNSET,
         reasoning="".join(thoughts) if thoughts else UNSET,
@@ -332,8 +319,8 @@ def _join_message(parts: Sequence[ChunkChoice]) -> ChatMessage:
     )
 
 
-def _join_calls(parts: Sequence[ChunkChoice]) -> tuple[ToolCallOut | CustomToolCallOut, ...]:
-    begun: list[ToolCallDelta] = []
+def _join_calls(parts: Sequence[chat.ChunkChoice]) -> tuple[chat.ToolCallOut | chat.CustomToolCallOut, ...]:
+    begun: list[chat.ToolCallDelta] = []
     texts: list[list[str]] = []
     for call in (call for part in parts for call in part.delta.tool_calls or ()):
         if call.id is not None:
@@ -344,11 +331,11 @@ def _join_calls(parts: Sequence[ChunkChoice]) -> tuple[ToolCallOut | CustomToolC
     return tuple(_joined(call, "".join(text)) for call, text in zip(begun, texts, strict=True))
 
 
-def _joined(first: ToolCallDelta, text: str) -> ToolCallOut | CustomToolCallOut:
+def _joined(first: chat.ToolCallDelta, text: str) -> chat.ToolCallOut | chat.CustomToolCallOut:
     call_id, function, custom = first.id or "", first.function, first.custom
     if custom is not None:
-        return CustomToolCallOut(id=call_id, custom=CustomCallOut(custom.name or "", text))
-    return ToolCallOut(id=call_id, function=FunctionCallOut((function and function.name) or "", text))
+        return chat.CustomToolCallOut(id=call_id, custom=chat.CustomCallOut(custom.name or "", text))
+    return chat.ToolCallOut(id=call_id, function=chat.FunctionCallOut((function and function.name) or "", text))
 
 
 def join_token_ids(parts: Sequence[tuple[int, ...] | UnsetType]) -> tuple[int, ...] | UnsetType:

@@ -22,17 +22,7 @@ from candle_vllm.openai.adapter import OpenAIAdapter
 from candle_vllm.openai.chat_answers import RunningTimings, wire_timings
 from candle_vllm.openai.events import Begun, Ended, Event, Text, Usage
 from candle_vllm.openai.logprobs import LOWEST
-from candle_vllm.openai.protocol.fields import (
-    GUESS_FIELDS,
-    MAX_LOGIT_BIAS,
-    MAX_PROMPTS,
-    ModelName,
-    Refusal,
-    TokenIds,
-    WireModel,
-    invalid,
-    prompt_form,
-)
+from candle_vllm.openai.protocol import fields
 from candle_vllm.openai.protocol.generation import LlamaFields, Logprobs, LoraScales, lora_scales, sampling_names
 from candle_vllm.openai.protocol.structured import LlamaForms
 from candle_vllm.openai.protocol.usage import Timings
@@ -45,12 +35,12 @@ MAX_EXTRA = 256  # pieces of other files
 MAX_IMAGES = 1024  # of a prompt, before the model's own bound is asked
 _SNIPPET = "\n\n--- snippet ---\n\n"
 
-_REFUSED: Mapping[str, Refusal] = {
-    **GUESS_FIELDS,
-    "min_keep": Refusal("every sampler keeps at least one token", (0, 1)),
-    "post_sampling_probs": Refusal("log-probabilities are those before any sampler", (False,)),
-    "image_data": Refusal("images are those of the prompt: {prompt_string, multimodal_data}", ([],)),
-    "n_cmpl": Refusal("several answers are those of /v1/completions (n)", (1,)),
+_REFUSED: Mapping[str, fields.Refusal] = {
+    **fields.GUESS_FIELDS,
+    "min_keep": fields.Refusal("every sampler keeps at least one token", (0, 1)),
+    "post_sampling_probs": fields.Refusal("log-probabilities are those before any sampler", (False,)),
+    "image_data": fields.Refusal("images are those of the prompt: {prompt_string, multimodal_data}", ([],)),
+    "n_cmpl": fields.Refusal("several answers are those of /v1/completions (n)", (1,)),
 }
 WITHOUT_EFFECT: Mapping[str, str] = {
     "t_max_prompt_ms": "a prompt is always read whole",
@@ -69,8 +59,8 @@ def _biases(given: Any) -> Any:
     if given is None:
         return None
     pairs = list(given.items()) if isinstance(given, dict) else given
-    if not isinstance(pairs, list) or len(pairs) > MAX_LOGIT_BIAS:
-        raise invalid("", f"must be an object, or a list of pairs, of at most {MAX_LOGIT_BIAS} entries")
+    if not isinstance(pairs, list) or len(pairs) > fields.MAX_LOGIT_BIAS:
+        raise fields.invalid("", f"must be an object, or a list of pairs, of at most {fields.MAX_LOGIT_BIAS} entries")
     return [_bias_pair(pair, isinstance(given, dict)) for pair in pairs]
 
 
@@ -81,7 +71,9 @@ def _bias_pair(pair: Any, named: bool) -> tuple[int | str, float]:
         known = isinstance(name, str) or (type(name) is int and 0 <= name < 1 << 31)
         if known and (value is False or (type(value) in (int, float) and -100 <= value <= 100)):
             return name, -100.0 if value is False else float(value)
-    raise invalid("", f"pairs a token id or a text with a number from -100 to 100, or with false; not so {pair!r:.60}")
+    raise fields.invalid(
+        "", f"pairs a token id or a text with a number from -100 to 100, or with false; not so {pair!r:.60}"
+    )
 
 
 class _Asked(LlamaFields, LlamaForms):
@@ -99,9 +91,9 @@ class _Asked(LlamaFields, LlamaForms):
             slots, and prompts are never cut.
     """
 
-    refused_fields: ClassVar[Mapping[str, Refusal]] = _REFUSED
+    refused_fields: ClassVar[Mapping[str, fields.Refusal]] = _REFUSED
 
-    model: ModelName | None = None
+    model: fields.ModelName | None = None
     stream: bool = False
     n_predict: Annotated[int, Field(ge=-2, le=caps.MAX_TOKENS)] | None = None
     ignore_eos: bool | None = None
@@ -144,7 +136,7 @@ class _Asked(LlamaFields, LlamaForms):
         return None if given is None else given[1]
 
 
-class MediaPrompt(WireModel):
+class MediaPrompt(fields.WireModel):
     """A text, perhaps with images.
 
     Attributes:
@@ -159,13 +151,15 @@ def _form(value: Any) -> str:
     """The tag of a prompt, or of a list of them."""
     if isinstance(value, dict):
         return "<object>"
-    form = prompt_form(value)
+    form = fields.prompt_form(value)
     several = isinstance(value, list) and value and isinstance(value[0], (str, list, dict))
     return "<list>" if several else form
 
 
 _Prompt = Annotated[
-    Annotated[str, Tag("<string>")] | Annotated[TokenIds, Tag("<tokens>")] | Annotated[MediaPrompt, Tag("<object>")],
+    Annotated[str, Tag("<string>")]
+    | Annotated[fields.TokenIds, Tag("<tokens>")]
+    | Annotated[MediaPrompt, Tag("<object>")],
     Discriminator(_form),
 ]
 
@@ -175,16 +169,16 @@ class LlamaCompletionRequest(_Asked):
 
     prompt: Annotated[
         Annotated[str, Tag("<string>")]
-        | Annotated[TokenIds, Tag("<tokens>")]
+        | Annotated[fields.TokenIds, Tag("<tokens>")]
         | Annotated[MediaPrompt, Tag("<object>")]
-        | Annotated[list[_Prompt], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True), Tag("<list>")],
+        | Annotated[list[_Prompt], Field(min_length=1, max_length=fields.MAX_PROMPTS, fail_fast=True), Tag("<list>")],
         Discriminator(_form),
     ]
 
     @model_validator(mode="after")
     def _one_is_streamed(self) -> Self:
         if self.stream and len(self.prompts) > 1:
-            raise invalid("stream", "is for one prompt; the answers to several come whole")
+            raise fields.invalid("stream", "is for one prompt; the answers to several come whole")
         return self
 
     @property
@@ -215,7 +209,7 @@ def _task(prompt: str | list[int] | MediaPrompt, name: str, shared: Mapping[str,
     return Task(prompts=(prompt.prompt_string,), images=images, **shared)
 
 
-class Extra(WireModel):
+class Extra(fields.WireModel):
     """A piece of another file. What else an editor notes beside it (llama.vim: `time`) has no effect."""
 
     text: str

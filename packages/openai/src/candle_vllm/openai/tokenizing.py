@@ -14,18 +14,8 @@ from candle_vllm.openai.engine import EngineLike
 from candle_vllm.openai.errors import InvalidBodyError
 from candle_vllm.openai.json_body import decode_json
 from candle_vllm.openai.preparation import PreparedChat, TaskPreparation
+from candle_vllm.openai.protocol import tokenizing
 from candle_vllm.openai.protocol.chat import ChatCompletionRequest
-from candle_vllm.openai.protocol.tokenizing import (
-    Detokenized,
-    DetokenizeRequest,
-    TokenizeChatRequest,
-    TokenizeContentRequest,
-    Tokenized,
-    TokenizedContent,
-    TokenizeRequest,
-    TokenizeTextRequest,
-    TokenPiece,
-)
 from candle_vllm.openai.requests import parse_chat_request, read_chat
 from candle_vllm.openai.serving import ServedNames, WorkerThreads
 from candle_vllm.openai.task import Task
@@ -34,22 +24,22 @@ from candle_vllm.openai.validation import parse_body
 _PLAIN = "a"  # a text whose tokens are whole characters
 
 
-def parse_tokenize_request(body: bytes | Mapping[str, Any]) -> TokenizeRequest:
+def parse_tokenize_request(body: bytes | Mapping[str, Any]) -> tokenizing.TokenizeRequest:
     """A checked request for tokens from the body's bytes or from an object; raises `RequestError`."""
     value = decode_json(body) if isinstance(body, bytes) else body
     if not isinstance(value, Mapping):
         raise InvalidBodyError("The body must be one JSON object.")
     if value.get("messages") is None:
         llama = "content" in value and "prompt" not in value
-        return parse_body(TokenizeContentRequest if llama else TokenizeTextRequest, value)
-    request = parse_body(TokenizeChatRequest, value)
+        return parse_body(tokenizing.TokenizeContentRequest if llama else tokenizing.TokenizeTextRequest, value)
+    request = parse_body(tokenizing.TokenizeChatRequest, value)
     parse_chat_request(request.chat_fields())  # the rules between fields
     return request
 
 
-def parse_detokenize_request(body: bytes | Mapping[str, Any]) -> DetokenizeRequest:
+def parse_detokenize_request(body: bytes | Mapping[str, Any]) -> tokenizing.DetokenizeRequest:
     """A checked request for the text of tokens from the body's bytes or from an object; raises `RequestError`."""
-    return parse_body(DetokenizeRequest, body)
+    return parse_body(tokenizing.DetokenizeRequest, body)
 
 
 class TokenizingAdapter:
@@ -72,39 +62,43 @@ class TokenizingAdapter:
         self._names = names
         self._work = work
 
-    async def tokenize(self, request: TokenizeRequest) -> Tokenized | TokenizedContent:
+    async def tokenize(self, request: tokenizing.TokenizeRequest) -> tokenizing.Tokenized | tokenizing.TokenizedContent:
         """The tokens of a text or of a conversation; it may be longer than the model's context."""
         self._names.served(request.model)
-        if isinstance(request, TokenizeContentRequest):
+        if isinstance(request, tokenizing.TokenizeContentRequest):
             return await self._work.prepare(self._content, request)
-        if isinstance(request, TokenizeTextRequest):
+        if isinstance(request, tokenizing.TokenizeTextRequest):
             ids = await self._work.prepare(self._text, request)
         else:
             task, prepared = await self._work.prepare(self._chat, request)
             ids = (await self._preparation.see(task, prepared, self._work)).prompt
         return await self._work.prepare(self._tokenized, request, ids)
 
-    async def detokenize(self, request: DetokenizeRequest) -> Detokenized:
+    async def detokenize(self, request: tokenizing.DetokenizeRequest) -> tokenizing.Detokenized:
         """The text of tokens."""
         self._names.served(request.model)
         return await self._work.prepare(self._detokenized, request.tokens)
 
-    def _chat(self, request: TokenizeChatRequest) -> tuple[Task, PreparedChat]:
+    def _chat(self, request: tokenizing.TokenizeChatRequest) -> tuple[Task, PreparedChat]:
         task = read_chat(ChatCompletionRequest.model_validate(request.chat_fields()))
         return task, self._preparation.chat(task)
 
-    def _text(self, request: TokenizeTextRequest) -> list[int]:
+    def _text(self, request: tokenizing.TokenizeTextRequest) -> list[int]:
         return self._engine.tokenize(request.prompt, add_special_tokens=request.add_special_tokens is not False)
 
-    def _content(self, request: TokenizeContentRequest) -> TokenizedContent:
+    def _content(self, request: tokenizing.TokenizeContentRequest) -> tokenizing.TokenizedContent:
         ids = self._engine.tokenize(request.content, add_special_tokens=request.add_special)
         if not request.with_pieces:
-            return TokenizedContent(tokens=tuple(ids))
+            return tokenizing.TokenizedContent(tokens=tuple(ids))
         pairs = zip(ids, self._texts(ids), strict=True)
-        return TokenizedContent(tokens=tuple(TokenPiece(id=token, piece=text) for token, text in pairs))
+        return tokenizing.TokenizedContent(
+            tokens=tuple(tokenizing.TokenPiece(id=token, piece=text) for token, text in pairs)
+        )
 
-    def _tokenized(self, request: TokenizeTextRequest | TokenizeChatRequest, ids: Sequence[int]) -> Tokenized:
-        return Tokenized(
+    def _tokenized(
+        self, request: tokenizing.TokenizeTextRequest | tokenizing.TokenizeChatRequest, ids: Sequence[int]
+    ) -> tokenizing.Tokenized:
+        return tokenizing.Tokenized(
             count=len(ids),
             max_model_len=self._engine.model_info.max_model_len,
             tokens=tuple(ids),
@@ -118,7 +112,7 @@ class TokenizingAdapter:
         texts = {token: self._engine.detokenize([*first, token], skip_special_tokens=False)[start:] for token in {*ids}}
         return tuple(texts[token] for token in ids)
 
-    def _detokenized(self, ids: Sequence[int]) -> Detokenized:
+    def _detokenized(self, ids: Sequence[int]) -> tokenizing.Detokenized:
         vocabulary = self._engine.model_info.vocab_size
         for place, token in enumerate(ids):
             if token >= vocabulary:
@@ -126,4 +120,4 @@ class TokenizingAdapter:
                     f"tokens.{place} is {token}, but the model's vocabulary ends at {vocabulary - 1}", f"tokens.{place}"
                 )
         text = self._engine.detokenize(ids, skip_special_tokens=False)
-        return Detokenized(prompt=text, content=text)
+        return tokenizing.Detokenized(prompt=text, content=text)

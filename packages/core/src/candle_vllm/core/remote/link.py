@@ -25,26 +25,10 @@ from candle_vllm.core.engine.requests import GenerationRequest
 from candle_vllm.core.engine.stats import EngineStats
 from candle_vllm.core.engine.step.thread import EngineThread, Prepared, Sink
 from candle_vllm.core.errors import CandleVllmError, EngineDeadError, EngineOverloadedError
+from candle_vllm.core.remote import wire
 from candle_vllm.core.remote.line import Bell
 from candle_vllm.core.remote.parcels import Parcel, RequestWriter, write_check
 from candle_vllm.core.remote.process import EngineProcess
-from candle_vllm.core.remote.wire import (
-    Abort,
-    Ask,
-    Checked,
-    Ended,
-    FromChild,
-    MalformedMessageError,
-    Pieces,
-    Reader,
-    Ready,
-    Refused,
-    Reset,
-    Sleep,
-    Told,
-    encode,
-    make_error,
-)
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 
 _LOOK_UP = 1000  # ms after which the process is looked at even if nothing was heard
@@ -78,7 +62,7 @@ class RemoteLink:
     waits = False
     has_work = True  # the thread always waits in `step`: for pieces, for requests, and for the end
 
-    def __init__(self, process: EngineProcess, ready: Ready, writer: RequestWriter) -> None:
+    def __init__(self, process: EngineProcess, ready: wire.Ready, writer: RequestWriter) -> None:
         self.max_model_len = ready.info.max_model_len
         self.max_step_tokens = ready.max_step_tokens
         self.prepare = writer.prepare
@@ -87,7 +71,7 @@ class RemoteLink:
         self.on_over: Callable[[str], None] = lambda _id: None
         self._process = process
         self._stats = ready.stats
-        self._reader = Reader(FromChild)
+        self._reader = wire.Reader(wire.FromChild)
         self._by_ticket: dict[str, _Live] = {}
         self._by_id: dict[str, _Live] = {}
         self._calls: dict[int, Future[Any]] = {}
@@ -121,7 +105,7 @@ class RemoteLink:
         if live is None:
             return []
         self._forget(live)
-        self._process.send(encode(Abort(live.ticket)))
+        self._process.send(wire.encode(wire.Abort(live.ticket)))
         length = len(live.request.prompt_token_ids)
         return [
             TokenOutput(request_id=request_id, index=index, finish_reason=FinishReason.ABORT, num_prompt_tokens=length)
@@ -130,7 +114,7 @@ class RemoteLink:
 
     def reset_prefix_cache(self) -> None:
         """Tells the child; messages are read in their order, so that later requests come later."""
-        self._process.send(encode(Reset()))
+        self._process.send(wire.encode(wire.Reset()))
 
     def sleep(self, level: int) -> list[TokenOutput]:
         """The thread asks and waits, for it is not its own that does it."""
@@ -166,21 +150,21 @@ class RemoteLink:
     def _take(self, data: bytes, pieces: list[TokenOutput]) -> None:
         try:
             message = self._reader.read(data)
-        except MalformedMessageError as error:
+        except wire.MalformedMessageError as error:
             raise EngineDeadError(f"the engine process sent what is no message and is ended: {error}") from None
-        if isinstance(message, Pieces):
+        if isinstance(message, wire.Pieces):
             self._stats = message.stats or self._stats
             for piece in message.pieces:
                 self._take_piece(piece, pieces)
-        elif isinstance(message, Refused):
+        elif isinstance(message, wire.Refused):
             live = self._by_ticket.get(message.ticket)
             if live is not None:
                 self._forget(live)
-                self.on_refused(live.request.request_id, make_error(message.error))
-        elif isinstance(message, (Checked, Told)):
+                self.on_refused(live.request.request_id, wire.make_error(message.error))
+        elif isinstance(message, (wire.Checked, wire.Told)):
             self._answer(message)
         else:
-            assert isinstance(message, Ended)
+            assert isinstance(message, wire.Ended)
             raise EngineDeadError(message.message)
 
     def _take_piece(self, piece: TokenOutput, pieces: list[TokenOutput]) -> None:
@@ -199,14 +183,14 @@ class RemoteLink:
         msgspec.structs.force_setattr(piece, "request_id", live.request.request_id)
         pieces.append(piece)
 
-    def _answer(self, message: Checked | Told) -> None:
+    def _answer(self, message: wire.Checked | wire.Told) -> None:
         answer = self._calls.pop(message.number, None)
         if answer is None or not answer.set_running_or_notify_cancel():  # it has waited too long
             return
         if message.error is None:
-            answer.set_result(message.infos if isinstance(message, Told) else None)
+            answer.set_result(message.infos if isinstance(message, wire.Told) else None)
         else:
-            answer.set_exception(make_error(message.error))
+            answer.set_exception(wire.make_error(message.error))
 
     def _forget(self, live: _Live) -> None:
         del self._by_ticket[live.ticket]
@@ -270,15 +254,15 @@ class RemoteThread(EngineThread):
             CandleVllmError: as of `AdapterStore.call`, or as `check`.
         """
         number = next(self._numbers)
-        return self._ask(number, encode(Ask(number, call)), "an adapter", "loaded")
+        return self._ask(number, wire.encode(wire.Ask(number, call)), "an adapter", "loaded")
 
     def _engine_sleep(self, level: int) -> None:
         number = next(self._numbers)
-        self._ask(number, encode(Sleep(number, level)), "the engine", "put to sleep", None)
+        self._ask(number, wire.encode(wire.Sleep(number, level)), "the engine", "put to sleep", None)
 
     def _engine_wake_up(self, tags: frozenset[str]) -> None:
         number = next(self._numbers)
-        self._ask(number, encode(Sleep(number, 0, tuple(sorted(tags)))), "the engine", "woken", None)
+        self._ask(number, wire.encode(wire.Sleep(number, 0, tuple(sorted(tags)))), "the engine", "woken", None)
 
     def _ask(self, number: int, data: bytes, what: str, done: str, patience: float | None = CALL_TIMEOUT) -> Any:
         """The answer to a question; `what` is to be `done` within so many seconds."""

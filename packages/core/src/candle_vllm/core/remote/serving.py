@@ -27,24 +27,8 @@ from candle_vllm.core.engine.step.thread import Delivery, EngineThread, StepEngi
 from candle_vllm.core.errors import CandleVllmError, EngineDeadError, RequestError
 from candle_vllm.core.inference_engine import InferenceEngine
 from candle_vllm.core.pooling import ModelPooling
+from candle_vllm.core.remote import wire
 from candle_vllm.core.remote.line import Bell
-from candle_vllm.core.remote.wire import (
-    Abort,
-    Ask,
-    Check,
-    Checked,
-    Ended,
-    Pieces,
-    Reader,
-    Refused,
-    Reset,
-    Sleep,
-    ToChild,
-    Told,
-    describe_error,
-    encode,
-    writable,
-)
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.text.chat_template import ChatTemplate
 from candle_vllm.core.text.tokenizer import Tokenizer
@@ -85,18 +69,20 @@ class Outbox:
 
     def fail(self, error: EngineDeadError) -> None:
         """The engine has failed for good; the parent ends this process once it has read so."""
-        self._socket.send(encode(Ended(writable(str(error)))))
+        self._socket.send(wire.encode(wire.Ended(wire.writable(str(error)))))
 
     def _send(self, pieces: list[TokenOutput], stats: EngineStats | None) -> list[str]:
         try:
-            self._socket.send(encode(Pieces(pieces, stats)))
+            self._socket.send(wire.encode(wire.Pieces(pieces, stats)))
             return []
         except (ValueError, TypeError, OverflowError) as error:
             if len(pieces) != 1:
                 return [ticket for piece in pieces for ticket in self._send([piece], stats)]
             (piece,) = pieces
             message = f"the answer cannot be handed over: {error}; ask for fewer log-probabilities or a shorter text"
-            self._socket.send(encode(Refused(piece.request_id, describe_error(RequestError(writable(message))))))
+            self._socket.send(
+                wire.encode(wire.Refused(piece.request_id, wire.describe_error(RequestError(wire.writable(message)))))
+            )
             return [piece.request_id]
 
     def _due(self, engine: StepEngine) -> EngineStats | None:
@@ -187,7 +173,7 @@ class RequestDesk:
         self._poller = zmq.Poller()
         self._poller.register(socket, zmq.POLLIN)
         self._poller.register(bell.descriptor, zmq.POLLIN)
-        self._reader = Reader(ToChild)
+        self._reader = wire.Reader(wire.ToChild)
         self._workers = ThreadPoolExecutor(_WORKERS, "candle-vllm-forms")
         self._callers = ThreadPoolExecutor(_CALLERS, "candle-vllm-adapter-calls")  # they wait for loads
         self._preparing: set[str] = set()  # tickets that a worker has
@@ -215,17 +201,17 @@ class RequestDesk:
         self._workers.shutdown(wait=False, cancel_futures=True)
         self._callers.shutdown(wait=False, cancel_futures=True)
 
-    def _take(self, message: ToChild) -> None:
-        if isinstance(message, Abort):
+    def _take(self, message: wire.ToChild) -> None:
+        if isinstance(message, wire.Abort):
             self._preparing.discard(message.ticket)
             self._engine.thread.abort(message.ticket)
-        elif isinstance(message, Reset):
+        elif isinstance(message, wire.Reset):
             self._engine.thread.reset_prefix_cache()
-        elif isinstance(message, Sleep):
+        elif isinstance(message, wire.Sleep):
             self._callers.submit(self._sleep, message)
-        elif isinstance(message, Check):
+        elif isinstance(message, wire.Check):
             self._workers.submit(self._check, message.number, message.params)
-        elif isinstance(message, Ask):
+        elif isinstance(message, wire.Ask):
             if message.call.what in ("list", "remove"):  # which wait for nothing
                 self._call(message.number, message.call)
             else:
@@ -252,7 +238,7 @@ class RequestDesk:
                 raise prepared
             self._engine.thread.submit(prepared, self._outbox)
         except CandleVllmError as error:
-            self._socket.send(encode(Refused(request.request_id, describe_error(error))))
+            self._socket.send(wire.encode(wire.Refused(request.request_id, wire.describe_error(error))))
 
     # ---- in a worker's thread ----------------------------------------------------------------------------------------
 
@@ -266,7 +252,7 @@ class RequestDesk:
 
         self._hand_over(hand_over)
 
-    def _sleep(self, message: Sleep) -> None:
+    def _sleep(self, message: wire.Sleep) -> None:
         described = None
         try:
             if message.level:
@@ -274,11 +260,11 @@ class RequestDesk:
             else:
                 self._engine.wake_up(message.tags)
         except CandleVllmError as error:
-            described = describe_error(error)
+            described = wire.describe_error(error)
         except Exception as error:
             logger.exception("the engine could not be put to sleep, or woken")
-            described = describe_error(CandleVllmError(f"the engine failed: {type(error).__name__}: {error}"))
-        answer = encode(Checked(message.number, described))
+            described = wire.describe_error(CandleVllmError(f"the engine failed: {type(error).__name__}: {error}"))
+        answer = wire.encode(wire.Checked(message.number, described))
         self._hand_over(lambda: self._socket.send(answer))
 
     def _check(self, number: int, params: StructuredOutputsParams) -> None:
@@ -286,11 +272,11 @@ class RequestDesk:
         try:
             self._engine.check_structured_outputs(params)
         except CandleVllmError as error:
-            described = describe_error(error)
+            described = wire.describe_error(error)
         except Exception as error:
             logger.exception("a form could not be checked")
-            described = describe_error(CandleVllmError(f"the form could not be checked: {type(error).__name__}"))
-        answer = encode(Checked(number, described))
+            described = wire.describe_error(CandleVllmError(f"the form could not be checked: {type(error).__name__}"))
+        answer = wire.encode(wire.Checked(number, described))
         self._hand_over(lambda: self._socket.send(answer))
 
     def _call(self, number: int, call: AdapterCall) -> None:
@@ -299,12 +285,12 @@ class RequestDesk:
         try:
             infos = self._engine.call_adapters(call)
         except CandleVllmError as error:
-            described = describe_error(error)
+            described = wire.describe_error(error)
         except Exception as error:
             logger.exception("adapters could not be asked")
-            described = describe_error(CandleVllmError(f"the engine failed: {type(error).__name__}: {error}"))
+            described = wire.describe_error(CandleVllmError(f"the engine failed: {type(error).__name__}: {error}"))
         self._engine.thread.wake()  # which tells what has become of the counters
-        answer = encode(Told(number, infos, described))
+        answer = wire.encode(wire.Told(number, infos, described))
         self._hand_over(lambda: self._socket.send(answer))
 
     def _hand_over(self, work: Callable[[], object]) -> None:

@@ -11,28 +11,7 @@ from typing import Literal
 
 from msgspec.structs import replace
 
-from candle_vllm.openai.anthropic.answers import (
-    SIGNATURE,
-    ContentBlock,
-    ContentBlockDelta,
-    ContentBlockStart,
-    ContentBlockStop,
-    InputJsonDelta,
-    Message,
-    MessageDelta,
-    MessageEvent,
-    MessageStart,
-    MessageStop,
-    Ping,
-    SignatureDelta,
-    StopDelta,
-    TextBlock,
-    TextDelta,
-    ThinkingBlock,
-    ThinkingDelta,
-    ToolUseBlock,
-    Usage,
-)
+from candle_vllm.openai.anthropic import answers
 from candle_vllm.openai.anthropic.tool_input import ToolInput, parsed_input
 from candle_vllm.openai.events import Begun, CallBegun, CallText, Ended, Event, Head, Reason, Text, Thought
 from candle_vllm.openai.events import Usage as Counts
@@ -58,22 +37,22 @@ class EventWriter:
         self._index = -1
         self._open: _Kind | ToolInput | None = None
         self._space: tuple[_Kind, str] | None = None  # white space that may be the beginning of a block
-        self._stop: StopDelta | None = None
+        self._stop: answers.StopDelta | None = None
         self._begun = False
 
-    def start(self, head: Head, counts: Counts) -> list[MessageEvent]:
+    def start(self, head: Head, counts: Counts) -> list[answers.MessageEvent]:
         """The first events, before the first token: clients count what they see as a sign of life. How much of the
         prompt was cached is not known then; the last counts have it."""
         self._begun = True
         name = "msg_" + head.id.removeprefix("chatcmpl-")
-        message = Message(id=name, model=head.model, content=(), usage=Usage.of(counts))
-        return [MessageStart(message=message), Ping()]
+        message = answers.Message(id=name, model=head.model, content=(), usage=answers.Usage.of(counts))
+        return [answers.MessageStart(message=message), answers.Ping()]
 
-    def write(self, events: Sequence[Event]) -> list[MessageEvent]:
+    def write(self, events: Sequence[Event]) -> list[answers.MessageEvent]:
         """The events that those of an answer with one choice make."""
         return [made for event in events for made in self._written(event)]
 
-    def _written(self, event: Event) -> list[MessageEvent]:
+    def _written(self, event: Event) -> list[answers.MessageEvent]:
         match event:
             case Text():
                 return self._say("text", event.text) if event.text else []
@@ -83,7 +62,7 @@ class EventWriter:
                 assert isinstance(self._open, ToolInput)
                 return self._json(self._open.feed(event.text))
             case CallBegun():
-                block = ToolUseBlock(id=event.id, name=event.name, input={})
+                block = answers.ToolUseBlock(id=event.id, name=event.name, input={})
                 return [*self._close(), *self._begin(ToolInput(), block)]
             case Begun():
                 assert self._counts is not None
@@ -96,9 +75,9 @@ class EventWriter:
                 if not event.final:
                     return []
                 assert self._stop is not None
-                return [MessageDelta(delta=self._stop, usage=Usage.of(event)), MessageStop()]
+                return [answers.MessageDelta(delta=self._stop, usage=answers.Usage.of(event)), answers.MessageStop()]
 
-    def _say(self, kind: _Kind, text: str) -> list[MessageEvent]:
+    def _say(self, kind: _Kind, text: str) -> list[answers.MessageEvent]:
         if self._open == kind:
             return self._words(kind, text)
         if self._space is not None and self._space[0] == kind:
@@ -106,58 +85,64 @@ class EventWriter:
         if not text.strip():
             self._space = kind, text
             return []
-        block = TextBlock(text="") if kind == "text" else ThinkingBlock(thinking="", signature="")
+        block = answers.TextBlock(text="") if kind == "text" else answers.ThinkingBlock(thinking="", signature="")
         if self._index >= 0:
             text = text.lstrip()
         return [*self._close(), *self._begin(kind, block), *self._words(kind, text)]
 
-    def _words(self, kind: _Kind, text: str) -> list[MessageEvent]:
+    def _words(self, kind: _Kind, text: str) -> list[answers.MessageEvent]:
         if kind == "text":
-            return [ContentBlockDelta(index=self._index, delta=TextDelta(text=text))]
+            return [answers.ContentBlockDelta(index=self._index, delta=answers.TextDelta(text=text))]
         if not self._show_thinking:
             return []
-        return [ContentBlockDelta(index=self._index, delta=ThinkingDelta(thinking=text))]
+        return [answers.ContentBlockDelta(index=self._index, delta=answers.ThinkingDelta(thinking=text))]
 
-    def _json(self, text: str) -> list[MessageEvent]:
-        return [ContentBlockDelta(index=self._index, delta=InputJsonDelta(partial_json=text))] if text else []
+    def _json(self, text: str) -> list[answers.MessageEvent]:
+        return (
+            [answers.ContentBlockDelta(index=self._index, delta=answers.InputJsonDelta(partial_json=text))]
+            if text
+            else []
+        )
 
-    def _begin(self, kind: _Kind | ToolInput, block: ContentBlock) -> list[MessageEvent]:
+    def _begin(self, kind: _Kind | ToolInput, block: answers.ContentBlock) -> list[answers.MessageEvent]:
         self._index += 1
         self._open, self._space = kind, None
-        return [ContentBlockStart(index=self._index, content_block=block)]
+        return [answers.ContentBlockStart(index=self._index, content_block=block)]
 
-    def _close(self, *, cut: bool = False) -> list[MessageEvent]:
+    def _close(self, *, cut: bool = False) -> list[answers.MessageEvent]:
         """`cut`: the answer ends here, and not where the model was done with a call."""
         kind, self._open, self._space = self._open, None, None
         if kind is None:
             return []
-        events: list[MessageEvent] = []
+        events: list[answers.MessageEvent] = []
         if kind == "thinking":
-            events.append(ContentBlockDelta(index=self._index, delta=SignatureDelta(signature=SIGNATURE)))
+            events.append(
+                answers.ContentBlockDelta(index=self._index, delta=answers.SignatureDelta(signature=answers.SIGNATURE))
+            )
         elif isinstance(kind, ToolInput):
             events += self._json(kind.finish(cut=cut))
-        return [*events, ContentBlockStop(index=self._index)]
+        return [*events, answers.ContentBlockStop(index=self._index)]
 
-    def _stopped(self, ended: Ended) -> StopDelta:
+    def _stopped(self, ended: Ended) -> answers.StopDelta:
         if ended.reason is Reason.STOP and isinstance(ended.stop, str):
-            return StopDelta(stop_reason="stop_sequence", stop_sequence=ended.stop)
+            return answers.StopDelta(stop_reason="stop_sequence", stop_sequence=ended.stop)
         bound = ended.reason.cut and self._context_bound
-        return StopDelta(stop_reason="model_context_window_exceeded" if bound else ended.reason.anthropic)
+        return answers.StopDelta(stop_reason="model_context_window_exceeded" if bound else ended.reason.anthropic)
 
 
-def join_message(events: Sequence[MessageEvent]) -> Message:
+def join_message(events: Sequence[answers.MessageEvent]) -> answers.Message:
     """The whole message that `events` amount to."""
     start = events[0]
-    assert isinstance(start, MessageStart)
-    message, blocks = start.message, list[ContentBlock]()
-    deltas: list[list[ContentBlockDelta]] = []
+    assert isinstance(start, answers.MessageStart)
+    message, blocks = start.message, list[answers.ContentBlock]()
+    deltas: list[list[answers.ContentBlockDelta]] = []
     for event in events:
-        if isinstance(event, ContentBlockStart):
+        if isinstance(event, answers.ContentBlockStart):
             blocks.append(event.content_block)
             deltas.append([])
-        elif isinstance(event, ContentBlockDelta):
+        elif isinstance(event, answers.ContentBlockDelta):
             deltas[event.index].append(event)
-        elif isinstance(event, MessageDelta):
+        elif isinstance(event, answers.MessageDelta):
             message = replace(
                 message,
                 stop_reason=event.delta.stop_reason,
@@ -167,12 +152,12 @@ def join_message(events: Sequence[MessageEvent]) -> Message:
     return replace(message, content=tuple(_filled(block, news) for block, news in zip(blocks, deltas, strict=True)))
 
 
-def _filled(block: ContentBlock, news: Sequence[ContentBlockDelta]) -> ContentBlock:
+def _filled(block: answers.ContentBlock, news: Sequence[answers.ContentBlockDelta]) -> answers.ContentBlock:
     deltas = [one.delta for one in news]
-    if isinstance(block, TextBlock):
-        return TextBlock(text="".join(one.text for one in deltas if isinstance(one, TextDelta)))
-    if isinstance(block, ThinkingBlock):
-        thoughts = "".join(one.thinking for one in deltas if isinstance(one, ThinkingDelta))
-        return ThinkingBlock(thinking=thoughts, signature=SIGNATURE)
-    text = "".join(one.partial_json for one in deltas if isinstance(one, InputJsonDelta))
+    if isinstance(block, answers.TextBlock):
+        return answers.TextBlock(text="".join(one.text for one in deltas if isinstance(one, answers.TextDelta)))
+    if isinstance(block, answers.ThinkingBlock):
+        thoughts = "".join(one.thinking for one in deltas if isinstance(one, answers.ThinkingDelta))
+        return answers.ThinkingBlock(thinking=thoughts, signature=answers.SIGNATURE)
+    text = "".join(one.partial_json for one in deltas if isinstance(one, answers.InputJsonDelta))
     return replace(block, input=parsed_input(text))

@@ -10,6 +10,7 @@ import dataclasses
 from importlib.metadata import entry_points
 from typing import TypeVar
 
+from candle_vllm.openai.formats import shapes
 from candle_vllm.openai.formats.blocks import Blocks
 from candle_vllm.openai.formats.channels import Harmony, Headed
 from candle_vllm.openai.formats.gemma import Gemma
@@ -20,52 +21,31 @@ from candle_vllm.openai.formats.nested import Nested
 from candle_vllm.openai.formats.output import mistral_id
 from candle_vllm.openai.formats.pythonic import Pythonic
 from candle_vllm.openai.formats.reasoning_table import REASONING_FORMATS
-from candle_vllm.openai.formats.shapes import (
-    BARE_HERMES,
-    BARE_JSON,
-    COHERE_STRAYS,
-    DEEPSEEK,
-    DEEPSEEK_PLAIN,
-    DEEPSEEK_STRAYS,
-    DSML_NAMED,
-    DSML_NAMED_V4,
-    DSML_NAMED_V41,
-    FENCED_JSON,
-    GLM,
-    HERMES,
-    HORIZON,
-    HUNYUAN,
-    K3_STRAYS,
-    MINICPM,
-    MINICPM_NAMED,
-    MISTRAL,
-    MUSE,
-    NAMED_TAG,
-    QWEN,
-    QWEN_NAMED,
-    SOLAR_STRAYS,
-    dsml,
-    invokes,
-    words,
-)
 from candle_vllm.openai.formats.tagged import Tagged
 
 _Row = TypeVar("_Row", ToolFormat, ReasoningFormat)
 
 GEMMA = Gemma(quote='<|"|>', closers=("<tool_call|>",))
 TOOL_FORMATS: tuple[ToolFormat, ...] = (
-    ToolFormat("json", opens=("```json",), bodies=(FENCED_JSON,), bare=BARE_JSON, bare_starts="{[", aliases=("xlam",)),
+    ToolFormat(
+        "json",
+        opens=("```json",),
+        bodies=(shapes.FENCED_JSON,),
+        bare=shapes.BARE_JSON,
+        bare_starts="{[",
+        aliases=("xlam",),
+    ),
     ToolFormat(
         "hermes",
         opens=("<tool_call>",),
-        bodies=(HERMES, QWEN),
+        bodies=(shapes.HERMES, shapes.QWEN),
         ends_thoughts=True,
         on_lines=True,
-        fenced=FENCED_JSON,
-        bare=BARE_HERMES,
+        fenced=shapes.FENCED_JSON,
+        bare=shapes.BARE_HERMES,
         bare_starts="{[",
-        aliases=words("qwen qwen2 qwen25 granite4 smollm3 ernie45 exaone4 trinity"),
-        model_types=words(
+        aliases=shapes.words("qwen qwen2 qwen25 granite4 smollm3 ernie45 exaone4 trinity"),
+        model_types=shapes.words(
             "qwen2 qwen2_moe qwen2_vl qwen2_5_vl qwen3 qwen3_moe qwen3_vl qwen3_vl_moe qwen3_next smollm3 "
             "granitemoehybrid granite_hybrid ernie4_5 ernie4_5_moe exaone4 phi yi stablelm"
         ),
@@ -74,18 +54,18 @@ TOOL_FORMATS: tuple[ToolFormat, ...] = (
         "functionary_v31",
         opens=("<|python_tag|>",),
         names=("<function=",),
-        bodies=(NAMED_TAG, RawCode()),
+        bodies=(shapes.NAMED_TAG, RawCode()),
         aliases=("functionary_v3_llama_3_1",),
     ),
     ToolFormat(
         "qwen3_coder",
         opens=("<tool_call>",),
         names=("<function=",),
-        bodies=(QWEN, HERMES),
-        named=QWEN_NAMED,
+        bodies=(shapes.QWEN, shapes.HERMES),
+        named=shapes.QWEN_NAMED,
         ends_thoughts=True,
-        aliases=words("qwen_coder qwen3_xml qwen3_5 nemotron_3 step3p5 mimo"),
-        model_types=words("qwen3_5 qwen3_5_moe nemotron_h nemotron_h_moe step3p5 step35"),
+        aliases=shapes.words("qwen_coder qwen3_xml qwen3_5 nemotron_3 step3p5 mimo"),
+        model_types=shapes.words("qwen3_5 qwen3_5_moe nemotron_h nemotron_h_moe step3p5 step35"),
     ),
     ToolFormat(
         "seed_oss",
@@ -107,15 +87,15 @@ TOOL_FORMATS: tuple[ToolFormat, ...] = (
     ToolFormat(
         "glm45",
         opens=("<tool_call>",),
-        bodies=(GLM, HERMES),
+        bodies=(shapes.GLM, shapes.HERMES),
         ends_thoughts=True,
-        aliases=words("glm glm4_moe glm46 glm47 glm47_moe ling3 spark spark25 laguna poolside_v1"),
-        model_types=words("glm4_moe glm4_moe_lite glm_moe_dsa glm4v_moe"),
+        aliases=shapes.words("glm glm4_moe glm46 glm47 glm47_moe ling3 spark spark25 laguna poolside_v1"),
+        model_types=shapes.words("glm4_moe glm4_moe_lite glm_moe_dsa glm4v_moe"),
     ),
     ToolFormat(
         "hunyuan_v3",
         opens=("<tool_call:opensource>", "<tool_call>"),
-        bodies=HUNYUAN,
+        bodies=shapes.HUNYUAN,
         strays=("<tool_calls:opensource>", "</tool_calls:opensource>", "<tool_calls>", "</tool_calls>"),
         aliases=("hy_v3",),
         model_types=("hy_v3",),
@@ -123,16 +103,16 @@ TOOL_FORMATS: tuple[ToolFormat, ...] = (
     ToolFormat(
         "mistral_v13",
         opens=("[TOOL_CALLS]",),
-        bodies=(NamedJson(name_end="[ARGS]"), *MISTRAL),
+        bodies=(NamedJson(name_end="[ARGS]"), *shapes.MISTRAL),
         make_id=mistral_id,
         aliases=("devstral", "ministral3", "magistral"),
         model_types=("mistral3", "ministral3"),
     ),
-    ToolFormat("mistral_v11", opens=("[TOOL_CALLS]",), bodies=MISTRAL[::-1], make_id=mistral_id),
+    ToolFormat("mistral_v11", opens=("[TOOL_CALLS]",), bodies=shapes.MISTRAL[::-1], make_id=mistral_id),
     ToolFormat(
         "mistral",
         opens=("[TOOL_CALLS]",),
-        bodies=MISTRAL,
+        bodies=shapes.MISTRAL,
         make_id=mistral_id,
         aliases=("mistral_v3", "mistral_v7"),
         model_types=("mistral", "mixtral"),
@@ -143,7 +123,7 @@ TOOL_FORMATS: tuple[ToolFormat, ...] = (
         names=("<function=",),
         bodies=(
             JsonCalls(arguments_key="parameters"),
-            NAMED_TAG,
+            shapes.NAMED_TAG,
             Pythonic(listed=False, known_only=True),
             RawCode(),
         ),
@@ -192,44 +172,44 @@ TOOL_FORMATS: tuple[ToolFormat, ...] = (
     ToolFormat(
         "deepseek_v3",
         opens=("<｜tool▁call▁begin｜>",),
-        bodies=(DEEPSEEK, DEEPSEEK_PLAIN),
-        strays=DEEPSEEK_STRAYS,
+        bodies=(shapes.DEEPSEEK, shapes.DEEPSEEK_PLAIN),
+        strays=shapes.DEEPSEEK_STRAYS,
         aliases=("deepseek", "deepseek_r1"),
         model_types=("deepseek_v2", "deepseek_v3", "deepseek2"),
     ),
     ToolFormat(
         "deepseek_v31",
         opens=("<｜tool▁call▁begin｜>",),
-        bodies=(DEEPSEEK_PLAIN, DEEPSEEK),
+        bodies=(shapes.DEEPSEEK_PLAIN, shapes.DEEPSEEK),
         ends_thoughts=True,
-        strays=DEEPSEEK_STRAYS,
+        strays=shapes.DEEPSEEK_STRAYS,
     ),
     ToolFormat(
         "deepseek_v32",
         opens=("<｜DSML｜function_calls>",),
-        names=(DSML_NAMED.name_open,),
-        bodies=(dsml("function_calls"),),
-        named=DSML_NAMED,
+        names=(shapes.DSML_NAMED.name_open,),
+        bodies=(shapes.dsml("function_calls"),),
+        named=shapes.DSML_NAMED,
         ends_thoughts=True,
         model_types=("deepseek_v32",),
     ),
     ToolFormat(
         "deepseek_v4",
         opens=("<｜DSML｜tool_calls>",),
-        names=(DSML_NAMED_V4.name_open,),
-        bodies=(dsml("tool_calls"),),
-        named=DSML_NAMED_V4,
+        names=(shapes.DSML_NAMED_V4.name_open,),
+        bodies=(shapes.dsml("tool_calls"),),
+        named=shapes.DSML_NAMED_V4,
         ends_thoughts=True,
         model_types=("deepseek_v4",),
     ),
     ToolFormat(
         "deepseek_v41",
         opens=("<｜DSML｜ calls>",),
-        names=(DSML_NAMED_V41.name_open,),
-        bodies=(dsml("calls", " "),),
-        named=DSML_NAMED_V41,
+        names=(shapes.DSML_NAMED_V41.name_open,),
+        bodies=(shapes.dsml("calls", " "),),
+        named=shapes.DSML_NAMED_V41,
         ends_thoughts=True,
-        model_types=words("deepseek_v41 deepseek_v41_text"),
+        model_types=shapes.words("deepseek_v41 deepseek_v41_text"),
     ),
     ToolFormat(
         "phi4_mini_json",
@@ -298,14 +278,14 @@ TOOL_FORMATS: tuple[ToolFormat, ...] = (
                 closers=("<|close|>tools<|sep|>",),
             ),
         ),
-        strays=K3_STRAYS,
+        strays=shapes.K3_STRAYS,
         answer=(("<|open|>response<|sep|>", "<|close|>response<|sep|>"),),
         model_types=("kimi_k3",),
     ),
     ToolFormat(
         "minimax_m2",
         opens=("<minimax:tool_call>",),
-        bodies=(invokes("</minimax:tool_call>"),),
+        bodies=(shapes.invokes("</minimax:tool_call>"),),
         ends_thoughts=True,
         model_types=("minimax_m2",),
     ),
@@ -318,11 +298,11 @@ TOOL_FORMATS: tuple[ToolFormat, ...] = (
     ToolFormat(
         "dots",
         opens=("<dots_function_call>",),
-        bodies=(invokes("</dots_function_call>"), JsonCalls(closers=("</dots_function_call>",))),
+        bodies=(shapes.invokes("</dots_function_call>"), JsonCalls(closers=("</dots_function_call>",))),
     ),
     ToolFormat("openai", flow=Harmony(), aliases=("gpt_oss", "harmony"), model_types=("gpt_oss",)),
-    ToolFormat("inkling", flow=Blocks(), model_types=words("inkling_mm_model inkling_model")),
-    ToolFormat("muse", flow=MUSE, aliases=("muse_glimmer",), model_types=("muse_glimmer",)),
+    ToolFormat("inkling", flow=Blocks(), model_types=shapes.words("inkling_mm_model inkling_model")),
+    ToolFormat("muse", flow=shapes.MUSE, aliases=("muse_glimmer",), model_types=("muse_glimmer",)),
     ToolFormat(
         "solar",
         opens=("<|tool_call:begin|>",),
@@ -331,7 +311,7 @@ TOOL_FORMATS: tuple[ToolFormat, ...] = (
                 id_end="<|tool_call:name|>", name_end="<|tool_call:args|>", closers=("<|tool_call:end|>", "<|calls|>")
             ),
         ),
-        strays=SOLAR_STRAYS,
+        strays=shapes.SOLAR_STRAYS,
         answer=(("<|content|>", "<|end|>"),),
         aliases=("solar_open",),
         model_types=("solar_open",),
@@ -363,9 +343,9 @@ TOOL_FORMATS: tuple[ToolFormat, ...] = (
                 closers=("<|END_ACTION|>",),
             ),
         ),
-        strays=COHERE_STRAYS,
+        strays=shapes.COHERE_STRAYS,
         answer=(("<|START_RESPONSE|>", "<|END_RESPONSE|>"), ("<|START_TEXT|>", "<|END_TEXT|>")),
-        aliases=words("command_r7b cohere2 command_a cohere_command3 cohere_command4"),
+        aliases=shapes.words("command_r7b cohere2 command_a cohere_command3 cohere_command4"),
         model_types=("cohere2", "cohere2_moe"),
     ),
     ToolFormat(
@@ -390,8 +370,8 @@ TOOL_FORMATS: tuple[ToolFormat, ...] = (
         "tool_calls_json",
         opens=("<tool_calls>",),
         bodies=(JsonCalls(listed=True, closers=("</tool_calls>",)),),
-        aliases=words("hunyuan_a13b hunyuan apriel minimax minimax_m1 jamba"),
-        model_types=words("hunyuan_v1_moe hunyuan_v1_dense minimax minimax_m1 jamba"),
+        aliases=shapes.words("hunyuan_a13b hunyuan apriel minimax minimax_m1 jamba"),
+        model_types=shapes.words("hunyuan_v1_moe hunyuan_v1_dense minimax minimax_m1 jamba"),
     ),
     ToolFormat("nemotron_nano", opens=("<TOOLCALL>",), bodies=(JsonCalls(listed=True, closers=("</TOOLCALL>",)),)),
     ToolFormat(
@@ -423,20 +403,20 @@ TOOL_FORMATS: tuple[ToolFormat, ...] = (
     ToolFormat(
         "minicpm5",
         names=('<function name="', '<functionname="'),
-        bodies=(MINICPM,),
-        named=MINICPM_NAMED,
+        bodies=(shapes.MINICPM,),
+        named=shapes.MINICPM_NAMED,
     ),
     ToolFormat(
         "step3",
         opens=("<｜tool_call_begin｜>function<｜tool_sep｜>",),
-        bodies=(invokes("<｜tool_call_end｜>", "steptml:"),),
+        bodies=(shapes.invokes("<｜tool_call_end｜>", "steptml:"),),
         strays=("<｜tool_calls_begin｜>", "<｜tool_calls_end｜>"),
         model_types=("step3_text", "step3_vl"),
     ),
     ToolFormat(
         "k2_horizon",
         opens=("<ifm|tool_call>",),
-        bodies=(HORIZON, JsonCalls(closers=("</ifm|tool_call>",))),
+        bodies=(shapes.HORIZON, JsonCalls(closers=("</ifm|tool_call>",))),
         strays=("<ifm|tool_calls>", "</ifm|tool_calls>"),
         model_types=("k2_horizon",),
     ),

@@ -15,18 +15,7 @@ from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.pooling import MAX_DIMENSIONS
 from candle_vllm.core.sampling import params as caps
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
-from candle_vllm.openai.protocol.fields import (
-    MAX_MESSAGES,
-    MAX_NAME,
-    MAX_PARTS,
-    MAX_TOOL_CALLS,
-    MAX_TOOLS,
-    Name,
-    Refusal,
-    TokenId,
-    WireModel,
-    invalid,
-)
+from candle_vllm.openai.protocol import fields
 from candle_vllm.openai.protocol.generation import LlamaFields, Logprobs
 from candle_vllm.openai.protocol.pooling import MAX_INPUTS
 from candle_vllm.openai.protocol.tools import FunctionDefinition, Tool, check_chat_tools
@@ -39,7 +28,7 @@ _UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0
 _PART = re.compile(r"([0-9]{1,12}(?:\.[0-9]{0,12})?|\.[0-9]{1,12})(ns|us|µs|μs|ms|s|m|h)")
 _NUMBER = re.compile(r"[+-]?[0-9]{1,12}(?:\.[0-9]{1,12})?")
 _MAX_DURATION = 64  # characters
-_FUNCTION_NAME = re.compile(rf"[\w.\-:/]{{1,{MAX_NAME}}}")
+_FUNCTION_NAME = re.compile(rf"[\w.\-:/]{{1,{fields.MAX_NAME}}}")
 
 # Options that say how Ollama runs a model: accepted, checked, and without effect.
 ADVISORY_OPTIONS: Mapping[str, str] = {
@@ -58,29 +47,29 @@ ADVISORY_OPTIONS: Mapping[str, str] = {
 }
 
 _TEMPLATE = "Ollama's templates are Go's and the model's own is Jinja; send raw: true with a prompt that is written out"
-REFUSED_OPTIONS: Mapping[str, Refusal] = {
-    "tfs_z": Refusal("there is no such sampler", (1, 1.0), idle=True),
-    "penalize_newline": Refusal("penalties look at every token", (True,), idle=True),
-    "logits_all": Refusal("use logprobs", (False,), idle=True),
-    "vocab_only": Refusal("a model is loaded whole", (False,), idle=True),
-    "embedding_only": Refusal("a model says itself what it does", (False,), idle=True),
+REFUSED_OPTIONS: Mapping[str, fields.Refusal] = {
+    "tfs_z": fields.Refusal("there is no such sampler", (1, 1.0), idle=True),
+    "penalize_newline": fields.Refusal("penalties look at every token", (True,), idle=True),
+    "logits_all": fields.Refusal("use logprobs", (False,), idle=True),
+    "vocab_only": fields.Refusal("a model is loaded whole", (False,), idle=True),
+    "embedding_only": fields.Refusal("a model says itself what it does", (False,), idle=True),
 }
-REFUSED_CHAT_FIELDS: Mapping[str, Refusal] = {
-    "prompt": Refusal("it belongs to /api/generate; use messages"),
-    "truncate": Refusal("prompts are never cut", (False,), idle=True),
-    "shift": Refusal("prompts are never cut", (False,), idle=True),
-    "response_format": Refusal("it is OpenAI's; use format"),
-    "max_tokens": Refusal("it is OpenAI's; use options.num_predict"),
-    "tool_choice": Refusal("it is OpenAI's; the model chooses", ("auto",)),
+REFUSED_CHAT_FIELDS: Mapping[str, fields.Refusal] = {
+    "prompt": fields.Refusal("it belongs to /api/generate; use messages"),
+    "truncate": fields.Refusal("prompts are never cut", (False,), idle=True),
+    "shift": fields.Refusal("prompts are never cut", (False,), idle=True),
+    "response_format": fields.Refusal("it is OpenAI's; use format"),
+    "max_tokens": fields.Refusal("it is OpenAI's; use options.num_predict"),
+    "tool_choice": fields.Refusal("it is OpenAI's; the model chooses", ("auto",)),
 }
-REFUSED_GENERATE_FIELDS: Mapping[str, Refusal] = {
+REFUSED_GENERATE_FIELDS: Mapping[str, fields.Refusal] = {
     **{name: each for name, each in REFUSED_CHAT_FIELDS.items() if name not in ("prompt", "tool_choice")},
-    "messages": Refusal("they belong to /api/chat; use prompt"),
-    "tools": Refusal("they belong to /api/chat", ([],)),
-    "template": Refusal(_TEMPLATE, ("",)),
-    "width": Refusal("models write text alone here", (0,)),
-    "height": Refusal("models write text alone here", (0,)),
-    "steps": Refusal("models write text alone here", (0,)),
+    "messages": fields.Refusal("they belong to /api/chat; use prompt"),
+    "tools": fields.Refusal("they belong to /api/chat", ([],)),
+    "template": fields.Refusal(_TEMPLATE, ("",)),
+    "width": fields.Refusal("models write text alone here", (0,)),
+    "height": fields.Refusal("models write text alone here", (0,)),
+    "steps": fields.Refusal("models write text alone here", (0,)),
 }
 
 
@@ -111,7 +100,7 @@ def _kept(value: Any) -> Any:
         try:
             seconds_of(value)
         except ValueError:
-            raise invalid(
+            raise fields.invalid(
                 "", f"must be seconds, or a duration such as '5m' or '1h30m'; 0 and -1 mean at once and never, "
                 f"not {value!r:.60}"
             ) from None  # fmt: skip
@@ -120,13 +109,13 @@ def _kept(value: Any) -> Any:
 
 def _formed(value: Any) -> Any:
     if value not in (None, "", "json") and not isinstance(value, dict):
-        raise invalid("", f"must be 'json' or a JSON schema, not {value!r:.60}")
+        raise fields.invalid("", f"must be 'json' or a JSON schema, not {value!r:.60}")
     return value
 
 
 def _thought(value: Any) -> Any:
     if value is not None and not isinstance(value, bool) and value not in ("low", "medium", "high", "max"):
-        raise invalid("", f"must be true, false, 'low', 'medium', 'high' or 'max', not {value!r:.60}")
+        raise fields.invalid("", f"must be true, false, 'low', 'medium', 'high' or 'max', not {value!r:.60}")
     return value
 
 
@@ -156,7 +145,7 @@ class Options(LlamaFields):
         num_predict: most tokens of the answer; 0, -1 and -2 are as many as the context takes.
     """
 
-    refused_fields: ClassVar[Mapping[str, Refusal]] = REFUSED_OPTIONS
+    refused_fields: ClassVar[Mapping[str, fields.Refusal]] = REFUSED_OPTIONS
 
     num_predict: Annotated[int, Field(ge=-2, le=caps.MAX_TOKENS)] | None = None
 
@@ -184,14 +173,14 @@ class Options(LlamaFields):
         return found
 
 
-class _Asked(WireModel):
+class _Asked(fields.WireModel):
     """What every request has.
 
     Attributes:
         keep_alive: how long the model stays loaded after the request: seconds, or a duration such as 5m.
     """
 
-    model: Name
+    model: fields.Name
     options: Options | None = None
     keep_alive: KeepAlive = None
 
@@ -232,7 +221,7 @@ class _Generating(_Asked):
     @classmethod
     def _needs_logprobs(cls, value: int | None, info: Any) -> int | None:
         if value and not info.data.get("logprobs"):
-            raise invalid("", "needs logprobs: true")
+            raise fields.invalid("", "needs logprobs: true")
         return value
 
     def form(self) -> StructuredOutputsParams | None:
@@ -253,8 +242,10 @@ class _Generating(_Asked):
 
 def _writable(name: str) -> str:
     if not _FUNCTION_NAME.fullmatch(name):
-        text = f"must be 1 to {MAX_NAME} letters, digits and _ . - : /, which models can write; {name!r:.80} is not"
-        raise invalid("", text)
+        text = (
+            f"must be 1 to {fields.MAX_NAME} letters, digits and _ . - : /, which models can write; {name!r:.80} is not"
+        )
+        raise fields.invalid("", text)
     return name
 
 
@@ -270,24 +261,24 @@ class OfferedTool(Tool):
     function: OfferedFunction  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
-class CalledFunction(WireModel):
+class CalledFunction(fields.WireModel):
     """The function that an earlier answer called; `index` and `description` have no effect."""
 
-    name: Name
+    name: fields.Name
     arguments: dict[str, Any] = Field(default_factory=dict)
     index: Annotated[int, Field(ge=0)] | None = None
     description: str | None = None
 
 
-class ToolCall(WireModel):
+class ToolCall(fields.WireModel):
     """A call in an assistant's message; `type` has no effect."""
 
     function: CalledFunction
-    id: Name | None = None
+    id: fields.Name | None = None
     type: Literal["function"] | None = None
 
 
-Images = Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=MAX_PARTS, fail_fast=True)]
+Images = Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=fields.MAX_PARTS, fail_fast=True)]
 
 
 def image_parts(images: Sequence[str] | None, path: str) -> tuple[ImagePart, ...]:
@@ -296,7 +287,7 @@ def image_parts(images: Sequence[str] | None, path: str) -> tuple[ImagePart, ...
     return tuple(ImagePart(source, path=f"{path}.{place}") for place, source in enumerate(given))
 
 
-class Message(WireModel):
+class Message(fields.WireModel):
     """One message of a conversation.
 
     Attributes:
@@ -308,18 +299,18 @@ class Message(WireModel):
     content: str | None = None
     images: Images | None = None
     thinking: str | None = None
-    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOL_CALLS, fail_fast=True)] | None = None
-    tool_name: Name | None = None
-    tool_call_id: Name | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=fields.MAX_TOOL_CALLS, fail_fast=True)] | None = None
+    tool_name: fields.Name | None = None
+    tool_call_id: fields.Name | None = None
 
 
 class ChatRequest(_Generating):
     """A conversation to continue: `POST /api/chat`. Without messages, the model is loaded."""
 
-    refused_fields: ClassVar[Mapping[str, Refusal]] = REFUSED_CHAT_FIELDS
+    refused_fields: ClassVar[Mapping[str, fields.Refusal]] = REFUSED_CHAT_FIELDS
 
-    messages: Annotated[list[Message], Field(max_length=MAX_MESSAGES, fail_fast=True)] | None = None
-    tools: Annotated[list[OfferedTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    messages: Annotated[list[Message], Field(max_length=fields.MAX_MESSAGES, fail_fast=True)] | None = None
+    tools: Annotated[list[OfferedTool], Field(max_length=fields.MAX_TOOLS, fail_fast=True)] | None = None
 
     @field_validator("tools")
     @classmethod
@@ -344,34 +335,36 @@ class GenerateRequest(_Generating):
         images: in base64; they stand before the prompt.
     """
 
-    refused_fields: ClassVar[Mapping[str, Refusal]] = REFUSED_GENERATE_FIELDS
+    refused_fields: ClassVar[Mapping[str, fields.Refusal]] = REFUSED_GENERATE_FIELDS
 
     prompt: str | None = None
     system: str | None = None
     suffix: str | None = None
     raw: bool | None = None
-    context: Annotated[list[TokenId], Field(max_length=MAX_CONTEXT, fail_fast=True)] | None = None
+    context: Annotated[list[fields.TokenId], Field(max_length=MAX_CONTEXT, fail_fast=True)] | None = None
     images: Images | None = None
 
     @field_validator("images")
     @classmethod
     def _in_messages(cls, value: list[str] | None, info: Any) -> list[str] | None:
         if value and (info.data.get("raw") or info.data.get("suffix") or info.data.get("context")):
-            raise invalid("", "have no place beside raw, suffix or context: the model's template says where they stand")
+            raise fields.invalid(
+                "", "have no place beside raw, suffix or context: the model's template says where they stand"
+            )
         return value
 
     @field_validator("suffix")
     @classmethod
     def _alone(cls, value: str | None, info: Any) -> str | None:
         if value and info.data.get("system"):
-            raise invalid("", "has no place beside system: a gap is filled without messages")
+            raise fields.invalid("", "has no place beside system: a gap is filled without messages")
         return value
 
     @field_validator("context")
     @classmethod
     def _of_texts(cls, value: list[int] | None, info: Any) -> list[int] | None:
         if value and info.data.get("suffix"):
-            raise invalid("", "has no place beside suffix: a gap is filled without an earlier answer")
+            raise fields.invalid("", "has no place beside suffix: a gap is filled without an earlier answer")
         return value
 
     @property
@@ -422,7 +415,7 @@ class EmbeddingsRequest(_Asked):
         return not self.prompt
 
 
-_Request = TypeVar("_Request", bound=WireModel)
+_Request = TypeVar("_Request", bound=fields.WireModel)
 
 
 def ollama_parser(kind: type[_Request]) -> Any:

@@ -15,22 +15,7 @@ from candle_vllm.core.engine.requests import MAX_ADAPTER_SCALE
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.sampling import params as caps
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
-from candle_vllm.openai.protocol.fields import (
-    MAX_BAD_WORDS,
-    MAX_LOGIT_BIAS,
-    MAX_NAME,
-    MAX_PRIORITY,
-    REFUSED_FIELDS,
-    CutFields,
-    ModelFields,
-    Refusal,
-    RequestId,
-    TokenId,
-    WireModel,
-    few_entries,
-    invalid,
-    unsupported,
-)
+from candle_vllm.openai.protocol import fields
 from candle_vllm.openai.protocol.structured import (
     LlamaForms,
     ResponseFormat,
@@ -48,12 +33,14 @@ _TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
 def _token_id_keys(bias: Any) -> Any:
     for key in bias if isinstance(bias, dict) else ():
         if not isinstance(key, str) or not _TOKEN_ID.fullmatch(key) or int(key) > (1 << 31) - 1:
-            raise invalid("", f"maps token ids, written as strings, to numbers; {key!r:.60} is no token id")
+            raise fields.invalid("", f"maps token ids, written as strings, to numbers; {key!r:.60} is no token id")
     return bias
 
 
 _Bias = Annotated[
-    dict[str, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_token_id_keys), few_entries(MAX_LOGIT_BIAS)
+    dict[str, Annotated[float, Field(ge=-100, le=100)]],
+    BeforeValidator(_token_id_keys),
+    fields.few_entries(fields.MAX_LOGIT_BIAS),
 ]
 
 
@@ -68,7 +55,7 @@ Stop = Annotated[
 ]
 
 
-class StreamOptions(WireModel):
+class StreamOptions(fields.WireModel):
     """What a stream carries beside the text.
 
     Attributes:
@@ -79,8 +66,8 @@ class StreamOptions(WireModel):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
 
-    refused_fields: ClassVar[Mapping[str, Refusal]] = {
-        "include_obfuscation": Refusal("chunks are never padded with random characters", (False,)),
+    refused_fields: ClassVar[Mapping[str, fields.Refusal]] = {
+        "include_obfuscation": fields.Refusal("chunks are never padded with random characters", (False,)),
     }
 
 
@@ -93,18 +80,18 @@ _READ_APART = frozenset({
 
 
 @functools.cache
-def sampling_names(request: type[WireModel]) -> tuple[str, ...]:
+def sampling_names(request: type[fields.WireModel]) -> tuple[str, ...]:
     """The fields of a request that mean the same in `SamplingParams`."""
     known = request.model_fields.keys() - _READ_APART
     return tuple(name for name in caps.SamplingParams.__struct_fields__ if name in known)
 
 
-def sampling_values(request: WireModel) -> dict[str, Any]:
+def sampling_values(request: fields.WireModel) -> dict[str, Any]:
     """The values that a request gives for these fields."""
     return {name: value for name in sampling_names(type(request)) if (value := getattr(request, name)) is not None}
 
 
-class SamplerFields(WireModel):
+class SamplerFields(fields.WireModel):
     """llama.cpp's samplers, by its names, and how much is guessed; `SamplingParams` has the same fields and says what
     they mean."""
 
@@ -142,7 +129,7 @@ class SamplerFields(WireModel):
             if data.get(other) is None:
                 continue
             if renamed.setdefault(name, data[other]) != data[other]:
-                raise invalid(other, f"and {name} are the same; give one of them")
+                raise fields.invalid(other, f"and {name} are the same; give one of them")
         return renamed
 
     @field_validator("dry_sequence_breakers", mode="before")
@@ -190,7 +177,7 @@ OTHER_NAMES: Mapping[str, str] = {
 MAX_BREAKERS_TEXT = 4096  # characters
 
 
-class LoraScale(WireModel):
+class LoraScale(fields.WireModel):
     """llama.cpp's way to say how much of an adapter is added: its number in `GET /lora-adapters`, and a factor."""
 
     id: Annotated[int, Field(ge=0, le=1 << 31)]
@@ -210,10 +197,10 @@ def lora_scales(given: Sequence[LoraScale] | None) -> Mapping[int, float] | None
     return scales
 
 
-class GenerationFields(LlamaForms, SamplerFields, CutFields, ModelFields):
+class GenerationFields(LlamaForms, SamplerFields, fields.CutFields, fields.ModelFields):
     """How to generate. None always means absent: the model's own default counts, then ours."""
 
-    refused_fields: ClassVar[Mapping[str, Refusal]] = REFUSED_FIELDS
+    refused_fields: ClassVar[Mapping[str, fields.Refusal]] = fields.REFUSED_FIELDS
 
     n: Annotated[int, Field(ge=1, le=caps.MAX_SEQUENCES)] | None = None
     best_of: Annotated[int, Field(ge=1, le=caps.MAX_SEQUENCES)] | None = None
@@ -230,16 +217,16 @@ class GenerationFields(LlamaForms, SamplerFields, CutFields, ModelFields):
     seed: Annotated[int, Field(ge=-(1 << 63), le=(1 << 64) - 1)] | None = None
     min_tokens: Annotated[int, Field(ge=0, le=caps.MAX_TOKENS)] | None = None
     stop: Stop | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=caps.MAX_TOKEN_LIST, fail_fast=True)] | None = None
+    stop_token_ids: Annotated[list[fields.TokenId], Field(max_length=caps.MAX_TOKEN_LIST, fail_fast=True)] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     prompt_logprobs: Logprobs | None = None
     logit_bias: _Bias | None = None
     allowed_token_ids: (
-        Annotated[list[TokenId], Field(min_length=1, max_length=caps.MAX_ALLOWED_TOKENS, fail_fast=True)] | None
+        Annotated[list[fields.TokenId], Field(min_length=1, max_length=caps.MAX_ALLOWED_TOKENS, fail_fast=True)] | None
     ) = None
-    bad_words: Annotated[list[Text], Field(max_length=MAX_BAD_WORDS, fail_fast=True)] | None = None
+    bad_words: Annotated[list[Text], Field(max_length=fields.MAX_BAD_WORDS, fail_fast=True)] | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
@@ -250,12 +237,14 @@ class GenerationFields(LlamaForms, SamplerFields, CutFields, ModelFields):
     return_tokens_as_token_ids: bool | None = None
     return_draft_counts: bool | None = None
     lora: LoraScales | None = None
-    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
-    request_id: RequestId | None = None
+    priority: Annotated[int, Field(ge=-fields.MAX_PRIORITY, le=fields.MAX_PRIORITY)] | None = None
+    request_id: fields.RequestId | None = None
 
     # ADVISORY_FIELDS: checked and without effect.
     user: str | None = None
-    metadata: Annotated[dict[str, str], few_entries(MAX_NAME), Field(max_length=MAX_NAME)] | None = None
+    metadata: (
+        Annotated[dict[str, str], fields.few_entries(fields.MAX_NAME), Field(max_length=fields.MAX_NAME)] | None
+    ) = None
     store: bool | None = None
     service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast"] | None = None
     safety_identifier: str | None = None
@@ -278,11 +267,11 @@ class GenerationFields(LlamaForms, SamplerFields, CutFields, ModelFields):
     @model_validator(mode="after")
     def _shared_rules(self) -> Self:
         if self.best_of is not None and self.best_of != (self.n or 1):
-            raise unsupported("best_of", "every sequence is returned, so it can only equal n")
+            raise fields.unsupported("best_of", "every sequence is returned, so it can only equal n")
         if self.stream_options is not None and not self.stream:
-            raise invalid("stream_options", "needs stream: true")
+            raise fields.invalid("stream_options", "needs stream: true")
         if self.prompt_logprobs is not None and self.stream:
-            raise unsupported("prompt_logprobs", "a stream has no place for them; ask without stream")
+            raise fields.unsupported("prompt_logprobs", "a stream has no place for them; ask without stream")
         self.structured()
         return self
 
@@ -291,7 +280,7 @@ class GenerationFields(LlamaForms, SamplerFields, CutFields, ModelFields):
         form, given = structured_params(self.response_format, self.structured_outputs), self.llama_form()
         if form is not None and given is not None:
             other = blamed_field(self.response_format, self.structured_outputs)
-            raise invalid(given[0], f"and {other} exclude each other; give one of them")
+            raise fields.invalid(given[0], f"and {other} exclude each other; give one of them")
         return form if given is None else given[1]
 
     @property

@@ -24,6 +24,7 @@ from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.sampling.json_rules import arguments_fault, in_json_types
 from candle_vllm.core.sampling.structured import schema_of
 from candle_vllm.openai.json_body import is_deeper
+from candle_vllm.openai.protocol import fields
 from candle_vllm.openai.protocol.custom_tools import (
     CustomTool,
     CustomToolReference,
@@ -31,24 +32,15 @@ from candle_vllm.openai.protocol.custom_tools import (
     kind_form,
     type_of,
 )
-from candle_vllm.openai.protocol.fields import (
-    MAX_SCHEMA_DEPTH,
-    MAX_TOOLS,
-    MAX_TOOLS_SIZE,
-    NOT_DEFERRED,
-    FunctionName,
-    Refusal,
-    WireModel,
-    invalid,
-    unsupported,
-)
 from candle_vllm.openai.task import Choice, ToolFunction, ToolUse
 
 
 def check_depth(schema: Any) -> Any:
     """A JSON schema as it is; refuses one whose parts lie too deep inside each other."""
-    if is_deeper(schema, MAX_SCHEMA_DEPTH):
-        raise invalid("", f"is nested too deeply: a schema may have at most {MAX_SCHEMA_DEPTH} levels; use $defs")
+    if is_deeper(schema, fields.MAX_SCHEMA_DEPTH):
+        raise fields.invalid(
+            "", f"is nested too deeply: a schema may have at most {fields.MAX_SCHEMA_DEPTH} levels; use $defs"
+        )
     return schema
 
 
@@ -57,18 +49,18 @@ def check_arguments(schema: dict[str, Any]) -> dict[str, Any]:
     check_depth(schema)
     kind = schema.get("type", "object")
     if kind not in ("object", "dict"):
-        raise invalid("type", f"must be 'object', because arguments have names; it is {kind!r:.60}")
+        raise fields.invalid("type", f"must be 'object', because arguments have names; it is {kind!r:.60}")
     properties, required = schema.get("properties", {}), schema.get("required", [])
     if not isinstance(properties, dict):
-        raise invalid("properties", "must be an object that maps names to schemas")
+        raise fields.invalid("properties", "must be an object that maps names to schemas")
     for name, property_schema in properties.items():
         if not isinstance(property_schema, (dict, bool)):
-            raise invalid(f"properties.{name:.80}", "must be a JSON schema: an object, true or false")
+            raise fields.invalid(f"properties.{name:.80}", "must be a JSON schema: an object, true or false")
     if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
-        raise invalid("required", "must be a list of property names")
+        raise fields.invalid("required", "must be a list of property names")
     fault = arguments_fault(schema)
     if fault is not None:
-        raise invalid(fault.path, fault.text)
+        raise fields.invalid(fault.path, fault.text)
     return schema
 
 
@@ -79,14 +71,14 @@ def plain_schema(given: Any) -> Any:
     try:
         return dict(schema_of(given))
     except InvalidParameterError as error:
-        raise invalid("", f"cannot be used: {str(error).removeprefix('structured_outputs: ')}") from None
+        raise fields.invalid("", f"cannot be used: {str(error).removeprefix('structured_outputs: ')}") from None
 
 
 Schema = Annotated[dict[str, Any], BeforeValidator(plain_schema), AfterValidator(check_depth)]
 ArgumentsSchema = Annotated[dict[str, Any], AfterValidator(check_arguments)]
 
 
-class FunctionDefinition(WireModel):
+class FunctionDefinition(fields.WireModel):
     """A function that the model may call.
 
     Attributes:
@@ -94,22 +86,22 @@ class FunctionDefinition(WireModel):
         strict: the arguments always follow the schema, whatever the choice of tools is.
     """
 
-    name: FunctionName
+    name: fields.FunctionName
     description: str | None = None
     parameters: ArgumentsSchema | None = None
     strict: bool | None = None
 
-    refused_fields: ClassVar[Mapping[str, Refusal]] = NOT_DEFERRED
+    refused_fields: ClassVar[Mapping[str, fields.Refusal]] = fields.NOT_DEFERRED
 
 
-class Tool(WireModel):
+class Tool(fields.WireModel):
     """A tool: a function. The cache mark has no effect, because every full block is cached."""
 
     type: Literal["function"] = "function"
     function: FunctionDefinition
     cache_control: dict[str, Any] | None = None
 
-    refused_fields: ClassVar[Mapping[str, Refusal]] = NOT_DEFERRED
+    refused_fields: ClassVar[Mapping[str, fields.Refusal]] = fields.NOT_DEFERRED
     schema_path: ClassVar[str] = "function.parameters"
     _given: dict[str, Any] = PrivateAttr(default_factory=dict)
 
@@ -127,9 +119,9 @@ class Tool(WireModel):
         """Names other types of tools, and the form that other routes have."""
         kind = data.get("type", "function")
         if isinstance(kind, str) and kind != "function":
-            raise unsupported("type", f"{kind!r:.60} tools are not served, only 'function'")
+            raise fields.unsupported("type", f"{kind!r:.60} tools are not served, only 'function'")
         if "function" not in data and "name" in data:
-            raise invalid("function", "is required: put name, description, parameters and strict into it")
+            raise fields.invalid("function", "is required: put name, description, parameters and strict into it")
 
     @property
     def name(self) -> str:
@@ -152,7 +144,7 @@ class Tool(WireModel):
 def _served_tool(value: Any) -> Any:
     kind = type_of(value)
     if isinstance(kind, str) and kind not in ("function", "custom"):
-        raise unsupported("type", f"{kind!r:.60} tools are not served, only 'function' and 'custom'")
+        raise fields.unsupported("type", f"{kind!r:.60} tools are not served, only 'function' and 'custom'")
     return value
 
 
@@ -163,7 +155,7 @@ AnyTool = Annotated[
 ]
 
 
-class ToolReference(WireModel):
+class ToolReference(fields.WireModel):
     """A tool by its name; as a choice, exactly one call of it."""
 
     type: Literal["function"] = "function"
@@ -173,7 +165,7 @@ class ToolReference(WireModel):
     def check_kind(cls, data: dict[str, Any]) -> None:
         """Says what else a choice may be."""
         if data.get("type", "function") != "function":
-            raise invalid(
+            raise fields.invalid(
                 "type",
                 "must be 'function', 'custom' or 'allowed_tools'; 'none', 'auto' and 'required' are plain strings",
             )
@@ -185,14 +177,14 @@ AnyReference = Annotated[
 ]
 
 
-class AllowedTools(WireModel):
+class AllowedTools(fields.WireModel):
     """Some of the tools: `auto` may call them, `required` must."""
 
     mode: Literal["auto", "required"]
-    tools: Annotated[list[AnyReference], Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True)]
+    tools: Annotated[list[AnyReference], Field(min_length=1, max_length=fields.MAX_TOOLS, fail_fast=True)]
 
 
-class AllowedToolsChoice(WireModel):
+class AllowedToolsChoice(fields.WireModel):
     """OpenAI's way to narrow the tools down without changing the prompt."""
 
     type: Literal["allowed_tools"]
@@ -200,7 +192,7 @@ class AllowedToolsChoice(WireModel):
 
 
 def _choice_form(value: Any) -> str:
-    if not isinstance(value, (dict, WireModel)):
+    if not isinstance(value, (dict, fields.WireModel)):
         return "<string>"
     return "<allowed>" if type_of(value) == "allowed_tools" else kind_form(value)
 
@@ -228,13 +220,15 @@ def check_tools(tools: Iterable[tuple[str, str, Mapping[str, Any]]], schema_path
         number = path.partition(".")[0]
         first = places.setdefault(name, number)
         if first != number:
-            raise invalid(path, f"must be unique, and tools.{first} is called {name!r} too")
+            raise fields.invalid(path, f"must be unique, and tools.{first} is called {name!r} too")
         try:
             size += len(json.dumps(shown, ensure_ascii=False, allow_nan=False))
         except (TypeError, ValueError) as error:  # objects of Python that are no JSON
-            raise invalid(f"{number}.{schema_path}", f"must be JSON: {error}") from None
-        if size > MAX_TOOLS_SIZE:
-            raise invalid("", f"have more than {MAX_TOOLS_SIZE} characters of JSON; send fewer tools at once")
+            raise fields.invalid(f"{number}.{schema_path}", f"must be JSON: {error}") from None
+        if size > fields.MAX_TOOLS_SIZE:
+            raise fields.invalid(
+                "", f"have more than {fields.MAX_TOOLS_SIZE} characters of JSON; send fewer tools at once"
+            )
 
 
 def check_chat_tools(tools: Sequence[Tool | CustomTool] | None) -> None:
@@ -246,7 +240,7 @@ def tool_use(tools: Sequence[Tool | CustomTool] | None, choice: ToolChoice | Non
     """The three fields as one; raises the error that pydantic reports where they contradict each other."""
     functions = [_function(tool) for tool in tools or ()]
     if not functions and choice not in (None, "none") and not (choice == "auto" and tools is not None):
-        raise invalid("tool_choice", "needs tools: there is nothing to choose from")
+        raise fields.invalid("tool_choice", "needs tools: there is nothing to choose from")
     custom = custom_names(tools)
     chosen = read_choice(choice, [one.name for one in functions if one.name not in custom], custom)
     return chosen.among(functions, [tool.shown() for tool in tools or ()], parallel=parallel)
@@ -279,7 +273,7 @@ def _known(
     else:
         kind, name, names = "custom", reference.custom.name, custom
     if name not in names:
-        raise invalid(f"{place}.{kind}.name", unknown_tool(name, names))
+        raise fields.invalid(f"{place}.{kind}.name", unknown_tool(name, names))
     return name
 
 

@@ -15,18 +15,8 @@ from candle_vllm.responses.api.kept import KeptResponses, note_dropped
 from candle_vllm.responses.api.stored_items import ItemList, PageRequest, item_list, stored_item
 from candle_vllm.responses.protocol.fields import Metadata
 from candle_vllm.responses.protocol.items import InputItem
+from candle_vllm.responses.store import entries
 from candle_vllm.responses.store.backend import Backend
-from candle_vllm.responses.store.entries import (
-    CONVERSATION,
-    Entry,
-    EntryItem,
-    Item,
-    NotStoredError,
-    checked_id,
-    is_id,
-    new_id,
-    parts_of,
-)
 
 MAX_ITEMS_AT_ONCE = 20
 
@@ -91,38 +81,40 @@ class Conversations:
     async def create(self, owner: str, request: ConversationCreateRequest) -> Conversation:
         """A new one."""
         store, metadata = await self._kept.store(), msgspec.json.encode(request.metadata or {})
-        made = Entry(kind=CONVERSATION, owner=owner, id=new_id("conv"), created=store.now, body=metadata)
-        parts = parts_of(_stored(request.items or ()), self._kept.options.max_item_bytes)
+        made = entries.Entry(
+            kind=entries.CONVERSATION, owner=owner, id=entries.new_id("conv"), created=store.now, body=metadata
+        )
+        parts = entries.parts_of(_stored(request.items or ()), self._kept.options.max_item_bytes)
         note_dropped(await store.put(made, parts=parts))
         return _shown(made)
 
     async def retrieve(self, owner: str, name: str) -> Conversation:
         """One of them."""
         store, name = await self._find(name)
-        found = await store.get(CONVERSATION, owner, name)
+        found = await store.get(entries.CONVERSATION, owner, name)
         if found is None:
-            raise NotStoredError("Conversation", name, "conversation_id")
+            raise entries.NotStoredError("Conversation", name, "conversation_id")
         return _shown(found)
 
     async def update(self, owner: str, name: str, request: ConversationUpdateRequest) -> Conversation:
         """One of them, with other metadata."""
         store, name = await self._find(name)
-        await store.change(CONVERSATION, owner, name, msgspec.json.encode(request.metadata or {}))
+        await store.change(entries.CONVERSATION, owner, name, msgspec.json.encode(request.metadata or {}))
         return await self.retrieve(owner, name)
 
     async def delete(self, owner: str, name: str) -> ConversationDeleted:
         """Deletes it and its items; responses that were made in it stay."""
         store, name = await self._find(name)
-        if not await store.delete(CONVERSATION, owner, name):
-            raise NotStoredError("Conversation", name, "conversation_id")
+        if not await store.delete(entries.CONVERSATION, owner, name):
+            raise entries.NotStoredError("Conversation", name, "conversation_id")
         return ConversationDeleted(id=name)
 
     async def items(self, owner: str, name: str, wanted: PageRequest) -> ItemList:
         """Some of its items; InvalidParameterError where `after` is none of them."""
-        if wanted.after is not None and not is_id(wanted.after):
+        if wanted.after is not None and not entries.is_id(wanted.after):
             raise InvalidParameterError(f"after must be the id of an item, not {wanted.after!r:.80}", "after")
         store, name = await self._find(name)
-        found = await store.parts(CONVERSATION, owner, name, wanted.limit + 1, wanted.order, wanted.after)
+        found = await store.parts(entries.CONVERSATION, owner, name, wanted.limit + 1, wanted.order, wanted.after)
         if found is None:
             raise InvalidParameterError(
                 f"after must be the id of an item of this conversation, not {wanted.after!r:.80}", "after"
@@ -137,30 +129,32 @@ class Conversations:
     async def item(self, owner: str, name: str, item_id: str) -> bytes:
         """One item, as JSON."""
         store, name = await self._find(name)
-        found = await store.part(CONVERSATION, owner, name, checked_id("Conversation item", item_id))
+        found = await store.part(entries.CONVERSATION, owner, name, entries.checked_id("Conversation item", item_id))
         if found is None:
-            raise NotStoredError("Conversation item", item_id, "item_id")
+            raise entries.NotStoredError("Conversation item", item_id, "item_id")
         return found.body
 
     async def delete_item(self, owner: str, name: str, item_id: str) -> Conversation:
         """Deletes an item; the conversation that it was in."""
         store, name = await self._find(name)
-        if not await store.delete_part(CONVERSATION, owner, name, checked_id("Conversation item", item_id)):
-            raise NotStoredError("Conversation item", item_id, "item_id")
+        if not await store.delete_part(
+            entries.CONVERSATION, owner, name, entries.checked_id("Conversation item", item_id)
+        ):
+            raise entries.NotStoredError("Conversation item", item_id, "item_id")
         return await self.retrieve(owner, name)
 
     async def _find(self, name: str) -> tuple[Backend, str]:
         """The store, and a name that a conversation can have."""
-        return await self._kept.store(), checked_id("Conversation", name)
+        return await self._kept.store(), entries.checked_id("Conversation", name)
 
 
-def _page(parts: Sequence[EntryItem], *, has_more: bool) -> ItemList:
+def _page(parts: Sequence[entries.EntryItem], *, has_more: bool) -> ItemList:
     return item_list([(part.id, part.body) for part in parts], has_more)
 
 
-def _stored(items: Any) -> list[Item]:
+def _stored(items: Any) -> list[entries.Item]:
     return [stored_item(item, f"items.{index}") for index, item in enumerate(items)]
 
 
-def _shown(made: Entry) -> Conversation:
+def _shown(made: entries.Entry) -> Conversation:
     return Conversation(id=made.id, created_at=made.created // 1000, metadata=msgspec.json.decode(made.body))

@@ -27,22 +27,10 @@ from candle_vllm.responses.conversation.events import (
 )
 from candle_vllm.responses.conversation.options import ConversationOptions, StopReason
 from candle_vllm.responses.conversation.transcript import Transcript
+from candle_vllm.responses.tools import tool
 from candle_vllm.responses.tools.approval import Approval, decide
 from candle_vllm.responses.tools.execution import Checked, check, denied, run, unknown_text
 from candle_vllm.responses.tools.registry import ToolRegistry
-from candle_vllm.responses.tools.tool import (
-    ToolCall,
-    ToolDefinition,
-    ToolOutput,
-    ToolProgress,
-    ToolResult,
-    ToolStatus,
-    is_picture,
-    output_pieces,
-    output_size,
-    output_text,
-    picture_type,
-)
 
 MAX_PICTURES = 64 << 20  # characters of base64 of all pictures that a conversation is shown
 MAX_KEPT = 64 << 20  # characters of output in the results; beyond it they keep what the model saw
@@ -59,7 +47,7 @@ class Decisions(NamedTuple):
 
     approved: Collection[str] = ()
     denied: Collection[str] = ()
-    auto_approve: Callable[[ToolDefinition], bool] | None = None
+    auto_approve: Callable[[tool.ToolDefinition], bool] | None = None
 
     def check(self, transcript: Transcript) -> None:
         """Raises `InvalidParameterError` where an id is no open call of the transcript, or is in both."""
@@ -95,9 +83,9 @@ class ShownPictures:
         self._room = MAX_PICTURES
         self._turn = asyncio.Lock()  # calls end at the same time, and count together
 
-    async def of(self, result: ToolResult) -> tuple[ToolResult, tuple[Part, ...]]:
+    async def of(self, result: tool.ToolResult) -> tuple[tool.ToolResult, tuple[Part, ...]]:
         """The result, whose text says which pictures cannot be shown; and what the model sees, where it is not text."""
-        pictures = {place: part for place, part in enumerate(result.output.content) if is_picture(part)}
+        pictures = {place: part for place, part in enumerate(result.output.content) if tool.is_picture(part)}
         if self._eyes is None or not pictures:
             return result, ()
         async with self._turn:
@@ -106,12 +94,12 @@ class ShownPictures:
                 fault = await self._fault(self._eyes, part.data or "", self._transcript.images + len(images))
                 if fault is None:
                     self._room -= len(part.data or "")
-                    images[place] = f"data:{picture_type(part)};base64,{part.data}"
+                    images[place] = f"data:{tool.picture_type(part)};base64,{part.data}"
                 else:
                     faults[place] = fault
             if faults:
-                result = replace(result, text=output_text(result.output, self._max_chars, faults))
-            pieces = output_pieces(result.output, self._max_chars, faults, images)
+                result = replace(result, text=tool.output_text(result.output, self._max_chars, faults))
+            pieces = tool.output_pieces(result.output, self._max_chars, faults, images)
             parts = tuple(TextPart(text) if image is None else ImagePart(image) for text, image in pieces)
             self._transcript.images += len(images)  # before another result is looked at
             return result, parts if images else ()
@@ -159,17 +147,17 @@ class TurnCalls:
         self._transcript = transcript
         self._channel = channel
         self._pictures = pictures
-        self._results: dict[str, ToolResult | None] = {}  # by call id, in the order of the calls
+        self._results: dict[str, tool.ToolResult | None] = {}  # by call id, in the order of the calls
         self._room = options.max_tool_calls
         self._kept = 0  # size of the outputs in the results
-        self._seen: tuple[int, Mapping[str, ToolDefinition]] = (-1, {})  # revision of the tools, and those allowed
+        self._seen: tuple[int, Mapping[str, tool.ToolDefinition]] = (-1, {})  # revision of the tools, and those allowed
 
     @property
-    def results(self) -> tuple[ToolResult, ...]:
+    def results(self) -> tuple[tool.ToolResult, ...]:
         """Of all turns, in the order of the calls."""
         return tuple(result for result in self._results.values() if result is not None)
 
-    def definitions(self) -> Mapping[str, ToolDefinition]:
+    def definitions(self) -> Mapping[str, tool.ToolDefinition]:
         """The tools that the model may call and that run here."""
         revision, shown = self._seen
         if revision != self._tools.revision:
@@ -178,7 +166,7 @@ class TurnCalls:
             self._seen = (self._tools.revision, shown)
         return shown
 
-    async def run(self, calls: Sequence[ToolCall]) -> StopReason | None:
+    async def run(self, calls: Sequence[tool.ToolCall]) -> StopReason | None:
         """Runs the calls of one turn; cancelling it ends those that run.
 
         Returns:
@@ -204,18 +192,20 @@ class TurnCalls:
         order: tuple[StopReason, ...] = ("max_tool_calls", "approval", "client_tools")
         return next((reason for reason in order if reason in reasons), None)
 
-    def of_turn(self, calls: Sequence[ToolCall]) -> list[ToolResult]:
+    def of_turn(self, calls: Sequence[tool.ToolCall]) -> list[tool.ToolResult]:
         """The results of some calls."""
         return [result for call in calls if (result := self._results.get(call.id)) is not None]
 
-    async def refuse(self, call: ToolCall, status: ToolStatus, text: str) -> None:
+    async def refuse(self, call: tool.ToolCall, status: tool.ToolStatus, text: str) -> None:
         """Gives a call a result that says why it did not run, or not to its end."""
         definition = self.definitions().get(call.name)
-        output = ToolOutput.of_text(text, is_error=True)
+        output = tool.ToolOutput.of_text(text, is_error=True)
         server = None if definition is None else definition.server
-        await self._finish(ToolResult(call=call, server=server, status=status, output=output, text=text))
+        await self._finish(tool.ToolResult(call=call, server=server, status=status, output=output, text=text))
 
-    async def _decide(self, call: ToolCall, definitions: Mapping[str, ToolDefinition]) -> Checked | StopReason | None:
+    async def _decide(
+        self, call: tool.ToolCall, definitions: Mapping[str, tool.ToolDefinition]
+    ) -> Checked | StopReason | None:
         """The call if it may run, or why it waits; None when it has its result already."""
         if call.name in self._client_names:
             return "client_tools"
@@ -224,7 +214,7 @@ class TurnCalls:
             return None
         most = self._options.max_result_chars
         checked = await check(self._tools, call, max_chars=most)
-        if isinstance(checked, ToolResult):
+        if isinstance(checked, tool.ToolResult):
             await self._finish(checked)
             return None
         if self._room == 0 and call.id not in self._decisions.denied:
@@ -239,7 +229,7 @@ class TurnCalls:
             self._room -= 1
         return checked
 
-    async def _approval(self, call: ToolCall, definition: ToolDefinition) -> Approval:
+    async def _approval(self, call: tool.ToolCall, definition: tool.ToolDefinition) -> Approval:
         auto, policy = self._decisions.auto_approve, self._options.approval
         if call.id in self._decisions.denied:
             return Approval.DENY
@@ -256,7 +246,7 @@ class TurnCalls:
     async def _run(self, checked: Checked, slots: asyncio.Semaphore) -> None:
         call = checked.call
 
-        def report(progress: ToolProgress) -> None:
+        def report(progress: tool.ToolProgress) -> None:
             self._channel.offer(ToolProgressed(call_id=call.id, progress=progress))
 
         async with slots:
@@ -267,12 +257,12 @@ class TurnCalls:
                 await run(checked, timeout=options.tool_timeout, max_chars=options.max_result_chars, report=report)
             )
 
-    async def _finish(self, result: ToolResult) -> None:
+    async def _finish(self, result: tool.ToolResult) -> None:
         result, parts = await self._pictures.of(result)
-        self._kept += output_size(result.output)
+        self._kept += tool.output_size(result.output)
         kept = result
         if self._kept > MAX_KEPT:
-            kept = replace(result, output=ToolOutput.of_text(result.text, is_error=result.output.is_error))
+            kept = replace(result, output=tool.ToolOutput.of_text(result.text, is_error=result.output.is_error))
         self._results[result.call.id] = kept
         self._transcript.add_result(result, parts)
         await self._channel.send(ToolFinished(result=result, shown=parts))

@@ -11,19 +11,8 @@ from typing import Any, Literal, get_args
 from urllib.parse import parse_qsl, urlsplit
 
 from candle_vllm.core.arguments import ExplainedSettings
+from candle_vllm.responses.mcp import server_values
 from candle_vllm.responses.mcp.server_keys import settings_of
-from candle_vllm.responses.mcp.server_values import (
-    MASK,
-    MAX_CONNECT_TIMEOUT,
-    MAX_INSTRUCTIONS,
-    MAX_PATTERNS,
-    MAX_TIMEOUT,
-    Checks,
-    OAuthClient,
-    SecretMap,
-    masked_arguments,
-    masked_url,
-)
 from candle_vllm.responses.tools.names import matches
 
 Transport = Literal["stdio", "http", "sse"]
@@ -67,11 +56,11 @@ class McpServerConfig(ExplainedSettings):
     transport: Transport | None = None
     command: str | None = None
     args: Sequence[str] = ()
-    env: Mapping[str, str] = SecretMap({})
+    env: Mapping[str, str] = server_values.SecretMap({})
     cwd: Path | None = None
     url: str | None = None
-    headers: Mapping[str, str] = SecretMap({})
-    auth: str | OAuthClient | None = None
+    headers: Mapping[str, str] = server_values.SecretMap({})
+    auth: str | server_values.OAuthClient | None = None
     timeout: float = 60.0
     connect_timeout: float = 30.0
     enabled: bool = True
@@ -97,23 +86,25 @@ class McpServerConfig(ExplainedSettings):
         return cls(name=name, **settings_of(name, mapping, folder))
 
     def __post_init__(self) -> None:
-        checks = Checks(self.name)
+        checks = server_values.Checks(self.name)
         self._check_target(checks)
         set_to = {
             "args": checks.texts("args", self.args, empty=True),
-            "env": SecretMap(checks.variables("env", self.env)),
+            "env": server_values.SecretMap(checks.variables("env", self.env)),
             "cwd": None if self.cwd is None else checks.folder("cwd", self.cwd),
-            "headers": SecretMap(checks.http_headers("headers", self.headers)),
-            "timeout": checks.seconds("timeout", self.timeout, MAX_TIMEOUT),
-            "connect_timeout": checks.seconds("connect_timeout", self.connect_timeout, MAX_CONNECT_TIMEOUT),
+            "headers": server_values.SecretMap(checks.http_headers("headers", self.headers)),
+            "timeout": checks.seconds("timeout", self.timeout, server_values.MAX_TIMEOUT),
+            "connect_timeout": checks.seconds(
+                "connect_timeout", self.connect_timeout, server_values.MAX_CONNECT_TIMEOUT
+            ),
             "enabled": checks.flag("enabled", self.enabled),
-            "excluded_tools": checks.texts("excluded_tools", self.excluded_tools, most=MAX_PATTERNS),
-            "auto_approve": checks.texts("auto_approve", self.auto_approve, most=MAX_PATTERNS),
+            "excluded_tools": checks.texts("excluded_tools", self.excluded_tools, most=server_values.MAX_PATTERNS),
+            "auto_approve": checks.texts("auto_approve", self.auto_approve, most=server_values.MAX_PATTERNS),
         }
         if self.allowed_tools is not None:
-            set_to["allowed_tools"] = checks.texts("allowed_tools", self.allowed_tools, most=MAX_PATTERNS)
+            set_to["allowed_tools"] = checks.texts("allowed_tools", self.allowed_tools, most=server_values.MAX_PATTERNS)
         if self.instructions is not None:
-            checks.text("instructions", self.instructions, most=MAX_INSTRUCTIONS, empty=True)
+            checks.text("instructions", self.instructions, most=server_values.MAX_INSTRUCTIONS, empty=True)
         set_to |= self._authorization(checks, set_to["headers"])
         for name, value in set_to.items():
             object.__setattr__(self, name, value)
@@ -134,14 +125,14 @@ class McpServerConfig(ExplainedSettings):
             value = getattr(self, name)
             if value == setting.default:
                 continue
-            if isinstance(value, SecretMap):
+            if isinstance(value, server_values.SecretMap):
                 value = value.masked()
             elif name == "auth":
-                value = MASK
+                value = server_values.MASK
             elif name == "url":
-                value = masked_url(value)
+                value = server_values.masked_url(value)
             elif isinstance(value, tuple):
-                value = masked_arguments(value) if name == "args" else list(value)
+                value = server_values.masked_arguments(value) if name == "args" else list(value)
             shown[name] = str(value) if isinstance(value, Path) else value
         return shown
 
@@ -158,7 +149,7 @@ class McpServerConfig(ExplainedSettings):
     def __repr__(self) -> str:
         return f"McpServerConfig({', '.join(f'{name}={value!r}' for name, value in self.masked().items())})"
 
-    def _check_target(self, checks: Checks) -> None:
+    def _check_target(self, checks: server_values.Checks) -> None:
         """Exactly one of `command` and `url`, and nothing that belongs to the other."""
         if (self.command is None) == (self.url is None):
             both = "and has both" if self.command is not None else "and has neither"
@@ -182,7 +173,7 @@ class McpServerConfig(ExplainedSettings):
         if not fits:
             checks.fail("transport", f"does not fit: the server has {target}")
 
-    def _authorization(self, checks: Checks, headers: SecretMap) -> dict[str, Any]:
+    def _authorization(self, checks: server_values.Checks, headers: server_values.SecretMap) -> dict[str, Any]:
         """Where credentials go: a bearer token stays in `auth`, other schemes become the header."""
         if self.auth is None:
             return {}
@@ -191,7 +182,7 @@ class McpServerConfig(ExplainedSettings):
             checks.fail("auth", f"and headers.{given[0]} both say who the client is: give one")
         if "@" in urlsplit(self.url or "").netloc:
             checks.fail("auth", "and the user in url both say who the client is: give one")
-        if isinstance(self.auth, OAuthClient):
+        if isinstance(self.auth, server_values.OAuthClient):
             self._check_client(checks, self.auth)
             return {}
         token = checks.one_line("auth", self.auth).strip()
@@ -200,9 +191,9 @@ class McpServerConfig(ExplainedSettings):
         scheme = _SCHEME.fullmatch(token)
         if scheme is None or scheme[1].lower() == "bearer":
             return {"auth": scheme[2] if scheme else token}
-        return {"auth": None, "headers": SecretMap({**headers, "Authorization": token})}
+        return {"auth": None, "headers": server_values.SecretMap({**headers, "Authorization": token})}
 
-    def _check_client(self, checks: Checks, client: OAuthClient) -> None:
+    def _check_client(self, checks: server_values.Checks, client: server_values.OAuthClient) -> None:
         checks.one_line("auth.client_id", client.client_id)
         checks.one_line("auth.client_secret", client.client_secret)
         for scope in checks.texts("auth.scopes", client.scopes):

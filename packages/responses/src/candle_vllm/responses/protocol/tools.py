@@ -8,18 +8,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
+from candle_vllm.openai.protocol import fields
 from candle_vllm.openai.protocol.custom_tools import AnyText, Grammar, format_form
-from candle_vllm.openai.protocol.fields import (
-    MAX_NAME,
-    MAX_TOOLS,
-    FunctionName,
-    Name,
-    Refusal,
-    WireModel,
-    few_entries,
-    invalid,
-    unsupported,
-)
 from candle_vllm.openai.protocol.tools import ArgumentsSchema
 from candle_vllm.responses.protocol.fields import type_of
 
@@ -27,10 +17,10 @@ MAX_HEADERS = 32
 MAX_URL = 2048
 MAX_SECRET = 16 << 10  # characters of a header
 _Text = Annotated[str, Field(max_length=1 << 20)]
-_CALLED_DIRECTLY = {"allowed_callers": Refusal("only the model itself calls tools", (["direct"],))}
+_CALLED_DIRECTLY = {"allowed_callers": fields.Refusal("only the model itself calls tools", (["direct"],))}
 
 
-class FunctionTool(WireModel):
+class FunctionTool(fields.WireModel):
     """A function that the caller runs.
 
     `defer_loading` has no effect: every tool is shown to the model from the start. Nor have `async` and
@@ -38,7 +28,7 @@ class FunctionTool(WireModel):
     """
 
     type: Literal["function"]
-    name: FunctionName
+    name: fields.FunctionName
     description: _Text | None = None
     parameters: ArgumentsSchema | None = None
     strict: bool | None = None
@@ -46,16 +36,18 @@ class FunctionTool(WireModel):
     defer_loading: bool | None = None
     runs_async: bool | None = Field(default=None, alias="async")
 
-    refused_fields: ClassVar[Mapping[str, Refusal]] = {
+    refused_fields: ClassVar[Mapping[str, fields.Refusal]] = {
         **_CALLED_DIRECTLY,
-        "function": Refusal("it belongs to chat requests; name, description and parameters stand in the tool itself"),
+        "function": fields.Refusal(
+            "it belongs to chat requests; name, description and parameters stand in the tool itself"
+        ),
     }
 
     @classmethod
     def check_kind(cls, data: dict[str, Any]) -> None:
         """Says where the parts of a chat request's tool belong."""
         if "function" in data and "name" not in data:
-            raise invalid("name", "is required: name, description and parameters stand in the tool itself here")
+            raise fields.invalid("name", "is required: name, description and parameters stand in the tool itself here")
 
 
 class GrammarFormat(Grammar):
@@ -64,11 +56,11 @@ class GrammarFormat(Grammar):
     type: Literal["grammar"]
 
 
-class CustomTool(WireModel):
+class CustomTool(fields.WireModel):
     """A tool that the caller runs and whose input is text."""
 
     type: Literal["custom"]
-    name: FunctionName
+    name: fields.FunctionName
     description: _Text | None = None
     format: (
         Annotated[
@@ -80,18 +72,18 @@ class CustomTool(WireModel):
     defer_loading: bool | None = None
     runs_async: bool | None = Field(default=None, alias="async")
 
-    refused_fields: ClassVar[Mapping[str, Refusal]] = _CALLED_DIRECTLY
+    refused_fields: ClassVar[Mapping[str, fields.Refusal]] = _CALLED_DIRECTLY
 
 
 def _inner_form(value: Any) -> str:
     return "<custom>" if type_of(value) == "custom" else "<function>"
 
 
-class NamespaceTool(WireModel):
+class NamespaceTool(fields.WireModel):
     """Tools with a name before their names; the model sees `namespace__name`, the caller gets both parts back."""
 
     type: Literal["namespace"]
-    name: FunctionName
+    name: fields.FunctionName
     description: _Text | None = None
     tools: Annotated[
         list[
@@ -100,18 +92,18 @@ class NamespaceTool(WireModel):
                 Discriminator(_inner_form),
             ]
         ],
-        Field(max_length=MAX_TOOLS, fail_fast=True),
+        Field(max_length=fields.MAX_TOOLS, fail_fast=True),
     ]
 
 
-class ToolFilter(WireModel):
+class ToolFilter(fields.WireModel):
     """Some tools of a server: those of these names, or those that say that they change nothing (or do)."""
 
-    tool_names: Annotated[list[Name], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tool_names: Annotated[list[fields.Name], Field(max_length=fields.MAX_TOOLS, fail_fast=True)] | None = None
     read_only: bool | None = None
 
 
-class ApprovalFilter(WireModel):
+class ApprovalFilter(fields.WireModel):
     """Which tools need agreement and which do not; for the others somebody is asked."""
 
     always: ToolFilter | None = None
@@ -126,7 +118,7 @@ def _approval_form(value: Any) -> str:
     return "<filter>" if isinstance(value, (dict, ApprovalFilter)) else "<word>"
 
 
-class McpTool(WireModel):
+class McpTool(fields.WireModel):
     """The tools of an MCP server: one that the operator has configured under this label, or one at a URL.
 
     Attributes:
@@ -139,15 +131,15 @@ class McpTool(WireModel):
     """
 
     type: Literal["mcp"]
-    server_label: Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
+    server_label: Annotated[str, Field(min_length=1, max_length=fields.MAX_NAME)]
     server_url: Annotated[str, Field(min_length=1, max_length=MAX_URL)] | None = None
     authorization: Annotated[str, Field(min_length=1, max_length=MAX_SECRET)] | None = Field(default=None, repr=False)
-    headers: Annotated[dict[str, Annotated[str, Field(max_length=MAX_SECRET)]], few_entries(MAX_HEADERS)] | None = (
-        Field(default=None, repr=False)
-    )
+    headers: (
+        Annotated[dict[str, Annotated[str, Field(max_length=MAX_SECRET)]], fields.few_entries(MAX_HEADERS)] | None
+    ) = Field(default=None, repr=False)
     allowed_tools: (
         Annotated[
-            Annotated[list[Name], Field(max_length=MAX_TOOLS, fail_fast=True), Tag("<names>")]
+            Annotated[list[fields.Name], Field(max_length=fields.MAX_TOOLS, fail_fast=True), Tag("<names>")]
             | Annotated[ToolFilter, Tag("<filter>")],
             Discriminator(_allowed_form),
         ]
@@ -163,24 +155,24 @@ class McpTool(WireModel):
     server_description: _Text | None = None
     defer_loading: bool | None = None
 
-    refused_fields: ClassVar[Mapping[str, Refusal]] = {
+    refused_fields: ClassVar[Mapping[str, fields.Refusal]] = {
         **_CALLED_DIRECTLY,
-        "connector_id": Refusal("connectors are OpenAI's; give the server_url"),
-        "tunnel_id": Refusal("tunnels are OpenAI's; give the server_url"),
+        "connector_id": fields.Refusal("connectors are OpenAI's; give the server_url"),
+        "tunnel_id": fields.Refusal("tunnels are OpenAI's; give the server_url"),
     }
 
     @model_validator(mode="after")
     def _for_a_url(self) -> Self:
         for name in ("authorization", "headers"):
             if getattr(self, name) and self.server_url is None:
-                raise invalid(name, "needs server_url: the operator's own servers have their own")
+                raise fields.invalid(name, "needs server_url: the operator's own servers have their own")
         return self
 
 
-class HostedTool(WireModel):
+class HostedTool(fields.WireModel):
     """A tool that OpenAI runs, such as `web_search`; it is left out."""
 
-    type: Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
+    type: Annotated[str, Field(min_length=1, max_length=fields.MAX_NAME)]
 
 
 _SERVED = ("function", "custom", "namespace", "mcp")
@@ -193,13 +185,13 @@ def _tool_form(value: Any) -> str:
 
 def _only_type_of_hosted(value: Any) -> Any:
     """What else a tool has that is left out does not matter."""
-    if isinstance(value, WireModel):
+    if isinstance(value, fields.WireModel):
         return value
     if not isinstance(value, dict):
-        raise invalid("", "must be an object with a type")
+        raise fields.invalid("", "must be an object with a type")
     kind = value.get("type")
     if not isinstance(kind, str):
-        raise invalid("type", "is required: function, custom, namespace or mcp")
+        raise fields.invalid("type", "is required: function, custom, namespace or mcp")
     return value if kind in _SERVED else {"type": kind}
 
 
@@ -215,20 +207,20 @@ AnyTool = Annotated[
 ]
 
 
-class NamedToolChoice(WireModel):
+class NamedToolChoice(fields.WireModel):
     """Exactly one call of this tool."""
 
     type: Literal["function", "custom"]
-    name: Name
-    namespace: Name | None = None
+    name: fields.Name
+    namespace: fields.Name | None = None
 
 
-class McpToolChoice(WireModel):
+class McpToolChoice(fields.WireModel):
     """A call of a tool of this server, or of this one."""
 
     type: Literal["mcp"]
-    server_label: Name
-    name: Name | None = None
+    server_label: fields.Name
+    name: fields.Name | None = None
 
 
 def _reference_form(value: Any) -> str:
@@ -238,7 +230,9 @@ def _reference_form(value: Any) -> str:
 def _served_reference(value: Any) -> Any:
     kind = value.get("type") if isinstance(value, dict) else None
     if isinstance(kind, str) and kind not in ("function", "custom", "mcp", "allowed_tools"):
-        raise unsupported("type", f"{kind!r:.60} is a tool of OpenAI's own; name a function, a custom or an mcp tool")
+        raise fields.unsupported(
+            "type", f"{kind!r:.60} is a tool of OpenAI's own; name a function, a custom or an mcp tool"
+        )
     return value
 
 
@@ -249,16 +243,16 @@ ToolReference = Annotated[
 ]
 
 
-class AllowedToolsChoice(WireModel):
+class AllowedToolsChoice(fields.WireModel):
     """Some of the tools: `auto` may call them, `required` must; the model is shown all."""
 
     type: Literal["allowed_tools"]
     mode: Literal["none", "auto", "required"] = "auto"
-    tools: Annotated[list[ToolReference], Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True)]
+    tools: Annotated[list[ToolReference], Field(min_length=1, max_length=fields.MAX_TOOLS, fail_fast=True)]
 
 
 def _choice_form(value: Any) -> str:
-    if not isinstance(value, (dict, WireModel)):
+    if not isinstance(value, (dict, fields.WireModel)):
         return "<string>"
     return {"mcp": "<mcp>", "allowed_tools": "<allowed>"}.get(type_of(value) or "", "<named>")
 

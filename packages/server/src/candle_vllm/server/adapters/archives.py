@@ -18,20 +18,9 @@ from typing import IO, Any
 from urllib.parse import quote, urlsplit
 
 from candle_vllm.core.shown import without_secrets
+from candle_vllm.server.adapters import sources
 from candle_vllm.server.adapters.disk_cache import DiskCache
 from candle_vllm.server.adapters.fetching import FetchedSource, Pinned, cut_off
-from candle_vllm.server.adapters.sources import (
-    CONFIG,
-    MAX_CONFIG,
-    PICKLED,
-    WEIGHTS,
-    AdapterName,
-    Budget,
-    Limits,
-    Refused,
-    Unavailable,
-    check_config,
-)
 
 MAX_MEMBERS = 64
 MAX_RATIO = 200  # of what is unpacked to what came; weights are numbers, which hardly shrink
@@ -42,7 +31,7 @@ _GZIP = b"\x1f\x8b"
 _HEADS = (
     tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE,
 )  # fmt: skip
-_KEPT = (CONFIG, WEIGHTS)
+_KEPT = (sources.CONFIG, sources.WEIGHTS)
 _HTTP_SECONDS = 10.0  # without a byte
 _MAX_SUM = 4096  # bytes of a file with a sum
 _SUM = re.compile(r"[0-9a-f]{64}")
@@ -61,15 +50,15 @@ class TarSource(FetchedSource):
 
     kind = "tar"
 
-    def __init__(self, address: str, cache: DiskCache, limits: Limits) -> None:
+    def __init__(self, address: str, cache: DiskCache, limits: sources.Limits) -> None:
         super().__init__(cache, limits)
         self._address = address
         self.pins = "{revision}" not in address
 
-    def _may_have(self, name: AdapterName) -> bool:
+    def _may_have(self, name: sources.AdapterName) -> bool:
         return name.revision is None or "{revision}" in self._address or _SUM.fullmatch(name.revision) is not None
 
-    def _pin(self, name: AdapterName, budget: Budget) -> Pinned | None:
+    def _pin(self, name: sources.AdapterName, budget: sources.Budget) -> Pinned | None:
         wanted = name.revision if name.revision and "{revision}" not in self._address else None
         url = self._address.replace("{name}", quote(name.name)).replace("{revision}", quote(name.revision or ""))
         shown = without_secrets(url)
@@ -78,11 +67,11 @@ class TarSource(FetchedSource):
         except FileNotFoundError:
             return None
         if not _SUM.fullmatch(told):
-            raise Unavailable(f"the sum of {shown} begins with no SHA-256")
+            raise sources.Unavailable(f"the sum of {shown} begins with no SHA-256")
         if wanted is not None and told != wanted:
             return None
 
-        def fill(folder: Path, budget: Budget) -> str | None:
+        def fill(folder: Path, budget: sources.Budget) -> str | None:
             archive, found = folder.parent / "archive", hashlib.sha256()
             try:
                 with archive.open("xb") as stream:
@@ -91,9 +80,9 @@ class TarSource(FetchedSource):
                         budget.store(len(piece))
                         stream.write(piece)
             except FileNotFoundError:
-                raise Unavailable(f"{shown} is not there, though its sum is") from None
+                raise sources.Unavailable(f"{shown} is not there, though its sum is") from None
             if found.hexdigest() != told:
-                raise Unavailable(f"{shown} is not what its sum says")  # one of the two may be about to come
+                raise sources.Unavailable(f"{shown} is not what its sum says")  # one of the two may be about to come
             base = unpack(archive, folder, budget)
             size = archive.stat().st_size
             archive.unlink()
@@ -114,7 +103,7 @@ def is_template(address: str) -> bool:
     return parts.scheme in ("http", "https") and bool(host) and "{name}" in parts.path and "{" not in rest
 
 
-def _http(url: str, budget: Budget, most: int) -> Iterator[bytes]:
+def _http(url: str, budget: sources.Budget, most: int) -> Iterator[bytes]:
     """The body at an address, in pieces; raises FileNotFoundError where there is nothing."""
     import httpx
 
@@ -130,7 +119,7 @@ def _http(url: str, budget: Budget, most: int) -> Iterator[bytes]:
             if answer.status_code in _NOTHING:
                 raise FileNotFoundError(shown)
             if answer.status_code != 200:
-                raise Unavailable(f"{shown} answered {answer.status_code}")
+                raise sources.Unavailable(f"{shown} answered {answer.status_code}")
             told = answer.headers.get("content-length", "")
             if told.isascii() and told.isdigit() and len(told) < 16:
                 budget.expect(min(int(told), most))
@@ -138,17 +127,17 @@ def _http(url: str, budget: Budget, most: int) -> Iterator[bytes]:
                 left -= len(piece)
                 _ = budget.seconds
                 if left < 0:
-                    raise Refused(f"it has more than {most >> 20} MiB, the most that this server fetches")
+                    raise sources.Refused(f"it has more than {most >> 20} MiB, the most that this server fetches")
                 yield piece
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         _ = budget.seconds
-        raise Unavailable(f"{shown} cannot be had ({type(error).__name__})") from None
+        raise sources.Unavailable(f"{shown} cannot be had ({type(error).__name__})") from None
 
 
 # ---- what is in one --------------------------------------------------------------------------------------------------
 
 
-def unpack(archive: Path, folder: Path, budget: Budget) -> str | None:
+def unpack(archive: Path, folder: Path, budget: sources.Budget) -> str | None:
     """Unpacks the adapter of an archive, plain or with gzip, into an empty folder.
 
     Returns:
@@ -167,51 +156,53 @@ def unpack(archive: Path, folder: Path, budget: Budget) -> str | None:
                 with tarfile.open(fileobj=bounded, mode="r|", tarinfo=BoundedMember) as tar:
                     return _unpack(tar, folder, budget)
     except (tarfile.TarError, zlib.error, EOFError, OSError, ValueError, ArithmeticError, RecursionError) as error:
-        raise Refused(f"its archive cannot be read ({type(error).__name__})") from None
+        raise sources.Refused(f"its archive cannot be read ({type(error).__name__})") from None
 
 
-def _unpack(tar: tarfile.TarFile, folder: Path, budget: Budget) -> str | None:
+def _unpack(tar: tarfile.TarFile, folder: Path, budget: sources.Budget) -> str | None:
     seen = dict[str, PurePosixPath]()
     base: str | None = None
     for number, member in enumerate(tar):
         if number >= MAX_MEMBERS:
-            raise Refused(f"its archive has more than {MAX_MEMBERS} members")
+            raise sources.Refused(f"its archive has more than {MAX_MEMBERS} members")
         path, shown = PurePosixPath(member.name), f"{member.name!r:.100}"
         if path.is_absolute() or ".." in path.parts:
-            raise Refused(f"its archive has {shown}, which leads out of it")
+            raise sources.Refused(f"its archive has {shown}, which leads out of it")
         if member.isdir():
             continue
         if not member.isreg() or member.issparse() or member.size < 0:
-            raise Refused(f"its archive has {shown}, which is no plain file")
-        if path.name == PICKLED:
-            raise Refused(f"its archive has {shown}, a pickle, which is a program: save it as {WEIGHTS}")
+            raise sources.Refused(f"its archive has {shown}, which is no plain file")
+        if path.name == sources.PICKLED:
+            raise sources.Refused(
+                f"its archive has {shown}, a pickle, which is a program: save it as {sources.WEIGHTS}"
+            )
         if path.name not in _KEPT:
             continue
         if path.name in seen or any(parent != path.parent for parent in seen.values()):
-            raise Refused(f"its archive has more than one adapter: {shown}")
+            raise sources.Refused(f"its archive has more than one adapter: {shown}")
         seen[path.name] = path.parent
         content = tar.extractfile(member)
         assert content is not None
-        if path.name == CONFIG:
+        if path.name == sources.CONFIG:
             base = _config(content, member.size, folder, budget)
         else:
             _copy(content, folder / path.name, member.size, budget)
     if len(seen) != len(_KEPT):
-        raise Refused(f"its archive has no {next(name for name in _KEPT if name not in seen)}")
+        raise sources.Refused(f"its archive has no {next(name for name in _KEPT if name not in seen)}")
     return base
 
 
-def _config(content: IO[bytes], size: int, folder: Path, budget: Budget) -> str | None:
-    if size > MAX_CONFIG:
-        raise Refused(f"its {CONFIG} has more than {MAX_CONFIG >> 20} MiB")
+def _config(content: IO[bytes], size: int, folder: Path, budget: sources.Budget) -> str | None:
+    if size > sources.MAX_CONFIG:
+        raise sources.Refused(f"its {sources.CONFIG} has more than {sources.MAX_CONFIG >> 20} MiB")
     budget.take(size)
     text = content.read(size)
-    base = check_config(text, budget.limits)
-    (folder / CONFIG).write_bytes(text)
+    base = sources.check_config(text, budget.limits)
+    (folder / sources.CONFIG).write_bytes(text)
     return base
 
 
-def _copy(content: IO[bytes], path: Path, size: int, budget: Budget) -> None:
+def _copy(content: IO[bytes], path: Path, size: int, budget: sources.Budget) -> None:
     budget.check(size)
     with path.open("xb") as out:
         while piece := content.read(_PIECE):
@@ -230,7 +221,7 @@ class BoundedStream:
         piece = self._plain.read(size)
         self._most -= len(piece)
         if self._most < 0:
-            raise Refused("its archive unpacks to far more than it may")
+            raise sources.Refused("its archive unpacks to far more than it may")
         return piece
 
 
@@ -239,7 +230,7 @@ class BoundedMember(tarfile.TarInfo):
 
     def _proc_member(self, tar: Any) -> Any:
         if self.type in _HEADS and not 0 <= self.size <= _MAX_HEAD:
-            raise Refused(f"its archive has a name or attributes of {self.size} bytes")
+            raise sources.Refused(f"its archive has a name or attributes of {self.size} bytes")
         if self.type == tarfile.GNUTYPE_SPARSE:
-            raise Refused("its archive has a sparse file, which is no plain file")
+            raise sources.Refused("its archive has a sparse file, which is no plain file")
         return super()._proc_member(tar)  # type: ignore[misc]  # what TarInfo documents for subclasses

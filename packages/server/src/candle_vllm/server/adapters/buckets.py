@@ -11,19 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from candle_vllm.core.errors import with_extra
+from candle_vllm.server.adapters import sources
 from candle_vllm.server.adapters.disk_cache import DiskCache
 from candle_vllm.server.adapters.fetching import FetchedSource, Pinned, Taking
-from candle_vllm.server.adapters.sources import (
-    CONFIG,
-    MAX_CONFIG,
-    WEIGHTS,
-    AdapterName,
-    Budget,
-    Limits,
-    Refused,
-    Unavailable,
-    check_config,
-)
 from candle_vllm.server.settings.options import UsageError
 
 _CONNECT_SECONDS = 10
@@ -42,7 +32,7 @@ class BucketSource(FetchedSource):
     kind = "s3"
     pins = False
 
-    def __init__(self, place: str, cache: DiskCache, limits: Limits) -> None:
+    def __init__(self, place: str, cache: DiskCache, limits: sources.Limits) -> None:
         super().__init__(cache, limits)
         try:
             from obstore.store import S3Store
@@ -58,10 +48,10 @@ class BucketSource(FetchedSource):
         retries: Any = {"max_retries": 1, "retry_timeout": timedelta(seconds=limits.seconds)}
         self._store = S3Store(bucket, client_options=options, retry_config=retries)
 
-    def _label(self, name: AdapterName) -> str:
+    def _label(self, name: sources.AdapterName) -> str:
         return f"s3://{self._place}/{'/'.join(filter(None, (name.name, name.revision)))}"
 
-    def _pin(self, name: AdapterName, budget: Budget) -> Pinned | None:
+    def _pin(self, name: sources.AdapterName, budget: sources.Budget) -> Pinned | None:
         import obstore
         from obstore.exceptions import PermissionDeniedError
 
@@ -70,7 +60,7 @@ class BucketSource(FetchedSource):
         heads = list[Any]()
         with _s3_failures(budget):
             try:
-                for file in (CONFIG, WEIGHTS):
+                for file in (sources.CONFIG, sources.WEIGHTS):
                     heads.append(obstore.head(self._store, below + file))
                     _ = budget.seconds
             except (FileNotFoundError, PermissionDeniedError):  # a bucket that may not be listed says the latter
@@ -78,23 +68,23 @@ class BucketSource(FetchedSource):
         tags = [f"{head.get('e_tag') or head['last_modified'].isoformat()} {head['size']}" for head in heads]
         revision = hashlib.sha256("\n".join(tags).encode()).hexdigest()[:40]
 
-        def fill(folder: Path, budget: Budget) -> str | None:
+        def fill(folder: Path, budget: sources.Budget) -> str | None:
             budget.expect(sum(head["size"] for head in heads))
-            self._get(below + CONFIG, folder / CONFIG, budget, MAX_CONFIG)
-            base = check_config((folder / CONFIG).read_bytes(), budget.limits)
-            self._get(below + WEIGHTS, folder / WEIGHTS, budget, budget.limits.max_bytes)
+            self._get(below + sources.CONFIG, folder / sources.CONFIG, budget, sources.MAX_CONFIG)
+            base = sources.check_config((folder / sources.CONFIG).read_bytes(), budget.limits)
+            self._get(below + sources.WEIGHTS, folder / sources.WEIGHTS, budget, budget.limits.max_bytes)
             return base
 
         return Pinned(revision, fill, self._label(name))
 
-    def _get(self, key: str, path: Path, budget: Budget, most: int) -> None:
+    def _get(self, key: str, path: Path, budget: sources.Budget, most: int) -> None:
         import obstore
 
         with _s3_failures(budget), path.open("xb") as stream:
             got = obstore.get(self._store, key)  # that it is there was known
             size = int(got.meta["size"])
             if size > most:
-                raise Refused(f"its {path.name} has more than {most >> 20} MiB")
+                raise sources.Refused(f"its {path.name} has more than {most >> 20} MiB")
             budget.check(size)
             taking = Taking(stream, budget)
             for piece in got.stream(min_chunk_size=_PIECE):
@@ -102,7 +92,7 @@ class BucketSource(FetchedSource):
 
 
 @contextmanager
-def _s3_failures(budget: Budget) -> Iterator[None]:
+def _s3_failures(budget: sources.Budget) -> Iterator[None]:
     """What the store's failures mean."""
     from obstore.exceptions import BaseError
 
@@ -110,4 +100,4 @@ def _s3_failures(budget: Budget) -> Iterator[None]:
         yield
     except (BaseError, FileNotFoundError) as error:
         _ = budget.seconds
-        raise Unavailable(f"the bucket cannot be asked ({type(error).__name__})") from None
+        raise sources.Unavailable(f"the bucket cannot be asked ({type(error).__name__})") from None

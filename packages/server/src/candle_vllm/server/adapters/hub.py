@@ -15,20 +15,9 @@ from urllib.parse import quote
 import msgspec
 
 from candle_vllm.core.loading.source import HUB_ID, HUB_TIMEOUT_S
+from candle_vllm.server.adapters import sources
 from candle_vllm.server.adapters.disk_cache import DiskCache
 from candle_vllm.server.adapters.fetching import FetchedSource, Pinned, Taking, cut_off, sum_of
-from candle_vllm.server.adapters.sources import (
-    CONFIG,
-    MAX_CONFIG,
-    PICKLED,
-    WEIGHTS,
-    AdapterName,
-    Budget,
-    Limits,
-    Refused,
-    Unavailable,
-    check_config,
-)
 from candle_vllm.server.models.downloads import refused_by_hub
 from candle_vllm.server.settings import Settings
 
@@ -53,7 +42,7 @@ class HubSource(FetchedSource):
 
     kind = "hf"
 
-    def __init__(self, pattern: str, settings: Settings, cache: DiskCache, limits: Limits) -> None:
+    def __init__(self, pattern: str, settings: Settings, cache: DiskCache, limits: sources.Limits) -> None:
         super().__init__(cache, limits)
         self._pattern = pattern + "*" if pattern.endswith("/") else pattern
         self._settings = settings
@@ -68,17 +57,17 @@ class HubSource(FetchedSource):
         """See `FetchedSource`. What was taken of anybody's proposals is not a repository's own later."""
         return "hf" if self.takes_all else "hf, own"
 
-    def _may_have(self, name: AdapterName) -> bool:
+    def _may_have(self, name: sources.AdapterName) -> bool:
         if "/" in (name.revision or "") and not self.takes_all:
             return False  # refs/pr/1 and its like are what anybody proposes to the repository
         repo, _ = _repo(name)
         return HUB_ID.fullmatch(repo) is not None and fnmatchcase(repo, self._pattern)
 
     def _is(self, kept: str, label: str) -> bool:
-        (repo, below), (asked, asked_below) = _repo(AdapterName(kept)), _repo(AdapterName(label))
+        (repo, below), (asked, asked_below) = _repo(sources.AdapterName(kept)), _repo(sources.AdapterName(label))
         return (repo.lower(), below) == (asked.lower(), asked_below)
 
-    def _pin(self, name: AdapterName, budget: Budget) -> Pinned | None:
+    def _pin(self, name: sources.AdapterName, budget: sources.Budget) -> Pinned | None:
         asked, below = _repo(name)
         info = self._info(asked, name.revision, budget)
         if info is None:
@@ -88,7 +77,7 @@ class HubSource(FetchedSource):
             logger.info("no adapter %s: the repository has moved", asked)
             return None
         files = {sibling.rfilename: sibling for sibling in info.siblings}
-        config, weights = files.get(below + CONFIG), files.get(below + WEIGHTS)
+        config, weights = files.get(below + sources.CONFIG), files.get(below + sources.WEIGHTS)
         if config is None or not _COMMIT.fullmatch(info.sha or ""):
             return None
         commit = info.sha or ""
@@ -96,26 +85,28 @@ class HubSource(FetchedSource):
             logger.info("no adapter %s@%s: the commit is of none of its branches and tags", repo, name.revision)
             return None
 
-        def fill(folder: Path, budget: Budget) -> str | None:
+        def fill(folder: Path, budget: sources.Budget) -> str | None:
             if weights is None:
-                pickled = f" but {PICKLED}, a pickle, which is a program" if below + PICKLED in files else ""
-                raise Refused(f"it has no {WEIGHTS}{pickled}")
-            if (config.size or 0) > MAX_CONFIG:
-                raise Refused(f"its {CONFIG} has more than {MAX_CONFIG >> 20} MiB")
+                pickled = (
+                    f" but {sources.PICKLED}, a pickle, which is a program" if below + sources.PICKLED in files else ""
+                )
+                raise sources.Refused(f"it has no {sources.WEIGHTS}{pickled}")
+            if (config.size or 0) > sources.MAX_CONFIG:
+                raise sources.Refused(f"its {sources.CONFIG} has more than {sources.MAX_CONFIG >> 20} MiB")
             budget.expect((config.size or 0) + (weights.size or 0))
-            self._get(repo, commit, config, folder / CONFIG, budget)
-            base = check_config((folder / CONFIG).read_bytes(), budget.limits)
-            self._get(repo, commit, weights, folder / WEIGHTS, budget)
+            self._get(repo, commit, config, folder / sources.CONFIG, budget)
+            base = sources.check_config((folder / sources.CONFIG).read_bytes(), budget.limits)
+            self._get(repo, commit, weights, folder / sources.WEIGHTS, budget)
             return base
 
         return Pinned(commit, fill, f"{repo}/{below}".rstrip("/"))
 
-    def _info(self, repo: str, revision: str | None, budget: Budget) -> _Info | None:
+    def _info(self, repo: str, revision: str | None, budget: sources.Budget) -> _Info | None:
         from huggingface_hub import constants
         from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
         if self._settings.offline:
-            raise Unavailable("the hub is not asked (--offline)")
+            raise sources.Unavailable("the hub is not asked (--offline)")
         at = "" if revision is None else f"/revision/{quote(revision, safe='')}"
         try:
             told, _ = self._told(f"{constants.ENDPOINT}/api/models/{repo}{at}?blobs=true", budget)
@@ -124,11 +115,11 @@ class HubSource(FetchedSource):
             refusal = refused_by_hub(self._settings, repo, error)
             if refusal is None:
                 _ = budget.seconds
-                raise Unavailable(f"the hub cannot be asked for {repo} ({type(error).__name__})") from None
+                raise sources.Unavailable(f"the hub cannot be asked for {repo} ({type(error).__name__})") from None
             logger.info("no adapter %s: %s", repo, refusal)
             return None
 
-    def _is_own(self, repo: str, revision: str | None, commit: str, budget: Budget) -> bool:
+    def _is_own(self, repo: str, revision: str | None, commit: str, budget: sources.Budget) -> bool:
         """Whether a commit that a request names is of the repository's branches or tags, as far as the hub says so."""
         from huggingface_hub import constants
         from huggingface_hub.errors import HTTPError
@@ -157,10 +148,12 @@ class HubSource(FetchedSource):
                             return False
         except (HTTPError, OSError, ValueError, msgspec.MsgspecError) as error:
             _ = budget.seconds
-            raise Unavailable(f"the hub does not say whose {repo}@{commit} is ({type(error).__name__})") from None
+            raise sources.Unavailable(
+                f"the hub does not say whose {repo}@{commit} is ({type(error).__name__})"
+            ) from None
         return False
 
-    def _told(self, url: str, budget: Budget) -> tuple[bytes, str]:
+    def _told(self, url: str, budget: sources.Budget) -> tuple[bytes, str]:
         """What the hub says at an address, and where it goes on, "" for nowhere; errors as of `_answer`."""
         told = bytearray()
         with self._answer(url, budget) as answer:
@@ -168,11 +161,11 @@ class HubSource(FetchedSource):
                 _ = budget.seconds
                 told += piece
                 if len(told) > _MAX_TOLD:
-                    raise Unavailable(f"the hub says more than {_MAX_TOLD >> 20} MiB of a repository")
+                    raise sources.Unavailable(f"the hub says more than {_MAX_TOLD >> 20} MiB of a repository")
             return bytes(told), answer.links.get("next", {}).get("url", "")
 
     @contextmanager
-    def _answer(self, url: str, budget: Budget) -> Iterator[Any]:
+    def _answer(self, url: str, budget: sources.Budget) -> Iterator[Any]:
         """An answer, as it is sent; raises what huggingface_hub raises, of HTTPError and OSError."""
         from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
@@ -187,10 +180,10 @@ class HubSource(FetchedSource):
             # The body of a refusal, which tells nothing more, would be read whole.
             hf_raise_for_status(type(answer)(answer.status_code, headers=own, request=answer.request))
             if answer.headers.get("content-encoding", "identity") != "identity":
-                raise Unavailable("the hub sends what nobody asked for: it is compressed")
+                raise sources.Unavailable("the hub sends what nobody asked for: it is compressed")
             yield answer
 
-    def _get(self, repo: str, commit: str, file: _File, path: Path, budget: Budget) -> None:
+    def _get(self, repo: str, commit: str, file: _File, path: Path, budget: sources.Budget) -> None:
         from huggingface_hub import hf_hub_url
         from huggingface_hub.errors import HTTPError
 
@@ -203,9 +196,9 @@ class HubSource(FetchedSource):
                         taking.write(piece)
             except (HTTPError, OSError) as error:
                 _ = budget.seconds
-                raise Unavailable(f"{file.rfilename} of {repo} did not come ({type(error).__name__})") from None
+                raise sources.Unavailable(f"{file.rfilename} of {repo} did not come ({type(error).__name__})") from None
         if file.size not in (None, path.stat().st_size) or (file.lfs is not None and sum_of(path) != file.lfs.sha256):
-            raise Unavailable(f"{file.rfilename} of {repo} is not what the hub has")
+            raise sources.Unavailable(f"{file.rfilename} of {repo} is not what the hub has")
 
 
 class _Sum(msgspec.Struct):
@@ -240,7 +233,7 @@ class _Commit(msgspec.Struct):
     id: str
 
 
-def _repo(name: AdapterName) -> tuple[str, str]:
+def _repo(name: sources.AdapterName) -> tuple[str, str]:
     """A repository, and the beginning of the names of the files in its folder."""
     parts = name.name.split("/")
     return "/".join(parts[:2]), "".join(f"{part}/" for part in parts[2:])

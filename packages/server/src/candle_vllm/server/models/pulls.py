@@ -21,17 +21,7 @@ from candle_vllm.core.errors import CandleVllmError, InvalidFileError, ModelNotF
 from candle_vllm.core.loading.source import resolve
 from candle_vllm.core.progress import Progress, heard_by, tell
 from candle_vllm.server.loop_threads import call_in, in_thread
-from candle_vllm.server.models.downloads import (
-    MIB,
-    HubFile,
-    Local,
-    Plan,
-    Room,
-    downloaded,
-    plan_pull,
-    refused_by_hub,
-    room_of,
-)
+from candle_vllm.server.models import downloads
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.derived import cache_folder
 from candle_vllm.server.settings.model_names import PullError
@@ -47,7 +37,7 @@ _MAX_ENDED = 16  # that are still told of
 # ---- one model, in a thread ------------------------------------------------------------------------------------------
 
 
-def fetch(settings: Settings, plan: Plan) -> Local:
+def fetch(settings: Settings, plan: downloads.Plan) -> downloads.Local:
     """Fetches what is missing, goes on where an earlier time stopped, and compares the weights with the hub's sums.
 
     Its progress is told (`candle_vllm.core.progress`).
@@ -56,13 +46,13 @@ def fetch(settings: Settings, plan: Plan) -> Local:
         PullError: the disk is too small, or the download did not finish.
         InvalidFileError: a file is not what the hub has; it is removed.
     """
-    here = sum(local.size for local in downloaded(settings) if local.name == plan.name)
+    here = sum(local.size for local in downloads.downloaded(settings) if local.name == plan.name)
     missing = plan.total - here - sum(_partial_size(path) for path in _partials(settings, plan))
-    disk = room_of(settings, 0).disk
+    disk = downloads.room_of(settings, 0).disk
     if missing > disk:
         raise PullError(
-            f"{plan.name} takes {missing // MIB:,} MiB more on the disk, and {disk // MIB:,} MiB are free in "
-            f"{cache_folder(settings)} (--download-dir)",
+            f"{plan.name} takes {missing // downloads.MIB:,} MiB more on the disk, and {disk // downloads.MIB:,} MiB "
+            f"are free in {cache_folder(settings)} (--download-dir)",
             "disk_full",
         )
     _fetch_weights(settings, plan)
@@ -77,16 +67,16 @@ def fetch(settings: Settings, plan: Plan) -> Local:
     except ModelNotFoundError as error:
         raise PullError(str(error), "interrupted") from error
     _verify(plan, files.folder)
-    return next(local for local in downloaded(settings) if local.name == plan.name)
+    return next(local for local in downloads.downloaded(settings) if local.name == plan.name)
 
 
-def discard(settings: Settings, plan: Plan) -> None:
+def discard(settings: Settings, plan: downloads.Plan) -> None:
     """Removes what has arrived of files that are not whole."""
     for path in _partials(settings, plan):
         path.unlink(missing_ok=True)
 
 
-def _fetch_weights(settings: Settings, plan: Plan) -> None:
+def _fetch_weights(settings: Settings, plan: downloads.Plan) -> None:
     """Puts the large files into the hub's cache, under the names that it looks for."""
     from huggingface_hub import constants, hf_hub_url
     from huggingface_hub.errors import HTTPError
@@ -118,7 +108,7 @@ def _fetch_weights(settings: Settings, plan: Plan) -> None:
                             tqdm_class=bar,
                         )
                 except (HTTPError, OSError, RuntimeError) as error:
-                    raise refused_by_hub(settings, plan.named.repo, error) or PullError(
+                    raise downloads.refused_by_hub(settings, plan.named.repo, error) or PullError(
                         f"the download of {plan.name} did not finish: {error}; pull it again to go on where it stopped",
                         "interrupted",
                     ) from error
@@ -146,17 +136,17 @@ def _bar(what: str, before: int, total: int) -> Any:
     return Bar
 
 
-def _blobs(settings: Settings, plan: Plan) -> Path:
+def _blobs(settings: Settings, plan: downloads.Plan) -> Path:
     from huggingface_hub.file_download import repo_folder_name
 
     return cache_folder(settings) / repo_folder_name(repo_id=plan.named.repo, repo_type="model") / "blobs"
 
 
-def _partial(blobs: Path, file: HubFile) -> Path:
+def _partial(blobs: Path, file: downloads.HubFile) -> Path:
     return blobs / f"{file.sha256}.incomplete"
 
 
-def _partials(settings: Settings, plan: Plan) -> Iterator[Path]:
+def _partials(settings: Settings, plan: downloads.Plan) -> Iterator[Path]:
     blobs = _blobs(settings, plan)
     return (_partial(blobs, file) for file in plan.files if file.sha256 is not None)
 
@@ -165,7 +155,7 @@ def _partial_size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _verify(plan: Plan, folder: Path) -> None:
+def _verify(plan: downloads.Plan, folder: Path) -> None:
     summed = [file for file in plan.files if file.sha256 is not None]
     done, total = 0, sum(file.size for file in summed)
     for file in summed:
@@ -219,7 +209,7 @@ class Pull:
         task, stopped, has_ended: what fetches it, whether that shall end, and whether it has.
     """
 
-    def __init__(self, plan: Plan, asked: str, room: Room) -> None:
+    def __init__(self, plan: downloads.Plan, asked: str, room: downloads.Room) -> None:
         self.plan, self.asked, self.room = plan, asked, room
         self.state = PullState.WAITING
         self.progress: Progress | None = None
@@ -277,7 +267,7 @@ class Pulls:
         fetched: called with a pull that has succeeded, and its model.
     """
 
-    def __init__(self, settings: Settings, fetched: Callable[[Pull, Local], object]) -> None:
+    def __init__(self, settings: Settings, fetched: Callable[[Pull, downloads.Local], object]) -> None:
         self._settings = settings
         self._fetched = fetched
         self._pulls: dict[str, Pull] = {}
@@ -301,9 +291,9 @@ class Pulls:
         """
         settings = self._settings
 
-        def look() -> tuple[Plan, Room]:
-            plan = plan_pull(settings, name)
-            return plan, room_of(settings, plan.weight_bytes)
+        def look() -> tuple[downloads.Plan, downloads.Room]:
+            plan = downloads.plan_pull(settings, name)
+            return plan, downloads.room_of(settings, plan.weight_bytes)
 
         plan, room = await in_thread(look, "plan-pull")
         running = self._pulls.get(plan.name)
@@ -352,7 +342,7 @@ class Pulls:
                 last, what = now, progress.what
                 call_in(loop, pull.tell, progress)
 
-        def work() -> Local:
+        def work() -> downloads.Local:
             with heard_by(hear):
                 return fetch(self._settings, pull.plan)
 

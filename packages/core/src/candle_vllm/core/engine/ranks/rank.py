@@ -29,33 +29,9 @@ from candle_vllm.core.engine.adapters.adapter_loading import adapter_loader
 from candle_vllm.core.engine.adapters.adapter_store import LoadedAdapter
 from candle_vllm.core.engine.build import build_rank
 from candle_vllm.core.engine.cache.block_tiers import BlockParts, keep_parts
+from candle_vllm.core.engine.ranks import rank_line
 from candle_vllm.core.engine.ranks.message_ring import RingLine
 from candle_vllm.core.engine.ranks.nodes import REFUSED, Invitation, join
-from candle_vllm.core.engine.ranks.rank_line import (
-    SILENCE,
-    AdapterLoaded,
-    Begin,
-    BlockRead,
-    BlocksClosed,
-    BringBlocks,
-    CloseBlocks,
-    EndReading,
-    Failed,
-    ForgetAdapters,
-    ForgetBlocks,
-    Go,
-    KeepBlocks,
-    Line,
-    LoadAdapter,
-    ReadBlocks,
-    Ready,
-    Side,
-    Sleep,
-    ToldBatches,
-    ToRank,
-    WakeUp,
-    as_ints,
-)
 from candle_vllm.core.engine.ranks.ranks import meet
 from candle_vllm.core.engine.runners.model_runner import ModelRunner
 from candle_vllm.core.engine.runners.sleeping import Sleeper, files_mark
@@ -90,8 +66,8 @@ def main(given: str) -> int:
         return 1
 
 
-def _descriptor(number: str) -> Line:
-    line = Line(socket.socket(fileno=int(number)))
+def _descriptor(number: str) -> rank_line.Line:
+    line = rank_line.Line(socket.socket(fileno=int(number)))
     line.socket.set_inheritable(False)
     return line
 
@@ -115,14 +91,14 @@ def _join() -> int:
 
 
 def _run(
-    line: Line,
-    side_line: Line,
+    line: rank_line.Line,
+    side_line: rank_line.Line,
     invitation: Invitation | None,
     ring: BinaryIO | None = None,
     memory: BinaryIO | None = None,
 ) -> int:
-    side = Side(side_line, line, None if invitation is None else SILENCE + _LATER)
-    begin: Begin = line.receive(Begin)
+    side = rank_line.Side(side_line, line, None if invitation is None else rank_line.SILENCE + _LATER)
+    begin: rank_line.Begin = line.receive(rank_line.Begin)
     if ring is not None:
         line = RingLine(line.socket, ring, begin.rank)
     start_child_logging(f"rank {begin.rank}", begin.log)
@@ -137,8 +113,8 @@ def _run(
         if invitation is not None and not begin.kept_in_redis:
             own.pop("prompt_cache_url", None)
         config = EngineConfig(**begin.config | own)
-        line.send(Ready(0))
-        line.receive(Go)
+        line.send(rank_line.Ready(0))
+        line.receive(rank_line.Go)
         host = begin.host or line.socket.getsockname()[0]
         stages = config.pipeline_parallel_size
         ranks = meet(begin.rank, begin.size, config.device, side, host, stages, memory)
@@ -146,84 +122,91 @@ def _run(
     except EngineDeadError:
         return 0
     except CandleVllmError as error:
-        line.send(Failed(str(error), getattr(error, "setting", None)))
+        line.send(rank_line.Failed(str(error), getattr(error, "setting", None)))
         return 1
     _serve(runner, sleeper, load, parts, line, side)
     return 0
 
 
 def _loaded(
-    config: EngineConfig, ranks: Collective, rank: int, line: Line, side: Side, *, theirs: bool
+    config: EngineConfig, ranks: Collective, rank: int, line: rank_line.Line, side: rank_line.Side, *, theirs: bool
 ) -> tuple[ModelRunner, Sleeper, Load | None, BlockParts | None]:
     LOADING_THREADS.set(config.threads)
     loaded = load_any_model(config, choose_device(config.device), lambda *_: None, ranks=ranks)
     assert isinstance(loaded, LoadedModel)
-    line.send(Ready(1, files_mark(loaded.files, times=False) if theirs else None))
-    line.receive(Go)
+    line.send(rank_line.Ready(1, files_mark(loaded.files, times=False) if theirs else None))
+    line.receive(rank_line.Go)
     runner, sleeper = build_rank(config, loaded, ranks)
     load = None
     if config.enable_lora:
         load = adapter_loader(config, loaded, runner, config.lora_memory or available_memory())  # the first one counts
-    parts = keep_parts(config, loaded, runner, rank, lambda *said: side.tell(BlockRead(*said)))
+    parts = keep_parts(config, loaded, runner, rank, lambda *said: side.tell(rank_line.BlockRead(*said)))
     if parts is not None:
         side.read_by(functools.partial(_read_blocks, parts))
     return runner, sleeper, load, parts
 
 
-def _read_blocks(parts: BlockParts, asked: ReadBlocks | EndReading) -> None:
-    if isinstance(asked, ReadBlocks):
+def _read_blocks(parts: BlockParts, asked: rank_line.ReadBlocks | rank_line.EndReading) -> None:
+    if isinstance(asked, rank_line.ReadBlocks):
         parts.read(asked.reading, asked.digests)
     else:
         parts.end(asked.reading, asked.brought)
 
 
-def _load_adapters(asked: queue.SimpleQueue[LoadAdapter], load: Load, batches: ToldBatches, line: Line) -> None:
+def _load_adapters(
+    asked: queue.SimpleQueue[rank_line.LoadAdapter], load: Load, batches: rank_line.ToldBatches, line: rank_line.Line
+) -> None:
     """Loads what is asked for, in a thread of its own."""
     while True:
         each = asked.get()
         try:
             packed: Any = load(Path(each.path)).packed
         except CandleVllmError as error:
-            line.send(AdapterLoaded(each.number, b"", str(error)))
+            line.send(rank_line.AdapterLoaded(each.number, b"", str(error)))
         except Exception as error:
             logger.exception("an adapter could not be loaded")
-            line.send(AdapterLoaded(each.number, b"", f"{type(error).__name__}: {error}"))
+            line.send(rank_line.AdapterLoaded(each.number, b"", f"{type(error).__name__}: {error}"))
         else:
             batches.adapters[each.number] = packed
-            line.send(AdapterLoaded(each.number, packed.digest))
+            line.send(rank_line.AdapterLoaded(each.number, packed.digest))
 
 
 def _serve(
-    runner: ModelRunner, sleeper: Sleeper, load: Load | None, parts: BlockParts | None, line: Line, side: Side
+    runner: ModelRunner,
+    sleeper: Sleeper,
+    load: Load | None,
+    parts: BlockParts | None,
+    line: rank_line.Line,
+    side: rank_line.Side,
 ) -> None:
-    batches, asked = ToldBatches(), queue.SimpleQueue[LoadAdapter]()
+    batches, asked = rank_line.ToldBatches(), queue.SimpleQueue[rank_line.LoadAdapter]()
     if load is not None:
         threading.Thread(target=_load_adapters, args=(asked, load, batches, line), daemon=True).start()
     while True:
-        message: ToRank = line.receive(ToRank)
+        message: rank_line.ToRank = line.receive(rank_line.ToRank)
         if batches.run(runner, message):
             continue
-        if isinstance(message, LoadAdapter):
+        if isinstance(message, rank_line.LoadAdapter):
             asked.put(message)
-        elif isinstance(message, ForgetAdapters):
+        elif isinstance(message, rank_line.ForgetAdapters):
             for number in message.numbers:
                 batches.adapters.pop(number, None)
-        elif isinstance(message, Sleep):
+        elif isinstance(message, rank_line.Sleep):
             sleeper.check(message.level)
             sleeper.sleep(message.level)
-        elif isinstance(message, WakeUp):
+        elif isinstance(message, rank_line.WakeUp):
             sleeper.wake_up(message.tags)
-        elif parts is not None and isinstance(message, KeepBlocks):
-            for block, digest in zip(as_ints(message.blocks).tolist(), message.digests, strict=True):
+        elif parts is not None and isinstance(message, rank_line.KeepBlocks):
+            for block, digest in zip(rank_line.as_ints(message.blocks).tolist(), message.digests, strict=True):
                 parts.offer(block, digest)
-        elif parts is not None and isinstance(message, BringBlocks):
-            for block in as_ints(message.blocks).tolist():
+        elif parts is not None and isinstance(message, rank_line.BringBlocks):
+            for block in rank_line.as_ints(message.blocks).tolist():
                 parts.bring(message.reading, block)
-        elif parts is not None and isinstance(message, ForgetBlocks):
+        elif parts is not None and isinstance(message, rank_line.ForgetBlocks):
             parts.clear()
-        elif parts is not None and isinstance(message, CloseBlocks):
+        elif parts is not None and isinstance(message, rank_line.CloseBlocks):
             parts.close()
-            side.tell(BlocksClosed())
+            side.tell(rank_line.BlocksClosed())
         else:
             raise ValueError(f"a rank at work is told {type(message).__name__}")
 

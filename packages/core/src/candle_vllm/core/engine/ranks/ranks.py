@@ -27,45 +27,9 @@ from numpy.typing import NDArray
 
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.engine.adapters.adapter_store import Adapter
+from candle_vllm.core.engine.ranks import rank_line
 from candle_vllm.core.engine.ranks.message_ring import MessageRing, made_ring
 from candle_vllm.core.engine.ranks.nodes import RANK, Door, rank_device
-from candle_vllm.core.engine.ranks.rank_line import (
-    SILENCE,
-    TICK,
-    AdapterLoaded,
-    Adapters,
-    Alive,
-    Begin,
-    BlockRead,
-    BlocksClosed,
-    Board,
-    BringBlocks,
-    CloseBlocks,
-    EndReading,
-    Failed,
-    ForgetAdapters,
-    ForgetBlocks,
-    Forward,
-    FromRank,
-    FromSide,
-    Go,
-    KeepBlocks,
-    Land,
-    Line,
-    LoadAdapter,
-    Next,
-    ReadBlocks,
-    Ready,
-    Score,
-    Seen,
-    Sleep,
-    ToRank,
-    ToSide,
-    Turned,
-    WakeUp,
-    as_bytes,
-    encoded,
-)
 from candle_vllm.core.engine.runners.model_runner import Launched, ModelRunner, StepwiseRunner
 from candle_vllm.core.engine.runners.sleeping import files_mark
 from candle_vllm.core.engine.step.batch import AdapterRows, Batch, EmbeddedRows, Ints, StepMemory, TurnedRows
@@ -107,7 +71,9 @@ class _Other:
         gone: how it went, once it has.
     """
 
-    def __init__(self, line: Line, side: Line, process: subprocess.Popen[bytes] | None, where: str = "") -> None:
+    def __init__(
+        self, line: rank_line.Line, side: rank_line.Line, process: subprocess.Popen[bytes] | None, where: str = ""
+    ) -> None:
         self.line, self.side, self.process, self.where = line, side, process, where
         self.quiet = 0
         self.gone: str | None = None
@@ -123,10 +89,12 @@ class _Other:
         if seen is None:
             return _LOADING
         state, computed = seen
-        if computed - self._computed >= _COMPUTES * TICK:  # its threads look for the interpreter from time to time
+        if (
+            computed - self._computed >= _COMPUTES * rank_line.TICK
+        ):  # its threads look for the interpreter from time to time
             self.quiet = 0
         self._computed = computed
-        return SILENCE if state in _STOPPED else _LOADING
+        return rank_line.SILENCE if state in _STOPPED else _LOADING
 
     def fate(self) -> str | None:
         """How it ended, or None where it lives."""
@@ -167,8 +135,8 @@ class Ranks:
         self._loading = True
         self.fail: Callable[[EngineDeadError], object] = lambda _: None
         self._callbacks: list[Callable[[], None]] = []
-        self.on_blocks: Callable[[int, BlockRead | BlocksClosed], object] = lambda *_: None
-        self._board = Board()
+        self.on_blocks: Callable[[int, rank_line.BlockRead | rank_line.BlocksClosed], object] = lambda *_: None
+        self._board = rank_line.Board()
         self._others: dict[int, _Other] = {}
         self._door: Door | None = None
         self._placed: RayRanks | None = None
@@ -210,23 +178,28 @@ class Ranks:
                 pass_fds=[each for each in given if each is not None],
                 start_new_session=True,
             )
-        self._begin(rank, _Other(Line(near), Line(near_side), process), rank_device(config, rank), self._host)
+        self._begin(
+            rank,
+            _Other(rank_line.Line(near), rank_line.Line(near_side), process),
+            rank_device(config, rank),
+            self._host,
+        )
 
     def _begin(self, rank: int, other: _Other, own: dict[str, Any], host: str, *, kept_in_redis: bool = False) -> None:
         self._others[rank] = other
         threading.Thread(target=self._attend, args=(rank, other), name="candle-vllm-rank", daemon=True).start()
         with contextlib.suppress(OSError):  # it has ended, which is noticed
-            other.line.send(Begin(self._settings | own, rank, self.size, host, log_style(), kept_in_redis))
+            other.line.send(rank_line.Begin(self._settings | own, rank, self.size, host, log_style(), kept_in_redis))
 
     def _attend(self, rank: int, other: _Other) -> None:
         """Hears what a rank says beside the steps, until it has gone."""
         with contextlib.suppress(EOFError, OSError, ValueError):
             while True:
-                said: FromSide = other.side.receive(FromSide)
+                said: rank_line.FromSide = other.side.receive(rank_line.FromSide)
                 other.quiet = 0
-                if isinstance(said, BlockRead | BlocksClosed):
+                if isinstance(said, rank_line.BlockRead | rank_line.BlocksClosed):
                     self.on_blocks(rank, said)
-                elif not isinstance(said, Alive):
+                elif not isinstance(said, rank_line.Alive):
                     self._board.answer(said, other.side)
         if other.process is None:  # one of this machine is waited for, to say how it ended
             other.gone = other.gone or "its connection has ended"
@@ -260,32 +233,32 @@ class Ranks:
                 "the nodes have different files of the model: have the same revision or the same folder on each"
             )
 
-    def _wait(self, stage: int) -> list[Ready]:
+    def _wait(self, stage: int) -> list[rank_line.Ready]:
         """Until all have come so far; then they go on together."""
-        found: list[Ready] = []
+        found: list[rank_line.Ready] = []
         for number, other in self._others.items():
             try:
-                said: FromRank = other.line.receive(FromRank)
+                said: rank_line.FromRank = other.line.receive(rank_line.FromRank)
             except (EOFError, OSError):  # all lines end where one rank has gone, which may be another
                 raise self._said_last() or ModelLoadError(
                     f"{self._failure or self._gone() or f'rank {number} has ended'} while it loaded its part of the "
                     "model; its last words are in the log. Where memory is short, the system kills it"
                 ) from None
-            if isinstance(said, Failed):
+            if isinstance(said, rank_line.Failed):
                 raise ConfigError(_said_by(number, other) + said.message, said.setting)
-            if not isinstance(said, Ready) or said.stage != stage:
+            if not isinstance(said, rank_line.Ready) or said.stage != stage:
                 raise ModelLoadError(f"rank {number} says {type(said).__name__} where it should be ready")
             found.append(said)
-        self.tell(Go())
+        self.tell(rank_line.Go())
         return found
 
-    def tell(self, message: ToRank) -> None:
+    def tell(self, message: rank_line.ToRank) -> None:
         """Tells all others: those of this machine by the ring where there is one, each of the rest over its line.
 
         Raises:
             EngineDeadError: one of them has gone.
         """
-        data = encoded(message)
+        data = rank_line.encoded(message)
         try:
             if self._ring is not None:
                 self._ring.write(data, PATIENCE)
@@ -297,7 +270,7 @@ class Ranks:
         except OSError:
             raise self.dead() from None
 
-    def tell_beside(self, message: ToSide) -> None:
+    def tell_beside(self, message: rank_line.ToSide) -> None:
         """Tells all others beside the steps; one that has gone hears nothing."""
         for other in self._others.values():
             with contextlib.suppress(OSError):
@@ -308,19 +281,19 @@ class Ranks:
         """Whether one of them has gone, and all are ended."""
         return self._failure is not None
 
-    def adapters_loaded(self, number: int) -> list[AdapterLoaded]:
+    def adapters_loaded(self, number: int) -> list[rank_line.AdapterLoaded]:
         """Waits until the others have loaded an adapter or failed to; one is loaded at a time, by one thread.
 
         Raises:
             EngineDeadError: one of them has gone.
         """
-        found: list[AdapterLoaded] = []
+        found: list[rank_line.AdapterLoaded] = []
         for other in self._others.values():
             try:
-                said: FromRank = other.line.receive(FromRank)
+                said: rank_line.FromRank = other.line.receive(rank_line.FromRank)
             except (EOFError, OSError):
                 raise self.dead() from None
-            assert isinstance(said, AdapterLoaded)
+            assert isinstance(said, rank_line.AdapterLoaded)
             assert said.number == number
             found.append(said)
         return found
@@ -348,8 +321,8 @@ class Ranks:
         for number, other in self._others.items():
             other.line.socket.settimeout(_LAST_WORDS)
             with contextlib.suppress(EOFError, OSError, ValueError):
-                said: FromRank = other.line.receive(FromRank)
-                if isinstance(said, Failed):
+                said: rank_line.FromRank = other.line.receive(rank_line.FromRank)
+                if isinstance(said, rank_line.Failed):
                     return ConfigError(_said_by(number, other) + said.message, said.setting)
         return None
 
@@ -410,17 +383,17 @@ class Ranks:
             others = list(self._others.values())
             for other in others:
                 with contextlib.suppress(OSError):
-                    other.side.send(Alive())
-            until = time.monotonic() + TICK
+                    other.side.send(rank_line.Alive())
+            until = time.monotonic() + rank_line.TICK
             while time.monotonic() < until:
                 if self._closing or any(other.fate() is not None for other in others):
                     break
                 time.sleep(_LOOK)
             for other in others:  # in ticks of this process: where it was stopped, the others are not to blame
                 other.quiet += 1
-                limit = other.limit() if self._loading else SILENCE
+                limit = other.limit() if self._loading else rank_line.SILENCE
                 if other.gone is None and other.quiet >= limit:
-                    other.gone = f"it has not been heard of for {other.quiet * TICK:.0f} s"
+                    other.gone = f"it has not been heard of for {other.quiet * rank_line.TICK:.0f} s"
             if not self._closing and any(other.fate() is not None for other in others):
                 self._tell_of_death()
                 return
@@ -496,8 +469,8 @@ class RankedParts:
     def listen(self, heard: Callable[[int, int, bool, bool], None]) -> None:
         """See `OtherParts`."""
 
-        def said(rank: int, message: BlockRead | BlocksClosed) -> None:
-            if isinstance(message, BlockRead):
+        def said(rank: int, message: rank_line.BlockRead | rank_line.BlocksClosed) -> None:
+            if isinstance(message, rank_line.BlockRead):
                 heard(rank, message.reading, message.found, message.failed)
             else:
                 self._closed.add(rank)
@@ -507,33 +480,33 @@ class RankedParts:
     def offer(self, blocks: Sequence[tuple[int, bytes]]) -> None:
         """See `OtherParts`."""
         numbers, digests = zip(*blocks, strict=True)
-        self._tell(KeepBlocks(as_bytes(np.array(numbers)), digests))
+        self._tell(rank_line.KeepBlocks(rank_line.as_bytes(np.array(numbers)), digests))
 
     def read(self, number: int, digests: Sequence[bytes]) -> None:
         """See `OtherParts`; at once, whatever steps are under way."""
-        self._ranks.tell_beside(ReadBlocks(number, tuple(digests)))
+        self._ranks.tell_beside(rank_line.ReadBlocks(number, tuple(digests)))
 
     def bring(self, number: int, blocks: Sequence[int]) -> None:
         """See `OtherParts`; between the steps that were told before and those that are told later."""
-        self._tell(BringBlocks(number, as_bytes(np.array(blocks))))
+        self._tell(rank_line.BringBlocks(number, rank_line.as_bytes(np.array(blocks))))
 
     def end(self, number: int, brought: int) -> None:
         """See `OtherParts`."""
-        self._ranks.tell_beside(EndReading(number, brought))
+        self._ranks.tell_beside(rank_line.EndReading(number, brought))
 
     def clear(self) -> None:
         """See `OtherParts`."""
-        self._tell(ForgetBlocks())
+        self._tell(rank_line.ForgetBlocks())
 
     def close(self) -> None:
         """See `OtherParts`."""
-        self._tell(CloseBlocks())
+        self._tell(rank_line.CloseBlocks())
 
     def closed(self) -> bool:
         """See `OtherParts`."""
         return self._ranks.is_dead or len(self._closed) == self.count
 
-    def _tell(self, message: ToRank) -> None:
+    def _tell(self, message: rank_line.ToRank) -> None:
         with contextlib.suppress(EngineDeadError):  # by which the engine ends anyway
             self._ranks.tell(message)
 
@@ -592,12 +565,12 @@ class RankedRunner:
 
     def _land(self, states: Sequence[SamplingState]) -> Sequence[Drawn]:
         """What the step that was begun first draws, once it is over."""
-        self._together(Land() if self._ranks.config.tensor_parallel_size > 1 else None, self._runner.land)
+        self._together(rank_line.Land() if self._ranks.config.tensor_parallel_size > 1 else None, self._runner.land)
         return self._runner.draw(states).tokens()
 
     def score(self, rows: Ints) -> Value:
         """See `ModelRunner`."""
-        return self._together(Score(as_bytes(rows)), lambda: self._runner.score(rows))
+        return self._together(rank_line.Score(rank_line.as_bytes(rows)), lambda: self._runner.score(rows))
 
     def hidden_sum(self, rows: Ints) -> NDArray[np.float64]:
         """See `ModelRunner`; each rank has the hidden states whole."""
@@ -624,7 +597,7 @@ class RankedRunner:
         """Has the others begin to load an adapter; gives its number. In one thread, beside the steps."""
         self._tell_of_forgotten()  # where no step comes between, others would keep all that were ever loaded
         number = next(self._adapters)
-        self._ranks.tell(LoadAdapter(number, str(path)))
+        self._ranks.tell(rank_line.LoadAdapter(number, str(path)))
         return number
 
     def adapter_is_loaded(self, number: int, packed: Adapter | None) -> None:
@@ -655,29 +628,29 @@ class RankedRunner:
             while True:
                 gone.append(self._forgotten.popleft())
         if gone:
-            self._ranks.tell(ForgetAdapters(tuple(gone)))
+            self._ranks.tell(rank_line.ForgetAdapters(tuple(gone)))
 
-    def _numbered(self, adapters: AdapterRows | None) -> Adapters | None:
+    def _numbered(self, adapters: AdapterRows | None) -> rank_line.Adapters | None:
         if adapters is None:
             return None
-        return Adapters(
-            as_bytes(adapters.rows),
+        return rank_line.Adapters(
+            rank_line.as_bytes(adapters.rows),
             np.ascontiguousarray(adapters.scales, np.float32).tobytes(),
-            as_bytes(adapters.starts),
-            as_bytes(adapters.sources),
+            rank_line.as_bytes(adapters.starts),
+            rank_line.as_bytes(adapters.sources),
             tuple(self._numbers[each.serial] for each in adapters.adapters),
         )
 
     def sleep(self, asked: int | frozenset[str]) -> None:
         """Has the others sleep at a level, or wake by tags."""
-        self._ranks.tell(Sleep(asked) if isinstance(asked, int) else WakeUp(asked))
+        self._ranks.tell(rank_line.Sleep(asked) if isinstance(asked, int) else rank_line.WakeUp(asked))
 
     def close(self) -> None:
         """See `ModelRunner`."""
         self._ranks.close()
         self._runner.close()
 
-    def _together(self, message: ToRank | None, own: Callable[[], _Result]) -> _Result:
+    def _together(self, message: rank_line.ToRank | None, own: Callable[[], _Result]) -> _Result:
         if message is not None:
             self._ranks.tell(message)
         try:
@@ -686,7 +659,7 @@ class RankedRunner:
             logger.debug("a step over ranks failed", exc_info=error)
             raise self._ranks.dead(f"{type(error).__name__}: {error}") from error
 
-    def _message(self, batch: Batch) -> Forward | Next:
+    def _message(self, batch: Batch) -> rank_line.Forward | rank_line.Next:
         if self._forgotten:
             self._tell_of_forgotten()
         told, place = self._told, self._place
@@ -694,21 +667,21 @@ class RankedRunner:
         behind = told is not None and batch.tokens is told.tokens and self._place == place + 1
         if behind and batch.goes_on and not self.overlaps:  # else tokens are not known
             self._tables_version = batch.tables_version
-            return Next(as_bytes(batch.token_ids), tuple(batch.begun), _states(batch))
+            return rank_line.Next(rank_line.as_bytes(batch.token_ids), tuple(batch.begun), _states(batch))
         if batch.drafted and not isinstance(self._runner, StepwiseRunner):
             from candle_vllm.core.engine.runners.device_inputs import by_rows
 
             batch = by_rows(batch)  # as the first rank runs it
         known = batch.tables_version is self._tables_version
         self._tables_version = batch.tables_version
-        return Forward(
-            as_bytes(batch.tokens),
-            as_bytes(batch.query_start),
-            as_bytes(batch.context_lens),
-            as_bytes(batch.drawn_rows),
+        return rank_line.Forward(
+            rank_line.as_bytes(batch.tokens),
+            rank_line.as_bytes(batch.query_start),
+            rank_line.as_bytes(batch.context_lens),
+            rank_line.as_bytes(batch.drawn_rows),
             batch.num_decodes,
-            None if known else as_bytes(batch.block_tables),
-            None if batch.ahead is None else as_bytes(batch.ahead),
+            None if known else rank_line.as_bytes(batch.block_tables),
+            None if batch.ahead is None else rank_line.as_bytes(batch.ahead),
             self._numbered(batch.adapters),
             None if batch.embedded is None else _seen(batch.embedded),
             None if batch.turned is None else _turned(batch.turned),
@@ -717,12 +690,14 @@ class RankedRunner:
 
 
 def _states(batch: Batch) -> tuple[bytes, ...] | None:
-    return None if batch.states is None else tuple(map(as_bytes, batch.states))
+    return None if batch.states is None else tuple(map(rank_line.as_bytes, batch.states))
 
 
-def _seen(given: EmbeddedRows) -> Seen:
-    return Seen(as_bytes(given.rows), given.vectors.shape[1])
+def _seen(given: EmbeddedRows) -> rank_line.Seen:
+    return rank_line.Seen(rank_line.as_bytes(given.rows), given.vectors.shape[1])
 
 
-def _turned(turned: TurnedRows) -> Turned:
-    return Turned(as_bytes(turned.shifts), as_bytes(turned.rows), as_bytes(turned.places))
+def _turned(turned: TurnedRows) -> rank_line.Turned:
+    return rank_line.Turned(
+        rank_line.as_bytes(turned.shifts), rank_line.as_bytes(turned.rows), rank_line.as_bytes(turned.places)
+    )

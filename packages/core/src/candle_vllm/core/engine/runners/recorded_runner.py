@@ -50,19 +50,7 @@ from candle_vllm.core.kernels.sampling import RowDraw, draw
 from candle_vllm.core.kernels.states import StateCache
 from candle_vllm.core.layers.attention import StepInput, Taps
 from candle_vllm.core.layers.rotary import Rotary
-from candle_vllm.core.loading.cache_specs import (
-    NO_STATES,
-    NO_WINDOWS,
-    CacheSpec,
-    PagedSpec,
-    SharedKVSpec,
-    StatePart,
-    StateRoom,
-    StateSpec,
-    WindowRoom,
-    layer_caches,
-    paged,
-)
+from candle_vllm.core.loading import cache_specs
 from candle_vllm.core.memory import MIB, cache_bytes, room_for
 from candle_vllm.core.models.family import Decoder, DraftHead, Encoder
 from candle_vllm.core.sampling.sampler import Draw, Sampler, Token, drawn_tokens, right_runs
@@ -109,8 +97,8 @@ class RecordedRunner(StepwiseRunner):
         whole: bool = False,
         kinds: tuple[CacheKind, CacheKind] = PLAIN,
         turning: Rotary | None = None,
-        room: StateRoom = NO_STATES,
-        windows: WindowRoom = NO_WINDOWS,
+        room: cache_specs.StateRoom = cache_specs.NO_STATES,
+        windows: cache_specs.WindowRoom = cache_specs.NO_WINDOWS,
     ) -> None:
         config = decoder.config
         window = windows.window if windows.pages else 0
@@ -118,7 +106,7 @@ class RecordedRunner(StepwiseRunner):
         self.page_of = np.zeros(num_blocks if window else 0, np.int64)
         self._turning, self._turned = turning, False  # the last step's were
         specs = config.cache_specs
-        tokens = [(spec, windows.count(spec, num_blocks) * limits.block_size) for spec in paged(specs)]
+        tokens = [(spec, windows.count(spec, num_blocks) * limits.block_size) for spec in cache_specs.paged(specs)]
         size = sum(cache_bytes([spec], count, lambda key_dim: number_bytes(key_dim, kinds)) for spec, count in tokens)
         with room_for("the KV cache", size, "kv_cache_memory", _less):
             caches = _caches(specs, num_blocks, limits.block_size, kinds, limits.ranks, room, windows)
@@ -129,7 +117,7 @@ class RecordedRunner(StepwiseRunner):
         self._looked_up = _RecordedGiven(images) if images else None
         kept = None if taps is None else Taps(taps)
         step = StepInput(nothing, nothing, nothing, caches, taps=kept, given=self._looked_up)
-        shared = [isinstance(spec, SharedKVSpec) for spec in specs]
+        shared = [isinstance(spec, cache_specs.SharedKVSpec) for spec in specs]
         own = [cache for cache, other in zip(caches, shared, strict=True) if not other]
         self._own = [cache for cache in own if isinstance(cache, PagedCache)]
         self._states = [part for cache in own if not isinstance(cache, PagedCache) for part in cache]
@@ -592,28 +580,28 @@ class RecordedEncoderRunner(EncoderRunner):
 
 
 def _caches(
-    specs: Sequence[CacheSpec],
+    specs: Sequence[cache_specs.CacheSpec],
     num_blocks: int,
     block_size: int,
     kinds: tuple[CacheKind, CacheKind],
     ranks: CpuRanks | None,
-    room: StateRoom,
-    windows: WindowRoom,
+    room: cache_specs.StateRoom,
+    windows: cache_specs.WindowRoom,
 ) -> tuple[PagedCache | tuple[StateCache, ...], ...]:
     """The cache of each layer. Pages of layers of one shape, and of one pool, lie in one piece of memory."""
-    pools = Counter((spec.shape, windows.count(spec, num_blocks)) for spec in paged(specs))
+    pools = Counter((spec.shape, windows.count(spec, num_blocks)) for spec in cache_specs.paged(specs))
     rest = {pool: iter(_layers(pool[0], count, pool[1], block_size, kinds, ranks)) for pool, count in pools.items()}
 
-    def make(_: int, spec: PagedSpec | StateSpec) -> PagedCache | tuple[StateCache, ...]:
-        if isinstance(spec, PagedSpec):
+    def make(_: int, spec: cache_specs.PagedSpec | cache_specs.StateSpec) -> PagedCache | tuple[StateCache, ...]:
+        if isinstance(spec, cache_specs.PagedSpec):
             cache = next(rest[spec.shape, windows.count(spec, num_blocks)])
             return WindowedCache(*cache) if windows.holds(spec) else cache
         return tuple(StateCache(*map(_zeros, _state_shapes(part, room))) for part in spec.parts)
 
-    return layer_caches(specs, make)
+    return cache_specs.layer_caches(specs, make)
 
 
-def _state_shapes(part: StatePart, room: StateRoom) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _state_shapes(part: cache_specs.StatePart, room: cache_specs.StateRoom) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return (room.slots, *part.shape), (room.running, room.drafts, part.inputs)
 
 
