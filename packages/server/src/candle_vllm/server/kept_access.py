@@ -20,15 +20,7 @@ from candle_vllm.responses.api.response_stream import error_detail
 from candle_vllm.responses.api.stored_items import DEFAULT_LIMIT, MAX_LIMIT, PageRequest
 from candle_vllm.responses.protocol.events import ErrorOccurred, StreamEvent
 from candle_vllm.responses.protocol.request import INCLUDABLE
-from candle_vllm.responses.store.entries import (
-    MAX_ID,
-    ConversationBusyError,
-    NotStoredError,
-    StoreFullError,
-    StoreLimitError,
-    StoreUnavailableError,
-    is_id,
-)
+from candle_vllm.responses.store import entries
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.routing import caller_of
 from candle_vllm.server.http.sse import EventStream, named_event
@@ -41,7 +33,7 @@ INCLUDE: Mapping[str, Any] = {
     }
 }
 AFTER: Mapping[str, Any] = {
-    "after": {"type": "string", "maxLength": MAX_ID, "description": "The last id of the page before."}
+    "after": {"type": "string", "maxLength": entries.MAX_ID, "description": "The last id of the page before."}
 }
 ITEM_PAGE: Mapping[str, Any] = {
     **INCLUDE,
@@ -97,7 +89,7 @@ def page_request(request: Request) -> PageRequest:
 def limit_and_after(query: Mapping[str, str], default: int, most: int) -> tuple[int, str | None]:
     """How many entries of a list are asked for, and behind which one."""
     limit, after = number_of("limit", query.get("limit", str(default)), 1, most), query.get("after")
-    if after is not None and not is_id(after):
+    if after is not None and not entries.is_id(after):
         raise InvalidParameterError(f"after must be an id, not {after!r:.80}", "after")
     return limit, after
 
@@ -132,17 +124,17 @@ def switch_of(query: dict[str, str], name: str) -> bool:
 
 def store_refusal(failure: Exception) -> HttpError | None:
     """What a client is told of a failure of the store; None where it is another failure."""
-    if isinstance(failure, NotStoredError):
+    if isinstance(failure, entries.NotStoredError):
         if failure.param == "previous_response_id":
             return HttpError(400, str(failure), "previous_response_not_found", param=failure.param)
         return HttpError(404, str(failure), "not_found", param=failure.param)
-    if isinstance(failure, StoreFullError):
+    if isinstance(failure, entries.StoreFullError):
         return HttpError(429 if failure.own else 503, str(failure), "store_limit", {"retry-after": RETRY_SECONDS})
-    if isinstance(failure, StoreLimitError):
+    if isinstance(failure, entries.StoreLimitError):
         return HttpError(400, str(failure), "store_limit", param=failure.param)
-    if isinstance(failure, ConversationBusyError):
+    if isinstance(failure, entries.ConversationBusyError):
         return HttpError(409, str(failure), "conversation_locked", {"retry-after": "1"}, param=failure.param)
-    if isinstance(failure, StoreUnavailableError):
+    if isinstance(failure, entries.StoreUnavailableError):
         code = "mailbox_unavailable" if failure.setting == "mailbox" else "store_unavailable"
         return HttpError(503, str(failure), code, {"retry-after": "1"})
     return None

@@ -22,16 +22,8 @@ import zmq
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.errors import CandleVllmError
 from candle_vllm.core.progress import heard_by
+from candle_vllm.core.remote import wire
 from candle_vllm.core.remote.line import CONTROL, END, STEPS, Bell, Start, read_start, set_limits
-from candle_vllm.core.remote.wire import (
-    Failed,
-    Loading,
-    MalformedMessageError,
-    Ready,
-    TokenizerParts,
-    describe_error,
-    encode,
-)
 from candle_vllm.core.shown import start_child_logging
 from candle_vllm.core.threads import collect_seldom
 
@@ -78,19 +70,19 @@ def serve(config: dict[str, Any], control: zmq.Socket[bytes], steps: zmq.Socket[
         from candle_vllm.core.remote.serving import ChildEngine, Outbox, RequestDesk
 
         outbox = Outbox(steps)
-        with heard_by(lambda progress: control.send(encode(Loading(**progress._asdict())))):
+        with heard_by(lambda progress: control.send(wire.encode(wire.Loading(**progress._asdict())))):
             engine = ChildEngine(EngineConfig(**config), outbox)
     except CandleVllmError as error:
-        control.send(encode(Failed(error=describe_error(error))))
+        control.send(wire.encode(wire.Failed(error=wire.describe_error(error))))
         told.ended.wait()
         return 1
     with engine:
-        control.send(encode(describe(engine)))
+        control.send(wire.encode(describe(engine)))
         desk = RequestDesk(engine, outbox, control, told.bell)
         try:
             while not told.ended.is_set():
                 desk.turn()
-        except MalformedMessageError as error:
+        except wire.MalformedMessageError as error:
             logger.error("the parent sent what is no message: %s", error)
             return 1
         finally:
@@ -98,12 +90,12 @@ def serve(config: dict[str, Any], control: zmq.Socket[bytes], steps: zmq.Socket[
     return 0
 
 
-def describe(engine: ChildEngine) -> Ready:
+def describe(engine: ChildEngine) -> wire.Ready:
     """What the parent needs to know of a loaded engine."""
     tokenizer, template, pooling, sight = engine.parts
-    return Ready(
+    return wire.Ready(
         info=engine.model_info,
-        tokenizer=TokenizerParts(
+        tokenizer=wire.TokenizerParts(
             backend=tokenizer.backend.to_str(),
             vocab_size=tokenizer.vocab_size,
             bos_token_id=tokenizer.bos_token_id,

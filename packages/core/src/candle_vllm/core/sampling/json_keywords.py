@@ -12,17 +12,8 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
+from candle_vllm.core.sampling import json_facts
 from candle_vllm.core.sampling.json_dialect import Remarks, taker
-from candle_vllm.core.sampling.json_facts import (
-    FRACTION,
-    TYPES,
-    Facts,
-    Place,
-    canonical,
-    type_names,
-    types_of,
-    values_of,
-)
 from candle_vllm.core.sampling.json_opposites import ASSERTING
 from candle_vllm.core.sampling.structured import refused
 from candle_vllm.core.sampling.unique_sites import compared
@@ -66,7 +57,7 @@ class Case(dict[str, Any]):
 class Cases(Protocol):
     """What writes a schema in known keywords."""
 
-    facts: Facts
+    facts: json_facts.Facts
     remarks: Remarks
     may_compare: bool
     compared: bool
@@ -81,20 +72,20 @@ class Cases(Protocol):
 
 
 def _not(cases: Cases, own: Schema, at: At) -> Any:
-    return cases.opposed(own["not"], "not", types_of(own), at)
+    return cases.opposed(own["not"], "not", json_facts.types_of(own), at)
 
 
 def _if(cases: Cases, own: Schema, at: At) -> Any:
     if "then" not in own and "else" not in own:
         return None
-    other = cases.opposed(own["if"], "if", types_of(own), at)
+    other = cases.opposed(own["if"], "if", json_facts.types_of(own), at)
     return {"anyOf": [{"allOf": [own["if"], own.get("then", True)]}, {"allOf": [other, own.get("else", True)]}]}
 
 
 def _dependent(keyword: str) -> Callable[[Cases, Schema, At], Any]:
     def write(_: Cases, own: Schema, at: At) -> Any:
         found = list[Any]()
-        if "object" not in types_of(own):
+        if "object" not in json_facts.types_of(own):
             return None
         for name, needs in own[keyword].items():
             there: Schema = {"required": [name, *needs]} if isinstance(needs, list) else {"allOf": [needs]}
@@ -114,10 +105,10 @@ def _dependent(keyword: str) -> Callable[[Cases, Schema, At], Any]:
 def _contains(cases: Cases, own: Schema, at: At) -> Any:
     """One case for each choice of places for the matches."""
     least, most, longest = own.get("minContains", 1), own.get("maxContains"), own.get("maxItems", math.inf)
-    if (least == 0 and most is None) or "array" not in types_of(own):
+    if (least == 0 and most is None) or "array" not in json_facts.types_of(own):
         return None
     match = own["contains"]
-    other = True if most is None else cases.opposed(match, "contains", TYPES, at)
+    other = True if most is None else cases.opposed(match, "contains", json_facts.TYPES, at)
     places = int(min(longest, MAX_PLACES))
     counts = range(least, min(least if most is None else most, places) + 1)
     while sum(math.comb(places, count) for count in counts) > MAX_CASES // 4:
@@ -140,10 +131,10 @@ def _contains(cases: Cases, own: Schema, at: At) -> Any:
 def _unique(cases: Cases, own: Schema, at: At) -> Any:
     """Every array of different values, where those are few; else they are compared while they are written."""
     longest = own.get("maxItems", math.inf)
-    if own["uniqueItems"] is not True or longest < 2 or "array" not in types_of(own):
+    if own["uniqueItems"] is not True or longest < 2 or "array" not in json_facts.types_of(own):
         return None
-    first = [Place(one, at.base) for one in own.get("prefixItems", ())]
-    others = Place(own.get("items", True), at.base)
+    first = [json_facts.Place(one, at.base) for one in own.get("prefixItems", ())]
+    others = json_facts.Place(own.get("items", True), at.base)
     if others.schema is False:
         parts = [cases.facts.parts(one) for one in first]
         if all(cases.facts.apart(one, two) for one, two in itertools.combinations(parts, 2)):
@@ -153,7 +144,7 @@ def _unique(cases: Cases, own: Schema, at: At) -> Any:
     arrays = _different(values, own.get("minItems", 0), longest) if len(values) == len(domains) else None
     if arrays is None and cases.may_compare and (types := compared(cases.facts, own, at.base)):
         cases.compared = True
-        if FRACTION in types:
+        if json_facts.FRACTION in types:
             cases.remarks.add(
                 f"the numbers of an array with 'uniqueItems' (at {at.place:.120}) have 15 digits at most and no "
                 "exponent"
@@ -185,7 +176,7 @@ def _different(domains: list[list[Any]], least: int, most: float) -> list[list[A
         found += [said for said, _ in longer] if length >= least else []
         if length >= most:
             break
-        named = [(value, canonical(value)) for value in domains[min(length, len(domains) - 1)]]
+        named = [(value, json_facts.canonical(value)) for value in domains[min(length, len(domains) - 1)]]
         if len(longer) * len(named) + len(found) > 2 * MAX_ARRAYS:
             return None
         longer = [
@@ -197,13 +188,13 @@ def _different(domains: list[list[Any]], least: int, most: float) -> list[list[A
 def _names(cases: Cases, own: Schema, at: At) -> Any:
     """What keys may be is said by `properties` and `patternProperties`."""
     held = own["propertyNames"]
-    if "object" not in types_of(own) or held is True or held == {}:
+    if "object" not in json_facts.types_of(own) or held is True or held == {}:
         return None
     if held is False:
         return _only("object", own, [{"maxProperties": 0}])
     parts = [
         cases.own(one.schema, at._replace(place=f"{at.place}/propertyNames"))
-        for one in cases.facts.parts(Place(held, at.base))
+        for one in cases.facts.parts(json_facts.Place(held, at.base))
         if one.schema is not False
     ]
     told = [(name, value) for part in parts for name, value in part.items() if name in _OF_NAMES]
@@ -211,7 +202,7 @@ def _names(cases: Cases, own: Schema, at: At) -> Any:
     others = {name for part in parts for name in part} & (ASSERTING - _OF_NAMES - {"$ref", "allOf", "type"})
     if len(told) > len(whole) or own.get("patternProperties") or others & _OF_ALL:
         raise _no_names(at)
-    if not parts or not all("string" in types_of(part) for part in parts):
+    if not parts or not all("string" in json_facts.types_of(part) for part in parts):
         return _only("object", own, [{"maxProperties": 0}])
     named = dict.fromkeys([*own.get("properties", {}), *own.get("required", [])])
     takes = taker(whole)
@@ -222,7 +213,7 @@ def _names(cases: Cases, own: Schema, at: At) -> Any:
         return None
     own["additionalProperties"] = False
     if "enum" in whole or "const" in whole:
-        values = filter(takes, filter(_is_text, values_of(whole) or ()))
+        values = filter(takes, filter(_is_text, json_facts.values_of(whole) or ()))
         own["properties"] = {**dict.fromkeys(values, rest), **own["properties"]}
     elif rest not in (True, {}) and len(wrong) < len(named):
         raise _no_names(at)  # the pattern is that of a named property, too, and what others must be is not
@@ -259,15 +250,19 @@ def _no_names(at: At) -> Exception:
 def _one_of(cases: Cases, own: Schema, at: At) -> Any:
     """`anyOf`, where need be of options without what is in the others; llguidance decides where that is too much."""
     options = own["oneOf"]
-    beside = cases.facts.parts(Place({name: value for name, value in own.items() if name != "oneOf"}, at.base))
-    parts = [cases.facts.parts(Place(one, at.base)) for one in options]
+    beside = cases.facts.parts(
+        json_facts.Place({name: value for name, value in own.items() if name != "oneOf"}, at.base)
+    )
+    parts = [cases.facts.parts(json_facts.Place(one, at.base)) for one in options]
     meeting = _meeting(cases.facts, parts, beside)
     if meeting is None:
         return None
     asking = at.asking or ("oneOf", at.place)
     alone = list[Any]()
     for place, one in enumerate(options):
-        others = [cases.opposed(options[other], "oneOf", types_of(own), at) for other in meeting.get(place, ())]
+        others = [
+            cases.opposed(options[other], "oneOf", json_facts.types_of(own), at) for other in meeting.get(place, ())
+        ]
         alone.append(Case({"allOf": [one, *others]}, asking) if others else one)
     if "anyOf" in own:
         del own["oneOf"]
@@ -278,10 +273,15 @@ def _one_of(cases: Cases, own: Schema, at: At) -> Any:
     return None
 
 
-def _meeting(facts: Facts, options: list[list[Place]], beside: list[Place]) -> dict[int, list[int]] | None:
+def _meeting(
+    facts: json_facts.Facts, options: list[list[json_facts.Place]], beside: list[json_facts.Place]
+) -> dict[int, list[int]] | None:
     """Options that may take the same value -> the others that do; None where there are too many."""
-    listed = [values_of(option[0].schema) if option and option[0].schema is not False else None for option in options]
-    values = [canonical(value) for one in listed if one is not None for value in one]
+    listed = [
+        json_facts.values_of(option[0].schema) if option and option[0].schema is not False else None
+        for option in options
+    ]
+    values = [json_facts.canonical(value) for one in listed if one is not None for value in one]
     if all(one is not None for one in listed) and len(set(values)) == len(values):
         return {}
     if len(options) > MAX_OPTIONS:
@@ -308,7 +308,7 @@ def _unevaluated(keyword: str, known: str, *beside: str) -> Callable[[Cases, Sch
 
 def _only(kind: str, own: Schema, cases: list[Any]) -> Schema:
     """Cases for values of one type; others pass."""
-    rest = type_names(types_of(own) - {kind})
+    rest = json_facts.type_names(json_facts.types_of(own) - {kind})
     return {"anyOf": [*([{"type": rest}] if rest else []), *({"type": kind, **one} for one in cases)]}
 
 

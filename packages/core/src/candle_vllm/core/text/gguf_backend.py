@@ -19,23 +19,14 @@ from contextlib import contextmanager
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from candle_vllm.core.errors import InvalidFileError
-from candle_vllm.core.text.gguf_vocab import (
-    CONTROL,
-    NORMAL,
-    PREFIX,
-    UNKNOWN,
-    UNUSED,
-    USER_DEFINED,
-    GgufVocab,
-    check_merges,
-)
+from candle_vllm.core.text import gguf_vocab
 from candle_vllm.core.text.special_tokens import END_OF_TURN, VISIBLE_FRAME, end_of_turn_ids
 
 SPACE = "\u2581"
 _LONGEST_WORD = 100  # WordPiece's search is quadratic in the length of a word; BERT's own limit
 
 
-def build_backend(vocab: GgufVocab) -> Tokenizer:
+def build_backend(vocab: gguf_vocab.GgufVocab) -> Tokenizer:
     """The tokenizer of a checked vocabulary.
 
     Raises:
@@ -43,16 +34,20 @@ def build_backend(vocab: GgufVocab) -> Tokenizer:
     """
     builders = {"gpt2": _byte_level, "gemma4": _raw_bpe, "llama": _spm, "t5": _unigram, "bert": _wordpiece}
     build = builders["gemma4" if vocab.model == "gpt2" and not vocab.pre.byte_level else vocab.model]
-    marked = {index for index, kind in enumerate(vocab.types) if kind in (CONTROL, UNKNOWN, USER_DEFINED)}
+    marked = {
+        index
+        for index, kind in enumerate(vocab.types)
+        if kind in (gguf_vocab.CONTROL, gguf_vocab.UNKNOWN, gguf_vocab.USER_DEFINED)
+    }
     hidden = _special_ids(vocab, marked)
     try:
-        with refusing_panics(f"the vocabulary ({PREFIX}*)"):
+        with refusing_panics(f"the vocabulary ({gguf_vocab.PREFIX}*)"):
             backend = build(vocab)
             backend.add_special_tokens(_added(vocab, hidden, special=True))
             backend.add_tokens(_added(vocab, marked - hidden, special=False))
             _frame(backend, vocab)
     except InvalidFileError:
-        check_merges(vocab)  # names what the library found wrong, where it is a merge
+        gguf_vocab.check_merges(vocab)  # names what the library found wrong, where it is a merge
         raise
     return backend
 
@@ -71,24 +66,24 @@ def refusing_panics(what: str) -> Iterator[None]:
         raise InvalidFileError(f"{what} cannot be used as a tokenizer: {error}") from error
 
 
-def marked_texts(vocab: GgufVocab) -> dict[str, int]:
+def marked_texts(vocab: gguf_vocab.GgufVocab) -> dict[str, int]:
     """Text -> id of every token but `</s>` where that is the HTML tag: Qwen's vocabulary has it as plain text."""
     html = vocab.numbers.get("</s>")
-    if html is None or vocab.types[html] != NORMAL:
+    if html is None or vocab.types[html] != gguf_vocab.NORMAL:
         return vocab.numbers
     return {text: index for text, index in vocab.numbers.items() if index != html}
 
 
-def _special_ids(vocab: GgufVocab, marked: set[int]) -> set[int]:
+def _special_ids(vocab: gguf_vocab.GgufVocab, marked: set[int]) -> set[int]:
     """Ids that are hidden from the text: control and unknown tokens, and whatever ends a turn."""
-    hidden = {index for index in marked if vocab.types[index] != USER_DEFINED}
+    hidden = {index for index in marked if vocab.types[index] != gguf_vocab.USER_DEFINED}
     texts = marked_texts(vocab)
     ends = end_of_turn_ids(texts)
     shown = {texts[text] for text in (*VISIBLE_FRAME, *END_OF_TURN) if text in texts} - ends
     return (hidden | ends) - shown
 
 
-def _added(vocab: GgufVocab, ids: set[int], *, special: bool) -> list[AddedToken]:
+def _added(vocab: gguf_vocab.GgufVocab, ids: set[int], *, special: bool) -> list[AddedToken]:
     phi3 = "phi-3" in vocab.general_name or "phi3" in vocab.general_name
     added = []
     for index in sorted(ids):
@@ -99,7 +94,7 @@ def _added(vocab: GgufVocab, ids: set[int], *, special: bool) -> list[AddedToken
     return added
 
 
-def _frame(backend: Tokenizer, vocab: GgufVocab) -> None:
+def _frame(backend: Tokenizer, vocab: gguf_vocab.GgufVocab) -> None:
     """BOS before and EOS behind a prompt, as the file asks; before a pair BOS once, as BERT's and llama.cpp's."""
     before = [vocab.ids["bos"]] if vocab.add_bos else []
     behind = [vocab.ids["eos"]] if vocab.add_eos else []
@@ -128,7 +123,7 @@ def set_frame(
     )
 
 
-def _byte_level(vocab: GgufVocab) -> Tokenizer:
+def _byte_level(vocab: gguf_vocab.GgufVocab) -> Tokenizer:
     ids = vocab.numbers
     backend = Tokenizer(models.BPE(ids, vocab.merges, ignore_merges=vocab.pre.ignore_merges))
     splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in vocab.pre.patterns]
@@ -138,7 +133,7 @@ def _byte_level(vocab: GgufVocab) -> Tokenizer:
     return backend
 
 
-def _raw_bpe(vocab: GgufVocab) -> Tokenizer:
+def _raw_bpe(vocab: gguf_vocab.GgufVocab) -> Tokenizer:
     ids = vocab.numbers
     unknown = vocab.tokens[vocab.ids["unknown"]] if "unknown" in vocab.ids else None
     backend = Tokenizer(models.BPE(ids, vocab.merges, unk_token=unknown, byte_fallback=True))
@@ -150,7 +145,7 @@ def _raw_bpe(vocab: GgufVocab) -> Tokenizer:
     return backend
 
 
-def _spm(vocab: GgufVocab) -> Tokenizer:
+def _spm(vocab: gguf_vocab.GgufVocab) -> Tokenizer:
     ids = vocab.numbers
     unknown = vocab.tokens[vocab.ids["unknown"]] if "unknown" in vocab.ids else None
     merges = _merges_by_score(vocab, ids)
@@ -160,9 +155,9 @@ def _spm(vocab: GgufVocab) -> Tokenizer:
     return backend
 
 
-def _merges_by_score(vocab: GgufVocab, ids: dict[str, int]) -> list[tuple[str, str]]:
+def _merges_by_score(vocab: gguf_vocab.GgufVocab, ids: dict[str, int]) -> list[tuple[str, str]]:
     """Every way to make a token of two others, the likeliest token first; equal ones in order of id."""
-    mergeable = (NORMAL, USER_DEFINED, UNUSED)
+    mergeable = (gguf_vocab.NORMAL, gguf_vocab.USER_DEFINED, gguf_vocab.UNUSED)
     types, scores = vocab.types, vocab.scores
     parts = {text for text, index in ids.items() if types[index] in mergeable}
     ranked = []
@@ -176,25 +171,25 @@ def _merges_by_score(vocab: GgufVocab, ids: dict[str, int]) -> list[tuple[str, s
     return [(left, right) for *_, left, right in ranked]
 
 
-def _spm_normalizer(vocab: GgufVocab) -> normalizers.Normalizer:
+def _spm_normalizer(vocab: gguf_vocab.GgufVocab) -> normalizers.Normalizer:
     steps: list[normalizers.Normalizer] = [normalizers.Replace(" ", SPACE)]
     if vocab.add_space_prefix:
         steps.insert(0, normalizers.Prepend(SPACE))
     return normalizers.Sequence(steps)
 
 
-def _spm_decoder(vocab: GgufVocab) -> decoders.Decoder:
+def _spm_decoder(vocab: gguf_vocab.GgufVocab) -> decoders.Decoder:
     steps: list[decoders.Decoder] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if vocab.add_space_prefix:
         steps.append(decoders.Strip(" ", 1, 0))
     return decoders.Sequence(steps)
 
 
-def _unigram(vocab: GgufVocab) -> Tokenizer:
+def _unigram(vocab: gguf_vocab.GgufVocab) -> Tokenizer:
     # The model has no types of its own: a hidden token scored like a word could be read out of plain text, so
     # everything but words gets a score that no segmentation can afford.
     unaffordable = min(vocab.scores) - 1000.0
-    usable = (NORMAL, USER_DEFINED, UNUSED)
+    usable = (gguf_vocab.NORMAL, gguf_vocab.USER_DEFINED, gguf_vocab.UNUSED)
     pieces = [
         (text, score if kind in usable else unaffordable)
         for text, score, kind in zip(vocab.tokens, vocab.scores, vocab.types)
@@ -213,14 +208,16 @@ def _unigram(vocab: GgufVocab) -> Tokenizer:
     return backend
 
 
-def _wordpiece(vocab: GgufVocab) -> Tokenizer:
+def _wordpiece(vocab: gguf_vocab.GgufVocab) -> Tokenizer:
     if "unknown" not in vocab.ids:
-        raise InvalidFileError(f"{PREFIX}unknown_token_id is missing; WordPiece needs a token for unknown words")
+        raise InvalidFileError(
+            f"{gguf_vocab.PREFIX}unknown_token_id is missing; WordPiece needs a token for unknown words"
+        )
     names = [_wordpiece_name(text, kind) for text, kind in zip(vocab.tokens, vocab.types)]
     ids = {name: index for index, name in enumerate(names)}
     if len(ids) != len(names):
         twice = next(index for index, name in enumerate(names) if ids[name] != index)
-        raise InvalidFileError(f"{PREFIX}tokens has the same word {names[twice]!r:.80} at {twice} and later")
+        raise InvalidFileError(f"{gguf_vocab.PREFIX}tokens has the same word {names[twice]!r:.80} at {twice} and later")
     model = models.WordPiece(ids, unk_token=names[vocab.ids["unknown"]], max_input_chars_per_word=_LONGEST_WORD)
     backend = Tokenizer(model)
     backend.normalizer = normalizers.BertNormalizer(
@@ -232,6 +229,6 @@ def _wordpiece(vocab: GgufVocab) -> Tokenizer:
 
 
 def _wordpiece_name(text: str, kind: int) -> str:
-    if kind in (CONTROL, UNKNOWN, USER_DEFINED):
+    if kind in (gguf_vocab.CONTROL, gguf_vocab.UNKNOWN, gguf_vocab.USER_DEFINED):
         return text
     return text[1:] if text.startswith(SPACE) else f"##{text}"

@@ -11,15 +11,7 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from candle_vllm.core.errors import InvalidParameterError
-from candle_vllm.openai.anthropic.blocks import (
-    ImageBlock,
-    SystemContent,
-    TextBlock,
-    ThinkingBlock,
-    ToolResultBlock,
-    ToolUseBlock,
-    UserContent,
-)
+from candle_vllm.openai.anthropic import blocks
 from candle_vllm.openai.anthropic.messages import AssistantMessage, Message, UserMessage
 from candle_vllm.openai.protocol.fields import MAX_MESSAGES, MAX_TOOL_CALLS
 from candle_vllm.openai.task import Call, ImagePart, Part, TextPart
@@ -36,7 +28,7 @@ class Turn(NamedTuple):
     source: str
 
 
-def read_turns(system: SystemContent | None, messages: Sequence[Message]) -> tuple[list[Turn], bool]:
+def read_turns(system: blocks.SystemContent | None, messages: Sequence[Message]) -> tuple[list[Turn], bool]:
     """The conversation, and whether its last message begins the answer.
 
     Raises:
@@ -93,7 +85,7 @@ class _Turns:
         self._said: list[tuple[Literal["system", "user"], list[Part], str]] = []  # role, parts, source
         self._answer: _Answer | None = None
 
-    def user(self, content: UserContent, place: int) -> None:
+    def user(self, content: blocks.UserContent, place: int) -> None:
         self._end_answer()
         source = f"messages.{place}"
         if isinstance(content, str):
@@ -101,9 +93,9 @@ class _Turns:
             return
         for number, block in enumerate(content):
             path = f"{source}.content.{number}"
-            if isinstance(block, ImageBlock):
+            if isinstance(block, blocks.ImageBlock):
                 self._say("user", block.image(path), source)
-            elif isinstance(block, ToolResultBlock):
+            elif isinstance(block, blocks.ToolResultBlock):
                 parts = (TextPart(_result_text(block)), *_result_images(block, path))
                 result = TaskMessage(role="tool", parts=parts, call_id=block.tool_use_id)
                 self._results.append(Turn(result, source))
@@ -160,11 +152,11 @@ class _Answer:
             self._texts.append(message.content)
             return
         for block in message.content:
-            if isinstance(block, TextBlock):
+            if isinstance(block, blocks.TextBlock):
                 self._texts.append(block.text)
-            elif isinstance(block, ThinkingBlock):
+            elif isinstance(block, blocks.ThinkingBlock):
                 self._thoughts.append(block.thinking)
-            elif isinstance(block, ToolUseBlock):
+            elif isinstance(block, blocks.ToolUseBlock):
                 arguments = json.dumps(block.input, ensure_ascii=False)
                 self._calls.append(Call(block.id, block.name, arguments))
 
@@ -180,7 +172,7 @@ class _Answer:
         return Turn(message, self._source)
 
 
-def _system_texts(content: SystemContent) -> list[str]:
+def _system_texts(content: blocks.SystemContent) -> list[str]:
     texts = [content] if isinstance(content, str) else [block.text for block in content]
     return [text for text in map(_without_billing, texts) if text]
 
@@ -190,16 +182,18 @@ def _without_billing(text: str) -> str:
     return text.partition("\n")[2] if text.startswith(_BILLING) else text
 
 
-def _result_images(block: ToolResultBlock, path: str) -> list[ImagePart]:
+def _result_images(block: blocks.ToolResultBlock, path: str) -> list[ImagePart]:
     content = [] if block.content is None or isinstance(block.content, str) else block.content
-    return [one.image(f"{path}.content.{place}") for place, one in enumerate(content) if isinstance(one, ImageBlock)]
+    return [
+        one.image(f"{path}.content.{place}") for place, one in enumerate(content) if isinstance(one, blocks.ImageBlock)
+    ]
 
 
-def _result_text(block: ToolResultBlock) -> str:
+def _result_text(block: blocks.ToolResultBlock) -> str:
     """The result; a task has no mark for errors, so one that does not say that it is an error is made to."""
     content = block.content or ""
     if not isinstance(content, str):
-        content = "\n".join(part.text for part in content if not isinstance(part, ImageBlock))
+        content = "\n".join(part.text for part in content if not isinstance(part, blocks.ImageBlock))
     text = content
     if not block.is_error or text.lstrip().lower().startswith(_SAYS_SO):
         return text

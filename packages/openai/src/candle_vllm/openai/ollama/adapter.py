@@ -18,16 +18,7 @@ import msgspec
 from candle_vllm.core.errors import PromptTooLongError, RequestError
 from candle_vllm.openai.adapter import OpenAIAdapter
 from candle_vllm.openai.errors import UnsupportedParameterError
-from candle_vllm.openai.ollama.answers import (
-    ChatLine,
-    GenerateLine,
-    Line,
-    LineWriter,
-    Times,
-    Vector,
-    Vectors,
-    join_lines,
-)
+from candle_vllm.openai.ollama import answers
 from candle_vllm.openai.ollama.request import (
     ChatRequest,
     EmbeddingsRequest,
@@ -56,7 +47,7 @@ _SPELLED = {
 """What the engine's names are called in a request."""
 
 
-class LineStream(ChunkStream[Line]):
+class LineStream(ChunkStream[answers.Line]):
     """The lines of one answer. Close it (`aclose`) when the reader goes away: that aborts the request."""
 
 
@@ -74,19 +65,19 @@ class OllamaAdapter:
         self._adapter = adapter
         self._defaults = dict(sampling_defaults or {})
 
-    async def chat(self, request: ChatRequest) -> ChatLine:
+    async def chat(self, request: ChatRequest) -> answers.ChatLine:
         """The whole answer. Cancelling it aborts the request."""
-        return cast(ChatLine, await self._whole(await self.chat_stream(request)))
+        return cast(answers.ChatLine, await self._whole(await self.chat_stream(request)))
 
     async def chat_stream(self, request: ChatRequest) -> LineStream:
         """Submits the request and gives its lines as they come; close the stream to abort it."""
         times = self._begun(request)
         answer = await self._bounded(self._chat_task, request)
-        return LineStream(answer, LineWriter(times, chat=True))
+        return LineStream(answer, answers.LineWriter(times, chat=True))
 
-    async def generate(self, request: GenerateRequest) -> GenerateLine:
+    async def generate(self, request: GenerateRequest) -> answers.GenerateLine:
         """The whole answer. Cancelling it aborts the request."""
-        return cast(GenerateLine, await self._whole(await self.generate_stream(request)))
+        return cast(answers.GenerateLine, await self._whole(await self.generate_stream(request)))
 
     async def generate_stream(self, request: GenerateRequest) -> LineStream:
         """Submits the request and gives its lines as they come; close the stream to abort it."""
@@ -97,7 +88,7 @@ class OllamaAdapter:
             answer = await self._bounded(self._prompt_task, request)
         # Marks without their images would be all that the next request saw of them.
         goes_on = not (request.raw or request.suffix or request.images)
-        return LineStream(answer, LineWriter(times, chat=False, context=answer.prompt if goes_on else None))
+        return LineStream(answer, answers.LineWriter(times, chat=False, context=answer.prompt if goes_on else None))
 
     async def _raw(self, request: GenerateRequest) -> AnswerStream:
         task = _raw_task(request, self._defaults)
@@ -117,36 +108,36 @@ class OllamaAdapter:
                 raise
         return await self._adapter.answer(lambda: _unbound(read(request)))
 
-    async def embed(self, request: EmbedRequest) -> Vectors:
+    async def embed(self, request: EmbedRequest) -> answers.Vectors:
         """The vectors of texts, each of length 1. Cancelling it aborts what has not been run."""
         times = self._begun(request)
         texts: Sequence[str | list[int]] = request.input
         if request.truncate:
             texts = await self._cut(request.input)
         made = await self._vectors(request.model, texts, "input", normalize=True, dimensions=request.dimensions)
-        return Vectors(
+        return answers.Vectors(
             model=made.model,
             embeddings=tuple(cast("list[float]", each.embedding) for each in made.data),
             **times.told(),
             prompt_eval_count=made.usage.prompt_tokens,
         )
 
-    async def embeddings(self, request: EmbeddingsRequest) -> Vector:
+    async def embeddings(self, request: EmbeddingsRequest) -> answers.Vector:
         """The vector of one text, as the model gives it. Cancelling it aborts the request."""
         self._begun(request)
         made = await self._vectors(request.model, [request.prompt or ""], "prompt", normalize=False)
-        return Vector(cast("list[float]", made.data[0].embedding))
+        return answers.Vector(cast("list[float]", made.data[0].embedding))
 
-    async def _whole(self, stream: LineStream) -> Line:
+    async def _whole(self, stream: LineStream) -> answers.Line:
         async with aclosing(stream) as lines:
-            return join_lines([line async for line in lines])
+            return answers.join_lines([line async for line in lines])
 
-    def _begun(self, request: Any) -> Times:
+    def _begun(self, request: Any) -> answers.Times:
         asked = None if request.options is None else request.options.num_ctx
         most = self._adapter.model_info.max_model_len
         if asked is not None and asked > most:
             remark([f"options.num_ctx is {asked}, and the context of this model is {most} here (--max-model-len)"])
-        return Times(request.received, time.perf_counter_ns())
+        return answers.Times(request.received, time.perf_counter_ns())
 
     async def _vectors(self, model: str, texts: Sequence[str | list[int]], field: str, **options: Any) -> Any:
         given = {"model": model} | {name: value for name, value in options.items() if value is not None}

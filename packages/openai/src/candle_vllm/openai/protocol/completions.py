@@ -11,25 +11,19 @@ from msgspec import UNSET, UnsetType
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from candle_vllm.core.sampling.params import MAX_TOKENS
+from candle_vllm.openai.protocol import fields
 from candle_vllm.openai.protocol.chat import PromptLogprobs
-from candle_vllm.openai.protocol.fields import (
-    COMPLETION_REFUSED_FIELDS,
-    MAX_CHOICES,
-    MAX_PROMPTS,
-    Refusal,
-    TokenIds,
-    invalid,
-    prompt_form,
-)
 from candle_vllm.openai.protocol.generation import GenerationFields, Logprobs
 from candle_vllm.openai.protocol.usage import Usage
 
 Prompt = Annotated[
     Annotated[str, Tag("<string>")]
-    | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True), Tag("<strings>")]
-    | Annotated[TokenIds, Tag("<tokens>")]
-    | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True), Tag("<token lists>")],
-    Discriminator(prompt_form),
+    | Annotated[list[str], Field(min_length=1, max_length=fields.MAX_PROMPTS, fail_fast=True), Tag("<strings>")]
+    | Annotated[fields.TokenIds, Tag("<tokens>")]
+    | Annotated[
+        list[fields.TokenIds], Field(min_length=1, max_length=fields.MAX_PROMPTS, fail_fast=True), Tag("<token lists>")
+    ],
+    Discriminator(fields.prompt_form),
 ]
 
 
@@ -40,7 +34,7 @@ class CompletionRequest(GenerationFields):
     Choice `i * n + j` is sequence `j` of prompt `i`. `max_tokens: 0` with `echo` scores a prompt and adds nothing.
     """
 
-    refused_fields: ClassVar[Mapping[str, Refusal]] = COMPLETION_REFUSED_FIELDS
+    refused_fields: ClassVar[Mapping[str, fields.Refusal]] = fields.COMPLETION_REFUSED_FIELDS
 
     prompt: Prompt
     suffix: str | None = None
@@ -51,17 +45,17 @@ class CompletionRequest(GenerationFields):
     @classmethod
     def _number_not_switch(cls, value: Any) -> Any:
         if isinstance(value, bool):
-            raise invalid("", "is a number here: how many likely tokens to report, 0 to 20")
+            raise fields.invalid("", "is a number here: how many likely tokens to report, 0 to 20")
         return value
 
     @model_validator(mode="after")
     def _completion_rules(self) -> Self:
         if self.max_tokens == 0 and not self.echo:
-            raise invalid("max_tokens", "must be at least 1, or 0 together with echo: true")
+            raise fields.invalid("max_tokens", "must be at least 1, or 0 together with echo: true")
         if self.suffix and self.echo:
-            raise invalid("echo", "repeats a prompt before its continuation, and with suffix there is none")
-        if len(self.prompts) * self.sequences > MAX_CHOICES:
-            raise invalid("n", f"times the number of prompts must be at most {MAX_CHOICES}")
+            raise fields.invalid("echo", "repeats a prompt before its continuation, and with suffix there is none")
+        if len(self.prompts) * self.sequences > fields.MAX_CHOICES:
+            raise fields.invalid("n", f"times the number of prompts must be at most {fields.MAX_CHOICES}")
         return self
 
     @property

@@ -12,15 +12,7 @@ from candle_vllm.openai.task import Part, TextPart
 from candle_vllm.responses.api.call_results import NOT_RUN
 from candle_vllm.responses.api.item_writers import Emit, ItemWriter
 from candle_vllm.responses.protocol import events as wire
-from candle_vllm.responses.protocol.response import (
-    CustomToolCallOut,
-    FunctionCallOut,
-    McpCallOut,
-    ProtocolFailure,
-    ShownImage,
-    ShownText,
-    ToolFailure,
-)
+from candle_vllm.responses.protocol import response
 from candle_vllm.responses.tools.tool import ToolResult
 
 _TIMED_OUT, _UNAVAILABLE, _REFUSED = -32001, -32000, -32602  # JSON-RPC's codes, as MCP uses them
@@ -55,8 +47,8 @@ class FunctionWriter(CallWriter):
         super().add(delta)
         self._emit(wire.FunctionArgumentsDelta, delta=delta)
 
-    def item(self, status: str) -> FunctionCallOut:
-        return FunctionCallOut(
+    def item(self, status: str) -> response.FunctionCallOut:
+        return response.FunctionCallOut(
             id=self.id,
             status=status,
             call_id=self._call_id,
@@ -77,8 +69,8 @@ class CustomWriter(CallWriter):
         self._call_id, self._name, self._namespace = call_id, name, namespace
         self._input = ""
 
-    def item(self, status: str) -> CustomToolCallOut:
-        return CustomToolCallOut(
+    def item(self, status: str) -> response.CustomToolCallOut:
+        return response.CustomToolCallOut(
             id=self.id,
             status=status,
             call_id=self._call_id,
@@ -123,9 +115,9 @@ class McpCallWriter(CallWriter):
         self._result, self._shown = result, shown
         self.end("completed" if result.status == "completed" else "failed")
 
-    def item(self, status: str) -> McpCallOut:
+    def item(self, status: str) -> response.McpCallOut:
         result = self._result
-        return McpCallOut(
+        return response.McpCallOut(
             id=self.id,
             status=status,
             server_label=self._server,
@@ -143,11 +135,13 @@ class McpCallWriter(CallWriter):
         self._emit(wire.McpCallFailed if failed else wire.McpCallCompleted)
 
 
-def _shown(part: Part) -> ShownText | ShownImage:
-    return ShownText(text=part.text) if isinstance(part, TextPart) else ShownImage(image_url=part.source)
+def _shown(part: Part) -> response.ShownText | response.ShownImage:
+    return (
+        response.ShownText(text=part.text) if isinstance(part, TextPart) else response.ShownImage(image_url=part.source)
+    )
 
 
-def _failure(result: ToolResult) -> ToolFailure | ProtocolFailure:
+def _failure(result: ToolResult) -> response.ToolFailure | response.ProtocolFailure:
     if result.status == "failed":
-        return ToolFailure(content=({"type": "text", "text": result.text},))
-    return ProtocolFailure(code=_CODES.get(result.status, _REFUSED), message=result.text or NOT_RUN)
+        return response.ToolFailure(content=({"type": "text", "text": result.text},))
+    return response.ProtocolFailure(code=_CODES.get(result.status, _REFUSED), message=result.text or NOT_RUN)

@@ -10,16 +10,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from candle_vllm.core.sampling import params as caps
 from candle_vllm.core.sampling.thoughts import MAX_BUDGET
-from candle_vllm.openai.protocol.fields import (
-    MAX_NAME,
-    MAX_PRIORITY,
-    MAX_TEMPLATE_KWARGS,
-    MAX_TOOLS,
-    ModelName,
-    Refusal,
-    WireModel,
-    invalid,
-)
+from candle_vllm.openai.protocol import fields
 from candle_vllm.openai.protocol.generation import MaxTokens, SamplerFields, Stop
 from candle_vllm.openai.protocol.structured import JsonObjectFormat, JsonSchema, TextFormat
 from candle_vllm.openai.validation import parse_body
@@ -52,11 +43,11 @@ Include = Literal[
 INCLUDABLE: tuple[str, ...] = get_args(Include)
 
 
-class StreamOptions(WireModel):
+class StreamOptions(fields.WireModel):
     """Has nothing to choose."""
 
-    refused_fields: ClassVar[Mapping[str, Refusal]] = {
-        "include_obfuscation": Refusal("events are never padded with random characters", (False,))
+    refused_fields: ClassVar[Mapping[str, fields.Refusal]] = {
+        "include_obfuscation": fields.Refusal("events are never padded with random characters", (False,))
     }
 
 
@@ -73,7 +64,7 @@ class PlainFormat(TextFormat):
     def check_kind(cls, data: dict[str, Any]) -> None:
         """Lists the formats."""
         if data.get("type") != "text":
-            raise invalid("type", "must be one of text, json_object, json_schema")
+            raise fields.invalid("type", "must be one of text, json_object, json_schema")
 
 
 def _format_form(value: Any) -> str:
@@ -81,7 +72,7 @@ def _format_form(value: Any) -> str:
     return f"<{kind}>" if kind in ("json_object", "json_schema") else "<text>"
 
 
-class TextConfig(WireModel):
+class TextConfig(fields.WireModel):
     """The form of the answer; `verbosity` has no effect."""
 
     format: (
@@ -96,7 +87,7 @@ class TextConfig(WireModel):
     verbosity: Literal["low", "medium", "high"] | None = None
 
 
-class ReasoningConfig(WireModel):
+class ReasoningConfig(fields.WireModel):
     """How much the model thinks: `effort` where its template knows efforts, `max_tokens` of thoughts at most.
 
     The other fields have no effect.
@@ -110,7 +101,7 @@ class ReasoningConfig(WireModel):
     max_tokens: Annotated[int, Field(ge=0, le=MAX_BUDGET)] | None = None
 
 
-class ConversationReference(WireModel):
+class ConversationReference(fields.WireModel):
     """A conversation by its id."""
 
     id: ItemId
@@ -131,10 +122,10 @@ Input = Annotated[
 ]
 
 
-class PromptFields(WireModel):
+class PromptFields(fields.WireModel):
     """What the model sees. None always means absent."""
 
-    model: ModelName | None = None
+    model: fields.ModelName | None = None
     input: Input | None = None
     instructions: Text | None = None
     previous_response_id: ItemId | None = None
@@ -145,20 +136,20 @@ class PromptFields(WireModel):
         ]
         | None
     ) = None
-    tools: Annotated[list[AnyTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tools: Annotated[list[AnyTool], Field(max_length=fields.MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
     reasoning: ReasoningConfig | None = None
     truncation: Literal["auto", "disabled"] | None = None
-    chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=MAX_TEMPLATE_KWARGS)] | None = None
+    chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=fields.MAX_TEMPLATE_KWARGS)] | None = None
 
     @model_validator(mode="after")
     def _says_something(self) -> Self:
         if self.previous_response_id is not None and self.conversation is not None:
-            raise invalid("previous_response_id", "and conversation exclude each other; give one of them")
+            raise fields.invalid("previous_response_id", "and conversation exclude each other; give one of them")
         if not self.input and self.previous_response_id is None and self.conversation is None:
-            raise invalid("input", "is required: a text, or a list of items that is not empty")
+            raise fields.invalid("input", "is required: a text, or a list of items that is not empty")
         return self
 
     @property
@@ -171,7 +162,7 @@ class PromptFields(WireModel):
 class ResponsesRequest(PromptFields, SamplerFields):
     """Something to answer, with tools and memory: `POST /v1/responses`."""
 
-    refused_fields: ClassVar[Mapping[str, Refusal]] = REFUSED_RESPONSES_FIELDS
+    refused_fields: ClassVar[Mapping[str, fields.Refusal]] = REFUSED_RESPONSES_FIELDS
 
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -194,13 +185,13 @@ class ResponsesRequest(PromptFields, SamplerFields):
     seed: Annotated[int, Field(ge=-(1 << 63), le=(1 << 64) - 1)] | None = None
     stop: Stop | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
-    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
+    priority: Annotated[int, Field(ge=-fields.MAX_PRIORITY, le=fields.MAX_PRIORITY)] | None = None
     return_draft_counts: bool | None = None
 
     # ADVISORY_RESPONSES_FIELDS: checked and without effect.
-    user: Annotated[str, Field(max_length=MAX_NAME)] | None = None
-    safety_identifier: Annotated[str, Field(max_length=MAX_NAME)] | None = None
-    prompt_cache_key: Annotated[str, Field(max_length=MAX_NAME)] | None = None
+    user: Annotated[str, Field(max_length=fields.MAX_NAME)] | None = None
+    safety_identifier: Annotated[str, Field(max_length=fields.MAX_NAME)] | None = None
+    prompt_cache_key: Annotated[str, Field(max_length=fields.MAX_NAME)] | None = None
     prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
     prompt_cache_options: dict[str, Any] | None = None
     service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast", "ultrafast"] | None = None
@@ -210,9 +201,11 @@ class ResponsesRequest(PromptFields, SamplerFields):
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.stream_options is not None and not self.stream:
-            raise invalid("stream_options", "needs stream: true")
+            raise fields.invalid("stream_options", "needs stream: true")
         if self.background and self.store is False:
-            raise invalid("store", "must not be false where background is true: the answer is fetched from the store")
+            raise fields.invalid(
+                "store", "must not be false where background is true: the answer is fetched from the store"
+            )
         return self
 
     @property
@@ -229,19 +222,19 @@ class ResponsesRequest(PromptFields, SamplerFields):
 class InputTokensRequest(PromptFields):
     """A request whose prompt is counted: `POST /v1/responses/input_tokens`."""
 
-    refused_fields: ClassVar[Mapping[str, Refusal]] = REFUSED_COUNT_FIELDS
+    refused_fields: ClassVar[Mapping[str, fields.Refusal]] = REFUSED_COUNT_FIELDS
 
 
-class CompactRequest(WireModel):
+class CompactRequest(fields.WireModel):
     """A conversation that is to become shorter: `POST /v1/responses/compact`. None always means absent."""
 
-    refused_fields: ClassVar[Mapping[str, Refusal]] = {
+    refused_fields: ClassVar[Mapping[str, fields.Refusal]] = {
         "image": REFUSED_RESPONSES_FIELDS["image"],
-        "stream": Refusal("a compaction is answered whole", (False,)),
-        "tools": Refusal("a compaction calls nothing", ([],)),
+        "stream": fields.Refusal("a compaction is answered whole", (False,)),
+        "tools": fields.Refusal("a compaction calls nothing", ([],)),
     }
 
-    model: ModelName
+    model: fields.ModelName
     input: Input | None = None
     instructions: Text | None = None
     previous_response_id: ItemId | None = None
@@ -254,7 +247,7 @@ class CompactRequest(WireModel):
     @model_validator(mode="after")
     def _has_something(self) -> Self:
         if not self.input and self.previous_response_id is None:
-            raise invalid("input", "is required, or previous_response_id: there is nothing to compact")
+            raise fields.invalid("input", "is required, or previous_response_id: there is nothing to compact")
         return self
 
 

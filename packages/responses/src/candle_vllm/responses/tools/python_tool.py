@@ -13,17 +13,9 @@ from functools import partial
 from typing import Any
 
 from candle_vllm.core.errors import InvalidParameterError
+from candle_vllm.responses.tools import tool
 from candle_vllm.responses.tools.names import is_tool_name
 from candle_vllm.responses.tools.signatures import Signature, describe
-from candle_vllm.responses.tools.tool import (
-    ContentPart,
-    Report,
-    Tool,
-    ToolDefinition,
-    ToolError,
-    ToolOutput,
-    ToolUnavailableError,
-)
 
 MAX_THREADS = 64  # of one tool, those included that go on after their time is over; a turn runs at most so many calls
 MAX_TIMEOUT = 86_400.0  # seconds
@@ -35,7 +27,7 @@ def function_tool(
     name: str | None = None,
     description: str | None = None,
     timeout: float | None = None,
-) -> Tool:
+) -> tool.Tool:
     """Makes a tool of a Python function.
 
     The schema comes from the annotations: whatever pydantic understands, also nested dataclasses and models, `Literal`,
@@ -88,14 +80,14 @@ class PythonTool:
         self._threads = 0
         self._lock = threading.Lock()
         self.timeout = timeout
-        self.definition = ToolDefinition(
+        self.definition = tool.ToolDefinition(
             name=own,
             description=summary if description is None else description,
             parameters=self._signature.schema,
             original_name=own,
         )
 
-    async def run(self, arguments: Mapping[str, Any], report: Report) -> ToolOutput:  # noqa: ARG002 it has none
+    async def run(self, arguments: Mapping[str, Any], report: tool.Report) -> tool.ToolOutput:  # noqa: ARG002 it has none
         """Converts the arguments, calls the function, and makes an output of what it returns."""
         values = self._signature.convert(arguments)
         value = await self._function(**values) if self._is_async else await self._in_thread(values)
@@ -142,14 +134,16 @@ class PythonTool:
         name = self.definition.name
         with self._lock:
             if self._threads >= MAX_THREADS:
-                raise ToolUnavailableError(f"{self._threads} earlier calls of this tool still run: try again later.")
+                raise tool.ToolUnavailableError(
+                    f"{self._threads} earlier calls of this tool still run: try again later."
+                )
             self._threads += 1
         try:
             threading.Thread(target=work, name=f"candle-vllm-tool-{name}", daemon=True).start()
         except RuntimeError:
             with self._lock:
                 self._threads -= 1
-            raise ToolUnavailableError("There are too many threads: try again later.") from None
+            raise tool.ToolUnavailableError("There are too many threads: try again later.") from None
 
 
 def _named(function: Callable[..., Any], name: str | None) -> tuple[str, str]:
@@ -174,19 +168,19 @@ def _is_async(function: Callable[..., Any]) -> bool:
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
 
 
-def _output(value: Any) -> ToolOutput:
+def _output(value: Any) -> tool.ToolOutput:
     """What a function returned, as an output: text as it is, None as nothing, all else as JSON."""
-    if isinstance(value, ToolOutput):
+    if isinstance(value, tool.ToolOutput):
         return value
     if value is None:
-        return ToolOutput()
+        return tool.ToolOutput()
     if isinstance(value, str):
-        return ToolOutput.of_text(str(value))
+        return tool.ToolOutput.of_text(str(value))
     from pydantic_core import PydanticSerializationError, to_jsonable_python
 
     try:
         structured = to_jsonable_python(value, inf_nan_mode="null")
         text = json.dumps(structured, ensure_ascii=False)
     except (PydanticSerializationError, TypeError, ValueError, RecursionError):
-        raise ToolError(f"The tool failed: it returned a {type(value).__name__:.100}, which is no JSON.") from None
-    return ToolOutput(content=(ContentPart(kind="text", text=text),), structured=structured)
+        raise tool.ToolError(f"The tool failed: it returned a {type(value).__name__:.100}, which is no JSON.") from None
+    return tool.ToolOutput(content=(tool.ContentPart(kind="text", text=text),), structured=structured)

@@ -14,15 +14,7 @@ from candle_vllm.openai.events import Reason
 from candle_vllm.openai.events import Usage as Counts
 from candle_vllm.openai.protocol.chat import ServerToolCall
 from candle_vllm.openai.protocol.usage import Usage
-from candle_vllm.responses.conversation.events import (
-    ConversationFinished,
-    Event,
-    ReasoningDelta,
-    TextDelta,
-    ToolFinished,
-    TurnFinished,
-    TurnStarted,
-)
+from candle_vllm.responses.conversation import events
 from candle_vllm.responses.conversation.options import ConversationUsage
 from candle_vllm.responses.tools.registry import ToolRegistry
 from candle_vllm.responses.tools.tool import ToolCall
@@ -58,24 +50,24 @@ class ExecutionState:
         self.thoughts = ""
         self.logprobs: list[Any] = []
 
-    def add(self, event: Event) -> None:
+    def add(self, event: events.Event) -> None:
         """Takes what has happened."""
         match event:
-            case TurnStarted():
+            case events.TurnStarted():
                 self.text, self.thoughts, self.logprobs = "", "", []
-            case TextDelta():
+            case events.TextDelta():
                 self.text += event.text
                 self.logprobs += event.logprobs
-            case ReasoningDelta():
+            case events.ReasoningDelta():
                 self.thoughts += event.text
-            case TurnFinished():
+            case events.TurnFinished():
                 self.turns += 1
                 self._usage += event.usage
                 self._ask(event.message.get("tool_calls") or ())
-            case ToolFinished():
+            case events.ToolFinished():
                 result = event.result
                 self._note(result.call, result.status, result.seconds, result.server)
-            case ConversationFinished():
+            case events.ConversationFinished():
                 reason = event.result.stop_reason
                 if reason in (Reason.STOP, Reason.LENGTH):
                     self.end(Reason(reason))

@@ -19,15 +19,7 @@ from starlette.types import Message, Receive, Scope, Send
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.openai.errors import InvalidBodyError
 from candle_vllm.server.answering import json_answer
-from candle_vllm.server.batches.records import (
-    BATCH_OUTPUT,
-    LEAST_LIFE,
-    LONGEST_LIFE,
-    UPLOADED,
-    FileDeleted,
-    FileList,
-    FileObject,
-)
+from candle_vllm.server.batches import records
 from candle_vllm.server.batches.service import FORM_OVERHEAD, Batches
 from candle_vllm.server.batches.store import PIECE, too_large
 from candle_vllm.server.http.body import READING_SECONDS, SILENCE_SECONDS
@@ -53,16 +45,16 @@ _FIELDS = ("file", "purpose", _ANCHOR, _SECONDS)
             "format": "binary",
             "description": "Lines of JSON, or an image.",
         },
-        "purpose": {"enum": [*UPLOADED]},
+        "purpose": {"enum": [*records.UPLOADED]},
         "expires_after[anchor]": {"enum": ["created_at"], "default": "created_at"},
         "expires_after[seconds]": {
             "type": "integer",
-            "minimum": LEAST_LIFE,
-            "maximum": LONGEST_LIFE,
-            "default": LONGEST_LIFE,
+            "minimum": records.LEAST_LIFE,
+            "maximum": records.LONGEST_LIFE,
+            "default": records.LONGEST_LIFE,
         },
     },
-    answer=FileObject,
+    answer=records.FileObject,
 )
 async def upload_file(request: Request) -> Response:
     """Keep a file: requests of a batch, or an image."""
@@ -73,7 +65,7 @@ async def upload_file(request: Request) -> Response:
         return json_answer(await _uploaded(request, batches, owner, count))
 
 
-async def _uploaded(request: Request, batches: Batches, owner: str, count: Callable[[int], None]) -> FileObject:
+async def _uploaded(request: Request, batches: Batches, owner: str, count: Callable[[int], None]) -> records.FileObject:
     """The file of a form, in the store; `count` is told of each piece of the form before it is kept."""
     most = min(batches.store.options.max_file_bytes, batches.store.share)
     form = await _form(request, most + FORM_OVERHEAD, count)
@@ -84,8 +76,8 @@ async def _uploaded(request: Request, batches: Batches, owner: str, count: Calla
         file, purpose = form.get("file"), form.get("purpose")
         if not isinstance(file, UploadFile):
             raise InvalidParameterError("file is missing: the form needs one, with a file name", "file")
-        if not isinstance(purpose, str) or purpose not in UPLOADED:
-            raise InvalidParameterError(f"purpose must be {_one_of(UPLOADED)}, not {purpose!r:.60}", "purpose")
+        if not isinstance(purpose, str) or purpose not in records.UPLOADED:
+            raise InvalidParameterError(f"purpose must be {_one_of(records.UPLOADED)}, not {purpose!r:.60}", "purpose")
         if (file.size or 0) > most:
             raise too_large(most)
         name = safe_name(file.filename or "")
@@ -96,11 +88,11 @@ async def _uploaded(request: Request, batches: Batches, owner: str, count: Calla
 
 @route(
     "GET /v1/files",
-    answer=FileList,
+    answer=records.FileList,
     query={
         "limit": {"type": "integer", "minimum": 1, "maximum": 10_000, "default": 10_000},
         "order": {"enum": ["desc"], "default": "desc"},
-        "purpose": {"enum": [*UPLOADED, BATCH_OUTPUT]},
+        "purpose": {"enum": [*records.UPLOADED, records.BATCH_OUTPUT]},
         **AFTER,
     },
 )
@@ -109,15 +101,15 @@ async def list_files(request: Request) -> Response:
     batches, owner = await batches_and_owner(request)
     query = query_of(request, "limit", "after", "purpose", "order")
     (limit, after), purpose = limit_and_after(query, MAX_LIST, MAX_LIST), query.get("purpose")
-    if purpose is not None and purpose not in (*UPLOADED, BATCH_OUTPUT):
-        said = f"purpose must be {_one_of((*UPLOADED, BATCH_OUTPUT))}, not {purpose!r:.60}"
+    if purpose is not None and purpose not in (*records.UPLOADED, records.BATCH_OUTPUT):
+        said = f"purpose must be {_one_of((*records.UPLOADED, records.BATCH_OUTPUT))}, not {purpose!r:.60}"
         raise InvalidParameterError(said, "purpose")
     if query.get("order", "desc") != "desc":
         raise InvalidParameterError("order must be desc: lists begin with the newest", "order")
-    return page_of(FileList, await batches.store.files(owner, limit + 1, after, purpose), limit)
+    return page_of(records.FileList, await batches.store.files(owner, limit + 1, after, purpose), limit)
 
 
-@route("GET /v1/files/{file_id}", answer=FileObject)
+@route("GET /v1/files/{file_id}", answer=records.FileObject)
 async def get_file(request: Request, file_id: str) -> Response:
     """What is known of a file."""
     batches, owner = await batches_and_owner(request)
@@ -157,13 +149,13 @@ class _Download(StreamingResponse):
             held.add(caller, -PIECE)
 
 
-@route("DELETE /v1/files/{file_id}", answer=FileDeleted)
+@route("DELETE /v1/files/{file_id}", answer=records.FileDeleted)
 async def delete_file(request: Request, file_id: str) -> Response:
     """Delete a file."""
     batches, owner = await batches_and_owner(request)
     query_of(request)
     await batches.store.delete_file(owner, file_id)
-    return json_answer(FileDeleted(id=file_id))
+    return json_answer(records.FileDeleted(id=file_id))
 
 
 async def batches_and_owner(request: Request) -> tuple[Batches, str]:
@@ -192,7 +184,7 @@ def _seconds(form: FormData) -> int | None:
         raise InvalidParameterError(f"{_ANCHOR} must be created_at, not {anchor!r:.60}", _ANCHOR)
     if seconds is None:
         return None
-    return number_of(_SECONDS, seconds if isinstance(seconds, str) else "", LEAST_LIFE, LONGEST_LIFE)
+    return number_of(_SECONDS, seconds if isinstance(seconds, str) else "", records.LEAST_LIFE, records.LONGEST_LIFE)
 
 
 async def _pieces(file: UploadFile) -> AsyncIterator[bytes]:

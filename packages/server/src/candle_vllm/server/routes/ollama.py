@@ -29,15 +29,7 @@ from candle_vllm.openai.ollama import (
 )
 from candle_vllm.openai.protocol.fields import WireModel
 from candle_vllm.openai.remarks import remark
-from candle_vllm.server.answering import (
-    GenerationApi,
-    answer_parsed,
-    answer_parsed_with,
-    deadline_of,
-    in_time,
-    json_answer,
-    parsed,
-)
+from candle_vllm.server import answering
 from candle_vllm.server.http.body import unless_disconnected
 from candle_vllm.server.http.failures import ollama_error_line
 from candle_vllm.server.http.routing import caller_of
@@ -57,7 +49,7 @@ async def ollama_body(request: Request, parse: Callable[[bytes], Any], *, exact:
     Raises:
         ModelNotServedError: see `served_name`.
     """
-    wire = await parsed(request, parse, typed=False)
+    wire = await answering.parsed(request, parse, typed=False)
     named = getattr(wire, "model", None)
     if named is None:
         return wire
@@ -118,13 +110,15 @@ async def ollama_generate(request: Request) -> Response:
 @route("POST /api/embed", body=EmbedRequest, example={"model": "default", "input": "The sky is blue."}, answer=Vectors)
 async def ollama_embed(request: Request) -> Response:
     """The vectors of texts, in Ollama's words."""
-    deadline = deadline_of(request)
+    deadline = answering.deadline_of(request)
     wire = await ollama_body(request, ollama_parser(EmbedRequest))
     _keep(request, wire)
     if not wire.loads:
-        return await answer_parsed_with(request, wire, lambda model, asked: model.ollama.embed(asked), deadline)
+        return await answering.answer_parsed_with(
+            request, wire, lambda model, asked: model.ollama.embed(asked), deadline
+        )
     times = await _loaded(request, wire, deadline)
-    return json_answer(Vectors(model=wire.model, embeddings=(), **times.told(), prompt_eval_count=0))
+    return answering.json_answer(Vectors(model=wire.model, embeddings=(), **times.told(), prompt_eval_count=0))
 
 
 @route(
@@ -135,16 +129,18 @@ async def ollama_embed(request: Request) -> Response:
 )
 async def ollama_embeddings(request: Request) -> Response:
     """The vector of one text, in Ollama's older words."""
-    deadline = deadline_of(request)
+    deadline = answering.deadline_of(request)
     wire = await ollama_body(request, ollama_parser(EmbeddingsRequest))
     _keep(request, wire)
     if not wire.loads:
-        return await answer_parsed_with(request, wire, lambda model, asked: model.ollama.embeddings(asked), deadline)
+        return await answering.answer_parsed_with(
+            request, wire, lambda model, asked: model.ollama.embeddings(asked), deadline
+        )
     await _loaded(request, wire, deadline)
-    return json_answer(Vector([]))
+    return answering.json_answer(Vector([]))
 
 
-CHAT = GenerationApi(
+CHAT = answering.GenerationApi(
     parse=ollama_parser(ChatRequest),
     whole=lambda model, wire: model.ollama.chat(wire),
     streamed=lambda model, wire: model.ollama.chat_stream(wire),
@@ -154,7 +150,7 @@ CHAT = GenerationApi(
     defaults=lambda wire, settings: wire,  # its adapter has them  # noqa: ARG005
     stream=LineStream,
 )
-GENERATE = GenerationApi(
+GENERATE = answering.GenerationApi(
     parse=ollama_parser(GenerateRequest),
     whole=lambda model, wire: model.ollama.generate(wire),
     streamed=lambda model, wire: model.ollama.generate_stream(wire),
@@ -166,24 +162,24 @@ GENERATE = GenerationApi(
 )
 
 
-async def _generated(request: Request, kind: type[WireModel], api: GenerationApi) -> Response:
-    deadline = deadline_of(request)
+async def _generated(request: Request, kind: type[WireModel], api: answering.GenerationApi) -> Response:
+    deadline = answering.deadline_of(request)
     wire = await ollama_body(request, api.parse)
     chats = kind is ChatRequest
     if wire.loads and wire.keep_seconds == 0 and _may_keep(request):
         await _manager(request).unload(wire.model)
         now = time.perf_counter_ns()
-        return json_answer(loaded_line(wire.model, Times(wire.received, now), "unload", chat=chats))
+        return answering.json_answer(loaded_line(wire.model, Times(wire.received, now), "unload", chat=chats))
     _keep(request, wire)
     if wire.loads:
         times = await _loaded(request, wire, deadline)
-        return json_answer(loaded_line(wire.model, times, "load", chat=chats))
-    return await answer_parsed(request, api, wire, deadline)
+        return answering.json_answer(loaded_line(wire.model, times, "load", chat=chats))
+    return await answering.answer_parsed(request, api, wire, deadline)
 
 
 async def _loaded(request: Request, wire: Any, deadline: float) -> Times:
     """Waits until the model is loaded."""
-    async with in_time(deadline, request):
+    async with answering.in_time(deadline, request):
         lease = await unless_disconnected(
             _manager(request).acquire(wire.model), request.receive, lambda lease: lease.release()
         )

@@ -30,15 +30,7 @@ from candle_vllm.responses.protocol.request import (
     parse_responses_request,
 )
 from candle_vllm.responses.protocol.response import CompactedResponse, InputTokens, Response
-from candle_vllm.server.answering import (
-    GenerationApi,
-    answer_parsed,
-    answer_with,
-    deadline_of,
-    in_time,
-    json_answer,
-    parsed,
-)
+from candle_vllm.server import answering
 from candle_vllm.server.http.body import unless_disconnected
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.routing import caller_of
@@ -112,11 +104,11 @@ class Responders:
 )
 async def create_response(request: Request) -> HttpResponse:
     """Answer with tools and memory: whole, streamed, in the background, or over a WebSocket."""
-    deadline = deadline_of(request)
-    wire = await parsed(request, parse_responses_request)
+    deadline = answering.deadline_of(request)
+    wire = await answering.parsed(request, parse_responses_request)
     if wire.background:
         return await _in_background(request, wire, deadline)
-    return await answer_parsed(request, _Exchange(request).api(), wire, deadline)
+    return await answering.answer_parsed(request, _Exchange(request).api(), wire, deadline)
 
 
 @route(
@@ -134,7 +126,7 @@ async def count_response_tokens(request: Request) -> HttpResponse:
     async def count(model: ServedModel, wire: Any) -> InputTokens:
         return await responders.of(model, wire.model).count_input_tokens(wire, owner=await owner_of(request, wire))
 
-    return await answer_with(request, parse_input_tokens_request, count, queued=False)
+    return await answering.answer_with(request, parse_input_tokens_request, count, queued=False)
 
 
 @route(
@@ -147,17 +139,17 @@ async def count_response_tokens(request: Request) -> HttpResponse:
 async def compact_response(request: Request) -> HttpResponse:
     """Make a conversation shorter."""
     responders: Responders = request.app.state.responders
-    deadline = deadline_of(request)
-    wire = await parsed(request, parse_compact_request)
+    deadline = answering.deadline_of(request)
+    wire = await answering.parsed(request, parse_compact_request)
     begin_generation(request.scope)
-    async with in_time(deadline, request):
+    async with answering.in_time(deadline, request):
         turn = await unless_disconnected(take_turn(request.scope, wire.model), request.receive, Turn.release)
         try:
             made = responders.of(turn.model, wire.model).compact(wire, owner=await owner_of(request, wire))
             compacted = await unless_disconnected(made, request.receive)
         finally:
             turn.release()
-    return json_answer(compacted)
+    return answering.json_answer(compacted)
 
 
 class _Exchange:
@@ -169,9 +161,9 @@ class _Exchange:
         self._stream: ResponseStream | None = None
         self._events = ResponseEvents()
 
-    def api(self) -> GenerationApi:
+    def api(self) -> answering.GenerationApi:
         """How it is answered."""
-        return GenerationApi(
+        return answering.GenerationApi(
             parse=parse_responses_request,
             whole=self._whole,
             streamed=self._streamed,
@@ -204,7 +196,7 @@ async def _in_background(request: Request, wire: ResponsesRequest, deadline: flo
     state = request.app.state
     refuse_headers(request.scope["headers"], NOT_HERE)
     responders: Responders = state.responders
-    async with in_time(deadline, request) as size:
+    async with answering.in_time(deadline, request) as size:
         await state.manager.reach(wire.model, caller_of(request.scope))
         state.manager.find(wire.model, caller=caller_of(request.scope))  # an unknown model costs nothing
         state.limits.admit(caller_of(request.scope))
@@ -228,7 +220,7 @@ async def _in_background(request: Request, wire: ResponsesRequest, deadline: flo
             lease.release()
             raise
     if not wire.stream:
-        return json_answer(queued)
+        return answering.json_answer(queued)
     return event_stream(events)
 
 

@@ -12,16 +12,8 @@ from functools import partial
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from candle_vllm.openai.protocol import tokenizing
 from candle_vllm.openai.protocol.chat import ChatCompletionRequest
-from candle_vllm.openai.protocol.tokenizing import (
-    Detokenized,
-    DetokenizeRequest,
-    TokenizeChatRequest,
-    TokenizeContentRequest,
-    Tokenized,
-    TokenizedContent,
-    TokenizeTextRequest,
-)
 from candle_vllm.openai.requests import parse_chat_request, read_chat
 from candle_vllm.openai.tokenizing import parse_detokenize_request, parse_tokenize_request
 from candle_vllm.responses.protocol.response import InputTokens
@@ -35,9 +27,9 @@ route = routing(router, functools.partial(Operation, tag="tokens", errors=COUNTE
 
 @route(
     "POST /tokenize",
-    body=(TokenizeTextRequest, TokenizeChatRequest, TokenizeContentRequest),
+    body=(tokenizing.TokenizeTextRequest, tokenizing.TokenizeChatRequest, tokenizing.TokenizeContentRequest),
     example={"prompt": "Once upon a time", "return_token_strs": True},
-    answer=(Tokenized, TokenizedContent),
+    answer=(tokenizing.Tokenized, tokenizing.TokenizedContent),
 )
 async def tokenize(request: Request) -> Response:
     """The tokens of a text or of a conversation."""
@@ -46,7 +38,9 @@ async def tokenize(request: Request) -> Response:
     )
 
 
-@route("POST /detokenize", body=DetokenizeRequest, example={"tokens": [1, 2, 3]}, answer=Detokenized)
+@route(
+    "POST /detokenize", body=tokenizing.DetokenizeRequest, example={"tokens": [1, 2, 3]}, answer=tokenizing.Detokenized
+)
 async def detokenize(request: Request) -> Response:
     """The text of tokens."""
     return await answer_with(

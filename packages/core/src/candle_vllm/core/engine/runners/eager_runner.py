@@ -25,16 +25,7 @@ from candle_vllm.core.kernels.offloading import block_bytes, block_parts, state_
 from candle_vllm.core.kernels.states import StateCache, StateRows
 from candle_vllm.core.layers.attention import StepInput, Taps
 from candle_vllm.core.layers.rotary import Rotary
-from candle_vllm.core.loading.cache_specs import (
-    NO_STATES,
-    NO_WINDOWS,
-    PagedSpec,
-    StatePart,
-    StateRoom,
-    StateSpec,
-    WindowRoom,
-    layer_caches,
-)
+from candle_vllm.core.loading import cache_specs
 from candle_vllm.core.models.family import Decoder, DraftHead, Encoder, Tower, TowerStep
 from candle_vllm.core.models.stack import DecoderStack, layers_here
 from candle_vllm.core.sampling.state import SamplingState
@@ -65,8 +56,8 @@ class EagerRunner(StepwiseRunner):
         adapters: EagerAdapters | None = None,
         taps: Sequence[int] | None = None,
         turning: Rotary | None = None,
-        room: StateRoom = NO_STATES,
-        windows: WindowRoom = NO_WINDOWS,
+        room: cache_specs.StateRoom = cache_specs.NO_STATES,
+        windows: cache_specs.WindowRoom = cache_specs.NO_WINDOWS,
     ) -> None:
         config = decoder.config
         self.page_of = np.zeros(num_blocks if windows.pages else 0, np.int64)
@@ -182,9 +173,9 @@ def layer_caches_of(
     blocks: tuple[int, int],
     empty: Callable[..., torch.Tensor],
     beside: int = 0,
-    room: StateRoom = NO_STATES,
+    room: cache_specs.StateRoom = cache_specs.NO_STATES,
     state_dtype: torch.dtype | None = None,
-    windows: WindowRoom = NO_WINDOWS,
+    windows: cache_specs.WindowRoom = cache_specs.NO_WINDOWS,
 ) -> tuple[PagedCache | tuple[StateCache, ...], ...]:
     """The cache of each layer of a decoder; without elements where the layer is another stage's.
 
@@ -199,21 +190,21 @@ def layer_caches_of(
     """
     here = layers_here(decoder, decoder.config.num_layers)
 
-    def state(number: int, part: StatePart) -> StateCache:
+    def state(number: int, part: cache_specs.StatePart) -> StateCache:
         slots, kept = (room.slots, room.running) if number in here else (0, 0)
         dtype = torch.float32 if part.exact else state_dtype
         states = empty((slots, *part.shape), **({} if dtype is None else {"dtype": dtype}))
         return StateCache(states, empty((kept, room.drafts, part.inputs), dtype=torch.float32))
 
-    def make(number: int, spec: PagedSpec | StateSpec) -> PagedCache | tuple[StateCache, ...]:
-        if isinstance(spec, StateSpec):
+    def make(number: int, spec: cache_specs.PagedSpec | cache_specs.StateSpec) -> PagedCache | tuple[StateCache, ...]:
+        if isinstance(spec, cache_specs.StateSpec):
             return tuple(state(number, part) for part in spec.parts)
         sizes = (spec.key_dim, spec.value_dim) if number in here else ()
         count = windows.count(spec, blocks[0])
         parts = [empty((count, blocks[1], spec.kv_heads, size + beside)) for size in sizes]
         return (WindowedCache if windows.holds(spec) else PagedCache)(*(parts or (empty(0), empty(0))))
 
-    return layer_caches(decoder.config.cache_specs, make)
+    return cache_specs.layer_caches(decoder.config.cache_specs, make)
 
 
 class StageRunner(EagerRunner):
