@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""An installed package adds a model family and a tool-call format by its entry points."""
+"""An installed package adds a model family, a tool-call format and a logits processor by its entry points."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 EXTENSION = Path(__file__).parents[1] / "examples" / "extension"
 PROGRAM = """
 import sys
+import msgspec
 from candle_vllm.core import InferenceEngine, SamplingParams
+from candle_vllm.core.remote.engine import RemoteEngine
 from candle_vllm.openai.formats.layout import Layout
 from candle_vllm.openai.formats.parser import OutputParser
 from candle_vllm.openai.formats.table import tool_names
@@ -24,6 +26,14 @@ from candle_vllm.openai.formats.table import tool_names
 with InferenceEngine(sys.argv[1], device="cpu", enforce_eager=True, kv_cache_memory=1 << 20) as engine:
     (output,) = engine.generate(["a"], SamplingParams(max_tokens=3, ignore_eos=True))
     print(engine.model_info.architecture, len(output.token_ids))
+    params = SamplingParams(max_tokens=9, temperature=0, ignore_eos=True, logit_bias={97: 100})
+    (same,) = engine.generate(["a"], params)
+    named = msgspec.structs.replace(params, logits_processors=["no_repeat"])
+    (other,) = engine.generate(["a"], named)
+    print(set(same.token_ids) == {97}, any(a == b for a, b in zip(other.token_ids, other.token_ids[1:])))
+with RemoteEngine(sys.argv[1], device="cpu", enforce_eager=True, kv_cache_memory=1 << 20) as engine:
+    (remote,) = engine.generate(["a"], named)
+    print(remote.token_ids == other.token_ids)
 parser = OutputParser(Layout(None, tool_names()["example"]), tools={"add": {}}, make_id=str)
 events = [*parser.feed('[[call]]{"name": "add", "arguments": {}}[[/call]]'), *parser.finish(True)]
 print([event.name for event in events if hasattr(event, "name")])
@@ -37,7 +47,7 @@ def run(target: Path | None, model: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_package_adds_a_family_and_a_format(tmp_path: Path) -> None:
+def test_a_package_adds_a_family_a_format_and_a_processor(tmp_path: Path) -> None:
     """Without the package the same folder is refused: nothing is loaded from it."""
     uv = shutil.which("uv")
     if uv is None:
@@ -52,4 +62,4 @@ def test_a_package_adds_a_family_and_a_format(tmp_path: Path) -> None:
     assert "ExampleForCausalLM" in refused.stderr
     found = run(target, model)
     assert found.returncode == 0, found.stderr
-    assert found.stdout.splitlines() == ["llama 3", "['add']"]
+    assert found.stdout.splitlines() == ["llama 3", "True False", "True", "['add']"]

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""A model family and a tool-call format that candle-vllm finds when this package is installed."""
+"""A model family, a tool-call format and a logits processor that candle-vllm finds when this package is installed."""

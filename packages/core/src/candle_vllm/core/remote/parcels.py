@@ -78,8 +78,11 @@ class RequestWriter:
     def _checked_params(self, request: GenerationRequest) -> SamplingParams:
         """The request's parameters with nothing left to chance."""
         info, params = self._info, request.params
-        if params.logits_processors:
-            said = "logits_processors: the engine is in another process, to which no code is sent; use InferenceEngine"
+        if any(not isinstance(each, str) for each in params.logits_processors or ()):
+            said = (
+                "logits_processors: the engine is in another process, to which no code is sent; name processors of an "
+                "installed package, or use InferenceEngine"
+            )
             raise InvalidParameterError(said, "logits_processors")
         if "generate" not in info.tasks:
             check_encoder_task(info.name, "generate", info.tasks)

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.metadata import entry_points
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -113,7 +115,8 @@ class SamplingParams(
         logits_processors: functions of the tokens so far, prompt included, and of a row of logits, an array [V] float32
             that they may change, which return the row to use. They are called in turn for each token, before
             anything else is done to its logits, in the engine's thread: what they take, every request of the batch
-            waits. Not over HTTP, and not with an engine in another process.
+            waits. Not over HTTP. In the place of a function may stand the name of one that an installed package has
+            in the entry-point group `candle_vllm.logits_processors`; an engine in another process takes names alone.
         seed: makes the request reproducible whatever else is in the batch; any 64-bit integer.
         max_tokens: most tokens to generate; None means up to the context length, as `chat` does where it is left open.
         min_tokens: no end-of-sequence or stop before this many tokens. The form of `structured_outputs` wins: where it
@@ -260,9 +263,14 @@ class SamplingParams(
                 _texts(name, given, most, length)
         if self.logits_processors is not None:
             _count("logits_processors", self.logits_processors, MAX_PROCESSORS)
-            if not all(map(callable, self.logits_processors)):
-                said = "logits_processors must be functions of the tokens so far and a row of logits"
-                raise InvalidParameterError(said, "logits_processors")
+            for each in self.logits_processors:
+                if not callable(each) and not (isinstance(each, str) and each in installed_processors()):
+                    installed = ", ".join(installed_processors()) or "none is"
+                    raise InvalidParameterError(
+                        "logits_processors must be functions of the tokens so far and a row of logits, or names of "
+                        f"installed ones ({installed} installed), not {each!r:.60}",
+                        "logits_processors",
+                    )
         if self.stop is not None and (not isinstance(self.stop, Sequence) or isinstance(self.stop, bytes)):
             raise InvalidParameterError("stop must be a text or a list of texts", "stop")
         _count("stop", self.stop_strings, MAX_STOP_STRINGS)
@@ -428,3 +436,9 @@ def _token_ids(name: str, values: Any, most: int) -> None:
     _count(name, values, most)
     for value in values:
         _integer(name, value, 0, (1 << 31) - 1)
+
+
+@functools.cache
+def installed_processors() -> Mapping[str, Callable[..., Any]]:
+    """Logits processors of installed packages, by the name of the entry point."""
+    return {point.name: point.load() for point in entry_points(group="candle_vllm.logits_processors")}

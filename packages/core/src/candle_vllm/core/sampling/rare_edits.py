@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from candle_vllm.core.kernels.sampling.chain import narrow
+from candle_vllm.core.sampling.params import installed_processors
 from candle_vllm.core.sampling.state import SamplingState
 
 
@@ -22,7 +23,8 @@ def process_row(row: NDArray[np.float32], state: SamplingState) -> None:
     """Calls the request's own processors, in place; the state has a `failure` where one of them fails."""
     try:
         for process in state.params.logits_processors or ():
-            result = process(tuple(state.tokens), row)
+            function = installed_processors()[process] if isinstance(process, str) else process
+            result = function(tuple(state.tokens), row)
             if not isinstance(result, np.ndarray) or result.shape != row.shape or result.dtype != np.float32:
                 raise TypeError(f"a processor must return a float32 array of {len(row)} logits")
             row[:] = result

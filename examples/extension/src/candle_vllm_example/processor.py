@@ -1,0 +1,13 @@
+# SPDX-License-Identifier: MIT
+"""`SamplingParams(logits_processors=["no_repeat"])`: no token follows itself."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def no_repeat(tokens: Sequence[int], row: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The logits [V] without the last token."""
+    row[tokens[-1]] = -np.inf
+    return row
