@@ -5,7 +5,7 @@ Decode: microseconds per layer and GB/s of keys and values read, with as many la
 cache, so that nothing is in the processor's caches that would not be there in a step. Prefill: GFLOP/s of the causal
 work. Every figure is the best of `--rounds`.
 
-    python benchmarks/cpu/attention.py [--shape smollm2|qwen2.5-0.5b|llama-8b] [--threads N] [--depths 128,1024]
+    python benchmarks/cpu/attention.py [--shape NAME] [--threads N] [--depths 128,1024]
         [--cache bf16,q8_0,q4_0]
 
 With several types of `--cache` a line has the time of the first over its own, in rounds of all of them in turns.
@@ -39,7 +39,13 @@ from candle_vllm.core.kernels.cpu_runtime.recorder import aligned
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.kernels.kv_write import WriteArguments, rotate_and_write_operation
 
-SHAPES = {"smollm2": (9, 3, 64, 30), "qwen2.5-0.5b": (14, 2, 64, 24), "llama-8b": (32, 8, 128, 8)}  # H, K, D, layers
+SHAPES = {  # H, K, D, layers
+    "smollm2": (9, 3, 64, 30),
+    "qwen2.5-0.5b": (14, 2, 64, 24),
+    "llama-8b": (32, 8, 128, 8),
+    "gemma-4-e2b": (8, 1, 512, 7),  # layers without a window, and the same bytes in heads of 128
+    "heads-of-128": (32, 4, 128, 7),
+}
 MEMORY = 3 << 30  # most bytes of caches
 
 

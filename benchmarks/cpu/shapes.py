@@ -18,6 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+_MOST_IN_MEMORY = 4_500_000_000  # parameters
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3.5-0.8b": (
         "Qwen3_5ForCausalLM",
@@ -66,6 +67,17 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
             "hybrid_override_pattern": "M-M-M-MM-M-M*-M-M*-M-M-M*-M-M-MM*-MMM-M-M-",
         },
     ),
+    "gemma-4-e2b": (
+        "Gemma4ForCausalLM",
+        {
+            "hidden_size": 1536, "intermediate_size": 6144, "num_hidden_layers": 35, "num_attention_heads": 8,
+            "num_key_value_heads": 1, "head_dim": 256, "global_head_dim": 512, "sliding_window": 512,
+            "layer_types": (["sliding_attention"] * 4 + ["full_attention"]) * 7, "num_kv_shared_layers": 20,
+            "use_double_wide_mlp": True, "hidden_size_per_layer_input": 256, "final_logit_softcapping": 30.0,
+            "vocab_size": 262144, "vocab_size_per_layer_input": 262144, "max_position_embeddings": 131072,
+            "tie_word_embeddings": True,
+        },
+    ),
 }  # fmt: skip
 """Class in transformers, and its configuration, by name."""
 
@@ -83,17 +95,44 @@ def write_folder(folder: Path, shape: str, vocabulary: Path) -> None:
     family = getattr(transformers, name)
     config = family.config_class(**fields)
     tokenizer = Tokenizer.from_gguf(GgufFile.open(vocabulary).metadata)
-    end = next(name for name in ("<|im_end|>", "<|eot_id|>") if tokenizer.backend.token_to_id(name) is not None)
+    end = next(
+        name for name in ("<|im_end|>", "<|eot_id|>", "<turn|>") if tokenizer.backend.token_to_id(name) is not None
+    )
     config.eos_token_id = tokenizer.backend.token_to_id(end)
     with torch.device("meta"):
         model = family(config)
-    model = model.to(torch.bfloat16).to_empty(device="cpu")
-    model.tie_weights()
-    for weight in model.parameters():
-        torch.nn.init.normal_(weight, std=0.02)
-    model.save_pretrained(folder)
+    if sum(weight.numel() for weight in model.parameters()) > _MOST_IN_MEMORY:
+        _write_weights(folder, model)
+    else:
+        model = model.to(torch.bfloat16).to_empty(device="cpu")
+        model.tie_weights()
+        for weight in model.parameters():
+            torch.nn.init.normal_(weight, std=0.02)
+        model.save_pretrained(folder)
     tokenizer.backend.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": end}))
+
+
+def _write_weights(folder: Path, model: Any) -> None:
+    """The same for a model too large for memory: tensors under their modules' names, whose numbers come in repeats."""
+    import torch
+
+    model.config.architectures, model.config.dtype = [type(model).__name__], "bfloat16"
+    model.config.save_pretrained(folder)
+    header, end = dict[str, Any](), 0
+    for name, weight in model.named_parameters():
+        begin, end = end, end + 2 * weight.numel()
+        header[name] = {"dtype": "BF16", "shape": list(weight.shape), "data_offsets": [begin, end]}
+    for name, buffer in model.named_buffers():
+        if name in model.state_dict():
+            begin, end = end, end + 2 * buffer.numel()
+            header[name] = {"dtype": "BF16", "shape": list(buffer.shape), "data_offsets": [begin, end]}
+    numbers = (torch.randn(1 << 24) * 0.02).to(torch.bfloat16).view(torch.int16).numpy().tobytes()
+    text = json.dumps(header).encode()
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for done in range(0, end, len(numbers)):
+            file.write(numbers[: end - done])
 
 
 def main() -> None:

@@ -425,7 +425,7 @@ ROWS: Mapping[str, Row] = {
     "Gemma-3": Row("gemma3_text", GEMMA3, "gemma3"),
     "Gemma-3 stretched": Row("gemma3_text", GEMMA3 | {"rope_parameters": GEMMA3_ROPE}, "gemma3", common=False),
     "Gemma-4": Row("gemma4_text", GEMMA4_31B, "gemma4"),
-    "Gemma-4 wide heads": Row("gemma4_text", GEMMA4_WIDE, "gemma4", interpreted=False, common=False),
+    "Gemma-4 wide heads": Row("gemma4_text", GEMMA4_WIDE, "gemma4", common=False),
     "Gemma-4 shared keys": Row("gemma4_text", GEMMA4_E4B, "gemma4"),
     "Gemma-4 experts": Row("gemma4_text", GEMMA4_MOE, "gemma4", undecided=0.1),
     "Gemma-4 biases": Row("gemma4_text", GEMMA4 | {"attention_bias": True, "attention_k_eq_v": True}, common=False),

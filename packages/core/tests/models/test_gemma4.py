@@ -16,7 +16,7 @@ from candle_vllm.core import ConfigError, EngineConfig, InferenceEngine, Samplin
 from candle_vllm.core.assembly.stages import stage_of
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.loading.cache_specs import PagedSpec, SharedKVSpec
-from candle_vllm.core.models.gemma4 import FAMILY
+from candle_vllm.core.models.gemma4 import FAMILY, Gemma4
 from candle_vllm.core.models.gemma4_config import Gemma4Config
 from candle_vllm.core.models.gemma_parts import MappedTable
 from candle_vllm.core.models.registry import family_from_hf
@@ -82,8 +82,9 @@ def test_sizes_of_full_layers_are_told_in_two_ways() -> None:
     full = [n for n, kind in enumerate(E2B["layer_types"]) if kind == "full_attention"]
     wide = {"num_key_value_heads": 8, "attention_k_eq_v": True}
     older = read(**wide, global_head_dim=384, num_global_key_value_heads=2)
-    newer = read(**wide, per_layer_config={str(n): {"head_dim": 384, "num_key_value_heads": 2} for n in full})
-    assert older == newer
+    for digits in (1, 2):  # "4" and "14", or, as transformers writes them, "04" and "14"
+        sizes = {str(n).zfill(digits): {"head_dim": 384, "num_key_value_heads": 2} for n in full}
+        assert read(**wide, per_layer_config=sizes) == older
     assert [older.shapes[n] for n in (0, full[0])] == [(8, 256), (2, 384)]
     assert older.keys_as_values == frozenset(full)
     apart = read(num_key_value_heads=8, global_head_dim=384, num_global_key_value_heads=2)
@@ -158,6 +159,26 @@ def test_neither_cache_nor_chunks_nor_a_folder_changes_an_answer(name: str, tmp_
     alone = [answers([prompt], enable_prefix_caching=False)[0] for prompt in prompts]
     for more in ({}, {"max_num_batched_tokens": 20, "max_num_seqs": 4}):
         assert answers(prompts, prompt_cache_path=tmp_path / "blocks", **more) == alone  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("name", ["Gemma-4 shared keys", "Gemma-4"])
+def test_rows_left_out_of_a_prompt_change_no_bit(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = str(write_tiny(tmp_path, ROWS[name].model_type, **ROWS[name].config))
+    params = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True, logprobs=3)
+    prompts, found, make = [some_tokens(64), some_tokens(9), some_tokens(40)[::-1]], [], Gemma4.__init__
+    for narrows in (True, False):
+
+        def init(self: Any, *given: Any, narrows: bool = narrows) -> None:
+            make(self, *given)
+            assert self.narrows, "no experts are in the way"
+            self.narrows = narrows
+
+        monkeypatch.setattr(Gemma4, "__init__", init)
+        settings: dict[str, Any] = {"block_size": 16, "max_num_batched_tokens": 50, "max_num_seqs": 4}
+        with InferenceEngine(EngineConfig(model=source, **settings)) as engine:
+            answers = [each.outputs[0] for each in engine.generate(prompts, params)]
+        found.append([(each.token_ids, each.logprobs) for each in answers])
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("kind", [None, "Q8_0"])

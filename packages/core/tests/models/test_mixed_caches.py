@@ -17,6 +17,7 @@ from candle_vllm.core.engine.drafts.drafting import Drafter
 from candle_vllm.core.engine.runners.eager_runner import EagerRunner
 from candle_vllm.core.engine.runners.recorded_runner import RecordedRunner
 from candle_vllm.core.kernels.attention.rows import WindowedCache
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber
 from candle_vllm.core.memory import Room, plan_cache
 from candle_vllm.core.models import registry
 from packages.core.tests.models import mixed_caches
@@ -53,6 +54,27 @@ def test_logits_are_those_of_the_definition(mixed: Path, chunks: list[int]) -> N
     assert spread(eager_logits(mixed, tokens, chunks), expected) < 1e-5
     assert spread(device_logits(mixed, tokens, chunks), expected) < 1e-5
     assert spread(recorded_logits(mixed, tokens, chunks), expected) < 2e-2  # its cache is bfloat16
+
+
+def test_rows_of_a_prompt_end_where_keys_and_values_do(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind the last layer that writes any, a prompt has the rows alone whose logits are wanted, of the same bits."""
+    given, counted = long_prompts(), dict[int | None, set[StepNumber]]()
+    forward = mixed_caches.Block.__call__
+
+    def noted(block: Any, x: Any, residual: Any, step: Any) -> Any:
+        counted.setdefault(block.attention.shape.reads, set()).add(x.rows_from)
+        return forward(block, x, residual, step)
+
+    monkeypatch.setattr(mixed_caches.Block, "__call__", noted)
+    found = []
+    for narrows in (True, False):
+        monkeypatch.setattr(mixed_caches.Mixed, "narrows", narrows)
+        counted.clear()
+        with windowed(mixed, max_num_batched_tokens=100, enable_prefix_caching=False) as engine:
+            found.append(ask(engine, given))
+        readers = {StepNumber.TOKENS, *[StepNumber.LOGIT_ROWS] * narrows}
+        assert counted == {None: {StepNumber.TOKENS}, 0: readers, 1: readers}
+    assert found[0] == found[1]
 
 
 def test_memory_is_planned_for_what_each_layer_keeps(mixed: Path) -> None:

@@ -3,8 +3,12 @@
 
 from __future__ import annotations
 
+import base64
+import importlib
 import json
 import logging
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
 from candle_vllm.core.conversion.gguf_tokenizer import tokenizer_metadata
-from candle_vllm.core.errors import InvalidFileError
+from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.text.tokenizer import Tokenizer
 
 S, E, CLS, SEP, END = range(257, 262)
@@ -197,3 +201,110 @@ def test_keys_that_name_no_token_are_left_alone(tmp_path: Path) -> None:
         "additional_special_tokens": [None, 4],
     }
     assert Tokenizer.from_folder(write(tmp_path, tokenizer_config=config)).special_tokens == {}
+
+
+# ---- a tiktoken file -------------------------------------------------------------------------------------------------
+
+_CASES = r"\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
+_UPPER, _LOWER, _TAIL = rf"[\p{{Lu}}\p{{Lt}}{_CASES}", rf"[\p{{Ll}}{_CASES}", "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+KIMI = "|".join(  # as Kimi's own tokenizer has it
+    [
+        r"[\p{Han}]+",
+        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_TAIL}",
+        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_TAIL}",
+        r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    ]
+)
+TEXTS = [
+    "The theory that the others' THEIRS don't gather: 12345 things,  then\n\n  the end. ",
+    "北京的天气很好,the 東京タワー is über-tall 🗼🗼 かな交じり文",
+    "aaaaaaa aaa\tababab\r\n\r\n\n x = {'a': [1, 22, 333, 4444]}\n",
+]
+
+
+def cut(text: str) -> list[str]:
+    regex: Any = importlib.import_module("regex")  # of transformers, without types
+    return regex.findall(KIMI, text, regex.V1)
+
+
+def kimi_ranks() -> dict[bytes, int]:
+    """A vocabulary of bytes and merges, made of the texts by counting pairs, in an order of bytes of its own."""
+    ranks = {bytes([byte]): 255 - byte for byte in range(256)}
+    words = [[bytes([byte]) for byte in word.encode()] for text in TEXTS for word in cut(text)]
+    while len(ranks) < 656:
+        pairs = Counter(pair for word in words for pair in pairwise(word) if pair[0] + pair[1] not in ranks)
+        if not pairs:
+            break
+        left, right = max(pairs, key=lambda pair: (pairs[pair], pair))
+        ranks[left + right] = len(ranks)
+        words = [merged(word, ranks) for word in words]
+    return ranks
+
+
+def merged(parts: list[bytes], ranks: dict[bytes, int]) -> list[bytes]:
+    """The rule of tiktoken: of all neighbours that are a token, the first two of the lowest rank become one."""
+    while True:
+        sums = [(ranks[a + b], at) for at, (a, b) in enumerate(pairwise(parts)) if a + b in ranks]
+        if not sums:
+            return parts
+        at = min(sums)[1]
+        parts = [*parts[:at], parts[at] + parts[at + 1], *parts[at + 2 :]]
+
+
+def write_kimi(folder: Path, lines: list[str] | None = None, **config: Any) -> Path:
+    ranks = kimi_ranks()
+    given = [f"{base64.b64encode(token).decode()} {rank}" for token, rank in ranks.items()] if lines is None else lines
+    (folder / "tiktoken.model").write_text("\n".join(given))
+    first = len(ranks)
+    added = {first: "[BOS]", first + 2: "<|im_end|>", first + 20: "<think>"}
+    tokens = {str(index): {"content": text, "special": text != "<think>"} for index, text in added.items()}
+    both = {"tokenizer_class": "TikTokenTokenizer", "added_tokens_decoder": tokens, "bos_token": "[BOS]"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(both | config))
+    return folder
+
+
+def test_a_tiktoken_file_is_kimis_vocabulary(tmp_path: Path) -> None:
+    ranks, tokenizer = kimi_ranks(), Tokenizer.from_folder(write_kimi(tmp_path))
+    for text in [*TEXTS, *(text[::-1] for text in TEXTS)]:
+        words = [[bytes([byte]) for byte in word.encode()] for word in cut(text)]
+        ids = [ranks[token] for word in words for token in merged(word, ranks)]
+        assert tokenizer.encode(text) == ids
+        assert tokenizer.decode(ids) == text
+    first = len(ranks)
+    assert tokenizer.vocab_size == first + 256
+    marked = f"<|im_end|><|reserved_token_{first + 1}|>a<think>"
+    assert tokenizer.encode(marked) == [first + 2, first + 1, ranks[b"a"], first + 20]
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_ids) == (first, (first + 2,))
+    assert tokenizer.decode([first + 2, ranks[b"a"], first + 20]) == "a<think>", "no special one is shown"
+    stored = Tokenizer.from_gguf(tokenizer_metadata(tokenizer, first + 256, tokenizer.eos_token_ids))
+    assert [stored.encode(text) for text in TEXTS] == [tokenizer.encode(text) for text in TEXTS]
+
+
+BYTES = [f"{base64.b64encode(bytes([byte])).decode()} {byte}" for byte in range(256)]
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["!"], "line 1 is '!'"),
+        ([*BYTES, "YWI= -1"], "line 257"),
+        ([*BYTES, "YWI= ٣"], "line 257"),
+        ([*BYTES, "YWI= 99999999"], "line 257"),
+        ([*BYTES, f"{base64.b64encode(bytes(600)).decode()} 300"], "line 257"),
+        ([*BYTES, "YQ== 300"], "line 257 has a token that an earlier one has"),
+        ([*BYTES, "YWI= 255"], "two tokens of one rank"),
+        ([*BYTES, "YWI= 9999999"], "a rank of 4194304 and more"),
+        (BYTES[1:], "a token for each byte"),
+        ([], "a token for each byte"),
+    ],
+)
+def test_a_damaged_tiktoken_file_is_named(tmp_path: Path, lines: list[str], message: str) -> None:
+    with pytest.raises(InvalidFileError, match=message):
+        Tokenizer.from_folder(write_kimi(tmp_path, lines, added_tokens_decoder={}))
+
+
+def test_other_tiktoken_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match="'QWenTokenizer'; only Kimi's"):
+        Tokenizer.from_folder(write_kimi(tmp_path, tokenizer_class="QWenTokenizer"))
+    with pytest.raises(InvalidFileError, match="names token"):
+        Tokenizer.from_folder(write_kimi(tmp_path, added_tokens_decoder={str(len(kimi_ranks()) + 3): {"content": "!"}}))

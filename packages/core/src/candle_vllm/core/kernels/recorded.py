@@ -224,6 +224,10 @@ class Recorded(ABC):
         """See `kernels/latent_attention/layout.py`; this value is the queries [T, H * (nope + R)], kv [T, L + R]."""
 
     @abstractmethod
+    def narrowed(self) -> Recorded:
+        """A copy of the rows whose successor is wanted. What is added to it, or put beside it, may have all rows."""
+
+    @abstractmethod
     def wanted(self) -> Recorded:
         """The rows whose successor is wanted, for a product alone."""
 

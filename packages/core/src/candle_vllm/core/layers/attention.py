@@ -104,6 +104,8 @@ class StepInput:
         may_divide: ranks may divide the tokens among them; see `TokenShares.begin`.
         narrows: the layer whose attention gives the rows alone whose successor is wanted, in a recorded step; None for
             none.
+        narrowed: the layer before which the others are left out, where it and all behind it read the keys and values
+            of earlier layers; None for none.
         layer_inputs: [T, P] of each layer, what it is given beside x; none where a family has no such inputs.
         states: what layers that keep a state do with it; None where none does, and in a recorded step.
         windowed: slots and rows of layers with a `WindowedCache`; None where there are none, and in a recorded step.
@@ -119,6 +121,7 @@ class StepInput:
     given: GivenRows | None = None
     may_divide: bool = False
     narrows: int | None = None
+    narrowed: int | None = None
     states: StateRows | None = None
     windowed: tuple[Value, AttentionRows] | None = None
     layer_inputs: tuple[Value, ...] = ()

@@ -93,7 +93,7 @@ class Gemma4(gemma.Gemma):
     """The decoder: token ids [T] -> hidden states [T, E] -> logits [T, V]."""
 
     def __init__(self, config: Gemma4Config, placement: Placement, checkpoint: Checkpoint) -> None:
-        self.config = config
+        self.config, self.narrows = config, config.mixture is None  # experts want all rows
         size, cap = (config.vocab_size, config.hidden_size), config.final_softcap
         self.embed = Embedding(*size, placement, scale=config.embedding_scale, softcap=cap)
         position, factors = config.max_position, "rope_freqs.weight" in checkpoint.tensors

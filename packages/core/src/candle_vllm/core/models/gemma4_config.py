@@ -175,7 +175,8 @@ def _shapes(fields: Fields, windows: Sequence[int | None], local: tuple[int, int
     heads, dim = local
     if "per_layer_config" in fields:
         given = fields.section("per_layer_config")
-        each = [given.section(str(layer)) for layer in range(len(windows))]
+        named = {key.lstrip("0") or "0": key for key in given.values}  # transformers pads with zeros: "04", "14"
+        each = [given.section(named.get(str(layer), str(layer))) for layer in range(len(windows))]
         return tuple((one.count("num_key_value_heads", heads), one.count("head_dim", dim)) for one in each)
     full = heads
     if fields.get("attention_k_eq_v", bool, False):

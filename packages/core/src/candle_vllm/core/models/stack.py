@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from candle_vllm.core.kernels.collectives import Stages
-from candle_vllm.core.kernels.recorded import Value
+from candle_vllm.core.kernels.recorded import Recorded, Value
 from candle_vllm.core.layers.attention import StepInput
 from candle_vllm.core.layers.embedding import Embedding
 from candle_vllm.core.layers.layer_norm import LayerNorm
@@ -88,7 +88,8 @@ class DecoderStack:
         norm: behind the last layer; None where there is none.
         stage: where this is a part of the model's layers; None where it has all.
         shares: what divides the tokens of a layer among ranks; None where each has all.
-        narrows: whether what follows the last layer's attention may have the rows alone whose successor is wanted.
+        narrows: whether what follows the last attention that writes keys and values may have the rows alone whose
+            successor is wanted.
     """
 
     embed: Embedding
@@ -160,6 +161,10 @@ class DecoderStack:
                 continue
             if taps is not None:
                 x, residual = taps.keep(number, x, residual)
+            if number == step.narrowed:
+                total = x if residual is None else residual + x
+                assert isinstance(total, Recorded)
+                x, residual = total.narrowed(), None
             x, residual = layer(x, residual, step)
             if shares is not None:
                 x, residual = shares.whole(x, residual)

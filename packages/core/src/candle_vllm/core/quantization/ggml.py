@@ -130,7 +130,8 @@ def _decode_all(raw: np.ndarray, ggml_type: GGMLQuantizationType, out: np.ndarra
     size, width = block_layout(ggml_type)
     blocks = raw.reshape(-1, width)
     assert len(blocks) == len(out), (blocks.shape, out.shape)
-    workers = max(1, min(loading_threads(), len(blocks) * size // THREAD_ELEMENTS))
+    workers = len(blocks) * size // THREAD_ELEMENTS
+    workers = min(loading_threads(), workers) if workers > 1 else 1  # which reads files of the system
     share = max(1, -(-len(blocks) // workers))
     shares = [slice(at, at + share) for at in range(0, len(blocks), share)]
     if len(shares) == 1:

@@ -20,6 +20,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from candle_vllm.core.errors import InvalidFileError
 from candle_vllm.core.text import gguf_vocab
+from candle_vllm.core.text.pretokenizers import PreTokenizer
 from candle_vllm.core.text.special_tokens import END_OF_TURN, VISIBLE_FRAME, end_of_turn_ids
 
 SPACE = "\u2581"
@@ -126,11 +127,16 @@ def set_frame(
 def _byte_level(vocab: gguf_vocab.GgufVocab) -> Tokenizer:
     ids = vocab.numbers
     backend = Tokenizer(models.BPE(ids, vocab.merges, ignore_merges=vocab.pre.ignore_merges))
-    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in vocab.pre.patterns]
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
-    backend.decoder = decoders.ByteLevel()
+    byte_level(backend, vocab.pre)
     return backend
+
+
+def byte_level(backend: Tokenizer, pre: PreTokenizer) -> None:
+    """Makes `backend` cut text as `pre` says, and spell bytes in GPT-2's alphabet."""
+    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in pre.patterns]
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, letters])
+    backend.decoder = decoders.ByteLevel()
 
 
 def _raw_bpe(vocab: gguf_vocab.GgufVocab) -> Tokenizer:

@@ -122,11 +122,11 @@ def _byte_alphabet() -> dict[str, int]:
     return alphabet
 
 
-_BYTE_ALPHABET = _byte_alphabet()
+BYTE_ALPHABET = _byte_alphabet()
 
 
 def _from_byte_alphabet(text: str) -> bytes:
     try:
-        return bytes([_BYTE_ALPHABET[character] for character in text])
+        return bytes([BYTE_ALPHABET[character] for character in text])
     except KeyError:
         return text.encode()  # a token outside the alphabet is written as it is

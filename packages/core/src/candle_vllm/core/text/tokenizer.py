@@ -87,10 +87,10 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: Path) -> Tokenizer:
-        """The tokenizer of a Hugging Face model folder (tokenizer.json and the files beside it).
+        """The tokenizer of a model folder: tokenizer.json, or Kimi's tiktoken.model, and the files beside it.
 
         Raises:
-            UnsupportedModelError: the folder has no tokenizer.json, or one with parts that are not supported.
+            UnsupportedModelError: the folder has neither, or one with parts that are not supported.
             InvalidFileError: a file is damaged.
         """
         from candle_vllm.core.text.tokenizer_folder import load_folder

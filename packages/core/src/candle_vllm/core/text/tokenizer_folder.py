@@ -10,6 +10,7 @@ belongs to the model, not to the tokenizer: loading/model.py reads it.
 
 from __future__ import annotations
 
+import base64
 import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,17 +19,23 @@ from typing import Any
 import msgspec
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
+from tokenizers.models import BPE
 
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
-from candle_vllm.core.text.gguf_backend import build_backend, refusing_panics, set_frame
+from candle_vllm.core.text.gguf_backend import build_backend, byte_level, refusing_panics, set_frame
+from candle_vllm.core.text.pretokenizers import PRE_TOKENIZERS
 from candle_vllm.core.text.sentencepiece import read_sentencepiece
 from candle_vllm.core.text.special_tokens import end_of_turn_ids
+from candle_vllm.core.text.token_bytes import BYTE_ALPHABET
 
 logger = logging.getLogger(__name__)
 
 MAX_TOKENIZER_FILE = 256 << 20  # bytes
 MAX_SMALL_FILE = 32 << 20
 MAX_NAMED_TEMPLATES = 64
+MAX_RANK = 1 << 22
+MAX_RANKED_BYTES = 512  # of a token in a tiktoken file; every cut of each is tried
+_RESERVED = 256  # ids behind the ranks of a tiktoken file
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _FLAGS = ("lstrip", "rstrip", "normalized", "single_word", "special")
 
@@ -74,6 +81,8 @@ def _load_backend(folder: Path, config: dict[str, Any]) -> tuple[Backend, dict[s
     """The tokenizer of tokenizer.json, or of tokenizer.model with the names that this gives to tokens."""
     path = folder / "tokenizer.json"
     if not path.is_file():
+        if (folder / "tiktoken.model").is_file():
+            return _from_tiktoken(folder, config), {}
         if (model := folder / "tokenizer.model").is_file():
             _check_size(model, MAX_TOKENIZER_FILE)
             vocab = read_sentencepiece(model)
@@ -93,6 +102,60 @@ def _load_backend(folder: Path, config: dict[str, Any]) -> tuple[Backend, dict[s
     backend.no_truncation()
     backend.no_padding()
     return backend, {}
+
+
+def _from_tiktoken(folder: Path, config: dict[str, Any]) -> Backend:
+    """The tokenizer of tiktoken.model, as Kimi K2.5 has it: a line for each token, its bytes in base64 and its rank.
+
+    Two neighbours become the token of the lowest rank that is the sum of any two; so every cut of a token is a merge.
+    The ids behind the ranks are those of tokenizer_config.json, or reserved. Source: Kimi's `TikTokenTokenizer`.
+    """
+    path = folder / "tiktoken.model"
+    if config.get("tokenizer_class") != "TikTokenTokenizer":
+        raise UnsupportedModelError(
+            f"{folder} has tiktoken.model and no tokenizer.json, and its tokenizer_class is "
+            f"{config.get('tokenizer_class')!r:.80}; only Kimi's TikTokenTokenizer is known to cut words as it does"
+        )
+    ranks = _read_ranks(path)
+    letters = {byte: letter for letter, byte in BYTE_ALPHABET.items()}
+    spelt = {token: "".join(map(letters.__getitem__, token)) for token in ranks}
+    cuts = (
+        (spelt[token[:at]], spelt[token[at:]])
+        for token in sorted(ranks, key=ranks.__getitem__)
+        for at in range(1, len(token))
+        if token[:at] in ranks and token[at:] in ranks
+    )
+    configured, first = dict(_configured_tokens(config, set(), folder)), max(ranks.values()) + 1
+    with refusing_panics(str(path)):
+        backend = Backend(BPE({spelt[token]: rank for token, rank in ranks.items()}, list(cuts), ignore_merges=True))
+        byte_level(backend, PRE_TOKENIZERS["kimi-k2"])
+        for index in range(first, first + _RESERVED):
+            token = AddedToken(f"<|reserved_token_{index}|>", special=True, normalized=False)
+            backend.add_tokens([configured.get(index, token)])
+            if backend.token_to_id(configured.get(index, token).content) != index:
+                raise InvalidFileError(f"{folder}: tokenizer_config.json names token {index} as another is named")
+    return backend
+
+
+def _read_ranks(path: Path) -> dict[bytes, int]:
+    """Tokens and their ranks, checked: every byte is a token, and no two are alike."""
+    ranks = dict[bytes, int]()
+    for number, line in enumerate((_read_text(path) or "").splitlines(), 1):
+        text, _, rank = line.partition(" ")
+        try:
+            token = base64.b64decode(text, validate=True)
+        except ValueError:
+            token = b""
+        if not (0 < len(token) <= MAX_RANKED_BYTES and rank.isascii() and rank.isdecimal() and len(rank) < 8):
+            raise InvalidFileError(f"{path}: line {number} is {line!r:.80}, not a token in base64 and its rank")
+        if token in ranks:
+            raise InvalidFileError(f"{path}: line {number} has a token that an earlier one has")
+        ranks[token] = int(rank)
+    if len(set(ranks.values())) < len(ranks) or max(ranks.values(), default=0) >= MAX_RANK:
+        raise InvalidFileError(f"{path} has two tokens of one rank, or a rank of {MAX_RANK} and more")
+    if not all(bytes([byte]) in ranks for byte in range(256)):
+        raise InvalidFileError(f"{path} must have a token for each byte")
+    return ranks
 
 
 def _check_size(path: Path, most: int) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 import weakref
 from collections import Counter
@@ -122,7 +123,10 @@ class RecordedRunner(StepwiseRunner):
         self._own = [cache for cache in own if isinstance(cache, PagedCache)]
         self._states = [part for cache in own if not isinstance(cache, PagedCache) for part in cache]
         self._decoder, self._step = decoder, step
-        self._narrows = not (whole or limits.ahead) and decoder.narrows and images <= config.num_layers
+        readers = itertools.takewhile(lambda spec: isinstance(spec, cache_specs.SharedKVSpec), reversed(specs))
+        self._readers = sum(1 for _ in readers)  # layers behind the last one that writes anything
+        self._narrows_at = config.num_layers - max(self._readers, 1)
+        self._narrows = not whole and decoder.narrows and images <= self._narrows_at + 1
 
         def record_all() -> None:
             for adapted in (Adapted.NOT, Adapted.ADDED)[: 2 if limits.adapter_rank else 1]:
@@ -154,16 +158,15 @@ class RecordedRunner(StepwiseRunner):
     ) -> tuple[list[Recorded], int, int]:
         """Records a plan: what the layers gave and what is kept of them, and where the head begins.
 
-        One that `narrows` has, behind the last layer's keys and values, the rows alone whose logits are wanted.
+        Where it `narrows`, only rows whose logits are wanted go on behind the last keys and values that are written.
         """
         recorder.begin(adapted)
         if self._looked_up is not None:
             self._looked_up.begin(recorder)
-        last = self._decoder.config.num_layers - 1 if narrows else None
-        positions = step_tokens(recorder, recorder.arrays.positions)
-        hidden = self._layers(
-            self._decoder, recorder, dataclasses.replace(self._step, positions=positions, narrows=last)
-        )
+        step = dataclasses.replace(self._step, positions=step_tokens(recorder, recorder.arrays.positions))
+        if narrows:
+            step = dataclasses.replace(step, **{"narrowed" if self._readers else "narrows": self._narrows_at})
+        hidden = self._layers(self._decoder, recorder, step)
         ends = len(recorder.plan), recorder.num_rows
         self._decoder.logits(hidden)
         kept = self._step.taps
@@ -210,7 +213,7 @@ class RecordedRunner(StepwiseRunner):
         self._lay_out(batch)
         self._recorder.look_up()
         self._adapters = batch.adapters
-        narrows = self._narrows and batch.ends_alone and batch.adapters is None
+        narrows = self._narrows and batch.ends_alone and batch.adapters is None and batch.ahead is None
         self._plan = plan = self._plan_of(_lay_out_adapters(self._recorder, batch.adapters), narrows=narrows)
         if narrows:
             starts = np.searchsorted(batch.drawn_rows, batch.query_start)

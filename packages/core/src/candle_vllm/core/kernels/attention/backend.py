@@ -133,8 +133,10 @@ def triton_refusal(needs: AttentionNeeds) -> str | None:
         return "bf16 needs compute capability 8.0"
     if needs.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"the Triton kernels compute f16, bf16 and f32, not {needs.dtype}"
-    if needs.head_dim > 256:
-        return f"the Triton kernels need heads of at most 256 numbers, not {needs.head_dim}"
+    if needs.head_dim > 512:
+        return f"the Triton kernels need heads of at most 512 numbers, not {needs.head_dim}"
+    if needs.head_dim > 256 and needs.capability < (8, 0):
+        return "the Triton kernels need compute capability 8.0 for heads of more than 256 numbers"
     if needs.block_size < 16:
         return f"the Triton kernels need blocks of at least 16 tokens, and block_size is {needs.block_size}"
     if needs.cache_dtype == "fp8" and needs.capability < (8, 9):

@@ -21,6 +21,7 @@ from candle_vllm.core.kernels.attention.cpu_cache import (
 from candle_vllm.core.kernels.attention.rows import WindowedCache
 from candle_vllm.core.kernels.cpu_runtime.level import Isa
 from candle_vllm.core.kernels.cpu_runtime.operation import (
+    StepNumber,
     address_of,
     operation,
 )
@@ -59,6 +60,7 @@ class FusedHeads:
         address, stride: of float32 rows, and floats from one to the next.
         columns: where q, k and v begin in a row; of a layer that writes no keys and values, q alone.
         heads, head_dim: H and D.
+        rows_from: which of the step's numbers is T; those of LOGIT_ROWS are rows whose logits are wanted.
     """
 
     address: int
@@ -66,6 +68,7 @@ class FusedHeads:
     columns: tuple[int, ...]
     heads: int
     head_dim: int
+    rows_from: StepNumber = StepNumber.TOKENS
 
 
 def record_attention(
@@ -92,9 +95,9 @@ def record_attention(
     kv_heads = cache.keys.shape[1]
     windowed = isinstance(cache, WindowedCache)
     assert not windowed or 0 < (scores.window or 0) <= limits.window
-    query_start = arrays.query_start
-    if scores.narrows:
-        every, query_start = queries, arrays.wanted_start
+    narrow = qkv.rows_from is StepNumber.LOGIT_ROWS
+    if scores.narrows and not narrow:
+        every = queries
         queries = recorder.memory(qkv.heads * dim, np.int16)
         words = qkv.heads * dim // 2
         recorder.pick_rows((address_of(every), words), words, (address_of(queries), words))
@@ -112,7 +115,7 @@ def record_attention(
         out=out,
         key_cache=address_of(cache.keys),
         value_cache=address_of(cache.values),
-        query_start=address_of(query_start),
+        query_start=address_of(arrays.wanted_start if scores.narrows or narrow else arrays.query_start),
         context_lens=address_of(arrays.context_lens),
         block_tables=address_of(arrays.page_tables if windowed else arrays.block_tables),
         table_stride=limits.table_width,
@@ -126,7 +129,7 @@ def record_attention(
         cap=(scores.softcap or 0.0) * LOG2E,
         sinks=0 if scores.sinks is None else recorder.keep(scores.sinks * np.float32(LOG2E)),
         slopes=0 if scores.slopes is None else recorder.keep(scores.slopes * np.float32(LOG2E)),
-        ahead=address_of(arrays.ahead) if limits.ahead and not scores.causal else 0,
+        ahead=address_of(arrays.ahead) if limits.ahead and not (scores.causal or scores.narrows or narrow) else 0,
         head_gap=head_gap(cache.keys.strides, limits.block_size, dim, keys),
         ranks=recorder.ranks if limits.ranks is not None and limits.ranks.divides(kv_heads) else 0,
     )
@@ -143,6 +146,8 @@ def _record_write(
     queries: int,
 ) -> None:
     arrays, writes = recorder.arrays, len(qkv.columns) > 1
+    every = qkv.rows_from is StepNumber.TOKENS
+    assert every or not writes
     keys, values = kinds_of(cache, qkv.head_dim, recorder.limits.block_size)
     cos, sin = (recorder.keep(table) for table in tables) if tables else (0, 0)
     written = WriteArguments(
@@ -168,6 +173,8 @@ def _record_write(
         offset=0 if scores.offset is None or keys is CacheKind.BF16 else recorder.keep(scores.offset),
         turns=0 if arrays.turns is None else address_of(arrays.turns),
         head_gap=head_gap(cache.keys.strides, recorder.limits.block_size, qkv.head_dim, keys),
+        picked=0 if every else address_of(arrays.logit_rows),
+        rows_from=qkv.rows_from,
     )
     recorder.add(rotate_and_write_operation(keys, values), written)
 

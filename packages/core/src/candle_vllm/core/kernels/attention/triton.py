@@ -16,7 +16,7 @@ from candle_vllm.core.kernels.attention.triton_prefill import prefill
 from candle_vllm.core.kernels.kv_write.scaled_rows import has_row_scales
 from candle_vllm.core.kernels.kv_write.triton import check_scaled
 
-MOST_DIM = 256
+MOST_DIM = 512
 
 
 def paged_attention(

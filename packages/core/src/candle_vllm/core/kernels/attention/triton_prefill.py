@@ -30,8 +30,10 @@ from candle_vllm.core.kernels.attention.triton_tiles import (
 from candle_vllm.core.kernels.kv_write.scaled_rows import SCALE, has_row_scales
 from candle_vllm.core.kernels.kv_write.triton import build_types
 from candle_vllm.core.kernels.triton_build import (
+    CAPABILITIES,
     OPTIONS,
     TENSOR_CORES,
+    WITH_TENSOR_CORES,
     Build,
     capability,
     next_power_of_2,
@@ -339,6 +341,8 @@ def tiles(padded_dim: int, bytes_per_number: int, group: int, capability: int) -
         return Tiles(max(16, next_power_of_2(group)), 16, warps, 2)
     if padded_dim <= 64:
         return Tiles(128, 64, 8, 5)
+    if padded_dim > 256:
+        return Tiles(max(32, next_power_of_2(group)), 16, 8, 3)
     large = capability // 10 in (9, 10)
     if padded_dim <= 128:
         return Tiles(128, 64, 8, 5) if large else Tiles(128, 32, 8, 5)
@@ -452,7 +456,7 @@ def _builds(
     label = f"{dtype}-d{dim}-g{group}-s{block_size}" + "-window" * bool(window) + "-cap" * cap + "-fp8" * fp8
     label += f"-{rows}-rows" * bool(rows)
     builds = []
-    for target in build_types(cache):
+    for target in build_types(cache, WITH_TENSOR_CORES if dim > 256 else CAPABILITIES):
         shape = tiles(next_power_of_2(dim), 4 if dtype == "fp32" else 2, group, target)
         build = Build(
             prefill_kernel,
@@ -478,7 +482,9 @@ AOT = (
     *_builds("fp16", 64, 7, 16),
     *_builds("bf16", 80, 1, 32),
     *_builds("bf16", 256, 4, 16, window=1024, cap=True),
+    *_builds("bf16", 512, 8, 16),
     *_builds("fp32", 128, 4, 16),
+    *_builds("fp32", 512, 8, 16),
     *_builds("fp32", 256, 1, 16, window=1024),
     *_builds("bf16", 128, 4, 16, fp8=True),
     *_builds("bf16", 64, 8, 16, window=128, sinks=True),

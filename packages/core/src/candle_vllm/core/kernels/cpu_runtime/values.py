@@ -190,16 +190,24 @@ class _Value(Recorded):
         parts = [part for part in (self, *others) if isinstance(part, _Value)]
         assert len(parts) == len(others) + 1
         made, column = self.recorder.buffer(sum(part.width for part in parts)), 0
+        narrow = any(part.rows_from is StepNumber.LOGIT_ROWS for part in parts)
         for part in parts:
-            part.put(made, column)
+            part.put(made, column, picked=narrow and part.rows_from is StepNumber.TOKENS)
             column += part.width
-        return buffer_value(self.recorder, made)
+        return _Value(self.recorder, made, 0, made.width, rows_from=StepNumber.LOGIT_ROWS if narrow else self.rows_from)
 
-    def put(self, target: Buffer, column: int) -> None:
-        """Copies the value to columns of `target`, from `column` on."""
+    def narrowed(self) -> Recorded:
+        assert not isinstance(self, _Wrapper)
+        return _Value(self.recorder, self._wanted_rows(), 0, self.width, rows_from=StepNumber.LOGIT_ROWS)
+
+    def put(self, target: Buffer, column: int, *, picked: bool = False) -> None:
+        """Copies the value, or of its rows those whose logits are wanted, to columns of `target` from `column` on."""
         at = address_of(target.array) + 4 * column
         source = self.buffer  # made before its copy is
-        row = CopyArguments(self.address, source.stride, self.width, at, target.stride)
+        if picked:
+            self.recorder.pick_rows((self.address, source.stride), self.width, (at, target.stride))
+            return
+        row = CopyArguments(self.address, source.stride, self.width, at, target.stride, rows_from=self.rows_from)
         self.recorder.add(copy_operation(), row)
 
     def rms_norm(self, weight: NDArray[np.float32], eps: float) -> Recorded:
@@ -226,6 +234,7 @@ class _Value(Recorded):
             weight=self.recorder.keep(weight),
             eps=eps,
             weight_step=4 * head_dim if weight.ndim == 2 else 0,
+            rows_from=self.rows_from,
         )
         self.recorder.add(head_norm_operation(layer), arguments)
         return self
@@ -234,6 +243,7 @@ class _Value(Recorded):
         return _Rotated(self, cos, sin)
 
     def position_scale(self, table: NDArray[np.float32]) -> Recorded:
+        assert self.rows_from is StepNumber.TOKENS
         row = PositionScaleArguments(
             x=self.address,
             stride=self.buffer.stride,
@@ -441,7 +451,7 @@ class _Prepared(_Wrapper):
     def __add__(self, other: Recorded) -> Recorded:
         made = self.recorder.buffer(self.width)
         self.onto(made, accumulate=False)
-        return buffer_value(self.recorder, made) + other
+        return _Value(self.recorder, made, 0, made.width, rows_from=self.rows_from) + other
 
     def _missing(self, forms: Iterable[InputForm]) -> list[InputForm]:
         return [form for form in dict.fromkeys(forms) if form not in self._forms]
@@ -481,13 +491,13 @@ class _Prepared(_Wrapper):
             record_experts(self.recorder, joined, inputs[INPUT_FORM], pairs, made, by_place=False)
         return _PairRows(self.recorder, made, activation)
 
-    def put(self, target: Buffer, column: int) -> None:
+    def put(self, target: Buffer, column: int, *, picked: bool = False) -> None:
+        assert not picked
         self.onto(target, accumulate=False, column=column)
 
     def onto(self, target: Buffer, *, accumulate: bool = True, column: int = 0) -> None:
         """Adds the norm to the rows of `target`, or writes it there, from `column` on."""
         assert self._prologue.norm, "of what is prepared for matrices, norms alone can be added to a value"
-        assert self.rows_from is StepNumber.TOKENS
         assert self._weight is not None
         arguments = NormOntoArguments(
             x=self.source.address,
@@ -498,6 +508,7 @@ class _Prepared(_Wrapper):
             target=address_of(target.array) + 4 * column,
             target_stride=target.stride,
             accumulate=accumulate,
+            rows_from=self.rows_from,
         )
         self.recorder.add(norm_onto_operation(self._prologue is Prologue.LAYER_NORM), arguments)
 
@@ -829,8 +840,9 @@ def _attend(
         columns=tuple(each.column for each in written),
         heads=q.width // dim,
         head_dim=dim,
+        rows_from=q.rows_from,
     )
     out = Buffer(recorder.memory(q.width), q.width, q.width)
     record_attention(recorder, heads, cache, scores, tables, address_of(out.array))
-    rows_from = StepNumber.LOGIT_ROWS if scores.narrows else StepNumber.TOKENS
+    rows_from = StepNumber.LOGIT_ROWS if scores.narrows else q.rows_from
     return _Value(recorder, out, 0, q.width, dim, rows_from)

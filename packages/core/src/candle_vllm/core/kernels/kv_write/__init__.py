@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from candle_vllm.core.kernels.cpu_runtime.operation import operation
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, operation
 from candle_vllm.core.kernels.dispatch import on_gpu
 
 if TYPE_CHECKING:
@@ -65,6 +65,9 @@ class WriteArguments(NamedTuple):
         offset: address of float32 [K, D], which is subtracted from keys that are quantised; 0 is none.
         turns: address of int64 [T], how far behind its position's row that of a token is in `cos` and `sin`; 0 is none.
         head_gap: see `attention/cpu_cache.py`.
+        picked: address of int64 [T], the tokens that the rows are of, for `positions` and `turns`; 0 is all. Such rows
+            are queries alone.
+        rows_from: which of the step's numbers is T.
     """
 
     qkv: int
@@ -89,6 +92,8 @@ class WriteArguments(NamedTuple):
     offset: int = 0
     turns: int = 0
     head_gap: int = 0
+    picked: int = 0
+    rows_from: int = StepNumber.TOKENS
 
 
 def rotate_and_write_operation(keys: int = 0, values: int = 0) -> int:

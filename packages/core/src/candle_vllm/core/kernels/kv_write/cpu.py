@@ -23,7 +23,6 @@ from candle_vllm.core.kernels.attention.cpu_quantised import quantise_key, quant
 from candle_vllm.core.kernels.attention.cpu_tiles import place_of
 from candle_vllm.core.kernels.cpu_runtime.emit import F32, I16, I32, Emitter, vector
 from candle_vllm.core.kernels.cpu_runtime.level import LANES
-from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber
 from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, float_from_bits, int64_at, read, step_number
 from candle_vllm.core.kernels.cpu_runtime.tiles import ask_line, stack_bytes
 from candle_vllm.core.kernels.kv_write import WriteArguments
@@ -238,7 +237,7 @@ def make_rotate_and_write(keys_as: int, values_as: int) -> Callable[..., None]:
 
     def rotate_and_write(row, thread, threads):
         given = read(WriteArguments, row)
-        tokens = step_number(row, StepNumber.TOKENS.value)
+        tokens = step_number(row, given.rows_from)
         heads, kv_heads, dim, half = given.heads, given.kv_heads, given.head_dim, given.half
         positions, slots = int64_at(given.positions), int64_at(given.slots)
         one = float_from_bits(0x3F800000)
@@ -251,9 +250,12 @@ def make_rotate_and_write(keys_as: int, values_as: int) -> Callable[..., None]:
         t, h = unit // each, unit % each
         while unit < last:
             x = given.qkv + 4 * t * given.stride
-            turned = positions[t]
+            token = t
+            if given.picked != 0:
+                token = int64_at(given.picked)[t]
+            turned = positions[token]
             if given.turns != 0:
-                turned += int64_at(given.turns)[t]
+                turned += int64_at(given.turns)[token]
             at = 4 * half * turned
             cos, sin = given.cos + at, given.sin + at
             if h < heads:

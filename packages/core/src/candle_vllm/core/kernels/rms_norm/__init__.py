@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from candle_vllm.core.kernels.cpu_runtime.operation import operation
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, operation
 from candle_vllm.core.kernels.dispatch import on_gpu
 from candle_vllm.core.kernels.recorded import Recorded, Value
 
@@ -74,6 +74,7 @@ class HeadNormArguments(NamedTuple):
         weight: address of head_dim floats.
         eps: of the norm.
         weight_step: bytes from one head's weights to the next; 0 where all heads have the same.
+        rows_from: which of the step's numbers counts the rows.
     """
 
     x: int
@@ -83,6 +84,7 @@ class HeadNormArguments(NamedTuple):
     weight: int
     eps: float
     weight_step: int = 0
+    rows_from: int = StepNumber.TOKENS
 
 
 def head_norm_operation(layer: bool = False) -> int:
@@ -100,6 +102,7 @@ class NormOntoArguments(NamedTuple):
         eps: of the norm.
         target, target_stride: the rows that are added to.
         accumulate: 0 where the norms are written there instead.
+        rows_from: which of the step's numbers counts the rows.
     """
 
     x: int
@@ -110,6 +113,7 @@ class NormOntoArguments(NamedTuple):
     target: int
     target_stride: int
     accumulate: int = 1
+    rows_from: int = StepNumber.TOKENS
 
 
 def norm_onto_operation(layer: bool = False) -> int:

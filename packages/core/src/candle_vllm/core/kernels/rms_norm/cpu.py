@@ -25,7 +25,6 @@ from candle_vllm.core.kernels.activation_quant.cpu import (
 from candle_vllm.core.kernels.activation_rows.cpu import padded_row
 from candle_vllm.core.kernels.cpu_runtime.emit import F32, Emitter, vector
 from candle_vllm.core.kernels.cpu_runtime.level import LANES
-from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber
 from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, read, step_number
 from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes
 from candle_vllm.core.kernels.rms_norm import HeadNormArguments, NormOntoArguments
@@ -71,7 +70,7 @@ def make_head_norm(LAYER: int) -> Callable[..., None]:
     def head_norm(row, thread, threads):
         given = read(HeadNormArguments, row)
         heads, head_dim, eps = given.heads, given.head_dim, given.eps
-        total = step_number(row, StepNumber.TOKENS.value) * heads
+        total = step_number(row, given.rows_from) * heads
         for unit in range(total * thread // threads, total * (thread + 1) // threads):
             token = unit // heads
             head = unit - token * heads
@@ -100,7 +99,7 @@ def make_norm_onto(LAYER: int) -> Callable[..., None]:
     def norm_onto(row, thread, threads):
         given = read(NormOntoArguments, row)
         columns, eps = given.columns, given.eps
-        rows = step_number(row, StepNumber.TOKENS.value)
+        rows = step_number(row, given.rows_from)
         groups = (columns + GROUP - 1) // GROUP
         first_row, row_count, first_group, group_count = share(rows, groups, thread, threads)
         if group_count == 0:
