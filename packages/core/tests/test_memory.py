@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -22,7 +22,16 @@ from candle_vllm.core.errors import ConfigError, NoMemoryError
 from candle_vllm.core.loading.cache_specs import PagedSpec
 from candle_vllm.core.loading.config import ModelConfig
 from candle_vllm.core.loading.tensors import MappedFile
-from candle_vllm.core.memory import MIB, Limit, Room, plan_cache, room_for, tightest_limit
+from candle_vllm.core.memory import (
+    MIB,
+    CachePlan,
+    Limit,
+    Room,
+    agreed_plan,
+    plan_cache,
+    room_for,
+    tightest_limit,
+)
 
 MEMINFO = "MemTotal: 9000000 kB\nMemAvailable: 8388608 kB\n"
 V1 = "9:name=systemd:/\n4:memory:/a/b\n1:cpu:/c\n0::/\n"
@@ -354,15 +363,60 @@ def test_pages_and_blocks_stay_within_the_memory(mib: int, sequences: int, is_se
         assert plan.page_bytes // MIB < 200
     assert config.kv_cache_memory is not None
     assert plan.page_bytes <= config.kv_cache_memory
-    pages = plan.windows.pages or plan.num_blocks + 1
+    pages = plan.windows[0].pages if plan.windows else plan.num_blocks + 1
     assert pages - 1 >= min(plan.num_blocks, -(-(511 + 512 + 63) // 64)), "one sequence can always go on"
     assert plan.max_model_len == 32768 or not is_set
 
 
-def test_models_of_one_kind_of_layers_have_a_page_for_each_block() -> None:
+def test_layers_without_a_window_have_a_page_for_each_block() -> None:
     config = EngineConfig(model="m")
-    for specs in ((PagedSpec(2, 4, 4, 8),) * 2, (PagedSpec(2, 4, 4),) * 2, (PagedSpec(1, 8, 0, 8), PagedSpec(1, 8, 0))):
+    for specs in ((PagedSpec(2, 4, 4),) * 2, (PagedSpec(1, 8, 0, 8), PagedSpec(1, 8, 0))):
         model: Any = SimpleNamespace(max_position=4096, num_layers=2, cache_specs=specs)
         plans = [plan_cache(config, model, two, 4, Room(1 << 34, 0.5), rows=rows) for rows in (0, 64)]
         assert plans[0] == plans[1]
-        assert not plans[0].windows.pages
+        assert not plans[0].windows
+
+
+def test_where_all_layers_have_a_window_the_context_takes_nothing() -> None:
+    config = EngineConfig(model="m", max_num_seqs=4, kv_cache_memory=4 * MIB)
+    model: Any = SimpleNamespace(max_position=1 << 20, num_layers=2, cache_specs=(PagedSpec(2, 64, 64, 512),) * 2)
+    plan = plan_cache(config, model, two, 4, Room(1 << 34, 0.5), rows=256)
+    assert (plan.max_model_len, plan.num_blocks * 64, plan.block_bytes) == (1 << 20, 4 << 20, 0)
+    assert 0 < plan.page_bytes == plan.windows[0].pages * 64 * 2 * 2 * 2 * 128 <= 4 * MIB
+    assert "layers with a window of 512 tokens keep" in plan.message
+    small = dataclasses.replace(config, kv_cache_memory=MIB // 2)
+    assert not plan_cache(small, model, two, 4, Room(1 << 34, 0.5), rows=256).windows, "its windows do not fit"
+
+
+def test_each_window_has_pages_of_its_own() -> None:
+    specs = (PagedSpec(1, 64, 64, 4096), PagedSpec(1, 64, 64, 128), PagedSpec(1, 64, 64))
+    model: Any = SimpleNamespace(max_position=32768, num_layers=3, cache_specs=specs)
+    for size, sequences in ((None, 2), (12 * MIB, 8), (10 * MIB, 1)):
+        config = EngineConfig(model="m", max_model_len=32768, kv_cache_memory=size)
+        plan = plan_cache(config, model, two, sequences, Room(1 << 34, 0.5), rows=256)
+        narrow, wide = plan.windows
+        assert (narrow.window, wide.window) == (128, 4096)
+        assert 1 + narrow.blocks(64) <= narrow.pages < wide.pages
+        assert wide.pages >= 1 + wide.blocks(64)
+        assert plan.page_bytes <= (size or 1 << 33)
+    large: Any = SimpleNamespace(max_position=4096, num_layers=3, cache_specs=specs)
+    plan = plan_cache(EngineConfig(model="m"), large, two, 2, Room(1 << 34, 0.5), rows=256)
+    assert [room.window for room in plan.windows] == [128], "as many blocks as the wide window has are all"
+
+
+def test_ranks_agree_on_the_pools() -> None:
+    class Least:
+        """Beside a rank with one pool of nine pages."""
+
+        def least(self, number: int) -> int:
+            return {2: 1, -2: -2, 1: 1, -1: -1}.get(number, min(number, 9))
+
+    specs = (PagedSpec(1, 64, 64, 4096), PagedSpec(1, 64, 64, 128), PagedSpec(1, 64, 64))
+    model: Any = SimpleNamespace(max_position=32768, num_layers=3, cache_specs=specs)
+    config, ranks = EngineConfig(model="m"), cast(Any, Least())
+
+    def plan(pools: int | None) -> CachePlan:
+        return plan_cache(config, model, two, 2, Room(1 << 34, 0.5), rows=256, pools=pools)
+
+    assert [(room.window, room.pages) for room in agreed_plan(plan, ranks).windows] == [(128, 9)]
+    assert agreed_plan(plan, None) == plan(None)

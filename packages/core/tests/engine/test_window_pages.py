@@ -26,12 +26,17 @@ Text = tuple[int, ...]
 
 
 class Pretended:
-    """A scheduler, and blocks and pages that hold texts; `spare` pages are more than one sequence needs."""
+    """A scheduler, and blocks and pages that hold texts.
+
+    Args:
+        window: of each page pool.
+        spare: pages of each pool that are more than one sequence needs.
+    """
 
     def __init__(
         self,
         *,
-        window: int,
+        window: int | tuple[int, ...],
         blocks: int = 64,
         seqs: int = 4,
         budget: int = 16,
@@ -41,16 +46,17 @@ class Pretended:
         caching: bool = True,
         seed: int = 0,
     ) -> None:
-        room = WindowRoom(window, budget + drafts)
-        pages = room.blocks(SIZE) + 1 + spare
-        room = WindowRoom(window, budget + drafts, pages)
-        self.page_of = np.zeros(blocks, np.int64)
-        self.blocks = WindowedBlocks(room, self.page_of.data, SIZE, enable_prefix_caching=caching)
+        self.windows = (window,) if isinstance(window, int) else window
+        sizes = [WindowRoom(each, budget + drafts).blocks(SIZE) + 1 + spare for each in self.windows]
+        rooms = [WindowRoom(each, budget + drafts, pages) for each, pages in zip(self.windows, sizes, strict=True)]
+        self.page_of = np.zeros((len(rooms), blocks), np.int64)
+        page_of = [each.data for each in self.page_of]
+        self.blocks = WindowedBlocks(rooms, page_of, SIZE, enable_prefix_caching=caching)
         pool = StatePool(seqs, 8, SIZE) if states else None
         self.scheduler = Scheduler(self.blocks, seqs, budget, draft_rows=drafts, states=pool)
         self.full: list[list[Text | None]] = [[None] * SIZE for _ in range(blocks)]
-        self.paged: list[list[Text | None]] = [[None] * SIZE for _ in range(pages)]
-        self.random, self.drafts, self.window = random.Random(seed), drafts, window
+        self.paged: list[list[list[Text | None]]] = [[[None] * SIZE for _ in range(pages)] for pages in sizes]
+        self.random, self.drafts = random.Random(seed), drafts
 
     def add(self, tokens: list[int], order: int, max_tokens: int = 4, index: int = 0, priority: int = 0) -> Sequence:
         sequence = make(tokens, order, max_tokens=max_tokens, index=index, priority=priority)
@@ -84,21 +90,22 @@ class Pretended:
         for run, text in zip(runs, texts, strict=True):
             for position in range(run.start, run.start + run.count):
                 block, at = run.sequence.block_table[position // SIZE], position % SIZE
-                page = int(self.page_of[block])
-                assert page, "a row has a page to write to"
+                assert self.page_of[:, block].all(), "a row has a page of each pool to write to"
                 assert (block, at) not in written, "two write to one place"
                 assert self.blocks._hash_of[block] is None, "nobody writes to what can be found"
                 written.add((block, at))
-                self.full[block][at] = self.paged[page][at] = text[: position + 1]
+                for paged, pages in zip(self.paged, self.page_of, strict=True):
+                    paged[pages[block]][at] = text[: position + 1]
+                self.full[block][at] = text[: position + 1]
         for run, text in zip(runs, texts, strict=True):
             end, table = run.start + run.count, run.sequence.block_table
             for seen in range(end):
                 block, at = table[seen // SIZE], seen % SIZE
                 assert self.full[block][at] == text[: seen + 1]
-                if seen > run.start - self.window:
-                    page = int(self.page_of[block])
-                    assert page, "a page that a row sees is there"
-                    assert self.paged[page][at] == text[: seen + 1]
+                for window, paged, pages in zip(self.windows, self.paged, self.page_of, strict=True):
+                    if seen > run.start - window:
+                        assert pages[block], "a page that a row sees is there"
+                        assert paged[pages[block]][at] == text[: seen + 1]
 
     def _draw(self, run: Run) -> None:
         sequence, right = run.sequence, 0
@@ -120,24 +127,26 @@ class Pretended:
                 if block is None:
                     return
                 held = [tuple(text[: number * SIZE - SIZE + at + 1]) for at in range(SIZE)]
-                self.full[block], self.paged[int(self.page_of[block])] = [*held], [*held]
+                self.full[block] = [*held]
+                for paged, pages in zip(self.paged, self.page_of, strict=True):
+                    paged[pages[block]] = [*held]
         self.check()
 
     def check(self) -> None:
         """Every page has one owner, and what has none is wiped; each running sequence is counted once."""
-        pool = self.blocks
-        pages = self.page_of[self.page_of > 0].tolist()
-        assert sorted([*pages, *pool._free_pages]) == list(range(1, len(self.paged)))
-        users = [0] * self.blocks.num_blocks
-        for sequence in self.scheduler.running:
-            for block in sequence.block_table[slice(*sequence.windowed)]:
-                users[block] += 1
-        assert users == pool._users
-        idle = {block for block in np.flatnonzero(self.page_of).tolist() if not users[block]}
-        assert idle == set(pool._idle)
-        assert all(self.blocks._hash_of[block] is not None for block in idle)
-        for page in (0, *pool._free_pages):
-            self.paged[page] = [None] * SIZE
+        for number, pool in enumerate(self.blocks.pools):
+            page_of, paged = self.page_of[number], self.paged[number]
+            assert sorted([*page_of[page_of > 0].tolist(), *pool.free_pages]) == list(range(1, len(paged)))
+            users = [0] * self.blocks.num_blocks
+            for sequence in self.scheduler.running:
+                for block in sequence.block_table[slice(*sequence.windowed[number])]:
+                    users[block] += 1
+            assert users == pool.users
+            idle = {block for block in np.flatnonzero(page_of).tolist() if not users[block]}
+            assert idle == set(pool.idle)
+            assert all(self.blocks._hash_of[block] is not None for block in idle)
+            for page in (0, *pool.free_pages):
+                paged[page] = [None] * SIZE
 
     def finish(self, most: int = 3000) -> None:
         for _ in range(most):
@@ -151,7 +160,7 @@ class Pretended:
 def test_every_row_finds_what_its_window_sees(seed: int) -> None:
     chance = random.Random(seed)
     model = Pretended(
-        window=chance.choice((1, 2, 4, 5, 9, 17)),
+        window=chance.choice((1, 2, 4, 5, 9, 17, (2, 9), (1, 5, 17))),
         blocks=chance.choice((14, 24, 64)),
         seqs=chance.randint(1, 5),
         budget=chance.choice((5, 8, 16, 31)),
@@ -180,7 +189,7 @@ def test_every_row_finds_what_its_window_sees(seed: int) -> None:
             model.check()
     model.finish()
     assert model.blocks.num_free == model.blocks.num_blocks
-    assert model.blocks.num_free_pages == len(model.paged) - 1
+    assert [pool.num_free + 1 for pool in model.blocks.pools] == [len(paged) for paged in model.paged]
     model.blocks.reset_prefix_cache()
     assert not model.page_of.any()
 
@@ -191,7 +200,7 @@ def test_a_sequence_holds_its_window_alone() -> None:
     most = 0
     while model.scheduler.waiting or model.scheduler.running:
         model.step()
-        first, last = sequence.windowed
+        first, last = sequence.windowed[0] if sequence.windowed else (0, 0)
         most = max(most, last - first)
         if sequence.num_tokens > sequence.num_prompt_tokens + 1:
             assert last - first <= 3, "8 tokens touch 3 blocks of 4"
@@ -245,6 +254,63 @@ def test_of_prompts_that_cannot_go_on_the_last_makes_room() -> None:
     for sequence in (last, first):
         model.scheduler.add(sequence)
         assert [run.sequence for run in model.step()] == [sequence]
-    del model.blocks._free_pages[:]
+    del model.blocks.pools[0].free_pages[:]
     assert [run.sequence for run in model.scheduler.schedule()] == [first]
     assert model.scheduler.waiting == [last]
+
+
+def test_a_narrow_window_keeps_fewer_pages_than_a_wide_one() -> None:
+    model = Pretended(window=(4, 24), blocks=64, budget=8)
+    sequence = model.add([1] * 60, 0, max_tokens=30)
+    held = [0, 0]
+    while model.scheduler.waiting or model.scheduler.running:
+        model.step()
+        if sequence.num_tokens > sequence.num_prompt_tokens + 1 and sequence.windowed:
+            held = [max(most, last - first) for most, (first, last) in zip(held, sequence.windowed, strict=True)]
+    assert held == [2, 7]
+
+
+def test_what_a_step_under_way_fills_has_its_pages_when_it_is_published() -> None:
+    """Where steps overlap, the next one is scheduled before: a store would be given a block without its pages."""
+    model, offered = Pretended(window=4, blocks=64, budget=16, spare=8), list[int]()
+
+    class Kept:
+        def offer(self, block: int, digest: bytes) -> None:
+            assert model.blocks.has_pages(block)
+            offered.append(block)
+
+        def __getattr__(self, name: str) -> object:
+            return lambda *_: name == "is_ready"
+
+    model.scheduler.kept = Kept()  # type: ignore[assignment]
+    sequence = model.add([*range(64)], 0, max_tokens=2)
+    flights = []
+    for _ in range(4):
+        flights.append(model.scheduler.schedule())
+        model._run(flights[-1])
+        model.scheduler.launched(flights[-1])
+        if len(flights) > 1:
+            model.scheduler.settle(flights.pop(0))
+    model.scheduler.settle(flights.pop())
+    assert offered == sequence.block_table.tolist()
+
+
+def test_a_block_whose_page_has_gone_is_read_from_a_store_anew() -> None:
+    model = Pretended(window=8, blocks=64, spare=1)
+    text = list(range(60))
+    model.add(text, 0, max_tokens=1)
+    model.finish()
+    hashes = block_hashes(text, SIZE, None)[:14]
+    model.add(list(range(100, 160)), 1, max_tokens=1)
+    model.finish()
+    assert len(model.blocks.lookup(hashes)) == 14
+    model.blocks.renew(hashes, lambda digest: digest != hashes[13])
+    assert len(model.blocks.lookup(hashes)) == 14, "without its last block the prefix would be no longer"
+    model.blocks.renew(hashes, lambda _: True)
+    assert len(model.blocks.lookup(hashes)) == 12, "the window of the next token sees the last two blocks"
+    model.blocks.renew(hashes, lambda _: True)
+    assert len(model.blocks.lookup(hashes)) == 12, "a second look forgets no more"
+    model.take_in(text)
+    again = model.add(text, 2, max_tokens=1)
+    model.finish()
+    assert again.num_cached_tokens == 56

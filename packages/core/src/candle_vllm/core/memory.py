@@ -21,14 +21,14 @@ from candle_vllm.core.errors import ConfigError, NoMemoryError
 from candle_vllm.core.kernels.collectives import Collective
 from candle_vllm.core.loading.cache_specs import (
     NO_STATES,
-    NO_WINDOWS,
     CacheSpec,
     PagedSpec,
     StateRoom,
     WindowRoom,
-    largest_window,
     paged,
+    pool_of,
     states,
+    windows_of,
 )
 from candle_vllm.core.loading.config import ModelConfig
 from candle_vllm.core.threads import STACK_BYTES, control_groups, loading_threads, read_or_nothing
@@ -54,13 +54,13 @@ class CachePlan:
 
     Attributes:
         num_blocks: blocks in the cache.
-        block_bytes: bytes of one block, keys and values of all layers but those that `windows` has pages for.
+        block_bytes: bytes of one block, keys and values of all layers but those that `windows` have pages for.
         max_model_len: longest prompt plus output, in tokens; it always fits.
         message: the arithmetic, for the log.
         warning: that the model's context was cut, and what all of it takes; empty where it was not.
         states: how many states of layers there is room for.
         state_bytes: bytes of all of them.
-        windows: the pages of layers with a window, where these have a pool of their own.
+        windows: the page pools of layers with a window, one for each window.
         window_bytes: bytes of all of them.
     """
 
@@ -71,7 +71,7 @@ class CachePlan:
     warning: str = ""
     states: StateRoom = NO_STATES
     state_bytes: int = 0
-    windows: WindowRoom = NO_WINDOWS
+    windows: tuple[WindowRoom, ...] = ()
     window_bytes: int = 0
 
     @property
@@ -83,7 +83,8 @@ class CachePlan:
         """What every rank has room for."""
         blocks, longest = (ranks.least(number) for number in (self.num_blocks, self.max_model_len))
         room = StateRoom(ranks.least(self.states.running), ranks.least(self.states.checkpoints), self.states.drafts)
-        return dataclasses.replace(self, num_blocks=blocks, max_model_len=longest, states=room)
+        windows = tuple(dataclasses.replace(each, pages=ranks.least(each.pages)) for each in self.windows)
+        return dataclasses.replace(self, num_blocks=blocks, max_model_len=longest, states=room, windows=windows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +137,7 @@ def plan_cache(
     layers: Iterable[int] | None = None,
     drafts: int = 0,
     rows: int = 0,
+    pools: int | None = None,
 ) -> CachePlan:
     """Divides the memory for the KV cache into blocks.
 
@@ -148,7 +150,9 @@ def plan_cache(
         beside: bytes of one token in another model's cache, which has as many blocks.
         layers: the numbers of the model's layers that are here; None is all.
         drafts: the most drafted tokens of a sequence in a step.
-        rows: most tokens of a step, where layers with a window may have fewer pages than there are blocks; 0 else.
+        rows: most tokens of a sequence in the steps under way, where layers with a window may have fewer pages than
+            there are blocks; 0 else.
+        pools: most page pools; None is as many as the layers have windows.
 
     Raises:
         ConfigError: when the asked-for context does not fit, with values that would.
@@ -171,13 +175,22 @@ def plan_cache(
     if room_of_states is not NO_STATES:
         sequences, budget = room_of_states.running, max(0, budget - state_bytes)
     per_sequence = -(-model.max_position // config.block_size)
-    windows, page = NO_WINDOWS, cache_bytes([spec for spec in specs if spec.slides], config.block_size, element_bytes)
-    if rows and (window := largest_window(specs)):
-        block = cache_bytes(specs, config.block_size, element_bytes) - page + beside * config.block_size
-        wanted = WindowRoom(window, min(rows, model.max_position) + drafts)
-        windows = _plan_windows(config, wanted, (page, block), sequences, budget, per_sequence)
-        specs = [spec for spec in specs if not windows.holds(spec)]
-    window_bytes = windows.pages * page
+    windows, window_bytes = (), 0
+    wanted = windows_of(model.cache_specs)[:pools] if rows else ()  # of all stages: their pools are the same
+    while wanted and not windows:
+        rooms = [WindowRoom(window, min(rows, model.max_position) + drafts) for window in wanted]
+        sizes = [0] * len(rooms)
+        block = beside * config.block_size
+        for spec in specs:
+            size, pool = cache_bytes([spec], config.block_size, element_bytes), pool_of(spec, rooms)
+            if pool is None:
+                block += size
+            else:
+                sizes[pool] += size
+        windows = _plan_windows(config, rooms, (sizes, block), sequences, budget, per_sequence)
+        window_bytes = sum(room.pages * size for room, size in zip(windows, sizes))
+        wanted = wanted[:-1]  # with the largest window a page for each block may take less
+    specs = [spec for spec in specs if pool_of(spec, windows) is None]
     token_bytes = cache_bytes(specs, 1, element_bytes) + beside
     block_bytes = token_bytes * config.block_size
     affordable = (budget - window_bytes) // block_bytes if block_bytes else per_sequence * sequences
@@ -191,14 +204,16 @@ def plan_cache(
     whole = num_blocks == per_sequence * sequences
     several = f"{sequences} sequences" if sequences > 1 else "one sequence"
     needed = f"all that {several} of {context:,} tokens can need" if whole else f"of {_size(budget)}"
-    some = f"{(windows.pages - 1) * config.block_size:,} tokens, {_size(window_bytes)}"
-    of_windows = f"; layers with a window of at most {windows.window:,} tokens keep {some}" if windows.pages else ""
+    each = [f"{room.window:,} tokens keep {(room.pages - 1) * config.block_size:,}" for room in windows]
+    of_windows = f"; layers with a window of {', of '.join(each)} tokens, {_size(window_bytes)}" if windows else ""
+    of_drafts = f" and {beside} B for drafts" if beside else ""
+    terms = f"{_elements(specs, element_bytes)}{of_drafts}"
+    of_token = f"; one token takes {terms} = {token_bytes} B" if token_bytes else ""
     kept = ", reserved now and taken from the machine only as it fills" if room.as_it_fills else ""
     message = (
         f"KV cache: room for {num_blocks * config.block_size:,} tokens in blocks of {config.block_size}; at most "
-        f"{_size(num_blocks * block_bytes + window_bytes)}, {needed} ({source}){kept}; one token takes "
-        f"{_elements(specs, element_bytes)}{f' and {beside} B for drafts' if beside else ''} = "
-        f"{token_bytes} B{of_windows}; context {context:,}{of_states}"
+        f"{_size(num_blocks * block_bytes + window_bytes)}, {needed} ({source}){kept}{of_token}{of_windows}; context "
+        f"{context:,}{of_states}"
     )
     cut = ""
     if context < model.max_position:
@@ -215,24 +230,47 @@ def plan_cache(
     return CachePlan(num_blocks, block_bytes, context, message, cut, room_of_states, state_bytes, windows, window_bytes)
 
 
+def agreed_plan(make: Callable[[int | None], CachePlan], ranks: Collective | None) -> CachePlan:
+    """The plan that all ranks have room for, given how to make one with so many page pools; None is all of them."""
+    plan = make(None)
+    while ranks is not None:
+        fewest = ranks.least(len(plan.windows))
+        if ranks.least(-len(plan.windows)) == -fewest:
+            return plan.agreed(ranks)
+        plan = make(fewest)
+    return plan
+
+
 def _plan_windows(
-    config: EngineConfig, room: WindowRoom, sizes: tuple[int, int], sequences: int, budget: int, per_sequence: int
-) -> WindowRoom:
-    """How many pages the layers with a window have, in so many bytes; none where blocks would be no more.
+    config: EngineConfig,
+    rooms: Sequence[WindowRoom],
+    sizes: tuple[Sequence[int], int],
+    sequences: int,
+    budget: int,
+    per_sequence: int,
+) -> tuple[WindowRoom, ...]:
+    """How many pages each pool has, in so many bytes; no pool where a page for each block takes no more.
 
     They have what all sequences can need, and as much again for prefixes that may be found; but one sequence of full
     length, of `per_sequence` blocks, comes first where its length was set, and else half of the memory is theirs.
-    `sizes` are bytes of a page of these layers, and of a block of the others.
+    `sizes` are bytes of a page of each pool, and of a block of the layers without one.
     """
-    (page, block), size, is_set = sizes, config.block_size, config.max_model_len is not None
-    least = min(per_sequence, room.blocks(size))
-    running = sequences * min(per_sequence, room.blocks(size, 1)) + -(-room.rows // size)
-    most = per_sequence * sequences
-    wanted = min(most, max(least, running * (1 + config.enable_prefix_caching)))
-    low = least if is_set else max(least, budget // 2 // page)
-    pages = 1 + min(wanted, max(low, (budget - per_sequence * block) // page - 1))
-    blocks = max((budget - pages * page) // block, per_sequence if is_set else 0)
-    return dataclasses.replace(room, pages=pages) if pages <= min(blocks, most) else NO_WINDOWS
+    (pages, block), size, is_set = sizes, config.block_size, config.max_model_len is not None
+    most, least, wanted = per_sequence * sequences, list[int](), list[int]()
+    for room in rooms:
+        least.append(min(per_sequence, room.blocks(size)))
+        running = sequences * min(per_sequence, room.blocks(size, 1)) + -(-room.rows // size)
+        wanted.append(min(most, max(least[-1], running * (1 + config.enable_prefix_caching))))
+    low, high = (sum(page * count for page, count in zip(pages, counts)) for counts in (least, wanted))
+    given = max(low if is_set else max(low, budget // 2), budget - per_sequence * block - sum(pages))
+    share = 1.0 if given >= high else max(0.0, (given - low) / (high - low))
+    found = [dataclasses.replace(room, pages=1 + few + int((many - few) * share))
+             for room, few, many in zip(rooms, least, wanted)]  # fmt: skip
+    taken = sum(room.pages * page for room, page in zip(found, pages))
+    blocks = most if taken <= budget else 0
+    if block:
+        blocks = max((budget - taken) // block, per_sequence if is_set else 0)
+    return tuple(found) if all(room.pages <= min(blocks, most) for room in found) else ()
 
 
 def _plan_states(

@@ -37,11 +37,12 @@ from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.kernels.attention.cpu_cache import BLOCK, PLAIN, CacheKind, number_bytes
 from candle_vllm.core.kernels.collectives import Collective
 from candle_vllm.core.layers.adapters import number_places
-from candle_vllm.core.loading.cache_specs import NO_WINDOWS, paged, states
+from candle_vllm.core.loading.cache_specs import paged, states
 from candle_vllm.core.memory import (
     MIB,
     CachePlan,
     ElementBytes,
+    agreed_plan,
     available_memory,
     cache_bytes,
     main_room,
@@ -130,8 +131,9 @@ def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder, rank
         sleeper.tell = runner.sleep
     size, caching = config.block_size, config.enable_prefix_caching
     blocks = BlockManager(plan.num_blocks, size, enable_prefix_caching=caching)
-    if plan.windows.pages:
-        blocks = WindowedBlocks(plan.windows, own.page_of.data, size, enable_prefix_caching=caching)
+    if plan.windows:
+        page_of = [pages.data for pages in own.page_of]
+        blocks = WindowedBlocks(plan.windows, page_of, size, enable_prefix_caching=caching)
     reproducible = config.deterministic and placement.device.type == "cuda"
     store, admission = None, None
     if config.enable_lora:
@@ -139,7 +141,7 @@ def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder, rank
         store = adapter_store(config, loaded, runner, most, plan)
         admission = AdapterAdmission(store, most, patience=sequences)
     images = None if loaded.tower is None else _image_store(loaded.tower, runner)
-    others = None if ranks is None else RankedParts(ranks)
+    others = RankedParts(ranks, runner.tell_pages) if isinstance(runner, RankedRunner) and ranks is not None else None
     pool = _state_pool(config, plan)
     kept = keep_blocks(config, loaded, own, blocks, draft is not None, others, pool)
     scheduler = Scheduler(
@@ -391,8 +393,12 @@ def _plan_on_cpu(
     share: float,
     weights: int = 0,
     draft: LoadedModel | LoadedHead | Described | DescribedHead | None = None,
+    ranks: Collective | None = None,
 ) -> CachePlan:
-    """The cache on the CPU, where `weights` bytes are yet to come, and what pictures take; refuses what needs a GPU."""
+    """The cache on the CPU, where `weights` bytes are yet to come, and what pictures take; refuses what needs a GPU.
+
+    Where there are `ranks`, it is what all of them have room for.
+    """
     placement = model.placement
     kinds = cache_kinds(config, model)
     if config.max_cudagraph_capture_size:
@@ -413,10 +419,10 @@ def _plan_on_cpu(
     beside = 0 if draft is None else cache_bytes(draft.config.cache_specs, 1, _element_bytes(draft, PLAIN))
     layers = model.layers if isinstance(model, LoadedModel) else None
     drafts = _most_drafts(config, placement.recorded)
-    # Ranks do not know each other's pages, and a prompt that is run whole needs one for each of its blocks.
-    whole = config.ranks > 1 or config.max_num_batched_tokens == 0
-    rows = 0 if whole else step_size(config, placement.device)[1]
-    return plan_cache(config, model.config, _element_bytes(model, kinds), sequences, room, beside, layers, drafts, rows)
+    # As many steps are under way as there are stages; a prompt that is not cut is in one of them.
+    rows = step_size(config, placement.device, model.config.max_position)[1] * config.pipeline_parallel_size
+    sizes = _element_bytes(model, kinds), sequences, room, beside, layers, drafts, rows
+    return agreed_plan(lambda pools: plan_cache(config, model.config, *sizes, pools), ranks)
 
 
 def _most_drafts(config: EngineConfig, recorded: bool) -> int:
@@ -486,8 +492,7 @@ def _build_on_cpu(
     ranks: Collective | None = None,
 ) -> tuple[StepwiseRunner, StepwiseRunner | HeadRunner | None, CachePlan]:
     """What runs the model, and the model of drafts where there is one; the cache of both."""
-    plan = _plan_on_cpu(config, loaded, sequences, DEFAULTS["cpu"].share)
-    plan = plan if ranks is None else plan.agreed(ranks)
+    plan = _plan_on_cpu(config, loaded, sequences, DEFAULTS["cpu"].share, ranks=ranks)
     logger.info(plan.message)
     if plan.warning:
         logger.warning(plan.warning)
@@ -527,7 +532,7 @@ def _runner_on_cpu(
     `beside` is what runs the model that it drafts for.
     """
     placement, blocks = loaded.placement, plan.num_blocks
-    windows = plan.windows if beside is None else NO_WINDOWS  # a model of drafts has a page for each block
+    windows = plan.windows if beside is None else ()  # a model of drafts has a page for each block
     model = loaded.head if isinstance(loaded, LoadedHead) else loaded.decoder
     model.prepare(min(plan.max_model_len, loaded.config.max_position))
     turning = loaded.turning(budget) if isinstance(loaded, LoadedModel) else None

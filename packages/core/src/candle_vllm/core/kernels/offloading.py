@@ -60,10 +60,11 @@ def states_of(caches: Sequence[LayerCache]) -> list[torch.Tensor]:
     return [part for part in parts if part.numel()]
 
 
-def block_parts(caches: Sequence[LayerCache], block: int, page: int = 0) -> list[torch.Tensor]:
-    """A block of layers' caches, as bytes uint8 [size] each, in place; `page` is that of layers with a window."""
-    windowed = {id(part) for cache in caches if isinstance(cache, WindowedCache) for part in cache}
-    parts = [part[page if id(part) in windowed else block] for part in tensors_of(caches)]
+def block_parts(caches: Sequence[LayerCache], block: int, page_of: Any = ()) -> list[torch.Tensor]:
+    """A block of layers' caches, as bytes uint8 [size] each, in place; `page_of` is as for `in_pages`."""
+    pools = {id(part): cache.pool for cache in caches if isinstance(cache, WindowedCache) for part in cache}
+    pages = {name: int(page_of[pool][block]) for name, pool in pools.items()}
+    parts = [part[pages.get(id(part), block)] for part in tensors_of(caches)]
     return [part.view(torch.uint8).view(-1) for part in parts]
 
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from candle_vllm.core.errors import UnsupportedModelError
@@ -108,7 +108,7 @@ class StepInput:
             of earlier layers; None for none.
         layer_inputs: [T, P] of each layer, what it is given beside x; none where a family has no such inputs.
         states: what layers that keep a state do with it; None where none does, and in a recorded step.
-        windowed: slots and rows of layers with a `WindowedCache`; None where there are none, and in a recorded step.
+        windowed: slots and rows of each pool of layers with a `WindowedCache`; in a recorded step there are none.
     """
 
     positions: Value
@@ -123,7 +123,7 @@ class StepInput:
     narrows: int | None = None
     narrowed: int | None = None
     states: StateRows | None = None
-    windowed: tuple[Value, AttentionRows] | None = None
+    windowed: Sequence[tuple[Value, AttentionRows | DeviceRows]] = ()
     layer_inputs: tuple[Value, ...] = ()
 
 
@@ -208,7 +208,7 @@ class PagedAttention:
             narrows = self.layer == step.narrows
             key = self._common_key()
             return q.attend(k, v, cache, **scores, offset=key, narrows=narrows, causal=self.causal)
-        slots, rows = (step.windowed if isinstance(cache, WindowedCache) else None) or (step.slots, step.rows)
+        slots, rows = step.windowed[cache.pool] if isinstance(cache, WindowedCache) else (step.slots, step.rows)
         rows = rows.causal() if self.causal else rows
         if k is None or v is None:
             q = q if rotary is None else rotary.queries(q, step.positions)

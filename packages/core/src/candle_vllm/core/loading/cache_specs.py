@@ -103,32 +103,22 @@ NO_STATES = StateRoom(0, 0, 0)
 
 @dataclasses.dataclass(frozen=True)
 class WindowRoom:
-    """How many pages the layers with a window have, where they have fewer pages than the cache has blocks.
+    """The page pool of the layers with one window, which have fewer pages than the cache has blocks.
 
     Attributes:
-        window: the largest window of these layers, in tokens, the query's own included.
-        rows: most rows of a sequence in a step.
-        pages: of each of these layers; page 0 holds nothing. 0 where these layers have a page for each block.
+        window: of these layers, in tokens, the query's own included.
+        rows: most rows of a sequence in the steps that may be under way at once.
+        pages: of each of these layers; page 0 holds nothing.
     """
 
-    window: int = 0
-    rows: int = 0
+    window: int
+    rows: int
     pages: int = 0
-
-    def holds(self, spec: PagedSpec) -> bool:
-        """Whether the layer with this spec has these pages."""
-        return self.pages > 0 and spec.slides
-
-    def count(self, spec: PagedSpec, blocks: int) -> int:
-        """Pages of the layer with this spec in a cache of so many blocks."""
-        return self.pages if self.holds(spec) else blocks
 
     def blocks(self, block_size: int, rows: int | None = None) -> int:
         """Most blocks whose keys and values so many rows of a sequence see and write; `rows` where it is None."""
         return (self.window + (self.rows if rows is None else rows) + block_size - 3) // block_size + 1
 
-
-NO_WINDOWS = WindowRoom()
 
 CacheSpec: TypeAlias = PagedSpec | SharedKVSpec | StateSpec
 
@@ -143,11 +133,20 @@ def states(specs: Iterable[CacheSpec]) -> list[StateSpec]:
     return [spec for spec in specs if isinstance(spec, StateSpec)]
 
 
-def largest_window(specs: Iterable[CacheSpec]) -> int:
-    """The largest window of the layers with one; 0 where no layer has one, or each."""
-    own = paged(specs)
-    windows = [spec.window for spec in own if spec.slides and spec.window is not None]
-    return max(windows) if 0 < len(windows) < len(own) else 0
+def windows_of(specs: Iterable[CacheSpec]) -> list[int]:
+    """The windows of the layers that have one, each once, in order of size."""
+    return sorted({spec.window for spec in paged(specs) if spec.slides and spec.window is not None})
+
+
+def pool_of(spec: PagedSpec, windows: Sequence[WindowRoom]) -> int | None:
+    """The number of the page pool of the layer with this spec; None where it has a page for each block."""
+    return next((n for n, room in enumerate(windows) if spec.slides and spec.window == room.window), None)
+
+
+def pages_of(spec: PagedSpec, windows: Sequence[WindowRoom], blocks: int) -> int:
+    """Pages of the layer with this spec in a cache of so many blocks."""
+    pool = pool_of(spec, windows)
+    return blocks if pool is None else windows[pool].pages
 
 
 def layer_caches(specs: Sequence[CacheSpec], make: Callable[[int, PagedSpec | StateSpec], Cache]) -> tuple[Cache, ...]:

@@ -606,7 +606,7 @@ class KeptPrefixes:
         self._looks: dict[object, threading.Thread] = {}
         self._both = blocks, states
         pool.offer = states.offer
-        self.offer = blocks.offer
+        self.offer, self.may_have = blocks.offer, blocks.may_have
 
     def is_ready(self, sequence: object, hashes: Sequence[bytes], num_blocks: int) -> bool:
         """See `KeptBlocks`."""

@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: MIT
 """Which pages of the layers with a sliding window hold which blocks, beside step 4. No torch here.
 
-Where some layers see all tokens and others a window, the latter have a pool of pages of their own, which is smaller
-than the number of blocks. A block has a page of these layers while a running sequence may read or write it there. When
-it lies behind the window, or nobody runs any more, its page goes to the next block that needs one, at once if the block
-cannot be found, else the least recently used first. Blocks, block tables and hashes stay those of the other layers, so
-that a prefix is found by them, as far as the blocks that the window of its next token sees have pages.
+The layers with one window have a pool of pages of their own, which is smaller than the number of blocks; layers with
+another window have another pool. A block has a page of a pool while a running sequence may read or write it there. When
+it lies behind the window and is published, or nobody runs any more, its page goes to the next block that needs one, at
+once if the block cannot be found, else the least recently used first. Blocks, block tables and hashes are the same for
+all layers, so that a prefix is found by them, as far as the blocks that the window of its next token sees have pages.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
 from candle_vllm.core.engine.cache.block_manager import BlockManager
@@ -18,124 +19,189 @@ from candle_vllm.core.engine.step.sequence import Sequence
 from candle_vllm.core.loading.cache_specs import WindowRoom
 
 
-class WindowedBlocks(BlockManager):
-    """A block manager that hands out the pages of layers with a window, too, when a run is scheduled.
+class PagePool:
+    """The pages of the layers with one window.
 
     Args:
         room: how many pages there are; at least `WindowRoom.blocks`, and page 0.
         page_of: [num_blocks] zeros: filled with the page of each block, which a step looks up; 0 is none.
+        hash_of: [num_blocks] the hash by which each block can be found, if it can be.
+        block_size: tokens of a block.
+    """
+
+    def __init__(self, room: WindowRoom, page_of: memoryview, hash_of: Seq[bytes | None], block_size: int) -> None:
+        self._window, self._size, self.most = room.window, block_size, room.blocks(block_size)
+        self.page_of, self._hash_of = page_of, hash_of
+        self.users = [0] * len(page_of)  # running sequences that may read or write a block
+        self.free_pages = list(range(room.pages - 1, 0, -1))
+        self.idle: OrderedDict[int, None] = OrderedDict()  # blocks with a page and no user, least recently used first
+
+    @property
+    def num_free(self) -> int:
+        """Pages that no running sequence needs."""
+        return len(self.free_pages) + len(self.idle)
+
+    def first(self, start: int) -> int:
+        """The place in a block table of the first block that a token at a position sees."""
+        return max(0, start - self._window + 1) // self._size
+
+    def has_room(self, shared: Seq[int], needed: int, reserve: int) -> bool:
+        """See `WindowedBlocks`."""
+        first = self.first(len(shared) * self._size)
+        used = sum(self.users[block] > 0 for block in shared[first:])
+        return min(needed - first, self.most) - used + reserve <= self.num_free
+
+    def take(self, block: int) -> None:
+        """A running sequence may read or write a block, which gets a page if it has none."""
+        if not self.page_of[block]:
+            self.give(block)
+        self.idle.pop(block, None)
+        self.users[block] += 1
+
+    def give(self, block: int) -> None:
+        """A block that has none gets a page."""
+        assert not self.page_of[block], f"block {block} has a page"
+        if not self.free_pages:
+            self._take_back(next(iter(self.idle)))
+        self.page_of[block] = self.free_pages.pop()
+        self.idle[block] = None
+
+    def leave(self, blocks: Seq[int]) -> None:
+        """A running sequence neither reads nor writes these any more."""
+        for block in blocks:
+            self.users[block] -= 1
+            assert self.users[block] >= 0, f"the page of block {block} is released twice"
+            if not self.users[block]:
+                self.idle[block] = None
+                self.forget(block)
+
+    def forget(self, block: int) -> None:
+        """A block that nobody uses loses its page, where it can be found no more."""
+        if block in self.idle and self._hash_of[block] is None:
+            self._take_back(block)
+
+    def _take_back(self, block: int) -> None:
+        del self.idle[block]
+        self.free_pages.append(self.page_of[block])
+        self.page_of[block] = 0
+
+
+class WindowedBlocks(BlockManager):
+    """A block manager that hands out the pages of layers with a window, too, when a run is scheduled.
+
+    Args:
+        rooms: of each page pool.
+        page_of: of each pool, see `PagePool`.
         block_size, enable_prefix_caching: see `BlockManager`.
     """
 
     def __init__(
-        self, room: WindowRoom, page_of: memoryview, block_size: int, *, enable_prefix_caching: bool = True
+        self, rooms: Seq[WindowRoom], page_of: Seq[memoryview], block_size: int, *, enable_prefix_caching: bool = True
     ) -> None:
-        super().__init__(len(page_of), block_size, enable_prefix_caching=enable_prefix_caching)
-        self._window, self._most, self._page_of = room.window, room.blocks(block_size), page_of
-        self._users = [0] * len(page_of)  # running sequences that may read or write a block
-        self._free_pages = list(range(room.pages - 1, 0, -1))
-        self._idle: OrderedDict[int, None] = OrderedDict()  # blocks with a page and no user, least recently used first
+        super().__init__(len(page_of[0]), block_size, enable_prefix_caching=enable_prefix_caching)
+        both = zip(rooms, page_of, strict=True)
+        self.pools = [PagePool(room, pages, self._hash_of, block_size) for room, pages in both]
 
-    @property
-    def num_free_pages(self) -> int:
-        """Pages that no running sequence needs."""
-        return len(self._free_pages) + len(self._idle)
+    def has_pages(self, block: int) -> bool:
+        """Whether a block has a page of each pool."""
+        return all(pool.page_of[block] for pool in self.pools)
 
     def depth(self, blocks: Seq[int]) -> int:
-        """The most of these blocks of a prefix behind which a token finds all pages that its window sees."""
-        deepest = together = 0
+        """The most of these blocks of a prefix behind which a token finds all pages that its windows see."""
+        deepest, together = 0, [0] * len(self.pools)
         for count, block in enumerate(blocks, 1):
-            together = together + 1 if self._page_of[block] else 0
-            if together >= count - self._first(count * self.block_size):
+            together = [many + 1 if pool.page_of[block] else 0 for pool, many in zip(self.pools, together)]
+            end = count * self.block_size
+            if all(many >= count - pool.first(end) for pool, many in zip(self.pools, together)):
                 deepest = count
         return deepest
 
+    def renew(self, hashes: Seq[bytes], in_store: Callable[[bytes], bool]) -> None:
+        """Forgets the blocks of a prefix whose pages have gone, where a store has them: they are read anew from there.
+
+        Nothing is forgotten where that would not make the prefix longer, as a running sequence holds one of them.
+        """
+        blocks = self.lookup(hashes)
+        end = len(blocks)
+        while end < len(hashes) and in_store(hashes[end]):
+            end += 1
+        first = min(pool.first(end * self.block_size) for pool in self.pools)
+        gone = [place for place in range(first, len(blocks)) if not self._has_pages(place, end, blocks[place])]
+        if all(not self._owners[blocks[place]] and in_store(hashes[place]) for place in gone):
+            for place in gone:
+                self._hide(hashes[place])
+
+    def _has_pages(self, place: int, end: int, block: int) -> bool:
+        """Whether a block has the pages that a token behind `end` blocks sees of it."""
+        return all(pool.page_of[block] or place < pool.first(end * self.block_size) for pool in self.pools)
+
     def has_room(self, shared: Seq[int], needed: int, reserve: int) -> bool:
         """Whether a sequence with `needed` blocks, of which it shares some, may begin, and `reserve` pages are left."""
-        first = self._first(len(shared) * self.block_size)
-        used = sum(self._users[block] > 0 for block in shared[first:])
-        return min(needed - first, self._most) - used + reserve <= self.num_free_pages
+        return all(pool.has_room(shared, needed, reserve) for pool in self.pools)
 
     def begin(self, sequence: Sequence, cached: int) -> None:
         """A sequence begins to run behind so many blocks that it shares."""
-        first = self._first(cached * self.block_size)
-        for block in sequence.block_table[first:cached]:
-            self._idle.pop(block, None)
-            self._users[block] += 1
-        sequence.windowed = first, cached
+        sequence.windowed = [(pool.first(cached * self.block_size), cached) for pool in self.pools]
+        for pool, (first, last) in zip(self.pools, sequence.windowed):
+            for block in sequence.block_table[first:last]:
+                pool.take(block)
 
     def advance(self, sequence: Sequence, start: int, end: int, spare: int = 0) -> int:
-        """Lets go of what lies behind the window of a token, and takes pages for the positions up to `end`.
+        """Lets go of what lies behind the windows of a token, and takes pages for the positions up to `end`.
 
         Args:
-            sequence: whose run begins at `start`.
+            sequence: whose run begins at `start`. What a step under way fills is not published yet, and keeps its page.
             start, end: positions; that at `start` is of no draft, so that rejected drafts need nothing back.
             spare: pages that are to stay free.
 
         Returns:
             The position up to which it has pages, at most `end`.
         """
-        (first, last), table, size = sequence.windowed, sequence.block_table, self.block_size
-        behind, needed = self._first(start), -(-end // size)
-        self._leave(table[first:behind])
-        while last < needed and self.num_free_pages > spare:
-            self._give(table[last])
-            self._users[table[last]] = 1
-            last += 1
-        sequence.windowed = max(first, behind), last
-        return min(end, last * size)
+        table, needed, reached = sequence.block_table, -(-end // self.block_size), end
+        for number, (pool, (first, last)) in enumerate(zip(self.pools, sequence.windowed)):
+            behind = max(first, min(pool.first(start), sequence.num_full_blocks))
+            pool.leave(table[first:behind])
+            while last < needed and pool.num_free > spare:
+                pool.take(table[last])
+                last += 1
+            sequence.windowed[number] = behind, last
+            reached = min(reached, last * self.block_size)
+        return reached
 
     def reaches(self, sequence: Sequence, position: int) -> bool:
-        """Whether the next token of a decoding sequence has a page, one more if need be."""
+        """Whether the next token of a decoding sequence has its pages, one more if need be."""
         return self.advance(sequence, position, position + 1) > position
 
     def cut(self, sequence: Sequence, blocks: int) -> None:
         """A sequence keeps so many blocks of its table; 0 where it runs no longer."""
-        first, last = sequence.windowed
-        self._leave(sequence.block_table[max(first, blocks) : last])
-        sequence.windowed = min(first, blocks), min(last, blocks)
+        for number, (pool, (first, last)) in enumerate(zip(self.pools, sequence.windowed)):
+            pool.leave(sequence.block_table[max(first, blocks) : last])
+            sequence.windowed[number] = min(first, blocks), min(last, blocks)
 
     def take_in(self, digest: bytes) -> int | None:
-        """See `BlockManager`; it has a page where one is free."""
+        """See `BlockManager`; it has a page of each pool where one is free."""
         block = super().take_in(digest)
-        if block is not None and self.num_free_pages:
-            self._give(block)
-            self._idle[block] = None
+        if block is not None:
+            for pool in self.pools:
+                if pool.num_free:
+                    pool.give(block)
         return block
 
     def publish(self, block: int, digest: bytes) -> None:
-        """See `BlockManager`; but a twin takes the place of a block that has lost its page."""
+        """See `BlockManager`; but a twin takes the place of a block that lacks a page."""
         first = self._published.get(digest)
-        if first is not None and self._page_of[block] and not self._page_of[first]:
-            self._hash_of[first] = None
-            del self._published[digest]
+        if first is not None and self.has_pages(block) and not self.has_pages(first):
+            self._hide(digest)
         super().publish(block, digest)
+
+    def _hide(self, digest: bytes) -> None:
+        """A block is found no more by a hash that another block is about to have; a checkpoint of it stays."""
+        block = self._published.pop(digest)
+        self._hash_of[block] = None
+        for pool in self.pools:
+            pool.forget(block)
 
     def _forget(self, block: int) -> None:
         super()._forget(block)
-        if block in self._idle:
-            del self._idle[block]
-            self._take_back(block)
-
-    def _first(self, start: int) -> int:
-        """The place in a block table of the first block that a token at a position sees."""
-        return max(0, start - self._window + 1) // self.block_size
-
-    def _give(self, block: int) -> None:
-        assert not self._page_of[block], f"block {block} has a page"
-        if not self._free_pages:
-            self._take_back(self._idle.popitem(last=False)[0])
-        self._page_of[block] = self._free_pages.pop()
-
-    def _leave(self, blocks: Seq[int]) -> None:
-        for block in blocks:
-            self._users[block] -= 1
-            assert self._users[block] >= 0, f"the page of block {block} is released twice"
-            if self._hash_of[block] is not None and not self._users[block]:
-                self._idle[block] = None
-            elif not self._users[block]:
-                self._take_back(block)
-
-    def _take_back(self, block: int) -> None:
-        self._free_pages.append(self._page_of[block])
-        self._page_of[block] = 0
+        for pool in self.pools:
+            pool.forget(block)

@@ -97,6 +97,13 @@ class ForgetAdapters(msgspec.Struct, tag=True, frozen=True):
     numbers: tuple[int, ...]
 
 
+class Pages(msgspec.Struct, tag=True, frozen=True):
+    """Blocks have other pages from the next step on: bytes of int64, of places in `page_of` and what is there now."""
+
+    places: bytes
+    pages: bytes
+
+
 class Forward(msgspec.Struct, tag=True, frozen=True):
     """A step: the arrays of a `Batch` as bytes of int64; no tables where they are those of the step before.
 
@@ -169,7 +176,7 @@ class CloseBlocks(msgspec.Struct, tag=True, frozen=True):
 
 
 ToRank: TypeAlias = (
-    Begin | Go | Forward | Next | Land | Score | Sleep | WakeUp | LoadAdapter | ForgetAdapters
+    Begin | Go | Pages | Forward | Next | Land | Score | Sleep | WakeUp | LoadAdapter | ForgetAdapters
     | KeepBlocks | BringBlocks | ForgetBlocks | CloseBlocks
 )  # fmt: skip
 
@@ -565,6 +572,8 @@ class ToldBatches:
         """Has a rank's part run of what is told, where it is one of a step; whether it was."""
         if isinstance(told, Forward | Next):
             runner.forward(self.batch(told), ())
+        elif isinstance(told, Pages):
+            _find_pages(runner, told)
         elif isinstance(told, Land):
             runner.land()
         elif isinstance(told, Score):
@@ -628,6 +637,14 @@ class ToldBatches:
         scales = np.frombuffer(told.scales, np.float32).copy()
         adapters = [self.adapters[number] for number in told.numbers]
         return AdapterRows(as_ints(told.rows), scales, as_ints(told.starts), adapters, as_ints(told.sources))
+
+
+def _find_pages(runner: Any, told: Pages) -> None:
+    """ValueError where the rank has no such blocks."""
+    places, page_of = as_ints(told.places), runner.page_of.reshape(-1)
+    if len(places) and not 0 <= places.min() <= places.max() < len(page_of):
+        raise ValueError(f"pages of blocks are told, and there are {len(page_of)} in all pools")
+    page_of[places] = as_ints(told.pages)
 
 
 def _states(told: Forward | Next) -> StateRows | None:

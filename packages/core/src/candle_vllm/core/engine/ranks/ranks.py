@@ -460,10 +460,15 @@ def meet(
 
 
 class RankedParts:
-    """The parts of blocks that the other ranks keep; see `OtherParts`."""
+    """The parts of blocks that the other ranks keep; see `OtherParts`.
 
-    def __init__(self, ranks: Ranks) -> None:
-        self._ranks, self.count = ranks, ranks.size - 1
+    Args:
+        ranks: all.
+        tell_pages: tells them where blocks are in their caches, see `RankedRunner`.
+    """
+
+    def __init__(self, ranks: Ranks, tell_pages: Callable[[], None]) -> None:
+        self._ranks, self.count, self._tell_pages = ranks, ranks.size - 1, tell_pages
         self._closed: set[int] = set()
 
     def listen(self, heard: Callable[[int, int, bool, bool], None]) -> None:
@@ -488,6 +493,8 @@ class RankedParts:
 
     def bring(self, number: int, blocks: Sequence[int]) -> None:
         """See `OtherParts`; between the steps that were told before and those that are told later."""
+        with contextlib.suppress(EngineDeadError):
+            self._tell_pages()
         self._tell(rank_line.BringBlocks(number, rank_line.as_bytes(np.array(blocks))))
 
     def end(self, number: int, brought: int) -> None:
@@ -541,6 +548,9 @@ class RankedRunner:
         self._adapters = itertools.count(1)
         self._forgotten: collections.deque[int] = collections.deque()
         self.fatal = (*runner.fatal, EngineDeadError)
+        pages: Any = runner
+        self._page_of: Ints = getattr(pages, "page_of", np.zeros((0, 0), np.int64)).reshape(-1)
+        self._told_pages = self._page_of.copy()
         self._tables_version: object = None
         self._told: Batch | None = None  # the step that was told last
         self._place = 0  # in its first sequence
@@ -552,7 +562,9 @@ class RankedRunner:
 
     def forward(self, batch: Batch, states: Sequence[SamplingState]) -> None:
         """See `ModelRunner`."""
-        self._together(self._message(batch), lambda: self._runner.forward(batch, states))
+        message = self._message(batch)
+        self.tell_pages()
+        self._together(message, lambda: self._runner.forward(batch, states))
 
     def draw(self, states: Sequence[SamplingState]) -> Launched:
         """See `ModelRunner`. Where several steps are in flight, this one's tokens are drawn when they are taken."""
@@ -640,6 +652,12 @@ class RankedRunner:
             rank_line.as_bytes(adapters.sources),
             tuple(self._numbers[each.serial] for each in adapters.adapters),
         )
+
+    def tell_pages(self) -> None:
+        """Tells the others which blocks have other pages than at the last time, before a step or a block needs that."""
+        if len(changed := np.flatnonzero(self._page_of != self._told_pages)):
+            self._told_pages[changed] = self._page_of[changed]
+            self._ranks.tell(rank_line.Pages(rank_line.as_bytes(changed), rank_line.as_bytes(self._page_of[changed])))
 
     def sleep(self, asked: int | frozenset[str]) -> None:
         """Has the others sleep at a level, or wake by tags."""

@@ -29,7 +29,7 @@ from candle_vllm.core.kernels.triton_build import capability, compile_together
 from candle_vllm.core.layers.adapters import number_places
 from candle_vllm.core.layers.moe import mixtures_of
 from candle_vllm.core.loading.cache_specs import paged
-from candle_vllm.core.memory import MIB, CachePlan, Room, device_element_bytes, plan_cache
+from candle_vllm.core.memory import MIB, CachePlan, Room, agreed_plan, device_element_bytes, plan_cache
 from candle_vllm.core.threads import default_threads
 
 if TYPE_CHECKING:
@@ -114,18 +114,21 @@ def build_on_gpu(
         raise _too_little(budget, sequences, device)
     kept = f" beside {torch.cuda.memory_allocated(device) // MIB} MiB of weights and {aside // MIB} MiB for steps"
     room = Room(free - aside, share, kept, total=total)
-    size = device_element_bytes(config, loaded.placement.torch_dtype.itemsize)
+    element_bytes = device_element_bytes(config, loaded.placement.torch_dtype.itemsize)
     drafts = draft_settings(config.speculative_config) if draft_rows else None
     most = 0 if drafts is None else drafts.num_speculative_tokens
-    plan = plan_cache(config, model, size, sequences, room, layers=loaded.layers, drafts=most)
-    plan = plan if ranks is None else plan.agreed(ranks)
+    flying = max(runner.in_flight, 1 + runner.overlaps)  # steps whose blocks are not published yet
+    beside: dict[str, Any] = {"layers": loaded.layers, "drafts": most, "rows": budget * flying}
+    plan = agreed_plan(
+        lambda pools: plan_cache(config, model, element_bytes, sequences, room, pools=pools, **beside), ranks
+    )
     logger.info(plan.message)
     if plan.warning:
         logger.warning(plan.warning)
     try:
-        runner.allocate(plan.num_blocks, plan.states)
+        runner.allocate(plan.num_blocks, plan.states, plan.windows)
     except torch.OutOfMemoryError as error:
-        size = plan.num_blocks * plan.block_bytes // MIB
+        size = plan.page_bytes // MIB
         raise NoMemoryError(
             f"a KV cache of {size} MiB leaves too little of the GPU's memory for captured steps: set "
             f"kv_cache_memory={size * 3 // 4 * MIB} (bytes), or a smaller `kv_fraction`, or cuda_graphs=False",

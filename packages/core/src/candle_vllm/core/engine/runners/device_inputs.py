@@ -270,6 +270,19 @@ class DeviceInputs:
             host=AttentionRows(tuple(batch.query_start.tolist()), tuple(batch.context_lens.tolist()), tables),
         )
 
+    def windowed(
+        self, rows: DeviceRows, slots: torch.Tensor, page_of: torch.Tensor
+    ) -> list[tuple[torch.Tensor, DeviceRows]]:
+        """Slots and rows of each pool of pages, where block n is in page `page_of[g, n]`, int32; work."""
+        size, found = self._limits.block_size, list[tuple[torch.Tensor, DeviceRows]]()
+        blocks = slots.div(size, rounding_mode="floor")
+        for pages in page_of:
+            tables = pages[rows.block_tables]
+            there = torch.where(slots < 0, slots, slots + (pages[blocks] - blocks) * size)
+            host = None if rows.host is None else dataclasses.replace(rows.host, block_tables=tables)
+            found.append((there, dataclasses.replace(rows, block_tables=tables, host=host)))
+        return found
+
     def rows_for(self, size: StepSize) -> DeviceRows:
         """The same of any step that a captured one runs."""
         starts = self._there["query_start"] if size.mixed else self._one_each

@@ -37,7 +37,7 @@ from candle_vllm.core.engine.runners.model_runner import MAX_SCORED_ROWS, Landed
 from candle_vllm.core.engine.step.batch import AdapterRows, Batch, Ints, turns
 from candle_vllm.core.engine.step.sequence import Tokens
 from candle_vllm.core.kernels.attention.backends import attend_by_reference
-from candle_vllm.core.kernels.attention.rows import DeviceRows
+from candle_vllm.core.kernels.attention.rows import DeviceRows, WindowedCache
 from candle_vllm.core.kernels.device_stream import DeviceStream, Mark, Sent, Work, copy
 from candle_vllm.core.kernels.kv_write.scaled_rows import SCALE
 from candle_vllm.core.kernels.lora.device import DeviceAdapters
@@ -46,7 +46,7 @@ from candle_vllm.core.kernels.offloading import LayerCache, block_bytes, block_p
 from candle_vllm.core.kernels.triton_build import next_power_of_2
 from candle_vllm.core.layers.attention import StepInput
 from candle_vllm.core.layers.rotary import Rotary
-from candle_vllm.core.loading.cache_specs import NO_STATES, StateRoom
+from candle_vllm.core.loading.cache_specs import NO_STATES, StateRoom, WindowRoom
 from candle_vllm.core.loading.cache_specs import states as state_specs
 from candle_vllm.core.models.family import Decoder
 from candle_vllm.core.models.stack import DecoderStack
@@ -99,6 +99,7 @@ class DeviceRunner:
     Attributes:
         adapters: what the decoder's layers add to their products; None where there are no adapters.
         in_flight: as many as the model has stages.
+        page_of: [G, num_blocks] of G pools, see `WindowedBlocks`; each step brings what has changed to the device.
     """
 
     fatal: tuple[type[Exception], ...] = (torch.AcceleratorError,)
@@ -159,7 +160,8 @@ class DeviceRunner:
         self._asks = (False, False)
         self._drafts: list[Tokens] | None = None
         self._run_sampler = Sampler()
-        self._allocate(1, self._room)
+        self.page_of = np.zeros((0, 1), np.int64)
+        self._allocate(1, self._room, ())
 
     def forward(self, batch: Batch, states: Sequence[SamplingState]) -> None:
         """See `ModelRunner`. Rows of drafts are run as decoding ones, by the same graphs and kernels."""
@@ -170,6 +172,7 @@ class DeviceRunner:
             batch, states = by_rows(batch), ()
         with self._over_if_it_fails():
             size, entries, tokens = self._captured_size(batch), batch.adapters, batch.tokens.shape[1]
+            self._send_pages()
             if self._borders is not None:
                 self._pass_on(self._borders, batch, size, shifts)
                 return
@@ -185,6 +188,13 @@ class DeviceRunner:
             if size is not None and size.mixed:
                 self._stream.run(self._take_kept)
             self._count_on_host(0)  # what is run besides holds no tokens
+
+    def _send_pages(self) -> None:
+        """Brings the pages of blocks over, behind the steps that were launched."""
+        if not np.array_equal(self.page_of, self._sent_pages):
+            self._sent_pages = self.page_of.copy()
+            sent, there = Sent(self._stream, self.page_of.astype(np.int32)), self._pages_there
+            self._stream.run(lambda: copy(there, sent.there()))
 
     def _pass_on(self, borders: DeviceBorders, batch: Batch, size: StepSize | None, shifts: Ints | None) -> None:
         """A stage's part of a step: captured between the borders, over which go the tokens there are, and no more."""
@@ -305,7 +315,7 @@ class DeviceRunner:
         return sum(map(len, state_parts(self.caches, 0)))
 
     def _parts(self, place: int, *, state: bool) -> list[torch.Tensor]:
-        return (state_parts if state else block_parts)(self.caches, place)
+        return state_parts(self.caches, place) if state else block_parts(self.caches, place, self.page_of)
 
     def copy_out(self, place: int, *, state: bool = False) -> Callable[[], bytearray]:
         """See `BlockMemory`; the copy is behind the steps that were launched, and nobody waits for it here."""
@@ -353,16 +363,17 @@ class DeviceRunner:
         """See `ModelRunner`."""
         if self._borders is not None:
             self._borders.make()
-        self._allocate(self._num_blocks, self._room)
+        self._allocate(self._num_blocks, self._room, self._windows)
 
     def wake_up(self) -> None:
         """See `ModelRunner`."""
         self._stream.join()
         self._capture()
 
-    def allocate(self, num_blocks: int, room: StateRoom = NO_STATES) -> None:
-        """Makes the cache, with room for so many states, and captures steps."""
-        self._allocate(num_blocks, room)
+    def allocate(self, num_blocks: int, room: StateRoom = NO_STATES, windows: Sequence[WindowRoom] = ()) -> None:
+        """Makes the cache, with room for so many states and these page pools, and captures steps."""
+        self.page_of = np.zeros((len(windows), num_blocks), np.int64)
+        self._allocate(num_blocks, room, windows)
         self._capture()
 
     def _capture(self) -> None:
@@ -451,11 +462,17 @@ class DeviceRunner:
             self._stream.run(functools.partial(self._take_hidden, self._borders.blank_hidden(tokens)))
             self._stream.run(self._head(rows))
 
-    def _allocate(self, num_blocks: int, room: StateRoom) -> None:
-        self._num_blocks, self._room = num_blocks, room
+    def _allocate(self, num_blocks: int, room: StateRoom, windows: Sequence[WindowRoom]) -> None:
+        self._num_blocks, self._room, self._windows = num_blocks, room, windows
         empty = functools.partial(self._empty, dtype=self._dtype, device=self._stream.device)
         blocks = num_blocks, self._limits.block_size
-        self.caches = layer_caches_of(self.decoder, blocks, empty, self._beside, room, self._state_dtype)
+        self.caches = layer_caches_of(self.decoder, blocks, empty, self._beside, room, self._state_dtype, windows)
+        self._pages_there = torch.zeros(len(windows), num_blocks, dtype=torch.int32, device=self._stream.device)
+        self._sent_pages = np.zeros((len(windows), num_blocks), np.int64)
+        for cache in self.caches:
+            if isinstance(cache, WindowedCache):
+                for part in cache:  # a tile of keys may begin before the window: what has weight 0 must be finite
+                    part[:1].zero_()
         self._stream.join()
 
     def _captured_size(self, batch: Batch) -> StepSize | None:
@@ -574,6 +591,7 @@ class DeviceRunner:
         if ahead is not None:  # no kernel here has rows that see what is behind them
             places = dataclasses.replace(places, host=dataclasses.replace(places.on_host(), ahead=ahead))
             how["attend"] = attend_by_reference
+        how["windowed"] = self._inputs.windowed(places, slots, self._pages_there)
         step = StepInput(positions, slots, places, self.caches, self._scales, **how)
         if border is None:
             return self.decoder.forward(self._inputs.token_ids(tokens, self._sampler.ids), step)

@@ -57,10 +57,10 @@ class EagerRunner(StepwiseRunner):
         taps: Sequence[int] | None = None,
         turning: Rotary | None = None,
         room: cache_specs.StateRoom = cache_specs.NO_STATES,
-        windows: cache_specs.WindowRoom = cache_specs.NO_WINDOWS,
+        windows: Sequence[cache_specs.WindowRoom] = (),
     ) -> None:
         config = decoder.config
-        self.page_of = np.zeros(num_blocks if windows.pages else 0, np.int64)
+        self.page_of = np.zeros((len(windows), num_blocks), np.int64)
         super().__init__()
         self.decoder = decoder
         self.device = device
@@ -90,12 +90,12 @@ class EagerRunner(StepwiseRunner):
             for array in (batch.token_ids, places, batch.slots, batch.block_tables)
         )
         ahead = None if batch.ahead is None else torch.from_numpy(batch.ahead).to(self.device)
-        starts, contexts, windowed = tuple(batch.query_start.tolist()), tuple(batch.context_lens.tolist()), None
+        starts, contexts, windowed = tuple(batch.query_start.tolist()), tuple(batch.context_lens.tolist()), ()
         rows = AttentionRows(starts, contexts, tables, ahead)
         if len(self.page_of):
             pages = in_pages(batch, self.page_of, self._block_size)
-            slots_there, tables_there = (torch.from_numpy(each).to(self.device) for each in pages)
-            windowed = slots_there, AttentionRows(starts, contexts, tables_there, ahead)
+            there = (torch.from_numpy(each).to(self.device) for each in pages)
+            windowed = [(each, AttentionRows(starts, contexts, table, ahead)) for each, table in zip(*there)]
         if self.adapters is not None:
             self._adapter_rows = batch.adapters
             self.adapters.choose(batch.adapters, self.device)
@@ -135,7 +135,7 @@ class EagerRunner(StepwiseRunner):
     def _parts(self, place: int, *, state: bool) -> list[torch.Tensor]:
         if state:
             return state_parts(self.caches, place)
-        return block_parts(self.caches, place, int(self.page_of[place]) if len(self.page_of) else 0)
+        return block_parts(self.caches, place, self.page_of)
 
     def copy_out(self, place: int, *, state: bool = False) -> Callable[[], memoryview]:
         """See `BlockMemory`; it is copied now."""
@@ -175,7 +175,7 @@ def layer_caches_of(
     beside: int = 0,
     room: cache_specs.StateRoom = cache_specs.NO_STATES,
     state_dtype: torch.dtype | None = None,
-    windows: cache_specs.WindowRoom = cache_specs.NO_WINDOWS,
+    windows: Sequence[cache_specs.WindowRoom] = (),
 ) -> tuple[PagedCache | tuple[StateCache, ...], ...]:
     """The cache of each layer of a decoder; without elements where the layer is another stage's.
 
@@ -186,7 +186,7 @@ def layer_caches_of(
         beside: elements that stand behind those of a key and of a value, see `kernels/kv_write/scaled_rows.py`.
         room: of layers that keep states.
         state_dtype: of activations, where that of keys is another.
-        windows: pages of layers with a window.
+        windows: page pools of layers with a window.
     """
     here = layers_here(decoder, decoder.config.num_layers)
 
@@ -200,9 +200,10 @@ def layer_caches_of(
         if isinstance(spec, cache_specs.StateSpec):
             return tuple(state(number, part) for part in spec.parts)
         sizes = (spec.key_dim, spec.value_dim) if number in here else ()
-        count = windows.count(spec, blocks[0])
+        count, pool = cache_specs.pages_of(spec, windows, blocks[0]), cache_specs.pool_of(spec, windows)
         parts = [empty((count, blocks[1], spec.kv_heads, size + beside)) for size in sizes]
-        return (WindowedCache if windows.holds(spec) else PagedCache)(*(parts or (empty(0), empty(0))))
+        parts = parts or [empty(0), empty(0)]
+        return PagedCache(*parts) if pool is None else WindowedCache.of(pool, *(*parts, None)[:2])
 
     return cache_specs.layer_caches(decoder.config.cache_specs, make)
 

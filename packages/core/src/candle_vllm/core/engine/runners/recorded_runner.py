@@ -78,11 +78,11 @@ class RecordedRunner(StepwiseRunner):
         kinds: how keys and values are stored.
         turning: the model's, where it turns tokens of pictures by three positions; it has room for those of a step.
         room: of layers that keep states.
-        windows: pages of layers with a window.
+        windows: page pools of layers with a window.
 
     Attributes:
         team: the threads.
-        page_of: see `WindowedBlocks`.
+        page_of: [G, num_blocks] of G pools, see `WindowedBlocks`.
     """
 
     def __init__(
@@ -99,15 +99,15 @@ class RecordedRunner(StepwiseRunner):
         kinds: tuple[CacheKind, CacheKind] = PLAIN,
         turning: Rotary | None = None,
         room: cache_specs.StateRoom = cache_specs.NO_STATES,
-        windows: cache_specs.WindowRoom = cache_specs.NO_WINDOWS,
+        windows: Sequence[cache_specs.WindowRoom] = (),
     ) -> None:
-        config = decoder.config
-        window = windows.window if windows.pages else 0
-        limits = dataclasses.replace(limits, turned=turning is not None, states=room.running > 0, window=window)
-        self.page_of = np.zeros(num_blocks if window else 0, np.int64)
+        config, pools = decoder.config, len(windows)
+        limits = dataclasses.replace(limits, turned=turning is not None, states=room.running > 0, pools=pools)
+        self.page_of = np.zeros((pools, num_blocks), np.int64)
         self._turning, self._turned = turning, False  # the last step's were
         specs = config.cache_specs
-        tokens = [(spec, windows.count(spec, num_blocks) * limits.block_size) for spec in cache_specs.paged(specs)]
+        counts = [(spec, cache_specs.pages_of(spec, windows, num_blocks)) for spec in cache_specs.paged(specs)]
+        tokens = [(spec, count * limits.block_size) for spec, count in counts]
         size = sum(cache_bytes([spec], count, lambda key_dim: number_bytes(key_dim, kinds)) for spec, count in tokens)
         with room_for("the KV cache", size, "kv_cache_memory", _less):
             caches = _caches(specs, num_blocks, limits.block_size, kinds, limits.ranks, room, windows)
@@ -233,10 +233,10 @@ class RecordedRunner(StepwiseRunner):
         """Slots and tables of layers with a window."""
         arrays, (sequences, width) = self._arrays, batch.block_tables.shape
         if batch.goes_on and not batch.begun:
-            arrays.page_slots[:sequences] += 1
+            arrays.page_slots[:, :sequences] += 1
             return
         slots, tables = in_pages(batch, self.page_of, self._recorder.limits.block_size)
-        arrays.page_slots[: len(slots)], arrays.page_tables[:sequences, :width] = slots, tables
+        arrays.page_slots[:, : slots.shape[1]], arrays.page_tables[:, :sequences, :width] = slots, tables
 
     def _lay_out(self, batch: Batch) -> None:
         arrays, count, sequences = self._arrays, batch.tokens.shape[1], len(batch.context_lens)
@@ -301,7 +301,7 @@ class RecordedRunner(StepwiseRunner):
         own, parts = self._own, list[NDArray[Any]]()
         for which in range(2):
             for part, cache in ((cache[which], cache) for cache in own if cache[which] is not None):
-                at = int(self.page_of[place]) if isinstance(cache, WindowedCache) else place
+                at = int(self.page_of[cache.pool, place]) if isinstance(cache, WindowedCache) else place
                 if cache.values is None:  # of latent attention: [stretches, blocks, ...]
                     parts.append(part[divmod(at, part.shape[1])])
                 else:  # [stretches, heads, blocks, ...]
@@ -589,16 +589,17 @@ def _caches(
     kinds: tuple[CacheKind, CacheKind],
     ranks: CpuRanks | None,
     room: cache_specs.StateRoom,
-    windows: cache_specs.WindowRoom,
+    windows: Sequence[cache_specs.WindowRoom],
 ) -> tuple[PagedCache | tuple[StateCache, ...], ...]:
     """The cache of each layer. Pages of layers of one shape, and of one pool, lie in one piece of memory."""
-    pools = Counter((spec.shape, windows.count(spec, num_blocks)) for spec in cache_specs.paged(specs))
+    pools = Counter((spec.shape, cache_specs.pages_of(spec, windows, num_blocks)) for spec in cache_specs.paged(specs))
     rest = {pool: iter(_layers(pool[0], count, pool[1], block_size, kinds, ranks)) for pool, count in pools.items()}
 
     def make(_: int, spec: cache_specs.PagedSpec | cache_specs.StateSpec) -> PagedCache | tuple[StateCache, ...]:
         if isinstance(spec, cache_specs.PagedSpec):
-            cache = next(rest[spec.shape, windows.count(spec, num_blocks)])
-            return WindowedCache(*cache) if windows.holds(spec) else cache
+            cache = next(rest[spec.shape, cache_specs.pages_of(spec, windows, num_blocks)])
+            pool = cache_specs.pool_of(spec, windows)
+            return cache if pool is None else WindowedCache.of(pool, *cache)
         return tuple(StateCache(*map(_zeros, _state_shapes(part, room))) for part in spec.parts)
 
     return cache_specs.layer_caches(specs, make)

@@ -290,9 +290,9 @@ class Batch(msgspec.Struct, frozen=True, eq=False):
 
 
 def in_pages(batch: Batch, page_of: Ints, block_size: int) -> tuple[Ints, Ints]:
-    """Slots [T] and tables of a step for layers whose block n is in page `page_of[n]`."""
+    """Slots [G, T] and tables [G, R, W] of a step for G pools of pages, where block n is in page `page_of[g, n]`."""
     blocks = batch.slots // block_size
-    return batch.slots + (page_of[blocks] - blocks) * block_size, page_of[batch.block_tables]
+    return batch.slots + (page_of[:, blocks] - blocks) * block_size, page_of[:, batch.block_tables]
 
 
 class _Laid(NamedTuple):

@@ -34,9 +34,10 @@ prompt, at the end of each of its pieces that ends with a block, behind the last
 prefixes of two prompts part: a waiting prompt asks the running one for it, or takes it itself where the blocks are
 there and the checkpoint is not. So pieces end with blocks, and drafts end before the last token of one.
 
-Where some layers have a window (`window_pages.py`), a prefix ends where these have the pages that the next token sees.
-A run takes pages of these layers when it is scheduled, and gives back those behind its window. A prompt's piece ends
-where pages do; a decoding sequence that finds none preempts as one that finds no block does.
+Where layers have a window (`window_pages.py`), a prefix ends where these have the pages that the next token sees. A run
+takes pages of these layers when it is scheduled, and gives back those behind its window. A prompt's piece ends where
+pages do; a decoding sequence that finds none preempts as one that finds no block does. What lacks a page is not kept
+elsewhere; a block whose page has gone is read from there anew.
 
 With `reproducible`, no answer depends on others' memory: a sequence is admitted when blocks for its full length are
 free, so that none is preempted, and only blocks of prompts are published, for what was generated was computed by other
@@ -77,6 +78,8 @@ class KeptAdmission(Protocol):
     """What the scheduler knows of `KeptBlocks`."""
 
     def offer(self, block: int, digest: bytes) -> None: ...
+
+    def may_have(self, digest: bytes) -> bool: ...
 
     def is_ready(self, sequence: object, hashes: Seq[bytes], num_blocks: int) -> bool: ...
 
@@ -125,7 +128,6 @@ class Scheduler:
         self.in_flight = in_flight
         self.states = states
         self.windows = blocks if isinstance(blocks, WindowedBlocks) else None  # where pages are scarcer than blocks
-        assert self.windows is None or in_flight == 1
         if states is not None:
             blocks.forgot = states.forget
         self.has_drafts = False  # some of `running` have
@@ -282,8 +284,9 @@ class Scheduler:
         for position in range(first, last):
             if not self.reproducible or (position + 1) * size <= sequence.num_prompt_tokens:
                 self.blocks.publish(sequence.block_table[position], hashes[position])
-                if self.kept is not None:
-                    self.kept.offer(sequence.block_table[position], hashes[position])
+                block = sequence.block_table[position]
+                if self.kept is not None and (self.windows is None or self.windows.has_pages(block)):
+                    self.kept.offer(block, hashes[position])
             self._computed(hashes[position])
 
     def _schedule_decodes(self) -> tuple[list[Run], list[Sequence], int]:
@@ -406,9 +409,12 @@ class Scheduler:
                 continue
             hashes = self._shareable(sequence)
             needed = self.blocks.blocks_for(sequence.num_tokens)
-            if self.kept is not None and not self.kept.is_ready(sequence, hashes, needed):
-                deferred += 1
-                continue
+            if self.kept is not None:
+                if self.windows is not None:
+                    self.windows.renew(hashes, self.kept.may_have)
+                if not self.kept.is_ready(sequence, hashes, needed):
+                    deferred += 1
+                    continue
             shared = self.blocks.lookup(hashes)
             if self.windows is not None:
                 del shared[self.windows.depth(shared) :]

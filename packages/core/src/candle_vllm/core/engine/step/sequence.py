@@ -119,7 +119,8 @@ class Sequence:  # its attributes have slots: a step finds them in one place
         held_since: how many sequences had begun when it was first held back for its adapters.
         images: the pictures of its prompt, in their order.
         state: where layers keep the states of one that runs; None where none keeps any.
-        windowed: from where to where in its block table its blocks are that have pages for it, see `WindowedBlocks`.
+        windowed: of each page pool, from where to where in its block table the blocks are that have pages for it, see
+            `WindowedBlocks`.
     """
 
     __slots__ = (
@@ -166,7 +167,7 @@ class Sequence:  # its attributes have slots: a step finds them in one place
         self.held_since: int | None = None
         self.images: tuple[PlacedImage, ...] = ()
         self.state: SequenceState | None = None
-        self.windowed: tuple[int, int] = (0, 0)
+        self.windowed: list[tuple[int, int]] = []
         self.adapted_from: tuple[int, ...] = ()
         self._adapters: tuple[tuple[Adapter, float], ...] = ()
         self._hashes: list[bytes] = []

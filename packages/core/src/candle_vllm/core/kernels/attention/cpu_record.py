@@ -93,8 +93,7 @@ def record_attention(
     _record_write(recorder, qkv, cache, scores, tables, address_of(queries))
     arrays, limits, dim = recorder.arrays, recorder.limits, qkv.head_dim
     kv_heads = cache.keys.shape[1]
-    windowed = isinstance(cache, WindowedCache)
-    assert not windowed or 0 < (scores.window or 0) <= limits.window
+    block_tables = arrays.page_tables[cache.pool] if isinstance(cache, WindowedCache) else arrays.block_tables
     narrow = qkv.rows_from is StepNumber.LOGIT_ROWS
     if scores.narrows and not narrow:
         every = queries
@@ -117,7 +116,7 @@ def record_attention(
         value_cache=address_of(cache.values),
         query_start=address_of(arrays.wanted_start if scores.narrows or narrow else arrays.query_start),
         context_lens=address_of(arrays.context_lens),
-        block_tables=address_of(arrays.page_tables if windowed else arrays.block_tables),
+        block_tables=address_of(block_tables),
         table_stride=limits.table_width,
         stretch_step=stretch_step(cache.keys.strides, dim, keys),
         block_shift=limits.block_shift,
@@ -165,7 +164,7 @@ def _record_write(
         cos=cos,
         sin=sin,
         positions=address_of(arrays.positions),
-        slots=address_of(arrays.page_slots if isinstance(cache, WindowedCache) else arrays.slots),
+        slots=address_of(arrays.page_slots[cache.pool] if isinstance(cache, WindowedCache) else arrays.slots),
         q=queries,
         key_cache=address_of(cache.keys),
         value_cache=address_of(cache.values),

@@ -24,9 +24,20 @@ class PagedCache(NamedTuple):
 
 
 class WindowedCache(PagedCache):
-    """Keys and values of a layer that has pages for what its window sees alone: its tables and slots name pages."""
+    """Keys and values of a layer that has pages for what its window sees alone: its tables and slots name pages.
 
-    __slots__ = ()
+    Attributes:
+        pool: the number of the page pool, see `WindowedBlocks`.
+    """
+
+    pool: int
+
+    @classmethod
+    def of(cls, pool: int, keys: Any, values: Any) -> WindowedCache:
+        """The cache of a layer of a pool."""
+        made = cls(keys, values)
+        made.pool = pool
+        return made
 
 
 @dataclasses.dataclass(frozen=True)

@@ -45,7 +45,7 @@ class StepLimits:
         ahead: rows may see positions behind their own, see `kernels/attention`.
         turned: tokens may be turned by more than one position.
         states: layers keep states.
-        window: the largest of layers that have fewer pages than there are blocks; 0 where none has.
+        pools: of pages, of layers that have fewer pages than there are blocks.
         ranks: how threads are divided; None for not.
     """
 
@@ -61,7 +61,7 @@ class StepLimits:
     ahead: bool = False
     turned: bool = False
     states: bool = False
-    window: int = 0
+    pools: int = 0
     ranks: CpuRanks | None = None
 
     @property
@@ -78,7 +78,7 @@ class StepArrays:
         moved_on: they are those of a step that runs the tokens which the last run drew, one of each of its sequences.
         turns: [tokens] how far behind its position's row that of a token is in rotary tables; None where no plan looks.
         states: what the step does with states, see `kernels/states.py`; of no rows where no layer keeps one.
-        page_tables, page_slots: block tables and slots of layers that have fewer pages than there are blocks.
+        page_tables, page_slots: block tables and slots of each pool of layers that have fewer pages than blocks.
     """
 
     def __init__(self, limits: StepLimits) -> None:
@@ -88,9 +88,8 @@ class StepArrays:
         self.query_start = np.zeros(limits.sequences + 1, np.int64)
         self.context_lens = np.zeros(limits.sequences, np.int64)
         self.block_tables = np.zeros((limits.sequences, limits.table_width), np.int64)
-        paged = int(limits.window > 0)
-        self.page_tables = np.zeros((limits.sequences * paged, limits.table_width), np.int64)
-        self.page_slots = np.zeros(limits.tokens * paged, np.int64)
+        self.page_tables = np.zeros((limits.pools, limits.sequences, limits.table_width), np.int64)
+        self.page_slots = np.zeros((limits.pools, limits.tokens), np.int64)
         self.logit_rows = np.zeros(limits.logit_rows, np.int64)
         self.ahead = np.zeros(limits.tokens if limits.ahead else 0, np.int64)
         self.wanted_start = np.zeros(limits.sequences + 1, np.int64)
