@@ -447,6 +447,23 @@ def test_config_counts_states_and_their_checkpoints(drafts: str, capsys: pytest.
     assert shown["key_cache_dtype"]["value"] == "bf16"
 
 
+@pytest.mark.parametrize("more", [{}, {"max_num_batched_tokens": 0}], ids=["cut", "whole"])
+def test_config_counts_pages_of_windows(
+    more: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the engine has them, for prompts that are cut and for prompts that are not."""
+    window = {"sliding_window": 32, "max_position_embeddings": 4096}
+    model = str(write_toy_model(tmp_path / "toy", toy_config("mistral", **window)))
+    given = [each for name, value in more.items() for each in (f"--{name.replace('_', '-')}", str(value))]
+    shown = _config(capsys, "--m", model, "--device", "cpu", "--max-num-seqs", "2", *given)
+    with derived.load_engine(Settings(model=model, device="cpu", max_num_seqs=2, **more)) as engine:
+        info = engine.model_info
+    assert shown["kv_cache_memory_bytes"]["value"] == info.kv_cache_bytes
+    found = re.search(r" ([\d,]+) tokens in layers with a window of 32,", shown["mem"]["from"])
+    assert found
+    assert (int(found[1].replace(",", "")) >= 4096) == bool(more)
+
+
 def test_config_shows_what_will_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As the engine has it that is then loaded."""
     model = str(write_toy_model(tmp_path / "toy"))

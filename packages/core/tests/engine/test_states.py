@@ -167,6 +167,14 @@ def test_a_prompt_is_found_up_to_its_last_full_block() -> None:
     assert again.num_cached_tokens == 12
 
 
+def test_a_short_prompt_holds_one_block_and_one_slot() -> None:
+    model = Pretended(blocks=64)
+    sequence = model.add([1, 2, 1], 0)
+    model.step()
+    assert (len(sequence.block_table), model.scheduler.blocks.num_free) == (1, 63)
+    assert model.states.num_free == 8, "it ends with no block, and so has no checkpoint"
+
+
 def test_prompts_that_part_leave_a_checkpoint_where_they_do() -> None:
     model, shared = Pretended(), [2, 1, 0, 0] * 3
     model.add([*shared, 1, 1, 1, 1, 1], 0)

@@ -36,6 +36,7 @@ from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber
 from candle_vllm.core.loading.cache_specs import NO_STATES, WindowRoom, windows_of
 from candle_vllm.core.memory import Room, plan_cache
 from candle_vllm.core.models import registry
+from packages.core.tests.engine.drafted import FreeTimes, SameTimes
 from packages.core.tests.exact_sums import exact_sums
 from packages.core.tests.lazy_stream import LazyStream
 from packages.core.tests.models import mixed_caches
@@ -279,6 +280,23 @@ def test_every_layer_may_have_a_window_of_its_own(
     sliding: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, both: set[str]
 ) -> None:
     check(sliding, tmp_path, monkeypatch, both, page=10240)
+
+
+def test_a_model_of_drafts_has_a_page_for_each_block(mixed: Path) -> None:
+    """It stands elsewhere in the text, so that it cannot share the pages of the model for which it drafts."""
+    given = long_prompts()
+    expected = with_all_pages(mixed, given, {})
+    drafts = {"method": "draft_model", "model": str(mixed), "num_speculative_tokens": 3}
+    with windowed(mixed, speculative_config=drafts, max_num_batched_tokens=64) as engine:
+        inner: Any = engine._engine
+        drafter = inner._drafter
+        drafter.times, drafter.model.times = SameTimes(12), FreeTimes()
+        for _ in range(2):
+            assert ask(engine, given) == expected
+        counts = engine.stats()
+        assert not len(drafter.model._runner.page_of)
+    assert counts.accepted_draft_tokens
+    assert counts.cached_prompt_tokens
 
 
 def test_a_prompt_that_is_not_cut_has_its_pages(mixed: Path) -> None:

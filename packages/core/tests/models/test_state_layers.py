@@ -27,6 +27,8 @@ from candle_vllm.core.engine.step.scheduler import Scheduler
 from candle_vllm.core.errors import NoMemoryError
 from candle_vllm.core.loading.cache_specs import StateRoom
 from candle_vllm.core.models import registry
+from candle_vllm.core.testing.toy_model import write_toy_model
+from packages.core.tests.engine.drafted import FreeTimes, SameTimes
 from packages.core.tests.exact_sums import exact_sums
 from packages.core.tests.lazy_stream import LazyStream
 from packages.core.tests.models import state_layers
@@ -117,8 +119,9 @@ def test_answers_are_those_of_the_definition(hybrid: Path, how: dict[str, Any]) 
         {"state_cache_gb": 0.0},
         {"state_cache_gb": 6e-5},
         {"enable_prefix_caching": False},
+        {"block_size": 32},
     ],
-    ids=["hits", "chunks", "few at a time", "guesses", "no checkpoints", "few checkpoints", "no hits"],
+    ids=["hits", "chunks", "few at a time", "guesses", "no checkpoints", "few checkpoints", "no hits", "large blocks"],
 )
 def test_no_answer_is_another(hybrid: Path, how: dict[str, Any], more: dict[str, Any]) -> None:
     given = prompts()
@@ -256,15 +259,30 @@ DEVICE = [{}, {"graphs": False}, {"captured": 40}, {"drafts": 12}, {"drafts": 12
     ids=["graphs", "plain", "captured prompts", "guesses", "captured guesses", "preemption"],
 )
 def test_the_runner_of_a_gpu_gives_the_same(hybrid: Path, more: dict[str, Any]) -> None:
-    given = prompts()
+    given = [*prompts(), some_tokens(6)]  # the last one is as long as a row and its drafts
     with exact_sums():
         expected = alone_once(hybrid, settings_of("eager"), exact=True)
+        expected = [*expected, *alone(hybrid, given[-1:], **settings_of("eager"))]
         found, built = on_device(hybrid, given, **more)
     assert found == expected
     counts = built.stats()
     assert counts.cached_prompt_tokens
     assert bool(counts.accepted_draft_tokens) == bool(more.get("drafts"))
     assert bool(counts.preemptions) == ("blocks" in more)
+
+
+def test_a_dense_model_drafts_beside_states(hybrid: Path, tmp_path: Path) -> None:
+    given = [*prompts(), some_tokens(4)]  # the last one is as long as a row and its drafts
+    expected = alone(hybrid, given)
+    drafts = {"method": "draft_model", "model": str(write_toy_model(tmp_path)), "num_speculative_tokens": 3}
+    with engine(hybrid, speculative_config=drafts) as mixed:
+        inner: Any = mixed._engine
+        inner._drafter.times, inner._drafter.model.times = SameTimes(12), FreeTimes()
+        for _ in range(2):
+            assert ask(mixed, given) == expected
+        counts = mixed.stats()
+    assert counts.draft_tokens
+    assert counts.cached_prompt_tokens
 
 
 def guess(answers: dict[tuple[int, ...], list[Any]], lives: Sequence[LiveSequence]) -> bool:

@@ -274,6 +274,8 @@ def _of_model(settings: Settings, config: EngineConfig, files: ModelFiles, devic
     size, room = cache.page_bytes + cache.state_bytes, cache.num_blocks * config.block_size
     states = cache.states
     kept = f", {states.running} states and {states.checkpoints} checkpoints of states" if states.running else ""
+    for pool in cache.windows:
+        kept += f", {(pool.pages - 1) * config.block_size:,} tokens in layers with a window of {pool.window:,}"
     words = f"derived: {room:,} tokens{kept}, reserved and taken as they fill"
     plain = "bf16" if model.placement.recorded else model.dtype
     both = Derived(
