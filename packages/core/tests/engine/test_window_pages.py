@@ -295,6 +295,24 @@ def test_what_a_step_under_way_fills_has_its_pages_when_it_is_published() -> Non
     assert offered == sequence.block_table.tolist()
 
 
+def test_nobody_makes_way_while_a_step_under_way_may_free_pages() -> None:
+    model = Pretended(window=9, blocks=64, budget=8, spare=6)
+    for order in range(2):
+        model.add([order] * 4, order, max_tokens=1)
+    step = model.scheduler.schedule()
+    model.scheduler.launched(step)
+    assert not model.scheduler.schedule(), "both wait for their last token"
+    assert len(model.scheduler.running) == 2
+    prompts = Pretended(window=9, blocks=64, budget=8, caching=False)
+    for order in range(2):
+        prompts.scheduler.add(make([order] * 40, order))
+    step = prompts.scheduler.schedule()
+    prompts.scheduler.launched(step)
+    prompts.scheduler.blocks.pools[0].free_pages.clear()  # type: ignore[attr-defined]
+    assert not prompts.scheduler.schedule()
+    assert prompts.scheduler.num_preemptions == 0
+
+
 def test_a_block_whose_page_has_gone_is_read_from_a_store_anew() -> None:
     model = Pretended(window=8, blocks=64, spare=1)
     text = list(range(60))

@@ -472,7 +472,7 @@ class DeviceRunner:
         for cache in self.caches:
             if isinstance(cache, WindowedCache):
                 for part in cache:  # a tile of keys may begin before the window: what has weight 0 must be finite
-                    part[:1].zero_()
+                    part[:1].view(torch.uint8).zero_()
         self._stream.join()
 
     def _captured_size(self, batch: Batch) -> StepSize | None:

@@ -202,12 +202,19 @@ class Scheduler:
                 budget -= count
             if not budget:
                 break
-        if self.windows is not None and not scheduled and len(self.running) > 1:
+        stalls = self.windows is not None and bool(prompts) and not scheduled and not self._is_under_way
+        if stalls and len(self.running) > 1:
             self._preempt(self.running[-1])  # prompts that have all pages, and none of which can go on
             return self._schedule()
         decodes = [item for item in scheduled if item.decodes]
         others = [item for item in scheduled if not item.decodes] if len(decodes) < len(scheduled) else ()
         return Step(self._with_states([*decodes, *others]))
+
+    @property
+    def _is_under_way(self) -> bool:
+        """A step that was launched has tokens to give, or blocks to publish, whose pages may be free then."""
+        size = self.blocks.block_size
+        return any(each.num_ahead or each.num_computed_tokens // size > each.num_full_blocks for each in self.running)
 
     def _piece(self, sequence: Sequence, budget: int) -> int:
         """How many tokens of what a sequence has to run a step takes, at most `budget`."""
