@@ -324,7 +324,8 @@ def test_what_has_lost_its_page_comes_from_the_folder(mixed: Path, tmp_path: Pat
     expected = with_all_pages(mixed, given, {})
     few_pages = {"max_num_seqs": 1, "max_model_len": 512, "kv_cache_memory": 32 * 4096 + 8 * 6144}
     with windowed(mixed, prompt_cache_path=tmp_path, max_num_batched_tokens=20, **few_pages) as engine:
-        blocks: Any = engine._engine.scheduler.windows
+        inner: Any = engine._engine
+        blocks = inner.scheduler.windows
         assert [ask(engine, [each])[0] for each in given[:2]] == expected[:2]
         hashes = block_hashes(given[0], 16, None)
         found = blocks.lookup(hashes)
@@ -457,7 +458,7 @@ RANKS = [(2, 1, False), (1, 2, False), (1, 2, True), (2, 1, True)]
 @pytest.mark.parametrize(("size", "stages", "gpu"), few(RANKS, *RANKS[2:3]))
 def test_ranks_and_stages_free_pages_too(tmp_path: Path, size: int, stages: int, gpu: bool) -> None:
     row = ROWS["Gemma-3"]
-    write_tiny(tmp_path, row.model_type, **row.config | {"max_position_embeddings": 256})
+    write_tiny(tmp_path, row.model_type, **{**row.config, "max_position_embeddings": 256})
     given = long_prompts()[:4]
     expected = tokens_of(with_all_pages(tmp_path, given, {"enforce_eager": True, "dtype": "f32"}, max_tokens=24))
     parts = ranked_parts(tmp_path, size, stages, gpu=gpu)
