@@ -392,13 +392,13 @@ def device_parts(source: Path, **how: Any) -> Any:
 
 
 DEVICE: list[dict[str, Any]] = [
-    {}, {"graphs": False}, {"captured": 40}, {"rows": 12}, {"blocks": 26, "pages": 1}, {"sliding": True, "captured": 40}
+    {}, {"graphs": False}, {"captured": 40}, {"rows": 12}, {"blocks": 26, "pages": 1}, {"sliding": True, "few": True}
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "more",
-    few(DEVICE, *DEVICE[2:]),
+    few(DEVICE, DEVICE[5]),
     ids=["graphs", "plain", "captured prompts", "guesses", "preemption", "three windows"],
 )
 def test_the_runner_of_a_gpu_gives_the_same(
@@ -406,6 +406,8 @@ def test_the_runner_of_a_gpu_gives_the_same(
 ) -> None:
     source = request.getfixturevalue("sliding") if more.get("sliding") else mixed
     given, rows = long_prompts(), more.get("rows", 0)
+    if more.get("few"):  # sums that are exact take long
+        given = [given[0][:70], [*given[0][:40], 7, 8, 9], given[0][:70]]
     with exact_sums():
         expected = tokens_of(with_all_pages(source, given, {"enforce_eager": True, "dtype": "f32"}, max_tokens=24))
         known = {tuple(prompt): found for prompt, found in zip(given, expected, strict=True)}
