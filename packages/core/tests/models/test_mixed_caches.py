@@ -392,13 +392,14 @@ def device_parts(source: Path, **how: Any) -> Any:
 
 
 DEVICE: list[dict[str, Any]] = [
-    {}, {"graphs": False}, {"captured": 40}, {"rows": 12}, {"blocks": 26, "pages": 1}, {"sliding": True, "few": True}
+    {}, {"graphs": False}, {"captured": 40}, {"rows": 12, "few": True}, {"blocks": 26, "pages": 1},
+    {"sliding": True, "few": True},
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "more",
-    few(DEVICE, DEVICE[5]),
+    few(DEVICE, DEVICE[3]),
     ids=["graphs", "plain", "captured prompts", "guesses", "preemption", "three windows"],
 )
 def test_the_runner_of_a_gpu_gives_the_same(
