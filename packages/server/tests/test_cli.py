@@ -447,7 +447,7 @@ def test_config_counts_states_and_their_checkpoints(drafts: str, capsys: pytest.
     assert shown["key_cache_dtype"]["value"] == "bf16"
 
 
-@pytest.mark.parametrize("more", [{}, {"max_num_batched_tokens": 0}], ids=["cut", "whole"])
+@pytest.mark.parametrize("more", [{}, {"prefill_chunk_size": 0}], ids=["cut", "whole"])
 def test_config_counts_pages_of_windows(
     more: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -36,7 +36,7 @@ from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber
 from candle_vllm.core.loading.cache_specs import NO_STATES, WindowRoom, windows_of
 from candle_vllm.core.memory import Room, plan_cache
 from candle_vllm.core.models import registry
-from packages.core.tests.engine.drafted import FreeTimes, SameTimes
+from packages.core.tests.engine.drafted import FreeTimes, same_times
 from packages.core.tests.exact_sums import exact_sums
 from packages.core.tests.lazy_stream import LazyStream
 from packages.core.tests.models import mixed_caches
@@ -290,7 +290,7 @@ def test_a_model_of_drafts_has_a_page_for_each_block(mixed: Path) -> None:
     with windowed(mixed, speculative_config=drafts, max_num_batched_tokens=64) as engine:
         inner: Any = engine._engine
         drafter = inner._drafter
-        drafter.times, drafter.model.times = SameTimes(12), FreeTimes()
+        drafter.times, drafter.model.times = same_times, FreeTimes()
         for _ in range(2):
             assert ask(engine, given) == expected
         counts = engine.stats()
@@ -357,7 +357,9 @@ def with_runners(source: Path, given: list[list[int]], make: Any, *, drafts: int
     pool = WindowedBlocks(rooms, [each.data for each in runners[0].page_of], 16)
     wipe_free(pool, *runners[:1])
     scheduler = Scheduler(pool, 4, 40, draft_rows=drafts, in_flight=runner.in_flight)
-    drafter = Drafter(SpeculativeConfig(num_speculative_tokens=5), 4, drafts) if drafts else None
+    drafter = Drafter(SpeculativeConfig(num_speculative_tokens=5), drafts) if drafts else None
+    if drafter is not None:
+        drafter.times = same_times
     built = Engine(runner, scheduler, preparation_for(loaded, 256, seed=0), drafter)
     greedy = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
     waiting = [
