@@ -14,9 +14,9 @@ import httpx
 import pytest
 
 from candle_vllm.core import InferenceEngine, LoRARequest, SamplingParams
-from candle_vllm.core.testing.toy_adapter import linear_shapes, write_adapter
 from candle_vllm.core.testing.toy_model import write_toy_model
 from candle_vllm.server.cli import main
+from packages.core.tests.toy_adapter import linear_shapes, write_adapter
 from tests.live_server import serving
 
 PROMPT = "abc" * 10

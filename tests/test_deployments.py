@@ -19,10 +19,10 @@ import pytest
 import yaml
 
 from candle_vllm.core import EngineConfig, InferenceEngine
-from candle_vllm.core.testing.toy_adapter import linear_shapes, write_adapter
 from candle_vllm.server.settings.foreign_variables import DEPLOYMENTS, HUB_TOKENS
 from candle_vllm.server.settings.options import ENV_PREFIX
 from candle_vllm.server.settings.table import BY_NAME
+from packages.core.tests.toy_adapter import linear_shapes, write_adapter
 from tests.live_server import ServerProcess, clean_environment
 from tests.ports import free_port
 from tests.postgres_server import new_database, postgres_server

@@ -12,8 +12,8 @@ import openai
 import pytest
 
 from candle_vllm.core import InferenceEngine
-from candle_vllm.core.testing.toy_encoder import toy_encoder_config, write_toy_encoder
 from packages.core.tests.exact_sums import exact_sums
+from packages.core.tests.toy_encoder import toy_encoder_config, write_toy_encoder
 from tests.live_server import openai_client, serving
 
 TEXTS = ["hello", "the quick brown fox", "jumps over the lazy dog", "x"]

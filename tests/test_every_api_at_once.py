@@ -22,14 +22,15 @@ import httpx
 import pytest
 from websockets.asyncio.client import connect
 
-from candle_vllm.core.testing.toy_encoder import toy_encoder_config, write_toy_encoder
-from candle_vllm.core.testing.toy_model import toy_config, write_toy_gguf
+from candle_vllm.core.testing.toy_model import toy_config
 from candle_vllm.server import Settings, create_app
 from candle_vllm.server.models.loader import ModelLoader
 from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.observing.metrics import Metrics
 from candle_vllm.server.serve import bind, make_server
 from candle_vllm.server.settings.catalogue import Catalogue, ModelEntry
+from packages.core.tests.toy_encoder import toy_encoder_config, write_toy_encoder
+from packages.core.tests.toy_gguf import write_toy_gguf
 from tests.common_run import few
 from tests.waiting import until, wait_for
 

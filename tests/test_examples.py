@@ -14,8 +14,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from candle_vllm.core.testing import ScriptedEngine
-from candle_vllm.core.testing.toy_encoder import toy_encoder_config, write_toy_encoder
 from candle_vllm.server.settings.derived import demo_model
+from packages.core.tests.toy_encoder import toy_encoder_config, write_toy_encoder
 from tests.live_server import serving
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

@@ -25,7 +25,7 @@ import pytest
 
 import candle_vllm
 from candle_vllm.core.kernels.cpu_runtime import kernel_cache
-from candle_vllm.core.testing.toy_encoder import write_toy_encoder
+from packages.core.tests.toy_encoder import write_toy_encoder
 from tests.live_server import ServerProcess, clean_environment
 from tests.release_script import release
 from tests.waiting import wait_for

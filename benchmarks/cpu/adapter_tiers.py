@@ -38,7 +38,7 @@ from depth import panel
 
 from candle_vllm.core import InferenceEngine, LoRARequest, SamplingParams
 from candle_vllm.core.loading.adapters import CONFIG_FILE, WEIGHTS_FILE
-from candle_vllm.core.testing.toy_adapter import linear_shapes, write_adapter
+from packages.core.tests.toy_adapter import linear_shapes, write_adapter
 
 
 def write_missing(folder: Path, count: int, shapes: dict[str, tuple[int, int]], rank: int) -> None:

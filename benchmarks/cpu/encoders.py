@@ -24,7 +24,7 @@ import torch
 from transformers.models.bert.modeling_bert import BertModel
 
 from candle_vllm.core import InferenceEngine
-from candle_vllm.core.testing.toy_encoder import TOY_ENCODER_VOCAB_SIZE, toy_encoder_config, write_toy_encoder
+from packages.core.tests.toy_encoder import TOY_ENCODER_VOCAB_SIZE, toy_encoder_config, write_toy_encoder
 
 MODELS: dict[str, dict[str, Any]] = {
     "minilm": {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 12},

@@ -19,7 +19,8 @@ from gguf import GGUFReader, GGUFWriter
 from candle_vllm.core import InferenceEngine, SamplingParams
 from candle_vllm.core.errors import CandleVllmError, ModelLoadError
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
-from candle_vllm.core.testing.toy_model import toy_config, write_toy_gguf, write_toy_model
+from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
+from packages.core.tests.toy_gguf import write_toy_gguf
 from tests.live_server import COMMAND, PATIENCE, clean_environment
 
 MAX = (1 << 64) - 1

@@ -13,9 +13,9 @@ import pytest
 
 from candle_vllm.core import InferenceEngine
 from candle_vllm.core.errors import CandleVllmError, ChatTemplateError, UnsupportedModelError
-from candle_vllm.core.testing import toy_model as toys
 from candle_vllm.core.text import template_budget
 from candle_vllm.core.text.chat_template import ChatTemplate
+from packages.core.tests import toy_gguf as toys
 from tests.security.guarded_server import HELLO, Guarded, chat_body, guarded
 
 MARK = "sandbox-was-left"
@@ -180,7 +180,7 @@ def test_template_bombs_are_stopped(name: str, monkeypatch: pytest.MonkeyPatch) 
 
 def _toy_with(path: Path, template: str, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A GGUF file with a template of its own."""
-    monkeypatch.setattr(toys, "_TEMPLATE", template)
+    monkeypatch.setattr(toys, "TOY_TEMPLATE", template)
     return toys.write_toy_gguf(path)
 
 

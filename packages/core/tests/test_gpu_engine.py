@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from candle_vllm.core import ConfigError, GenerationOutput, InferenceEngine, SamplingParams
-from candle_vllm.core.testing.toy_model import toy_config, write_toy_gguf, write_toy_model
+from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
+from packages.core.tests.toy_gguf import write_toy_gguf
 from packages.core.tests.toy_sight import write_toy_sight
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]

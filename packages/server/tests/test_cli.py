@@ -24,7 +24,6 @@ from candle_vllm.core import config as core_config
 from candle_vllm.core.assembly.model import load_model
 from candle_vllm.core.devices import choose_device
 from candle_vllm.core.errors import ModelNotFoundError
-from candle_vllm.core.testing.toy_adapter import write_adapter
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 from candle_vllm.server.cli import main
 from candle_vllm.server.commands import chat as chat_module
@@ -34,6 +33,7 @@ from candle_vllm.server.settings.command_line import COMMAND_OPTIONS, parse, spl
 from candle_vllm.server.settings.configuration import load_configuration
 from candle_vllm.server.settings.options import COMMANDS, ONLY, UsageError
 from candle_vllm.server.settings.table import OPTIONS, settings_of
+from packages.core.tests.toy_adapter import write_adapter
 from packages.core.tests.toy_sight import write_toy_sight
 from packages.server.tests.server_fakes import PacedEngine
 

@@ -15,9 +15,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from candle_vllm.core import EngineConfig, InferenceEngine, UnsupportedModelError
 from candle_vllm.core.conversion import WrittenFile, write_gguf
-from candle_vllm.core.testing.toy_encoder import toy_encoder_config, write_toy_encoder
 from packages.core.tests.models.families import ROWS
 from packages.core.tests.models.tiny import write_tiny
+from packages.core.tests.toy_encoder import toy_encoder_config, write_toy_encoder
 
 TEXTS = ["hello", "the quick brown fox's 2nd jump!", "x" * 90, "a b"]
 POOLINGS = {"mean": 1, "cls": 2, "lasttoken": 3}

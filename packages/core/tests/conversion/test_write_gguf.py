@@ -18,10 +18,11 @@ from candle_vllm.core import ConfigError, EngineConfig, ModelNotFoundError, Unsu
 from candle_vllm.core.conversion import WrittenFile, write_gguf
 from candle_vllm.core.conversion.gguf_architectures import ARCHITECTURES, architecture
 from candle_vllm.core.models.registry import HF_FAMILIES
-from candle_vllm.core.testing.toy_encoder import toy_encoder_config, write_toy_encoder
-from candle_vllm.core.testing.toy_model import toy_config, write_toy_gguf, write_toy_model
+from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 from packages.core.tests.models.families import ROWS, first_rows
 from packages.core.tests.models.tiny import eager_logits, error, load, recorded_logits, some_tokens, write_tiny
+from packages.core.tests.toy_encoder import toy_encoder_config, write_toy_encoder
+from packages.core.tests.toy_gguf import write_toy_gguf
 from tests.common_run import few
 
 TOKENS = some_tokens(40)

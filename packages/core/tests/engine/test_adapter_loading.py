@@ -28,9 +28,10 @@ from candle_vllm.core.kernels.lora.repacking import repacking_of
 from candle_vllm.core.layers.adapters import number_places
 from candle_vllm.core.loading.adapters import AdapterLimits, read_adapter
 from candle_vllm.core.loading.safetensors import open_safetensors
-from candle_vllm.core.testing.toy_adapter import ATTENTION, EVERY_LINEAR, write_adapter
-from candle_vllm.core.testing.toy_model import save_plain, toy_config, write_toy_gguf, write_toy_model
+from candle_vllm.core.testing.toy_model import save_plain, toy_config, write_toy_model
 from packages.core.tests.kernels.lora_field import contents
+from packages.core.tests.toy_adapter import ATTENTION, EVERY_LINEAR, write_adapter
+from packages.core.tests.toy_gguf import write_toy_gguf
 
 
 class Loading:

@@ -35,8 +35,9 @@ from candle_vllm.core.layers.adapters import number_places
 from candle_vllm.core.loading.cache_specs import states
 from candle_vllm.core.loading.weights import layer_at
 from candle_vllm.core.quantization.plain import read_plain
-from candle_vllm.core.testing.toy_model import toy_config, write_toy_gguf, write_toy_model
+from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 from packages.core.tests.kernels.lora_field import fitted, low_rank, stored
+from packages.core.tests.toy_gguf import write_toy_gguf
 
 BLOCK = 16
 Adapters = tuple[tuple[PackedAdapter, float], ...]

@@ -29,8 +29,8 @@ from candle_vllm.core.engine.adapters.adapter_store import LoadedAdapter
 from candle_vllm.core.engine.requests import AdapterUse, GenerationRequest
 from candle_vllm.core.errors import RequestAbortedError
 from candle_vllm.core.remote import RemoteEngine
-from candle_vllm.core.testing.toy_adapter import linear_shapes, write_adapter
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
+from packages.core.tests.toy_adapter import linear_shapes, write_adapter
 from tests.waiting import PATIENCE, until, wait_for
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)

@@ -28,9 +28,10 @@ from candle_vllm.core.kernels.cpu_runtime.numa import CpuRank, CpuRanks
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.remote import ReplicatedEngine
 from candle_vllm.core.remote.fleet import replica_configs
-from candle_vllm.core.testing.toy_model import toy_config, write_toy_gguf, write_toy_model
+from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 from candle_vllm.core.vllm.llm import LLM
 from packages.core.tests.models.tiny import write_tiny
+from packages.core.tests.toy_gguf import write_toy_gguf
 
 pytest.importorskip("numba")
 if sys.platform != "linux":

@@ -38,7 +38,7 @@ from candle_vllm.core.engine.step.engine import Engine
 from candle_vllm.core.engine.step.preparation import DecoderPreparation
 from candle_vllm.core.engine.step.scheduler import Scheduler
 from candle_vllm.core.layers.adapters import number_places
-from candle_vllm.core.testing.toy_model import toy_config, write_toy_gguf, write_toy_model
+from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 from candle_vllm.core.text.tokenizer import Tokenizer
 from packages.core.tests.engine.drafted import FreeTimes, SlotModel, answers, driven, requests, same_times
 from packages.core.tests.engine.toy_heads import (
@@ -56,6 +56,7 @@ from packages.core.tests.kernels.lora_field import fitted, low_rank
 from packages.core.tests.models.families import DEEPSEEK, GLM_MOE, QWEN3_NEXT, QWEN35, QWEN_MOE
 from packages.core.tests.models.gguf_export import export_gguf
 from packages.core.tests.models.tiny import write_tiny
+from packages.core.tests.toy_gguf import write_toy_gguf
 
 Seen = list[tuple[tuple[int, ...], tuple[int, ...], np.ndarray]]
 """Of each guess: the tokens of its text, the guesses before it, and the head's logits."""

@@ -26,8 +26,8 @@ from candle_vllm.core.engine.requests import GenerationRequest
 from candle_vllm.core.engine.runners.sleeping import files_mark
 from candle_vllm.core.engine.step.engine import Engine
 from candle_vllm.core.fields import read_json
-from candle_vllm.core.testing.toy_adapter import write_adapter
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
+from packages.core.tests.toy_adapter import write_adapter
 from packages.core.tests.toy_sight import write_toy_sight
 from tests.waiting import PATIENCE, Clock, wait_for
 

@@ -17,9 +17,9 @@ import pytest
 from candle_vllm.core import EngineConfig, InferenceEngine, LoRARequest, PoolingParams, SamplingParams
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.fields import read_json
-from candle_vllm.core.testing.toy_adapter import write_adapter
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 from packages.core.tests.engine.test_ranks import GREEDY, KINDS, PROMPTS, dies, engine_of, pids, seeing, until_gone
+from packages.core.tests.toy_adapter import write_adapter
 from packages.core.tests.toy_sight import write_toy_sight
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="several ranks need sockets that a child inherits")

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from candle_vllm.core import EngineConfig, InferenceEngine, SamplingParams, UnsupportedModelError
 from candle_vllm.core.assembly.model import load_model
 from candle_vllm.core.engine.outputs import GenerationOutput
-from candle_vllm.core.testing.toy_model import toy_config, write_toy_gguf, write_toy_model
+from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
+from packages.core.tests.toy_gguf import write_toy_gguf
 
 pytest.importorskip("numba")
 

@@ -18,8 +18,8 @@ from tests.common_run import few
 pytest.importorskip("numba")
 
 from candle_vllm.core import ConfigError, InferenceEngine, LoRARequest, SamplingParams
-from candle_vllm.core.testing.toy_adapter import write_adapter
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
+from packages.core.tests.toy_adapter import write_adapter
 
 TYPES = {
     "q8_0": {"kv_cache_dtype": "q8_0"},

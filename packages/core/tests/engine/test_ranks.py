@@ -36,10 +36,10 @@ from candle_vllm.core.engine.ranks.ranks import RankedRunner, Ranks, _Other
 from candle_vllm.core.errors import CandleVllmError, ConfigError, EngineDeadError, ModelLoadError
 from candle_vllm.core.fields import read_json
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
-from candle_vllm.core.testing.toy_adapter import write_adapter
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 from packages.core.tests.models.families import ROWS
 from packages.core.tests.models.tiny import write_tiny
+from packages.core.tests.toy_adapter import write_adapter
 from packages.core.tests.toy_sight import write_toy_sight
 from tests.common_run import few
 from tests.waiting import PATIENCE, wait_for

@@ -39,10 +39,11 @@ from candle_vllm.core.errors import EngineSleepingError
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory, loading, new_memory
 from candle_vllm.core.kernels.offloading import tensors_in
 from candle_vllm.core.remote.engine import RemoteEngine
-from candle_vllm.core.testing.toy_encoder import write_toy_encoder
-from candle_vllm.core.testing.toy_model import toy_config, write_toy_gguf, write_toy_model
+from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 from candle_vllm.core.threads import LOADED_PART
 from packages.core.tests.lazy_stream import LazyStream
+from packages.core.tests.toy_encoder import write_toy_encoder
+from packages.core.tests.toy_gguf import write_toy_gguf
 from packages.core.tests.toy_sight import write_toy_sight
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere an engine on the CPU does not sleep")

@@ -18,7 +18,8 @@ from candle_vllm.core.assembly.model import load_model
 from candle_vllm.core.engine.outputs import GenerationOutput
 from candle_vllm.core.engine.requests import GenerationRequest
 from candle_vllm.core.engine.step.engine import Engine
-from candle_vllm.core.testing.toy_model import toy_config, write_toy_gguf
+from candle_vllm.core.testing.toy_model import toy_config
+from packages.core.tests.toy_gguf import write_toy_gguf
 
 # Every row a whole number of groups.
 CONFIG = toy_config(hidden_size=128, head_dim=32, intermediate_size=160)

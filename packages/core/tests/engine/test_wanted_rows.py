@@ -10,7 +10,8 @@ import pytest
 
 from candle_vllm.core import InferenceEngine, SamplingParams
 from candle_vllm.core.engine.runners.recorded_runner import RecordedRunner
-from candle_vllm.core.testing.toy_model import toy_config, write_toy_gguf
+from candle_vllm.core.testing.toy_model import toy_config
+from packages.core.tests.toy_gguf import write_toy_gguf
 
 pytest.importorskip("numba")
 

@@ -14,7 +14,7 @@ import torch
 from gguf import GGUFWriter
 from safetensors.torch import load_file, save_file
 
-from candle_vllm.core.testing.toy_model import add_toy_vocabulary
+from packages.core.tests.toy_gguf import add_toy_vocabulary
 
 Weights = dict[str, torch.Tensor]
 

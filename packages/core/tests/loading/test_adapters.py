@@ -24,8 +24,8 @@ from candle_vllm.core.kernels.lora import FittedAdapter
 from candle_vllm.core.loading import adapters
 from candle_vllm.core.loading.adapters import AdapterLimits, StoredAdapter, read_adapter
 from candle_vllm.core.loading.name_patterns import NamePattern, first_match
-from candle_vllm.core.testing.toy_adapter import ATTENTION, linear_shapes, write_adapter
-from candle_vllm.core.testing.toy_model import write_toy_gguf
+from packages.core.tests.toy_adapter import ATTENTION, linear_shapes, write_adapter
+from packages.core.tests.toy_gguf import write_toy_gguf
 
 Q = "model.layers.0.self_attn.q_proj"
 SMALL = {Q: (64, 64)}

@@ -25,7 +25,8 @@ from candle_vllm.core.assembly.dummy import STD, open_dummy
 from candle_vllm.core.assembly.model import LoadedModel, load_model
 from candle_vllm.core.loading.safetensors import open_safetensors
 from candle_vllm.core.loading.source import resolve
-from candle_vllm.core.testing.toy_model import toy_config, write_toy_gguf, write_toy_model
+from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
+from packages.core.tests.toy_gguf import write_toy_gguf
 
 CPU = torch.device("cpu")
 

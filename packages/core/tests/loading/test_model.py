@@ -16,7 +16,8 @@ from candle_vllm.core.assembly.model import LoadedModel, load_model
 from candle_vllm.core.conversion.gguf_file import write_file
 from candle_vllm.core.loading.gguf import open_gguf
 from candle_vllm.core.models.registry import family_from_gguf
-from candle_vllm.core.testing.toy_model import TOY_VOCAB_SIZE, toy_config, write_toy_gguf, write_toy_model
+from candle_vllm.core.testing.toy_model import TOY_VOCAB_SIZE, toy_config, write_toy_model
+from packages.core.tests.toy_gguf import write_toy_gguf
 
 NAN = float("nan")
 

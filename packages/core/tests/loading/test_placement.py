@@ -20,7 +20,8 @@ from candle_vllm.core.assembly.placement import choose_placement, device_dtype
 from candle_vllm.core.devices import CPU, Device
 from candle_vllm.core.kernels import triton_build
 from candle_vllm.core.layers.parameters import MatrixParameter, Placement
-from candle_vllm.core.testing.toy_model import toy_config, write_toy_gguf, write_toy_model
+from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
+from packages.core.tests.toy_gguf import write_toy_gguf
 
 GPU = Device("cuda:0")
 

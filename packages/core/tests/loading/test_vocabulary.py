@@ -13,8 +13,9 @@ import pytest
 from candle_vllm.core.errors import InvalidFileError
 from candle_vllm.core.loading.gguf import open_gguf
 from candle_vllm.core.loading.vocabulary import fit_tokenizer
-from candle_vllm.core.testing.toy_model import SPECIAL_TOKENS, TOY_VOCAB_SIZE, write_toy_gguf, write_toy_model
+from candle_vllm.core.testing.toy_model import SPECIAL_TOKENS, TOY_VOCAB_SIZE, write_toy_model
 from candle_vllm.core.text.tokenizer import Tokenizer
+from packages.core.tests.toy_gguf import write_toy_gguf
 
 TOKENS = 256 + len(SPECIAL_TOKENS)
 

@@ -22,8 +22,8 @@ from gguf import (
 )
 from safetensors.torch import load_file
 
-from candle_vllm.core.testing.toy_model import add_toy_vocabulary
 from packages.core.tests.models.tiny import config_of
+from packages.core.tests.toy_gguf import add_toy_vocabulary
 
 Tensors = dict[str, np.ndarray]
 Convert = Callable[[GGUFWriter, Mapping[str, Any], Tensors], Tensors]

@@ -16,9 +16,9 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 
 from candle_vllm.core import EngineConfig, InferenceEngine, LoRARequest, RequestError
 from candle_vllm.core.engine import build
-from candle_vllm.core.testing.toy_encoder import toy_encoder_config, write_toy_encoder
 from candle_vllm.core.text.tokenizer import Tokenizer
 from packages.core.tests.models.peft_adapters import randomise, trained
+from packages.core.tests.toy_encoder import toy_encoder_config, write_toy_encoder
 from tests.waiting import PATIENCE, wait_for
 
 WORDS = ["hello", "a", "the quick brown fox", "jumps over the lazy dog, twice!", "x" * 90]

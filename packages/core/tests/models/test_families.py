@@ -13,7 +13,6 @@ import torch
 
 from candle_vllm.core import EngineConfig
 from candle_vllm.core.conversion import write_gguf
-from candle_vllm.core.testing.toy_encoder import toy_encoder_config, write_toy_encoder
 from packages.core.tests.models.families import ROWS, cases
 from packages.core.tests.models.gguf_export import export_gguf
 from packages.core.tests.models.tiny import (
@@ -28,6 +27,7 @@ from packages.core.tests.models.tiny import (
     typical_spread,
     write_tiny,
 )
+from packages.core.tests.toy_encoder import toy_encoder_config, write_toy_encoder
 
 
 @pytest.fixture(scope="module")

@@ -42,10 +42,10 @@ from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.memory import Room
 from candle_vllm.core.models.siglip import FAMILY
 from candle_vllm.core.remote import RemoteEngine
-from candle_vllm.core.testing.toy_model import write_toy_gguf
 from candle_vllm.core.vision.preprocessing import tile_rule
 from candle_vllm.core.vision.prompts import Sight, Sighted
 from packages.core.tests.models.sight import answers, finished, prompt_error
+from packages.core.tests.toy_gguf import write_toy_gguf
 from packages.core.tests.toy_sight import toy_sight_config, write_toy_sight
 
 RANDOM = np.random.default_rng(3)

@@ -17,8 +17,8 @@ from safetensors.numpy import save_file
 from candle_vllm.core import EngineConfig, InferenceEngine, InvalidParameterError, UnsupportedModelError, WeightsError
 from candle_vllm.core.conversion import write_gguf
 from candle_vllm.core.pooling import PoolingParams
-from candle_vllm.core.testing.toy_encoder import TOY_ENCODER_VOCAB_SIZE, write_toy_encoder
 from candle_vllm.core.text.tokenizer import Tokenizer
+from packages.core.tests.toy_encoder import TOY_ENCODER_VOCAB_SIZE, write_toy_encoder
 
 TEXTS = ["hello", "a", "the quick brown fox", "w " * 40]
 SIZES: dict[str, Any] = {

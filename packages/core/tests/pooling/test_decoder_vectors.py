@@ -34,9 +34,10 @@ from candle_vllm.core.engine.runners.model_runner import ModelRunner
 from candle_vllm.core.engine.step.engine import Engine
 from candle_vllm.core.engine.step.scheduler import Scheduler
 from candle_vllm.core.pooling import PoolingKind, PoolingParams
-from candle_vllm.core.testing.toy_model import toy_config, write_toy_gguf, write_toy_model
+from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 from packages.core.tests.exact_sums import exact_sums
 from packages.core.tests.lazy_stream import LazyStream
+from packages.core.tests.toy_gguf import write_toy_gguf
 from tests.waiting import until
 
 CPU = torch.device("cpu")

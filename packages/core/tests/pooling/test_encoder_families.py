@@ -27,9 +27,9 @@ from candle_vllm.core.loading.weights import expand
 from candle_vllm.core.models.deberta import rows_of_distances
 from candle_vllm.core.models.registry import encoder_from_hf
 from candle_vllm.core.pooling import PoolingKind, PoolingParams
-from candle_vllm.core.testing.toy_encoder import TOY_ENCODER_VOCAB_SIZE, write_toy_encoder
 from candle_vllm.core.text.tokenizer import Tokenizer
 from packages.core.tests.pooling.test_encoders import add_words, write_out
+from packages.core.tests.toy_encoder import TOY_ENCODER_VOCAB_SIZE, write_toy_encoder
 
 TEXTS = ["hello", "a", "the quick brown fox", "jumps over the lazy dog, twice!", "x" * 90, "w " * 70]
 SIZES = {"vocab_size": TOY_ENCODER_VOCAB_SIZE, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}

@@ -34,8 +34,8 @@ from candle_vllm.core import (
 from candle_vllm.core.engine.runners.model_runner import EncoderRunner
 from candle_vllm.core.engine.step.batch import Batch
 from candle_vllm.core.pooling import PoolingKind, PoolingParams
-from candle_vllm.core.testing.toy_encoder import toy_encoder_config, write_toy_encoder
 from candle_vllm.core.text.tokenizer import Tokenizer
+from packages.core.tests.toy_encoder import toy_encoder_config, write_toy_encoder
 from tests.real_models import all_minilm, all_mpnet
 from tests.waiting import PATIENCE, until
 

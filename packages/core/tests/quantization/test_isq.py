@@ -32,10 +32,11 @@ from candle_vllm.core.loading.views import row_part, transposed
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.quantization import ggml
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
-from candle_vllm.core.testing.toy_encoder import write_toy_encoder
-from candle_vllm.core.testing.toy_model import toy_config, write_toy_gguf, write_toy_model
+from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 from packages.core.tests.models.tiny import write_tiny
 from packages.core.tests.quantization.format_writers import WRITERS, quantise_model
+from packages.core.tests.toy_encoder import write_toy_encoder
+from packages.core.tests.toy_gguf import write_toy_gguf
 from tests.common_run import few
 
 CPU = torch.device("cpu")

@@ -33,9 +33,10 @@ from candle_vllm.core import (
 )
 from candle_vllm.core.progress import Progress, heard_by
 from candle_vllm.core.remote import RemoteEngine
-from candle_vllm.core.testing.toy_encoder import write_toy_encoder
-from candle_vllm.core.testing.toy_model import toy_config, write_toy_gguf, write_toy_model
+from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 from candle_vllm.core.text.stop_scanner import StopMarks
+from packages.core.tests.toy_encoder import write_toy_encoder
+from packages.core.tests.toy_gguf import write_toy_gguf
 from tests.waiting import until
 
 PROMPT = [(7 * i) % 256 for i in range(40)]

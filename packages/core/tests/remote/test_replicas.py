@@ -34,8 +34,8 @@ from candle_vllm.core import (
 from candle_vllm.core.errors import EngineSleepingError
 from candle_vllm.core.remote import fleet
 from candle_vllm.core.remote.fleet import combined, replica_configs
-from candle_vllm.core.testing.toy_adapter import linear_shapes, write_adapter
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
+from packages.core.tests.toy_adapter import linear_shapes, write_adapter
 from tests.waiting import until, wait_for
 
 CONFIG = toy_config(max_position_embeddings=1 << 15)

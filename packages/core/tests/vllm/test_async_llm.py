@@ -22,7 +22,7 @@ from candle_vllm.core import (
     RequestOutputKind,
     SamplingParams,
 )
-from candle_vllm.core.testing.toy_encoder import toy_encoder_config, write_toy_encoder
+from packages.core.tests.toy_encoder import toy_encoder_config, write_toy_encoder
 from tests.waiting import until
 
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 8, "ignore_eos": True}

@@ -27,7 +27,7 @@ from candle_vllm.core import (
     TextPrompt,
     TokensPrompt,
 )
-from candle_vllm.core.testing.toy_encoder import toy_encoder_config, write_toy_encoder
+from packages.core.tests.toy_encoder import toy_encoder_config, write_toy_encoder
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 USER = {"role": "user", "content": "hi"}

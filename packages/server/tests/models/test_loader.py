@@ -7,10 +7,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from candle_vllm.core.testing.toy_encoder import write_toy_encoder
 from candle_vllm.core.testing.toy_model import write_toy_model
 from candle_vllm.server.models.loader import LEAST_CACHE, room_beside
 from candle_vllm.server.settings import Settings
+from packages.core.tests.toy_encoder import write_toy_encoder
 
 
 def test_a_cache_beside_others_is_for_models_that_have_one(tmp_path: Path) -> None:

@@ -22,8 +22,9 @@ from candle_vllm.core import ConfigError, InferenceEngine, SamplingParams
 from candle_vllm.core.engine.runners import recorded_runner
 from candle_vllm.core.kernels.cpu_runtime.level import Isa, host_isa
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
-from candle_vllm.core.testing import toy_model
-from candle_vllm.core.testing.toy_model import toy_config, write_toy_gguf
+from candle_vllm.core.testing.toy_model import toy_config
+from packages.core.tests import toy_gguf
+from packages.core.tests.toy_gguf import write_toy_gguf
 
 CONFIG = toy_config(hidden_size=128, head_dim=32, intermediate_size=160)
 PROMPT = [(7 * i) % 256 for i in range(90)]
@@ -157,14 +158,14 @@ def test_numbers_of_threads_that_cannot_be(threads: Any, model: Path) -> None:
 def test_a_matrix_whose_rows_are_no_whole_groups_is_multiplied_plain(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    quantize, add = toy_model.quants.quantize, GGUFWriter.add_tensor
+    quantize, add = toy_gguf.quants.quantize, GGUFWriter.add_tensor
 
     def add_plain(self: GGUFWriter, name: str, data: np.ndarray, raw_dtype: Any = None) -> None:
         add(self, name, data, raw_dtype=None if data.dtype == np.float32 else raw_dtype)
 
     # As real quantisers do: a row that the type cannot hold stays as it is.
     monkeypatch.setattr(
-        toy_model.quants, "quantize", lambda data, kind: data if data.shape[1] % 32 else quantize(data, kind)
+        toy_gguf.quants, "quantize", lambda data, kind: data if data.shape[1] % 32 else quantize(data, kind)
     )
     monkeypatch.setattr(GGUFWriter, "add_tensor", add_plain)
     path = write_toy_gguf(tmp_path / "odd.gguf", CONFIG | {"intermediate_size": 80}, seed=1)  # of 0 two tokens are near

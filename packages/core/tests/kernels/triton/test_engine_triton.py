@@ -23,9 +23,10 @@ from candle_vllm.core.engine.step.engine import Engine
 from candle_vllm.core.engine.step.scheduler import Scheduler
 from candle_vllm.core.kernels import dispatch
 from candle_vllm.core.kernels.device_stream import CudaStream
-from candle_vllm.core.testing.toy_model import toy_config, write_toy_gguf, write_toy_model
+from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 from packages.core.tests.lazy_stream import LazyStream
 from packages.core.tests.quantization.format_writers import Written, gptq, quantise_model
+from packages.core.tests.toy_gguf import write_toy_gguf
 from tests.common_run import few
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Real checkpoints of a few hundred kilobytes: random weights, a byte tokenizer and a chat template."""
+"""A real checkpoint of a few hundred kilobytes: random weights, a byte tokenizer and a chat template."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFWriter, quants
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from candle_vllm.core.quantization.plain import read_plain
@@ -17,7 +16,7 @@ from candle_vllm.core.quantization.plain import read_plain
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TOY_VOCAB_SIZE = 272  # 256 bytes, the special tokens, and a few rows that no token uses, as real models have
 
-_TEMPLATE = (
+TOY_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
@@ -94,102 +93,8 @@ def save_plain(path: Path, weights: Mapping[str, np.ndarray], type_name: str) ->
 def write_toy_tokenizer(folder: Path) -> None:
     """Writes the files of the byte tokenizer, with its chat template, into a model's folder."""
     _tokenizer().save(str(folder / "tokenizer.json"))
-    tokenizer_config = {"eos_token": "<|im_end|>", "chat_template": _TEMPLATE, "add_bos_token": False}
+    tokenizer_config = {"eos_token": "<|im_end|>", "chat_template": TOY_TEMPLATE, "add_bos_token": False}
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
-
-
-def write_toy_gguf(
-    path: Path,
-    config: Mapping[str, Any] | None = None,
-    *,
-    quantization: str = "Q8_0",
-    others: Mapping[str, str] | None = None,
-    seed: int = 0,
-) -> Path:
-    """The same random model as one GGUF file, its matrices quantised.
-
-    Args:
-        path: the file; its folder must exist.
-        config: as from `toy_config`, of llama or qwen2.
-        quantization: a GGML type that the `gguf` package can make: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, F16, BF16, F32.
-        others: matrices of another type, by the end of their GGUF name: {"attn_v": "F16"}.
-        seed: of the random weights.
-
-    Returns:
-        The path.
-    """
-    config = dict(config or toy_config())
-    name = config["model_type"]
-    writer = GGUFWriter(path, name)
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_key_length(config["head_dim"])
-    writer.add_value_length(config["head_dim"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(config["rope_theta"])
-    add_toy_vocabulary(writer)
-    for hf_name, data in random_weights(config, seed).items():
-        if name == "llama" and ("q_proj" in hf_name or "k_proj" in hf_name):
-            data = _interleaved(data, config["head_dim"])
-        gguf_name = _gguf_name(hf_name)
-        if data.ndim == 2:
-            matching = [kind for end, kind in (others or {}).items() if gguf_name.endswith(f"{end}.weight")]
-            kind = GGMLQuantizationType[matching[0] if matching else quantization]
-            writer.add_tensor(gguf_name, quants.quantize(data, kind), raw_dtype=kind)
-        else:
-            writer.add_tensor(gguf_name, data)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def add_toy_vocabulary(writer: GGUFWriter) -> None:
-    """Writes the byte tokenizer and its chat template into a GGUF file's metadata."""
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list([*_byte_names(), *SPECIAL_TOKENS, "he"])
-    writer.add_token_types([1] * 256 + [3] * len(SPECIAL_TOKENS) + [1])
-    writer.add_token_merges(["h e"])  # a file without merges has no byte-pair tokenizer
-    writer.add_eos_token_id(258)
-    writer.add_chat_template(_TEMPLATE)
-
-
-_GGUF_NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-}
-
-
-def _gguf_name(name: str) -> str:
-    stem, kind = name.rsplit(".", 1)
-    layer, _, part = stem.removeprefix("model.layers.").partition(".")
-    if stem.startswith("model.layers."):
-        return f"blk.{layer}.{_GGUF_NAMES[part]}.{kind}"
-    return f"{_GGUF_NAMES[stem]}.{kind}"
-
-
-def _interleaved(data: np.ndarray, head_dim: int) -> np.ndarray:
-    """Rows in the order of GGUF's llama files: the two halves of each head alternate."""
-    heads = data.reshape(-1, 2, head_dim // 2, *data.shape[1:])
-    return np.ascontiguousarray(heads.swapaxes(1, 2)).reshape(data.shape)
 
 
 def random_weights(config: Mapping[str, Any], seed: int) -> dict[str, np.ndarray]:
@@ -227,7 +132,7 @@ def random_weights(config: Mapping[str, Any], seed: int) -> dict[str, np.ndarray
     return weights
 
 
-def _byte_names() -> list[str]:
+def byte_names() -> list[str]:
     """Each byte in the byte alphabet of GPT-2."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [value for value in range(256) if value not in printable]
@@ -237,7 +142,7 @@ def _byte_names() -> list[str]:
 
 def _tokenizer() -> Tokenizer:
     """One token per byte, and the special tokens behind them."""
-    tokenizer = Tokenizer(models.BPE(vocab={name: value for value, name in enumerate(_byte_names())}, merges=[]))
+    tokenizer = Tokenizer(models.BPE(vocab={name: value for value, name in enumerate(byte_names())}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))

@@ -98,7 +98,7 @@ def _tokenizer() -> Tokenizer:
     """BERT's: lower case, one piece per letter, [CLS] a [SEP] b [SEP]."""
     texts = [*_SPECIAL, *_LETTERS, *(f"##{letter}" for letter in _LETTERS)]
     ids = {text: index for index, text in enumerate(texts)}
-    tokenizer = Tokenizer(models.WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=100))  # noqa: S106
+    tokenizer = Tokenizer(models.WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=100))
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece("##", cleanup=True)
