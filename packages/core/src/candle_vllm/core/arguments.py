@@ -12,7 +12,7 @@ import inspect
 import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, get_args, get_type_hints
 
 import msgspec
 
@@ -134,7 +134,7 @@ def explained(**within: Iterable[str]) -> Callable[[Callable[P, R]], Callable[P,
     """
 
     def decorate(method: Callable[P, R]) -> Callable[P, R]:
-        known = [name for name in inspect.signature(method).parameters if name != "self"]
+        known = _names(method)
 
         @functools.wraps(method)
         def call(*arguments: P.args, **named: P.kwargs) -> R:
@@ -154,6 +154,17 @@ def explained(**within: Iterable[str]) -> Callable[[Callable[P, R]], Callable[P,
         return call
 
     return decorate
+
+
+def _names(method: Callable[..., Any]) -> list[str]:
+    """The arguments of a method, those of a TypedDict that it unpacks among them."""
+    names = []
+    for name, parameter in inspect.signature(method).parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            names += get_type_hints(get_args(get_type_hints(method)[name])[0])
+        elif name != "self":
+            names.append(name)
+    return names
 
 
 def _is_call_error(method: Callable[..., Any], arguments: tuple[Any, ...], named: Mapping[str, Any]) -> bool:

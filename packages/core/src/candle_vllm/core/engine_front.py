@@ -12,7 +12,7 @@ import os
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol, Self, overload
+from typing import Any, Protocol, Self, Unpack, overload
 
 import msgspec
 from msgspec.structs import replace
@@ -28,15 +28,24 @@ from candle_vllm.core.engine.requests import (
     LoraChoice,
     LoRARequest,
     adapter_uses,
-    each_adapter_uses,
+    each_lora_choice,
 )
 from candle_vllm.core.engine.runners.sleeping import check_sleep, read_tags
 from candle_vllm.core.engine.stats import EngineStats
 from candle_vllm.core.engine.step.admission import check_encoder_task
-from candle_vllm.core.engine.step.pooling_calls import MAX_TEXT, Apart, Pair, PoolingCalls
+from candle_vllm.core.engine.step.pooling_calls import MAX_TEXT, Pair, PoolingCalls
 from candle_vllm.core.engine.step.stream import Bar, RequestSink, TokenIterator, TokenStream, run_all, whole
 from candle_vllm.core.engine.step.thread import PreparingEngine, RequestRunner
-from candle_vllm.core.engine.step.watching import RequestInfo, RequestWatcher, watched_pooling, watched_submit
+from candle_vllm.core.engine.step.watching import (
+    Operation,
+    PoolingOptions,
+    RequestInfo,
+    RequestWatcher,
+    ScoreOptions,
+    TextOptions,
+    watched_pooling,
+    watched_submit,
+)
 from candle_vllm.core.errors import (
     ChatTemplateError,
     EngineDeadError,
@@ -486,23 +495,10 @@ class EngineFront(ABC):
         self,
         prompt: Prompt,
         sampling_params: SamplingParams | None = None,
-        *,
-        request_id: str | None = None,
-        priority: int = 0,
-        add_special_tokens: bool = True,
-        lora_request: LoraChoice = None,
+        **call: Unpack[TextOptions],
     ) -> GenerationOutput:
         """`generate` for one prompt, in an event loop. Cancelling it aborts the request."""
-        return await whole(
-            self.stream(
-                prompt,
-                sampling_params,
-                request_id=request_id,
-                priority=priority,
-                add_special_tokens=add_special_tokens,
-                lora_request=lora_request,
-            )
-        )
+        return await whole(self.stream(prompt, sampling_params, **call))
 
     async def achat(
         self,
@@ -547,38 +543,17 @@ class EngineFront(ABC):
             RequestAbortedError: the engine was closed meanwhile.
             CandleVllmError: the engine failed on a text.
         """
-        return self._pooling(lora_request).embed(inputs, params, use_tqdm=use_tqdm)
+        return self._pooling(lora_request=lora_request).embed(inputs, params, use_tqdm=use_tqdm)
 
     @explained(PoolingParams=PoolingParams.__struct_fields__)
     async def aembed(
         self,
         inputs: Prompt | Sequence[Prompt],
         params: PoolingParams | None = None,
-        *,
-        request_id: str | None = None,
-        priority: int = 0,
-        add_special_tokens: bool = True,
-        lora_request: LoraChoice = None,
-        watcher: RequestWatcher | None = None,
-        apart: Apart = asyncio.to_thread,
+        **call: Unpack[PoolingOptions],
     ) -> list[EmbeddingOutput]:
-        """`embed` in an event loop. Cancelling it aborts what has not been run. `watcher` is told of it.
-
-        `apart` runs a function with its arguments in a thread, for what takes long.
-        """
-        request_id = request_id or uuid.uuid4().hex
-        info = RequestInfo(request_id, "embed", inputs, None, self.detokenize, lora_request)
-        with watched_pooling(watcher, info) as answered:
-            outputs = await self._pooling(lora_request).aembed(
-                inputs,
-                params,
-                request_id=request_id,
-                priority=priority,
-                add_special_tokens=add_special_tokens,
-                apart=apart,
-            )
-            answered(outputs)
-        return outputs
+        """`embed` in an event loop. Cancelling it aborts what has not been run."""
+        return await self._watched("embed", inputs, call, lambda calls: calls.aembed(inputs, params))
 
     @explained()
     def score(
@@ -590,31 +565,15 @@ class EngineFront(ABC):
         the model's config does not say otherwise). Of other models it is the cosine of the texts' vectors, -1..1.
         Errors as `embed`.
         """
-        return self._pooling(lora_request).score(pairs, use_tqdm=use_tqdm)
+        return self._pooling(lora_request=lora_request).score(pairs, use_tqdm=use_tqdm)
 
     @explained()
-    async def ascore(
-        self,
-        pairs: Sequence[Pair],
-        *,
-        request_id: str | None = None,
-        priority: int = 0,
-        lora_request: LoraChoice = None,
-        watcher: RequestWatcher | None = None,
-        apart: Apart = asyncio.to_thread,
-    ) -> list[ScoreOutput]:
-        """`score` in an event loop. Cancelling it aborts what has not been run. `watcher`, `apart`: see `aembed`.
+    async def ascore(self, pairs: Sequence[Pair], **call: Unpack[ScoreOptions]) -> list[ScoreOutput]:
+        """`score` in an event loop. Cancelling it aborts what has not been run.
 
         Scores of vectors come without token ids, which would repeat a text in each of its pairs.
         """
-        request_id = request_id or uuid.uuid4().hex
-        info = RequestInfo(request_id, "score", pairs, None, self.detokenize, lora_request)
-        with watched_pooling(watcher, info) as answered:
-            outputs = await self._pooling(lora_request).ascore(
-                pairs, request_id=request_id, priority=priority, apart=apart
-            )
-            answered(outputs)
-        return outputs
+        return await self._watched("score", pairs, call, lambda calls: calls.ascore(pairs))
 
     @explained()
     def classify(
@@ -629,33 +588,27 @@ class EngineFront(ABC):
 
         With `use_activation=False` in `params` the outputs are logits, such as the rewards of a reward model.
         """
-        return self._pooling(lora_request).classify(inputs, params, use_tqdm=use_tqdm)
+        return self._pooling(lora_request=lora_request).classify(inputs, params, use_tqdm=use_tqdm)
 
     @explained()
     async def aclassify(
         self,
         inputs: Prompt | Sequence[Prompt],
         params: PoolingParams | None = None,
-        *,
-        request_id: str | None = None,
-        priority: int = 0,
-        add_special_tokens: bool = True,
-        lora_request: LoraChoice = None,
-        watcher: RequestWatcher | None = None,
-        apart: Apart = asyncio.to_thread,
+        **call: Unpack[PoolingOptions],
     ) -> list[ClassificationOutput]:
-        """`classify` in an event loop. Cancelling it aborts what has not been run. `watcher`, `apart`: see `aembed`."""
-        request_id = request_id or uuid.uuid4().hex
-        info = RequestInfo(request_id, "classify", inputs, None, self.detokenize, lora_request)
+        """`classify` in an event loop. Cancelling it aborts what has not been run."""
+        return await self._watched("classify", inputs, call, lambda calls: calls.aclassify(inputs, params))
+
+    async def _watched(
+        self, operation: Operation, inputs: Any, call: PoolingOptions | ScoreOptions, run: Callable[[PoolingCalls], Any]
+    ) -> Any:
+        """Runs a call and tells its watcher of it."""
+        call["request_id"] = request_id = call.get("request_id") or uuid.uuid4().hex
+        watcher = call.pop("watcher", None)
+        info = RequestInfo(request_id, operation, inputs, None, self.detokenize, call.get("lora_request"))
         with watched_pooling(watcher, info) as answered:
-            outputs = await self._pooling(lora_request).aclassify(
-                inputs,
-                params,
-                request_id=request_id,
-                priority=priority,
-                add_special_tokens=add_special_tokens,
-                apart=apart,
-            )
+            outputs = await run(self._pooling(**call))
             answered(outputs)
         return outputs
 
@@ -667,11 +620,8 @@ class EngineFront(ABC):
         prompt: Prompt,
         sampling_params: SamplingParams | None = None,
         *,
-        request_id: str | None = None,
-        priority: int = 0,
-        add_special_tokens: bool = True,
-        lora_request: LoraChoice = None,
         watcher: RequestWatcher | None = None,
+        **call: Unpack[TextOptions],
     ) -> TokenStream:
         """Submit a prompt and return a stream of its pieces, to iterate over; call it inside an event loop.
 
@@ -683,12 +633,11 @@ class EngineFront(ABC):
             RuntimeError: there is no event loop here.
         """
         params = self._filled(sampling_params)
-        request_id = uuid.uuid4().hex if request_id is None else request_id
-        info = RequestInfo(request_id, "generate", prompt, params, self.detokenize, lora_request)
+        request_id = call.get("request_id")
+        call["request_id"] = request_id = uuid.uuid4().hex if request_id is None else request_id
+        info = RequestInfo(request_id, "generate", prompt, params, self.detokenize, call.get("lora_request"))
         with watched_submit(watcher, info) as watch:
-            request = self._request(
-                prompt, params, request_id, priority, add_special_tokens, adapter_uses(lora_request)
-            )
+            request = self._request(prompt, params, **call)
             prepared = self._working().prepare(request)
             thread = self._running_thread()
             sink = RequestSink(_running_loop(), params.n, lambda sink: thread.abort(request_id, sink), watch)
@@ -700,11 +649,7 @@ class EngineFront(ABC):
         self,
         prompt: Prompt,
         sampling_params: SamplingParams | None = None,
-        *,
-        request_id: str | None = None,
-        priority: int = 0,
-        add_special_tokens: bool = True,
-        lora_request: LoraChoice = None,
+        **call: Unpack[TextOptions],
     ) -> TokenIterator:
         """`stream` for a program without an event loop: submits a prompt and returns an iterator of its pieces.
 
@@ -714,8 +659,7 @@ class EngineFront(ABC):
         Raises:
             RequestError, EngineOverloadedError, EngineDeadError: the request was not taken.
         """
-        uses = adapter_uses(lora_request)
-        request = self._request(prompt, sampling_params, request_id, priority, add_special_tokens, uses)
+        request = self._request(prompt, sampling_params, **call)
         prepared = self._working().prepare(request)
         return TokenIterator(self._running_thread(), request, prepared)
 
@@ -798,9 +742,9 @@ class EngineFront(ABC):
     def _running_thread(self) -> RequestRunner:
         """What drives the engine, started on first use."""
 
-    def _pooling(self, lora_request: LoraChoice | Sequence[LoraChoice]) -> PoolingCalls:
+    def _pooling(self, **options: Any) -> PoolingCalls:
         texts = self._require()[1]
-        return PoolingCalls(self._working(), self._running_thread, texts.tokenizer, self._info, lora_request)
+        return PoolingCalls(self._working(), self._running_thread, texts.tokenizer, self._info, **options)
 
     def _check_generates(self) -> None:
         """Refuses work that an encoder cannot do before its input is looked at."""
@@ -832,8 +776,9 @@ class EngineFront(ABC):
         request_id: str | None = None,
         priority: int = 0,
         add_special_tokens: bool = True,
-        adapters: tuple[AdapterUse, ...] = (),
+        lora_request: LoraChoice = None,
     ) -> GenerationRequest:
+        adapters = adapter_uses(lora_request)
         self._check_generates()
         text, ids = read_prompt(prompt, sees=self._sight is not None)
         pictures = prompt_pictures(prompt)
@@ -876,9 +821,9 @@ class EngineFront(ABC):
         orders = [priority] * len(prompts) if isinstance(priority, int) else list(priority)
         if len(orders) != len(prompts):
             raise InvalidParameterError(f"{len(prompts)} prompts and {len(orders)} priorities", "priority")
-        uses = each_adapter_uses(lora_request, len(prompts))
+        adapters = each_lora_choice(lora_request, len(prompts))
         todo: list[tuple[GenerationRequest, Sequence[Any]]] = []
-        for number, (prompt, one, order, own) in enumerate(zip(prompts, each, orders, uses)):
+        for number, (prompt, one, order, own) in enumerate(zip(prompts, each, orders, adapters)):
             try:
                 request = self._request(prompt, one, None, order, add_special_tokens, own)
                 todo.append((request, engine.prepare(request)))

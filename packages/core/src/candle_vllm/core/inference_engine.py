@@ -24,9 +24,9 @@ from candle_vllm.core.engine.build import build_engine, model_info
 from candle_vllm.core.engine.model_info import AdapterInfo
 from candle_vllm.core.engine.outputs import TokenOutput
 from candle_vllm.core.engine.ranks.ranks import Ranks
-from candle_vllm.core.engine.requests import LoraChoice, adapter_uses
 from candle_vllm.core.engine.step.engine import Engine
 from candle_vllm.core.engine.step.thread import SLEEPS, EngineThread
+from candle_vllm.core.engine.step.watching import TextOptions
 from candle_vllm.core.engine_front import EngineFront
 from candle_vllm.core.errors import ConfigError, EngineDeadError, EngineSleepingError, InvalidParameterError
 from candle_vllm.core.kernels.cpu_runtime.operation import use_level
@@ -133,16 +133,11 @@ class InferenceEngine(EngineFront):
         self,
         prompt: Prompt,
         sampling_params: SamplingParams | None = None,
-        *,
-        request_id: str | None = None,
-        priority: int = 0,
-        add_special_tokens: bool = True,
-        lora_request: LoraChoice = None,
+        **call: Unpack[TextOptions],
     ) -> str:
         """Queues a prompt for `step`; returns its request id."""
         engine = self._own_loop()
-        uses = adapter_uses(lora_request)
-        request = self._request(prompt, sampling_params, request_id, priority, add_special_tokens, uses)
+        request = self._request(prompt, sampling_params, **call)
         if engine.is_sleeping:
             raise EngineSleepingError(SLEEPS)
         engine.add(engine.prepare(request))

@@ -6,15 +6,22 @@ from __future__ import annotations
 import asyncio
 import math
 from array import array
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, Unpack
 
 from candle_vllm.core.engine.model_info import ModelInfo
 from candle_vllm.core.engine.outputs import ClassificationOutput, EmbeddingOutput, ScoreOutput
-from candle_vllm.core.engine.requests import LoRARequest, PoolingRequest
+from candle_vllm.core.engine.requests import LoraChoice, PoolingRequest
 from candle_vllm.core.engine.step.admission import check_pooling_request
-from candle_vllm.core.engine.step.pooling_calls import Apart
-from candle_vllm.core.engine.step.watching import RequestInfo, RequestWatcher, watched_pooling
+from candle_vllm.core.engine.step.watching import (
+    Apart,
+    Operation,
+    PoolingOptions,
+    RequestInfo,
+    ScoreOptions,
+    watched_pooling,
+)
 from candle_vllm.core.errors import CandleVllmError, RequestError
 from candle_vllm.core.pooling import ModelPooling, PoolingParams, PoolingPlan
 from candle_vllm.core.text.prompts import Prompt, as_prompts, read_prompt
@@ -29,7 +36,7 @@ class PoolingCall(NamedTuple):
     params: PoolingParams | None
     request_id: str | None
     priority: int
-    lora_request: Sequence[tuple[LoRARequest, float]] = ()
+    lora_request: LoraChoice = ()
     apart: Apart = asyncio.to_thread
 
 
@@ -64,28 +71,13 @@ class ScriptedVectors:
         raise NotImplementedError
 
     async def aembed(
-        self,
-        inputs: Prompt | Sequence[Prompt],
-        params: PoolingParams | None = None,
-        *,
-        request_id: str | None = None,
-        priority: int = 0,
-        add_special_tokens: bool = True,
-        watcher: RequestWatcher | None = None,
-        lora_request: Sequence[tuple[LoRARequest, float]] = (),
-        apart: Apart = asyncio.to_thread,
+        self, inputs: Prompt | Sequence[Prompt], params: PoolingParams | None = None, **call: Unpack[PoolingOptions]
     ) -> list[EmbeddingOutput]:
         """The vector of every text; refuses what the real engine refuses, or raises the scripted error."""
-        info = RequestInfo(request_id or "", "embed", inputs, None, self.detokenize, lora_request)
-        with watched_pooling(watcher, info) as answered:
-            items = as_prompts(inputs)
-            read = map(read_prompt, items)
-            texts = [self.tokenize(text or "", add_special_tokens) if ids is None else ids for text, ids in read]
-            self.pooling_calls.append(PoolingCall(items, params, request_id, priority, lora_request, apart))
+        with self._watched("embed", inputs, call) as answered:
+            texts = self._texts(inputs, params, call)
             plan = ModelPooling(SIZE, "mean", matryoshka=True).plan(params or PoolingParams())
-            for number, ids in enumerate(texts):
-                self._check_text(ids, number, len(texts))
-            self._fail()
+            request_id = call.get("request_id")
             made = [
                 EmbeddingOutput(
                     request_id=f"{request_id}-{n}", embedding=_vector(ids, plan), prompt_token_ids=tuple(ids)
@@ -96,28 +88,12 @@ class ScriptedVectors:
         return made
 
     async def aclassify(
-        self,
-        inputs: Prompt | Sequence[Prompt],
-        params: PoolingParams | None = None,
-        *,
-        request_id: str | None = None,
-        priority: int = 0,
-        add_special_tokens: bool = True,
-        watcher: RequestWatcher | None = None,
-        lora_request: Sequence[tuple[LoRARequest, float]] = (),
-        apart: Apart = asyncio.to_thread,
+        self, inputs: Prompt | Sequence[Prompt], params: PoolingParams | None = None, **call: Unpack[PoolingOptions]
     ) -> list[ClassificationOutput]:
         """Of every text the shares of its tokens by their id modulo the number of labels."""
-        info = RequestInfo(request_id or "", "classify", inputs, None, self.detokenize, lora_request)
-        with watched_pooling(watcher, info) as answered:
-            items = as_prompts(inputs)
-            read = map(read_prompt, items)
-            texts = [self.tokenize(text or "", add_special_tokens) if ids is None else ids for text, ids in read]
-            self.pooling_calls.append(PoolingCall(items, params, request_id, priority, lora_request, apart))
-            for number, ids in enumerate(texts):
-                self._check_text(ids, number, len(texts))
-            self._fail()
-            count = len(self.model_info.labels)
+        with self._watched("classify", inputs, call) as answered:
+            texts = self._texts(inputs, params, call)
+            count, request_id = len(self.model_info.labels), call.get("request_id")
             shares = [
                 [sum(token % count == each for token in ids) / len(ids) for each in range(count)] for ids in texts
             ]
@@ -130,46 +106,52 @@ class ScriptedVectors:
             answered(made)
         return made
 
-    async def ascore(
-        self,
-        pairs: Sequence[tuple[str, str]],
-        *,
-        request_id: str | None = None,
-        priority: int = 0,
-        watcher: RequestWatcher | None = None,
-        lora_request: Sequence[tuple[LoRARequest, float]] = (),
-        apart: Apart = asyncio.to_thread,
-    ) -> list[ScoreOutput]:
+    async def ascore(self, pairs: Sequence[tuple[str, str]], **call: Unpack[ScoreOptions]) -> list[ScoreOutput]:
         """The score of every pair."""
-        info = RequestInfo(request_id or "", "score", pairs, None, self.detokenize, lora_request)
-        with watched_pooling(watcher, info) as answered:
-            made = self._scores(pairs, request_id, priority, lora_request, apart)
+        with self._watched("score", pairs, call) as answered:
+            self._note(list(pairs), None, call)
+            made = [self._score(pair, number, len(pairs)) for number, pair in enumerate(pairs)]
+            self._fail()
             answered(made)
         return made
 
-    def _scores(
-        self,
-        pairs: Sequence[tuple[str, str]],
-        request_id: str | None,
-        priority: int,
-        lora_request: Sequence[tuple[LoRARequest, float]],
-        apart: Apart,
-    ) -> list[ScoreOutput]:
-        self.pooling_calls.append(PoolingCall(list(pairs), None, request_id, priority, lora_request, apart))
-        made = []
-        for number, pair in enumerate(pairs):
-            first, second = (self.tokenize(text) for text in pair)
-            if "embed" in self.model_info.tasks:
-                self._check_text(first, number, len(pairs), 0)
-                self._check_text(second, number, len(pairs), 1)
-                plan = PoolingPlan("mean", True, SIZE)
-                score = math.fsum(a * b for a, b in zip(_vector(first, plan), _vector(second, plan)))
-            else:
-                self._check_text(first + second, number, len(pairs))
-                score = sum(token in first for token in second) / len(second)
-            made.append(ScoreOutput(score=score, num_tokens=len(first) + len(second)))
+    def _watched(
+        self, operation: Operation, inputs: Any, call: ScoreOptions
+    ) -> AbstractContextManager[Callable[[Any], None]]:
+        request_id = call.get("request_id") or ""
+        info = RequestInfo(request_id, operation, inputs, None, self.detokenize, call.get("lora_request", ()))
+        return watched_pooling(call.get("watcher"), info)
+
+    def _note(self, items: Any, params: PoolingParams | None, call: ScoreOptions) -> None:
+        uses, apart = call.get("lora_request", ()), call.get("apart", asyncio.to_thread)
+        self.pooling_calls.append(
+            PoolingCall(items, params, call.get("request_id"), call.get("priority", 0), uses, apart)
+        )
+
+    def _texts(
+        self, inputs: Prompt | Sequence[Prompt], params: PoolingParams | None, call: PoolingOptions
+    ) -> list[list[int]]:
+        """The tokens of every text, checked."""
+        items = as_prompts(inputs)
+        special = call.get("add_special_tokens", True)
+        texts = [self.tokenize(text or "", special) if ids is None else ids for text, ids in map(read_prompt, items)]
+        self._note(items, params, call)
+        for number, ids in enumerate(texts):
+            self._check_text(ids, number, len(texts))
         self._fail()
-        return made
+        return texts
+
+    def _score(self, pair: tuple[str, str], number: int, count: int) -> ScoreOutput:
+        first, second = (self.tokenize(text) for text in pair)
+        if "embed" in self.model_info.tasks:
+            self._check_text(first, number, count, 0)
+            self._check_text(second, number, count, 1)
+            plan = PoolingPlan("mean", True, SIZE)
+            score = math.fsum(a * b for a, b in zip(_vector(first, plan), _vector(second, plan)))
+        else:
+            self._check_text(first + second, number, count)
+            score = sum(token in first for token in second) / len(second)
+        return ScoreOutput(score=score, num_tokens=len(first) + len(second))
 
     def _check_text(self, ids: list[int], number: int, count: int, side: int | None = None) -> None:
         info = self.model_info

@@ -14,6 +14,7 @@ from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.engine.outputs import FinishReason, TokenOutput
 from candle_vllm.core.engine.requests import LoraChoice, LoRARequest
 from candle_vllm.core.engine.step.stream import TokenStream, raise_failure
+from candle_vllm.core.engine.step.watching import PoolingOptions
 from candle_vllm.core.engine_front import EngineFront
 from candle_vllm.core.errors import EngineDeadError, InvalidParameterError
 from candle_vllm.core.pooling import PoolingParams
@@ -132,27 +133,20 @@ class AsyncLLM:
         """The numbers of a text, as the only output. Arguments and errors as of `generate` and of `LLM.encode`."""
         refuse_given("encode", trace_headers=trace_headers or None)
         request_id = request_id or uuid.uuid4().hex
-        special = adds_special(tokenization_kwargs)
+        call: PoolingOptions = {
+            "request_id": request_id,
+            "priority": priority,
+            "add_special_tokens": adds_special(tokenization_kwargs),
+            "lora_request": lora_request,
+        }
         if asks_classes(pooling_task, self.engine.model_info):
             refuse_given("encode", pooling_params=pooling_params)
-            (classes,) = await self.engine.aclassify(
-                [prompt],
-                request_id=request_id,
-                priority=priority,
-                add_special_tokens=special,
-                lora_request=lora_request,
-            )
+            (classes,) = await self.engine.aclassify([prompt], **call)
             probs = shaped(classes.probs, classes.vectors)
             yield PoolingRequestOutput(request_id, probs, list(classes.prompt_token_ids))
             return
-        (made,) = await self.engine.aembed(
-            [prompt],
-            task_params(self._opened.pooling if pooling_params is None else pooling_params, pooling_task),
-            request_id=request_id,
-            priority=priority,
-            add_special_tokens=special,
-            lora_request=lora_request,
-        )
+        params = task_params(self._opened.pooling if pooling_params is None else pooling_params, pooling_task)
+        (made,) = await self.engine.aembed([prompt], params, **call)
         data = shaped(made.embedding, made.vectors)
         yield PoolingRequestOutput(made.request_id, data, list(made.prompt_token_ids), made.num_cached_tokens)
 

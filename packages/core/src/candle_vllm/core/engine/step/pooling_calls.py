@@ -7,10 +7,11 @@ time, so that one call does not fill the queue.
 
 from __future__ import annotations
 
+import asyncio
 import math
 import uuid
 from array import array
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from candle_vllm.core.engine.outputs import ClassificationOutput, EmbeddingOutpu
 from candle_vllm.core.engine.requests import LoraChoice, PoolingRequest, each_adapter_uses
 from candle_vllm.core.engine.step.stream import Bar, Entry, Window
 from candle_vllm.core.engine.step.thread import PreparingEngine, RequestRunner
+from candle_vllm.core.engine.step.watching import Apart
 from candle_vllm.core.errors import InvalidParameterError, PromptTooLongError, RequestError
 from candle_vllm.core.pooling import PoolingParams
 from candle_vllm.core.text.prompts import Prompt, as_prompts, read_prompt
@@ -31,9 +33,6 @@ MAX_TEXT = 1 << 22
 
 Pair = tuple[str, str]
 
-Apart = Callable[..., Awaitable[Any]]
-"""Runs a function with its arguments in a thread, as `asyncio.to_thread` does."""
-
 
 class PoolingCalls:
     """Texts and pairs in, vectors and scores out.
@@ -43,6 +42,7 @@ class PoolingCalls:
         thread: the thread that drives it, started on first use.
         tokenizer, info: the model's.
         lora_request: the adapters of all inputs, or of each.
+        request_id, priority, add_special_tokens, apart: as of `PoolingOptions`.
     """
 
     def __init__(
@@ -51,13 +51,22 @@ class PoolingCalls:
         thread: Callable[[], RequestRunner],
         tokenizer: Tokenizer,
         info: ModelInfo,
+        *,
         lora_request: LoraChoice | Sequence[LoraChoice] = None,
+        request_id: str | None = None,
+        priority: int = 0,
+        add_special_tokens: bool = True,
+        apart: Apart = asyncio.to_thread,
     ) -> None:
         self._engine = engine
         self._thread = thread
         self._tokenizer = tokenizer
         self._info = info
         self._lora_request = lora_request
+        self._request_id = request_id or uuid.uuid4().hex
+        self._priority = priority
+        self._special = add_special_tokens
+        self._apart = apart
 
     # ---- vectors -----------------------------------------------------------------------------------------------------
 
@@ -69,21 +78,12 @@ class PoolingCalls:
         use_tqdm: Bar,
     ) -> list[EmbeddingOutput]:
         """See `InferenceEngine.embed`."""
-        entries = self._texts(inputs, params, uuid.uuid4().hex, 0, True)
+        entries = self._texts(inputs, params)
         return _vectors(entries, self._window(entries).run(use_tqdm=use_tqdm))
 
-    async def aembed(
-        self,
-        inputs: Prompt | Sequence[Prompt],
-        params: PoolingParams | None,
-        *,
-        request_id: str,
-        priority: int,
-        add_special_tokens: bool,
-        apart: Apart,
-    ) -> list[EmbeddingOutput]:
+    async def aembed(self, inputs: Prompt | Sequence[Prompt], params: PoolingParams | None) -> list[EmbeddingOutput]:
         """See `InferenceEngine.aembed`. Tokenizing many texts takes long enough to hold up an event loop."""
-        entries = await apart(self._texts, inputs, params, request_id, priority, add_special_tokens)
+        entries = await self._apart(self._texts, inputs, params)
         return _vectors(entries, await self._window(entries).arun())
 
     # ---- classes -----------------------------------------------------------------------------------------------------
@@ -92,21 +92,14 @@ class PoolingCalls:
         self, inputs: Prompt | Sequence[Prompt], params: PoolingParams | None, *, use_tqdm: Bar
     ) -> list[ClassificationOutput]:
         """See `InferenceEngine.classify`."""
-        entries = self._texts(inputs, params, uuid.uuid4().hex, 0, True, "classify")
+        entries = self._texts(inputs, params, "classify")
         return _classes(entries, self._window(entries).run(use_tqdm=use_tqdm))
 
     async def aclassify(
-        self,
-        inputs: Prompt | Sequence[Prompt],
-        params: PoolingParams | None,
-        *,
-        request_id: str,
-        priority: int,
-        add_special_tokens: bool,
-        apart: Apart,
+        self, inputs: Prompt | Sequence[Prompt], params: PoolingParams | None
     ) -> list[ClassificationOutput]:
         """See `InferenceEngine.aclassify`."""
-        entries = await apart(self._texts, inputs, params, request_id, priority, add_special_tokens, "classify")
+        entries = await self._apart(self._texts, inputs, params, "classify")
         return _classes(entries, await self._window(entries).arun())
 
     # ---- scores ------------------------------------------------------------------------------------------------------
@@ -114,19 +107,19 @@ class PoolingCalls:
     def score(self, pairs: Sequence[Pair], *, use_tqdm: Bar) -> list[ScoreOutput]:
         """See `InferenceEngine.score`."""
         if self._is_cross_encoder:
-            entries = self._pairs(pairs, uuid.uuid4().hex, 0)
+            entries = self._pairs(pairs)
             return _scores(entries, self._window(entries).run(use_tqdm=use_tqdm))
-        entries = self._distinct(pairs, uuid.uuid4().hex, 0)
+        entries = self._distinct(pairs)
         return _products(pairs, _vectors(entries, self._window(entries).run(use_tqdm=use_tqdm)), self._longest)
 
-    async def ascore(self, pairs: Sequence[Pair], *, request_id: str, priority: int, apart: Apart) -> list[ScoreOutput]:
+    async def ascore(self, pairs: Sequence[Pair]) -> list[ScoreOutput]:
         """See `InferenceEngine.ascore`."""
         if self._is_cross_encoder:
-            entries = await apart(self._pairs, pairs, request_id, priority)
+            entries = await self._apart(self._pairs, pairs)
             return _scores(entries, await self._window(entries).arun())
-        entries = await apart(self._distinct, pairs, request_id, priority)
+        entries = await self._apart(self._distinct, pairs)
         pieces = await self._window(entries).arun()
-        return await apart(lambda: _products(pairs, _vectors(entries, pieces), self._longest, with_ids=False))
+        return await self._apart(lambda: _products(pairs, _vectors(entries, pieces), self._longest, with_ids=False))
 
     def _window(self, entries: Sequence[Entry]) -> Window:
         return Window(self._thread(), entries, self._engine.max_step_tokens)
@@ -146,9 +139,6 @@ class PoolingCalls:
         self,
         inputs: Prompt | Sequence[Prompt],
         params: PoolingParams | Sequence[PoolingParams] | None,
-        request_id: str,
-        priority: int,
-        add_special_tokens: bool,
         task: Literal["embed", "classify"] = "embed",
     ) -> list[Entry]:
         """The checked request of each text."""
@@ -159,20 +149,20 @@ class PoolingCalls:
         for number, (prompt, one, own) in enumerate(zip(prompts, each, uses, strict=True)):
             with _blaming(number, len(prompts)):
                 text, ids = read_prompt(prompt)
-                ids = self._encode(text or "", add_special_tokens) if ids is None else ids
+                ids = self._encode(text or "", self._special) if ids is None else ids
                 request = PoolingRequest(
-                    request_id=_numbered(request_id, number, len(prompts)),
+                    request_id=_numbered(self._request_id, number, len(prompts)),
                     prompt=text,
                     prompt_token_ids=ids,
                     pooling=one,
                     task=task,
-                    priority=priority,
+                    priority=self._priority,
                     adapters=own,
                 )
                 entries.append(Entry(request, self._engine.prepare(request)))
         return entries
 
-    def _distinct(self, pairs: Sequence[Pair], request_id: str, priority: int) -> list[Entry]:
+    def _distinct(self, pairs: Sequence[Pair]) -> list[Entry]:
         """The checked request of each text of the pairs, once, for a vector of length 1."""
         _check_pairs(pairs)
         uses = each_adapter_uses(self._lora_request, 1)[0]
@@ -183,17 +173,17 @@ class PoolingCalls:
                     continue
                 with _blaming(number, len(pairs), side):
                     request = PoolingRequest(
-                        request_id=f"{request_id}-{len(entries)}",
+                        request_id=f"{self._request_id}-{len(entries)}",
                         prompt=text,
                         prompt_token_ids=self._encode(text, add_special_tokens=True),
                         pooling=PoolingParams(normalize=self._longest == 1),
-                        priority=priority,
+                        priority=self._priority,
                         adapters=uses,
                     )
                     entries[text] = Entry(request, self._engine.prepare(request))
         return list(entries.values())
 
-    def _pairs(self, pairs: Sequence[Pair], request_id: str, priority: int) -> list[Entry]:
+    def _pairs(self, pairs: Sequence[Pair]) -> list[Entry]:
         """The checked request of each pair, for a cross-encoder."""
         _check_pairs(pairs)
         uses = each_adapter_uses(self._lora_request, 1)[0]
@@ -203,11 +193,11 @@ class PoolingCalls:
                 self._check_size(sum(map(len, pair)))
                 ids, types = self._tokenizer.encode_pair(*pair)
                 request = PoolingRequest(
-                    request_id=_numbered(request_id, number, len(pairs)),
+                    request_id=_numbered(self._request_id, number, len(pairs)),
                     prompt_token_ids=ids,
                     token_type_ids=types if any(types) else None,
                     task="score",
-                    priority=priority,
+                    priority=self._priority,
                     adapters=uses,
                 )
                 entries.append(Entry(request, self._engine.prepare(request)))

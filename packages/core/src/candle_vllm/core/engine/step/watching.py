@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias, TypedDict
 
 from candle_vllm.core.engine.outputs import ClassificationOutput, EmbeddingOutput, ScoreOutput, TokenOutput
 from candle_vllm.core.engine.requests import LoraChoice, adapter_uses
@@ -16,6 +16,47 @@ from candle_vllm.core.text.prompts import Prompt, as_prompts
 
 Operation = Literal["generate", "embed", "score", "classify"]
 Pooled: TypeAlias = "Sequence[EmbeddingOutput] | Sequence[ScoreOutput] | Sequence[ClassificationOutput]"
+Apart: TypeAlias = Callable[..., Awaitable[Any]]
+
+
+class CallOptions(TypedDict, total=False):
+    """What every call says of its request beside inputs and parameters.
+
+    Attributes:
+        request_id: what `abort` knows it by; without one, the engine makes one.
+        priority: lower runs first.
+        lora_request: the adapter, or pairs of adapters and scales.
+    """
+
+    request_id: str | None
+    priority: int
+    lora_request: LoraChoice
+
+
+class TextOptions(CallOptions, total=False):
+    """What a call with texts says besides.
+
+    Attributes:
+        add_special_tokens: a text begins with the token that the model asks for; true where it is left out.
+    """
+
+    add_special_tokens: bool
+
+
+class ScoreOptions(CallOptions, total=False):
+    """What a call in an event loop for vectors, scores or classes says besides.
+
+    Attributes:
+        watcher: is told of the request.
+        apart: runs a function with its arguments in a thread, for what takes long, as `asyncio.to_thread` does.
+    """
+
+    watcher: RequestWatcher | None
+    apart: Apart
+
+
+class PoolingOptions(ScoreOptions, TextOptions, total=False):
+    """The options of `EngineFront.aembed` and `aclassify`."""
 
 
 @dataclass(frozen=True)
