@@ -18,17 +18,8 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from candle_vllm.core.kernels.activation_quant import GROUP, Prologue, QuantiseArguments
+from candle_vllm.core.kernels.cpu_runtime import emit_functions
 from candle_vllm.core.kernels.cpu_runtime.emit import F32, I8, I32, SHIFTER, Emitter, vector
-from candle_vllm.core.kernels.cpu_runtime.emit_functions import (
-    emit_gelu,
-    emit_gelu_tanh,
-    emit_quick_gelu,
-    emit_relu,
-    emit_relu2,
-    emit_silu,
-    emit_swiglu_oai,
-    emit_tanh,
-)
 from candle_vllm.core.kernels.cpu_runtime.level import LANES
 from candle_vllm.core.kernels.cpu_runtime.primitives import int64_at, read, step_number
 
@@ -131,15 +122,15 @@ def _two(e: Emitter, base: Any, group: Any) -> list[Any]:
 
 _ACTIVATIONS = MappingProxyType(
     {
-        Prologue.SILU: emit_silu,
-        Prologue.GELU_GATE: emit_gelu_tanh,
-        Prologue.GELU_ERF_GATE: emit_gelu,
-        Prologue.GELU_TANH: emit_gelu_tanh,
-        Prologue.GELU: emit_gelu,
-        Prologue.RELU: emit_relu,
-        Prologue.TANH: emit_tanh,
-        Prologue.QUICK_GELU: emit_quick_gelu,
-        Prologue.RELU2: emit_relu2,
+        Prologue.SILU: emit_functions.emit_silu,
+        Prologue.GELU_GATE: emit_functions.emit_gelu_tanh,
+        Prologue.GELU_ERF_GATE: emit_functions.emit_gelu,
+        Prologue.GELU_TANH: emit_functions.emit_gelu_tanh,
+        Prologue.GELU: emit_functions.emit_gelu,
+        Prologue.RELU: emit_functions.emit_relu,
+        Prologue.TANH: emit_functions.emit_tanh,
+        Prologue.QUICK_GELU: emit_functions.emit_quick_gelu,
+        Prologue.RELU2: emit_functions.emit_relu2,
     }
 )
 
@@ -147,7 +138,7 @@ _ACTIVATIONS = MappingProxyType(
 def emit_gated(e: Emitter, prologue: Prologue, gate: Any, other: Any) -> Any:
     """16 gated numbers."""
     if prologue is Prologue.SWIGLU_OAI:
-        return emit_swiglu_oai(e, gate, other)
+        return emit_functions.emit_swiglu_oai(e, gate, other)
     return e.b.fmul(_ACTIVATIONS[prologue](e, gate), other)
 
 

@@ -7,15 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from candle_vllm.core.kernels.cpu_runtime.operation import address_of
-from candle_vllm.core.kernels.delta_rule.layout import (
-    DeltaArguments,
-    DeltaGates,
-    keep_operation,
-    kept_inputs,
-    prepare_operation,
-    scan_operation,
-    state_shape,
-)
+from candle_vllm.core.kernels.delta_rule import layout
 
 if TYPE_CHECKING:
     from candle_vllm.core.kernels.cpu_runtime.recorder import Recorder
@@ -35,7 +27,7 @@ def record_delta_rule(
     recorder: Recorder,
     given: Sequence[Rows],
     out: Rows,
-    gates: DeltaGates,
+    gates: layout.DeltaGates,
     cache: StateCache,
     *,
     scale: float,
@@ -58,9 +50,9 @@ def record_delta_rule(
     key_heads, heads = q.width // key_dim, v.width // value_dim
     assert heads % key_heads == 0
     assert a.width == b.width == heads
-    assert cache.states.shape[1:] == state_shape(heads, key_dim, value_dim)
+    assert cache.states.shape[1:] == layout.state_shape(heads, key_dim, value_dim)
     made = recorder.memory(2 * heads)
-    arguments = DeltaArguments(
+    arguments = layout.DeltaArguments(
         q=q.address,
         q_stride=q.stride,
         k=k.address,
@@ -86,8 +78,8 @@ def record_delta_rule(
         out_stride=out.stride,
         **recorder.state_arguments(cache),
     )
-    recorder.add(prepare_operation(), arguments)
-    recorder.add(scan_operation(gates.skip is None), arguments)
+    recorder.add(layout.prepare_operation(), arguments)
+    recorder.add(layout.scan_operation(gates.skip is None), arguments)
     if cache.kept.shape[1]:
-        assert cache.kept.shape[2] == kept_inputs(key_heads, heads, key_dim, value_dim)
-        recorder.add(keep_operation(), arguments)
+        assert cache.kept.shape[2] == layout.kept_inputs(key_heads, heads, key_dim, value_dim)
+        recorder.add(layout.keep_operation(), arguments)

@@ -20,6 +20,7 @@ from candle_vllm.core.kernels.attention.cpu_tiles import clear_partial, merge_pa
 from candle_vllm.core.kernels.cpu_runtime.level import LANES
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber
 from candle_vllm.core.kernels.cpu_runtime.primitives import fetch_add, float32_at, int64_at, read, step_number
+from candle_vllm.core.kernels.latent_attention import layout
 from candle_vllm.core.kernels.latent_attention.cpu_record import AttendArguments
 from candle_vllm.core.kernels.latent_attention.cpu_tiles import (
     finish_latent,
@@ -27,16 +28,6 @@ from candle_vllm.core.kernels.latent_attention.cpu_tiles import (
     latent_scores,
     latent_softmax,
     latent_values,
-)
-from candle_vllm.core.kernels.latent_attention.layout import (
-    BLOCK,
-    GROUPS,
-    OCTET,
-    PROBABILITY_BYTES,
-    SCORE_BYTES,
-    STATE_BYTES,
-    TILE_LIST,
-    scratch_per_thread,
 )
 
 _SEQUENCES = int(StepNumber.SEQUENCES)
@@ -90,7 +81,7 @@ def make_attend(rope: int, latent: int, form: int, isa: int) -> Callable[..., No
     """The operation for one shape; `form` is that of `cpu_tiles.copy_numbers`."""
     width = rope + latent
     row_bytes = 4 * partial_floats(latent)
-    thread_bytes = scratch_per_thread(latent)
+    thread_bytes = layout.scratch_per_thread(latent)
     group_bytes = 2 * LANES * width
 
     def latent_attend(row, thread, threads):
@@ -99,11 +90,11 @@ def make_attend(rope: int, latent: int, form: int, isa: int) -> Callable[..., No
         heads, parts, scratch = given.heads, given.parts, given.scratch
         lines = parts * LANES  # query rows of a token
         tiles = scratch + HEADER + thread * thread_bytes
-        state = tiles + TILE_LIST
-        states = state + STATE_BYTES
+        state = tiles + layout.TILE_LIST
+        states = state + layout.STATE_BYTES
         own = states + ROW_TILE * row_bytes
         scores = own + ROW_TILE * row_bytes
-        probabilities = scores + GROUPS * SCORE_BYTES
+        probabilities = scores + layout.GROUPS * layout.SCORE_BYTES
 
         partials = scratch + HEADER + threads * thread_bytes
         free = given.scratch_size - HEADER - threads * thread_bytes
@@ -148,15 +139,15 @@ def make_attend(rope: int, latent: int, form: int, isa: int) -> Callable[..., No
                     _scores(queries, tiles, scores, count, groups, width, isa)
                     for g in range(groups):
                         seen = max(0, min(keys, begin + (at_group + g) // parts + 1 - start))
-                        at_probabilities = probabilities + g * PROBABILITY_BYTES
-                        latent_softmax(scores + g * SCORE_BYTES, at_probabilities, seen, state)
+                        at_probabilities = probabilities + g * layout.PROBABILITY_BYTES
+                        latent_softmax(scores + g * layout.SCORE_BYTES, at_probabilities, seen, state)
                         _write_states(state, to + g * LANES * row_bytes, row_bytes, latent)
-                    for block in range(0, latent, BLOCK):  # these numbers of all keys stay in the nearest cache
+                    for block in range(0, latent, layout.BLOCK):  # these numbers of all keys stay in the nearest cache
                         for g in range(groups):
                             seen = max(0, min(keys, begin + (at_group + g) // parts + 1 - start))
-                            for i in range(0, LANES, OCTET):
+                            for i in range(0, LANES, layout.OCTET):
                                 latent_values(
-                                    probabilities + g * PROBABILITY_BYTES + 4 * i,
+                                    probabilities + g * layout.PROBABILITY_BYTES + 4 * i,
                                     tiles,
                                     seen,
                                     2 * (rope + block),
@@ -188,7 +179,7 @@ def make_attend(rope: int, latent: int, form: int, isa: int) -> Callable[..., No
 def make_merge(latent: int, form: int) -> Callable[..., None]:
     """Merges what `attend` left in scratch memory."""
     row_bytes = 4 * partial_floats(latent)
-    thread_bytes = scratch_per_thread(latent)
+    thread_bytes = layout.scratch_per_thread(latent)
 
     def latent_merge(row, thread, threads):
         given = read(AttendArguments, row)

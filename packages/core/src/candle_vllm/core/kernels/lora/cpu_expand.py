@@ -29,6 +29,7 @@ from candle_vllm.core.kernels.cpu_runtime.primitives import (
     step_number,
 )
 from candle_vllm.core.kernels.cpu_runtime.tiles import add_run, no_runs, stack_bytes
+from candle_vllm.core.kernels.lora import layout
 from candle_vllm.core.kernels.lora.cpu_shrink import (
     FOLDED,
     VECTOR,
@@ -43,24 +44,6 @@ from candle_vllm.core.kernels.lora.cpu_shrink import (
     widened,
     zeros_of,
 )
-from candle_vllm.core.kernels.lora.layout import (
-    BEGIN,
-    BIAS,
-    BLOCK_BYTES,
-    DONE_BYTES,
-    FULL,
-    HEAD,
-    LESS,
-    MATRIX,
-    OFFSET,
-    PANEL,
-    PANEL_BYTES,
-    PART,
-    ROWS,
-    STEPS,
-    ExpandArguments,
-    NumberForm,
-)
 
 _PATIENCE = 1024  # pauses, some 50 us: about what a thread's share of the largest `shrink` takes
 
@@ -72,18 +55,18 @@ _WHOLES = _SUMS + 1024
 PARTS_MEMORY = _WHOLES + 64
 
 
-def _emit_expand(e: Emitter, form: NumberForm, isa: Isa, count: int, width: int, onto: bool, given: Any) -> None:
+def _emit_expand(e: Emitter, form: layout.NumberForm, isa: Isa, count: int, width: int, onto: bool, given: Any) -> None:
     """What `_expand_rows` does, of `count` rows and `width` tiles."""
     b, (at_weights, at_scales, at_places, offset, number, at_out, end, jump) = e.b, given
-    rows, whole = count if is_wide(isa) else min(count, 4), form is NumberForm.I8
+    rows, whole = count if is_wide(isa) else min(count, 4), form is layout.NumberForm.I8
     kind, moves = (I32, 2) if whole else (F32, 4)
     sources = [e.load(at_places, I64, 8 * row) for row in range(count)]
     for first in range(0, count, rows):
 
         def body(index: Any, totals: list[Any], first: int = first) -> list[Any]:
-            base = b.add(at_weights, b.mul(index, e.int64(PANEL_BYTES)))
+            base = b.add(at_weights, b.mul(index, e.int64(layout.PANEL_BYTES)))
             moved, totals = b.mul(index, e.int64(moves * form.per_step)), list(totals)
-            ask_ahead(e, base, PANEL_BYTES if form is NumberForm.I8 else VECTOR * width, end, jump)
+            ask_ahead(e, base, layout.PANEL_BYTES if form is layout.NumberForm.I8 else VECTOR * width, end, jump)
             for part, weights in _parts(e, form, base, width):
                 for row in range(rows):
                     x = e.splat(e.load(b.add(sources[first + row], moved), kind, 4 * part))
@@ -114,14 +97,14 @@ def _emit_expand(e: Emitter, form: NumberForm, isa: Isa, count: int, width: int,
                 e.store(target, total, VECTOR * tile)
 
 
-def _parts(e: Emitter, form: NumberForm, base: Any, width: int) -> Iterator[tuple[int, list[Any]]]:
+def _parts(e: Emitter, form: layout.NumberForm, base: Any, width: int) -> Iterator[tuple[int, list[Any]]]:
     """The ranks of a step, and what `width` tiles have of each."""
-    if form is not NumberForm.I8:
+    if form is not layout.NumberForm.I8:
         tiles = [widened(e, form, base, VECTOR * tile) for tile in range(width)]
         yield from enumerate(map(list, zip(*tiles, strict=True)))
         return
     for part in range(form.per_step // 2):
-        yield part, [widened(e, form, base, 2 * (PANEL * part + LANES * tile))[0] for tile in range(width)]
+        yield part, [widened(e, form, base, 2 * (layout.PANEL * part + LANES * tile))[0] for tile in range(width)]
 
 
 _KINDS = ((8, 2, 1), (8, 1, 1), (4, 1, 1), (2, 1, 1), (1, 4, 1), (1, 1, 1), (1, 1, 0))
@@ -153,7 +136,7 @@ def _expand_rows(
     products times the scales are added there; else they are written to `out`, float32 [tiles, rows, 16]. end, jump: of
     `ask_ahead`.
     """
-    kind, features = NumberForm(form.literal_value), Isa(isa.literal_value)
+    kind, features = layout.NumberForm(form.literal_value), Isa(isa.literal_value)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e = Emitter(b)
@@ -234,23 +217,23 @@ def _spread(row: int, given: Any, first: int, last: int) -> None:
 def _make_columns(FORM: int, ISA: int) -> Any:
     """A function that adds columns of a part for 8, 4, 2 or 1 rows of a product."""
 
-    form, WIDE = NumberForm(FORM), int(is_wide(Isa(ISA)))
+    form, WIDE = layout.NumberForm(FORM), int(is_wide(Isa(ISA)))
     ROW_BYTES, SCALES = form.row_bytes, form.panel_scales
 
     @njit
     def add_columns(part, memory, count, first, last, onward):
         """A part's columns first .. last, of the part; onward: address of what is read next, or 0."""
         scales, targets, bases, sums = memory + 64, memory + 128, memory + 192, memory + _SUMS
-        spare, steps = sums + 512, int64_at(part)[STEPS]
-        weights, begins = int64_at(part)[MATRIX], 4 * int64_at(part)[BEGIN]
-        bias, less = int64_at(part)[BIAS], int64_at(part)[LESS]
+        spare, steps = sums + 512, int64_at(part)[layout.STEPS]
+        weights, begins = int64_at(part)[layout.MATRIX], 4 * int64_at(part)[layout.BEGIN]
+        bias, less = int64_at(part)[layout.BIAS], int64_at(part)[layout.LESS]
         plain = bias == 0 and less == 0
         column = first
-        end = weights + (last + 63 >> 6) * (PANEL_BYTES * steps + SCALES)
+        end = weights + (last + 63 >> 6) * (layout.PANEL_BYTES * steps + SCALES)
         jump = jump_to(onward, end)
         while column < last:
             inside = column & 63  # of a panel
-            panel = weights + (column >> 6) * (PANEL_BYTES * steps + SCALES)
+            panel = weights + (column >> 6) * (layout.PANEL_BYTES * steps + SCALES)
             at, at_scales = panel + SCALES + ROW_BYTES * inside, panel + 2 * inside
             left, to = min(64 - inside, last - column), begins + 4 * column
             if plain and left >= 16:
@@ -274,17 +257,19 @@ def _make_columns(FORM: int, ISA: int) -> Any:
 def _panel_of(about: int, column: int, scales: int) -> int:
     """Where what an adapter adds from a column on begins, or 0; `about` may be 0. scales: bytes of a panel's."""
     for number in range(int64_at(about)[2] if about != 0 else 0):
-        part = about + 8 * (HEAD + PART * number)
-        inside = column - int64_at(part)[BEGIN]
-        if 0 <= inside < int64_at(part)[ROWS] and int64_at(part)[STEPS] != 0:
-            return int64_at(part)[MATRIX] + (inside >> 6) * (PANEL_BYTES * int64_at(part)[STEPS] + scales)
+        part = about + 8 * (layout.HEAD + layout.PART * number)
+        inside = column - int64_at(part)[layout.BEGIN]
+        if 0 <= inside < int64_at(part)[layout.ROWS] and int64_at(part)[layout.STEPS] != 0:
+            return int64_at(part)[layout.MATRIX] + (inside >> 6) * (
+                layout.PANEL_BYTES * int64_at(part)[layout.STEPS] + scales
+            )
     return 0
 
 
 def make_parts(FORM: int, ISA: int) -> Any:
     """A function that adds what an adapter has for 8, 4, 2 or 1 rows of a product."""
 
-    form = NumberForm(FORM)
+    form = layout.NumberForm(FORM)
     MIXED, SCALES, fold_part = int(form.whole is not form), form.panel_scales, make_fold(FORM)
     add_columns = _make_columns(FORM, ISA)
     add_whole = _make_columns(int(form.whole), ISA) if form.whole is not form else add_columns
@@ -301,22 +286,22 @@ def make_parts(FORM: int, ISA: int) -> Any:
         wholes = memory + _WHOLES
         factors = wholes + 8 * 4 * most
         ranks, parts = int64_at(about)[1], int64_at(about)[2]
-        row_bytes = count_blocks(ranks) * BLOCK_BYTES
+        row_bytes = count_blocks(ranks) * layout.BLOCK_BYTES
         for number in range(parts):
-            part = about + 8 * (HEAD + PART * number)
-            begins, rows = int64_at(part)[BEGIN], int64_at(part)[ROWS]
+            part = about + 8 * (layout.HEAD + layout.PART * number)
+            begins, rows = int64_at(part)[layout.BEGIN], int64_at(part)[layout.ROWS]
             low, high = max(first - begins, 0), min(last - begins, rows)
             if low >= high:
                 continue
             ends = high == last - begins
             onward = _panel_of(following if ends else about, first if ends else begins + rows, SCALES)
             for index in range(count):
-                if int64_at(part)[FULL] != 0:
+                if int64_at(part)[layout.FULL] != 0:
                     int64_at(memory)[index] = int64_at(memory + 256)[index]
                     continue
                 if folded:
                     made = h + index * row_bytes
-                    int64_at(memory)[index] = made + 4 * int64_at(part)[OFFSET]
+                    int64_at(memory)[index] = made + 4 * int64_at(part)[layout.OFFSET]
                     float32_at(memory + _FACTORS)[2 * index] = 0
                     if ranks != 0:
                         float32_at(memory + _FACTORS)[2 * index] = float32_at(made + 4 * ranks + FOLDED)[number]
@@ -325,7 +310,7 @@ def make_parts(FORM: int, ISA: int) -> Any:
                 int64_at(memory)[index] = to
                 factor = fold_part(part, ranks, h + index * row_bytes, wholes + 4 * index * most, to)
                 float32_at(memory + _FACTORS)[2 * index] = factor
-            if MIXED == 1 and int64_at(part)[FULL] != 0:
+            if MIXED == 1 and int64_at(part)[layout.FULL] != 0:
                 add_whole(part, memory, count, low, high, 0)
             else:
                 add_columns(part, memory, count, low, high, onward)
@@ -335,18 +320,21 @@ def make_parts(FORM: int, ISA: int) -> Any:
 
 def _make_list(FORM: int) -> Any:
     """A function that lists what columns of a place's product are added from."""
-    SCALES = NumberForm(FORM).panel_scales
+    SCALES = layout.NumberForm(FORM).panel_scales
 
     @njit
     def list_parts(tables, groups, place, first, last, runs):
         for group in range(groups):
             about = int64_at(tables[group])[place]
             for number in range(int64_at(about)[2] if about != 0 else 0):
-                part = about + 8 * (HEAD + PART * number)
-                begins = int64_at(part)[BEGIN]
-                low, high = max(first - begins, 0), min(last - begins, int64_at(part)[ROWS])
-                if low < high and int64_at(part)[STEPS] != 0 and int64_at(part)[FULL] == 0:
-                    size, weights = PANEL_BYTES * int64_at(part)[STEPS] + SCALES, int64_at(part)[MATRIX]
+                part = about + 8 * (layout.HEAD + layout.PART * number)
+                begins = int64_at(part)[layout.BEGIN]
+                low, high = max(first - begins, 0), min(last - begins, int64_at(part)[layout.ROWS])
+                if low < high and int64_at(part)[layout.STEPS] != 0 and int64_at(part)[layout.FULL] == 0:
+                    size, weights = (
+                        layout.PANEL_BYTES * int64_at(part)[layout.STEPS] + SCALES,
+                        int64_at(part)[layout.MATRIX],
+                    )
                     add_run(runs, weights + (low >> 6) * size, weights + (high + 63 >> 6) * size)
 
     return list_parts
@@ -354,11 +342,11 @@ def _make_list(FORM: int) -> Any:
 
 def make_expand(FORM: int, ISA: int) -> Callable[..., None]:
     """The operation for a type of numbers."""
-    add_parts, INNER = make_parts(FORM, ISA), len(ExpandArguments._fields)
+    add_parts, INNER = make_parts(FORM, ISA), len(layout.ExpandArguments._fields)
     list_parts, RUNS = _make_list(FORM), RUNS_BYTES
 
     def expand(row, thread, threads):
-        given = read(ExpandArguments, row)
+        given = read(layout.ExpandArguments, row)
         tiles = (given.columns + 15) >> 4  # shared as the operations that multiply matrices share them
         first = given.first + 16 * (tiles * thread // threads)
         last = given.first + min(16 * (tiles * (thread + 1) // threads), given.columns)
@@ -374,7 +362,7 @@ def make_expand(FORM: int, ISA: int) -> Callable[..., None]:
             before = row - given.back
             for other in range(threads):
                 left = _PATIENCE
-                while left > 0 and load_acquire(given.done + DONE_BYTES * other) == 0:
+                while left > 0 and load_acquire(given.done + layout.DONE_BYTES * other) == 0:
                     cpu_relax(IS_X86)
                     left -= 1
                 if left == 0:
@@ -409,7 +397,7 @@ def make_expand(FORM: int, ISA: int) -> Callable[..., None]:
                     int64_at(memory + 128)[index] = given.out + place * given.row_bytes
                     int64_at(memory + 192)[index] = given.base + place * given.base_bytes
                     int64_at(memory + 256)[index] = given.x + place * given.x_bytes
-                h = given.h + begin * given.h_bytes + (entry - begin) * blocks * BLOCK_BYTES
+                h = given.h + begin * given.h_bytes + (entry - begin) * blocks * layout.BLOCK_BYTES
                 entry += count
                 following = int64_at(tables[group + 1])[given.place] if entry == end and group + 1 < groups else 0
                 add_parts(about, h, folded, count, memory, most, first, last, following)

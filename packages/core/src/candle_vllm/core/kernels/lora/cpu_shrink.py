@@ -31,21 +31,7 @@ from candle_vllm.core.kernels.cpu_runtime.primitives import (
     store_release,
 )
 from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes
-from candle_vllm.core.kernels.lora.layout import (
-    BLOCK_BYTES,
-    DONE_BYTES,
-    FULL,
-    HEAD,
-    MOST_16,
-    OFFSET,
-    PART,
-    SCALE,
-    SPAN,
-    STEPS,
-    BeginArguments,
-    NumberForm,
-    ShrinkArguments,
-)
+from candle_vllm.core.kernels.lora import layout
 
 _RUN = 32
 """Rows of a unit of work of `shrink`: they meet a quarter of a block, which stays in the first-level cache."""
@@ -59,29 +45,29 @@ AHEAD = 2048
 leaves of them is asked for at the next one's beginning."""
 
 
-def widened(e: Emitter, form: NumberForm, address: Any, offset: int) -> list[Any]:
+def widened(e: Emitter, form: layout.NumberForm, address: Any, offset: int) -> list[Any]:
     """A vector of weights as floats: <16 x float>, of bfloat16 pairs two; of whole numbers 32 of 16 bits.
 
     Products of floats are fused multiply-adds, with float32 numbers that nobody has rounded, so that every CPU has the
     same sums. The instruction for pairs of bfloat16 takes three times as long as such a one on a Xeon with AMX.
     """
-    if form is NumberForm.F32:
+    if form is layout.NumberForm.F32:
         return [e.load(address, vector(F32), offset)]
-    if form is NumberForm.I8:
+    if form is layout.NumberForm.I8:
         return [e.b.sext(e.load(address, vector(I8, 2 * LANES), offset), vector(I16, 2 * LANES))]
     pairs = e.load(address, vector(I32), offset)
     parts = e.b.shl(pairs, e.constant(I32, 16)), e.b.and_(pairs, e.constant(I32, -65536))
     return [e.b.bitcast(part, vector(F32)) for part in parts]
 
 
-def added(e: Emitter, form: NumberForm, isa: Isa, x: Any, weights: Any, total: Any) -> Any:
+def added(e: Emitter, form: layout.NumberForm, isa: Isa, x: Any, weights: Any, total: Any) -> Any:
     """A sum with the products of what `widened` gives: floats, or <16 x i32> and pairs of 16 bits."""
-    return e.dot_i16(total, x, weights, isa) if form is NumberForm.I8 else e.fma(x, weights, total)
+    return e.dot_i16(total, x, weights, isa) if form is layout.NumberForm.I8 else e.fma(x, weights, total)
 
 
-def zeros_of(e: Emitter, form: NumberForm) -> Any:
+def zeros_of(e: Emitter, form: layout.NumberForm) -> Any:
     """What `added` begins with."""
-    return e.zeros(I32 if form is NumberForm.I8 else F32)
+    return e.zeros(I32 if form is layout.NumberForm.I8 else F32)
 
 
 @intrinsic(prefer_literal=True)
@@ -168,11 +154,11 @@ def _repeated(e: Emitter, kind: Any, address: Any, offset: int, height: int, par
     return [e.b.shuffle_vector(few, few, ir.Constant(vector(I32), order)) for order in orders]
 
 
-def _emit_shrink(e: Emitter, form: NumberForm, isa: Isa, height: int, count: int, given: Any) -> None:
+def _emit_shrink(e: Emitter, form: layout.NumberForm, isa: Isa, height: int, count: int, given: Any) -> None:
     """What `_shrink_rows` does, of `height` ranks and `count` rows."""
     b, (at_weights, at_scales, at_inputs, offset, at_outputs, number, onto, end, jump) = e.b, given
-    parts, whole = 2 if form is NumberForm.BF16 else 1, form is NumberForm.I8
-    chains = 1 if form is not NumberForm.F32 and height == 4 else 2  # of these, a quarter may be one step
+    parts, whole = 2 if form is layout.NumberForm.BF16 else 1, form is layout.NumberForm.I8
+    chains = 1 if form is not layout.NumberForm.F32 and height == 4 else 2  # of these, a quarter may be one step
     size, x_bytes = form.step_bytes, 4 * LANES // height * parts
     rows = count if is_wide(isa) else min(count, 2)
     turns = chains
@@ -234,7 +220,7 @@ def _shrink_rows(
     their sums go. scales: address of those of whole numbers; `X_SCALES` bytes behind the inputs' are theirs, and where
     `onto`, sums are added to what is there. end, jump: of `ask_ahead`.
     """
-    kind, features = NumberForm(form.literal_value), Isa(isa.literal_value)
+    kind, features = layout.NumberForm(form.literal_value), Isa(isa.literal_value)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e = Emitter(b)
@@ -273,13 +259,13 @@ def ranks_before(ranks: int, block: int) -> int:
 SOURCES, RESULTS, X_SCALES, _CODES = 128, 192, 256, 320
 """Where the memory of `make_run` has, of 8 rows: where inputs begin, and sums; scales; and numbers of 16 bits."""
 
-RUN_MEMORY = _CODES + 8 * 2 * SPAN
+RUN_MEMORY = _CODES + 8 * 2 * layout.SPAN
 
 
 def make_run(FORM: int, ISA: int) -> Any:
     """A function that multiplies a quarter of some blocks by up to 8 rows."""
-    form = NumberForm(FORM)
-    ITEM, STEP, SCALES, WHOLE = form.bytes, form.step_bytes, form.block_scales, int(form is NumberForm.I8)
+    form = layout.NumberForm(FORM)
+    ITEM, STEP, SCALES, WHOLE = form.bytes, form.step_bytes, form.block_scales, int(form is layout.NumberForm.I8)
 
     @njit
     def run(weights, ranks, quarter, first, last, count, x_bytes, memory, onward):
@@ -295,7 +281,7 @@ def make_run(FORM: int, ISA: int) -> Any:
         inputs, outputs, scales = int64_at(memory), int64_at(memory + 64), float32_at(memory + X_SCALES)
         begin = 0
         while begin < columns:
-            size = min(columns - begin, SPAN) if WHOLE == 1 else columns
+            size = min(columns - begin, layout.SPAN) if WHOLE == 1 else columns
             for index in range(rows):
                 if index >= count:
                     inputs[index] = inputs[count - 1]
@@ -303,11 +289,11 @@ def make_run(FORM: int, ISA: int) -> Any:
                     continue
                 inputs[index] = int64_at(memory + SOURCES)[index] + 4 * (quarter * columns + begin)
                 if WHOLE == 1:
-                    codes = memory + _CODES + 2 * SPAN * index
+                    codes = memory + _CODES + 2 * layout.SPAN * index
                     if size & 15 == 0:
-                        scales[index] = in_16_bits(16, inputs[index], size, MOST_16, codes)
+                        scales[index] = in_16_bits(16, inputs[index], size, layout.MOST_16, codes)
                     else:
-                        scales[index] = in_16_bits(8, inputs[index], size, MOST_16, codes)
+                        scales[index] = in_16_bits(8, inputs[index], size, layout.MOST_16, codes)
                     inputs[index] = codes
             for block in range(first, last):
                 height = height_of(ranks, block)
@@ -361,8 +347,8 @@ def _scaled(_: Any, source: Any, scale: Any, target: Any) -> Any:
 
 def make_fold(FORM: int) -> Any:
     """A function that makes of sums what B meets."""
-    form = NumberForm(FORM)
-    PER_STEP, WHOLE = form.per_step, int(form is NumberForm.I8)
+    form = layout.NumberForm(FORM)
+    PER_STEP, WHOLE = form.per_step, int(form is layout.NumberForm.I8)
 
     @njit
     def fold_part(part, ranks, h, at, to):
@@ -370,14 +356,14 @@ def make_fold(FORM: int) -> Any:
 
         Whole ones are without the scale that is returned.
         """
-        begins, count = int64_at(part)[OFFSET], int64_at(part)[STEPS] * PER_STEP
+        begins, count = int64_at(part)[layout.OFFSET], int64_at(part)[layout.STEPS] * PER_STEP
         for block in range(begins >> 4, count_blocks(ranks)):
             before, height = ranks_before(ranks, block), height_of(ranks, block)
             if begins < before + height and before < begins + count:
-                _fold(height, h + block * BLOCK_BYTES, at + 4 * before)
-        scale = float_from_bits(int64_at(part)[SCALE])
+                _fold(height, h + block * layout.BLOCK_BYTES, at + 4 * before)
+        scale = float_from_bits(int64_at(part)[layout.SCALE])
         if WHOLE == 1:
-            most = min(MOST_16, np.float32(2**31 // 127 // max(count, 1)))  # sums with 8 bits fit 32
+            most = min(layout.MOST_16, np.float32(2**31 // 127 // max(count, 1)))  # sums with 8 bits fit 32
             if count & 15 == 0:
                 return scale * in_16_bits(16, at + 4 * begins, count, most, to)
             return scale * in_16_bits(4, at + 4 * begins, count, most, to)
@@ -409,9 +395,9 @@ def make_shrink(FORM: int, ISA: int) -> Callable[..., None]:
         """Writes what B meets of a row's sums; memory: 2 times `most` floats."""
         ranks, made = int64_at(about)[1], memory + 4 * most
         for number in range(int64_at(about)[2]):
-            part = about + 8 * (HEAD + PART * number)
-            if int64_at(part)[FULL] == 0 and int64_at(part)[STEPS] != 0:
-                factor = fold_part(part, ranks, sums, memory, made + 4 * int64_at(part)[OFFSET])
+            part = about + 8 * (layout.HEAD + layout.PART * number)
+            if int64_at(part)[layout.FULL] == 0 and int64_at(part)[layout.STEPS] != 0:
+                factor = fold_part(part, ranks, sums, memory, made + 4 * int64_at(part)[layout.OFFSET])
                 float32_at(made + 4 * ranks + FOLDED)[number] = factor
         for number in range(ranks):
             float32_at(h)[number] = float32_at(made)[number]
@@ -419,7 +405,7 @@ def make_shrink(FORM: int, ISA: int) -> Callable[..., None]:
             float32_at(h + 4 * ranks + FOLDED)[number] = float32_at(made + 4 * ranks + FOLDED)[number]
 
     def shrink(row, thread, threads):
-        given = read(ShrinkArguments, row)
+        given = read(layout.ShrinkArguments, row)
         groups = step_number(row, given.groups_from)
         starts, tables = int64_at(given.starts), int64_at(given.tables)
         total, most, run_bytes, entries = 0, 0, 0, starts[groups]
@@ -430,7 +416,7 @@ def make_shrink(FORM: int, ISA: int) -> Callable[..., None]:
                 runs = (starts[group + 1] - starts[group] + RUN - 1) // RUN
                 total += 4 * count_blocks(int64_at(about)[1]) * runs
                 most = max(most, int64_at(about)[1] + int64_at(about)[2])
-                run_bytes = max(run_bytes, 8 * count_blocks(int64_at(about)[1]) * BLOCK_BYTES)
+                run_bytes = max(run_bytes, 8 * count_blocks(int64_at(about)[1]) * layout.BLOCK_BYTES)
         shared, first_entry, last_entry = are_shared(entries, threads), 0, entries
         if shared:
             first_entry, last_entry = entries * thread // threads, entries * (thread + 1) // threads
@@ -468,21 +454,21 @@ def make_shrink(FORM: int, ISA: int) -> Callable[..., None]:
                         for index in range(count):
                             sources[index] = given.x + int64_at(given.rows)[at + index] * given.x_bytes
                             place = at + index - begin
-                            results[index] = given.h + begin * given.h_bytes + place * blocks * BLOCK_BYTES
+                            results[index] = given.h + begin * given.h_bytes + place * blocks * layout.BLOCK_BYTES
                             if shared:
-                                results[index] = own + index * blocks * BLOCK_BYTES
+                                results[index] = own + index * blocks * layout.BLOCK_BYTES
                         weights = int64_at(about)[0]
                         multiply(weights, ranks, quarter, low, until, count, given.x_bytes, memory, onward)
                     number = (quarter + 1) * blocks
                 for at in range(entry, stop if shared else entry):
-                    sums = own + (at - entry) * blocks * BLOCK_BYTES
-                    h = given.h + begin * given.h_bytes + (at - begin) * blocks * BLOCK_BYTES
+                    sums = own + (at - entry) * blocks * layout.BLOCK_BYTES
+                    h = given.h + begin * given.h_bytes + (at - begin) * blocks * layout.BLOCK_BYTES
                     fold_row(about, sums, h, memory + RUN_MEMORY, most)
-        store_release(given.done + DONE_BYTES * thread, 1)
+        store_release(given.done + layout.DONE_BYTES * thread, 1)
 
     return shrink
 
 
 def begin(row, thread, threads):
     """Before `shrink`, and before all meet: nobody has done anything of it yet."""
-    store_release(read(BeginArguments, row).done + DONE_BYTES * thread, 0)
+    store_release(read(layout.BeginArguments, row).done + layout.DONE_BYTES * thread, 0)

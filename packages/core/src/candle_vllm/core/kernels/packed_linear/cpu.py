@@ -32,6 +32,7 @@ from candle_vllm.core.kernels.cpu_runtime.level import Isa
 from candle_vllm.core.kernels.cpu_runtime.operation import RUNS_BYTES, EmbeddingArguments, LinearArguments
 from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, int64_at, read, step_number
 from candle_vllm.core.kernels.cpu_runtime.tiles import ask_lines, lines_each, stack_bytes, write_tile
+from candle_vllm.core.kernels.packed_linear import cpu_sums
 from candle_vllm.core.kernels.packed_linear.cpu_grids import GridGroup
 from candle_vllm.core.kernels.packed_linear.cpu_panel import (
     TALL_ROWS,
@@ -40,16 +41,6 @@ from candle_vllm.core.kernels.packed_linear.cpu_panel import (
     fill_row,
     most_panels,
     record_bytes,
-)
-from candle_vllm.core.kernels.packed_linear.cpu_sums import (
-    Inputs,
-    emit_sums,
-    rows_at_once,
-    shape_sums,
-    square_sums,
-    steps,
-    takes_signed,
-    takes_squares,
 )
 from candle_vllm.core.kernels.packed_linear.grids import GridLayout
 from candle_vllm.core.kernels.packed_linear.layout import (
@@ -74,7 +65,7 @@ CACHED_BYTES = 384 << 10
 
 def scratch_bytes(isa: Isa, layout: AnyLayout) -> int:
     """Room for what is unpacked at a time, and its sums: of a panel's rows, with AMX of all."""
-    rows = TALL_ROWS if takes_squares(isa, layout) else blocks(isa, layout)[0]
+    rows = TALL_ROWS if cpu_sums.takes_squares(isa, layout) else blocks(isa, layout)[0]
     return UNPACKED * (UNPACKED_BYTES + rows * VECTOR_BYTES * GROUP // layout.width)
 
 
@@ -106,9 +97,9 @@ def _quad(
     """
     if layout.bits == 0:
         return _digit(e, codes, e.b.add(e.b.shl(group, e.int64(3)), e.int64(quad)), lanes)
-    found, signed = _stored_quad(e, codes, layout, quad, lanes), takes_signed(isa, layout)
+    found, signed = _stored_quad(e, codes, layout, quad, lanes), cpu_sums.takes_signed(isa, layout)
     if layout.values is not None:
-        of_steps = steps(layout) if lanes == ROWS else None
+        of_steps = cpu_sums.steps(layout) if lanes == ROWS else None
         if of_steps and of_steps.are_codes:
             return found
         zero = 0 if signed else layout.zero
@@ -293,7 +284,7 @@ def _packed_group(e: Emitter, layout: AnyLayout, isa: Isa, weights: Any, group: 
     head, number, codes = _block_of(e, weights, group, layout)
     if isinstance(layout, GridLayout):
         grid = GridGroup(e, layout, isa, head, number, codes)
-        zero = layout.zero if signed or takes_signed(isa, layout) else 0
+        zero = layout.zero if signed or cpu_sums.takes_signed(isa, layout) else 0
         return _Group(grid.scales(), [], lambda quad: _less(e, grid.quad(quad), zero))
     if layout.paired:
         scale, minimum = _floats(e, head, layout)
@@ -305,19 +296,19 @@ def _packed_group(e: Emitter, layout: AnyLayout, isa: Isa, weights: Any, group: 
     return _Group(scales, minima, lambda quad: read(e, number, codes, layout, quad, isa))
 
 
-def _sums_of(inputs: Inputs, rows: range, group: _Group) -> list[list[Any]]:
+def _sums_of(inputs: cpu_sums.Inputs, rows: range, group: _Group) -> list[list[Any]]:
     """The sums of a group, or of its halves, each <16 x i32> for each row."""
     layout, isa = inputs.layout, inputs.isa
     halves = GROUP // layout.width
-    apart = not (layout.minimum or takes_signed(isa, layout))  # where zeros have a share, of which sums begin
+    apart = not (layout.minimum or cpu_sums.takes_signed(isa, layout))  # where zeros have a share, of which sums begin
     size = 8 // halves
     return [
-        emit_sums(inputs, group.quad, range(half * size, (half + 1) * size), rows, 1 + half if apart else 0)
+        cpu_sums.emit_sums(inputs, group.quad, range(half * size, (half + 1) * size), rows, 1 + half if apart else 0)
         for half in range(halves)
     ]
 
 
-def _add_group(inputs: Inputs, rows: range, group: _Group, sums: list[list[Any]], old: list[Any]) -> list[Any]:
+def _add_group(inputs: cpu_sums.Inputs, rows: range, group: _Group, sums: list[list[Any]], old: list[Any]) -> list[Any]:
     """Adds a group's share to the totals of some rows of a panel; `sums` are as `_sums_of` has them."""
     e, layout = inputs.e, inputs.layout
     if not isinstance(layout, GridLayout) and layout.paired:
@@ -340,7 +331,9 @@ def _add_group(inputs: Inputs, rows: range, group: _Group, sums: list[list[Any]]
     return totals
 
 
-def _add_paired(inputs: Inputs, rows: range, group: _Group, halves: list[list[Any]], old: list[Any]) -> list[Any]:
+def _add_paired(
+    inputs: cpu_sums.Inputs, rows: range, group: _Group, halves: list[list[Any]], old: list[Any]
+) -> list[Any]:
     """`_add_group` for a paired kind: the halves, below 2^13 each, are scaled and added as integers."""
     e, isa = inputs.e, inputs.isa
     (scale, sub_scales), (minimum, sub_minima) = group.scales, group.minima
@@ -373,14 +366,14 @@ def _ask_ahead(e: Emitter, layout: AnyLayout, at: _Tile, group: Any) -> None:
         e.prefetch(coming, line)
 
 
-def _record(e: Emitter, layout: AnyLayout, isa: Isa, count: int, panel: Any, group: Any) -> Inputs:
+def _record(e: Emitter, layout: AnyLayout, isa: Isa, count: int, panel: Any, group: Any) -> cpu_sums.Inputs:
     """A group's activations in a panel of `count` rows."""
-    return Inputs(e, isa, layout, count, e.b.add(panel, e.b.mul(group, e.int64(record_bytes(layout, count)))))
+    return cpu_sums.Inputs(e, isa, layout, count, e.b.add(panel, e.b.mul(group, e.int64(record_bytes(layout, count)))))
 
 
 def _rows_in_turn(isa: Isa, count: int) -> list[range]:
     """The rows of a panel, as many together as are multiplied at once."""
-    most = rows_at_once(isa)
+    most = cpu_sums.rows_at_once(isa)
     return [range(first, min(first + most, count)) for first in range(0, count, most)]
 
 
@@ -407,7 +400,7 @@ def _emit_tall(e: Emitter, layout: AnyLayout, isa: Isa, count: int, at: _Tile) -
     totals, since there are not registers for both; AMX makes the sums of all panels before. What is between stays in
     the first-level cache.
     """
-    squares = takes_squares(isa, layout)
+    squares = cpu_sums.takes_squares(isa, layout)
     b, of_panel, row_sums = e.b, count * 4 * ROWS, VECTOR_BYTES * GROUP // layout.width
     panel_bytes = b.mul(at.groups, e.int64(record_bytes(layout, count)))
     at_sums = b.add(at.scratch, e.int64(UNPACKED * UNPACKED_BYTES))
@@ -442,14 +435,14 @@ def _emit_tall(e: Emitter, layout: AnyLayout, isa: Isa, count: int, at: _Tile) -
             scales, minima = ([e.load(place, kind, next(offsets)) for kind in some] for some in kinds)
             return _Group(scales, minima, lambda quad: e.load(place, vector(I32), VECTOR_BYTES * quad))
 
-        def places_in(panel: Any, group: Any) -> tuple[Inputs, Any]:
+        def places_in(panel: Any, group: Any) -> tuple[cpu_sums.Inputs, Any]:
             from_panel = b.add(at.panel, b.mul(panel, panel_bytes))
             inputs = _record(e, layout, isa, count, from_panel, b.add(first, group))
             number = b.add(group, b.mul(panel, e.int64(UNPACKED))) if squares else group
             return inputs, b.add(at_sums, b.mul(number, e.int64(count * row_sums)))
 
         def multiply_squares(group: Any, state: list[Any]) -> list[Any]:
-            square_sums(e, codes_of(group), at.panels, lambda panel: places_in(panel, group))
+            cpu_sums.square_sums(e, codes_of(group), at.panels, lambda panel: places_in(panel, group))
             return state
 
         def multiply_panel(panel: Any, state: list[Any]) -> list[Any]:
@@ -512,7 +505,7 @@ def multiply(
         counts = blocks(features, layout)
         cases = {n: partial(_emit_tile, e, layout, features, n, at) for n in counts}
         number, tall = args[2], partial(_emit_tall, e, layout, features, counts[0], at)
-        if takes_squares(features, layout):
+        if cpu_sums.takes_squares(features, layout):
             cases[counts[0]] = tall
         elif most_panels(features, layout) > 1:
             cases[0] = tall
@@ -530,7 +523,7 @@ def make_linear(KIND: int, ISA: int) -> Any:
     """The linear operation."""
     layout, isa = LAYOUTS[PackedKind(KIND)], Isa(ISA)
     FULL, MOST, RUNS, SCRATCH = blocks(isa, layout)[0], most_panels(isa, layout), RUNS_BYTES, scratch_bytes(isa, layout)
-    SQUARES, TILE_BLOCK = takes_squares(isa, layout), CACHED_BYTES
+    SQUARES, TILE_BLOCK = cpu_sums.takes_squares(isa, layout), CACHED_BYTES
     PANEL_GROUP = record_bytes(layout, FULL)  # panel bytes of a group
 
     def packed_linear(entry: Any, thread: int, threads: int) -> None:
@@ -546,7 +539,7 @@ def make_linear(KIND: int, ISA: int) -> Any:
         sums = scratch + SCRATCH
         panel = sums + most * FULL * 64
         if SQUARES and rows > FULL // 2:
-            shape_sums(scratch)
+            cpu_sums.shape_sums(scratch)
         ahead, beside = given.ahead, 0
         if given.beside != 0:
             beside = given.beside + RUNS * thread

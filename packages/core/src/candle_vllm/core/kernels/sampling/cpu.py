@@ -17,6 +17,7 @@ import numpy as np
 
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber
 from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, float64_at, int64_at, read, step_number
+from candle_vllm.core.kernels.sampling import cpu_chunks, cpu_select
 from candle_vllm.core.kernels.sampling.contract import (
     CHUNK,
     MAXIMA_AT,
@@ -26,37 +27,16 @@ from candle_vllm.core.kernels.sampling.contract import (
     WEIGHTS_AT,
     DrawArguments,
 )
-from candle_vllm.core.kernels.sampling.cpu_chunks import (
-    GROUP,
-    above,
-    chunk_at,
-    count_bits,
-    hits,
-    inner,
-    reaches,
-    weigh_chunk,
-)
-from candle_vllm.core.kernels.sampling.cpu_select import (
-    ALL,
-    INFINITE,
-    LOG2_E,
-    LOWEST,
-    first_at,
-    kth_largest,
-    min_p_bound,
-    nucleus,
-    survey,
-)
 
 _LARGEST = float(np.finfo(np.float32).max)
 
 
-@inner
+@cpu_chunks.inner
 def _weigh(row, chunks, number, work, cut, last_tie, largest, scale):
     """Writes the weights of a chunk, 0 below the cut and for its equals behind the id `last_tie`; returns the sum."""
-    at, weights = chunk_at(row, work + TAIL_AT, chunks, number), work + WEIGHTS_AT
+    at, weights = cpu_chunks.chunk_at(row, work + TAIL_AT, chunks, number), work + WEIGHTS_AT
     start = number * CHUNK
-    total = weigh_chunk(at, largest, scale, cut if start <= last_tie else above(cut), weights)
+    total = cpu_chunks.weigh_chunk(at, largest, scale, cut if start <= last_tie else cpu_chunks.above(cut), weights)
     if start <= last_tie < start + CHUNK:
         logits, kept, total = float32_at(at), float32_at(weights), 0.0
         for place in range(CHUNK):
@@ -66,19 +46,19 @@ def _weigh(row, chunks, number, work, cut, last_tie, largest, scale):
     return total
 
 
-@inner
+@cpu_chunks.inner
 def _sum_chunks(row, chunks, work, cut, last_tie, largest, scale):
     """Writes the sums of the weights of all chunks; returns their sum."""
     sums, total = float64_at(work + SUMS_AT + chunks * MAXIMA_BYTES), 0.0
     for number in range(chunks):
         sums[number] = 0.0
-        if reaches(work + MAXIMA_AT + number * MAXIMA_BYTES, cut):
+        if cpu_chunks.reaches(work + MAXIMA_AT + number * MAXIMA_BYTES, cut):
             sums[number] = _weigh(row, chunks, number, work, cut, last_tie, largest, scale)
         total += sums[number]
     return total
 
 
-@inner
+@cpu_chunks.inner
 def _pick(row, chunks, work, cut, last_tie, largest, scale, target):
     """The first id at which the cumulated weight exceeds the target: first its chunk, then it."""
     sums = float64_at(work + SUMS_AT + chunks * MAXIMA_BYTES)
@@ -94,7 +74,7 @@ def _pick(row, chunks, work, cut, last_tie, largest, scale, target):
     return chosen * CHUNK + _pick_inside(float32_at(work + WEIGHTS_AT), target - start, sums[chosen])
 
 
-@inner
+@cpu_chunks.inner
 def _pick_inside(weights, target, mass):
     total, before, chosen = 0.0, 0.0, 0
     for place in range(CHUNK):
@@ -112,28 +92,28 @@ def _pick_inside(weights, target, mass):
     return chosen
 
 
-@inner
+@cpu_chunks.inner
 def _draw_row(row, vocabulary, controls, work, chosen, largest):
     """Draws from one row: its parameters are float64 [5], see `Control`; an int64 and a float32 are written."""
     chunks = (vocabulary + CHUNK - 1) // CHUNK
     temperature, min_p, top_k, top_p = controls[0], controls[1], controls[2], controls[3]
-    top = survey(row, vocabulary, work)
+    top = cpu_select.survey(row, vocabulary, work)
     chosen[0], largest[0] = -1, top
-    if not -INFINITE < top < INFINITE:
+    if not -cpu_select.INFINITE < top < cpu_select.INFINITE:
         return
     if temperature == 0.0:
-        chosen[0] = first_at(row, chunks, work, top, INFINITE, np.int64(0))
+        chosen[0] = cpu_select.first_at(row, chunks, work, top, cpu_select.INFINITE, np.int64(0))
         return
-    cut, last_tie, rate = LOWEST, ALL, 1.0 / temperature
+    cut, last_tie, rate = cpu_select.LOWEST, cpu_select.ALL, 1.0 / temperature
     if top_k > 0.0:
-        cut, _ = kth_largest(row, chunks, work, int(top_k), top)
+        cut, _ = cpu_select.kth_largest(row, chunks, work, int(top_k), top)
     if min_p > 0.0:
-        cut = max(cut, min_p_bound(min_p, top, temperature))
+        cut = max(cut, cpu_select.min_p_bound(min_p, top, temperature))
     if top_p < 1.0:
-        cut, ties = nucleus(row, chunks, work, cut, top_p, top, rate)
-        if ties != ALL:
-            last_tie = first_at(row, chunks, work, cut, above(cut), ties - 1)
-    scale = np.float32(rate * LOG2_E)
+        cut, ties = cpu_select.nucleus(row, chunks, work, cut, top_p, top, rate)
+        if ties != cpu_select.ALL:
+            last_tie = cpu_select.first_at(row, chunks, work, cut, cpu_chunks.above(cut), ties - 1)
+    scale = np.float32(rate * cpu_select.LOG2_E)
     target = controls[4] * _sum_chunks(row, chunks, work, cut, last_tie, top, scale)
     chosen[0] = _pick(row, chunks, work, cut, last_tie, top, scale, target)
 
@@ -157,31 +137,35 @@ def draw_rows(row, thread, threads):
             int64_at(given.context_lens)[number] += 1
 
 
-@inner
+@cpu_chunks.inner
 def _rank(row, chunks, work, token, chosen):
     """1 for the largest logit; among equals the lower id comes first."""
-    rank, group = 1, token // GROUP
+    rank, group = 1, token // cpu_chunks.GROUP
     for number in range(chunks):
-        if not reaches(work + MAXIMA_AT + number * MAXIMA_BYTES, chosen):
+        if not cpu_chunks.reaches(work + MAXIMA_AT + number * MAXIMA_BYTES, chosen):
             continue
-        at = chunk_at(row, work + TAIL_AT, chunks, number)
-        for part in range(CHUNK // GROUP):
-            place = number * (CHUNK // GROUP) + part
-            rank += count_bits(hits(at + part * 4 * GROUP, above(chosen), INFINITE))
+        at = cpu_chunks.chunk_at(row, work + TAIL_AT, chunks, number)
+        for part in range(CHUNK // cpu_chunks.GROUP):
+            place = number * (CHUNK // cpu_chunks.GROUP) + part
+            rank += cpu_chunks.count_bits(
+                cpu_chunks.hits(at + part * 4 * cpu_chunks.GROUP, cpu_chunks.above(chosen), cpu_select.INFINITE)
+            )
             if place <= group:
-                equal = hits(at + part * 4 * GROUP, chosen, above(chosen))
-                rank += count_bits(equal if place < group else equal & ((1 << (token % GROUP)) - 1))
+                equal = cpu_chunks.hits(at + part * 4 * cpu_chunks.GROUP, chosen, cpu_chunks.above(chosen))
+                rank += cpu_chunks.count_bits(
+                    equal if place < group else equal & ((1 << (token % cpu_chunks.GROUP)) - 1)
+                )
     return rank
 
 
-@inner
+@cpu_chunks.inner
 def _top_ids(row, vocabulary, work, top, largest, to):
     """Writes the ids of the `top` largest logits, falling, the lower id first among equals; returns how many."""
     chunks = (vocabulary + CHUNK - 1) // CHUNK
-    cut, ties = kth_largest(row, chunks, work, top, largest)
+    cut, ties = cpu_select.kth_largest(row, chunks, work, top, largest)
     logits, count = float32_at(row), 0
     for number in range(chunks):
-        if not reaches(work + MAXIMA_AT + number * MAXIMA_BYTES, cut):
+        if not cpu_chunks.reaches(work + MAXIMA_AT + number * MAXIMA_BYTES, cut):
             continue
         for token in range(number * CHUNK, min((number + 1) * CHUNK, vocabulary)):
             value = logits[token]
@@ -203,10 +187,12 @@ def stand(logits, row_bytes, rows, vocabulary, tokens, counts, work, logs, place
     chunks = (vocabulary + CHUNK - 1) // CHUNK
     for number in range(rows):
         row, mass = logits + number * row_bytes, 0.0
-        largest = survey(row, vocabulary, work)
+        largest = cpu_select.survey(row, vocabulary, work)
         for part in range(chunks):
-            at = chunk_at(row, work + TAIL_AT, chunks, part)
-            mass += weigh_chunk(at, largest, np.float32(LOG2_E), LOWEST, work + WEIGHTS_AT)
+            at = cpu_chunks.chunk_at(row, work + TAIL_AT, chunks, part)
+            mass += cpu_chunks.weigh_chunk(
+                at, largest, np.float32(cpu_select.LOG2_E), cpu_select.LOWEST, work + WEIGHTS_AT
+            )
         offsets[number] = float(largest) + math.log(mass)
         ranks[number] = _rank(row, chunks, work, token_ids[number], float32_at(row)[token_ids[number]])
         top_ids = int64_at(named + 8 * most * number)
@@ -243,14 +229,14 @@ def adjust(
         for place in range(kept_count + 1):
             end = allowed[place] if place < kept_count else size
             for token in range(start, end):
-                odd += 0 if row[token] < INFINITE else 1
-                row[token] = -INFINITE
+                odd += 0 if row[token] < cpu_select.INFINITE else 1
+                row[token] = -cpu_select.INFINITE
             start = end + 1
     if masked:
         for place in range(hidden_count):
             token = forbidden[place]
-            odd += 0 if row[token] < INFINITE else 1
-            row[token] = -INFINITE
+            odd += 0 if row[token] < cpu_select.INFINITE else 1
+            row[token] = -cpu_select.INFINITE
     if odd:
         row[0] = np.nan
     for place in range(biases):

@@ -13,6 +13,7 @@ import math
 import numpy as np
 
 from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, float64_at, int32_at, int64_at
+from candle_vllm.core.kernels.sampling import cpu_select
 from candle_vllm.core.kernels.sampling.contract import (
     BINS,
     BINS_AT,
@@ -25,17 +26,6 @@ from candle_vllm.core.kernels.sampling.contract import (
     WEIGHTS_AT,
 )
 from candle_vllm.core.kernels.sampling.cpu_chunks import above, chunk_at, inner, reaches, weigh_chunk
-from candle_vllm.core.kernels.sampling.cpu_select import (
-    ALL,
-    INFINITE,
-    LOG2_E,
-    LOWEST,
-    first_at,
-    kth_largest,
-    min_p_bound,
-    nucleus,
-    survey,
-)
 
 _LIKELIEST = 100
 _LN_2 = math.log(2.0)
@@ -45,7 +35,7 @@ _HIGH_BITS, _LOW_BITS = 19, 7  # of a distance's float32 bits: 12 above, 12 betw
 @inner
 def _there(work, number):
     """Whether anything of a chunk is left."""
-    return reaches(work + MAXIMA_AT + number * MAXIMA_BYTES, LOWEST)
+    return reaches(work + MAXIMA_AT + number * MAXIMA_BYTES, cpu_select.LOWEST)
 
 
 @inner
@@ -56,8 +46,8 @@ def _hide(row, vocabulary, work, cut, last_tie):
         if _there(work, number):
             for token in range(number * CHUNK, min((number + 1) * CHUNK, vocabulary)):
                 value = logits[token]
-                logits[token] = value if value > cut or (value == cut and token <= last_tie) else -INFINITE
-    return survey(row, vocabulary, work)
+                logits[token] = value if value > cut or (value == cut and token <= last_tie) else -cpu_select.INFINITE
+    return cpu_select.survey(row, vocabulary, work)
 
 
 @inner
@@ -71,7 +61,7 @@ def _at_least(value):
 def _sigma_bound(row, vocabulary, top, sigma):
     logits, count, total, squares, largest = float32_at(row), 0, 0.0, 0.0, np.float64(top)
     for token in range(vocabulary):
-        if logits[token] >= LOWEST:
+        if logits[token] >= cpu_select.LOWEST:
             difference = np.float64(logits[token]) - largest
             count += 1
             total += difference
@@ -83,11 +73,11 @@ def _sigma_bound(row, vocabulary, top, sigma):
 @inner
 def _mass(row, vocabulary, work, top, rate):
     """The sum of exp((x - top) * rate)."""
-    chunks, mass, scale = (vocabulary + CHUNK - 1) // CHUNK, 0.0, np.float32(rate * LOG2_E)
+    chunks, mass, scale = (vocabulary + CHUNK - 1) // CHUNK, 0.0, np.float32(rate * cpu_select.LOG2_E)
     for number in range(chunks):
         if _there(work, number):
             at = chunk_at(row, work + TAIL_AT, chunks, number)
-            mass += weigh_chunk(at, top, scale, LOWEST, work + WEIGHTS_AT)
+            mass += weigh_chunk(at, top, scale, cpu_select.LOWEST, work + WEIGHTS_AT)
     return mass
 
 
@@ -103,11 +93,11 @@ def _entropy(row, vocabulary, work, top, mass):
     for number in range(chunks):
         if _there(work, number):
             at = chunk_at(row, work + TAIL_AT, chunks, number)
-            weigh_chunk(at, top, np.float32(LOG2_E), LOWEST, work + WEIGHTS_AT)
+            weigh_chunk(at, top, np.float32(cpu_select.LOG2_E), cpu_select.LOWEST, work + WEIGHTS_AT)
             logits, even, odd = float32_at(at), 0.0, 0.0
             for place in range(0, CHUNK, 2):  # two sums, which do not wait for each other
-                even += weights[place] * (np.float64(max(logits[place], LOWEST)) - largest)
-                odd += weights[place + 1] * (np.float64(max(logits[place + 1], LOWEST)) - largest)
+                even += weights[place] * (np.float64(max(logits[place], cpu_select.LOWEST)) - largest)
+                odd += weights[place + 1] * (np.float64(max(logits[place + 1], cpu_select.LOWEST)) - largest)
             weighted += even + odd
     return math.log(mass) - weighted / mass
 
@@ -136,7 +126,7 @@ def _typical(row, vocabulary, work, own, top, typical_p):
             if not _there(work, number):
                 continue
             at = _distances(row, vocabulary, work, own, number, shift)
-            weigh_chunk(at, top, np.float32(LOG2_E), LOWEST, work + WEIGHTS_AT)
+            weigh_chunk(at, top, np.float32(cpu_select.LOG2_E), cpu_select.LOWEST, work + WEIGHTS_AT)
             for place in range(CHUNK):
                 if keys[place] >> known == cut and weights[place] > 0:
                     bins[(keys[place] >> low) & ((1 << (known - low)) - 1)] += weights[place]
@@ -158,21 +148,21 @@ def _typical(row, vocabulary, work, own, top, typical_p):
             _distances(row, vocabulary, work, own, number, shift)
             for token in range(number * CHUNK, min((number + 1) * CHUNK, vocabulary)):
                 if keys[token - number * CHUNK] > cut:
-                    logits[token] = -INFINITE
-    return survey(row, vocabulary, work)
+                    logits[token] = -cpu_select.INFINITE
+    return cpu_select.survey(row, vocabulary, work)
 
 
 @inner
 def _without_likeliest(row, vocabulary, work, top, threshold):
     """XTC: hides what is at least as likely as the threshold but the last of it."""
     mass = _mass(row, vocabulary, work, top, 1.0)
-    bound = math.log(threshold * mass) if threshold > 0 else -INFINITE
-    logits, least, stays, count = float32_at(row), INFINITE, -1, 0
+    bound = math.log(threshold * mass) if threshold > 0 else -cpu_select.INFINITE
+    logits, least, stays, count = float32_at(row), cpu_select.INFINITE, -1, 0
     for number in range((vocabulary + CHUNK - 1) // CHUNK):
         if _there(work, number):
             for token in range(number * CHUNK, min((number + 1) * CHUNK, vocabulary)):
                 value = logits[token]
-                if value >= LOWEST and np.float64(value) - np.float64(top) >= bound:
+                if value >= cpu_select.LOWEST and np.float64(value) - np.float64(top) >= bound:
                     count += 1
                     if value <= least:
                         least, stays = value, token
@@ -180,8 +170,8 @@ def _without_likeliest(row, vocabulary, work, top, threshold):
         return top
     for token in range(vocabulary):
         if token != stays and logits[token] >= least:
-            logits[token] = -INFINITE
-    return survey(row, vocabulary, work)
+            logits[token] = -cpu_select.INFINITE
+    return cpu_select.survey(row, vocabulary, work)
 
 
 @inner
@@ -189,13 +179,13 @@ def _left(row, vocabulary):
     """How many tokens are left."""
     logits, count = float32_at(row), 0
     for token in range(vocabulary):
-        count += logits[token] >= LOWEST
+        count += logits[token] >= cpu_select.LOWEST
     return count
 
 
 @inner
 def _first_alone(row, vocabulary, work, top):
-    first = first_at(row, (vocabulary + CHUNK - 1) // CHUNK, work, top, INFINITE, np.int64(0))
+    first = cpu_select.first_at(row, (vocabulary + CHUNK - 1) // CHUNK, work, top, cpu_select.INFINITE, np.int64(0))
     return _hide(row, vocabulary, work, top, first)
 
 
@@ -205,11 +195,11 @@ def _estimated_k(row, vocabulary, work, values, mu, rate):
     logits, count = float32_at(row), 0
     for number in range((vocabulary + CHUNK - 1) // CHUNK):
         at = work + MAXIMA_AT + number * MAXIMA_BYTES
-        if not reaches(at, values[count - 1] if count == _LIKELIEST else LOWEST):
+        if not reaches(at, values[count - 1] if count == _LIKELIEST else cpu_select.LOWEST):
             continue
         for token in range(number * CHUNK, min((number + 1) * CHUNK, vocabulary)):
             value = logits[token]
-            if value < LOWEST or (count == _LIKELIEST and value <= values[count - 1]):
+            if value < cpu_select.LOWEST or (count == _LIKELIEST and value <= values[count - 1]):
                 continue
             place = min(count, _LIKELIEST - 1)
             count = place + 1
@@ -243,9 +233,11 @@ def _heated(row, vocabulary, work, top, low, high, exponent):
         return _first_alone(row, vocabulary, work, top)
     logits, largest = float32_at(row), np.float64(top)
     for token in range(vocabulary):
-        if logits[token] >= LOWEST:
-            logits[token] = np.float32(max((np.float64(logits[token]) - largest) / temperature, np.float64(LOWEST)))
-    return survey(row, vocabulary, work)
+        if logits[token] >= cpu_select.LOWEST:
+            logits[token] = np.float32(
+                max((np.float64(logits[token]) - largest) / temperature, np.float64(cpu_select.LOWEST))
+            )
+    return cpu_select.survey(row, vocabulary, work)
 
 
 @inner
@@ -254,44 +246,50 @@ def _mirostat(row, vocabulary, work, top, mode, mu, rate):
     if mode == 1:
         values = float32_at(work + SUMS_AT + chunks * (MAXIMA_BYTES + 8))
         k = _estimated_k(row, vocabulary, work, values, mu, rate)
-        cut, _ = kth_largest(row, chunks, work, k, top)
-        _hide(row, vocabulary, work, cut, ALL)
+        cut, _ = cpu_select.kth_largest(row, chunks, work, k, top)
+        _hide(row, vocabulary, work, cut, cpu_select.ALL)
         return
     mass = _mass(row, vocabulary, work, top, rate)
     bound = math.log(mass) - mu * _LN_2  # (x - top) * rate of a token of mu bits
     if bound > 0:
         _first_alone(row, vocabulary, work, top)
     else:
-        _hide(row, vocabulary, work, _at_least(max(bound / rate + np.float64(top), np.float64(LOWEST))), ALL)
+        _hide(
+            row,
+            vocabulary,
+            work,
+            _at_least(max(bound / rate + np.float64(top), np.float64(cpu_select.LOWEST))),
+            cpu_select.ALL,
+        )
 
 
 def narrow(row, vocabulary, numbers_at, work):
     """See `chain.narrow`: a row of logits, its numbers, and a workspace of `chain_bytes`."""
     numbers, chunks = float64_at(numbers_at), (vocabulary + CHUNK - 1) // CHUNK
     own = work + SUMS_AT + chunks * (MAXIMA_BYTES + 8 + 4 * CHUNK) + 4 * CHUNK
-    top = survey(row, vocabulary, work)
-    if not -INFINITE < top < INFINITE:
+    top = cpu_select.survey(row, vocabulary, work)
+    if not -cpu_select.INFINITE < top < cpu_select.INFINITE:
         return
-    cut = LOWEST
+    cut = cpu_select.LOWEST
     if numbers[0] > 0:
         cut = max(cut, _sigma_bound(row, vocabulary, top, numbers[0]))
     if numbers[1] > 0:
-        bound, _ = kth_largest(row, chunks, work, int(numbers[1]), top)
+        bound, _ = cpu_select.kth_largest(row, chunks, work, int(numbers[1]), top)
         cut = max(cut, bound)
-    if cut > LOWEST:
-        top = _hide(row, vocabulary, work, cut, ALL)
+    if cut > cpu_select.LOWEST:
+        top = _hide(row, vocabulary, work, cut, cpu_select.ALL)
     if numbers[2] < 1:
         top = _typical(row, vocabulary, work, own, top, numbers[2])
-    cut, last_tie = LOWEST, ALL
+    cut, last_tie = cpu_select.LOWEST, cpu_select.ALL
     if numbers[3] < 1:
-        cut, ties = nucleus(row, chunks, work, LOWEST, numbers[3], top, 1.0)
-        if ties != ALL:
-            last_tie = first_at(row, chunks, work, cut, above(cut), ties - 1)
+        cut, ties = cpu_select.nucleus(row, chunks, work, cpu_select.LOWEST, numbers[3], top, 1.0)
+        if ties != cpu_select.ALL:
+            last_tie = cpu_select.first_at(row, chunks, work, cut, above(cut), ties - 1)
     if numbers[4] > 0:
-        bound = min_p_bound(numbers[4], top, 1.0)
+        bound = cpu_select.min_p_bound(numbers[4], top, 1.0)
         if bound > cut:
-            cut, last_tie = bound, ALL
-    if cut > LOWEST:
+            cut, last_tie = bound, cpu_select.ALL
+    if cut > cpu_select.LOWEST:
         top = _hide(row, vocabulary, work, cut, last_tie)
     if numbers[5] <= 0.5:
         top = _without_likeliest(row, vocabulary, work, top, numbers[5])

@@ -21,6 +21,7 @@ import numpy as np
 
 from candle_vllm.core.kernels.cpu_runtime.level import LANES
 from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, float64_at
+from candle_vllm.core.kernels.sampling import cpu_chunks
 from candle_vllm.core.kernels.sampling.contract import (
     CHUNK,
     CHUNK_BYTES,
@@ -30,23 +31,6 @@ from candle_vllm.core.kernels.sampling.contract import (
     MAXIMA_BYTES,
     SUMS_AT,
     TAIL_AT,
-)
-from candle_vllm.core.kernels.sampling.cpu_chunks import (
-    EDGES,
-    GROUP,
-    GROUPS,
-    add_masses,
-    chunk_at,
-    chunk_maxima,
-    copy_hits,
-    first_bit,
-    hits,
-    inner,
-    key_of,
-    largest_of,
-    least_of,
-    reaches,
-    value_of,
 )
 
 _VALUES_AT = SUMS_AT  # and behind the maxima and the sums
@@ -58,7 +42,7 @@ _FEW = 48  # logits that are sorted
 _EVEN_ROUNDS = 6  # narrowing by even steps; then by the order of the bits, which ends for any numbers
 
 
-@inner
+@cpu_chunks.inner
 def survey(row, vocabulary, work):
     """Prepares a row: fills up its last chunk and finds the maxima of all; returns the largest logit, or NaN."""
     chunks = (vocabulary + CHUNK - 1) // CHUNK
@@ -69,30 +53,32 @@ def survey(row, vocabulary, work):
     odd = 0
     maxima = work + MAXIMA_AT
     for number in range(chunks):
-        odd |= chunk_maxima(chunk_at(row, work + TAIL_AT, chunks, number), maxima + number * MAXIMA_BYTES)
+        odd |= cpu_chunks.chunk_maxima(
+            cpu_chunks.chunk_at(row, work + TAIL_AT, chunks, number), maxima + number * MAXIMA_BYTES
+        )
     numbers = float32_at(maxima)
     for place in range(chunks * LANES, (chunks * LANES + CHUNK - 1) // CHUNK * CHUNK):
         numbers[place] = -INFINITE
-    return np.float32(np.nan) if odd else largest_of(maxima, chunks)
+    return np.float32(np.nan) if odd else cpu_chunks.largest_of(maxima, chunks)
 
 
-@inner
+@cpu_chunks.inner
 def first_at(row, chunks, work, low, high, skip):
     """The id of the logit in [low, high) behind `skip` others of them; there is one."""
     for number in range(chunks):
-        if reaches(work + MAXIMA_AT + number * MAXIMA_BYTES, low):
-            at = chunk_at(row, work + TAIL_AT, chunks, number)
-            for group in range(GROUPS):
-                found = hits(at + group * 4 * GROUP, low, high)
+        if cpu_chunks.reaches(work + MAXIMA_AT + number * MAXIMA_BYTES, low):
+            at = cpu_chunks.chunk_at(row, work + TAIL_AT, chunks, number)
+            for group in range(cpu_chunks.GROUPS):
+                found = cpu_chunks.hits(at + group * 4 * cpu_chunks.GROUP, low, high)
                 while found != 0:
                     if skip == 0:
-                        return number * CHUNK + group * GROUP + first_bit(found)
+                        return number * CHUNK + group * cpu_chunks.GROUP + cpu_chunks.first_bit(found)
                     skip -= 1
                     found &= found - 1
     return 0
 
 
-@inner
+@cpu_chunks.inner
 def _copy_out(row, last, chunks, maxima, low, high, to) -> tuple[Any, Any, Any]:
     """Copies the logits in [low, high) to `to`, filled up to whole chunks; returns how many, the least, the largest.
 
@@ -100,41 +86,43 @@ def _copy_out(row, last, chunks, maxima, low, high, to) -> tuple[Any, Any, Any]:
     """
     end = to
     for number in range(chunks):
-        if maxima == 0 or reaches(maxima + number * MAXIMA_BYTES, low):
-            end = copy_hits(chunk_at(row, last, chunks, number), low, high, end)
+        if maxima == 0 or cpu_chunks.reaches(maxima + number * MAXIMA_BYTES, low):
+            end = cpu_chunks.copy_hits(cpu_chunks.chunk_at(row, last, chunks, number), low, high, end)
     count, target = (end - to) >> 2, float32_at(to)
     filled = (count + CHUNK - 1) // CHUNK * CHUNK
     for place in range(count, filled):
         target[place] = -INFINITE
-    return count, least_of(to, filled // LANES), largest_of(to, filled // LANES)
+    return count, cpu_chunks.least_of(to, filled // LANES), cpu_chunks.largest_of(to, filled // LANES)
 
 
-@inner
+@cpu_chunks.inner
 def _between(work, limit, mass) -> tuple[Any, Any, Any]:
     """Among the edges, the two that the cut lies between, and the mass above them; `mass` is added to all masses."""
     edges, masses = float32_at(work + EDGES_AT), float64_at(work + MASSES_AT)
-    low = EDGES - 1
+    low = cpu_chunks.EDGES - 1
     while low > 0 and mass + masses[low] < limit:
         low -= 1
     high = low + 1
-    while high < EDGES and edges[high] <= edges[low]:  # edges that rounding has made one
+    while high < cpu_chunks.EDGES and edges[high] <= edges[low]:  # edges that rounding has made one
         high += 1
-    if high == EDGES:
+    if high == cpu_chunks.EDGES:
         return edges[low], INFINITE, mass
     return edges[low], edges[high], mass + masses[high]
 
 
-@inner
+@cpu_chunks.inner
 def _sum_masses(row, last, chunks, maxima, bound, largest, scale, work):
     masses = float64_at(work + MASSES_AT)
-    for edge in range(EDGES):
+    for edge in range(cpu_chunks.EDGES):
         masses[edge] = 0.0
     for number in range(chunks):
-        if maxima == 0 or reaches(maxima + number * MAXIMA_BYTES, bound):
-            add_masses(chunk_at(row, last, chunks, number), largest, scale, work + EDGES_AT, work + MASSES_AT)
+        if maxima == 0 or cpu_chunks.reaches(maxima + number * MAXIMA_BYTES, bound):
+            cpu_chunks.add_masses(
+                cpu_chunks.chunk_at(row, last, chunks, number), largest, scale, work + EDGES_AT, work + MASSES_AT
+            )
 
 
-@inner
+@cpu_chunks.inner
 def _narrow(values, count, least, most, mass, limit, largest, rate, work) -> tuple[Any, Any]:
     """Where the sum of weights, `mass` of them above all these values, reaches `limit`.
 
@@ -142,12 +130,12 @@ def _narrow(values, count, least, most, mass, limit, largest, rate, work) -> tup
     """
     scale, edges, rounds = np.float32(rate * LOG2_E), float32_at(work + EDGES_AT), 0
     while count > _FEW and least < most:
-        low_key, keys = key_of(least), key_of(most) - key_of(least)
-        for edge in range(EDGES):
+        low_key, keys = cpu_chunks.key_of(least), cpu_chunks.key_of(most) - cpu_chunks.key_of(least)
+        for edge in range(cpu_chunks.EDGES):
             if rounds < _EVEN_ROUNDS:
-                edges[edge] = np.float32(float(least) + (float(most) - float(least)) * edge / EDGES)
+                edges[edge] = np.float32(float(least) + (float(most) - float(least)) * edge / cpu_chunks.EDGES)
             else:
-                edges[edge] = value_of(low_key + (keys * edge + EDGES - 1) // EDGES)
+                edges[edge] = cpu_chunks.value_of(low_key + (keys * edge + cpu_chunks.EDGES - 1) // cpu_chunks.EDGES)
         chunks = (count + CHUNK - 1) // CHUNK
         end = values + (chunks - 1) * CHUNK_BYTES
         _sum_masses(values, end, chunks, np.int64(0), least, largest, scale, work)
@@ -160,7 +148,7 @@ def _narrow(values, count, least, most, mass, limit, largest, rate, work) -> tup
     return _cut_of_few(float32_at(values), count, mass, limit, largest, rate)
 
 
-@inner
+@cpu_chunks.inner
 def _cut_of_few(values, count, mass, limit, largest, rate) -> tuple[Any, Any]:
     """As `_narrow`, one after the other; sorts the values."""
     for place in range(1, count):
@@ -179,7 +167,7 @@ def _cut_of_few(values, count, mass, limit, largest, rate) -> tuple[Any, Any]:
     return cut, ties if kept < count and values[kept] == cut else ALL
 
 
-@inner
+@cpu_chunks.inner
 def kth_largest(row, chunks, work, k, largest) -> tuple[Any, Any]:
     """The k-th largest logit, or the least finite one, and how many of its equals are among the first k."""
     last, maxima, values = work + TAIL_AT, work + MAXIMA_AT, work + _VALUES_AT + chunks * (MAXIMA_BYTES + 8)
@@ -194,7 +182,7 @@ def kth_largest(row, chunks, work, k, largest) -> tuple[Any, Any]:
     return _narrow(values, count, least, most, 0.0, float(k), largest, 0.0, work)
 
 
-@inner
+@cpu_chunks.inner
 def nucleus(row, chunks, work, bound, top_p, largest, rate) -> tuple[Any, Any]:
     """The least logit at or above `bound` that top_p keeps, and how many of its equals are kept."""
     last, maxima, values = work + TAIL_AT, work + MAXIMA_AT, work + _VALUES_AT + chunks * (MAXIMA_BYTES + 8)
@@ -203,8 +191,8 @@ def nucleus(row, chunks, work, bound, top_p, largest, rate) -> tuple[Any, Any]:
     floor = max(bound, np.float32(float(largest) - light))
     edges = float32_at(work + EDGES_AT)
     edges[0] = bound
-    for edge in range(1, EDGES):
-        edges[edge] = np.float32(float(floor) + (float(largest) - float(floor)) * (edge - 1) / (EDGES - 1))
+    for edge in range(1, cpu_chunks.EDGES):
+        edges[edge] = np.float32(float(floor) + (float(largest) - float(floor)) * (edge - 1) / (cpu_chunks.EDGES - 1))
     _sum_masses(row, last, chunks, maxima, bound, largest, np.float32(rate * LOG2_E), work)
     limit = top_p * float64_at(work + MASSES_AT)[0]
     low, high, mass = _between(work, limit, 0.0)
@@ -212,14 +200,14 @@ def nucleus(row, chunks, work, bound, top_p, largest, rate) -> tuple[Any, Any]:
     return _narrow(values, count, least, most, mass, limit, largest, rate, work)
 
 
-@inner
+@cpu_chunks.inner
 def min_p_bound(min_p, largest, temperature):
     """The least logit of weight `min_p` or more, by halving the range of all floats."""
-    low, high = key_of(LOWEST), key_of(largest)  # low: perhaps too light; high: heavy enough
+    low, high = cpu_chunks.key_of(LOWEST), cpu_chunks.key_of(largest)  # low: perhaps too light; high: heavy enough
     while low < high:
         middle = (low + high) // 2
-        if math.exp((float(value_of(middle)) - float(largest)) / temperature) >= min_p:
+        if math.exp((float(cpu_chunks.value_of(middle)) - float(largest)) / temperature) >= min_p:
             high = middle
         else:
             low = middle + 1
-    return value_of(high)
+    return cpu_chunks.value_of(high)

@@ -15,26 +15,7 @@ from numba import njit
 
 from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, float_from_bits, int32_at, int64_at, uint8_at
 from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes
-from candle_vllm.core.kernels.weight_quant.cpu_search import (
-    bits_of,
-    ends_of_32,
-    fit_offset,
-    fit_scale,
-    fit_table,
-    store_codes,
-    weigh,
-)
-from candle_vllm.core.kernels.weight_quant.searches import (
-    OFFSETS,
-    SCALES,
-    SIMPLE,
-    TABLE_FLOOR,
-    TABLE_MIDDLES,
-    TABLES,
-    OffsetSearch,
-    ScaleSearch,
-    TableSearch,
-)
+from candle_vllm.core.kernels.weight_quant import cpu_search, searches
 from candle_vllm.core.quantization.ggml_types import GGML_QUANT_SIZES, GGMLQuantizationType
 
 _MAGNITUDE = np.int32(0x7FFFFFFF)
@@ -48,7 +29,7 @@ inner = njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True
 @inner
 def _half(value):
     """Bits of the float16 nearest to a float32, ties to even; not for NaN."""
-    bits = bits_of(value)
+    bits = cpu_search.bits_of(value)
     sign, size = (bits >> 16) & 0x8000, bits & 0x7FFFFFFF
     if size < 0x38800000:  # below the smallest normal number: a multiple of 2^-24
         scaled = np.float32(float_from_bits(size) * np.float32(16777216.0))
@@ -84,7 +65,7 @@ def _round(value):
 @inner
 def _ends(x):
     """Bits of the smallest and the largest of the 32 numbers at an address."""
-    both: Any = ends_of_32(x)
+    both: Any = cpu_search.ends_of_32(x)
     return np.int32(both & 0xFFFFFFFF), np.int32(both >> 32)
 
 
@@ -131,7 +112,7 @@ def _make_symmetric(BITS: int) -> Callable[..., Any]:
             d = np.float32(_float(extreme) / np.float32(-HALF))
             inverse = _inverse(d)
             _store_half(uint8_at(to), 0, _half(d))
-            store_codes(BITS, at, np.float32(0.0), inverse, np.float32(HALF + 0.5), to + 2)
+            cpu_search.store_codes(BITS, at, np.float32(0.0), inverse, np.float32(HALF + 0.5), to + 2)
             at, to = at + 128, to + BYTES
         return good
 
@@ -152,7 +133,7 @@ def _make_offset(BITS: int) -> Callable[..., Any]:
             inverse = _inverse(d)
             _store_half(uint8_at(to), 0, _half(d))
             _store_half(uint8_at(to), 2, _half(low))
-            store_codes(BITS, at, low, inverse, np.float32(0.5), to + 4)
+            cpu_search.store_codes(BITS, at, low, inverse, np.float32(0.5), to + 4)
             at, to = at + 128, to + BYTES
         return good
 
@@ -226,7 +207,7 @@ def _whole(values, count, most, low, high, whole):
     return half
 
 
-def _make_with_offset(search: OffsetSearch, BYTES: int) -> Callable[..., Any]:
+def _make_with_offset(search: searches.OffsetSearch, BYTES: int) -> Callable[..., Any]:
     """q2_K, q4_K and q5_K."""
     GROUP, MOST, STORED, TRIES = search.group, search.most, search.stored, search.tries
     PER_BLOCK = 256 // GROUP
@@ -244,8 +225,8 @@ def _make_with_offset(search: OffsetSearch, BYTES: int) -> Callable[..., Any]:
                 given, groups, found = float32_at(importance), blocks * PER_BLOCK, float32_at(weights)
                 _weigh_by(given, period, start, float32_at(part), groups, GROUP, 256, found)
             else:
-                weigh(0, work, GROUP, FLOOR, weights)
-            fit_offset(work, weights, GROUP, np.float32(MOST), FIRST, TRIES, fitted, fitted + 64)
+                cpu_search.weigh(0, work, GROUP, FLOOR, weights)
+            cpu_search.fit_offset(work, weights, GROUP, np.float32(MOST), FIRST, TRIES, fitted, fitted + 64)
             for b in range(blocks):
                 x, out, own = float32_at(part + 1024 * b), uint8_at(to + BYTES * (start + b)), 4 * b * PER_BLOCK
                 d = _whole(float32_at(fitted + own), PER_BLOCK, STORED, 0, STORED, scales)
@@ -307,7 +288,7 @@ def _pack_q45(scales, mins, d, m, codes, out, most):
             out[at + 32 * pair + i] = (codes[64 * pair + i] & 15) | ((codes[64 * pair + 32 + i] & 15) << 4)
 
 
-def _make_scaled(search: ScaleSearch, BYTES: int) -> Callable[..., Any]:
+def _make_scaled(search: searches.ScaleSearch, BYTES: int) -> Callable[..., Any]:
     """q3_K and q6_K."""
     HALF, STORED, FLOOR = search.half, search.stored, np.float32(search.floor)
 
@@ -320,8 +301,8 @@ def _make_scaled(search: ScaleSearch, BYTES: int) -> Callable[..., Any]:
             if importance:
                 _weigh_by(float32_at(importance), period, n, x, 16, 16, 256, float32_at(weights))
             else:
-                weigh(1, work, 16, FLOOR, weights)
-            fit_scale(work, weights, 16, np.float32(HALF), fitted)
+                cpu_search.weigh(1, work, 16, FLOOR, weights)
+            cpu_search.fit_scale(work, weights, 16, np.float32(HALF), fitted)
             d = _whole(float32_at(fitted), 16, -STORED, -STORED, STORED - 1, scales)
             for g in range(16):
                 scale = np.float32(_value(d) * np.float32(scales[g]))
@@ -380,7 +361,7 @@ def _places(x, first, scale, codes):
     """Codes of 32 numbers from `first` on: of the nearest numbers of the table, times the scale."""
     for i in range(first, first + 32):
         value, code = np.float32(x[i] / scale) if scale != 0 else np.float32(0.0), 0
-        for middle in TABLE_MIDDLES:
+        for middle in searches.TABLE_MIDDLES:
             code += value >= np.float32(middle)
         codes[i] = code
 
@@ -391,9 +372,9 @@ def _nibbles(codes, first, out, at):
         out[at + i] = codes[first + i] | (codes[first + 16 + i] << 4)
 
 
-def _make_in_table(search: TableSearch, BYTES: int) -> Callable[..., Any]:
+def _make_in_table(search: searches.TableSearch, BYTES: int) -> Callable[..., Any]:
     """iq4_nl and iq4_xs."""
-    STORED, FLOOR = search.stored, np.float32(TABLE_FLOOR)
+    STORED, FLOOR = search.stored, np.float32(searches.TABLE_FLOOR)
     PER_BLOCK = 8 if STORED else 1
     BLOCK, BATCH = 32 * PER_BLOCK, 16 // PER_BLOCK
 
@@ -408,8 +389,8 @@ def _make_in_table(search: TableSearch, BYTES: int) -> Callable[..., Any]:
                 given, found = float32_at(importance), float32_at(weights)
                 _weigh_by(given, period, start, float32_at(part), groups, 32, BLOCK, found)
             else:
-                weigh(1, work, 32, FLOOR, weights)
-            fit_table(work, weights, 32, fitted)
+                cpu_search.weigh(1, work, 32, FLOOR, weights)
+            cpu_search.fit_table(work, weights, 32, fitted)
             for b in range(blocks):
                 x, out = float32_at(part + 4 * BLOCK * b), uint8_at(to + BYTES * (start + b))
                 if STORED:
@@ -450,13 +431,13 @@ def make_quantise(KIND: int) -> Callable[..., None]:
 
 
 def _function(name: str, size: int) -> Callable[..., Any]:
-    if name in OFFSETS:
-        return _make_with_offset(OFFSETS[name], size)
-    if name in SCALES:
-        return _make_scaled(SCALES[name], size)
-    if name in TABLES:
-        return _make_in_table(TABLES[name], size)
-    assert name in SIMPLE
+    if name in searches.OFFSETS:
+        return _make_with_offset(searches.OFFSETS[name], size)
+    if name in searches.SCALES:
+        return _make_scaled(searches.SCALES[name], size)
+    if name in searches.TABLES:
+        return _make_in_table(searches.TABLES[name], size)
+    assert name in searches.SIMPLE
     if name == "Q8_0":
         return _q8_0
     make = _make_symmetric if name.endswith("_0") else _make_offset

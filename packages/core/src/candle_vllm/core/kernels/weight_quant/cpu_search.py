@@ -16,16 +16,7 @@ from numba.extending import intrinsic
 
 from candle_vllm.core.kernels.cpu_runtime.emit import F32, I8, I32, I64, SHIFTER, Emitter, vector
 from candle_vllm.core.kernels.cpu_runtime.level import LANES
-from candle_vllm.core.kernels.weight_quant.searches import (
-    LEAST_SPREAD,
-    NOTHING,
-    OFFSET_STEP,
-    SCALE_STEP,
-    SCALE_STEPS,
-    TABLE_MIDDLES,
-    TABLE_STARTS,
-    TABLE_STEPS,
-)
+from candle_vllm.core.kernels.weight_quant import searches
 from candle_vllm.core.quantization.ggml_blocks import IQ4_VALUES
 
 
@@ -209,7 +200,7 @@ class _OffsetSearch:
         low, span = self._range()
         # The plain scale, from the smallest number (or 0) to the largest.
         scale = b.fdiv(span, self.most)
-        start = [e.constant(F32, NOTHING), scale, low]
+        start = [e.constant(F32, searches.NOTHING), scale, low]
         _, best_scale, best_low = e.loop(self.tries, start, lambda index, state: self._try(index, state, low, span))
         plain_error, best_error = self._errors(scale, low, best_scale, best_low)
         better = b.fcmp_ordered("<", best_error, plain_error)
@@ -228,7 +219,7 @@ class _OffsetSearch:
             high = b.select(b.fcmp_ordered(">", value, high), value, high)
             return [low, high, b.fadd(total, weight), b.fadd(weighted, b.fmul(weight, value))]
 
-        start = [zero, e.constant(F32, -NOTHING), zero, zero]
+        start = [zero, e.constant(F32, -searches.NOTHING), zero, zero]
         low, high, self.total, self.weighted = _elements(e, self.x, self.weights, self.count, start, body)
         return low, b.fsub(high, low)
 
@@ -240,7 +231,7 @@ class _OffsetSearch:
         """One step size: codes, then the scale and minimum that fit them best, kept where the error is smaller."""
         e, b, zero = self.e, self.b, self.zero
         best_error, best_scale, best_low = state
-        steps = e.splat(b.fmul(b.sitofp(index, F32), ir.Constant(F32, OFFSET_STEP)))
+        steps = e.splat(b.fmul(b.sitofp(index, F32), ir.Constant(F32, searches.OFFSET_STEP)))
         inverse = b.fdiv(b.fadd(b.fadd(self.first, steps), self.most), span)
 
         def body(value: Any, weight: Any, sums: list[Any]) -> list[Any]:
@@ -255,7 +246,7 @@ class _OffsetSearch:
         sum_l, sum_ll, sum_lx = _elements(e, self.x, self.weights, self.count, [zero] * 3, body)
         whole = b.fmul(self.total, sum_ll)
         spread = b.fsub(whole, b.fmul(sum_l, sum_l))
-        usable = b.fcmp_ordered(">", spread, b.fmul(whole, e.constant(F32, LEAST_SPREAD)))
+        usable = b.fcmp_ordered(">", spread, b.fmul(whole, e.constant(F32, searches.LEAST_SPREAD)))
         scale = b.fdiv(b.fsub(b.fmul(self.total, sum_lx), b.fmul(self.weighted, sum_l)), spread)
         fitted = b.fdiv(b.fsub(b.fmul(sum_ll, self.weighted), b.fmul(sum_l, sum_lx)), spread)
         above = b.fcmp_ordered(">", fitted, zero)  # a minimum above 0 cannot be stored
@@ -291,8 +282,8 @@ def _emit_fit_scale(e: Emitter, x: Any, weights: Any, count: Any, half: Any, sca
     size, extreme = _farthest(e, x, count)
 
     def attempt(index: Any, state: list[Any]) -> list[Any]:
-        steps = b.fsub(b.sitofp(index, F32), ir.Constant(F32, float(SCALE_STEPS)))
-        wanted = b.fadd(half, b.fmul(steps, ir.Constant(F32, SCALE_STEP)))
+        steps = b.fsub(b.sitofp(index, F32), ir.Constant(F32, float(searches.SCALE_STEPS)))
+        wanted = b.fadd(half, b.fmul(steps, ir.Constant(F32, searches.SCALE_STEP)))
         inverse = b.fdiv(e.splat(b.fsub(ir.Constant(F32, 0.0), wanted)), extreme)
 
         def code(value: Any) -> Any:
@@ -300,7 +291,7 @@ def _emit_fit_scale(e: Emitter, x: Any, weights: Any, count: Any, half: Any, sca
 
         return _better_scale(e, x, weights, count, code, state)
 
-    _, scale = e.loop(e.int64(2 * SCALE_STEPS + 1), [zero, zero], attempt)
+    _, scale = e.loop(e.int64(2 * searches.SCALE_STEPS + 1), [zero, zero], attempt)
     e.store(scales, b.select(b.fcmp_ordered(">", size, zero), scale, zero))
 
 
@@ -338,19 +329,21 @@ def _emit_fit_table(e: Emitter, x: Any, weights: Any, count: Any, scales: Any) -
     size, extreme = _farthest(e, x, count)
 
     def attempt(index: Any, state: list[Any]) -> list[Any]:
-        low = b.icmp_signed("<", index, e.int64(TABLE_STEPS))
-        start, other = (e.int64(first) for first in (TABLE_STARTS[0], TABLE_STARTS[1] - TABLE_STEPS))
+        low = b.icmp_signed("<", index, e.int64(searches.TABLE_STEPS))
+        start, other = (
+            e.int64(first) for first in (searches.TABLE_STARTS[0], searches.TABLE_STARTS[1] - searches.TABLE_STEPS)
+        )
         wanted = b.sitofp(b.add(index, b.select(low, start, other)), F32)
         inverse = b.fdiv(e.splat(wanted), extreme)
 
         def number(value: Any) -> Any:
             place, found = b.fmul(inverse, value), e.constant(F32, float(IQ4_VALUES[0]))
-            for middle, following in zip(TABLE_MIDDLES, IQ4_VALUES[1:]):
+            for middle, following in zip(searches.TABLE_MIDDLES, IQ4_VALUES[1:]):
                 above = b.fcmp_ordered(">=", place, e.constant(F32, middle))
                 found = b.select(above, e.constant(F32, float(following)), found)
             return found
 
         return _better_scale(e, x, weights, count, number, state)
 
-    _, scale = e.loop(e.int64(2 * TABLE_STEPS), [zero, zero], attempt)
+    _, scale = e.loop(e.int64(2 * searches.TABLE_STEPS), [zero, zero], attempt)
     e.store(scales, b.select(b.fcmp_ordered(">", size, zero), scale, zero))

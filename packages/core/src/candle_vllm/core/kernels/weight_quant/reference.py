@@ -9,37 +9,18 @@ from __future__ import annotations
 import gguf
 import numpy as np
 
-from candle_vllm.core.kernels.weight_quant.searches import (
-    LARGEST,
-    LEAST_SPREAD,
-    NOTHING,
-    OFFSET_STEP,
-    OFFSETS,
-    SCALE_STEP,
-    SCALE_STEPS,
-    SCALES,
-    SIMPLE,
-    TABLE_FLOOR,
-    TABLE_MIDDLES,
-    TABLE_STARTS,
-    TABLE_STEPS,
-    TABLES,
-    OffsetSearch,
-    Quantise,
-    ScaleSearch,
-    TableSearch,
-)
+from candle_vllm.core.kernels.weight_quant import searches
 from candle_vllm.core.quantization.ggml_blocks import CONTENTS, IQ4_VALUES, BlockParts, put_together
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 
 F = np.float32
 
 
-def quantiser(ggml_type: GGMLQuantizationType) -> Quantise:
+def quantiser(ggml_type: GGMLQuantizationType) -> searches.Quantise:
     """See the package."""
 
     def quantise(x: np.ndarray, out: np.ndarray, importance: np.ndarray | None = None, /) -> bool:
-        if not (np.abs(x) <= LARGEST).all():
+        if not (np.abs(x) <= searches.LARGEST).all():
             return False
         with np.errstate(all="ignore"):
             out[:] = quantised(x, ggml_type, importance)
@@ -51,14 +32,14 @@ def quantiser(ggml_type: GGMLQuantizationType) -> Quantise:
 def quantised(x: np.ndarray, ggml_type: GGMLQuantizationType, importance: np.ndarray | None = None) -> np.ndarray:
     """Blocks [N, numbers] as bytes [N, bytes]."""
     name = ggml_type.name
-    if name in SIMPLE:
+    if name in searches.SIMPLE:
         return gguf.quants.quantize(x, gguf.GGMLQuantizationType(ggml_type))
     weights = None if importance is None else weighed(x, importance)
-    if name in OFFSETS:
-        return _with_offset(x, ggml_type, OFFSETS[name], weights)
-    if name in TABLES:
-        return _in_table(x, ggml_type, TABLES[name], weights)
-    return _scaled(x, ggml_type, SCALES[name], weights)
+    if name in searches.OFFSETS:
+        return _with_offset(x, ggml_type, searches.OFFSETS[name], weights)
+    if name in searches.TABLES:
+        return _in_table(x, ggml_type, searches.TABLES[name], weights)
+    return _scaled(x, ggml_type, searches.SCALES[name], weights)
 
 
 def weighed(x: np.ndarray, importance: np.ndarray) -> np.ndarray:
@@ -76,7 +57,7 @@ def plain_weights(x: np.ndarray, floor: float, squared: bool) -> np.ndarray:
     return (F(floor) * (mean if squared else np.sqrt(mean)))[:, None] + (square if squared else np.abs(x))
 
 
-def fit_offset(x: np.ndarray, weights: np.ndarray, search: OffsetSearch) -> tuple[np.ndarray, np.ndarray]:
+def fit_offset(x: np.ndarray, weights: np.ndarray, search: searches.OffsetSearch) -> tuple[np.ndarray, np.ndarray]:
     """Scale [G] and minimum [G], the minimum negated: x is about scale * code - minimum.
 
     Steps of 1 / (most + first + 0.1 * t) of the span are tried for t = 0, 1, ...; the codes of each give the scale and
@@ -86,9 +67,9 @@ def fit_offset(x: np.ndarray, weights: np.ndarray, search: OffsetSearch) -> tupl
     span = x.max(axis=1) - low
     plain, most = span / F(search.most), F(search.most)
     total, weighted = _sum(weights), _sum(weights * x)
-    best_error, best_scale, best_low = np.full(len(x), NOTHING, F), plain, low
+    best_error, best_scale, best_low = np.full(len(x), searches.NOTHING, F), plain, low
     for index in range(search.tries):
-        inverse = (F(search.first) + F(index) * F(OFFSET_STEP) + most) / span
+        inverse = (F(search.first) + F(index) * F(searches.OFFSET_STEP) + most) / span
         code = _codes(x, low, inverse, most)
         sum_l, sum_ll, sum_lx = _sum(weights * code), _sum(weights * code * code), _sum(weights * code * x)
         whole = total * sum_ll
@@ -98,7 +79,7 @@ def fit_offset(x: np.ndarray, weights: np.ndarray, search: OffsetSearch) -> tupl
         above = fitted > 0  # a minimum above 0 cannot be stored
         scale, fitted = np.where(above, sum_lx / sum_ll, scale), np.where(above, F(0), fitted)
         error = F(0) - (scale * sum_lx + fitted * weighted)
-        better = (spread > whole * F(LEAST_SPREAD)) & (error < best_error)
+        better = (spread > whole * F(searches.LEAST_SPREAD)) & (error < best_error)
         best_error, best_scale, best_low = (
             np.where(better, new, old) for new, old in ((error, best_error), (scale, best_scale), (fitted, best_low))
         )
@@ -112,13 +93,13 @@ def fit_offset(x: np.ndarray, weights: np.ndarray, search: OffsetSearch) -> tupl
     return np.where(span == 0, F(0), scale), F(0) - low
 
 
-def fit_scale(x: np.ndarray, weights: np.ndarray, search: ScaleSearch) -> np.ndarray:
+def fit_scale(x: np.ndarray, weights: np.ndarray, search: searches.ScaleSearch) -> np.ndarray:
     """Scale [G]: codes of several step sizes about the plain one give the scale of least weighted squares."""
     at = np.abs(x).argmax(axis=1)
     extreme = x[np.arange(len(x)), at]
     gain, best = np.zeros(len(x), F), np.zeros(len(x), F)
-    for index in range(2 * SCALE_STEPS + 1):
-        wanted = F(search.half) + (F(index) - F(SCALE_STEPS)) * F(SCALE_STEP)
+    for index in range(2 * searches.SCALE_STEPS + 1):
+        wanted = F(search.half) + (F(index) - F(searches.SCALE_STEPS)) * F(searches.SCALE_STEP)
         inverse = (F(0) - wanted) / extreme
         code = np.clip(np.rint(inverse[:, None] * x), F(-search.half), F(search.half - 1))
         sum_lx, sum_ll = _sum(weights * code * x), _sum(weights * code * code)
@@ -133,7 +114,7 @@ def fit_table(x: np.ndarray, weights: np.ndarray) -> np.ndarray:
     at = np.abs(x).argmax(axis=1)
     extreme = x[np.arange(len(x)), at]
     gain, best = np.zeros(len(x), F), np.zeros(len(x), F)
-    for wanted in (first + index for first in TABLE_STARTS for index in range(TABLE_STEPS)):
+    for wanted in (first + index for first in searches.TABLE_STARTS for index in range(searches.TABLE_STEPS)):
         inverse = F(wanted) / extreme
         number = np.array(IQ4_VALUES, F)[_places(inverse[:, None] * x)]
         sum_lx, sum_ll = _sum(weights * number * x), _sum(weights * number * number)
@@ -146,7 +127,7 @@ def fit_table(x: np.ndarray, weights: np.ndarray) -> np.ndarray:
 def _places(x: np.ndarray) -> np.ndarray:
     """Codes of the nearest numbers of the table."""
     found = np.zeros(x.shape, np.uint8)
-    for middle in TABLE_MIDDLES:
+    for middle in searches.TABLE_MIDDLES:
         found += x >= F(middle)
     return found
 
@@ -171,7 +152,7 @@ def _whole(values: np.ndarray, most: int, low: int, high: int) -> tuple[np.ndarr
 
 
 def _with_offset(
-    x: np.ndarray, kind: GGMLQuantizationType, search: OffsetSearch, weights: np.ndarray | None
+    x: np.ndarray, kind: GGMLQuantizationType, search: searches.OffsetSearch, weights: np.ndarray | None
 ) -> np.ndarray:
     groups = x.reshape(-1, search.group)
     weights = plain_weights(groups, search.floor, False) if weights is None else weights.reshape(groups.shape)
@@ -185,7 +166,9 @@ def _with_offset(
     return put_together(parts, CONTENTS[kind])
 
 
-def _scaled(x: np.ndarray, kind: GGMLQuantizationType, search: ScaleSearch, weights: np.ndarray | None) -> np.ndarray:
+def _scaled(
+    x: np.ndarray, kind: GGMLQuantizationType, search: searches.ScaleSearch, weights: np.ndarray | None
+) -> np.ndarray:
     groups = x.reshape(-1, 16)
     weights = plain_weights(groups, search.floor, True) if weights is None else weights.reshape(groups.shape)
     scales = fit_scale(groups, weights, search).reshape(-1, 16)
@@ -196,9 +179,11 @@ def _scaled(x: np.ndarray, kind: GGMLQuantizationType, search: ScaleSearch, weig
     return put_together(BlockParts(codes, d.view(np.uint8), scales=_bytes(sc)), CONTENTS[kind])
 
 
-def _in_table(x: np.ndarray, kind: GGMLQuantizationType, search: TableSearch, weights: np.ndarray | None) -> np.ndarray:
+def _in_table(
+    x: np.ndarray, kind: GGMLQuantizationType, search: searches.TableSearch, weights: np.ndarray | None
+) -> np.ndarray:
     groups = x.reshape(-1, 32)
-    weights = plain_weights(groups, TABLE_FLOOR, True) if weights is None else weights.reshape(groups.shape)
+    weights = plain_weights(groups, searches.TABLE_FLOOR, True) if weights is None else weights.reshape(groups.shape)
     scales = fit_table(groups, weights).reshape(len(x), -1)
     if search.stored:
         sc, d = _whole(scales, -search.stored, -search.stored, search.stored - 1)
