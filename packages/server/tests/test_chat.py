@@ -463,7 +463,7 @@ class TestCommands:
         assert second.temperature != 0.5
         assert "no temprature (did you mean temperature?): there are temperature, top_p" in out
         assert "error: top_p must be" in out
-        assert "/set top_k needs a value (keep the K likeliest" in out
+        assert "/set top_k needs a value (keep the K most likely" in out
         assert "max_tokens 7" in out
 
     def test_set_stop(

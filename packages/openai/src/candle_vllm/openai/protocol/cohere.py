@@ -47,7 +47,7 @@ class CohereEmbedRequest(PoolingFields):
 
     texts: Annotated[list[Words], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)]
     input_type: Literal["search_document", "search_query", "classification", "clustering"] | None = None
-    embedding_types: Annotated[list[EmbeddingType], Field(min_length=1, max_length=6)] | None = None
+    embedding_types: Annotated[list[EmbeddingType], Field(min_length=1, max_length=6, fail_fast=True)] | None = None
     output_dimension: Annotated[int, Field(ge=1, le=MAX_DIMENSIONS)] | None = None
     truncate: Literal["NONE", "START", "END"] | None = None
 
