@@ -35,6 +35,7 @@ from candle_vllm.core.engine.step.scheduler import Scheduler
 from candle_vllm.core.kernels.device_stream import CudaStream, DeviceStream
 from candle_vllm.core.loading.cache_specs import NO_STATES, StateRoom, states
 from candle_vllm.core.remote import RemoteEngine
+from packages.core.tests.engine.drafted import same_times
 from packages.core.tests.lazy_stream import LazyStream
 from packages.core.tests.thread_ranks import Meetings, MeetingStages, ThreadRanks, ToldRanks, in_threads
 
@@ -84,6 +85,8 @@ def engine_of(loaded: LoadedModel, runner: ModelRunner, budget: int, drafts: int
         BlockManager(100, BLOCK), 4, budget, draft_rows=drafts, images=images, in_flight=flight, states=pool
     )
     drafter = Drafter(SpeculativeConfig(), drafts) if drafts else None
+    if drafter is not None:
+        drafter.times = same_times
     return Engine(runner, scheduler, preparation_for(loaded, CONTEXT, seed=0), drafter, images)
 
 
