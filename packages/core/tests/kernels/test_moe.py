@@ -120,6 +120,8 @@ def gated_by_hand(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torc
     """What comes of an expert's first products; an activation without a gate has the second alone."""
     if activation == "relu2":
         return up.clamp(min=0) ** 2
+    if activation == "gelu":
+        return 0.5 * up * (1 + torch.erf(up / math.sqrt(2)))
     if activation == "silu":
         return gate / (1 + torch.exp(-gate)) * up
     if activation == "gelu_tanh":

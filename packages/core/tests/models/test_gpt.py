@@ -209,7 +209,7 @@ BLOOM = {  # as bigscience/bloom-560m has it
         (_opt(768, layer_norm_elementwise_affine=False), "layer_norm_elementwise_affine is false"),
         (_opt(768, _remove_final_layer_norm=True), "_remove_final_layer_norm is true"),
         (_gpt2(architectures=["MptForCausalLM"]), "'MptForCausalLM' is not implemented"),
-        (BLOOM | {"n_head": 1 << 20, "hidden_size": 1 << 20}, "ALiBi of 1048576 heads"),
+        (BLOOM | {"n_head": 1 << 20, "hidden_size": 1 << 21}, "ALiBi of 1048576 heads"),
         (BLOOM | {"apply_residual_connection_post_layernorm": True}, "post_layernorm is true"),
     ],
 )
