@@ -10,9 +10,10 @@ How likely a guessed token is right follows from how such guesses fared, by the 
 A guess is judged whether it was tried or not. A step tries as many as save the most time, by the times that steps with
 so many drafts took so far; where that is none, it is a plain step.
 
-Whether all this pays is not believed but measured, in steps of about as many sequences (`StepTimes.balance`): what
-drafts have saved, less what they and the search for them have taken, in plain steps. Below zero nothing is searched
-for, and each plain step adds a hundredth. So drafts cost no more than that hundredth for long, whatever is believed.
+Whether all this pays with several sequences is measured, in steps of about as many (`StepTimes.balance`): what drafts
+have saved, less what they and the search for them have taken, in plain steps. Below zero nothing is searched for, and
+each plain step adds a hundredth. So drafts cost no more than that hundredth for long. One sequence has no such balance:
+it gains most, and a few slow steps at its start would end its drafts.
 """
 
 from __future__ import annotations
@@ -341,7 +342,7 @@ class Drafter:
         if self._before[1]:
             for live in lives:
                 live.sequence.drafts = ()
-        if times.balance < 0:
+        if count > 1 and times.balance < 0:  # see above of one sequence
             if not self._rest:
                 self._begin_rest(lives, times)
             return False
