@@ -532,7 +532,7 @@ def _runner_on_cpu(
     `beside` is what runs the model that it drafts for.
     """
     placement, blocks = loaded.placement, plan.num_blocks
-    windows = plan.windows if beside is None else ()  # a model of drafts has a page for each block
+    windows = plan.windows if beside is None else ()  # a draft model has a page for each block
     model = loaded.head if isinstance(loaded, LoadedHead) else loaded.decoder
     model.prepare(min(plan.max_model_len, loaded.config.max_position))
     turning = loaded.turning(budget) if isinstance(loaded, LoadedModel) else None

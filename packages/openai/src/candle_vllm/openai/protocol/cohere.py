@@ -29,13 +29,13 @@ EmbeddingType = Literal["float", "base64", "int8", "uint8", "binary", "ubinary"]
 
 
 class CohereEmbedRequest(PoolingFields):
-    """Texts whose vectors are wanted.
+    """Texts to embed, as Cohere's clients send them.
 
     Attributes:
-        input_type: what the texts are; the words that the model has for it are put before each.
-        embedding_types: in which types; None is floats, and of `/v1/embed` a plain list of them.
-        output_dimension: length of the vectors, where the model was trained to be cut.
-        truncate: from which end texts that are too long are cut; Cohere's default is "END".
+        input_type: what the texts are; the model's own prompt for it is put before each text.
+        embedding_types: types of the vectors; None is floats, and for `/v1/embed` a plain list of float vectors.
+        output_dimension: length of the vectors, if the model was trained so that its vectors can be truncated.
+        truncate: end at which a text that is too long is truncated; Cohere's default is "END".
     """
 
     refused_fields: ClassVar[Mapping[str, Refusal]] = {

@@ -342,7 +342,7 @@ class Drafter:
         if self._before[1]:
             for live in lives:
                 live.sequence.drafts = ()
-        if count > 1 and times.balance < 0:  # see above of one sequence
+        if count > 1 and times.balance < 0:  # one sequence has no balance: see the module
             if not self._rest:
                 self._begin_rest(lives, times)
             return False
