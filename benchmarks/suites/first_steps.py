@@ -29,7 +29,7 @@ from suite import HERE
 from tests.real_models import all_minilm
 
 _COMMAND = [sys.executable, "-m", "candle_vllm"]
-_PROGRAMS = {  # what stands here for a program of theirs
+_PROGRAMS = {  # the command here for each program of the other projects
     "ollama": "", "vllm": "", "llama serve": "serve", "llama-server": "serve", "llama cli": "chat", "llama-cli": "chat",
     "./llama-completion": "generate", "./llama-bench": "bench", "./llama-batched-bench": "bench",
     "./llama-quantize": "quantize",
@@ -42,7 +42,7 @@ _TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}a
 
 
 def main() -> int:
-    """Tries the steps; returns 0 where each did what the list says."""
+    """Try the steps; return 0 if each did what the list says."""
     blocks = tomllib.loads((HERE / "first_steps.toml").read_text(encoding="utf-8"))
     wanted: dict[str, list[int]] = {}
     for word in sys.argv[1:] or blocks:
@@ -84,7 +84,7 @@ def _step(step: str | dict[str, str]) -> dict[str, str]:
 
 
 def _tried(step: dict[str, str], address: str) -> str:
-    """What came of a step: "" where it did what the list says, else what it did."""
+    """Try a step; return "" if it did what the list says, else what it did."""
     if "run" in step:
         code, out = _command(step["run"])
     else:
@@ -107,7 +107,7 @@ def _tried(step: dict[str, str], address: str) -> str:
 
 
 def _local(text: str, address: str = "") -> str:
-    """The text with a model's name, a file and an address of ours."""
+    """Replace the placeholders of a step by a local model, by local files and by the address of the server."""
     for name, value in (
         ("EMBEDDER", str(all_minilm())), ("TEMPLATE", "template.jinja"), ("GRAMMAR", "grammar.gbnf"),
         ("MODEL", "demo"),
@@ -117,7 +117,7 @@ def _local(text: str, address: str = "") -> str:
 
 
 def _command(line: str) -> tuple[int, str]:
-    """Runs a command line; one that serves is asked for something, and ended."""
+    """Run a command line; send one request to a server that it starts, and end the server."""
     line = _local(line.removeprefix('echo "Hello world" | '))
     match = _START.match(line)
     assert match is not None, line
@@ -137,7 +137,7 @@ def _command(line: str) -> tuple[int, str]:
 
 @contextmanager
 def _server(line: str) -> Iterator[str]:
-    """The address of a server that a command line starts; raises `RuntimeError` with its output where it ends."""
+    """Start the server of a command line and give its address; `RuntimeError` with its output if it ends."""
     match = _START.match(line := _local(line))
     assert match is not None, line
     words = [*shlex.split(_PROGRAMS[match[0]]), *shlex.split(line[match.end() :])]
