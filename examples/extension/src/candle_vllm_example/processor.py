@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`SamplingParams(logits_processors=["no_repeat"])`: no token follows itself."""
+"""Logits processor for `SamplingParams(logits_processors=["no_repeat"])`: no token follows itself."""
 
 from collections.abc import Sequence
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""BLOOM and BLOOMZ: the wiring of `gpt.py` with ALiBi for positions and a norm behind the embedding.
+"""BLOOM and BLOOMZ: the layers of `gpt.py` with ALiBi positions and a norm after the embedding.
 
-The rows of q, k and v stand behind each other for each head. Source: BigScience Workshop, 2022, arXiv:2211.05100.
+The fused matrix has the rows of q, k and v of one head after the other.
+Source: BigScience Workshop, 2022, arXiv:2211.05100.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _CONTEXT = 2048  # that of training, which most files do not say
 
 
 def config_from_hf(fields: Fields, model_type: str) -> GptConfig:
-    """Reads `config.json` of bloom, which older files have other keys in."""
+    """Read `config.json` of bloom; older files use other keys."""
     values = fields.values
     renamed = {
         "hidden_size": values.get("n_embed") or values.get("hidden_size"),
@@ -49,7 +50,7 @@ def config_from_hf(fields: Fields, model_type: str) -> GptConfig:
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> GptConfig:
-    """Reads GGUF metadata of bloom."""
+    """Read GGUF metadata of bloom."""
     shared = shared_from_gguf(fields, checkpoint, eps="attention.layer_norm_epsilon")
     return GptConfig(**shared, slopes=alibi_slopes(shared["num_heads"]), embed_norm=True)
 
@@ -58,7 +59,7 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> GptConfig:
 
 
 def _names(part: str) -> tuple[str, str]:
-    """A checkpoint's name, and that of one which was saved without its head."""
+    """The tensor name in a checkpoint with an output layer, and in one without."""
     return f"transformer.{part}", part
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""ChatGLM 2 and 3, and GLM-4-9B-Chat in the form with code of its own: GLM's wiring (`glm4.py`) under other names.
+"""ChatGLM 2 and 3, and GLM-4-9B-Chat as remote code: the layers of GLM (`glm4.py`) under other tensor names.
 
-Queries, keys and values are one matrix. Source: Team GLM, 2024, arXiv:2406.12793.
+Queries, keys and values are one fused matrix. Source: Team GLM, 2024, arXiv:2406.12793.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _USUAL = {  # what the published models have, and is implemented
 
 
 def config_from_hf(fields: Fields, model_type: str) -> GlmConfig:
-    """Reads `config.json` of chatglm, whose code comes with the model."""
+    """Read `config.json` of chatglm, a model with remote code."""
     for key, usual in _USUAL.items():
         if fields.get(key, bool, usual) is not usual:
             raise UnsupportedModelError(f"{fields.path}: {key} is {str(not usual).lower()}, which is not implemented")
@@ -69,7 +69,7 @@ _OWN = {
 
 
 def _renamed(line: WeightName) -> WeightName:
-    """GLM's line with ChatGLM's name; q, k and v are rows of one matrix."""
+    """A row of GLM's weight names with ChatGLM's name; q, k and v are rows of one matrix."""
     if not line.target.startswith(_QKV):
         return dataclasses.replace(line, hf=_OWN.get(line.target))
     part, kind = line.target.removeprefix(_QKV).split(".")
@@ -81,7 +81,7 @@ WEIGHTS = [_renamed(line) for line in glm4.WEIGHTS]
 
 
 def ignored(config: GlmConfig) -> list[str]:
-    """As GLM's, and the frequencies that old checkpoints store."""
+    """Tensors that GLM ignores, and the rotary frequencies that old checkpoints store."""
     return [*glm4.ignored(config), r"transformer\.rotary_pos_emb\.inv_freq"]
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""DeBERTa v2 and v3: a `Bert` whose scores also count content against relative positions, in both directions.
+"""DeBERTa v2 and v3: a `Bert` with disentangled attention, content to position and position to content.
 
-Positions that are far are shared in buckets. Computed op by op, in torch. Source: He et al., 2020, arXiv:2006.03654,
+Distant relative positions share buckets. It runs op by op in torch. Source: He et al., 2020, arXiv:2006.03654,
 and 2021, arXiv:2111.09543 (v3). Shapes: T tokens, E hidden, S span of relative positions on each side.
 """
 
@@ -29,11 +29,11 @@ from candle_vllm.core.models.family import EncoderFamily
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DebertaConfig(BertConfig):
-    """What differs from model to model.
+    """Config of a DeBERTa model.
 
     Attributes:
-        buckets: of relative positions on each side, the farther half in logarithmic steps; 0 is one for each.
-        farthest: position from which on all share a bucket.
+        buckets: buckets of relative positions on each side, the farther half in logarithmic steps; 0 is one for each.
+        farthest: distance from which on all positions share a bucket.
     """
 
     buckets: int = 0
@@ -88,7 +88,7 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> DebertaConfig:
 def rows_of_distances(config: DebertaConfig) -> np.ndarray:
     """The row in the table of relative positions for each distance of query minus key, int64 [2 P - 1].
 
-    Logarithms are taken in float32, as models are trained with.
+    Logarithms are computed in float32, as in training.
     """
     away = np.arange(1 - config.max_position, config.max_position)
     if config.buckets:
@@ -158,7 +158,7 @@ _PARTS = ("query", "key", "value")
 
 
 def ignored(config: DebertaConfig) -> list[str]:
-    """Stored names that a vector does not need: the heads of pre-training, and of another use."""
+    """Tensor names that an embedding does not need: heads of pre-training and of other tasks."""
     head = [] if config.scores else [r"pooler\..*", r"classifier\..*"]
     return [r"(\w+\.)?embeddings\.position_ids", r"(cls|lm_predictions|mask_predictions|legacy_cls)\..*", *head]
 

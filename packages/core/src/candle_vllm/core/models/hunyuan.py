@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Hunyuan V1, dense and A13B: the Llama wiring (`llama.py`) with norms of heads of q and k behind their rotation.
+"""Hunyuan V1, dense and A13B: the layers of Llama (`llama.py`) with QK norms after the rotary embedding.
 
-The base of the frequencies is stretched by a factor that the config names (alpha). All layers of A13B have experts, and
-a feed-forward layer that all tokens share. Source: Tencent, 2025, "Hunyuan-A13B Technical Report".
+The rotary base is scaled by a factor of the config (alpha). All layers of A13B have experts and a shared
+expert. Source: Tencent, 2025, "Hunyuan-A13B Technical Report".
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from candle_vllm.core.models.llama import Llama, LlamaConfig
 
 
 def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
-    """Reads `config.json` of hunyuan_v1_dense and hunyuan_v1_moe."""
+    """Read `config.json` of hunyuan_v1_dense and hunyuan_v1_moe."""
     fields.choice("hidden_act", "silu", "silu", "swish")
     if fields.get("use_cla", bool, False):
         raise UnsupportedModelError(f"{fields.path}: use_cla is true: layers that share keys are not implemented")
@@ -46,7 +46,7 @@ def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
 
 
 def _stretched(fields: Fields) -> Fields:
-    """The config with the base of the frequencies in place of alpha, as transformers computes it."""
+    """The config with the scaled rotary base instead of alpha, as transformers computes it."""
     key = "rope_parameters" if "rope_parameters" in fields else "rope_scaling"
     scaling = fields.section(key)
     alpha = scaling.get("alpha", float, 0.0)
@@ -63,7 +63,7 @@ def _stretched(fields: Fields) -> Fields:
 
 
 def _same(fields: Fields, key: str, *default: int) -> int:
-    """A count, which files also have as a list of one for each layer."""
+    """A count, which some files store as a list with one entry for each layer."""
     stored = fields.values.get(key)
     if not isinstance(stored, list):
         return fields.count(key, *default)
@@ -73,7 +73,7 @@ def _same(fields: Fields, key: str, *default: int) -> int:
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
-    """Reads GGUF metadata of hunyuan-dense and hunyuan-moe."""
+    """Read GGUF metadata of hunyuan-dense and hunyuan-moe."""
     shared = shared_from_gguf(fields, checkpoint)
     biases = {"qkv_bias": gguf_has_bias(checkpoint), "output_bias": "blk.0.attn_output.bias" in checkpoint.tensors}
     normed = "blk.0.attn_q_norm.weight" in checkpoint.tensors
@@ -100,7 +100,7 @@ _NORMS = {"layers.{i}.attention.q_norm:weight": "query", "layers.{i}.attention.k
 
 
 def _renamed(line: WeightName) -> WeightName:
-    """Llama's line, with the names that the norms of heads have here."""
+    """A row of Llama's weight names with the names of the QK norms here."""
     part = _NORMS.get(line.target)
     return line if part is None else dataclasses.replace(line, hf=f"{HF}self_attn.{part}_layernorm.weight")
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What config.json and GGUF metadata say of nomic-bert, GTE and jina v3; see `nomic_bert.py`."""
+"""Config of nomic-bert, GTE and jina v3 from config.json and GGUF metadata; see `nomic_bert.py`."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ _SPARSE = MappingProxyType({
 
 
 def config_from_hf(fields: Fields, model_type: str, *, scores: bool) -> BertConfig:
-    """Reads `config.json`, of transformers' classes or of the published repositories."""
+    """Read `config.json` of transformers' classes or of the published repositories."""
     period = fields.get("moe_every_n_layers", int, 0) if model_type == NOMIC else 0
     counted = ("num_experts", "moe_every_n_layers") if period else ()
     for key, value in ({**_ONLY, **_SPARSE} if period else _ONLY).items():
@@ -92,7 +92,7 @@ def config_from_hf(fields: Fields, model_type: str, *, scores: bool) -> BertConf
 
 
 def _rope(fields: Fields, head_dim: int, position: int) -> RopeConfig:
-    """The rotary settings; "ntk" of GTE's repositories raises the base and divides all frequencies, for all texts."""
+    """Rotary settings; "ntk" of GTE's repositories raises the base and divides all frequencies, at any length."""
     scaling = fields.section("rope_scaling")
     if scaling.get("type", str, "") != "ntk":
         return rope_from_hf(fields, head_dim, position)
@@ -104,7 +104,7 @@ def _rope(fields: Fields, head_dim: int, position: int) -> RopeConfig:
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> BertConfig:
-    """Reads GGUF metadata of nomic-bert and jina-bert-v3."""
+    """Read GGUF metadata of nomic-bert and jina-bert-v3."""
     tensors, sizes = checkpoint.tensors, sizes_from_gguf(fields, checkpoint)
     model_type = JINA if fields.prefix.startswith("jina") else NOMIC
     stems = dict(zip(_BIASES, ("attn_qkv", "attn_output", "ffn_up", "ffn_down"), strict=True))
@@ -122,13 +122,13 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> BertConfig:
 
 
 def _experts_of_gguf(fields: Fields, inner: int) -> dict[str, Any]:
-    """The same of GGUF metadata; llama.cpp's files lack the bias."""
+    """Expert settings from GGUF metadata; files of llama.cpp lack the bias."""
     named = {"num_experts": fields.count("expert_count"), "moe_top_k": fields.count("expert_used_count")}
     return _experts(Fields(named, fields.path), fields.count("moe_every_n_layers"), inner)
 
 
 def _experts(fields: Fields, period: int, inner: int) -> dict[str, Any]:
-    """What the experts of v2 are: the tokens' two best of eight, in every second layer."""
+    """Expert settings of v2: top 2 of 8 experts, in every second layer."""
     if period < 2 or fields.get("type_vocab_size", int, 1) > 1:
         raise UnsupportedModelError(f"{fields.path}: moe_every_n_layers below 2, or token types, are not implemented")
     count, top = fields.count("num_experts", 8), fields.count("moe_top_k", 2)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Heads of encoders that say something of each token: classes, ColBERT's vectors, weights of the vocabulary.
+"""Output heads of encoders for each token: classes, ColBERT vectors, weights of the vocabulary.
 
-- `...ForTokenClassification`: labels of each token.
-- ColBERT: a matrix gives each token a short vector; `HF_ColBERT`, PyLate's folders, or bge-m3's `colbert_linear`.
-- SPLADE and bge-m3's `sparse_linear`: a weight of each token of the vocabulary.
+- `...ForTokenClassification`: class probabilities of each token.
+- ColBERT: a matrix projects each token to a short vector; `HF_ColBERT`, PyLate's folders, or bge-m3's `colbert_linear`.
+- SPLADE and bge-m3's `sparse_linear`: one weight for each token of the vocabulary.
 
 Sources: Khattab and Zaharia, 2020, arXiv:2004.12832; Formal et al., 2021, arXiv:2109.10086; Chen et al., 2024,
 arXiv:2402.03216 (bge-m3).
@@ -48,13 +48,14 @@ _ROWS = 64  # positions at a time: logits of a large vocabulary take 128 MB then
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TokenHead(PooledHead):
-    """A head of which others stand behind poolings of other kinds, and which may weigh the vocabulary.
+    """Output head for each token, with further heads for other kinds of pooling.
 
     Attributes:
-        kinds: those others.
-        skip: positions in front that have no vector of their own.
-        words: V, where it gives a token's one weight: the vocabulary's weights are the largest of each.
-        unweighted: tokens that have no weight there.
+        kinds: head for each other kind of pooling.
+        skip: leading positions that get no vector.
+        words: vocabulary size V if the head gives one weight for each position: a vocabulary entry then has the largest
+            weight of its positions. 0 otherwise.
+        unweighted: token ids that get no weight.
     """
 
     kinds: Mapping[str, PooledHead] = dataclasses.field(default_factory=dict[str, PooledHead])
@@ -87,7 +88,7 @@ class TokenHead(PooledHead):
 
 
 def base_class(name: str, config: Mapping[str, Any], known: Collection[str]) -> str:
-    """The class of the encoder below a head for tokens; of any other class the name itself."""
+    """Class name of the encoder below a token head; any other class name is returned as it is."""
     if name == _COLBERT:
         kind = str(config.get("model_type"))
         if config.get("position_embedding_type") == "rotary":  # jina's code, by XLM-RoBERTa's name
@@ -101,7 +102,7 @@ def base_class(name: str, config: Mapping[str, Any], known: Collection[str]) -> 
 def with_head(
     name: str, family: EncoderFamily, config: EncoderConfig, fields: Fields
 ) -> tuple[EncoderFamily, EncoderConfig]:
-    """The family and config of a class whose encoder they are: the head's labels, its tensors left to `behind`."""
+    """Family and config for a class with a token head: the config has its labels, the family ignores its tensors."""
     own = family.ignored
     if name == _COLBERT:
         return dataclasses.replace(family, ignored=lambda config: [*own(config), r"linear\.weight"]), config
@@ -127,7 +128,7 @@ def with_token_heads(
     pooling: ModelPooling,
     head: PooledHead | None,
 ) -> tuple[ModelPooling, PooledHead | None]:
-    """How an encoder's vectors are made, with the heads for tokens that its files have.
+    """Pooling of an encoder with the token heads that its files have.
 
     Raises:
         WeightsError, UnsupportedModelError: a head is missing or misshapen.
@@ -166,7 +167,7 @@ def with_token_heads(
 
 
 def _masked(config: EncoderConfig, checkpoint: Checkpoint) -> tuple[Dense, Dense]:
-    """The head of a masked language model, whose logits may be products with the table of embeddings."""
+    """Head of a masked language model; its output matrix may be tied to the embedding."""
     size, tensors = config.hidden_size, checkpoint.tensors
     names = next((names for names in _MASKED if f"{names[0]}.weight" in tensors), None)
     if names is None:

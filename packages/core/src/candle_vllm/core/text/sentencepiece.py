@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""A vocabulary from SentencePiece's own file, tokenizer.model (loading, before step 3 of a request can run).
+"""Vocabulary of a SentencePiece file, tokenizer.model (loading, before step 3 of a request can run).
 
-The file is a protocol buffer (`ModelProto` of sentencepiece_model.proto). It is read into the keys by which a GGUF file
-describes such a vocabulary, and they are checked as a GGUF file's are.
+The file is a protocol buffer (`ModelProto` of sentencepiece_model.proto). It is read into the metadata
+keys of a GGUF file with such a vocabulary, which are then checked like those of a GGUF file.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _Value = int | memoryview
 
 
 def read_sentencepiece(path: Path) -> GgufVocab:
-    """The vocabulary of a file that has been found small enough to read.
+    """Read the vocabulary of a file whose size the caller has checked.
 
     Raises:
         InvalidFileError: the file is damaged.
-        UnsupportedModelError: it is no byte-pair model.
+        UnsupportedModelError: the file is not a byte-pair model.
     """
     try:
         metadata = _metadata(memoryview(path.read_bytes()), path)

@@ -52,7 +52,7 @@ class CohereEmbedRequest(PoolingFields):
     truncate: Literal["NONE", "START", "END"] | None = None
 
     def inner(self) -> EmbeddingRequest:
-        """The same in OpenAI's words."""
+        """Return this request as an OpenAI request."""
         return EmbeddingRequest(
             **{name: getattr(self, name) for name in ("model", "lora_path", "priority", "input_type")},
             input=self.texts,
@@ -63,7 +63,7 @@ class CohereEmbedRequest(PoolingFields):
 
 
 class CohereEmbeddings(msgspec.Struct, frozen=True, kw_only=True):
-    """The vectors by their types, in the order of the texts."""
+    """Embeddings by type, in the order of the texts."""
 
     id: str
     embeddings: dict[str, list[Any]] | list[Any]
@@ -75,7 +75,7 @@ class CohereEmbeddings(msgspec.Struct, frozen=True, kw_only=True):
 def cohere_answer(
     request: CohereEmbedRequest, request_id: str, outputs: Sequence[EmbeddingOutput], version: str
 ) -> CohereEmbeddings:
-    """The answer to a request, of version 1 or 2 of the API."""
+    """Response of version 1 or 2 of the API."""
     plain, types = version == "1" and request.embedding_types is None, request.embedding_types or ["float"]
     tokens = sum(each.num_tokens for each in outputs)
     made: dict[str, list[Any]] = {
@@ -91,9 +91,9 @@ def cohere_answer(
 
 
 def _typed(vector: array[float], kind: EmbeddingType) -> list[float] | list[int] | str:
-    """A vector of length 1 in one of Cohere's types.
+    """Convert a normalised vector to one of Cohere's types.
 
-    int8 is 127 times each number; binary has a bit for each that is above 0, the first the highest of its byte.
+    int8 is 127 times each element. binary has one bit for each element, set if above 0, first element highest.
     """
     if kind == "float":
         return vector.tolist()

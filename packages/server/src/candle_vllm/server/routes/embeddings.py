@@ -31,7 +31,7 @@ async def create_embedding(request: Request) -> Response:
 
 @route("POST /v1/moderations", body=ModerationRequest, example={"input": "The sky is blue."}, answer=Moderation)
 async def create_moderation(request: Request) -> Response:
-    """Whether texts do harm, as a classifier tells."""
+    """Harm categories of texts, from a classifier model."""
     parse = functools.partial(parse_body, ModerationRequest)
     return await answer_with(request, parse, lambda model, wire: model.adapter.moderate(wire))
 
@@ -43,7 +43,7 @@ async def create_moderation(request: Request) -> Response:
     answer=CohereEmbeddings,
 )
 async def cohere_embed(request: Request) -> Response:
-    """The vectors of texts, in Cohere's words."""
+    """Embeddings of texts, as Cohere's API gives them."""
     parse, first = functools.partial(parse_body, CohereEmbedRequest), "/v1/" in request.url.path
     return await answer_with(
         request, parse, lambda model, wire: model.adapter.embed_cohere(wire, "1" if first else "2")

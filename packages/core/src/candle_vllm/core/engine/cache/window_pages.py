@@ -42,7 +42,7 @@ class PagePool:
         return len(self.free_pages) + len(self.idle)
 
     def first(self, start: int) -> int:
-        """The place in a block table of the first block that a token at a position sees."""
+        """Index in a block table of the first block that a token at this position sees."""
         return max(0, start - self._window + 1) // self._size
 
     def has_room(self, shared: Seq[int], needed: int, reserve: int) -> bool:
@@ -52,14 +52,14 @@ class PagePool:
         return min(needed - first, self.most) - used + reserve <= self.num_free
 
     def take(self, block: int) -> None:
-        """A running sequence may read or write a block, which gets a page if it has none."""
+        """Note that a running sequence may read or write a block; give the block a page if it has none."""
         if not self.page_of[block]:
             self.give(block)
         self.idle.pop(block, None)
         self.users[block] += 1
 
     def give(self, block: int) -> None:
-        """A block that has none gets a page."""
+        """Give a page to a block that has none."""
         assert not self.page_of[block], f"block {block} has a page"
         if not self.free_pages:
             self._take_back(next(iter(self.idle)))
@@ -67,7 +67,7 @@ class PagePool:
         self.idle[block] = None
 
     def leave(self, blocks: Seq[int]) -> None:
-        """A running sequence neither reads nor writes these any more."""
+        """Note that a running sequence no longer reads or writes these blocks."""
         for block in blocks:
             self.users[block] -= 1
             assert self.users[block] >= 0, f"the page of block {block} is released twice"
@@ -76,7 +76,7 @@ class PagePool:
                 self.forget(block)
 
     def forget(self, block: int) -> None:
-        """A block that nobody uses loses its page, where it can be found no more."""
+        """Take the page of an unused block that no hash finds any more."""
         if block in self.idle and self._hash_of[block] is None:
             self._take_back(block)
 
@@ -87,7 +87,7 @@ class PagePool:
 
 
 class WindowedBlocks(BlockManager):
-    """A block manager that hands out the pages of layers with a window, too, when a run is scheduled.
+    """Block manager that also allocates pages for layers with a window when a run is scheduled.
 
     Args:
         rooms: of each page pool.
@@ -107,7 +107,7 @@ class WindowedBlocks(BlockManager):
         return all(pool.page_of[block] for pool in self.pools)
 
     def depth(self, blocks: Seq[int]) -> int:
-        """The most of these blocks of a prefix behind which a token finds all pages that its windows see."""
+        """How many of these prefix blocks precede a token that finds all pages of its windows."""
         deepest, together = 0, [0] * len(self.pools)
         for count, block in enumerate(blocks, 1):
             together = [many + 1 if pool.page_of[block] else 0 for pool, many in zip(self.pools, together)]
@@ -117,9 +117,9 @@ class WindowedBlocks(BlockManager):
         return deepest
 
     def renew(self, hashes: Seq[bytes], in_store: Callable[[bytes], bool]) -> None:
-        """Forgets the blocks of a prefix whose pages have gone, where a store has them: they are read anew from there.
+        """Forget blocks of a prefix whose pages have gone, if the KV tier has them, to read them from there.
 
-        Nothing is forgotten where that would not make the prefix longer, as a running sequence holds one of them.
+        Nothing is forgotten if a running sequence holds one of these blocks: the prefix would not become longer.
         """
         blocks = self.lookup(hashes)
         end = len(blocks)
@@ -132,27 +132,27 @@ class WindowedBlocks(BlockManager):
                 self._hide(hashes[place])
 
     def _has_pages(self, place: int, end: int, block: int) -> bool:
-        """Whether a block has the pages that a token behind `end` blocks sees of it."""
+        """Whether a block has the pages that a token after `end` blocks reads."""
         return all(pool.page_of[block] or place < pool.first(end * self.block_size) for pool in self.pools)
 
     def has_room(self, shared: Seq[int], needed: int, reserve: int) -> bool:
-        """Whether a sequence with `needed` blocks, of which it shares some, may begin, and `reserve` pages are left."""
+        """Whether a sequence with `needed` blocks, some of them shared, may start and leave `reserve` pages free."""
         return all(pool.has_room(shared, needed, reserve) for pool in self.pools)
 
     def begin(self, sequence: Sequence, cached: int) -> None:
-        """A sequence begins to run behind so many blocks that it shares."""
+        """Start a sequence after this number of shared blocks."""
         sequence.windowed = [(pool.first(cached * self.block_size), cached) for pool in self.pools]
         for pool, (first, last) in zip(self.pools, sequence.windowed):
             for block in sequence.block_table[first:last]:
                 pool.take(block)
 
     def advance(self, sequence: Sequence, start: int, end: int, spare: int = 0) -> int:
-        """Lets go of what lies behind the windows of a token, and takes pages for the positions up to `end`.
+        """Release the pages behind the windows of a token, and take pages for the positions up to `end`.
 
         Args:
-            sequence: whose run begins at `start`. What a step under way fills is not published yet, and keeps its page.
-            start, end: positions; that at `start` is of no draft, so that rejected drafts need nothing back.
-            spare: pages that are to stay free.
+            sequence: its run begins at `start`. Blocks that a step under way fills are unpublished and keep their page.
+            start, end: positions; the one at `start` is no draft token, so rejected drafts never need a released page.
+            spare: pages that must stay free.
 
         Returns:
             The position up to which it has pages, at most `end`.
@@ -169,17 +169,17 @@ class WindowedBlocks(BlockManager):
         return reached
 
     def reaches(self, sequence: Sequence, position: int) -> bool:
-        """Whether the next token of a decoding sequence has its pages, one more if need be."""
+        """Whether the next token of a decoding sequence has its pages, after taking one more if necessary."""
         return self.advance(sequence, position, position + 1) > position
 
     def cut(self, sequence: Sequence, blocks: int) -> None:
-        """A sequence keeps so many blocks of its table; 0 where it runs no longer."""
+        """Keep this number of blocks of a sequence's table; 0 if it no longer runs."""
         for number, (pool, (first, last)) in enumerate(zip(self.pools, sequence.windowed)):
             pool.leave(sequence.block_table[max(first, blocks) : last])
             sequence.windowed[number] = min(first, blocks), min(last, blocks)
 
     def take_in(self, digest: bytes) -> int | None:
-        """See `BlockManager`; it has a page of each pool where one is free."""
+        """See `BlockManager`; the block gets a page of each pool that has a free one."""
         block = super().take_in(digest)
         if block is not None:
             for pool in self.pools:
@@ -188,14 +188,14 @@ class WindowedBlocks(BlockManager):
         return block
 
     def publish(self, block: int, digest: bytes) -> None:
-        """See `BlockManager`; but a twin takes the place of a block that lacks a page."""
+        """See `BlockManager`; a block with all pages replaces an equal block that lacks one."""
         first = self._published.get(digest)
         if first is not None and self.has_pages(block) and not self.has_pages(first):
             self._hide(digest)
         super().publish(block, digest)
 
     def _hide(self, digest: bytes) -> None:
-        """A block is found no more by a hash that another block is about to have; a checkpoint of it stays."""
+        """Unpublish the block of a hash; its checkpoint stays."""
         block = self._published.pop(digest)
         self._hash_of[block] = None
         for pool in self.pools:

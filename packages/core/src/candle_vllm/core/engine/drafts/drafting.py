@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: MIT
-"""Drafts: what may come next, guessed without a model, and how many guesses a step tries (behind step 9).
+"""Draft tokens without a draft model, and how many of them a step tries (after step 9).
 
-A step reads the weights once, whatever its rows are, so trying a few guessed tokens costs little more than a plain
-token; each that was right is a step less. Guesses are what the grammar leaves no choice about, and what followed the
-end of the text where it stood before: in the prompt, in the answer, or in an answer of the past. A guess is tried in
-rows behind the sequence's last token and holds as far as it equals what is drawn, so answers stay what they are.
+A step reads the weights once for all of its rows, so checking a few draft tokens costs little more than a plain step,
+and each accepted token saves a step. Draft tokens come from grammars that leave no choice, and from the text that
+followed the same suffix earlier: in the prompt, in the answer, or in a past answer. They are run as rows after the
+sequence's last token and accepted as far as they equal the sampled tokens, so answers do not change.
 
-How likely a guessed token is right follows from how such guesses fared, by the length of what matched and by sequence.
-A guess is judged whether it was tried or not. A step tries as many as save the most time, by the times that steps with
-so many drafts took so far; where that is none, it is a plain step.
+The probability of acceptance follows from earlier drafts, by the length of the match and by sequence. A draft is
+judged whether it was tried or not. A step tries the number of draft tokens that saves the most time, by the measured
+times of steps with that number; if none saves time, it is a plain step.
 
-Whether all this pays with several sequences is measured, in steps of about as many (`StepTimes.balance`): what drafts
-have saved, less what they and the search for them have taken, in plain steps. Below zero nothing is searched for, and
-each plain step adds a hundredth. So drafts cost no more than that hundredth for long. One sequence has no such balance:
-it gains most, and a few slow steps at its start would end its drafts.
+With several sequences, the balance of all this is measured for each class of batch sizes (`StepTimes.balance`): time
+that drafts saved, minus time that drafts and the search for them took, in plain steps. Below zero nothing is searched
+for, and each plain step adds one per cent, so drafts that do not pay cost about one per cent. One sequence has no
+such balance: it gains most, and a few slow steps at its start would end its drafts.
 """
 
 from __future__ import annotations
@@ -121,28 +121,28 @@ def _asks(live: LiveSequence) -> bool:
 
 
 class StepTimes:
-    """What steps of about as many sequences take, and whether drafts have paid in them.
+    """Measured times of steps with a class of batch sizes, and whether drafts have paid in them.
 
-    Times of plain steps are seconds, by the number of sequences; all others are in plain steps of as many sequences.
-    Each is the lower median of the last few that were seen, so a step during which the machine did something else
-    changes nothing. What is not tried because it seems to take too long is believed to take less as time goes by.
+    Times of plain steps are in seconds, by the number of sequences. Times of steps with drafts are in units of a
+    plain step with as many sequences. Each time is the lower median of the last few measured, so one slow step
+    changes nothing. A number of drafts that seems too slow and is not tried is assumed to get faster over time.
 
     Args:
-        lives: sequences of a step, about.
-        most: drafts of a step.
+        lives: number of sequences of the class.
+        most: most draft tokens of a step.
 
     Attributes:
-        balance: plain steps that drafts have saved, less those that they and the search for them have taken.
-        leaving: what a step with drafts makes the plain step behind it take more, which is laid out anew, and where
-            states replay their accepted inputs.
+        balance: plain steps that drafts have saved, minus the plain steps that drafts and their search have cost.
+        leaving: extra time of the plain step after a step with drafts: its arrays are laid out anew, and states replay
+            their accepted inputs.
     """
 
-    GAIN = 1.05  # how much more a step with drafts must seem to make than a plain one
-    LEAVING = 0.15  # before any was seen
-    SHARE = 0.01  # what the search may take of the time of plain steps
-    BOUNDS = -8.0, 4.0  # of the balance: neither a good hour nor a bad one lasts
-    UNPLAIN = 64  # steps with drafts after which two plain ones show what such take now
-    LONGEST = 8.0  # plain steps that one step counts as at most
+    GAIN = 1.05  # speedup that a step with drafts must promise
+    LEAVING = 0.15  # `leaving` before any was measured
+    SHARE = 0.01  # share of a plain step that the search may take
+    BOUNDS = -8.0, 4.0  # of the balance, so that it can follow a change of the text
+    UNPLAIN = 64  # steps with drafts after which two plain steps are timed again
+    LONGEST = 8.0  # most that one step counts, in plain steps
 
     def __init__(self, lives: int, most: int) -> None:
         self.balance, self.leaving = 1.0, self.LEAVING
@@ -152,25 +152,25 @@ class StepTimes:
         self._drafted: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=5))  # by drafts; 0: behind some
 
     def plain(self, lives: int) -> float:
-        """Seconds of a plain step of so many sequences; 0 before three were seen."""
+        """Seconds of a plain step with this number of sequences; 0 before three were measured."""
         seen = self._plain.get(lives, ())
         return _lower_median(seen) if len(seen) > 2 else 0.0
 
     def __call__(self, drafts: int) -> float:
-        """A step with so many drafts."""
+        """Time of a step with this number of draft tokens, in plain steps."""
         return self._curve[min(drafts, len(self._curve) - 1)]
 
     def seconds(self, lives: int, rows: int) -> float:
-        """A step of so many sequences, with as many drafts as it has more rows than these."""
+        """Seconds of a step with these sequences and rows; rows beyond one for each sequence are draft tokens."""
         share = self(rows - lives) if rows >= lives else (FIXED + rows) / (FIXED + lives)
         return self.plain(lives) * share
 
     def note_plain(self, lives: int, seconds: float) -> None:
-        """A plain step of so many sequences behind one like it took so long."""
+        """Record a plain step that followed a plain step of the same sequences."""
         self._plain[lives].append(seconds)
 
     def note(self, lives: int, drafts: int, seconds: float, saved: float) -> None:
-        """A step with drafts, or the plain one behind it with 0, took so long and saved so many plain steps."""
+        """Record a step with drafts, or with 0 drafts the plain step after it, and how many plain steps it saved."""
         if not (plain := self.plain(lives)):
             return
         seen = self._drafted[drafts]
@@ -186,12 +186,12 @@ class StepTimes:
             self._curve[near] = min(max(time, 0.25 * known), self.LONGEST * known)
 
     def pay(self, steps: float) -> None:
-        """Adds to the balance."""
+        """Add to the balance."""
         least, most = self.BOUNDS
         self.balance = min(max(self.balance + steps, least), most)
 
     def relax(self) -> None:
-        """Nothing was tried for a while."""
+        """Let slow times approach the assumed ones, because no draft was tried for a while."""
         self._curve = [
             time if time < known else time + 0.05 * (known - time)
             for time, known in zip(self._curve, self._known, strict=True)
@@ -251,19 +251,19 @@ class Drafter:
         return self._seen[digits]
 
     def stepped(self, lives: int, drafts: int, seconds: float) -> None:
-        """A step is over; must be followed by `propose`.
+        """Record a step that is over; call `propose` afterwards.
 
         Args:
-            lives: its sequences; 0 of a step with prompts, which has a time of its own.
-            drafts: that it tried.
-            seconds: that it took.
+            lives: its number of sequences; 0 for a step with prompts, which is not comparable.
+            drafts: draft tokens that it tried.
+            seconds: its duration.
         """
         right, self._right = self._right, []
         (before, touched), self._before = self._before, (lives, drafts > 0)
         if drafts or touched:
             if lives:
                 common = min(right) if len(right) == lives else 0
-                # A token that not all sequences have more saves a later step nothing but its row.
+                # A token that only some sequences gain saves a later step just its row.
                 saved = common + (sum(right) - common * lives) / (FIXED + lives)
                 self.times(lives).note(lives, drafts, seconds, saved)
             self._unplain += 1
@@ -272,9 +272,9 @@ class Drafter:
             self._unplain = 0
 
     def rests(self, lives: int) -> bool:
-        """Whether the step behind one of so many sequences is a plain one, and nothing is to be done for it.
+        """Return whether drafting rests: the next step is a plain one, and nothing is searched for.
 
-        That costs next to nothing, so it is asked first. The last steps of a rest are none: plain ones are timed then.
+        This is cheap, so it is asked first. The last steps of a rest return False, because plain steps are timed then.
         """
         if not self._rest:
             return False
@@ -323,16 +323,16 @@ class Drafter:
 
     @property
     def reads_states(self) -> bool:
-        """Whether `propose` needs the step that is over."""
+        """Whether `propose` needs the batch of the step that is over."""
         return self.model is not None and self.model.reads_states
 
     def propose(self, lives: Sequence[LiveSequence], batch: Batch | None = None, ran: Sequence[object] = ()) -> bool:
-        """Chooses the drafts of the next step of sequences that all have a token to be run.
+        """Choose the drafts of the next step of sequences that each have a token to run.
 
         Args:
             lives: the sequences.
-            batch: the step that is over, where a model reads its hidden states.
-            ran: the sequence of each of its runs; None of one that has ended.
+            batch: the step that is over, if a head reads its hidden states.
+            ran: the sequence of each run of that step; None for a sequence that has ended.
 
         Returns:
             Whether there are any.
@@ -399,7 +399,7 @@ class Drafter:
         return chosen
 
     def _count_idle(self, times: StepTimes) -> None:
-        """A step for which drafts were not worth a try."""
+        """Count a step for which no draft was worth trying."""
         self._idle += 1
         if self._idle % _PATIENCE == 0:
             times.relax()
@@ -577,7 +577,7 @@ class Drafter:
         return chances
 
     def _choose(self, guesses: list[tuple[LiveSequence, list[int], list[float]]], rows: int, times: StepTimes) -> bool:
-        """Gives the step the drafts that save the most time; False where that is none."""
+        """Give the step the drafts that save the most time; return False if no draft saves any."""
         offers = [(chance, place) for place, (_, _, chances) in enumerate(guesses) for chance in chances]
         if len(guesses) > 1:
             offers.sort(reverse=True)
