@@ -592,7 +592,7 @@ def test_streams_run_side_by_side(start) -> None:
     threads = [threading.Thread(target=read) for _ in range(8)]
     for thread in threads:
         thread.start()
-    running.wait_for(lambda: running.engine.stats().num_running == 8)
+    running.wait_for(lambda: running.engine.pausing == 8)
     running.skip(3600)
     for thread in threads:
         thread.join()

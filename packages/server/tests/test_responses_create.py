@@ -365,7 +365,7 @@ def test_silence_is_broken_by_events_that_clients_count(start: Start, way: str) 
     path = "/v1/messages" if way == "messages" else "/v1/responses"
     with running.http() as client, client.stream("POST", path, json={**body, "stream": True}) as response:
         lines = response.iter_lines()
-        running.wait_for(lambda: running.engine.requests)
+        running.wait_for(lambda: running.engine.pausing)
         for _ in range(3):
             running.skip(20.5)
         text = "\n".join(lines)

@@ -80,6 +80,7 @@ class ScriptedEngine(ScriptedVectors):
     Attributes:
         requests: every request taken, in order.
         aborted: ids of requests whose stream was closed before its end.
+        pausing: number of requests that wait before a piece: their time runs.
         template_calls: every conversation rendered.
         pictures: every picture shown.
         chat_conventions: as of a model.
@@ -113,6 +114,7 @@ class ScriptedEngine(ScriptedVectors):
         )
         self.requests: list[GenerationRequest] = []
         self.aborted: list[str] = []
+        self.pausing = 0
         self.prefix_cache_resets = 0
         self.asleep: frozenset[str] = frozenset()
         self.sleep_level = 0
@@ -402,7 +404,11 @@ class ScriptedSink(RequestSink):
         engine = self._engine
         while self._unfinished:
             pause = engine.pause if self._given else engine.first_pause or engine.pause
-            await asyncio.sleep(pause)  # lets the loop go on at least
+            engine.pausing += 1
+            try:
+                await asyncio.sleep(pause)  # lets the loop go on at least
+            finally:
+                engine.pausing -= 1
             while self._held:  # an engine would go on
                 await asyncio.sleep(_PAUSE)
             piece = self._next_piece()
