@@ -178,6 +178,7 @@ def record(checkout: Path, out: Path) -> int:
         (folders[2] / "mcp.json").write_text(json.dumps({"mcpServers": {"words": words}}))
         scripted = str(checkout / "tests/scripted_program.py")
         served = ("-m", "candle_vllm.server.cli", "--mem", "128", "--seed", "1")
+        plain = ("--speculative-config", '{"method": "none"}')  # drafts rest by the time they take: events vary
         parsers = ("--served-model-name", "default", "--tool-parser", "hermes", "--reasoning-parser", "think")
         for words in (
             ["--help"],
@@ -194,7 +195,7 @@ def record(checkout: Path, out: Path) -> int:
             text = (done.stdout + done.stderr).replace(home, "<home>").replace(str(checkout), "<checkout>")
             keep("command", " ".join(words), "", None, {"status": done.returncode, "headers": {}, "body": text})
         with (
-            server(checkout, folders[0], *served, "--served-model-name", "default") as model,
+            server(checkout, folders[0], *served, *plain, "--served-model-name", "default") as model,
             server(checkout, folders[1], scripted, *parsers) as script,
             server(checkout, folders[2], scripted, *parsers, "--mcp-execute", "--api-key", "key") as mcp,
             httpx.Client(base_url=model, timeout=LONGEST, trust_env=False) as to_model,

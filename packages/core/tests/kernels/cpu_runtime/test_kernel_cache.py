@@ -325,6 +325,15 @@ def test_models_that_load_meanwhile_begin_no_other_process(root: Path, monkeypat
     begun[1].done.set()
 
 
+def test_kernels_that_another_version_asked_for_do_not_count() -> None:
+    """They were renamed since, or the package went back to an older version."""
+    for others in (["gone.cpu.make_sum", "sum", "rms_norm.gone.make_norm"], ["rms_norm.cpu.make_head_norm.9"]):
+        cache_module.note_asked(others)
+        assert not cache_module.is_first_start()
+    cache_module.note_asked(["rms_norm.cpu.make_head_norm.8", "gone.cpu.make_sum", "rms_norm.cpu.make_head_norm.9"])
+    assert cache_module.is_first_start()
+
+
 @pytest.mark.usefixtures("_nothing_loaded")
 def test_what_is_rare_comes_at_the_second_start_where_the_first_ended_too_soon(
     root: Path, monkeypatch: pytest.MonkeyPatch

@@ -92,13 +92,21 @@ def is_first_start() -> bool:
     """Whether several kernels have to be compiled: of those that were asked for at the last such start, as noted.
 
     A start that finds no note is the first of all. What has to be compiled is known only when a plan has been recorded,
-    which takes too long for every start.
+    which takes too long for every start. Another version that shares the folder may have noted kernels that this one
+    does not have: they do not count.
     """
     folder = None if importlib.util.find_spec("numba") is None or _travelling().is_dir() else kernel_cache()
     if folder is None:
         return False
     asked = _read(folder / _ASKED)
-    return asked is None or sum(map(is_missing, asked.decode().split())) > 1
+    return asked is None or sum(map(_is_missing_here, asked.decode(errors="replace").split())) > 1
+
+
+def _is_missing_here(name: str) -> bool:
+    try:
+        return is_missing(name)
+    except (FileNotFoundError, ValueError):  # no kernel of this version
+        return False
 
 
 def note_asked(names: Iterable[str]) -> None:
