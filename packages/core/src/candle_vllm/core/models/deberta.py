@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""DeBERTa v2 and v3: a `Bert` with disentangled attention, content to position and position to content.
+"""DeBERTa v2 and v3: BERT's blocks with disentangled attention, content to position and position to content.
 
 Distant relative positions share buckets. It runs op by op in torch. Source: He et al., 2020, arXiv:2006.03654,
 and 2021, arXiv:2111.09543 (v3). Shapes: T tokens, E hidden, S span of relative positions on each side.
@@ -8,27 +8,36 @@ and 2021, arXiv:2111.09543 (v3). Shapes: T tokens, E hidden, S span of relative 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.kernels.whole_attention import disentangled_attention
 from candle_vllm.core.layers.layer_norm import LayerNorm
-from candle_vllm.core.layers.parameters import Placement, TensorParameter
-from candle_vllm.core.loading.tensors import Checkpoint
-from candle_vllm.core.loading.weights import Parameter, WeightName
-from candle_vllm.core.models.bert import Bert, BertConfig
-from candle_vllm.core.models.encoder_parts import ACTIVATIONS, both, head_of, prefix_of, sizes_from_hf
+from candle_vllm.core.layers.parameters import Placement
+from candle_vllm.core.loading.weights import WeightName
+from candle_vllm.core.models.encoder_parts import (
+    ACTIVATIONS,
+    Table,
+    block_names,
+    both,
+    check_only,
+    head_of,
+    ignored,
+    prefix_of,
+    sizes_from_hf,
+    table_names,
+)
+from candle_vllm.core.models.encoder_stack import Attend, Block, PlainEncoder, StackConfig
 from candle_vllm.core.models.family import EncoderFamily
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DebertaConfig(BertConfig):
+class DebertaConfig(StackConfig):
     """Config of a DeBERTa model.
 
     Attributes:
@@ -36,31 +45,24 @@ class DebertaConfig(BertConfig):
         farthest: distance from which on all positions share a bucket.
     """
 
-    buckets: int = 0
-    farthest: int = 512
+    buckets: int
+    farthest: int
 
-    @property
-    def span(self) -> int:
-        """S."""
-        return self.buckets or self.farthest
+
+# of a config that does not name them, and what is implemented
+_DEFAULTS = {"relative_attention": False, "share_att_key": False, "position_biased_input": True, "norm_rel_ebd": "none"}
+_ONLY: dict[str, object] = {"relative_attention": True, "share_att_key": True, "position_biased_input": False}
+_ONLY |= {"norm_rel_ebd": "layer_norm", "pos_att_type": ["c2p", "p2c"], "conv_kernel_size": 0, "type_vocab_size": 0}
+_ONLY |= {"attention_head_size": None}
 
 
 def config_from_hf(fields: Fields, model_type: str, *, scores: bool) -> DebertaConfig:
     """Reads `config.json` of deberta-v2."""
-    kinds = fields.values.get("pos_att_type") or []
-    kinds = kinds.split("|") if isinstance(kinds, str) else kinds
-    wanted: dict[str, object] = {"relative_attention": True, "share_att_key": True, "position_biased_input": False}
-    wanted |= {"conv_kernel_size": 0, "type_vocab_size": 0, "norm_rel_ebd": "layer_norm"}
-    given: dict[str, object] = {"position_biased_input": True, **fields.values}
-    wrong = [key for key, value in wanted.items() if (given.get(key) or 0) != value]
-    if sorted(map(str, kinds)) != ["c2p", "p2c"]:
-        wrong.append("pos_att_type")
-    size = fields.count("hidden_size")
-    if fields.get("embedding_size", int, size) != size or fields.get("attention_head_size", int, None) is not None:
-        wrong.append("embedding_size")
-    if wrong:
-        said = ", ".join(f"{key} is {fields.values.get(key)!r:.40}" for key in wrong)
-        raise UnsupportedModelError(f"{fields.path}: {said}, which is not implemented for {model_type}")
+    said = {key: value for key, value in fields.values.items() if value is not None}
+    kinds = said.get("pos_att_type", [])
+    said["pos_att_type"] = sorted(map(str, kinds.split("|") if isinstance(kinds, str) else kinds))
+    only = _ONLY | {"embedding_size": fields.count("hidden_size")}
+    check_only(Fields(_DEFAULTS | said, fields.path), model_type, only)
     position, most = fields.count("max_position_embeddings", 512), fields.get("max_relative_positions", int, -1)
     return DebertaConfig(
         model_type=model_type,
@@ -77,11 +79,6 @@ def config_from_hf(fields: Fields, model_type: str, *, scores: bool) -> DebertaC
     )
 
 
-def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> DebertaConfig:
-    """No GGUF file has an architecture of this family."""
-    raise UnsupportedModelError(f"{checkpoint.path}: {fields.prefix} is not an architecture of GGUF files")
-
-
 # ---- attention -------------------------------------------------------------------------------------------------------
 
 
@@ -90,46 +87,35 @@ def rows_of_distances(config: DebertaConfig) -> np.ndarray:
 
     Logarithms are computed in float32, as in training.
     """
-    away = np.arange(1 - config.max_position, config.max_position)
+    away, span = np.arange(1 - config.max_position, config.max_position), config.buckets or config.farthest
     if config.buckets:
         middle, wide = config.buckets // 2, np.maximum(abs(away), 1).astype(np.float32)
         most = np.log(np.float32((config.farthest - 1) / middle))
         far = np.ceil(np.log(wide / np.float32(middle)) / most * np.float32(middle - 1)).astype(np.int64) + middle
         away = np.where(abs(away) <= middle, away, np.sign(away) * far)
-    return (away + config.span).clip(0, 2 * config.span - 1)
-
-
-class Relative:
-    """The table of relative positions [2 S, E]."""
-
-    def __init__(self, config: DebertaConfig, placement: Placement) -> None:
-        self.weight = placement.empty(2 * config.span, config.hidden_size)
-
-    def parameters(self) -> Mapping[str, Parameter]:
-        """Every parameter that must be loaded."""
-        return {"weight": TensorParameter(self.weight)}
+    return (away + span).clip(0, 2 * span - 1)
 
 
 # ---- model -----------------------------------------------------------------------------------------------------------
 
 
-class Deberta(Bert):
+class Deberta(PlainEncoder):
     """The encoder; see `Encoder`."""
 
     def __init__(self, config: DebertaConfig, placement: Placement) -> None:
         super().__init__(config, placement)
-        self.relative, self.rows = Relative(config, placement), rows_of_distances(config)
+        self.relative = Table(placement, 2 * (config.buckets or config.farthest), config.hidden_size)
+        self.rows = rows_of_distances(config)
         self.relative_norm = LayerNorm(config.hidden_size, config.norm_eps, placement)
 
-    def forward(self, token_ids: Value, positions: Value, types: Value, lengths: Sequence[int]) -> Value:
-        """Hidden states [T, E] in fp32; see `Bert.forward`."""
+    def attends(self, positions: Value, lengths: Sequence[int]) -> Iterator[Attend]:
+        """See `EncoderStack`; relative positions go through each layer's own matrices."""
         del positions
-        x, relative = self.norm(self.embed(token_ids)), self.relative_norm(self.relative.weight)
-        heads = self.config.num_heads
+        relative, heads = self.relative_norm(self.relative.weight), self.config.num_heads
         for layer in self.layers:
+            assert isinstance(layer, Block)
             near = layer.attention.qkv(relative)
-            x = layer(x, lambda qkv, near=near: disentangled_attention(qkv, near, heads, lengths, self.rows), types)
-        return x
+            yield lambda qkv, near=near: disentangled_attention(qkv, near, heads, lengths, self.rows)
 
 
 # ---- weight names ----------------------------------------------------------------------------------------------------
@@ -139,28 +125,14 @@ def weights(config: DebertaConfig, stored: Iterable[str]) -> list[WeightName]:
     """The table of names."""
     del config
     at = prefix_of(stored, "embeddings.word_embeddings.weight")
-    layer = f"{at}encoder.layer.{{i}}."
-    lines = {f"attention.qkv:{part}.": f"attention.self.{name}_proj" for part, name in zip("qkv", _PARTS, strict=True)}
-    lines |= {"attention.output:": "attention.output.dense", "attention_norm:": "attention.output.LayerNorm"}
-    lines |= {"mlp.up:": "intermediate.dense", "mlp.down:": "output.dense", "output_norm:": "output.LayerNorm"}
+    parts = {"q": "query", "k": "key", "v": "value"}
+    own = {f"attention.qkv:{part}.": (f"attention.self.{name}_proj",) for part, name in parts.items()}
     return [
-        WeightName("embed:weight", f"{at}embeddings.word_embeddings.weight", None),
+        *table_names(at, ("pooler.dense", "classifier")),
         WeightName("relative:weight", f"{at}encoder.rel_embeddings.weight", None),
         *both("relative_norm:", f"{at}encoder.LayerNorm"),
-        *both("norm:", f"{at}embeddings.LayerNorm"),
-        *(line for target, name in lines.items() for line in both(f"layers.{{i}}.{target}", layer + name)),
-        *both("head:", "pooler.dense"),
-        *both("score:", "classifier"),
+        *block_names(f"{at}encoder.layer.{{i}}.", own),
     ]
-
-
-_PARTS = ("query", "key", "value")
-
-
-def ignored(config: DebertaConfig) -> list[str]:
-    """Tensor names that an embedding does not need: heads of pre-training and of other tasks."""
-    head = [] if config.scores else [r"pooler\..*", r"classifier\..*"]
-    return [r"(\w+\.)?embeddings\.position_ids", r"(cls|lm_predictions|mask_predictions|legacy_cls)\..*", *head]
 
 
 FAMILY = EncoderFamily(
@@ -170,7 +142,6 @@ FAMILY = EncoderFamily(
         "DebertaV2ForSequenceClassification": ("deberta-v2", True),
     },
     config_from_hf=config_from_hf,
-    config_from_gguf=config_from_gguf,
     build=Deberta,
     weights=weights,
     ignored=ignored,

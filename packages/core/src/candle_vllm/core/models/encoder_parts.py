@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError, WeightsError
 from candle_vllm.core.fields import Fields
-from candle_vllm.core.loading.config import MAX_LAYERS
+from candle_vllm.core.layers.parameters import Placement, TensorParameter
+from candle_vllm.core.loading.config import MAX_LAYERS, EncoderConfig
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.views import row_part
-from candle_vllm.core.loading.weights import Seen, WeightName
-from candle_vllm.core.pooled_head import Likelihood
+from candle_vllm.core.loading.weights import Parameter, Seen, WeightName
+from candle_vllm.core.pooled_head import Dense, Likelihood
 
 MAX_LABELS = 1 << 16
 
@@ -51,9 +52,21 @@ def sizes_from_gguf(fields: Fields, checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def types_from_gguf(checkpoint: Checkpoint) -> dict[str, Any]:
-    """`token_types` and `typed` of a `BertConfig`, by the table in a GGUF file."""
+    """`token_types` and `typed` of a `StackConfig`, by the table in a GGUF file."""
     table = checkpoint.tensors.get("token_types.weight")
     return {"token_types": table.shape[0] if table and len(table.shape) == 2 else 1, "typed": table is not None}
+
+
+def check_only(fields: Fields, model_type: str, only: Mapping[str, object]) -> None:
+    """Refuses a config with other values than the ones that are implemented; what is missing or None is as these are.
+
+    Raises:
+        UnsupportedModelError: it names all keys with other values.
+    """
+    given = {key: fields.values.get(key) for key in only}
+    wrong = [f"{key} is {given[key]!r:.40}" for key, value in only.items() if given[key] not in (value, None)]
+    if wrong:
+        raise UnsupportedModelError(f"{fields.path}: {', '.join(wrong)}, which is not implemented for {model_type}")
 
 
 def head_of(fields: Fields, *, scores: bool) -> dict[str, Any]:
@@ -109,6 +122,66 @@ def both(target: str, hf: str | tuple[str, ...], gguf: str | None = None) -> lis
     ]
 
 
+_TABLES = {
+    "embed:weight": ("word_embeddings.weight", "token_embd.weight"),
+    "positions:weight": ("position_embeddings.weight", "position_embd.weight"),
+    "types:weight": ("token_type_embeddings.weight", "token_types.weight"),
+}
+_BLOCK = {
+    "attention.qkv:q.": ("attention.self.query", "attn_q"),
+    "attention.qkv:k.": ("attention.self.key", "attn_k"),
+    "attention.qkv:v.": ("attention.self.value", "attn_v"),
+    "attention.output:": ("attention.output.dense", "attn_output"),
+    "attention_norm:": ("attention.output.LayerNorm", "attn_output_norm"),
+    "mlp.up:": ("intermediate.dense", "ffn_up"),
+    "mlp.down:": ("output.dense", "ffn_down"),
+    "mlp_norm:": ("output.LayerNorm", "layer_output_norm"),
+}
+
+
+def table_names(at: str, head: tuple[str, str], *norms: str) -> list[WeightName]:
+    """The lines of what stands outside of the blocks.
+
+    Args:
+        at: what stands before "embeddings." in safetensors.
+        head: names of the two matrices of a head.
+        norms: names of the norm behind the tables, beside BERT's.
+    """
+    return [
+        *(WeightName(target, f"{at}embeddings.{hf}", gguf) for target, (hf, gguf) in _TABLES.items()),
+        *both("embed_norm:", (f"{at}embeddings.LayerNorm", *norms), "token_embd_norm"),
+        *both("head:", head[0]),
+        *both("score:", head[1]),
+    ]
+
+
+def block_names(layer: str, own: Mapping[str, tuple[str, ...]] = MappingProxyType({})) -> list[WeightName]:
+    """The lines of blocks that normalise behind sums.
+
+    Args:
+        layer: what stands before all names in safetensors.
+        own: names by target, where they are not BERT's; none of what has lines elsewhere.
+    """
+    lines = []
+    for target, (usual, gguf) in _BLOCK.items():
+        stems = tuple(layer + stem for stem in own.get(target, (usual,)))
+        lines += both(f"layers.{{i}}.{target}", stems, f"blk.{{i}}.{gguf}") if stems else []
+    return lines
+
+
+UNUSED = (
+    r"(.*\.)?(position_ids|token_type_ids|inv_freq)",
+    r"(\w+\.)?pooler\..*",
+    r"(cls|lm_head|vocab_\w+|lm_predictions|mask_predictions|legacy_cls)\..*",
+)
+"""Patterns of stored names that carry nothing: buffers, poolers, heads of pre-training."""
+
+
+def ignored(config: EncoderConfig) -> tuple[str, ...]:
+    """`UNUSED`, and the head of a classifier in a model of embeddings."""
+    return UNUSED if config.scores else (*UNUSED, r"(pre_)?classifier\..*")
+
+
 def thirds(alone: Mapping[str, tuple[str, ...]], fused: tuple[str, ...], gguf: str) -> list[WeightName]:
     """The lines of q, k and v of each layer, stored as matrices of their own or as one.
 
@@ -133,6 +206,17 @@ def prefix_of(stored: Iterable[str], name: str) -> str:
     return next((found.removesuffix(name) for found in stored if found.endswith(name)), "")
 
 
+class Table:
+    """A parameter "weight" of this shape that no product is made with."""
+
+    def __init__(self, placement: Placement, *shape: int) -> None:
+        self.weight = placement.empty(*shape)
+
+    def parameters(self) -> Mapping[str, Parameter]:
+        """Every parameter that must be loaded."""
+        return {"weight": TensorParameter(self.weight)}
+
+
 def read_part(checkpoint: Checkpoint, name: str, *shape: int) -> NDArray[np.float32]:
     """A tensor of a head that stands behind the pooling.
 
@@ -144,3 +228,10 @@ def read_part(checkpoint: Checkpoint, name: str, *shape: int) -> NDArray[np.floa
         found = "missing" if stored is None else f"of shape {list(stored.shape)}"
         raise WeightsError(f"{checkpoint.path}: tensor {name} is {found}; the model asks for {list(shape)}")
     return np.array(stored.load("F32"))
+
+
+def classifier(config: EncoderConfig, checkpoint: Checkpoint) -> tuple[Dense, ...]:
+    """The matrix and bias of a head of labels that stands behind the pooling; errors as of `read_part`."""
+    labels = len(config.labels)
+    weight = read_part(checkpoint, "classifier.weight", labels, config.hidden_size)
+    return (Dense(weight=weight, bias=read_part(checkpoint, "classifier.bias", labels)),)

@@ -95,7 +95,7 @@ class Encoder(Protocol):
         ...
 
     def forward(self, token_ids: Value, positions: Value, types: Value, lengths: Sequence[int]) -> Value:
-        """Token ids [T] of texts behind each other to hidden states [T, E] in fp32; see `models/bert.py`."""
+        """Token ids [T] of texts behind each other to hidden states [T, E] in fp32; see `EncoderStack.forward`."""
         ...
 
     def scores(self, first: Value) -> Value:
@@ -411,7 +411,7 @@ class EncoderFamily:
     hf: Mapping[str, tuple[str, bool]]
     gguf: tuple[str, ...] = ()
     config_from_hf: Callable[..., EncoderConfig]
-    config_from_gguf: Callable[[Fields, Checkpoint], EncoderConfig]
+    config_from_gguf: Callable[[Fields, Checkpoint], EncoderConfig] | None = None
     build: Callable[[Any, Placement], Encoder]
     weights: Callable[[Any, Iterable[str]], Sequence[WeightName]]
     ignored: Callable[[Any], Sequence[str]]

@@ -8,14 +8,11 @@ Shapes: T tokens, E hidden, H heads, K key-value heads, D head size.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
 
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.kernels.recorded import Value
-from candle_vllm.core.kernels.rotary import Turned
 from candle_vllm.core.kernels.side_by_side import side_by_side
-from candle_vllm.core.kernels.whole_attention import whole_attention
 from candle_vllm.core.layers.embedding import Embedding
 from candle_vllm.core.layers.linear import Linear
 from candle_vllm.core.layers.mlp import GatedMLP
@@ -24,7 +21,7 @@ from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.layers.rotary import Rotary
 from candle_vllm.core.loading.config import EncoderConfig
 from candle_vllm.core.loading.tensors import Checkpoint
-from candle_vllm.core.loading.weights import WeightName
+from candle_vllm.core.models.encoder_stack import Attend, EncoderStack
 from candle_vllm.core.models.family import EncoderFamily
 from candle_vllm.core.models.gemma import WEIGHTS
 from candle_vllm.core.models.gemma_config import GemmaConfig, config_from_gguf, config_from_hf
@@ -67,18 +64,9 @@ def _config(gemma: GemmaConfig, fields: Fields) -> GemmaEncoderConfig:
     """Scores must be divided by the root of the head size, as encoders' attention does it."""
     if abs(gemma.query_scale - gemma.head_dim**-0.5) > 1e-6:
         raise UnsupportedModelError(f"{fields.path}: query_pre_attn_scalar must be head_dim, {gemma.head_dim}")
-    return GemmaEncoderConfig(
-        model_type="gemma3_text",
-        vocab_size=gemma.vocab_size,
-        hidden_size=gemma.hidden_size,
-        intermediate_size=gemma.intermediate_size,
-        num_layers=gemma.num_layers,
-        num_heads=gemma.num_heads,
-        max_position=gemma.max_position,
-        norm_eps=gemma.norm_eps,
-        tie_embeddings=True,
-        gemma=gemma,
-    )
+    same = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "max_position", "norm_eps")
+    shared = {name: getattr(gemma, name) for name in same}
+    return GemmaEncoderConfig(model_type="gemma3_text", **shared, tie_embeddings=True, gemma=gemma)
 
 
 # ---- attention -------------------------------------------------------------------------------------------------------
@@ -87,24 +75,20 @@ def _config(gemma: GemmaConfig, fields: Fields) -> GemmaEncoderConfig:
 class Attention:
     """Grouped-query attention to tokens on both sides: x [T, E] -> [T, E]."""
 
-    def __init__(self, config: GemmaConfig, layer: int, placement: Placement) -> None:
-        heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
-        self.heads, self.kv_heads, self.dim = heads, kv_heads, dim
-        self.sizes = (heads * dim, kv_heads * dim, kv_heads * dim)
-        window = config.sliding_windows[layer]
-        self.reach = None if window is None else window // 2
-        bias = config.attention_bias
-        self.qkv = Linear(config.hidden_size, dict(zip("qkv", self.sizes, strict=True)), placement, bias=bias)
-        self.output = Linear(heads * dim, config.hidden_size, placement, bias=bias)
-        self.q_norm, self.k_norm = (RMSNorm(dim, config.norm_eps, placement) for _ in range(2))
+    def __init__(self, config: GemmaConfig, placement: Placement) -> None:
+        heads, kv_heads, self.dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.sizes = (heads * self.dim, kv_heads * self.dim, kv_heads * self.dim)
+        shards, bias = dict(zip("qkv", self.sizes, strict=True)), config.attention_bias
+        self.qkv = Linear(config.hidden_size, shards, placement, bias=bias)
+        self.output = Linear(heads * self.dim, config.hidden_size, placement, bias=bias)
+        self.q_norm, self.k_norm = (RMSNorm(self.dim, config.norm_eps, placement) for _ in range(2))
 
-    def __call__(self, x: Value, turned: Turned, lengths: Sequence[int]) -> Value:
+    def __call__(self, x: Value, attend: Attend) -> Value:
         q, k, v = self.qkv(x).split(self.sizes, dim=-1)
         q, k = (
             norm(part.unflatten(-1, (-1, self.dim))).flatten(1) for norm, part in ((self.q_norm, q), (self.k_norm, k))
         )
-        qkv = side_by_side(q, k, v)
-        return self.output(whole_attention(qkv, self.heads, lengths, turned, kv_heads=self.kv_heads, window=self.reach))
+        return self.output(attend(side_by_side(q, k, v)))
 
 
 # ---- block -----------------------------------------------------------------------------------------------------------
@@ -113,23 +97,24 @@ class Attention:
 class Block:
     """One layer: x [T, E] -> [T, E] in fp32."""
 
-    def __init__(self, config: GemmaConfig, layer: int, placement: Placement) -> None:
+    def __init__(self, config: GemmaConfig, placement: Placement) -> None:
         hidden, eps = config.hidden_size, config.norm_eps
         self.attention_norm, self.attention_post_norm = (RMSNorm(hidden, eps, placement) for _ in range(2))
         self.mlp_norm, self.mlp_post_norm = (RMSNorm(hidden, eps, placement) for _ in range(2))
-        self.attention = Attention(config, layer, placement)
+        self.attention = Attention(config, placement)
         self.mlp = GatedMLP(hidden, config.intermediate_size, placement, activation="gelu_tanh")
 
-    def __call__(self, x: Value, turned: Turned, lengths: Sequence[int]) -> Value:
-        x = x + self.attention_post_norm(self.attention(self.attention_norm(x), turned, lengths))
+    def __call__(self, x: Value, attend: Attend, types: Value) -> Value:
+        del types
+        x = x + self.attention_post_norm(self.attention(self.attention_norm(x), attend))
         return x + self.mlp_post_norm(self.mlp(self.mlp_norm(x)))
 
 
 # ---- model -----------------------------------------------------------------------------------------------------------
 
 
-class GemmaEncoder:
-    """The encoder; see `Encoder`."""
+class GemmaEncoder(EncoderStack):
+    """The encoder."""
 
     def __init__(self, config: GemmaEncoderConfig, placement: Placement) -> None:
         self.config, gemma = config, config.gemma
@@ -137,30 +122,10 @@ class GemmaEncoder:
         self.embed = Embedding(gemma.vocab_size, gemma.hidden_size, placement, scale=scale, wide=True)
         ropes = (gemma.rope, gemma.local_rope or gemma.rope)
         self.rotary, self.local_rotary = (Rotary(rope, position, placement) for rope in ropes)
-        self.layers = [Block(gemma, layer, placement) for layer in range(gemma.num_layers)]
+        self.kv_heads = gemma.num_kv_heads
+        self.windows = [None if window is None else window // 2 for window in gemma.sliding_windows]
+        self.layers = [Block(gemma, placement) for _ in range(gemma.num_layers)]
         self.norm = RMSNorm(gemma.hidden_size, gemma.norm_eps, placement)
-
-    def forward(self, token_ids: Value, positions: Value, types: Value, lengths: Sequence[int]) -> Value:
-        """Hidden states [T, E] in fp32; see `Bert.forward`."""
-        del types
-        far, near = (Turned(positions, *rotary.tables) for rotary in (self.rotary, self.local_rotary))
-        x = self.embed(token_ids)
-        for layer in self.layers:
-            x = layer(x, far if layer.attention.reach is None else near, lengths)
-        return self.norm(x)
-
-    def scores(self, first: Value) -> Value:
-        """It has no head."""
-        raise NotImplementedError
-
-
-# ---- weight names ----------------------------------------------------------------------------------------------------
-
-
-def weights(config: GemmaEncoderConfig, stored: Iterable[str]) -> list[WeightName]:
-    """Gemma 3's table of names."""
-    del config, stored
-    return list(WEIGHTS)
 
 
 FAMILY = EncoderFamily(
@@ -169,6 +134,6 @@ FAMILY = EncoderFamily(
     config_from_hf=encoder_from_hf,
     config_from_gguf=encoder_from_gguf,
     build=GemmaEncoder,
-    weights=weights,
+    weights=lambda config, stored: WEIGHTS,  # noqa: ARG005
     ignored=lambda _: [r"lm_head\.weight", r"dense_\d+\.weight"],
 )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""jina-embeddings-v2: a `Bert` without a table of positions, with ALiBi on both sides and a gate of GELU.
+"""jina-embeddings-v2: BERT without a table of positions, with ALiBi on both sides and a gate of GELU.
 
 Scores of a head lose its slope times the distance of query and key. Sources: Günther et al., 2023, arXiv:2310.19923;
 Press et al., 2021, arXiv:2108.12409 (ALiBi).
@@ -19,8 +19,16 @@ from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.views import row_part
 from candle_vllm.core.loading.weights import Seen, WeightName
-from candle_vllm.core.models.bert import Bert, BertConfig
-from candle_vllm.core.models.encoder_parts import both, prefix_of, sizes_from_gguf, sizes_from_hf, types_from_gguf
+from candle_vllm.core.models.encoder_parts import (
+    block_names,
+    ignored,
+    prefix_of,
+    sizes_from_gguf,
+    sizes_from_hf,
+    table_names,
+    types_from_gguf,
+)
+from candle_vllm.core.models.encoder_stack import PlainEncoder, StackConfig
 from candle_vllm.core.models.family import EncoderFamily
 from candle_vllm.core.quantization.tensors import StoredTensor
 
@@ -29,13 +37,13 @@ _FLAGS: dict[str, Any] = {"placed": False, "gate": "gelu", "mlp_bias": False}
 # ---- config ----------------------------------------------------------------------------------------------------------
 
 
-def config_from_hf(fields: Fields, model_type: str, *, scores: bool) -> BertConfig:
+def config_from_hf(fields: Fields, model_type: str, *, scores: bool) -> StackConfig:
     """Reads `config.json` of the repositories, which have BERT's class names for their code."""
     del scores
     fields.choice("position_embedding_type", "alibi", "alibi")
     fields.choice("feed_forward_type", "geglu", "geglu")
     types = fields.get("type_vocab_size", int, 2)
-    return BertConfig(
+    return StackConfig(
         model_type=model_type,
         **sizes_from_hf(fields),
         max_position=fields.count("max_position_embeddings"),
@@ -46,11 +54,11 @@ def config_from_hf(fields: Fields, model_type: str, *, scores: bool) -> BertConf
     )
 
 
-def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> BertConfig:
+def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> StackConfig:
     """Reads GGUF metadata of jina-bert-v2."""
     if any(name.startswith(("blk.0.attn_q_norm.", "blk.0.attn_norm_2.")) for name in checkpoint.tensors):
         raise UnsupportedModelError(f"{checkpoint.path}: norms of queries and keys (jina v2 code) are not implemented")
-    return BertConfig(
+    return StackConfig(
         model_type="jina_bert",
         **sizes_from_gguf(fields, checkpoint),
         **types_from_gguf(checkpoint),
@@ -64,7 +72,7 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> BertConfig:
 class Alibi:
     """The bias of each head by distance, `table` [H, 2 P - 1]."""
 
-    def __init__(self, config: BertConfig, placement: Placement) -> None:
+    def __init__(self, config: StackConfig, placement: Placement) -> None:
         away = np.abs(np.arange(1 - config.max_position, config.max_position))
         table = np.zeros((1, 1)) if placement.shapes_only else -np.array(alibi_slopes(config.num_heads))[:, None] * away
         self.table = placement.constant(np.ascontiguousarray(table, np.float32))
@@ -73,48 +81,36 @@ class Alibi:
 # ---- model -----------------------------------------------------------------------------------------------------------
 
 
-def build(config: BertConfig, placement: Placement) -> Bert:
+def build(config: StackConfig, placement: Placement) -> PlainEncoder:
     """The model without its weights."""
-    return Bert(config, placement, Alibi(config, placement))
+    return PlainEncoder(config, placement, Alibi(config, placement))
 
 
 # ---- weight names ----------------------------------------------------------------------------------------------------
 
 
-def _up(stored: StoredTensor, config: BertConfig) -> StoredTensor:
+def _up(stored: StoredTensor, config: StackConfig) -> StoredTensor:
     """Files have the gate apart, or in front in one matrix."""
     whole = stored.shape[:1] == (2 * config.intermediate_size,)
     return row_part(1, 2)(stored, config) if whole else stored
 
 
-def weights(config: BertConfig, stored: Iterable[str]) -> list[WeightName]:
+def weights(config: StackConfig, stored: Iterable[str]) -> list[WeightName]:
     """The table of names."""
     del config
     at = prefix_of(stored, "embeddings.word_embeddings.weight")
     layer, block = f"{at}encoder.layer.{{i}}.", "blk.{i}."
-    lines = {"q": "query", "k": "key", "v": "value"}
     halves = [Seen(f"{layer}mlp.gated_layers.weight", row_part(half, 2)) for half in range(2)]
+    own = {"mlp.up:": (), "mlp.down:": ("mlp.wo",), "mlp_norm:": ("mlp.layernorm",)}
     return [
-        WeightName("embed:weight", f"{at}embeddings.word_embeddings.weight", "token_embd.weight"),
-        WeightName("types:weight", f"{at}embeddings.token_type_embeddings.weight", "token_types.weight"),
-        *both("norm:", f"{at}embeddings.LayerNorm", "token_embd_norm"),
-        *(
-            line
-            for part, name in lines.items()
-            for line in both(
-                f"layers.{{i}}.attention.qkv:{part}.", f"{layer}attention.self.{name}", f"{block}attn_{part}"
-            )
-        ),
-        *both("layers.{i}.attention.output:", f"{layer}attention.output.dense", f"{block}attn_output"),
-        *both("layers.{i}.attention_norm:", f"{layer}attention.output.LayerNorm", f"{block}attn_output_norm"),
+        *table_names(at, ("pooler.dense", "classifier")),
+        *block_names(layer, own),
         WeightName(
             "layers.{i}.mlp.gate_up:gate.weight",
             halves[0],
             (f"{block}ffn_gate.weight", Seen(f"{block}ffn_up.weight", row_part(0, 2))),
         ),
         WeightName("layers.{i}.mlp.gate_up:up.weight", halves[1], Seen(f"{block}ffn_up.weight", _up)),
-        *both("layers.{i}.mlp.down:", f"{layer}mlp.wo", f"{block}ffn_down"),
-        *both("layers.{i}.output_norm:", f"{layer}mlp.layernorm", f"{block}layer_output_norm"),
     ]
 
 
@@ -125,5 +121,5 @@ FAMILY = EncoderFamily(
     config_from_gguf=config_from_gguf,
     build=build,
     weights=weights,
-    ignored=lambda _: [r"(\w+\.)?pooler\..*", r"(cls|lm_head)\..*", r"(\w+\.)?embeddings\.position_ids"],
+    ignored=ignored,
 )

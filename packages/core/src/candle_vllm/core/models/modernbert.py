@@ -1,35 +1,25 @@
 # SPDX-License-Identifier: MIT
 """ModernBERT: an encoder of long texts, most of whose layers see a window around each token.
 
-Norms stand in front (the first layer's is that of the embeddings) and have no biases, gates are GELU, positions
-rotate, by another base in layers with a window. Source: Warner et al., 2024, arXiv:2412.13663.
-Shapes: T tokens, E hidden.
+Norms stand in front and have no biases, gates are GELU, positions rotate, by another base in layers with a window.
+Source: Warner et al., 2024, arXiv:2412.13663.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.fields import Fields
-from candle_vllm.core.kernels.recorded import Value
-from candle_vllm.core.kernels.rotary import Turned
-from candle_vllm.core.kernels.whole_attention import whole_attention
-from candle_vllm.core.layers.embedding import Embedding
-from candle_vllm.core.layers.layer_norm import LayerNorm
-from candle_vllm.core.layers.linear import Linear
-from candle_vllm.core.layers.mlp import GatedMLP
-from candle_vllm.core.layers.parameters import Placement
-from candle_vllm.core.layers.rotary import Rotary
-from candle_vllm.core.loading.config import EncoderConfig
 from candle_vllm.core.loading.rope import RopeConfig, rope_from_hf
 from candle_vllm.core.loading.tensors import Checkpoint
+from candle_vllm.core.loading.views import row_part
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models.encoder_parts import (
     ACTIVATIONS,
     both,
+    classifier,
     head_of,
     prefix_of,
     read_part,
@@ -37,37 +27,24 @@ from candle_vllm.core.models.encoder_parts import (
     sizes_from_hf,
     thirds,
 )
+from candle_vllm.core.models.encoder_stack import PlainEncoder, StackConfig
 from candle_vllm.core.models.family import EncoderFamily
-from candle_vllm.core.pooled_head import Dense, DenseActivation
+from candle_vllm.core.pooled_head import Dense
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 
-
 _KINDS = ("full_attention", "sliding_attention")
+_BIASES = {"norm_bias": ("norm_bias",), "attention_bias": ("qkv_bias", "output_bias")}
+_BIASES |= {"mlp_bias": ("mlp_bias", "down_bias")}
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ModernBertConfig(EncoderConfig):
-    """What differs from model to model.
-
-    Attributes:
-        windows: of each layer, most tokens between a token and one that it sees; None is all.
-        rope, local_rope: of layers without a window, and with one.
-        norm_bias, attention_bias, mlp_bias, head_bias: there are biases.
-        head_activation: of a head.
-    """
-
-    windows: tuple[int | None, ...]
-    rope: RopeConfig
-    local_rope: RopeConfig
-    norm_bias: bool = False
-    attention_bias: bool = False
-    mlp_bias: bool = False
-    head_bias: bool = False
-    head_activation: DenseActivation = "gelu"
+def _flags(fields: Fields) -> dict[str, Any]:
+    """What all models have in common, and which biases one has; GGUF files name none."""
+    biases = {name: fields.get(key, bool, False) for key, names in _BIASES.items() for name in names}
+    return {"typed": False, "placed": False, "prenorm": True, "gate": "gelu", **biases}
 
 
-def config_from_hf(fields: Fields, model_type: str, *, scores: bool) -> ModernBertConfig:
+def config_from_hf(fields: Fields, model_type: str, *, scores: bool) -> StackConfig:
     """Reads `config.json` of modernbert."""
     fields.choice("hidden_activation", "gelu", "gelu")
     sizes, position = sizes_from_hf(fields), fields.count("max_position_embeddings", 8192)
@@ -81,9 +58,8 @@ def config_from_hf(fields: Fields, model_type: str, *, scores: bool) -> ModernBe
         settings = Fields({"rope_parameters": own}, fields.path)
         return rope_from_hf(settings, sizes["hidden_size"] // sizes["num_heads"], position)
 
-    flags = {name: fields.get(name, bool, False) for name in ("norm_bias", "attention_bias", "mlp_bias")}
     pooling: Any = fields.choice("classifier_pooling", "cls", "cls", "mean") if scores else None
-    return ModernBertConfig(
+    return StackConfig(
         model_type=model_type,
         max_position=position,
         norm_eps=fields.get("norm_eps", float, 1e-5),
@@ -94,12 +70,12 @@ def config_from_hf(fields: Fields, model_type: str, *, scores: bool) -> ModernBe
         head_activation=ACTIVATIONS[fields.choice("classifier_activation", "gelu", *ACTIVATIONS)],
         head_pooling=pooling,
         **sizes,
-        **flags,
+        **_flags(fields),
         **head_of(fields, scores=scores),
     )
 
 
-def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> ModernBertConfig:
+def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> StackConfig:
     """Reads GGUF metadata of modern-bert, whose first of every three layers has no window."""
     sizes = sizes_from_gguf(fields, checkpoint)
     half, period = fields.count("attention.sliding_window") // 2, fields.count("attention.sliding_window_pattern", 3)
@@ -107,85 +83,18 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> ModernBertConfig
     dim = sizes["hidden_size"] // sizes["num_heads"]
     ropes = {name: RopeConfig(theta=fields.get(key, float, base), dim=dim) for name, (key, base) in bases.items()}
     windows = tuple(half if layer % period else None for layer in range(sizes["num_layers"]))
-    return ModernBertConfig(model_type="modernbert", windows=windows, **ropes, **sizes)
-
-
-# ---- attention -------------------------------------------------------------------------------------------------------
-
-
-class Attention:
-    """Every token of a text sees those within the layer's window: x [T, E] -> [T, E]."""
-
-    def __init__(self, config: ModernBertConfig, layer: int, placement: Placement) -> None:
-        size, bias = config.hidden_size, config.attention_bias
-        self.heads, self.window = config.num_heads, config.windows[layer]
-        self.qkv = Linear(size, {"q": size, "k": size, "v": size}, placement, bias=bias)
-        self.output = Linear(size, size, placement, bias=bias)
-
-    def __call__(self, x: Value, turned: Turned, lengths: Sequence[int]) -> Value:
-        return self.output(whole_attention(self.qkv(x), self.heads, lengths, turned, window=self.window))
-
-
-# ---- block -----------------------------------------------------------------------------------------------------------
-
-
-class Block:
-    """One layer, attention and feed-forward: x [T, E] -> [T, E] in fp32."""
-
-    def __init__(self, config: ModernBertConfig, layer: int, placement: Placement) -> None:
-        size, eps, bias = config.hidden_size, config.norm_eps, config.norm_bias
-        self.window = config.windows[layer]
-        self.attention_norm = LayerNorm(size, eps, placement, bias=bias) if layer else None
-        self.attention = Attention(config, layer, placement)
-        self.mlp_norm = LayerNorm(size, eps, placement, bias=bias)
-        self.mlp = GatedMLP(
-            size, config.intermediate_size, placement, bias=config.mlp_bias, activation="gelu", fused=True
-        )
-
-    def __call__(self, x: Value, turned: Turned, lengths: Sequence[int]) -> Value:
-        x = x + self.attention(x if self.attention_norm is None else self.attention_norm(x), turned, lengths)
-        return x + self.mlp(self.mlp_norm(x))
-
-
-# ---- model -----------------------------------------------------------------------------------------------------------
-
-
-class ModernBert:
-    """The encoder; see `Encoder`."""
-
-    def __init__(self, config: ModernBertConfig, placement: Placement) -> None:
-        size, eps, bias = config.hidden_size, config.norm_eps, config.norm_bias
-        self.config = config
-        self.embed = Embedding(config.vocab_size, size, placement, wide=True)
-        self.embed_norm = LayerNorm(size, eps, placement, bias=bias)
-        self.rotary, self.local = (
-            Rotary(rope, config.max_position, placement) for rope in (config.rope, config.local_rope)
-        )
-        self.layers = [Block(config, layer, placement) for layer in range(config.num_layers)]
-        self.norm = LayerNorm(size, eps, placement, bias=bias)
-
-    def forward(self, token_ids: Value, positions: Value, types: Value, lengths: Sequence[int]) -> Value:
-        """Hidden states [T, E] in fp32; see `Bert.forward`."""
-        del types
-        far, near = (Turned(positions, *rotary.tables) for rotary in (self.rotary, self.local))
-        x = self.embed_norm(self.embed(token_ids))
-        for layer in self.layers:
-            x = layer(x, far if layer.window is None else near, lengths)
-        return self.norm(x)
-
-    def scores(self, first: Value) -> Value:
-        """Heads stand behind the pooling; see `behind`."""
-        raise NotImplementedError
+    return StackConfig(model_type="modernbert", windows=windows, **ropes, **sizes, **_flags(fields))
 
 
 # ---- weight names ----------------------------------------------------------------------------------------------------
 
 
-def weights(config: ModernBertConfig, stored: Iterable[str]) -> list[WeightName]:
+def weights(config: StackConfig, stored: Iterable[str]) -> list[WeightName]:
     """The table of names."""
     del config
     at = prefix_of(stored, "embeddings.tok_embeddings.weight")
     layer, block = f"{at}layers.{{i}}.", "blk.{i}."
+    wi, up = f"{layer}mlp.Wi", f"{block}ffn_up"
     return [
         WeightName("embed:weight", f"{at}embeddings.tok_embeddings.weight", "token_embd.weight"),
         *both("embed_norm:", f"{at}embeddings.norm", "token_embd_norm"),
@@ -193,34 +102,33 @@ def weights(config: ModernBertConfig, stored: Iterable[str]) -> list[WeightName]
         *thirds(dict.fromkeys("qkv", ()), (f"{layer}attn.Wqkv",), f"{block}attn_qkv"),
         *both("layers.{i}.attention.output:", f"{layer}attn.Wo", f"{block}attn_output"),
         *both("layers.{i}.mlp_norm:", f"{layer}mlp_norm", f"{block}ffn_norm"),
-        *both("layers.{i}.mlp.gate_up:", f"{layer}mlp.Wi", f"{block}ffn_up"),
+        *(
+            WeightName(f"layers.{{i}}.mlp.gate_up:{part}.{kind}", f"{wi}.{kind}", f"{up}.{kind}", half, half)
+            for part, half in (("gate", row_part(0, 2)), ("up", row_part(1, 2)))
+            for kind in ("weight", "bias")
+        ),
         *both("layers.{i}.mlp.down:", f"{layer}mlp.Wo", f"{block}ffn_down"),
         *both("norm:", f"{at}final_norm", "output_norm"),
     ]
 
 
-def ignored(config: ModernBertConfig) -> list[str]:
+def ignored(config: StackConfig) -> list[str]:
     """Stored names that a vector does not need, and those of a head, which `behind` reads."""
     del config
     return [r"(head|classifier|decoder)\..*", r"(model\.)?layers\.0\.attn_norm\.weight", r"cls\..*"]
 
 
-def behind(config: ModernBertConfig, checkpoint: Checkpoint) -> tuple[Dense, ...]:
+def behind(config: StackConfig, checkpoint: Checkpoint) -> tuple[Dense, ...]:
     """The layers of a head: norm(gelu(dense(x))), then the classifier."""
-    size, bias = config.hidden_size, config.head_bias
-    norm = read_part(checkpoint, "head.norm.weight", size)
-    shapes = {"head.dense": (size, size), "classifier": (len(config.labels), size)}
-    (dense, first), (classes, second) = (
-        (
-            read_part(checkpoint, f"{name}.weight", *shape),
-            read_part(checkpoint, f"{name}.bias", shape[0]) if has else None,
-        )
-        for (name, shape), has in zip(shapes.items(), (bias, True), strict=True)
+    size = config.hidden_size
+    dense = Dense(
+        weight=read_part(checkpoint, "head.dense.weight", size, size),
+        bias=read_part(checkpoint, "head.dense.bias", size) if config.head_bias else None,
+        activation=config.head_activation,
+        norm=read_part(checkpoint, "head.norm.weight", size),
+        eps=config.norm_eps,
     )
-    activation, eps = config.head_activation, config.norm_eps
-    return Dense(weight=dense, bias=first, activation=activation, norm=norm, eps=eps), Dense(
-        weight=classes, bias=second
-    )
+    return dense, *classifier(config, checkpoint)
 
 
 FAMILY = EncoderFamily(
@@ -232,7 +140,7 @@ FAMILY = EncoderFamily(
     gguf=("modern-bert",),
     config_from_hf=config_from_hf,
     config_from_gguf=config_from_gguf,
-    build=ModernBert,
+    build=PlainEncoder,
     weights=weights,
     ignored=ignored,
     behind=behind,

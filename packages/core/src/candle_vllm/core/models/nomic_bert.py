@@ -2,8 +2,8 @@
 """Encoders with rotary positions that normalise behind each sum: nomic-bert, GTE and jina-embeddings-v3.
 
 nomic-bert has no biases and a gate of SiLU; GTE has a gate of GELU; jina v3, as the repository jina-embeddings-v3-hf
-has it, has no gate. nomic v2 has biases, no gate, and experts in every second layer. Each is a `Bert` without a table
-of positions.
+has it, has no gate. nomic v2 has biases, no gate, and experts in every second layer. None has a table of
+positions.
 Sources: Nussbaum et al., 2024, arXiv:2402.01613; Zhang et al., 2024, arXiv:2407.19669; Sturua et al., 2024,
 arXiv:2409.10173.
 """
@@ -14,8 +14,8 @@ from collections.abc import Iterable
 
 from candle_vllm.core.loading.views import View, as_row, chain, entry, row_part, transposed
 from candle_vllm.core.loading.weights import Seen, WeightName
-from candle_vllm.core.models.bert import Bert, BertConfig
-from candle_vllm.core.models.encoder_parts import both, prefix_of, thirds
+from candle_vllm.core.models.encoder_parts import block_names, ignored, prefix_of, table_names, thirds
+from candle_vllm.core.models.encoder_stack import PlainEncoder, StackConfig
 from candle_vllm.core.models.family import EncoderFamily
 from candle_vllm.core.models.nomic_config import GTE, JINA, NOMIC, config_from_gguf, config_from_hf
 
@@ -27,7 +27,7 @@ def _of_expert(number: int) -> View:
     return lambda stored, config: entry(stored, number)  # noqa: ARG005
 
 
-def weights(config: BertConfig, stored: Iterable[str]) -> list[WeightName]:
+def weights(config: StackConfig, stored: Iterable[str]) -> list[WeightName]:
     """The table of names, transformers' and those of the published repositories."""
     at = prefix_of(stored, "embeddings.word_embeddings.weight")
     new, old, gte, block = f"{at}layers.{{i}}.", f"{at}encoder.layers.{{i}}.", f"{at}encoder.layer.{{i}}.", "blk.{i}."
@@ -36,23 +36,19 @@ def weights(config: BertConfig, stored: Iterable[str]) -> list[WeightName]:
     outputs = (f"{new}self_attn.o_proj", f"{old}attn.out_proj", f"{old}mixer.out_proj", f"{gte}attention.o_proj")
     gates = tuple(Seen(f"{gte}mlp.up_gate_proj.weight", row_part(half, 2)) for half in (1, 0))
     ups = (f"{new}mlp.fc1", f"{old}mlp.fc1")
+    downs = (f"{new}mlp.down_proj", f"{new}mlp.fc2", f"{old}mlp.fc2", f"{gte}mlp.down_proj")
+    norms = (f"{new}post_attention_layernorm", f"{old}norm1", f"{gte}attn_ln")
+    last = (f"{new}post_mlp_layernorm", f"{old}norm2", f"{gte}mlp_ln")
+    own = {f"attention.qkv:{part}.": () for part in "qkv"} | {"attention.output:": outputs, "attention_norm:": norms}
+    own |= {"mlp.up:": ups, "mlp.down:": downs, "mlp_norm:": last}
     return [
-        WeightName("embed:weight", f"{at}embeddings.word_embeddings.weight", "token_embd.weight"),
-        WeightName("types:weight", f"{at}embeddings.token_type_embeddings.weight", "token_types.weight"),
-        *both("norm:", (f"{at}embeddings.LayerNorm", f"{at}emb_ln"), "token_embd_norm"),
+        *table_names(at, (f"{at}pooler.dense", "classifier"), f"{at}emb_ln"),
         *thirds(alone, fused, f"{block}attn_qkv"),
-        *both("layers.{i}.attention.output:", outputs, f"{block}attn_output"),
-        *both("layers.{i}.attention_norm:", (f"{new}post_attention_layernorm", f"{old}norm1", f"{gte}attn_ln"),
-              f"{block}attn_output_norm"),
+        *block_names("", own),
         WeightName("layers.{i}.mlp.gate_up:gate.weight",
                    (f"{new}mlp.gate_proj.weight", f"{old}mlp.fc12.weight", gates[0]), f"{block}ffn_gate.weight"),
         WeightName("layers.{i}.mlp.gate_up:up.weight",
                    (f"{new}mlp.up_proj.weight", f"{old}mlp.fc11.weight", gates[1]), f"{block}ffn_up.weight"),
-        *both("layers.{i}.mlp.up:", ups, f"{block}ffn_up"),
-        *both("layers.{i}.mlp.down:", (f"{new}mlp.down_proj", f"{new}mlp.fc2", f"{old}mlp.fc2", f"{gte}mlp.down_proj"),
-              f"{block}ffn_down"),
-        *both("layers.{i}.output_norm:", (f"{new}post_mlp_layernorm", f"{old}norm2", f"{gte}mlp_ln"),
-              f"{block}layer_output_norm"),
         WeightName("layers.{i}.mlp.router:weight", f"{old}mlp.router.layer.weight", f"{block}ffn_gate_inp.weight"),
         *(
             WeightName(
@@ -64,18 +60,7 @@ def weights(config: BertConfig, stored: Iterable[str]) -> list[WeightName]:
             for number in range(config.num_experts)
         ),
         WeightName("layers.{i}.mlp_bias:weight", Seen(f"{old}mlp.experts.bias", as_row), None),
-        *both("head:", f"{at}pooler.dense"),
-        *both("score:", "classifier"),
     ]  # fmt: skip
-
-
-def ignored(config: BertConfig) -> list[str]:
-    """Stored names that a vector does not need: poolers and the heads of pre-training."""
-    return [
-        r"(.*\.)?(inv_freq|position_ids)",
-        r"(cls|lm_head)\..*",
-        *([] if config.scores else [r"(\w+\.)?pooler\..*", r"classifier\..*"]),
-    ]
 
 
 FAMILY = EncoderFamily(
@@ -91,7 +76,7 @@ FAMILY = EncoderFamily(
     gguf=("nomic-bert", "nomic-bert-moe", "jina-bert-v3"),
     config_from_hf=config_from_hf,
     config_from_gguf=config_from_gguf,
-    build=Bert,
+    build=PlainEncoder,
     weights=weights,
     ignored=ignored,
 )

@@ -12,14 +12,15 @@ from candle_vllm.core.fields import Fields
 from candle_vllm.core.layers.moe import Mixture
 from candle_vllm.core.loading.rope import RopeConfig, rope_from_gguf, rope_from_hf
 from candle_vllm.core.loading.tensors import Checkpoint
-from candle_vllm.core.models.bert import BertConfig
 from candle_vllm.core.models.encoder_parts import (
     ACTIVATIONS,
+    check_only,
     head_of,
     sizes_from_gguf,
     sizes_from_hf,
     types_from_gguf,
 )
+from candle_vllm.core.models.encoder_stack import StackConfig
 
 NOMIC, GTE, JINA = "nomic_bert", "gte", "jina_embeddings_v3"
 _THETAS = {NOMIC: 1000.0, GTE: 160000.0, JINA: 20000.0}
@@ -36,12 +37,11 @@ _PUBLISHED = MappingProxyType({
 _ONLY = MappingProxyType({
     "activation_function": "swiglu", "qkv_proj_bias": False, "mlp_fc1_bias": False, "mlp_fc2_bias": False,
     "prenorm": False, "causal": False, "use_rms_norm": False, "rotary_emb_interleaved": False,
-    "rotary_emb_fraction": 1.0, "num_experts": 0, "moe_every_n_layers": 0, "parallel_block": False,
+    "rotary_emb_fraction": 1.0, "parallel_block": False,
     "logn_attention_scale": False, "logn_attention_clip1": False, "layer_norm_type": "layer_norm",
     "rotary_emb_scale_base": None,
 })  # fmt: skip
-
-
+_DENSE = MappingProxyType({"num_experts": 0, "moe_every_n_layers": 0})
 # of v2, whose layers have no gates
 _SPARSE = MappingProxyType({
     "activation_function": "gelu", "qkv_proj_bias": True, "mlp_fc1_bias": True, "mlp_fc2_bias": True,
@@ -49,16 +49,10 @@ _SPARSE = MappingProxyType({
 })  # fmt: skip
 
 
-def config_from_hf(fields: Fields, model_type: str, *, scores: bool) -> BertConfig:
+def config_from_hf(fields: Fields, model_type: str, *, scores: bool) -> StackConfig:
     """Read `config.json` of transformers' classes or of the published repositories."""
     period = fields.get("moe_every_n_layers", int, 0) if model_type == NOMIC else 0
-    counted = ("num_experts", "moe_every_n_layers") if period else ()
-    for key, value in ({**_ONLY, **_SPARSE} if period else _ONLY).items():
-        if key in counted:
-            continue
-        if fields.values.get(key, value) not in (value, None):
-            said = f"{fields.path}: {key} is {fields.values[key]!r:.40}"
-            raise UnsupportedModelError(f"{said}, which is not implemented for {model_type}")
+    check_only(fields, model_type, {**_ONLY, **(_SPARSE if period else _DENSE)})
     fields = Fields(
         {"rope_theta": _THETAS[model_type]} | {_PUBLISHED.get(key, key): value for key, value in fields.values.items()},
         fields.path,
@@ -75,7 +69,7 @@ def config_from_hf(fields: Fields, model_type: str, *, scores: bool) -> BertConf
         flags["gate"] = {**ACTIVATIONS, "silu": "silu"}[activation]
     if flags.get("gate", activation) == "relu" or (activation == "silu" and "gate" not in flags):
         raise UnsupportedModelError(f"{fields.path}: hidden_act is {activation}, which is not implemented")
-    return BertConfig(
+    return StackConfig(
         model_type=model_type,
         **sizes_from_hf(fields),
         max_position=position - 2 if model_type == JINA else position,
@@ -103,13 +97,13 @@ def _rope(fields: Fields, head_dim: int, position: int) -> RopeConfig:
     return RopeConfig(theta=theta, dim=head_dim, kind="linear", factor=divisor)
 
 
-def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> BertConfig:
+def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> StackConfig:
     """Read GGUF metadata of nomic-bert and jina-bert-v3."""
     tensors, sizes = checkpoint.tensors, sizes_from_gguf(fields, checkpoint)
     model_type = JINA if fields.prefix.startswith("jina") else NOMIC
     stems = dict(zip(_BIASES, ("attn_qkv", "attn_output", "ffn_up", "ffn_down"), strict=True))
     there: dict[str, Any] = {name: f"blk.0.{stem}.bias" in tensors for name, stem in stems.items()}
-    return BertConfig(
+    return StackConfig(
         model_type=model_type,
         **sizes,
         **types_from_gguf(checkpoint),

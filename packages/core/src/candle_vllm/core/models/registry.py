@@ -179,7 +179,7 @@ def encoder_from_gguf(
     """The family and configuration of GGUF metadata, if it describes an encoder."""
     name = metadata.get("general.architecture")
     family = GGUF_ENCODERS.get(name) if isinstance(name, str) else None
-    if family is None:
+    if family is None or family.config_from_gguf is None:
         return None
     return family, family.config_from_gguf(Fields(metadata, checkpoint.path, prefix=f"{name}."), checkpoint)
 

@@ -24,7 +24,7 @@ from candle_vllm.core.fields import Fields
 from candle_vllm.core.loading.config import EncoderConfig
 from candle_vllm.core.loading.safetensors import open_safetensors
 from candle_vllm.core.loading.tensors import Checkpoint
-from candle_vllm.core.models.encoder_parts import ACTIVATIONS, head_of, read_part
+from candle_vllm.core.models.encoder_parts import ACTIVATIONS, classifier, head_of, read_part
 from candle_vllm.core.models.family import EncoderFamily
 from candle_vllm.core.pooled_head import Dense, PooledHead
 from candle_vllm.core.pooling import ModelPooling, PoolingKind
@@ -111,13 +111,7 @@ def with_head(
     labels = head_of(fields, scores=True)["labels"]
     config = dataclasses.replace(config, labels=labels, likelihood="softmax", head_pooling="all")
     ignored = lambda config: [*own(config), r"classifier\..*"]  # noqa: E731
-    return dataclasses.replace(family, ignored=ignored, behind=family.behind or _classifier), config
-
-
-def _classifier(config: EncoderConfig, checkpoint: Checkpoint) -> tuple[Dense, ...]:
-    size = len(config.labels)
-    weight = read_part(checkpoint, "classifier.weight", size, config.hidden_size)
-    return (Dense(weight=weight, bias=read_part(checkpoint, "classifier.bias", size)),)
+    return dataclasses.replace(family, ignored=ignored, behind=family.behind or classifier), config
 
 
 def with_token_heads(
