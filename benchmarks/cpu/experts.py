@@ -101,7 +101,8 @@ class Stack:
                 y = combine(expert_linear(inner_rows, [down], pairs), pairs, None)
             else:
                 gate, up = (weights.packed(inner * top_k, hidden) for _ in range(2))
-                y = normed.linear([gate, up], None).silu_mul().linear([weights.packed(hidden, inner * top_k)], None)
+                y = normed.linear([gate, up], None).gate_mul("silu")
+                y = y.linear([weights.packed(hidden, inner * top_k)], None)
             x = x + y
         self._plan = np.array(recorder.plan, np.int64)
 

@@ -137,8 +137,8 @@ def _rotary_pair(plan: Plan, model: Shape, tokens: int) -> Case:
 def _silu_mul(plan: Plan, model: Shape, tokens: int) -> Case:
     nbytes = 6 * tokens * model.inner
     inputs = plan.copies(nbytes, lambda: plan.normal(tokens, 2 * model.inner))
-    calls = [functools.partial(silu_mul.silu_mul, x) for x in inputs]
-    return Case(calls, lambda: silu_mul_reference.silu_mul(inputs[0]), nbytes)
+    calls = [functools.partial(silu_mul.gate_mul, x, "silu") for x in inputs]
+    return Case(calls, lambda: silu_mul_reference.gate_mul(inputs[0], "silu"), nbytes)
 
 
 def _embedding(plan: Plan, model: Shape, tokens: int) -> Case:

@@ -17,7 +17,7 @@ from candle_vllm.core.kernels.layer_norm import layer_norm
 from candle_vllm.core.kernels.linear import linear
 from candle_vllm.core.kernels.rms_norm import rms_norm
 from candle_vllm.core.kernels.rotary import rotary
-from candle_vllm.core.kernels.silu_mul import gated, silu_mul
+from candle_vllm.core.kernels.silu_mul import gate_mul, gated
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 5e-3}
 DTYPES = list(TOLERANCE)
@@ -89,10 +89,10 @@ def test_activations(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", ROWS)
-def test_silu_mul(dtype: torch.dtype, rows: int) -> None:
+def test_gate_mul(dtype: torch.dtype, rows: int) -> None:
     x = random(rows, 2 * 123, dtype=dtype)
     gate, up = x.double().chunk(2, -1)
-    assert error(silu_mul(x), gate / (1 + (-gate).exp()) * up) < TOLERANCE[dtype]
+    assert error(gate_mul(x, "silu"), gate / (1 + (-gate).exp()) * up) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

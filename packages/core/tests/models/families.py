@@ -524,6 +524,8 @@ ROWS: Mapping[str, Row] = {
     "OLMoE": Row("olmoe", OLMOE, "olmoe", undecided=0.1, common=False),
     "EXAONE 4": Row("exaone4", OLMO | EXAONE4, "exaone4", common=False),
     "EXAONE 4 windows": Row("exaone4", OLMO | WINDOWS, "exaone4", common=False),
+    "Apertus": Row("apertus", {"rope_parameters": LLAMA3}, "apertus", common=False),
+    "Apertus biases": Row("apertus", {"attention_bias": True}, "apertus", common=False),
     "MiniMax-M2": Row("minimax_m2", MINIMAX_M2, "minimax-m2", undecided=0.1, common=False),
     "Command R": Row("cohere", COHERE, "command-r", common=False),
     "Command R+": Row("cohere", COHERE | {"use_qk_norm": True, "attention_bias": True}, "command-r", common=False),

@@ -643,6 +643,15 @@ def _olmo2(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> T
     return made
 
 
+def _apertus(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    """The numbers of xIELU as metadata."""
+    layers = range(config["num_hidden_layers"])
+    for part in ("alpha_p", "alpha_n", "beta", "eps"):
+        numbers = [float(tensors[f"model.layers.{n}.mlp.act_fn.{part}"].reshape(-1)[0]) for n in layers]
+        getattr(writer, f"add_xielu_{part}")(numbers)
+    return _olmo2(writer, config, {name: data for name, data in tensors.items() if ".act_fn." not in name})
+
+
 def _minimax_m2(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
     """The metadata says no way of scoring; experts' names are Mixtral's."""
     writer.add_expert_feed_forward_length(config["intermediate_size"])
@@ -760,6 +769,7 @@ def _starcoder2(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors)
 
 CONVERTERS: Mapping[str, Convert] = {
     "hy_v3": _hy_v3,
+    "apertus": _apertus,
     "exaone": _olmo2,
     "internlm2": _llama,
     "olmo2": _olmo2,

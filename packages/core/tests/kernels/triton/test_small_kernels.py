@@ -96,27 +96,36 @@ def test_rotary(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: 
 @pytest.mark.one_of_each
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("tokens", "size"), [(1, 63), (3, 123), (2, 4097)])
-@pytest.mark.parametrize("name", ["silu_mul", "gelu_tanh_mul"])
-def test_gates(device: torch.device, dtype: torch.dtype, tokens: int, size: int, name: str) -> None:
+@pytest.mark.parametrize("kind", ["silu", "gelu_tanh"])
+def test_gates(
+    device: torch.device, dtype: torch.dtype, tokens: int, size: int, kind: Literal["silu", "gelu_tanh"]
+) -> None:
     x = (random(tokens, 2 * size + 16, dtype=dtype) * 3).to(device)[:, : 2 * size]
-    check(getattr(gate, name)(x), getattr(gate_reference, name)(x))
+    check(gate.gated(x[:, size:], x[:, :size], kind), gate_reference.gate_mul(x, kind))
 
 
 @pytest.mark.one_of_each
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("tokens", "size"), [(1, 63), (3, 123), (2, 4097)])
-@pytest.mark.parametrize("kind", ["sigmoid", "silu"])
+@pytest.mark.parametrize("kind", ["sigmoid", "silu", "softplus"])
+@pytest.mark.parametrize("span", [1, 3])
 def test_gates_apart(
-    device: torch.device, dtype: torch.dtype, tokens: int, size: int, kind: Literal["sigmoid", "silu"]
+    device: torch.device,
+    dtype: torch.dtype,
+    tokens: int,
+    size: int,
+    kind: Literal["sigmoid", "silu", "softplus"],
+    span: int,
 ) -> None:
-    x, gates = (random(tokens, size + more, dtype=dtype).to(device)[:, more:] for more in (16, 48))
+    x = random(tokens, span * size + 16, dtype=dtype).to(device)[:, 16:]
+    gates = random(tokens, size + 48, dtype=dtype).to(device)[:, 48:]
     check(gate.gated(x, gates, kind), gate_reference.gated(x, gates, kind))
 
 
-@pytest.mark.parametrize("name", ["silu_mul", "gelu_tanh_mul"])
-def test_gates_at_large_numbers(device: torch.device, name: str) -> None:
+@pytest.mark.parametrize("kind", ["silu", "gelu_tanh"])
+def test_gates_at_large_numbers(device: torch.device, kind: Literal["silu", "gelu_tanh"]) -> None:
     x = torch.tensor([[1e30, -1e30, 90.0, -90.0, 0.0, math.nan, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]], device=device)
-    got, wanted = getattr(gate, name)(x), getattr(gate_reference, name)(x)
+    got, wanted = gate.gated(x[:, 6:], x[:, :6], kind), gate_reference.gate_mul(x, kind)
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-30, equal_nan=True)
 
 
@@ -134,7 +143,7 @@ def test_no_tokens_are_no_work(device: torch.device) -> None:
     weight, none = torch.ones(8, device=device), torch.empty((0, 8), dtype=torch.float32, device=device)
     table = torch.ones(4, 4, device=device)
     assert norm.rms_norm(none, weight, 1e-5).shape == (0, 8)
-    assert gate.silu_mul(none).shape == (0, 4)
+    assert gate.gated(none, none, "silu").shape == (0, 8)
     assert embedding_kernel.embedding(torch.zeros(0, dtype=torch.int64, device=device), weight[None]).shape == (0, 8)
     positions = torch.zeros(0, dtype=torch.int64, device=device)
     assert rotary.rotary(none.unsqueeze(1), positions, table, table).shape == (0, 1, 8)

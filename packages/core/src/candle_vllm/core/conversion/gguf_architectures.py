@@ -155,6 +155,11 @@ def _cohere(config: Any) -> Keys:
     return plain | {"logit_scale": float(config.logit_scale)} | _local(config)
 
 
+def _apertus(config: Any) -> Keys:
+    parts = zip(("alpha_p", "alpha_n", "beta", "eps"), zip(*config.xielu))
+    return {f"xielu.{part}": list(numbers) for part, numbers in parts}
+
+
 def _gpt_neox(config: Any) -> Keys:
     return {"use_parallel_residual": config.parallel}
 
@@ -421,6 +426,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "hy_v3": Architecture(name="hy_v3", more=_hy_v3, otherwise=_ungrouped),
         "ernie4_5": Architecture(name="ernie4_5", interleaved=True, unread=(DIVISORS, *BIASES[1:])),
         "ernie4_5_moe": Architecture(name="ernie4_5-moe", more=_ernie, interleaved=True, norm=True),
+        "apertus": Architecture(name="apertus", more=_apertus, head=True, unread=()),
         "gpt2": Architecture(name="gpt2", **_FUSED),
         "gpt_bigcode": Architecture(name="starcoder", **_FUSED),
         "gpt_neox": Architecture(name="gptneox", more=_gpt_neox, head=True, **_FUSED),

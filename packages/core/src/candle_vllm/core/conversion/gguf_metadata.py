@@ -49,7 +49,8 @@ def describe(config: ModelConfig, row: Architecture) -> Keys:
         **_rope(config.rope, row.log_multiplier),
         **row.more(config),
     }
-    return {"general.architecture": row.name} | {f"{row.name}.{key}": value for key, value in keys.items()}
+    prefixed = {key if key.startswith("xielu.") else f"{row.name}.{key}": value for key, value in keys.items()}
+    return {"general.architecture": row.name} | prefixed
 
 
 def _rope(rope: RopeConfig, log_multiplier: float | None) -> Keys:

@@ -19,8 +19,8 @@ Value: TypeAlias = Any
 Activation: TypeAlias = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "tanh"]
 """Without a gate, see `kernels/activation`."""
 
-GateKind: TypeAlias = Literal["sigmoid", "silu", "gelu_tanh"]
-"""Of a gate that stands apart, see `kernels/silu_mul`."""
+GateKind: TypeAlias = Literal["sigmoid", "silu", "gelu_tanh", "gelu", "softplus"]
+"""Of a gate, see `kernels/silu_mul`."""
 
 if TYPE_CHECKING:
     import numpy as np
@@ -145,16 +145,12 @@ class Recorded(ABC):
         """See `kernels/delta_rule`; this value is q, and what it and k stand in is changed."""
 
     @abstractmethod
-    def silu_mul(self) -> Recorded:
+    def gate_mul(self, kind: GateKind) -> Recorded:
         """See `kernels/silu_mul`."""
 
     @abstractmethod
-    def gelu_tanh_mul(self) -> Recorded:
-        """See `kernels/silu_mul`."""
-
-    @abstractmethod
-    def gelu_mul(self) -> Recorded:
-        """See `kernels/silu_mul`."""
+    def xielu(self, numbers: NDArray[np.float32]) -> Recorded:
+        """See `models/apertus.py`; this value is changed."""
 
     @abstractmethod
     def gated(self, gate: Recorded, kind: GateKind) -> Recorded:
@@ -189,24 +185,10 @@ class Recorded(ABC):
         """See `kernels/moe`; a matrix of every expert in each list, whose results stand side by side."""
 
     @abstractmethod
-    def attend(
-        self,
-        k: Recorded | None,
-        v: Recorded | None,
-        cache: PagedCache,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None = None,
-        sinks: NDArray[np.float32] | None = None,
-        offset: NDArray[np.float32] | None = None,
-        narrows: bool = False,
-        causal: bool = False,
-        slopes: NDArray[np.float32] | None = None,
-    ) -> Recorded:
-        """See `kernels/kv_write` and `kernels/attention`; this value is q, and `offset` [K * D] what keys may be taken
-        relative to. Without k and v nothing is written. Where it `narrows`, the result has the rows alone whose
-        successor is wanted. `causal` rows see none behind their own."""
+    def attend(self, k: Recorded | None, v: Recorded | None, cache: PagedCache, **scores: Any) -> Recorded:
+        """See `kernels/kv_write` and `kernels/attention`; this value is q, `scores` are the fields of
+        `attention/cpu_record.Scores`. Without k and v nothing is written. Where it `narrows`, the result has the rows
+        alone whose successor is wanted."""
 
     @abstractmethod
     def attend_whole(

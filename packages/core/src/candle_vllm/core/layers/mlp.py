@@ -6,8 +6,8 @@ from __future__ import annotations
 from typing import Literal
 
 from candle_vllm.core.kernels.activation import Activation, activation
-from candle_vllm.core.kernels.recorded import Value
-from candle_vllm.core.kernels.silu_mul import gelu_mul, gelu_tanh_mul, silu_mul
+from candle_vllm.core.kernels.recorded import GateKind, Value
+from candle_vllm.core.kernels.silu_mul import gate_mul
 from candle_vllm.core.layers.linear import Linear
 from candle_vllm.core.layers.parameters import Placement
 
@@ -39,10 +39,10 @@ class GatedMLP:
         shards = 2 * intermediate_size if fused else {"gate": intermediate_size, "up": intermediate_size}
         self.gate_up = Linear(hidden_size, shards, placement, bias=bias, sections=2 if fused else 1)
         self.down = Linear(intermediate_size, hidden_size, placement, bias=bias if down_bias is None else down_bias)
-        self._gate = {"silu": silu_mul, "gelu_tanh": gelu_tanh_mul, "gelu": gelu_mul}[activation]
+        self._activation: GateKind = activation
 
     def __call__(self, x: Value) -> Value:
-        return self.down(self._gate(self.gate_up(x)))
+        return self.down(gate_mul(self.gate_up(x), self._activation))
 
 
 class MLP:

@@ -385,6 +385,7 @@ class Family:
         weights: its table of names.
         ignored: patterns of stored names that carry nothing.
         prepared: the tensors of a checkpoint under the names of the table; None where they are stored under these.
+        completed: the description with what `config.json` leaves to the tensors; None where it says all.
     """
 
     hf: Mapping[str, str]
@@ -395,6 +396,7 @@ class Family:
     weights: Sequence[WeightName]
     ignored: Callable[[Any], Sequence[str]]
     prepared: Callable[[Checkpoint], Checkpoint] | None = None
+    completed: Callable[[Any, Mapping[str, StoredTensor]], ModelConfig] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

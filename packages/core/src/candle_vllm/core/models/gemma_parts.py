@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from candle_vllm.core.kernels.recorded import Recorded, RecordedTokens, Value
 from candle_vllm.core.kernels.side_by_side import side_by_side
-from candle_vllm.core.kernels.silu_mul import gelu_tanh_mul
+from candle_vllm.core.kernels.silu_mul import gate_mul
 from candle_vllm.core.layers.embedding import Embedding
 from candle_vllm.core.layers.linear import Linear
 from candle_vllm.core.layers.norm import RMSNorm
@@ -106,7 +106,7 @@ class LayerGate:
         self.norm = RMSNorm(hidden_size, 2 * eps, placement)  # as of embeddings over the root of 2
 
     def __call__(self, x: Value, given: Value) -> Value:
-        return self.norm(self.output(gelu_tanh_mul(side_by_side(self.gate(x), given))))
+        return self.norm(self.output(gate_mul(side_by_side(self.gate(x), given), "gelu_tanh")))
 
 
 class LayerScale:

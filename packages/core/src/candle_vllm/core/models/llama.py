@@ -15,7 +15,8 @@ from typing import Any, ClassVar, TypeAlias
 
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.fields import Fields
-from candle_vllm.core.kernels.recorded import Value
+from candle_vllm.core.kernels.recorded import GateKind, Value
+from candle_vllm.core.kernels.silu_mul import gated
 from candle_vllm.core.layers.attention import PagedAttention, StepInput
 from candle_vllm.core.layers.embedding import Embedding
 from candle_vllm.core.layers.layer_norm import HeadLayerNorm
@@ -25,7 +26,9 @@ from candle_vllm.core.layers.moe import Mixture, SparseMLP
 from candle_vllm.core.layers.norm import RMSNorm
 from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.layers.rotary import Rotary
+from candle_vllm.core.loading.cache_specs import CacheSpec, PagedSpec
 from candle_vllm.core.loading.config import ModelConfig, layer_windows, shared_from_gguf, shared_from_hf
+from candle_vllm.core.loading.rope import RopeConfig
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.views import half_split
 from candle_vllm.core.loading.weights import Parameter, WeightName
@@ -52,6 +55,11 @@ class LlamaConfig(ModelConfig):
         residual_scale: factor of what attention and the feed-forward layer add to the residual stream.
         attention_scale: factor of scores; None is D^-0.5.
         logit_scale: factor of logits.
+        local_rope: rotary settings of the layers with a window, where they differ from `rope`.
+        sink_layers: whose heads have sinks (`granite.py`).
+        head_factors: query heads of each layer in multiples of `num_heads` (`laguna.py`); none where each is 1.
+        groups: how many of `num_heads` share a key-value head in each layer (`mimo_v2.py`); none where layers agree.
+        gate: activation of a gate on what attention gives, of each head, or of each element where `wide_gate`.
     """
 
     qkv_bias: bool = False
@@ -68,6 +76,24 @@ class LlamaConfig(ModelConfig):
     residual_scale: float = 1.0
     attention_scale: float | None = None
     logit_scale: float = 1.0
+    local_rope: RopeConfig | None = None
+    sink_layers: frozenset[int] = frozenset()
+    head_factors: tuple[int, ...] = ()
+    groups: tuple[int, ...] = ()
+    gate: GateKind | None = None
+    wide_gate: bool = False
+
+    def heads(self, layer: int) -> tuple[int, int]:
+        """H and K of a layer; a rank with a part of a group has its key-value head."""
+        factor = self.head_factors[layer] if self.head_factors else 1
+        kv_heads = max(1, self.num_heads // self.groups[layer]) if self.groups else self.num_kv_heads
+        return factor * self.num_heads, kv_heads
+
+    @property
+    def cache_specs(self) -> tuple[CacheSpec, ...]:
+        """See `ModelConfig.cache_specs`."""
+        dim = self.head_dim
+        return tuple(PagedSpec(self.heads(n)[1], dim, dim, window) for n, window in enumerate(self.sliding_windows))
 
     @property
     def stream_eps(self) -> float:
@@ -151,11 +177,13 @@ class Attention:
     def __init__(
         self, config: LlamaConfig, layer: int, rotary: Rotary, placement: Placement, inputs: int | None = None
     ) -> None:
-        heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
+        (heads, kv_heads), dim = config.heads(layer), config.head_dim
         self.sizes = (heads * dim, kv_heads * dim, kv_heads * dim)
         self.head_dim = dim
         shards = dict(zip("qkv", self.sizes, strict=True))
         self.qkv = Linear(inputs or config.hidden_size, shards, placement, bias=config.qkv_bias)
+        gates, self.gate_kind = heads * dim if config.wide_gate else heads, config.gate
+        self.gate = None if config.gate is None else Linear(config.hidden_size, gates, placement)
         self.output = Linear(heads * dim, config.hidden_size, placement, bias=config.output_bias)
         widths = self.sizes[:2] if config.whole_norms else (dim, dim)
         norms = [RMSNorm(width, config.norm_eps, placement) if config.qk_norm else None for width in widths]
@@ -168,10 +196,9 @@ class Attention:
         turns = None if layer in config.unrotated_layers else rotary
         bias = None if self.qkv.bias is None or config.qk_norm else self.qkv.bias[self.sizes[0] : sum(self.sizes[:2])]
         scale = config.attention_scale
-        behind = config.norms_behind
-        self.attend = PagedAttention(
-            layer, dim, turns, *of_heads, window=window, scale=scale, key_bias=bias, norms_behind=behind
-        )
+        options: dict[str, Any] = {"window": window, "scale": scale, "key_bias": bias}
+        options["sinks"] = placement.empty(heads) if layer in config.sink_layers else None
+        self.attend = PagedAttention(layer, dim, turns, *of_heads, **options, norms_behind=config.norms_behind)
 
     def __call__(self, x: Value, step: StepInput) -> Value:
         parts = self.qkv(x).split(self.sizes, dim=-1)
@@ -179,7 +206,10 @@ class Attention:
             q, k = (part.unflatten(-1, (-1, size)) for part, size in zip(parts, self.sizes[:2]))
             parts = (self.q_norm(q).flatten(1), self.k_norm(k).flatten(1), parts[2])
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)  # [T, H, D], [T, K, D] twice
-        return self.output(self.attend(q, k, v, step).flatten(1))
+        y = self.attend(q, k, v, step).flatten(1)
+        if self.gate is not None and self.gate_kind is not None:
+            y = gated(y, self.gate(x), self.gate_kind)
+        return self.output(y)
 
     def parameters(self) -> Mapping[str, Parameter]:
         """None beside those of its parts."""
@@ -199,10 +229,13 @@ class Block:
         self.attention_norm = RMSNorm(config.hidden_size, config.stream_eps, placement)
         self.attention = self.mixer(config, layer, rotary, placement)
         self.mlp_norm = RMSNorm(config.hidden_size, config.stream_eps, placement)
+        self.mlp = self.feed_forward(config, layer, placement)
+
+    def feed_forward(self, config: Any, layer: int, placement: Placement) -> Callable[[Value], Value]:
+        """x [T, E] -> [T, E] of each token alone; a family with another one overrides it."""
         if config.mixture is not None and layer in config.sparse_layers:
-            self.mlp = SparseMLP(config.hidden_size, config.mixture, placement)
-        else:
-            self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, placement, bias=config.mlp_bias)
+            return SparseMLP(config.hidden_size, config.mixture, placement)
+        return GatedMLP(config.hidden_size, config.intermediate_size, placement, bias=config.mlp_bias)
 
     def mixer(self, config: Any, layer: int, rotary: Rotary, placement: Placement) -> Mixer:
         """What mixes tokens in this layer; hybrid families override it."""
@@ -228,12 +261,20 @@ class Llama(DecoderStack):
         scale = scale if config.residual_scale == 1 else (scale or 1.0) / config.residual_scale
         self.embed = Embedding(*size, placement, scale=scale, logit_scale=config.logit_scale)
         factors = "rope_freqs.weight" in checkpoint.tensors
-        self.rotary = Rotary(config.rope, config.max_position, placement, factors=factors)
-        self.layers = [self.block(config, layer, self.rotary, placement) for layer in range(config.num_layers)]
+        self.rotary = self.local_rotary = Rotary(config.rope, config.max_position, placement, factors=factors)
+        if config.local_rope is not None:
+            self.local_rotary = Rotary(config.local_rope, config.max_position, placement)
+        rotaries = [self.rotary if window is None else self.local_rotary for window in config.sliding_windows]
+        self.layers = [self.block(config, layer, rotary, placement) for layer, rotary in enumerate(rotaries)]
         self.norm = RMSNorm(config.hidden_size, config.stream_eps, placement)
         self.head = None if config.tie_embeddings else Embedding(*size, placement, logit_scale=config.logit_scale)
         last = self.layers[-1]
-        self.narrows = isinstance(last.mlp, GatedMLP) and isinstance(last.attention, Attention)
+        self.narrows = not isinstance(last.mlp, SparseMLP) and isinstance(last.attention, Attention)
+
+    def prepare(self, positions: int) -> None:
+        """See `Decoder.prepare`."""
+        super().prepare(positions)
+        self.local_rotary.prepare(positions)
 
 
 # ---- weight names ----------------------------------------------------------------------------------------------------
@@ -257,6 +298,8 @@ WEIGHTS = [
     WeightName("layers.{i}.attention.q_norm:weight", _HF + "self_attn.q_norm.weight", _GG + "attn_q_norm.weight"),
     WeightName("layers.{i}.attention.k_norm:weight", _HF + "self_attn.k_norm.weight", _GG + "attn_k_norm.weight"),
     *_pair("attention.output:", "self_attn.o_proj", "attn_output"),
+    WeightName("layers.{i}.attention.attend:sinks", _HF + "self_attn.sinks", _GG + "attn_sinks.weight"),
+    WeightName("layers.{i}.attention.gate:weight", _HF + "self_attn.g_proj.weight", _GG + "attn_gate.weight"),
     WeightName(
         "layers.{i}.mlp_norm:weight",
         _HF + "post_attention_layernorm.weight",

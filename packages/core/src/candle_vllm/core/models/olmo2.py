@@ -9,7 +9,6 @@ Sources: OLMo Team, arXiv:2501.00656; LG AI Research, arXiv:2507.11407. Shapes: 
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from candle_vllm.core.fields import Fields
@@ -33,21 +32,14 @@ from candle_vllm.core.models.stack import DecoderStack
 # ---- config ----------------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Olmo2Config(LlamaConfig):
-    """A Llama's, and the rotary settings of layers with a window, where they are others (OLMo 3)."""
-
-    local_rope: RopeConfig | None = None
-
-
-def config_from_hf(fields: Fields, model_type: str) -> Olmo2Config:
+def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
     """Reads `config.json` of olmo2, olmo3 and exaone4."""
     fields.choice("hidden_act", "silu", "silu", "swish")
     shared, position = shared_from_hf(fields, model_type), fields.count("max_position_embeddings")
     windows = shared["sliding_windows"] if model_type == "olmo2" else windows_from_hf(fields, shared["num_layers"])
     own: dict[str, Any] = {"sliding_windows": windows, "qk_norm": True, "whole_norms": model_type != "exaone4"}
     if model_type == "exaone4":
-        return Olmo2Config(**shared | own, unrotated_layers=full_layers(windows))
+        return LlamaConfig(**shared | own, unrotated_layers=full_layers(windows))
     bias = fields.get("attention_bias", bool, False)
     own |= {"qkv_bias": bias, "output_bias": bias}
     if model_type == "olmo3":  # `rope_scaling` of published files is of layers without a window alone
@@ -57,7 +49,7 @@ def config_from_hf(fields: Fields, model_type: str) -> Olmo2Config:
         own["rope"], own["max_position"] = rope_from_hf(one, shared["head_dim"], position), position
         theta = kinds.section("sliding_attention").get("rope_theta", float, own["rope"].theta)
         own["local_rope"] = RopeConfig(theta=theta, dim=own["rope"].dim, original_max_position=position)
-    return Olmo2Config(**shared | own)
+    return LlamaConfig(**shared | own)
 
 
 def windows_from_hf(fields: Fields, layers: int) -> tuple[int | None, ...]:
@@ -75,19 +67,19 @@ def full_layers(windows: tuple[int | None, ...]) -> frozenset[int]:
     return frozenset(layer for layer, window in enumerate(windows) if any(windows) and window is None)
 
 
-def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> Olmo2Config:
+def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
     """Reads GGUF metadata of olmo2, which OLMo 3 bears too, and exaone4."""
     shared, position = shared_from_gguf(fields, checkpoint), fields.count("context_length")
     olmo, window = shared["model_type"] == "olmo2", fields.get("attention.sliding_window", int, 0) or None
     windows = gguf_windows(fields, shared["num_layers"], window, period=4)
     own: dict[str, Any] = {"sliding_windows": windows, "qk_norm": True, "whole_norms": olmo}
     if not olmo:
-        return Olmo2Config(**shared | own, unrotated_layers=full_layers(windows))
+        return LlamaConfig(**shared | own, unrotated_layers=full_layers(windows))
     if window is not None:
         theta = fields.get("rope.freq_base_swa", float, shared["rope"].theta)
         local = RopeConfig(theta=theta, dim=shared["rope"].dim, original_max_position=position)
         own |= {"max_position": position, "local_rope": local}
-    return Olmo2Config(**shared | own)
+    return LlamaConfig(**shared | own)
 
 
 # ---- block and model -------------------------------------------------------------------------------------------------
@@ -96,7 +88,7 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> Olmo2Config:
 class Block:
     """One decoder layer. x [T, E] comes as two summands, and what it gives is two: the second is None at first."""
 
-    def __init__(self, config: Olmo2Config, layer: int, rotary: Rotary, placement: Placement) -> None:
+    def __init__(self, config: LlamaConfig, layer: int, rotary: Rotary, placement: Placement) -> None:
         self.attention = Attention(config, layer, rotary, placement)
         self.attention_norm, self.mlp_norm = (RMSNorm(config.hidden_size, config.norm_eps, placement) for _ in range(2))
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, placement)
@@ -110,7 +102,7 @@ class Block:
 class Olmo2(DecoderStack):
     """The decoder: token ids [T] -> hidden states [T, E] -> logits [T, V]."""
 
-    def __init__(self, config: Olmo2Config, placement: Placement, checkpoint: Checkpoint) -> None:
+    def __init__(self, config: LlamaConfig, placement: Placement, checkpoint: Checkpoint) -> None:
         self.config, size = config, (config.vocab_size, config.hidden_size)
         self.embed = Embedding(*size, placement)
         factors = "rope_freqs.weight" in checkpoint.tensors

@@ -57,6 +57,7 @@ FAMILIES = (
     "internlm2",
     "hy_v3",
     "hunyuan",
+    "apertus",
     "gemma4",
     "gpt2",
     "gpt_neox",
@@ -208,6 +209,8 @@ def family_from_hf(
         return _family_of_transformers(config, path)
     family = _find(name, HF_FAMILIES, path, [*TOWERS, *HF_ENCODERS])
     found = family.config_from_hf(fields, family.hf[name])
+    if family.completed is not None and tensors is not None:
+        found = family.completed(found, tensors)
     if is_headed(names):  # which `assembly/heads.py` reads
         own = family.ignored
         family = dataclasses.replace(family, ignored=lambda config: [*own(config), rf"({'|'.join(SCORES)})\..*"])

@@ -10,19 +10,16 @@ from candle_vllm.core.kernels.activation_quant import GROUP, Prologue
 from candle_vllm.core.kernels.layer_norm.reference import layer_norm
 from candle_vllm.core.kernels.moe.reference import gated
 from candle_vllm.core.kernels.rms_norm.reference import rms_norm
-from candle_vllm.core.kernels.silu_mul.reference import gelu_mul, gelu_tanh_mul, silu_mul
+from candle_vllm.core.kernels.silu_mul import GATES
+from candle_vllm.core.kernels.silu_mul.reference import gate_mul
 
 
 def behind(prologue: Prologue, x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 0.0) -> torch.Tensor:
     """y of the contract; `weight` of LAYER_NORM is its weight and its bias behind each other."""
     if prologue is Prologue.NONE:
         return x
-    if prologue is Prologue.SILU:
-        return silu_mul(x)
-    if prologue is Prologue.GELU_GATE:
-        return gelu_tanh_mul(x)
-    if prologue is Prologue.GELU_ERF_GATE:
-        return gelu_mul(x)
+    if (kind := next((kind for kind, own in GATES.items() if own is prologue), None)) is not None:
+        return gate_mul(x, kind)
     if prologue is Prologue.SWIGLU_OAI:
         gate, up = x.chunk(2, dim=-1)
         return gated(gate, up, "swiglu_oai")

@@ -85,7 +85,7 @@ def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield "rms_norm.cpu:make_head_norm", (flag,)
         yield "rms_norm.cpu:make_norm_onto", (flag,)
         yield "scale_cap.cpu:make_scale_cap", (flag,)
-        yield "silu_mul.cpu:make_gated_rows", (flag,)
+        yield "silu_mul.cpu:make_gated_rows", (flag, 0)
         yield "latent_attention.cpu_heads:make_heads", (flag,)
     mixed = ((CacheKind.Q8_0, values) for values in (CacheKind.Q4_0, CacheKind.Q5_1))
     for keys, values in (*zip(CacheKind, CacheKind), *mixed):

@@ -48,7 +48,7 @@ from candle_vllm.core.kernels.rms_norm import (
 from candle_vllm.core.kernels.scale_cap import scale_cap_arguments, scale_cap_operation
 from candle_vllm.core.kernels.short_conv import ShortConvArguments, short_conv_operation, state_shape
 from candle_vllm.core.kernels.side_by_side import CopyArguments, copy_operation
-from candle_vllm.core.kernels.silu_mul import GatedRowsArguments, gated_rows_operation
+from candle_vllm.core.kernels.silu_mul import GATES, GatedRowsArguments, gated_rows_operation
 
 if TYPE_CHECKING:
     from candle_vllm.core.kernels.activation import Activation
@@ -310,32 +310,26 @@ class _Value(Recorded):
             buffer.version += 1
         return _Value(self.recorder, out, 0, out.width, result.head_dim)
 
-    def silu_mul(self) -> Recorded:
-        return _Prepared(self, Prologue.SILU, self.width // 2)
-
-    def gelu_tanh_mul(self) -> Recorded:
-        return _Prepared(self, Prologue.GELU_GATE, self.width // 2)
-
-    def gelu_mul(self) -> Recorded:
-        return _Prepared(self, Prologue.GELU_ERF_GATE, self.width // 2)
+    def gate_mul(self, kind: GateKind) -> Recorded:
+        return _Prepared(self, GATES[kind], self.width // 2)
 
     def gated(self, gate: Recorded, kind: GateKind) -> Recorded:
         assert isinstance(gate, _Value)
-        assert gate.width == self.width
+        assert self.width % gate.width == 0
         assert gate.rows_from is StepNumber.TOKENS
-        recorder, buffer, of_gate = self.recorder, self.buffer, gate.buffer
-        row = GatedRowsArguments(
-            x=self.address,
-            stride=buffer.stride,
-            columns=self.width,
-            gate=gate.address,
-            gate_stride=of_gate.stride,
-            picked=0 if self.rows_from is StepNumber.TOKENS else address_of(recorder.arrays.logit_rows),
-            rows_from=self.rows_from,
-        )
-        recorder.add(gated_rows_operation(kind), row)
+        source = self.buffer  # made before the gate is
+        return self._times(source, kind, gate.buffer.stride, gate.address, self.width // gate.width)
+
+    def xielu(self, numbers: NDArray[np.float32]) -> Recorded:
+        return self._times(self.buffer, "xielu", 0, self.recorder.keep(numbers), 1)
+
+    def _times(self, buffer: Buffer, kind: str, gate_stride: int, gate: int, span: int) -> Recorded:
+        picked = 0 if self.rows_from is StepNumber.TOKENS else address_of(self.recorder.arrays.logit_rows)
+        place = (self.address, buffer.stride, self.width, gate, gate_stride)
+        row = GatedRowsArguments(*place, span, picked, self.rows_from)
+        self.recorder.add(gated_rows_operation(kind, spread=span > 1), row)
         buffer.version += 1
-        return _Value(recorder, buffer, self.column, self.width, rows_from=self.rows_from)
+        return _Value(self.recorder, buffer, self.column, self.width, rows_from=self.rows_from)
 
     def activation(self, kind: Activation) -> Recorded:
         return _Prepared(self, Prologue[kind.upper()], self.width)
@@ -359,24 +353,10 @@ class _Value(Recorded):
     ) -> RecordedRows:
         return _Prepared(self, Prologue.NONE, self.width).expert_linear(matrices, pairs, bias, activation, place)
 
-    def attend(
-        self,
-        k: Recorded | None,
-        v: Recorded | None,
-        cache: PagedCache,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None = None,
-        sinks: NDArray[np.float32] | None = None,
-        offset: NDArray[np.float32] | None = None,
-        narrows: bool = False,
-        causal: bool = False,
-        slopes: NDArray[np.float32] | None = None,
-    ) -> Recorded:
+    def attend(self, k: Recorded | None, v: Recorded | None, cache: PagedCache, **scores: Any) -> Recorded:
         assert k is None or isinstance(k, _Value)
         assert v is None or isinstance(v, _Value)
-        return _attend(self, k, v, cache, Scores(scale, window, softcap, sinks, offset, narrows, causal, slopes), None)
+        return _attend(self, k, v, cache, Scores(**scores), None)
 
     def attend_whole(
         self,
@@ -648,18 +628,9 @@ class _Product(_Pending):
             recorder.add(scale_cap_operation(int(cap is not None)), row)
         return self
 
-    def silu_mul(self) -> Recorded:
-        return self._gated(Prologue.SILU)
-
-    def gelu_tanh_mul(self) -> Recorded:
-        return self._gated(Prologue.GELU_GATE)
-
-    def gelu_mul(self) -> Recorded:
-        return self._gated(Prologue.GELU_ERF_GATE)
-
-    def _gated(self, prologue: Prologue) -> Recorded:
+    def gate_mul(self, kind: GateKind) -> Recorded:
         alone = not (self._made or self._added) and self._bias is None and self._joins is None
-        return _Gated(self, self._factors if alone else (), prologue)
+        return _Gated(self, self._factors if alone else (), GATES[kind])
 
     def _record(self, target: Buffer, accumulate: bool) -> None:
         bias = 0 if self._bias is None else self.recorder.keep(self._bias)
@@ -799,26 +770,11 @@ class _Rotated(_Wrapper):
         record_turn(self.recorder, heads, arrays.positions, self.tables)
         return self.source.rms_norm(weight, eps)
 
-    def attend(
-        self,
-        k: Recorded | None,
-        v: Recorded | None,
-        cache: PagedCache,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None = None,
-        sinks: NDArray[np.float32] | None = None,
-        offset: NDArray[np.float32] | None = None,
-        narrows: bool = False,
-        causal: bool = False,
-        slopes: NDArray[np.float32] | None = None,
-    ) -> Recorded:
+    def attend(self, k: Recorded | None, v: Recorded | None, cache: PagedCache, **scores: Any) -> Recorded:
         assert k is None or isinstance(k, _Rotated)
         assert v is None or isinstance(v, _Value)
         keys = None if k is None else k.source
-        scores = Scores(scale, window, softcap, sinks, offset, narrows, causal, slopes)
-        return _attend(self.source, keys, v, cache, scores, self.tables)
+        return _attend(self.source, keys, v, cache, Scores(**scores), self.tables)
 
 
 def _attend(

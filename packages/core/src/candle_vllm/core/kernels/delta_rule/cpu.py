@@ -75,7 +75,7 @@ def _scale_row(_: Any, x: Any, count: Any, normed: Any, scale: Any) -> Any:
     return signature, code
 
 
-def _emit_softplus(e: Emitter, x: Any) -> Any:
+def emit_softplus(e: Emitter, x: Any) -> Any:
     """log(1 + exp(x)) of 16 floats: the larger of x and 0, and log(1 + u) with u = exp(-|x|), at most 1.
 
     With s = u / (2 + u), at most 1/3, that is 2 s (1 + s^2 / 3 + s^4 / 5 + ...).
@@ -107,7 +107,7 @@ def _gates(
         def body(place: Any, mask: Any, state: list[Any]) -> list[Any]:
             a, other, decay, bias = (load_columns(e, b.add(at, place), mask) for at in (at_a, at_b, at_decay, at_bias))
             time = b.fadd(a, bias)
-            positive = _emit_softplus(e, time)
+            positive = emit_softplus(e, time)
             decayed = emit_exp(e, b.fmul(decay, positive))
             strong = b.fdiv(e.splat(most), b.fadd(one, emit_exp(e, b.fneg(other))))
             strong = b.select(corrects, strong, positive)

@@ -1,70 +1,52 @@
 # SPDX-License-Identifier: MIT
 """Activation-and-multiply: the gates of SwiGLU and GeGLU, and those of what an attention layer gives.
 
-Contract: x [T, 2F] holds gate then up, of any float dtype; y [T, F] = act(gate) * up has x's dtype, in new memory; the
-arithmetic is fp32. act is SiLU, or GELU in its tanh form: 0.5 g (1 + tanh(sqrt(2 / pi) (g + 0.044715 g^3))), or GELU by
-the error function: g Phi(g).
-`gated` takes x [T, F] and its gate [T, F] apart: y = x * act(gate), where act is SiLU, GELU in its tanh form, or the
-sigmoid. Recorded steps do so in place: x is changed. The elements of a row lie next to each other, rows any distance
-apart.
+Contract of `gate_mul`: x [T, 2F] holds gate then up, of any float dtype; y [T, F] = act(gate) * up has x's dtype, in
+new memory; the arithmetic is fp32. act is SiLU, or GELU in its tanh form (gelu_tanh): 0.5 g (1 + tanh(sqrt(2 / pi)
+(g + 0.044715 g^3))), or GELU by the error function (gelu): g Phi(g).
+`gated` takes x [T, F] and its gate [T, H] apart, each gate being that of F / H neighbours: y = x * act(gate), where act
+is SiLU, GELU in its tanh form, the sigmoid or softplus. Recorded steps do so in place: x is changed. The elements of a
+row lie next to each other, rows any distance apart.
 Source: Shazeer, 2020, arXiv:2002.05202; Hendrycks and Gimpel, 2016, arXiv:1606.08415.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import NamedTuple
 
+from candle_vllm.core.kernels.activation_quant import Prologue
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, operation
 from candle_vllm.core.kernels.dispatch import on_gpu
 from candle_vllm.core.kernels.recorded import GateKind, Recorded, Value
 
-if TYPE_CHECKING:
-    import torch
+GATES: Mapping[GateKind, Prologue] = MappingProxyType(
+    {"silu": Prologue.SILU, "gelu_tanh": Prologue.GELU_GATE, "gelu": Prologue.GELU_ERF_GATE}
+)
+"""How recorded steps compute `gate_mul`."""
 
 
-def silu_mul(x: Value) -> Value:
-    """silu(x[:, :F]) * x[:, F:]."""
+def gate_mul(x: Value, kind: GateKind) -> Value:
+    """act(x[:, :F]) * x[:, F:], of a kind of `GATES`; GELU by the error function by torch's own kernels on a GPU."""
     if isinstance(x, Recorded):
-        return x.silu_mul()
-    _check(x)
-    if on_gpu(x):
+        return x.gate_mul(kind)
+    assert x.dim() == 2
+    assert x.shape[1] % 2 == 0
+    if on_gpu(x) and kind != "gelu":
         from candle_vllm.core.kernels.silu_mul import triton
 
-        return triton.silu_mul(x)
+        return triton.gated(*x.chunk(2, 1)[::-1], kind)
     from candle_vllm.core.kernels.silu_mul import reference
 
-    return reference.silu_mul(x)
-
-
-def gelu_tanh_mul(x: Value) -> Value:
-    """gelu(x[:, :F]) * x[:, F:]."""
-    if isinstance(x, Recorded):
-        return x.gelu_tanh_mul()
-    _check(x)
-    if on_gpu(x):
-        from candle_vllm.core.kernels.silu_mul import triton
-
-        return triton.gelu_tanh_mul(x)
-    from candle_vllm.core.kernels.silu_mul import reference
-
-    return reference.gelu_tanh_mul(x)
-
-
-def gelu_mul(x: Value) -> Value:
-    """gelu(x[:, :F]) * x[:, F:] by the error function; on a GPU by torch's own kernels."""
-    if isinstance(x, Recorded):
-        return x.gelu_mul()
-    _check(x)
-    from candle_vllm.core.kernels.silu_mul import reference
-
-    return reference.gelu_mul(x)
+    return reference.gate_mul(x, kind)
 
 
 def gated(x: Value, gate: Value, kind: GateKind) -> Value:
     """x * act(gate)."""
     if isinstance(x, Recorded):
         return x.gated(gate, kind)
-    assert x.shape == gate.shape
+    assert x.shape[1] % gate.shape[1] == 0
     assert x.dtype == gate.dtype
     if on_gpu(x):
         from candle_vllm.core.kernels.silu_mul import triton
@@ -73,11 +55,6 @@ def gated(x: Value, gate: Value, kind: GateKind) -> Value:
     from candle_vllm.core.kernels.silu_mul import reference
 
     return reference.gated(x, gate, kind)
-
-
-def _check(x: torch.Tensor) -> None:
-    assert x.dim() == 2
-    assert x.shape[1] % 2 == 0
 
 
 # ---- recorded -------------------------------------------------------------------------------------------------------
@@ -89,7 +66,8 @@ class GatedRowsArguments(NamedTuple):
     Attributes:
         x: address of float32 rows, `stride` floats apart, which are changed.
         columns: F.
-        gate, gate_stride: the same of the gates.
+        gate, gate_stride: the same of the gates; for xielu the address of its three parameters.
+        span: columns of a gate.
         picked: address of int64 row numbers, of which the gates are taken; 0 takes rows 0, 1, 2, ...
         rows_from: which of the step's numbers is T.
     """
@@ -99,10 +77,12 @@ class GatedRowsArguments(NamedTuple):
     columns: int
     gate: int
     gate_stride: int
+    span: int = 1
     picked: int = 0
     rows_from: int = StepNumber.TOKENS
 
 
-def gated_rows_operation(kind: GateKind) -> int:
-    """Address of the compiled operation."""
-    return operation("silu_mul.cpu:make_gated_rows", ("sigmoid", "silu", "gelu_tanh").index(kind))
+def gated_rows_operation(kind: str, *, spread: bool) -> int:
+    """Address of the compiled operation; `spread`: a gate is that of several columns."""
+    kinds = ("sigmoid", "silu", "gelu_tanh", "softplus", "xielu")
+    return operation("silu_mul.cpu:make_gated_rows", kinds.index(kind), spread)

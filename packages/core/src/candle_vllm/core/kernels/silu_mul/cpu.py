@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
-"""Rows times act(gate) on the CPU, in place (part of step 6 of a request's life)."""
+"""Rows times act(gate) on the CPU, in place, and xIELU of rows (part of step 6 of a request's life)."""
 
 from __future__ import annotations
 
@@ -10,25 +10,53 @@ from typing import Any
 from numba import types
 from numba.extending import intrinsic
 
-from candle_vllm.core.kernels.cpu_runtime.emit import Emitter
+from candle_vllm.core.kernels.cpu_runtime.emit import F32, Emitter
 from candle_vllm.core.kernels.cpu_runtime.emit_columns import emit_columns, load_columns, store_columns
-from candle_vllm.core.kernels.cpu_runtime.emit_functions import emit_gelu_tanh, emit_sigmoid_times, emit_silu
+from candle_vllm.core.kernels.cpu_runtime.emit_functions import (
+    emit_gelu_tanh,
+    emit_relu,
+    emit_sigmoid_times,
+    emit_silu,
+    emit_tanh,
+)
 from candle_vllm.core.kernels.cpu_runtime.level import LANES
 from candle_vllm.core.kernels.cpu_runtime.primitives import int64_at, read, step_number
+from candle_vllm.core.kernels.delta_rule.cpu import emit_softplus
 from candle_vllm.core.kernels.silu_mul import GatedRowsArguments
+
+_ACTS = (None, emit_silu, emit_gelu_tanh, emit_softplus)  # None is the sigmoid
+_XIELU = 4
+
+
+def _emit_xielu(e: Emitter, x: Any, numbers: Any) -> Any:
+    """beta x + p max(x, 0)^2 + n (expm1(z) - z), z = min(x, 0); p, n and beta stand at `numbers`.
+
+    With t = tanh(z / 2), expm1(z) is 2 t / (1 - t).
+    """
+    b, (p, n, beta) = e.b, (e.splat(e.load(numbers, F32, 4 * index)) for index in range(3))
+    above = emit_relu(e, x)
+    below = b.fsub(x, above)
+    t = emit_tanh(e, b.fmul(below, e.constant(F32, 0.5)))
+    grown = b.fdiv(b.fadd(t, t), b.fsub(e.constant(F32, 1.0), t))
+    return e.fma(e.fma(p, above, beta), above, e.fma(n, b.fsub(grown, below), b.fmul(beta, below)))
 
 
 @intrinsic(prefer_literal=True)
-def _gate_columns(_: Any, x: Any, gate: Any, count: Any, kind: Any) -> Any:
-    """x <- x * act(gate) for `count` floats; the constant `kind` numbers act: sigmoid, SiLU, GELU."""
+def _gate_columns(_: Any, x: Any, gate: Any, count: Any, kind: Any, spread: Any) -> Any:
+    """x <- x * act(gate) for `count` floats; the constant `kind` numbers act, `spread` says that they have one gate."""
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
+        e, number = Emitter(b), kind.literal_value
 
         def body(place: Any, mask: Any, state: list[Any]) -> list[Any]:
             at = b.add(args[0], place)
-            value, gates = load_columns(e, at, mask), load_columns(e, b.add(args[1], place), mask)
-            act = (None, emit_silu, emit_gelu_tanh)[kind.literal_value]
+            value = load_columns(e, at, mask)
+            if number == _XIELU:
+                store_columns(e, at, _emit_xielu(e, value, args[1]), mask)
+                return state
+            one = bool(spread.literal_value)
+            gates = e.splat(e.load(args[1], F32)) if one else load_columns(e, b.add(args[1], place), mask)
+            act = _ACTS[number]
             made = emit_sigmoid_times(e, value, gates) if act is None else b.fmul(value, act(e, gates))
             store_columns(e, at, made, mask)
             return state
@@ -36,25 +64,30 @@ def _gate_columns(_: Any, x: Any, gate: Any, count: Any, kind: Any) -> Any:
         emit_columns(e, args[2], [], body)
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 3, kind), code
+    return types.void(*[types.int64] * 3, kind, spread), code
 
 
-def make_gated_rows(KIND: int) -> Callable[..., None]:
+def make_gated_rows(KIND: int, SPREAD: int) -> Callable[..., None]:
     """The operation."""
 
     def gated_rows(row, thread, threads):
         given = read(GatedRowsArguments, row)
         columns, picked = given.columns, int64_at(given.picked)
-        lines = (columns + LANES - 1) // LANES
-        units = step_number(row, given.rows_from) * lines
+        size = given.span if SPREAD == 1 else LANES  # of what threads share
+        parts = (columns + size - 1) // size
+        units = step_number(row, given.rows_from) * parts
         unit, last = units * thread // threads, units * (thread + 1) // threads
         while unit < last:
-            t, line = unit // lines, unit % lines
-            count = min(lines - line, last - unit)
-            first = LANES * line
+            t, part = unit // parts, unit % parts
+            count = 1 if SPREAD == 1 else min(parts - part, last - unit)
+            first = size * part
             of_gate = t if given.picked == 0 else picked[t]
-            at, gate = given.x + 4 * (t * given.stride + first), given.gate + 4 * (of_gate * given.gate_stride + first)
-            _gate_columns(at, gate, min(LANES * count, columns - first), KIND)
+            at, gate = given.x + 4 * (t * given.stride + first), given.gate + 4 * of_gate * given.gate_stride
+            if SPREAD == 1:
+                gate += 4 * part
+            elif KIND < 4:
+                gate += 4 * first
+            _gate_columns(at, gate, min(size * count, columns - first), KIND, SPREAD)
             unit += count
 
     return gated_rows

@@ -3,30 +3,27 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
+from torch.nn import functional
+
+_ACTS = {
+    "silu": functional.silu,
+    "gelu_tanh": partial(functional.gelu, approximate="tanh"),
+    "gelu": functional.gelu,
+    "sigmoid": torch.sigmoid,
+    "softplus": functional.softplus,
+}
 
 
-def silu_mul(x: torch.Tensor) -> torch.Tensor:
+def gate_mul(x: torch.Tensor, kind: str) -> torch.Tensor:
     """See the contract in the package."""
     gate, up = x.float().chunk(2, dim=-1)
-    return (torch.nn.functional.silu(gate) * up).to(x.dtype)
-
-
-def gelu_tanh_mul(x: torch.Tensor) -> torch.Tensor:
-    """See the contract in the package."""
-    gate, up = x.float().chunk(2, dim=-1)
-    return (torch.nn.functional.gelu(gate, approximate="tanh") * up).to(x.dtype)
-
-
-def gelu_mul(x: torch.Tensor) -> torch.Tensor:
-    """See the contract in the package."""
-    gate, up = x.float().chunk(2, dim=-1)
-    return (torch.nn.functional.gelu(gate) * up).to(x.dtype)
+    return (_ACTS[kind](gate) * up).to(x.dtype)
 
 
 def gated(x: torch.Tensor, gate: torch.Tensor, kind: str) -> torch.Tensor:
     """See the contract in the package."""
-    wide = gate.float()
-    if kind == "gelu_tanh":
-        return (x.float() * torch.nn.functional.gelu(wide, approximate="tanh")).to(x.dtype)
-    return (x.float() * (torch.nn.functional.silu(wide) if kind == "silu" else wide.sigmoid())).to(x.dtype)
+    wide = x.float().unflatten(-1, (gate.shape[-1], -1)) * _ACTS[kind](gate.float()).unsqueeze(-1)
+    return wide.flatten(-2).to(x.dtype)

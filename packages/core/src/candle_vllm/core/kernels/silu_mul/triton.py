@@ -12,69 +12,60 @@ from candle_vllm.core.kernels.recorded import GateKind
 from candle_vllm.core.kernels.triton_build import OPTIONS, Build, cdiv, next_power_of_2
 
 _PART = 1024  # numbers of a program; not measured yet
-_KINDS = ("silu", "gelu_tanh", "sigmoid")
+_KINDS = ("silu", "gelu_tanh", "sigmoid", "softplus")
 
 
 @triton.jit
 def gate_mul_kernel(
-    gate,  # [T, F], rows contiguous
-    up,  # the same
+    gate,  # [T, F / SPAN], rows contiguous
+    up,  # [T, F], likewise
     y,  # [T, F] contiguous
     gate_stride,  # numbers from a token to the next
     up_stride,
     F: tl.constexpr,
     BLOCK: tl.constexpr,
+    SPAN: tl.constexpr,  # columns of a gate
     KIND: tl.constexpr,  # number in _KINDS
 ):
     token = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < F
-    gates = tl.load(gate + token * gate_stride + at, mask=inside, other=0.0).to(tl.float32)
+    gates = tl.load(gate + token * gate_stride + at // SPAN, mask=inside, other=0.0).to(tl.float32)
     ups = tl.load(up + token * up_stride + at, mask=inside, other=0.0).to(tl.float32)
     inner = gates
     if KIND == 1:
         # 0.5 (1 + tanh(z)) is the sigmoid of 2z; 2 sqrt(2 / pi) = 1.5957...
         inner = 1.5957691216057308 * (gates + 0.044715 * gates * gates * gates)
     factor = 1.0 if KIND == 2 else gates
-    tl.store(y + token * F + at, (factor / (1.0 + tl.exp(-inner)) * ups).to(y.dtype.element_ty), mask=inside)
+    act = factor / (1.0 + tl.exp(-inner))
+    if KIND == 3:
+        act = tl.maximum(gates, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(gates)))
+    tl.store(y + token * F + at, (act * ups).to(y.dtype.element_ty), mask=inside)
 
 
-def silu_mul(x: torch.Tensor) -> torch.Tensor:
+def gated(up: torch.Tensor, gate: torch.Tensor, kind: GateKind) -> torch.Tensor:
     """See the contract in the package."""
-    return _launch(*x.chunk(2, 1), "silu")
-
-
-def gelu_tanh_mul(x: torch.Tensor) -> torch.Tensor:
-    """See the contract in the package."""
-    return _launch(*x.chunk(2, 1), "gelu_tanh")
-
-
-def gated(x: torch.Tensor, gate: torch.Tensor, kind: GateKind) -> torch.Tensor:
-    """See the contract in the package."""
-    return _launch(gate, x, kind)
-
-
-def _launch(gate: torch.Tensor, up: torch.Tensor, kind: GateKind) -> torch.Tensor:
-    tokens, size = gate.shape
-    assert up.shape == gate.shape
+    tokens, size = up.shape
     assert gate.stride(1) == up.stride(1) == 1 or size == 1
     y = torch.empty(tokens, size, dtype=up.dtype, device=up.device)
     if y.numel():
-        constants = _constants(size, kind)
+        constants = _constants(size, kind, size // gate.shape[1])
         grid = (tokens, cdiv(size, constants["BLOCK"]))
         gate_mul_kernel[grid](gate, up, y, gate.stride(0), up.stride(0), **constants, num_warps=4, **OPTIONS)
     return y
 
 
-def _constants(size: int, kind: str) -> dict[str, int]:
-    return {"F": size, "BLOCK": min(next_power_of_2(size), _PART), "KIND": _KINDS.index(kind)}
+def _constants(size: int, kind: str, span: int) -> dict[str, int]:
+    return {"F": size, "BLOCK": min(next_power_of_2(size), _PART), "SPAN": span, "KIND": _KINDS.index(kind)}
 
 
-def _build(dtype: str, size: int, kind: str) -> Build:
+def _build(dtype: str, size: int, kind: str, span: int = 1) -> Build:
     strides = ("gate_stride", "up_stride")
     arguments: dict[str, str] = dict.fromkeys(("gate", "up", "y"), f"*{dtype}")
     arguments |= dict.fromkeys(strides, "i32")
-    return Build(gate_mul_kernel, arguments, _constants(size, kind), aligned=strides, label=f"{dtype}-{size}-{kind}")
+    return Build(
+        gate_mul_kernel, arguments, _constants(size, kind, span), aligned=strides, label=f"{dtype}-{size}-{kind}"
+    )
 
 
 AOT = (
@@ -82,4 +73,5 @@ AOT = (
     _build("fp16", 1536, "gelu_tanh"),
     _build("fp32", 123, "silu"),
     _build("bf16", 4096, "sigmoid"),
+    _build("bf16", 6144, "softplus", 128),
 )

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: MIT
+"""Apertus: the Llama wiring (`llama.py`) with a norm on every head of q and k, and an MLP with the activation xIELU.
+
+The MLP has no gate: down(xielu(up(x))). xIELU has two trained parameters in each layer, which safetensors have as
+tensors and GGUF files as metadata. Sources: Swiss AI Initiative, 2025, arXiv:2509.14233; Huang and Schlag, 2024,
+arXiv:2411.13010 (xIELU). Shapes: T tokens, E hidden, F inner size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError, WeightsError
+from candle_vllm.core.fields import Fields
+from candle_vllm.core.kernels.recorded import Recorded, Value
+from candle_vllm.core.layers.linear import Linear
+from candle_vllm.core.layers.parameters import Placement
+from candle_vllm.core.loading.config import shared_from_gguf, shared_from_hf
+from candle_vllm.core.loading.tensors import Checkpoint
+from candle_vllm.core.loading.weights import WeightName
+from candle_vllm.core.models import llama
+from candle_vllm.core.models.attention_names import GG, HF, gguf_has_bias
+from candle_vllm.core.models.family import Family
+from candle_vllm.core.models.llama import Llama, LlamaConfig
+from candle_vllm.core.quantization.tensors import StoredTensor
+
+# ---- config ----------------------------------------------------------------------------------------------------------
+
+_PARTS = ("alpha_p", "alpha_n", "beta", "eps")
+_USUAL = (0.20338, -1.05023, 0.5, -1e-6)  # of an untrained model
+_ROPE = {"rope_type": "llama3", "rope_theta": 1.2e7, "factor": 8.0, "original_max_position_embeddings": 8192}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ApertusConfig(LlamaConfig):
+    """A Llama's description, and the stored numbers of xIELU in each layer: alpha_p, alpha_n, beta and eps."""
+
+    xielu: tuple[tuple[float, ...], ...] = ()
+
+    def numbers(self, layer: int) -> np.ndarray:
+        """The factors of `xielu` in a layer, float32 [3]; UnsupportedModelError where eps is not next to 0."""
+        p, n, beta, eps = self.xielu[layer] if self.xielu else _USUAL
+        if not -1e-3 <= eps <= 0:
+            raise UnsupportedModelError(f"the eps of xIELU is {eps}; implemented: -0.001 to 0")
+        return np.array([np.logaddexp(0, p), beta + np.logaddexp(0, n), beta], np.float32)
+
+
+def config_from_hf(fields: Fields, model_type: str) -> ApertusConfig:
+    """Reads `config.json` of apertus."""
+    fields.choice("hidden_act", "xielu", "xielu")
+    usual = {} if "rope_parameters" in fields or "rope_scaling" in fields else {"rope_parameters": _ROPE}
+    bias = fields.get("attention_bias", bool, False)
+    shared = shared_from_hf(Fields(usual | dict(fields.values), fields.path), model_type)
+    return ApertusConfig(**shared, qk_norm=True, qkv_bias=bias, output_bias=bias)
+
+
+def completed(config: ApertusConfig, tensors: Mapping[str, StoredTensor]) -> ApertusConfig:
+    """The description with the numbers of xIELU, which are tensors of one element each."""
+    names = [[f"model.layers.{n}.mlp.act_fn.{part}" for part in _PARTS] for n in range(config.num_layers)]
+    if any(name not in tensors or tensors[name].numel != 1 for layer in names for name in layer):
+        raise WeightsError("the numbers of xIELU (mlp.act_fn.alpha_p and others) are missing, or are not one of each")
+    found = (tuple(float(tensors[name].load().reshape(-1)[0]) for name in layer) for layer in names)
+    return dataclasses.replace(config, xielu=tuple(found))
+
+
+def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> ApertusConfig:
+    """Reads GGUF metadata of apertus."""
+    shared, tensors, own = shared_from_gguf(fields, checkpoint), checkpoint.tensors, Fields(fields.values, fields.path)
+    columns = [_by_layer(own, f"xielu.{part}", shared["num_layers"]) for part in _PARTS]
+    biases = {"qkv_bias": gguf_has_bias(checkpoint), "output_bias": "blk.0.attn_output.bias" in tensors}
+    return ApertusConfig(**shared, **biases, qk_norm=True, xielu=tuple(zip(*columns, strict=True)))
+
+
+def _by_layer(fields: Fields, key: str, layers: int) -> list[float]:
+    """A number of each layer: a list, or one number for all."""
+    if not isinstance(stored := fields.values.get(key), list):
+        return [fields.get(key, float)] * layers
+    if len(stored) != layers or not all(isinstance(number, float) for number in stored):
+        raise InvalidFileError(f"{fields.path}: {key} is {stored!r:.80}, not {layers} numbers")
+    return stored
+
+
+# ---- block and model -------------------------------------------------------------------------------------------------
+
+
+def xielu(x: Value, numbers: Any) -> Value:
+    """beta x + p max(x, 0)^2 + n (expm1(z) - z), z = min(x, 0), in fp32; recorded steps change x in place.
+
+    numbers: p, n and beta, float32 [3].
+    """
+    if isinstance(x, Recorded):
+        return x.xielu(numbers)
+    wide, (p, n, beta) = x.float(), numbers
+    above, below = wide.clamp(min=0), wide.clamp(max=0)
+    return (beta * wide + p * above * above + n * (below.expm1() - below)).to(x.dtype)
+
+
+class XieluMLP:
+    """down(xielu(up(x))) for x [T, E]."""
+
+    def __init__(self, config: ApertusConfig, layer: int, placement: Placement) -> None:
+        self.up = Linear(config.hidden_size, config.intermediate_size, placement)
+        self.down = Linear(config.intermediate_size, config.hidden_size, placement)
+        self._numbers = placement.constant(config.numbers(layer))
+
+    def __call__(self, x: Value) -> Value:
+        return self.down(xielu(self.up(x), self._numbers))
+
+
+class Block(llama.Block):
+    """One decoder layer."""
+
+    def feed_forward(self, config: Any, layer: int, placement: Placement) -> XieluMLP:
+        """See `llama.Block`."""
+        return XieluMLP(config, layer, placement)
+
+
+class Apertus(Llama):
+    """The decoder: token ids [T] -> hidden states [T, E] -> logits [T, V]."""
+
+    block = Block
+
+
+# ---- weight names ----------------------------------------------------------------------------------------------------
+
+_NORMS = {
+    "layers.{i}.attention_norm:weight": HF + "attention_layernorm.weight",
+    "layers.{i}.mlp_norm:weight": HF + "feedforward_layernorm.weight",
+}
+WEIGHTS = [
+    *(dataclasses.replace(line, hf=_NORMS.get(line.target, line.hf)) for line in llama.WEIGHTS),
+    WeightName("layers.{i}.mlp.up:weight", HF + "mlp.up_proj.weight", GG + "ffn_up.weight"),
+]
+
+
+def ignored(config: ApertusConfig) -> list[str]:
+    """As Llama's, and the numbers of xIELU, which the description has."""
+    return [*llama.ignored(config), r"model\.layers\.\d+\.mlp\.act_fn\..*"]
+
+
+FAMILY = Family(
+    hf={"ApertusForCausalLM": "apertus"},
+    gguf=("apertus",),
+    config_from_hf=config_from_hf,
+    config_from_gguf=config_from_gguf,
+    build=Apertus,
+    weights=WEIGHTS,
+    ignored=ignored,
+    completed=completed,
+)
