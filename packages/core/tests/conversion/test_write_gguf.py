@@ -35,6 +35,7 @@ UNSAYABLE = {  # what there is no key for
     "GPT-2 scales": "activation, scales",
     "Falcon-1B": "parallel, qkv_bias, output_bias, mlp_bias",
     "Falcon-RW": "slopes, parallel, qkv_bias, output_bias, mlp_bias",
+    "Granite SWA bases": "local_rope",
     "SmolLM3 windows": "sliding_windows, unrotated_layers",
 }
 LLAMA_CPP = (

@@ -346,6 +346,47 @@ GRANITE_MAMBA_MOE = {
 
 EVERY_THIRD = ["sliding_attention", "sliding_attention", "full_attention"]
 WINDOWS = {"num_hidden_layers": 3, "layer_types": EVERY_THIRD, "sliding_window": 16}
+FIRST_FULL = ["full_attention", "sliding_attention", "sliding_attention"]
+GRANITE_SWA = GRANITE | {
+    "num_hidden_layers": 3,
+    "layer_types": FIRST_FULL,
+    "sliding_window": 16,
+    "layer_rope_theta": [0, 1e4, 1e4],
+}
+LAGUNA = {
+    "head_dim": 32,
+    "num_hidden_layers": 3,
+    "layer_types": FIRST_FULL,
+    "num_attention_heads_per_layer": [4, 6, 6],
+    "sliding_window": 16,
+    "num_experts": 6,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 64,
+    "shared_expert_intermediate_size": 96,
+    "moe_routed_scaling_factor": 2.5,
+    "rope_parameters": {
+        "full_attention": {
+            "rope_type": "yarn",
+            "rope_theta": 5e4,
+            "factor": 8.0,
+            "original_max_position_embeddings": 64,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "attention_factor": 1.2,
+            "partial_rotary_factor": 0.5,
+        },
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0},
+    },
+}
+LAGUNA_WIDE = {
+    "head_dim": 32,
+    "gating": "per-element",
+    "mlp_layer_types": ["dense", "sparse"],
+    "num_experts": 6,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 64,
+    "shared_expert_intermediate_size": 64,
+}
 OLMO3_ROPE = {
     "full_attention": {
         "rope_type": "yarn",
@@ -507,6 +548,15 @@ ROWS: Mapping[str, Row] = {
     "Granite-MoE shared": Row(
         "granitemoeshared", GRANITE_MOE | {"shared_intermediate_size": 64}, "granitemoe", undecided=0.1, common=False
     ),
+    "Granite SWA": Row("granite_swa", GRANITE_SWA, "granite_swa", common=False),
+    "Granite SWA bases": Row("granite_swa", GRANITE_SWA | {"layer_rope_theta": [5e5, 1e4, 1e4]}, common=False),
+    "Granite SWA experts": Row(
+        "granitemoe_swa",
+        GRANITE_SWA | {"num_local_experts": 6, "num_experts_per_tok": 3},
+        "granite_swa",
+        undecided=0.1,
+        common=False,
+    ),
     "Granite 4": Row("granitemoehybrid", GRANITE_HYBRID, "granite", common=False),
     "Granite 4 unrotated": Row(
         "granitemoehybrid", GRANITE_HYBRID | {"position_embedding_type": None}, "granite", common=False
@@ -526,6 +576,8 @@ ROWS: Mapping[str, Row] = {
     "EXAONE 4 windows": Row("exaone4", OLMO | WINDOWS, "exaone4", common=False),
     "Apertus": Row("apertus", {"rope_parameters": LLAMA3}, "apertus", common=False),
     "Apertus biases": Row("apertus", {"attention_bias": True}, "apertus", common=False),
+    "Laguna": Row("laguna", LAGUNA, "laguna", undecided=0.1, common=False),
+    "Laguna wide gates": Row("laguna", LAGUNA_WIDE, "laguna", undecided=0.1, common=False),
     "MiniMax-M2": Row("minimax_m2", MINIMAX_M2, "minimax-m2", undecided=0.1, common=False),
     "Command R": Row("cohere", COHERE, "command-r", common=False),
     "Command R+": Row("cohere", COHERE | {"use_qk_norm": True, "attention_bias": True}, "command-r", common=False),

@@ -42,7 +42,7 @@ def export_gguf(folder: Path, path: Path, architecture: str, *, quantization: st
     if config.get("tie_word_embeddings"):
         tensors.pop("lm_head.weight", None)
     tensors = CONVERTERS.get(architecture, _plain)(writer, config, tensors)
-    near = MODEL_ARCH.QWEN3MOE  # of an architecture that the package does not know yet
+    near = MODEL_ARCH.DOTS1  # of an architecture that the package does not know yet
     arch = next((arch for arch, name in MODEL_ARCH_NAMES.items() if name == architecture), near)
     names = get_tensor_name_map(MODEL_ARCH(arch), config["num_hidden_layers"] + 1)  # there may be one behind the last
     for name, data in tensors.items():
@@ -517,6 +517,16 @@ def _lfm2(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Te
     return {name.replace("expert_bias", "expert_bias.bias"): data for name, data in made.items()}
 
 
+def _windows(writer: GGUFWriter, config: Mapping[str, Any]) -> None:
+    writer.add_sliding_window(config["sliding_window"])
+    writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config["layer_types"]])
+
+
+def _sinks(tensors: Tensors) -> Tensors:
+    names = {name: f"blk.{name.split('.')[2]}.attn_sinks.weight" for name in tensors if name.endswith(".sinks")}
+    return {names.get(name, name): data for name, data in tensors.items()}
+
+
 def _granite(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
     """Factors, of which that of logits divides; gate and up apart, also of experts and of what they share."""
     writer.add_embedding_scale(config["embedding_multiplier"])
@@ -532,6 +542,10 @@ def _granite(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) ->
             writer.add_expert_shared_feed_forward_length(config["shared_intermediate_size"])
     if "linear_attention" in config.get("layer_types", ()):
         tensors = _mamba(writer, config, tensors)
+    if config["model_type"].endswith("_swa"):
+        _windows(writer, config)
+        writer.add_array(f"{writer.arch}.attention.rope_pattern", [theta > 0 for theta in config["layer_rope_theta"]])
+        tensors = _sinks(tensors)
     made: Tensors = {}
     end = "_shexp" if config.get("num_local_experts") else ""
     for name, data in tensors.items():
@@ -652,6 +666,44 @@ def _apertus(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) ->
     return _olmo2(writer, config, {name: data for name, data in tensors.items() if ".act_fn." not in name})
 
 
+def _laguna(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    """Numbers of heads as a list, and the rotary settings of both kinds of layer."""
+    writer.add_head_count(config["num_attention_heads_per_layer"])
+    full, local = (config["rope_parameters"][kind] for kind in ("full_attention", "sliding_attention"))
+    writer.add_rope_freq_base(full["rope_theta"])
+    writer.add_rope_dimension_count(int(config["head_dim"] * full["partial_rotary_factor"]))
+    if full["rope_type"] == "yarn":
+        writer.add_rope_scaling_type(RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(full["factor"])
+        writer.add_rope_scaling_orig_ctx_len(full["original_max_position_embeddings"])
+        writer.add_rope_scaling_attn_factors(full["attention_factor"] / (0.1 * np.log(full["factor"]) + 1))
+    if "sliding_attention" in config["layer_types"]:
+        _windows(writer, config)
+        writer.add_rope_freq_base_swa(local["rope_theta"])
+        writer.add_rope_dimension_count_swa(config["head_dim"])
+    writer.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
+    writer.add_expert_gating_func(ExpertGatingFuncType.SIGMOID)
+    writer.add_expert_weights_norm(True)
+    writer.add_expert_weights_scale(config["moe_routed_scaling_factor"])
+    writer.add_leading_dense_block_count(config["mlp_layer_types"].count("dense"))
+    return _experts(writer, config, _shared_experts(tensors))
+
+
+def _shared_experts(tensors: Tensors) -> Tensors:
+    """Corrections, gates of attention, and what experts share, by the names in GGUF files."""
+    made: Tensors = {}
+    for name, data in tensors.items():
+        at, part = f"blk.{[*name.split('.'), '', ''][2]}.", name.rpartition("shared_expert")[2]
+        if name.endswith("e_score_correction_bias"):
+            name = at + "exp_probs_b.bias"
+        elif name.endswith("g_proj.weight"):
+            name = at + "attn_gate.weight"
+        elif part != name:
+            name = f"{at}ffn_{part.split('.')[1].removesuffix('_proj')}_shexp.weight"
+        made[name] = data
+    return made
+
+
 def _minimax_m2(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
     """The metadata says no way of scoring; experts' names are Mixtral's."""
     writer.add_expert_feed_forward_length(config["intermediate_size"])
@@ -770,6 +822,7 @@ def _starcoder2(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors)
 CONVERTERS: Mapping[str, Convert] = {
     "hy_v3": _hy_v3,
     "apertus": _apertus,
+    "laguna": _laguna,
     "exaone": _olmo2,
     "internlm2": _llama,
     "olmo2": _olmo2,
@@ -781,6 +834,7 @@ CONVERTERS: Mapping[str, Convert] = {
     "ernie4_5-moe": _ernie4_5_moe,
     "granite": _granite,
     "granitemoe": _granite,
+    "granite_swa": _granite,
     "gptneox": _gptneox,
     "hunyuan-dense": _hunyuan,
     "hunyuan-moe": _hunyuan,

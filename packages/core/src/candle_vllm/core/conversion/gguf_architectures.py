@@ -101,6 +101,12 @@ def _granite(config: Any) -> Keys:
     return keys | _counts(config.mixture) | ({"expert_shared_feed_forward_length": shared} if shared else {})
 
 
+def _granite_swa(config: Any) -> Keys:
+    """Which layers turn; llama.cpp has no gate of what experts share in a tensor of its own."""
+    turns = [layer not in config.unrotated_layers for layer in range(config.num_layers)]
+    return _granite(config) | _local(config) | {"attention.rope_pattern": turns}
+
+
 def _granite_hybrid(config: Any) -> Keys:
     """Layers with Mamba 2 have no key-value heads."""
     heads = [0 if layer in config.mamba_layers else config.num_kv_heads for layer in range(config.num_layers)]
@@ -243,6 +249,16 @@ def _hunyuan(config: Any) -> Keys:
 
 def _hy_v3(config: Any) -> Keys:
     return _glm4_moe(config) | {"expert_shared_feed_forward_length": config.mixture.shared_size}
+
+
+def _laguna(config: Any) -> Keys:
+    """Numbers of heads are a list."""
+    keys = (
+        _hy_v3(config)
+        | _local(config)
+        | {"attention.head_count": [config.heads(n)[0] for n in range(config.num_layers)]}
+    )
+    return keys | ({} if config.local_rope is None else {"rope.dimension_count_swa": config.local_rope.dim})
 
 
 def _scored_by_sigmoids(config: Any) -> Keys:
@@ -402,6 +418,9 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "mistral4": _MISTRAL4,
         "granite": Architecture(name="granite", more=_granite, interleaved=True, square=True, unread=()),
         "granitemoe": Architecture(name="granitemoe", more=_granite, interleaved=True, square=True, unread=()),
+        "granite_swa": Architecture(
+            name="granite_swa", more=_granite_swa, interleaved=True, square=True, unread=(".ffn_gate_shexp.weight",)
+        ),
         "granitemoehybrid": Architecture(
             name="granitehybrid", more=_granite_hybrid, interleaved=True, square=True, unread=(".ssm_in.bias",)
         ),
@@ -424,6 +443,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "hunyuan_v1_dense": Architecture(name="hunyuan-dense"),
         "hunyuan_v1_moe": Architecture(name="hunyuan-moe", more=_hunyuan, norm=True),
         "hy_v3": Architecture(name="hy_v3", more=_hy_v3, otherwise=_ungrouped),
+        "laguna": Architecture(name="laguna", more=_laguna),
         "ernie4_5": Architecture(name="ernie4_5", interleaved=True, unread=(DIVISORS, *BIASES[1:])),
         "ernie4_5_moe": Architecture(name="ernie4_5-moe", more=_ernie, interleaved=True, norm=True),
         "apertus": Architecture(name="apertus", more=_apertus, head=True, unread=()),

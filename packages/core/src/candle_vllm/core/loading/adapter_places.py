@@ -26,7 +26,7 @@ from candle_vllm.core.quantization.tensors import StoredTensor
 Format: TypeAlias = Literal["safetensors", "gguf"]
 
 _PAIRS_IN_GGUF = ("llama", "mistral", "ministral", "ministral3", "mistral3", "mixtral", "smollm3", "internlm3")
-_PAIRS_IN_GGUF += ("internlm2", "granite", "granitemoe")
+_PAIRS_IN_GGUF += ("internlm2", "granite", "granitemoe", "granite_swa", "muse_glimmer_text")
 """Models whose queries and keys stand in pairs of neighbours in GGUF files, and in halves in Hugging Face's."""
 
 _TOWERS = ("model.language_model.", "language_model.model.", "language_model.")

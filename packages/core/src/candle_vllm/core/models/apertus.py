@@ -2,8 +2,8 @@
 """Apertus: the Llama wiring (`llama.py`) with a norm on every head of q and k, and an MLP with the activation xIELU.
 
 The MLP has no gate: down(xielu(up(x))). xIELU has two trained parameters in each layer, which safetensors have as
-tensors and GGUF files as metadata. Sources: Swiss AI Initiative, 2025, arXiv:2509.14233; Huang and Schlag, 2024,
-arXiv:2411.13010 (xIELU). Shapes: T tokens, E hidden, F inner size.
+tensors and GGUF files as metadata. Sources: Swiss AI Initiative, 2025, arXiv:2509.14233; arXiv:2411.13010 (xIELU).
+Shapes: T tokens, E hidden, F inner size.
 """
 
 from __future__ import annotations
@@ -69,10 +69,10 @@ def completed(config: ApertusConfig, tensors: Mapping[str, StoredTensor]) -> Ape
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> ApertusConfig:
     """Reads GGUF metadata of apertus."""
-    shared, tensors, own = shared_from_gguf(fields, checkpoint), checkpoint.tensors, Fields(fields.values, fields.path)
-    columns = [_by_layer(own, f"xielu.{part}", shared["num_layers"]) for part in _PARTS]
-    biases = {"qkv_bias": gguf_has_bias(checkpoint), "output_bias": "blk.0.attn_output.bias" in tensors}
-    return ApertusConfig(**shared, **biases, qk_norm=True, xielu=tuple(zip(*columns, strict=True)))
+    shared, output_bias = shared_from_gguf(fields, checkpoint), "blk.0.attn_output.bias" in checkpoint.tensors
+    columns = [_by_layer(Fields(fields.values, fields.path), f"xielu.{part}", shared["num_layers"]) for part in _PARTS]
+    biases = {"qkv_bias": gguf_has_bias(checkpoint), "output_bias": output_bias}
+    return ApertusConfig(**shared | biases, qk_norm=True, xielu=tuple(zip(*columns, strict=True)))
 
 
 def _by_layer(fields: Fields, key: str, layers: int) -> list[float]:
@@ -127,10 +127,8 @@ class Apertus(Llama):
 
 # ---- weight names ----------------------------------------------------------------------------------------------------
 
-_NORMS = {
-    "layers.{i}.attention_norm:weight": HF + "attention_layernorm.weight",
-    "layers.{i}.mlp_norm:weight": HF + "feedforward_layernorm.weight",
-}
+_NAMES = (("attention", "attention"), ("mlp", "feedforward"))
+_NORMS = {f"layers.{{i}}.{to}_norm:weight": f"{HF}{name}_layernorm.weight" for to, name in _NAMES}
 WEIGHTS = [
     *(dataclasses.replace(line, hf=_NORMS.get(line.target, line.hf)) for line in llama.WEIGHTS),
     WeightName("layers.{i}.mlp.up:weight", HF + "mlp.up_proj.weight", GG + "ffn_up.weight"),

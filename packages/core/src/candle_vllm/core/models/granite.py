@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """IBM Granite 3 and 4, dense and with experts: the Llama wiring (`llama.py`) with four factors.
 
-They scale the embeddings, attention scores, what each sublayer adds to the residual stream, and the logits. Granite 4,
-with Mamba layers and without, stands in `granite_hybrid.py`; its feed-forward layer is what experts would share.
+They scale embeddings, attention scores, what each sublayer adds to the residual stream, and logits. Granite SWA has
+windows in three of four layers, and sinks. Granite 4 stands in `granite_hybrid.py`; its MLP is what experts would share.
 Source: IBM, 2024, "Granite 3.0 Language Models".
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 from candle_vllm.core.errors import InvalidFileError
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.layers.moe import Mixture
-from candle_vllm.core.loading.config import shared_from_gguf, shared_from_hf
+from candle_vllm.core.loading.config import gguf_windows, shared_from_gguf, shared_from_hf
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.views import row_part
 from candle_vllm.core.loading.weights import Seen, WeightName
@@ -23,15 +23,17 @@ from candle_vllm.core.models.attention_names import GG, HF, gguf_has_bias
 from candle_vllm.core.models.experts import expert_names, shared_names
 from candle_vllm.core.models.family import Family
 from candle_vllm.core.models.llama import Llama, LlamaConfig
+from candle_vllm.core.models.local_layers import local_layers
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 
 
 def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
-    """Reads `config.json` of granite, granitemoe, granitemoeshared, and of granitemoehybrid for `granite_hybrid.py`."""
+    """Reads `config.json` of granite, granitemoe, their _swa, and of granitemoehybrid for `granite_hybrid.py`."""
     fields.choice("hidden_act", "silu", "silu", "swish")
-    shared = shared_from_hf(fields, model_type)
-    layers, hybrid = shared["num_layers"], "layer_types" in fields
+    swa = model_type.endswith("_swa")
+    shared = shared_from_hf(Fields({"tie_word_embeddings": swa, **fields.values}, fields.path), model_type)
+    layers, hybrid = shared["num_layers"], "layer_types" in fields and not swa
     experts = fields.get("num_local_experts", int, 0) if model_type != "granite" else 0
     inner, shared_inner = shared["intermediate_size"], fields.get("shared_intermediate_size", int, 0)
     rotates = not hybrid or fields.get("position_embedding_type", str, "") == "rope"
@@ -48,12 +50,20 @@ def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
         "attention_scale": _factor(fields, "attention_multiplier", 1.0),
         "logit_scale": 1 / _factor(fields, "logits_scaling", 1.0),
     }
+    if swa:
+        own |= {"model_type": "granite_swa"} | _with_sinks(
+            local_layers(fields, layers, shared["rope"], first=0), layers
+        )
     top = fields.count("num_experts_per_tok") if experts else 0
     return LlamaConfig(**shared | own, **_sparse(layers, experts, top, inner, shared_inner))
 
 
+def _with_sinks(own: dict[str, Any], layers: int) -> dict[str, Any]:
+    return own | {"attention_sinks": True, "sink_layers": frozenset(range(layers))}
+
+
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
-    """Reads GGUF metadata of granite and granitemoe."""
+    """Reads GGUF metadata of granite, granitemoe and granite_swa."""
     shared, tensors = shared_from_gguf(fields, checkpoint), checkpoint.tensors
     layers, dim, rotates = shared["num_layers"], shared["head_dim"], fields.get("rope.scaling.finetuned", bool, True)
     experts = fields.get("expert_count", int, 0)
@@ -68,6 +78,11 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
         "logit_scale": 1 / _factor(fields, "logit_scale"),
         "interleaved_rotary": True,
     }
+    if shared["model_type"] == "granite_swa":
+        windows = gguf_windows(fields, layers, fields.count("attention.sliding_window"), period=4)
+        turned = fields.get("attention.rope_pattern", list, [True] * layers)
+        unrotated = frozenset(layer for layer, turns in enumerate(turned) if not turns)
+        own |= _with_sinks({"sliding_windows": windows, "unrotated_layers": unrotated}, layers)
     top = fields.count("expert_used_count") if experts else 0
     shared_inner = fields.get("expert_shared_feed_forward_length", int, 0)
     return LlamaConfig(**shared | own, **_sparse(layers, experts, top, shared["intermediate_size"], shared_inner))
@@ -123,8 +138,10 @@ FAMILY = Family(
         "GraniteForCausalLM": "granite",
         "GraniteMoeForCausalLM": "granitemoe",
         "GraniteMoeSharedForCausalLM": "granitemoe",
+        "GraniteSWAForCausalLM": "granite_swa",
+        "GraniteMoeSWAForCausalLM": "granitemoe_swa",
     },
-    gguf=("granite", "granitemoe"),
+    gguf=("granite", "granitemoe", "granite_swa"),
     config_from_hf=config_from_hf,
     config_from_gguf=config_from_gguf,
     build=Llama,

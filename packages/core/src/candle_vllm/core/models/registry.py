@@ -58,6 +58,7 @@ FAMILIES = (
     "hy_v3",
     "hunyuan",
     "apertus",
+    "laguna",
     "gemma4",
     "gpt2",
     "gpt_neox",

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: MIT
+"""Laguna: the Llama wiring (`llama.py`) with a gate on what attention gives, windows in most layers, and experts.
+
+The gate is softplus of a projection of the layer's input, of each head (XS.2) or of each element (M.1). Layers with a
+window have more query heads and rotary settings of their own. Experts are scored by sigmoids and chosen with a
+correction, as DeepSeek-V3's; a layer that all tokens share is added. Source: Poolside, 2026, the model cards.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
+from candle_vllm.core.fields import Fields
+from candle_vllm.core.layers.moe import Mixture
+from candle_vllm.core.loading.config import gguf_windows, layer_windows, shared_from_gguf, shared_from_hf
+from candle_vllm.core.loading.rope import RopeConfig, rope_from_hf, stretched_context
+from candle_vllm.core.loading.tensors import Checkpoint
+from candle_vllm.core.loading.weights import WeightName
+from candle_vllm.core.models import llama
+from candle_vllm.core.models.attention_names import GG, HF, gguf_has_bias
+from candle_vllm.core.models.experts import dense_layers, expert_count, expert_names, shared_names
+from candle_vllm.core.models.family import Family
+from candle_vllm.core.models.llama import Llama, LlamaConfig
+from candle_vllm.core.models.local_layers import by_layer
+
+# ---- config ----------------------------------------------------------------------------------------------------------
+
+_ROPES: tuple[tuple[str, Mapping[str, float]], ...] = (  # where a config has none
+    ("full_attention", {"rope_theta": 5e5, "partial_rotary_factor": 0.5}),
+    ("sliding_attention", {"rope_theta": 1e4}),
+)
+
+
+def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
+    """Reads `config.json` of laguna."""
+    fields.choice("hidden_act", "silu", "silu", "swish")
+    for key in ("moe_apply_router_weight_on_input", "moe_router_logit_softcapping"):
+        if fields.values.get(key):
+            raise UnsupportedModelError(f"{fields.path}: {key} is {fields.values[key]!r:.20}, which is not implemented")
+    shared = shared_from_hf(Fields(dict(fields.values) | {"rope_parameters": {}}, fields.path), model_type)
+    layers, bias = shared["num_layers"], fields.get("attention_bias", bool, False)
+    windows = layer_windows(fields, layers, fields.get("sliding_window", int, None)) or (None,) * layers
+    mixture = Mixture(
+        experts=expert_count(fields, "num_experts", "num_local_experts"),
+        top_k=fields.count("num_experts_per_tok"),
+        inner_size=fields.count("moe_intermediate_size"),
+        scoring="sigmoid",
+        scale=fields.get("moe_routed_scaling_factor", float, 1.0),
+        correction=True,
+        shared_size=fields.count("shared_expert_intermediate_size"),
+    )
+    own = {
+        "sliding_windows": windows,
+        "qkv_bias": bias,
+        "output_bias": bias,
+        "wide_gate": _is_wide(fields),
+        "sparse_layers": frozenset(range(dense_layers(fields, layers, 1), layers)),
+    }
+    own |= _by_kind(fields, shared, windows)
+    heads = by_layer(fields, "num_attention_heads_per_layer", layers, shared["num_heads"])
+    return _laguna(shared | own, heads, mixture)
+
+
+def _is_wide(fields: Fields) -> bool:
+    """Whether a gate is of each element."""
+    kinds = {"True": False, "per-head": False, "per-element": True}
+    stored = fields.get("gating_types", list, []) or [fields.values.get("gating", True)]
+    stored = [str(kind).replace("_", "-") for kind in stored]
+    if len(set(stored)) != 1 or stored[0] not in kinds:
+        raise UnsupportedModelError(f"{fields.path}: gating is {stored!r:.80}; implemented: per-head and per-element")
+    return kinds[stored[0]]
+
+
+def _by_kind(fields: Fields, shared: dict[str, Any], windows: tuple[int | None, ...]) -> dict[str, Any]:
+    """The rotary settings of both kinds of layer."""
+    position, stored = fields.count("max_position_embeddings"), fields.section("rope_parameters")
+    kinds = [Fields({"rope_parameters": stored.section(kind).values or usual}, fields.path) for kind, usual in _ROPES]
+    full, local = (rope_from_hf(kind, shared["head_dim"], position) for kind in kinds)
+    own: dict[str, Any] = {"rope": full, "max_position": stretched_context(full, position)}
+    return own | ({"local_rope": local} if any(windows) else {})
+
+
+def _laguna(shared: dict[str, Any], heads: tuple[int, ...], mixture: Mixture) -> LlamaConfig:
+    """The description; `num_heads` is the largest number of which every layer has a multiple."""
+    if (base := math.gcd(*heads)) % shared["num_kv_heads"]:
+        raise InvalidFileError(f"layers with {heads!r:.80} heads cannot share {shared['num_kv_heads']} key-value heads")
+    own = {"num_heads": base, "head_factors": tuple(count // base for count in heads), "gate": "softplus"}
+    return LlamaConfig(**shared | own, qk_norm=True, mixture=mixture, num_experts=mixture.experts)
+
+
+def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
+    """Reads GGUF metadata of laguna, where the numbers of heads are a list."""
+    layers, key = fields.count("block_count"), f"{fields.prefix}attention.head_count"
+    heads = by_layer(fields, "attention.head_count", layers)
+    shared = shared_from_gguf(Fields({**fields.values, key: heads[0]}, fields.path, fields.prefix), checkpoint)
+    if (gating := fields.get("expert_gating_func", int, 2)) != 2:
+        raise UnsupportedModelError(f"{fields.path}: expert_gating_func is {gating}; implemented: 2 (sigmoid)")
+    window = fields.get("attention.sliding_window", int, 0) or None
+    windows = gguf_windows(fields, layers, window, period=4) if window else (None,) * layers
+    local = RopeConfig(
+        theta=fields.get("rope.freq_base_swa", float, shared["rope"].theta),
+        dim=fields.get("rope.dimension_count_swa", int, shared["head_dim"]),
+        original_max_position=fields.count("context_length"),
+    )
+    gate, dense = checkpoint.tensors.get("blk.0.attn_gate.weight"), fields.get("leading_dense_block_count", int, 0)
+    own = {
+        "sliding_windows": windows,
+        "local_rope": local if window else None,
+        "qkv_bias": gguf_has_bias(checkpoint),
+        "output_bias": "blk.0.attn_output.bias" in checkpoint.tensors,
+        "wide_gate": gate is not None and gate.shape[0] != heads[0],
+        "sparse_layers": frozenset(range(dense, layers)),
+    }
+    mixture = Mixture(
+        experts=fields.count("expert_count"),
+        top_k=fields.count("expert_used_count"),
+        inner_size=fields.count("expert_feed_forward_length"),
+        scoring="sigmoid",
+        renormalise=fields.get("expert_weights_norm", bool, True),
+        scale=fields.get("expert_weights_scale", float, 0.0) or 1.0,
+        correction=True,
+        shared_size=fields.count("expert_shared_feed_forward_length"),
+    )
+    return _laguna(shared | own, heads, mixture)
+
+
+# ---- weight names ----------------------------------------------------------------------------------------------------
+
+_CORRECTIONS = tuple(f"{HF}mlp.{part}.e_score_correction_bias" for part in ("gate", "experts"))
+_SHARED = zip(shared_names("mlp.shared_expert"), shared_names("mlp.shared_experts"), strict=True)
+WEIGHTS = [
+    *llama.WEIGHTS,
+    WeightName("layers.{i}.mlp.router:weight", HF + "mlp.gate.weight", GG + "ffn_gate_inp.weight"),
+    WeightName("layers.{i}.mlp.router:correction", _CORRECTIONS, GG + "exp_probs_b.bias"),
+    *expert_names("mlp.experts", "gate_proj", "up_proj", "down_proj"),
+    *(WeightName(old.target, (str(old.hf), str(new.hf)), old.gguf) for old, new in _SHARED),
+]
+
+FAMILY = Family(
+    hf={"LagunaForCausalLM": "laguna"},
+    gguf=("laguna",),
+    config_from_hf=config_from_hf,
+    config_from_gguf=config_from_gguf,
+    build=Llama,
+    weights=WEIGHTS,
+    ignored=llama.ignored,
+)

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: MIT
+"""Configs of families whose layers with a window differ from the others by more than the window."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
+from candle_vllm.core.fields import MAX_COUNT, Fields
+from candle_vllm.core.loading.config import layer_windows
+from candle_vllm.core.loading.rope import RopeConfig
+
+
+def local_layers(fields: Fields, layers: int, rope: RopeConfig, *, first: int) -> dict[str, Any]:
+    """Windows and rotary bases, as fields of a `LlamaConfig`: `layer_types` and `layer_rope_theta`.
+
+    Args:
+        fields: the config.
+        layers: how many there are.
+        rope: what all layers would have.
+        first: without `layer_types`, every fourth layer from this one on sees all positions.
+
+    Raises:
+        UnsupportedModelError: layers of one kind have several bases.
+    """
+    window = fields.count("sliding_window")
+    usual = tuple(window if (layer - first) % 4 else None for layer in range(layers))
+    windows = layer_windows(fields, layers, window) or usual
+    thetas = fields.get("layer_rope_theta", list, [rope.theta] * layers)
+    if len(thetas) != layers or not all(type(theta) in (int, float) and theta >= 0 for theta in thetas):
+        raise InvalidFileError(f"{fields.path}: layer_rope_theta is {thetas!r:.80}, not {layers} numbers from 0 on")
+    kinds = [{float(t) for t, at in zip(thetas, windows) if t and (at is None) == full} for full in (True, False)]
+    if max(map(len, kinds)) > 1:
+        raise UnsupportedModelError(f"{fields.path}: layer_rope_theta has several bases for layers of one kind")
+    full, local = (dataclasses.replace(rope, theta=next(iter(kind), rope.theta)) for kind in kinds)
+    unrotated = frozenset(layer for layer, theta in enumerate(thetas) if not theta)
+    rotates = kinds[0] and kinds[1] and full != local
+    own = {"sliding_windows": windows, "unrotated_layers": unrotated, "rope": full if kinds[0] else local}
+    return own | ({"local_rope": local} if rotates else {})
+
+
+def by_layer(fields: Fields, key: str, layers: int, *default: int) -> tuple[int, ...]:
+    """A count of each layer: a list, or one number for all."""
+    stored = fields.values.get(fields.prefix + key)
+    if not isinstance(stored, list):
+        return (fields.count(key, *default),) * layers
+    if len(stored) < layers or not all(type(each) is int and 0 < each <= MAX_COUNT for each in stored[:layers]):
+        raise InvalidFileError(f"{fields.path}: {fields.prefix}{key} is {stored!r:.80}, not {layers} counts")
+    return tuple(stored[:layers])
