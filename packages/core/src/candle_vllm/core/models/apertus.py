@@ -3,7 +3,6 @@
 
 The MLP has no gate: down(xielu(up(x))). xIELU has two trained parameters in each layer, which safetensors have as
 tensors and GGUF files as metadata. Sources: Swiss AI Initiative, 2025, arXiv:2509.14233; arXiv:2411.13010 (xIELU).
-Shapes: T tokens, E hidden, F inner size.
 """
 
 from __future__ import annotations
@@ -53,9 +52,8 @@ def config_from_hf(fields: Fields, model_type: str) -> ApertusConfig:
     """Reads `config.json` of apertus."""
     fields.choice("hidden_act", "xielu", "xielu")
     usual = {} if "rope_parameters" in fields or "rope_scaling" in fields else {"rope_parameters": _ROPE}
-    bias = fields.get("attention_bias", bool, False)
-    shared = shared_from_hf(Fields(usual | dict(fields.values), fields.path), model_type)
-    return ApertusConfig(**shared, qk_norm=True, qkv_bias=bias, output_bias=bias)
+    shared, bias = Fields(usual | dict(fields.values), fields.path), fields.get("attention_bias", bool, False)
+    return ApertusConfig(**shared_from_hf(shared, model_type), qk_norm=True, qkv_bias=bias, output_bias=bias)
 
 
 def completed(config: ApertusConfig, tensors: Mapping[str, StoredTensor]) -> ApertusConfig:
@@ -79,9 +77,9 @@ def _by_layer(fields: Fields, key: str, layers: int) -> list[float]:
     """A number of each layer: a list, or one number for all."""
     if not isinstance(stored := fields.values.get(key), list):
         return [fields.get(key, float)] * layers
-    if len(stored) != layers or not all(isinstance(number, float) for number in stored):
-        raise InvalidFileError(f"{fields.path}: {key} is {stored!r:.80}, not {layers} numbers")
-    return stored
+    if len(stored) == layers and all(isinstance(number, float) for number in stored):
+        return stored
+    raise InvalidFileError(f"{fields.path}: {key} is {stored!r:.80}, not {layers} numbers")
 
 
 # ---- block and model -------------------------------------------------------------------------------------------------

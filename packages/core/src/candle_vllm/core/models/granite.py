@@ -2,7 +2,7 @@
 """IBM Granite 3 and 4, dense and with experts: the Llama wiring (`llama.py`) with four factors.
 
 They scale embeddings, attention scores, what each sublayer adds to the residual stream, and logits. Granite SWA has
-windows in three of four layers, and sinks. Granite 4 stands in `granite_hybrid.py`; its MLP is what experts would share.
+windows in three of four layers, and sinks. Granite 4 stands in `granite_hybrid.py`; its MLP is what experts share.
 Source: IBM, 2024, "Granite 3.0 Language Models".
 """
 
