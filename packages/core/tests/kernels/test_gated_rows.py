@@ -52,10 +52,8 @@ def test_the_operation_makes_what_the_reference_makes(
     team.close()
     chosen = gates[picked] if picks else gates[:rows]
     wanted = gated(torch.from_numpy(before[:rows, :columns]), torch.from_numpy(chosen[:, : columns // span]), kind)
-    near = (
-        {"rtol": 1e-5, "atol": 1e-6} if kind in ("gelu_tanh", "softplus") else {"rtol": 2e-6, "atol": 1e-7}
-    )  # as `test_functions`
-    np.testing.assert_allclose(x[:rows, :columns], wanted.numpy(), **near)
+    rtol, atol = (1e-5, 1e-6) if kind in ("gelu_tanh", "softplus") else (2e-6, 1e-7)  # as `test_functions`
+    np.testing.assert_allclose(x[:rows, :columns], wanted.numpy(), rtol=rtol, atol=atol)
     x[:rows, :columns] = before[:rows, :columns]
     assert np.array_equal(x, before)
 

@@ -69,8 +69,12 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> ApertusConfig:
     """Reads GGUF metadata of apertus."""
     shared, output_bias = shared_from_gguf(fields, checkpoint), "blk.0.attn_output.bias" in checkpoint.tensors
     columns = [_by_layer(Fields(fields.values, fields.path), f"xielu.{part}", shared["num_layers"]) for part in _PARTS]
-    biases = {"qkv_bias": gguf_has_bias(checkpoint), "output_bias": output_bias}
-    return ApertusConfig(**shared | biases, qk_norm=True, xielu=tuple(zip(*columns, strict=True)))
+    own = {
+        "qkv_bias": gguf_has_bias(checkpoint),
+        "output_bias": output_bias,
+        "xielu": tuple(zip(*columns, strict=True)),
+    }
+    return ApertusConfig(**shared | own, qk_norm=True)
 
 
 def _by_layer(fields: Fields, key: str, layers: int) -> list[float]:

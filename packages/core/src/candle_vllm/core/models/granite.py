@@ -29,9 +29,9 @@ from candle_vllm.core.models.local_layers import local_layers
 
 
 def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
-    """Reads `config.json` of granite, granitemoe, their _swa, and of granitemoehybrid for `granite_hybrid.py`."""
+    """Reads `config.json` of granite, granitemoe, granite_swa, and of granitemoehybrid for `granite_hybrid.py`."""
     fields.choice("hidden_act", "silu", "silu", "swish")
-    swa = model_type.endswith("_swa")
+    swa = model_type == "granite_swa"
     shared = shared_from_hf(Fields({"tie_word_embeddings": swa, **fields.values}, fields.path), model_type)
     layers, hybrid = shared["num_layers"], "layer_types" in fields and not swa
     experts = fields.get("num_local_experts", int, 0) if model_type != "granite" else 0
@@ -139,7 +139,7 @@ FAMILY = Family(
         "GraniteMoeForCausalLM": "granitemoe",
         "GraniteMoeSharedForCausalLM": "granitemoe",
         "GraniteSWAForCausalLM": "granite_swa",
-        "GraniteMoeSWAForCausalLM": "granitemoe_swa",
+        "GraniteMoeSWAForCausalLM": "granite_swa",
     },
     gguf=("granite", "granitemoe", "granite_swa"),
     config_from_hf=config_from_hf,

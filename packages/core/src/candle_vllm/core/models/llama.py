@@ -182,7 +182,8 @@ class Attention:
         self.head_dim = dim
         shards = dict(zip("qkv", self.sizes, strict=True))
         self.qkv = Linear(inputs or config.hidden_size, shards, placement, bias=config.qkv_bias)
-        gates, self.gate_kind = heads * dim if config.wide_gate else heads, config.gate
+        self.gate_kind: GateKind | None = config.gate
+        gates = heads * dim if config.wide_gate else heads
         self.gate = None if config.gate is None else Linear(config.hidden_size, gates, placement)
         self.output = Linear(heads * dim, config.hidden_size, placement, bias=config.output_bias)
         widths = self.sizes[:2] if config.whole_norms else (dim, dim)

@@ -36,7 +36,8 @@ def gate_mul(x: Value, kind: GateKind) -> Value:
     if on_gpu(x) and kind != "gelu":
         from candle_vllm.core.kernels.silu_mul import triton
 
-        return triton.gated(*x.chunk(2, 1)[::-1], kind)
+        gate, up = x.chunk(2, 1)
+        return triton.gated(up, gate, kind)
     from candle_vllm.core.kernels.silu_mul import reference
 
     return reference.gate_mul(x, kind)
