@@ -139,10 +139,12 @@ def test_what_llama_cpp_has_no_place_for_is_named(case: str, tmp_path: Path, wor
         written(made(name, tmp_path / "m", **changes), words)
 
 
-def test_numbers_that_llama_cpp_divides_by(tmp_path: Path, words: Path) -> None:
+def test_numbers_that_llama_cpp_wants(tmp_path: Path, words: Path) -> None:
     folder = made("Gemma-2", tmp_path / "m", attn_logit_softcapping=None)
     with pytest.raises(UnsupportedModelError, match=r"gemma2 divides by attn_logit_softcapping, and"):
         written(folder, words)
+    with pytest.raises(UnsupportedModelError, match="gemma3n has four streams"):
+        written(made("Gemma-3n", tmp_path / "streams", altup_num_inputs=3), words)
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,7 @@ UNSAYABLE = {  # what there is no key for
     "SmolLM3 windows": "sliding_windows, unrotated_layers",
 }
 LLAMA_CPP = (
+    "Gemma-3n own keys",
     "Qwen2-MoE sparse steps",
     "Qwen3-Next sparse steps",
     "LFM2 biases",

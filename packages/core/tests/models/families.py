@@ -142,6 +142,22 @@ GEMMA4_MOE = GEMMA4 | {
     "num_global_key_value_heads": 1,
 }
 
+# streams, gates of which little is left, keys of earlier layers, and a table that lacks the last tokens
+GEMMA3N = {
+    "head_dim": 32,
+    "num_hidden_layers": 6,
+    "sliding_window": 16,
+    "layer_types": ["sliding_attention", "full_attention"] * 3,
+    "num_kv_shared_layers": 2,
+    "laurel_rank": 32,
+    "hidden_size_per_layer_input": 32,
+    "vocab_size_per_layer_input": TOY_VOCAB_SIZE - 8,
+    "activation_sparsity_pattern": [0.6, 0.8, 0.0, 0.0, 0.0, 0.0],
+    "final_logit_softcapping": 3.0,
+}
+GEMMA3N_OWN = {"altup_num_inputs": 3, "altup_active_idx": 1, "altup_correct_scale": False, "num_kv_shared_layers": 0}
+GEMMA3N_OWN |= {"activation_sparsity_pattern": None, "layer_types": None, "attention_bias": True}
+
 MIXTRAL = {"num_local_experts": 6, "num_experts_per_tok": 4}
 QWEN_MOE = {
     "num_experts": 6,
@@ -465,6 +481,8 @@ ROWS: Mapping[str, Row] = {
     ),
     "Gemma-3": Row("gemma3_text", GEMMA3, "gemma3"),
     "Gemma-3 stretched": Row("gemma3_text", GEMMA3 | {"rope_parameters": GEMMA3_ROPE}, "gemma3", common=False),
+    "Gemma-3n": Row("gemma3n_text", GEMMA3N, "gemma3n"),
+    "Gemma-3n own keys": Row("gemma3n_text", GEMMA3N | GEMMA3N_OWN, common=False),
     "Gemma-4": Row("gemma4_text", GEMMA4_31B, "gemma4"),
     "Gemma-4 wide heads": Row("gemma4_text", GEMMA4_WIDE, "gemma4", common=False),
     "Gemma-4 shared keys": Row("gemma4_text", GEMMA4_E4B, "gemma4"),
@@ -629,6 +647,7 @@ ISQ_TYPES: Mapping[str, float] = {"q8_0": 0.05, "q4_0": 0.5}
 
 TOWERS: Mapping[str, str] = {
     "Gemma3ForConditionalGeneration": "Gemma3ForCausalLM",
+    "Gemma3nForConditionalGeneration": "Gemma3nForCausalLM",
     "Gemma4ForConditionalGeneration": "Gemma4ForCausalLM",
     "Gemma4UnifiedForConditionalGeneration": "Gemma4UnifiedForCausalLM",
     "Mistral3ForConditionalGeneration": "Ministral3ForCausalLM",

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from gguf import (
     MODEL_ARCH,
     MODEL_ARCH_NAMES,
@@ -51,7 +52,7 @@ def export_gguf(folder: Path, path: Path, architecture: str, *, quantization: st
         kernels = "shortconv.conv" in found or found.endswith(
             ("ssm_conv1d.weight", "ssm_a", "ssm_d", "ssm_norm.weight")
         )
-        kept = "ffn_gate_inp" in found or kernels or found.endswith(".bias")  # of experts
+        kept = "ffn_gate_inp" in found or "altup_" in found or kernels or found.endswith(".bias")  # of experts
         plain = data.ndim < 2 or kept
         if kind is not GGMLQuantizationType.F32 and not plain:
             writer.add_tensor(found, quants.quantize(data, kind), raw_dtype=kind)
@@ -209,6 +210,34 @@ def _gemma4(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> 
         scale = next((layer + new for old, new in scales.items() if name.endswith(old)), None)
         parts = name.endswith(("layer_scalar", "experts.gate_up_proj", "experts.down_proj"))
         made[scale or (f"{name}.weight" if parts else name)] = data
+    return made
+
+
+def _gemma3n(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    """Matrices of streams in one tensor, and what a gate's numbers must exceed in the place of a share."""
+    local, ropes = [kind == "sliding_attention" for kind in config["layer_types"]], config["rope_parameters"]
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_altup_active_idx(config["altup_active_idx"])
+    writer.add_altup_num_inputs(config["altup_num_inputs"])
+    writer.add_embedding_length_per_layer_input(config["hidden_size_per_layer_input"])
+    writer.add_shared_kv_layers(config["num_kv_shared_layers"])
+    shares = torch.tensor(config["activation_sparsity_pattern"])
+    writer.add_activation_sparsity_scale(torch.distributions.Normal(0, 1).icdf(shares).tolist())
+    writer.add_sliding_window(config["sliding_window"])
+    writer.add_sliding_window_pattern(local)
+    writer.add_final_logit_softcapping(config["final_logit_softcapping"])
+    writer.add_rope_freq_base(ropes["full_attention"]["rope_theta"])
+    writer.add_rope_freq_base_swa(ropes["sliding_attention"]["rope_theta"])
+    made = {}
+    for name, data in tensors.items():
+        start, _, number = name.removesuffix(".weight").rpartition(".")
+        if name == "model.embed_tokens_per_layer.weight":  # a row for each token
+            made[name] = np.concatenate([data, np.repeat(data[:1], config["vocab_size"] - len(data), 0)])
+        elif not start.endswith("projections"):
+            made[f"{name}.weight" if name.endswith("_scale") else name] = data
+        elif number == "0":
+            others = range(config["altup_num_inputs"] - 1)
+            made[f"{start}.weight"] = np.stack([tensors[f"{start}.{n}.weight"] for n in others])
     return made
 
 
@@ -867,6 +896,7 @@ CONVERTERS: Mapping[str, Convert] = {
     "gemma": _gemma,
     "gemma2": _gemma,
     "gemma3": _gemma,
+    "gemma3n": _gemma3n,
     "gemma4": _gemma4,
     "glm4": _glm4,
     "chatglm": _chatglm,

@@ -42,7 +42,11 @@ CASES = [
     ("Qwen3-MoE", EXPERTS),
     ("Llama", {**TABLES, "r": 16}),
     *every(
-        *[(name, {}) for name in first_rows() if "kv_lora_rank" not in ROWS[name].config],
+        *[(name, {}) for name in first_rows() if not {"kv_lora_rank", "laurel_rank"} & ROWS[name].config.keys()],
+        (
+            "Gemma-3n own keys",
+            {"target_modules": r".*(_proj|_gate|_projection|linear_left|linear_right|modality_router)"},
+        ),
         *[(name, EXPERTS) for name in ("Mixtral", "Qwen2-MoE", "GLM-4-MoE", "gpt-oss", "DeepSeek-V3")],
         *[("Mixtral", EXPERTS | {"target_parameters": [f"experts.{name}"]}) for name in ("gate_up_proj", "down_proj")],
         ("DeepSeek-V2", {"target_modules": ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj"]}),

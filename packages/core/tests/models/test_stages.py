@@ -61,13 +61,13 @@ def logits_of(source: Path, size: int, stages: int, chunks: list[int], **setting
 
 
 COMMON = ["Llama", "Phi", "Gemma 2", "gpt-oss", "DeepSeek-V3"]
-REFUSED = "Gemma-4 shared keys"  # its layers read others' keys, and get embeddings of their own
+REFUSED = ("Gemma-4 shared keys", "Gemma-3n")  # layers read others' keys, and get embeddings of their own
 WHOLE_NORMS = ("OLMo", "MiniMax")  # of all heads, which are not divided
 CASES = [
     (name, size)
     for name in ROWS
     for size in (1, 2)
-    if name != REFUSED and (size == 1 or not name.startswith(WHOLE_NORMS))
+    if not name.startswith(REFUSED) and (size == 1 or not name.startswith(WHOLE_NORMS))
 ]
 
 

@@ -77,7 +77,7 @@ def randomise(model: torch.nn.Module) -> None:
 
     States decay so slowly that they hold more than the last token.
     """
-    unscaled = str(getattr(getattr(model, "config", None), "model_type", "")).startswith("gemma4")
+    unscaled = str(getattr(getattr(model, "config", None), "model_type", "")).startswith(("gemma4", "gemma3n"))
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.dim() >= 2:

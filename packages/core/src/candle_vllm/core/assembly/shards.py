@@ -350,7 +350,7 @@ class _Units(NamedTuple):
         """Why it cannot be divided among so many ranks; None where it can."""
         heads, kv = config.num_heads, config.num_kv_heads
         if size > 1 and getattr(config, "whole_norms", False):
-            return "its queries and keys have norms of all heads at once"
+            return "it has norms of all heads, or means of all numbers of a feed-forward layer at once"
         if config.latent is None and size > kv and (size % kv or heads % size or heads // size % self.heads):
             return f"{kv} key-value heads and {heads} heads cannot be shared by them alike"
         mixture: Any = getattr(config, "mixture", None)

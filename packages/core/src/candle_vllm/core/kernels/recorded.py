@@ -118,6 +118,16 @@ class Recorded(ABC):
         """See `kernels/position_scale`."""
 
     @abstractmethod
+    def mixed(
+        self, table: NDArray[np.float32], gates: Recorded | None, scale: NDArray[np.float32] | None, *, level: bool
+    ) -> Recorded:
+        """See `kernels/stream_mix`."""
+
+    @abstractmethod
+    def cut(self, deviations: float) -> None:
+        """See `kernels/scale_cap`; in place, and nothing else may have read these columns."""
+
+    @abstractmethod
     def short_conv(
         self,
         weight: NDArray[np.float32],

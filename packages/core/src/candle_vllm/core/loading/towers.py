@@ -24,6 +24,7 @@ _KIMI = MappingProxyType({"kimi_k2": "DeepseekV3ForCausalLM", "deepseek_v3": "De
 TOWERS: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
         "Gemma3ForConditionalGeneration": {"gemma3_text": "Gemma3ForCausalLM"},
+        "Gemma3nForConditionalGeneration": {"gemma3n_text": "Gemma3nForCausalLM"},
         "Gemma4ForConditionalGeneration": {"gemma4_text": "Gemma4ForCausalLM"},
         "Gemma4UnifiedForConditionalGeneration": {"gemma4_unified_text": "Gemma4UnifiedForCausalLM"},
         "KimiK25ForConditionalGeneration": _KIMI,

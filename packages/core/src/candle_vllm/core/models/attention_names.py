@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.fields import Fields
+from candle_vllm.core.loading.config import ModelConfig
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.views import View, chain, qkv_rows
 from candle_vllm.core.loading.weights import Seen, WeightName
@@ -83,3 +84,29 @@ def pair(target: str, hf: Either, gguf: Either = (), view: View | None = None) -
         return tuple(f"{stem}.{kind}" for stem in ((stems,) if isinstance(stems, str) else stems))
 
     return [WeightName(target + kind, names(hf, kind), names(gguf, kind), view) for kind in ("weight", "bias")]
+
+
+def window_keys(config: ModelConfig) -> dict[str, Any]:
+    """One window for all layers; models with other patterns are refused when the keys are read again."""
+    windows = [window for window in config.sliding_windows if window is not None]
+    return {"attention.sliding_window": windows[0]} if windows else {}
+
+
+def local_keys(config: Any) -> dict[str, Any]:
+    """Which layers have a window. The rotary base of OLMo 3's is that of the others, which alone are stretched.
+
+    llama.cpp has windows for EXAONE 4 of 64 layers alone.
+    """
+    pattern = [window is not None for window in config.sliding_windows]
+    if any(pattern) and config.model_type == "exaone4" and config.num_layers != 64:
+        raise UnsupportedModelError("llama.cpp's exaone4 has windows in models of 64 layers alone")
+    keys = window_keys(config) | ({"attention.sliding_window_pattern": pattern} if any(pattern) else {})
+    local = getattr(config, "local_rope", None)
+    return keys | ({} if local is None else {"rope.freq_base_swa": float(local.theta)})
+
+
+def axes_keys(config: Any) -> dict[str, Any]:
+    """How many frequencies time, height and width turn; llama.cpp has room for one axis more."""
+    keys: dict[str, Any] = {"rope.dimension_sections": [config.rope.axes.count(axis) for axis in range(4)]}
+    deep = getattr(config, "deep", 0)
+    return window_keys(config) | keys | ({"n_deepstack_layers": deep} if deep else {})

@@ -13,7 +13,7 @@ from candle_vllm.core.layers.rotary import yarn_scale
 from candle_vllm.core.loading.config import MAX_LAYERS, LatentSizes, ModelConfig, shared_from_gguf, shared_from_hf
 from candle_vllm.core.loading.rope import rope_from_hf, stretched_context
 from candle_vllm.core.loading.tensors import Checkpoint
-from candle_vllm.core.models.experts import dense_layers, without_next_tokens
+from candle_vllm.core.models.experts import dense_layers, routed_keys, without_next_tokens
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -205,3 +205,24 @@ def _mixture_from_gguf(fields: Fields, checkpoint: Checkpoint, layers: int) -> t
         correction=correction,
         shared_size=fields.get("expert_shared_count", int, 0) * inner,
     )
+
+
+def gguf_keys(config: Any) -> dict[str, Any]:
+    """Sizes of cached keys and values, which all heads share, and of those that a head makes of them.
+
+    A rank of queries of 0 says that they are made of the hidden state: llama.cpp wants the key. So it wants a size of
+    experts, and how many are shared, where there are none.
+    """
+    keys: dict[str, Any] = {
+        "attention.head_count_kv": 1,
+        "attention.key_length": config.kv_rank + config.rope_dim,
+        "attention.value_length": config.kv_rank,
+        "attention.key_length_mla": config.head_dim,
+        "attention.value_length_mla": config.value_dim,
+        "attention.q_lora_rank": config.q_rank,
+        "attention.kv_lora_rank": config.kv_rank,
+        "leading_dense_block_count": config.dense_layers,
+    }
+    if config.mixture is None:
+        return keys | {"expert_feed_forward_length": config.intermediate_size, "expert_shared_count": 0}
+    return keys | routed_keys(config.mixture)

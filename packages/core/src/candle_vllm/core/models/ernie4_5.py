@@ -18,7 +18,7 @@ from candle_vllm.core.loading.views import entry
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models import llama
 from candle_vllm.core.models.attention_names import GG, HF, gguf_has_bias
-from candle_vllm.core.models.experts import expert_count, expert_names, shared_names, sparse_in_gguf
+from candle_vllm.core.models.experts import expert_count, expert_names, shared_names, size_keys, sparse_in_gguf
 from candle_vllm.core.models.family import Family
 from candle_vllm.core.models.llama import Llama, LlamaConfig
 
@@ -102,6 +102,20 @@ WEIGHTS = [
 def ignored(config: LlamaConfig) -> list[str]:
     """As Llama's, and the layers that predict further tokens."""
     return [*llama.ignored(config), r"model\.mtp_(block|emb_norm|hidden_norm|linear_proj)\..*"]
+
+
+def gguf_keys(config: Any) -> dict[str, Any]:
+    """llama.cpp reads the size of what all tokens share from a key of its own."""
+    mixture, sparse = config.mixture, config.sparse_layers
+    dense = config.num_layers - len(sparse)
+    if sparse != frozenset(range(dense, config.num_layers)):
+        raise UnsupportedModelError("llama.cpp's ernie4_5-moe has all dense layers in front of the others")
+    return size_keys(mixture) | {
+        "expert_shared_count": mixture.shared_size // mixture.inner_size,
+        "expert_shared_feed_forward_length": mixture.shared_size,
+        "interleave_moe_layer_step": 1,
+        "leading_dense_block_count": dense,
+    }
 
 
 FAMILY = Family(

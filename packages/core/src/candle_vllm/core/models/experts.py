@@ -7,8 +7,11 @@ rows first). GGUF: one tensor of all experts for gate, up and down, or, in old f
 
 from __future__ import annotations
 
+from typing import Any
+
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.fields import Fields
+from candle_vllm.core.layers.moe import Mixture
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.views import View, chain, row_part
 from candle_vllm.core.loading.weights import Seen, WeightName
@@ -79,3 +82,41 @@ def without_next_tokens(fields: Fields, layers: int) -> int:
             f"{fields.path}: {fields.prefix}nextn_predict_layers is {count}; it must be below the {layers} layers"
         )
     return layers - count
+
+
+# ---- what is written to GGUF -----------------------------------------------------------------------------------------
+
+_GATING = {"softmax": 1, "sigmoid": 2}
+
+
+def count_keys(mixture: Mixture) -> dict[str, Any]:
+    """How many experts there are, and how many a token has."""
+    return {"expert_count": mixture.experts, "expert_used_count": mixture.top_k}
+
+
+def size_keys(mixture: Mixture) -> dict[str, Any]:
+    """The same, and how wide an expert is."""
+    return count_keys(mixture) | {"expert_feed_forward_length": mixture.inner_size}
+
+
+def sigmoid_keys(config: Any) -> dict[str, Any]:
+    """The same of experts that are scored by sigmoids."""
+    return size_keys(config.mixture) | {"expert_gating_func": _GATING["sigmoid"]}
+
+
+def routed_keys(mixture: Mixture) -> dict[str, Any]:
+    """How DeepSeek and those that choose experts as it does describe them."""
+    keys: dict[str, Any] = size_keys(mixture) | {
+        "expert_shared_count": mixture.shared_size // mixture.inner_size,
+        "expert_gating_func": _GATING[mixture.scoring],
+        "expert_weights_norm": mixture.renormalise,
+        "expert_weights_scale": float(mixture.scale),
+    }
+    if is_grouped(mixture):
+        keys |= {"expert_group_count": mixture.groups, "expert_group_used_count": mixture.top_groups}
+    return keys
+
+
+def is_grouped(mixture: Mixture) -> bool:
+    """Whether groups take part in the choice: llama.cpp takes no file whose groups are all chosen."""
+    return mixture.top_groups < mixture.groups

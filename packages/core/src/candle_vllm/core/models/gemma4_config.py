@@ -16,8 +16,8 @@ from candle_vllm.core.loading.cache_specs import CacheSpec, PagedSpec, SharedKVS
 from candle_vllm.core.loading.config import ModelConfig, gguf_windows, layer_windows, shared_from_gguf, shared_from_hf
 from candle_vllm.core.loading.rope import RopeConfig, rope_from_hf
 from candle_vllm.core.loading.tensors import Checkpoint
-from candle_vllm.core.models.experts import sparse_in_gguf
-from candle_vllm.core.models.gemma_config import ROUNDED
+from candle_vllm.core.models.experts import size_keys, sparse_in_gguf
+from candle_vllm.core.models.gemma_config import ROUNDED, gemma3_keys
 from candle_vllm.core.quantization.plain import rounded
 
 _PERIOD = 6  # every sixth layer sees all positions, where a config does not list the layers
@@ -78,6 +78,11 @@ class Gemma4Config(ModelConfig):
         return tuple((max(1, self.num_heads // group), dim) for group, dim in zip(self.groups, self.head_dims))
 
     @property
+    def readers(self) -> int:
+        """Layers that read the keys and values of earlier ones."""
+        return sum(layer != source for layer, source in enumerate(self.sources))
+
+    @property
     def cache_specs(self) -> tuple[CacheSpec, ...]:
         """See `ModelConfig.cache_specs`."""
         return tuple(
@@ -86,7 +91,7 @@ class Gemma4Config(ModelConfig):
         )
 
 
-def _groups(heads: int, counts: Sequence[int], fields: Fields) -> tuple[int, ...]:
+def groups_of(heads: int, counts: Sequence[int], fields: Fields) -> tuple[int, ...]:
     """How many of so many heads share a key-value head, by the counts of those in each layer."""
     for count in counts:
         if heads % count:
@@ -94,7 +99,7 @@ def _groups(heads: int, counts: Sequence[int], fields: Fields) -> tuple[int, ...
     return tuple(heads // count for count in counts)
 
 
-def _sources(windows: Sequence[int | None], shared: int, fields: Fields) -> tuple[int, ...]:
+def sources_of(windows: Sequence[int | None], shared: int, fields: Fields) -> tuple[int, ...]:
     """The last `shared` layers read the last layer before them that has a window, or none, as they have."""
     first = len(windows) - shared
     last = {window is None: layer for layer, window in enumerate(windows[: max(first, 0)])}
@@ -120,7 +125,7 @@ def config_from_hf(fields: Fields, model_type: str) -> Gemma4Config:
     heads, dims = zip(*shapes)
     readers = fields.get("num_kv_shared_layers", int, 0)
     wide = 2 if fields.get("use_double_wide_mlp", bool, False) else 1
-    sources = _sources(windows, readers, fields)
+    sources = sources_of(windows, readers, fields)
     key = "hidden_size_per_layer_input"  # null says that there are none
     unsaid = model_type == "gemma4_text" and fields.prefix + key not in fields.values
     size = 256 if unsaid else fields.get(key, int, 0)
@@ -145,7 +150,7 @@ def config_from_hf(fields: Fields, model_type: str) -> Gemma4Config:
         "local_rope": _rope(fields, "sliding_attention", fields.count("head_dim"), position),
         "tie_embeddings": fields.get("tie_word_embeddings", bool, True),
         "sliding_windows": windows,
-        "groups": _groups(shared["num_heads"], heads, fields),
+        "groups": groups_of(shared["num_heads"], heads, fields),
         "head_dims": dims,
         "sources": sources,
         "keys_as_values": frozenset(n for n, window in enumerate(windows) if twice and window is None),
@@ -200,7 +205,7 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> Gemma4Config:
     windows = gguf_windows(fields, layers, fields.count("attention.sliding_window"), period=_PERIOD)
     if None not in windows:
         raise InvalidFileError(f"{fields.path}: {fields.prefix}attention.sliding_window_pattern has no full layer")
-    heads, inner = (_by_layer(fields, key, layers) for key in ("attention.head_count_kv", "feed_forward_length"))
+    heads, inner = (by_layer(fields, key, layers) for key in ("attention.head_count_kv", "feed_forward_length"))
     if any(each % inner[0] for each in inner):
         raise UnsupportedModelError(f"{fields.path}: {fields.prefix}feed_forward_length is {inner!r:.80}")
     alike = {f"{fields.prefix}attention.head_count_kv": min(heads), f"{fields.prefix}feed_forward_length": inner[0]}
@@ -220,14 +225,14 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> Gemma4Config:
             activation="gelu_tanh",
             expert_scale=True,
         )
-    sources = _sources(windows, known.get("attention.shared_kv_layers", int, 0), fields)
+    sources = sources_of(windows, known.get("attention.shared_kv_layers", int, 0), fields)
     owners = [layer for layer, source in enumerate(sources) if layer == source]
     fused = any(f"blk.{layer}.attn_qkv.weight" in tensors for layer in owners)
     own = {
         "max_position": known.count("context_length"),
         "local_rope": RopeConfig(theta=known.get("rope.freq_base_swa", float, 1e4), dim=local),
         "sliding_windows": windows,
-        "groups": _groups(shared["num_heads"], heads, fields),
+        "groups": groups_of(shared["num_heads"], heads, fields),
         "head_dims": tuple(dims[window] for window in windows),
         "sources": sources,
         "keys_as_values": frozenset(n for n in owners if not fused and f"blk.{n}.attn_v.weight" not in tensors),
@@ -244,7 +249,7 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> Gemma4Config:
     return Gemma4Config(**shared | own)
 
 
-def _by_layer(fields: Fields, key: str, layers: int) -> tuple[int, ...]:
+def by_layer(fields: Fields, key: str, layers: int) -> tuple[int, ...]:
     """A count of each layer: a list, or one number for all."""
     stored = fields.values.get(fields.prefix + key)
     if not isinstance(stored, list):
@@ -252,3 +257,21 @@ def _by_layer(fields: Fields, key: str, layers: int) -> tuple[int, ...]:
     if len(stored) != layers or not all(type(each) is int and 0 < each <= MAX_COUNT for each in stored):
         raise InvalidFileError(f"{fields.path}: {fields.prefix}{key} is {stored!r:.80}, not {layers} counts")
     return tuple(stored)
+
+
+def gguf_keys(config: Gemma4Config) -> dict[str, Any]:
+    """What GGUF metadata says of a Gemma 4 beyond the usual.
+
+    Numbers that differ by layer are lists, and those of one kind of layer keys of their own.
+    """
+    dim = next(config.head_dims[layer] for layer, window in enumerate(config.sliding_windows) if window is not None)
+    keys = gemma3_keys(config) | {
+        "feed_forward_length": [width * config.intermediate_size for width in config.widths],
+        "attention.head_count_kv": [heads for heads, _ in config.shapes],
+        "attention.key_length_swa": dim,
+        "attention.value_length_swa": dim,
+        "attention.shared_kv_layers": config.readers,
+        "rope.dimension_count_swa": config.local_rope.dim,
+        "embedding_length_per_layer_input": config.input_size,
+    }
+    return keys if config.mixture is None else keys | size_keys(config.mixture)

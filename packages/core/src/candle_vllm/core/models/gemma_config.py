@@ -12,6 +12,7 @@ from candle_vllm.core.fields import Fields
 from candle_vllm.core.loading.config import ModelConfig, gguf_windows, layer_windows, shared_from_gguf, shared_from_hf
 from candle_vllm.core.loading.rope import RopeConfig, rope_from_hf
 from candle_vllm.core.loading.tensors import Checkpoint
+from candle_vllm.core.models.attention_names import local_keys, window_keys
 from candle_vllm.core.quantization.plain import rounded
 
 ROUNDED = {"bfloat16": "BF16", "float16": "F16"}
@@ -67,8 +68,8 @@ def config_from_hf(fields: Fields, model_type: str) -> GemmaConfig:
     if cap is not None:
         raise UnsupportedModelError(f"{fields.path}: attn_logit_softcapping is {cap}; Gemma 3 has none: set it to null")
     shared["max_position"] = fields.count("max_position_embeddings")  # with every scaling
-    shared["rope"] = _layer_rope(fields, shared, "full_attention")
-    return GemmaConfig(**shared, qk_norm=True, local_rope=_layer_rope(fields, shared, "sliding_attention"))
+    shared["rope"] = layer_rope(fields, shared, "full_attention")
+    return GemmaConfig(**shared, qk_norm=True, local_rope=layer_rope(fields, shared, "sliding_attention"))
 
 
 def _shared_from_hf(fields: Fields, model_type: str) -> dict[str, Any]:
@@ -104,7 +105,7 @@ def _windows(fields: Fields, layers: int, period: int) -> tuple[int | None, ...]
     return tuple(window if has else None for has in local)
 
 
-def _layer_rope(fields: Fields, shared: dict[str, Any], kind: str) -> RopeConfig:
+def layer_rope(fields: Fields, shared: dict[str, Any], kind: str) -> RopeConfig:
     """The rotary settings of one kind of layer: `rope_parameters` by kind (transformers 5), or keys of their own."""
     local = kind == "sliding_attention"
     theta = fields.get("rope_local_base_freq", float, 1e4) if local else fields.get("rope_theta", float, 1e6)
@@ -137,3 +138,18 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> GemmaConfig:
         return GemmaConfig(**shared, attention_softcap=cap or None)
     local = RopeConfig(theta=fields.get("rope.freq_base_swa", float, 1e4), dim=shared["rope"].dim)
     return GemmaConfig(**shared, qk_norm=True, local_rope=local)
+
+
+def gemma2_keys(config: Any) -> dict[str, Any]:
+    """What GGUF metadata says of a Gemma 2 beyond the usual."""
+    caps = {"attn_logit_softcapping": config.attention_softcap, "final_logit_softcapping": config.final_softcap}
+    missing = [key for key, cap in caps.items() if not cap]
+    if missing:
+        raise UnsupportedModelError(f"llama.cpp's gemma2 divides by {' and '.join(missing)}, and this model has none")
+    return window_keys(config) | {key: float(cap) for key, cap in caps.items()}
+
+
+def gemma3_keys(config: Any) -> dict[str, Any]:
+    """What GGUF metadata says of a Gemma 3 beyond the usual."""
+    cap = config.final_softcap
+    return local_keys(config) | ({} if cap is None else {"final_logit_softcapping": float(cap)})

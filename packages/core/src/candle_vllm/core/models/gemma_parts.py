@@ -22,7 +22,7 @@ from candle_vllm.core.layers.embedding import Embedding
 from candle_vllm.core.layers.linear import Linear
 from candle_vllm.core.layers.norm import RMSNorm
 from candle_vllm.core.layers.parameters import Placement, TensorParameter, on_host
-from candle_vllm.core.loading.views import Constant
+from candle_vllm.core.loading.views import Constant, entry
 from candle_vllm.core.loading.weights import Parameter, WeightName
 from candle_vllm.core.models.attention_names import GG, HF
 from candle_vllm.core.quantization.tensors import StoredTensor
@@ -51,8 +51,8 @@ class MappedTable:
         return None
 
     def rows(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Rows [T, E] for token ids [T]."""
-        return self._stored.select(token_ids).load("F32") * self._scale
+        """Rows [T, E] for token ids [T]; row 0 for those that the table lacks."""
+        return self._stored.select(np.where(token_ids < self.shape[0], token_ids, 0)).load("F32") * self._scale
 
     def __call__(self, token_ids: RecordedTokens) -> Value:
         return token_ids.looked_up(self.rows, self.shape[1])
@@ -133,6 +133,20 @@ class RouterNorm(RMSNorm):
     def finish(self) -> None:
         """See `Finishes`."""
         self.weight *= len(self.weight) ** -0.5
+
+
+class PartsOfOne:
+    """The parameter of a tensor [n, ...] of a file, of which other parameters have a part each."""
+
+    sections = 1
+
+    def __init__(self, parts: Sequence[Parameter]) -> None:
+        self._parts, self.shape = parts, (len(parts), *parts[0].shape)
+
+    def fill(self, stored: StoredTensor) -> str | None:
+        """Fills all parts."""
+        reasons = [part.fill(entry(stored, number)) for number, part in enumerate(self._parts)]
+        return next((why for why in reasons if why is not None), None)
 
 
 def renamed(lines: Sequence[WeightName], part: str, new: str) -> list[WeightName]:

@@ -23,6 +23,7 @@ from candle_vllm.core.models.experts import (
     HF,
     expert_count,
     expert_names,
+    routed_keys,
     shared_names,
     sparse_in_gguf,
     without_next_tokens,
@@ -123,6 +124,11 @@ def later_layers(layers: int) -> list[str]:
     """Patterns of what belongs to layers from number `layers` on, up to 8 of them."""
     numbers = "|".join(re.escape(str(layers + index)) for index in range(8))
     return [rf"model\.layers\.({numbers})\..*", rf"blk\.({numbers})\..*"]
+
+
+def gguf_keys(config: Any) -> dict[str, Any]:
+    """The dense layers are the first, as `first_k_dense_replace` has it."""
+    return routed_keys(config.mixture) | {"leading_dense_block_count": config.num_layers - len(config.sparse_layers)}
 
 
 FAMILY = Family(

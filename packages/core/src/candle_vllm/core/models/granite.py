@@ -20,7 +20,7 @@ from candle_vllm.core.loading.views import row_part
 from candle_vllm.core.loading.weights import Seen, WeightName
 from candle_vllm.core.models import llama
 from candle_vllm.core.models.attention_names import GG, HF, gguf_has_bias
-from candle_vllm.core.models.experts import expert_names, shared_names
+from candle_vllm.core.models.experts import count_keys, expert_names, shared_names
 from candle_vllm.core.models.family import Family
 from candle_vllm.core.models.llama import Llama, LlamaConfig
 from candle_vllm.core.models.local_layers import local_layers
@@ -132,6 +132,22 @@ WEIGHTS = [
     *map(_with_fused, _LINES),
     WeightName(_MLP + "router:weight", _ROUTERS, GG + "ffn_gate_inp.weight"),
 ]
+
+
+def gguf_keys(config: Any) -> dict[str, Any]:
+    """Four factors, of which that of logits divides."""
+    keys: dict[str, Any] = {
+        "embedding_scale": float(config.embedding_scale),
+        "residual_scale": float(config.residual_scale),
+        "attention.scale": float(config.attention_scale),
+        "logit_scale": 1 / config.logit_scale,
+        "rope.scaling.finetuned": not config.unrotated_layers,
+    }
+    if config.mixture is None:
+        return keys
+    shared = config.mixture.shared_size
+    return keys | count_keys(config.mixture) | ({"expert_shared_feed_forward_length": shared} if shared else {})
+
 
 FAMILY = Family(
     hf={

@@ -19,7 +19,14 @@ from candle_vllm.core.models import granite, llama
 from candle_vllm.core.models.attention_names import HF, kv_heads_by_layer
 from candle_vllm.core.models.family import Family
 from candle_vllm.core.models.llama import Llama, LlamaConfig, Mixer
-from candle_vllm.core.models.mamba2 import Mamba2Mixer, MambaSizes, mixer_names, sizes_from_gguf, sizes_from_hf
+from candle_vllm.core.models.mamba2 import (
+    Mamba2Mixer,
+    MambaSizes,
+    mamba_keys,
+    mixer_names,
+    sizes_from_gguf,
+    sizes_from_hf,
+)
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 
@@ -103,6 +110,12 @@ class GraniteHybrid(Llama):
     """The decoder: token ids [T] -> hidden states [T, E] -> logits [T, V]."""
 
     block = Block
+
+
+def gguf_keys(config: Any) -> dict[str, Any]:
+    """Layers with Mamba 2 have no key-value heads."""
+    heads = [0 if layer in config.mamba_layers else config.num_kv_heads for layer in range(config.num_layers)]
+    return granite.gguf_keys(config) | mamba_keys(config.mamba) | {"attention.head_count_kv": heads}
 
 
 FAMILY = Family(

@@ -18,7 +18,7 @@ from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models import llama
 from candle_vllm.core.models.attention_names import GG, HF, gguf_has_bias
-from candle_vllm.core.models.experts import expert_names, shared_names
+from candle_vllm.core.models.experts import expert_names, shared_names, size_keys
 from candle_vllm.core.models.family import Family
 from candle_vllm.core.models.llama import Llama, LlamaConfig
 
@@ -111,6 +111,15 @@ WEIGHTS = [
     *shared_names("mlp.shared_mlp"),
     WeightName("layers.{i}.mlp.router:weight", HF + "mlp.gate.wg.weight", GG + "ffn_gate_inp.weight"),
 ]
+
+
+def gguf_keys(config: Any) -> dict[str, Any]:
+    """llama.cpp has one size of experts, that of dense layers."""
+    mixture = config.mixture
+    if mixture.inner_size != config.intermediate_size:
+        raise UnsupportedModelError("llama.cpp's hunyuan-moe has experts as wide as intermediate_size alone")
+    return size_keys(mixture) | {"expert_shared_feed_forward_length": mixture.shared_size, "expert_shared_count": 1}
+
 
 FAMILY = Family(
     hf={"HunYuanDenseV1ForCausalLM": "hunyuan_v1_dense", "HunYuanMoEV1ForCausalLM": "hunyuan_v1_moe"},

@@ -15,7 +15,7 @@ from candle_vllm.core.layers.moe import Mixture
 from candle_vllm.core.loading.config import shared_from_gguf, shared_from_hf
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.weights import WeightName
-from candle_vllm.core.models import llama
+from candle_vllm.core.models import glm4_moe, llama
 from candle_vllm.core.models.attention_names import GG, HF, gguf_has_bias
 from candle_vllm.core.models.experts import (
     dense_layers,
@@ -102,6 +102,12 @@ WEIGHTS = [
     *expert_names("mlp.experts", "gate_proj", "up_proj", "down_proj"),
     *(WeightName(old.target, (str(old.hf), str(new.hf)), old.gguf) for old, new in _SHARED),
 ]
+
+
+def gguf_keys(config: Any) -> dict[str, Any]:
+    """What GGUF metadata says of a Hy3 beyond the usual."""
+    return glm4_moe.gguf_keys(config) | {"expert_shared_feed_forward_length": config.mixture.shared_size}
+
 
 FAMILY = Family(
     hf={"HYV3ForCausalLM": "hy_v3"},

@@ -14,7 +14,7 @@ from candle_vllm.core.loading.cache_specs import CacheSpec, StatePart, StateSpec
 from candle_vllm.core.loading.config import shared_from_gguf, shared_from_hf
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.models.attention_names import kv_heads_by_layer
-from candle_vllm.core.models.experts import expert_count, sparse_in_gguf
+from candle_vllm.core.models.experts import expert_count, sigmoid_keys, sparse_in_gguf
 from candle_vllm.core.models.llama import LlamaConfig
 
 _MOST_TAPS = 16
@@ -133,3 +133,16 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> Lfm2Config:
         taps=known.count("shortconv.l_cache", most=_MOST_TAPS),
         conv_bias=any(f"blk.{layer}.shortconv.in_proj.bias" in tensors for layer in range(layers)),
     )
+
+
+def gguf_keys(config: Any) -> dict[str, Any]:
+    """Layers with convolutions have no key-value heads; all weights of experts sum to 1, and all scores have a bias."""
+    heads = [0 if layer in config.conv_layers else config.num_kv_heads for layer in range(config.num_layers)]
+    keys: dict[str, Any] = {"attention.head_count_kv": heads, "shortconv.l_cache": config.taps}
+    mixture = config.mixture
+    if mixture is None:
+        return keys
+    if not mixture.correction:
+        raise UnsupportedModelError("llama.cpp's lfm2moe wants a bias of experts' scores, and this model has none")
+    keys |= sigmoid_keys(config)
+    return keys | {"leading_dense_block_count": config.num_layers - len(config.sparse_layers)}

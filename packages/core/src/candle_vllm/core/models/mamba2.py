@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.fields import Fields
@@ -221,3 +222,14 @@ def mixer_names(target: str, *hf: str) -> list[WeightName]:
         line("bias", "dt_bias", "ssm_dt.bias"),
         line("norm", "norm.weight", "ssm_norm.weight", in_groups, in_groups),
     ]
+
+
+def mamba_keys(sizes: MambaSizes) -> dict[str, Any]:
+    """Shapes of Mamba 2."""
+    return {
+        "ssm.conv_kernel": sizes.taps,
+        "ssm.state_size": sizes.state,
+        "ssm.group_count": sizes.groups,
+        "ssm.time_step_rank": sizes.heads,
+        "ssm.inner_size": sizes.inner,
+    }

@@ -14,10 +14,10 @@ from candle_vllm.core.layers.moe import Mixture
 from candle_vllm.core.loading.cache_specs import CacheSpec, StateSpec
 from candle_vllm.core.loading.config import shared_from_gguf, shared_from_hf
 from candle_vllm.core.loading.tensors import Checkpoint
-from candle_vllm.core.models.experts import expert_count, sparse_in_gguf
+from candle_vllm.core.models.experts import expert_count, routed_keys, sparse_in_gguf
 from candle_vllm.core.models.gpt import with_defaults
 from candle_vllm.core.models.llama import LlamaConfig
-from candle_vllm.core.models.mamba2 import MambaSizes, sizes_from_gguf, sizes_from_hf
+from candle_vllm.core.models.mamba2 import MambaSizes, mamba_keys, sizes_from_gguf, sizes_from_hf
 
 Kind: TypeAlias = Literal["mamba", "attention", "mlp", "moe"]
 _KINDS: Mapping[str, Kind] = MappingProxyType(
@@ -160,3 +160,17 @@ def _config(
         shared["intermediate_size"] = mixture.inner_size  # as GGUF files have it
     shared |= {"mixture": mixture, "sparse_layers": layers["moe"], "num_experts": mixture.experts if mixture else 0}
     return NemotronHConfig(**shared, kinds=kinds, mamba=mamba, mamba_layers=layers["mamba"])
+
+
+def gguf_keys(config: Any) -> dict[str, Any]:
+    """Key-value heads of the layers that have attention, and widths of the feed-forward layers; 0 for the others."""
+    heads = [config.num_kv_heads if kind == "attention" else 0 for kind in config.kinds]
+    own = {"mlp": config.intermediate_size, "moe": config.mixture.inner_size if config.mixture else 0}
+    if {"mlp", "moe"} <= set(config.kinds):
+        raise UnsupportedModelError("llama.cpp's nemotron_h_moe has experts in all feed-forward layers")
+    widths = [own.get(kind, 0) for kind in config.kinds]
+    keys = mamba_keys(config.mamba) | {"attention.head_count_kv": heads, "feed_forward_length": widths}
+    if config.mixture is None:
+        return keys
+    shared = {"expert_shared_count": 1, "expert_shared_feed_forward_length": config.mixture.shared_size}
+    return keys | routed_keys(config.mixture) | shared

@@ -10,15 +10,18 @@ Source: Abdin et al., 2024, arXiv:2404.14219; long-rope, Ding et al., 2024, arXi
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.fields import Fields
+from candle_vllm.core.layers.rotary import attention_scale
 from candle_vllm.core.loading.config import shared_from_gguf, shared_from_hf
 from candle_vllm.core.loading.rope import RopeConfig
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.views import qkv_rows, row_part
 from candle_vllm.core.loading.weights import Seen, WeightName
 from candle_vllm.core.models import llama
+from candle_vllm.core.models.attention_names import window_keys
 from candle_vllm.core.models.family import Family
 from candle_vllm.core.models.llama import Llama, LlamaConfig
 
@@ -110,6 +113,15 @@ WEIGHTS = [
 def ignored(config: LlamaConfig) -> list[str]:
     """Stored names that carry nothing, and long-rope's factors, which the config has."""
     return [*llama.ignored(config), r"rope_factors_(short|long)\.weight"]
+
+
+def gguf_keys(config: Any) -> dict[str, Any]:
+    """Without a window, llama.cpp wants a 0: it takes the file for an old one otherwise."""
+    keys: dict[str, Any] = {"attention.sliding_window": 0} | window_keys(config)
+    keys["rope.scaling.original_context_length"] = config.rope.original_max_position
+    if config.rope.kind == "longrope":
+        keys["rope.scaling.attn_factor"] = attention_scale(config.rope)
+    return keys
 
 
 FAMILY = Family(

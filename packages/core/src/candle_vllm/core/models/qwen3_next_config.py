@@ -18,7 +18,8 @@ from candle_vllm.core.loading.cache_specs import CacheSpec, PagedSpec
 from candle_vllm.core.loading.config import ModelConfig, shared_from_gguf, shared_from_hf
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.views import ColumnOrder, View, computed
-from candle_vllm.core.models.attention_names import gguf_has_bias
+from candle_vllm.core.models import qwen_moe
+from candle_vllm.core.models.attention_names import axes_keys, gguf_has_bias
 from candle_vllm.core.models.experts import sparse_in_gguf, without_next_tokens
 from candle_vllm.core.models.qwen_moe import mixture_from_gguf, mixture_from_hf, sparse_layers
 from candle_vllm.core.quantization.tensors import StoredTensor
@@ -245,3 +246,25 @@ def _value_order(config: Qwen3NextConfig) -> NDArray[np.int64]:
 
 TILED_COLUMNS = ColumnOrder(_value_order)
 """Columns that meet values in the order of `tiled_rows`."""
+
+
+def gguf_keys(config: Any) -> dict[str, Any]:
+    """Shapes of delta nets, and which layers have one: the interval, which old readers want, is that of most models."""
+    sizes = config.delta
+    keys: dict[str, Any] = {
+        "ssm.conv_kernel": sizes.taps,
+        "ssm.state_size": sizes.key_dim,
+        "ssm.group_count": sizes.key_heads,
+        "ssm.time_step_rank": sizes.heads,
+        "ssm.inner_size": sizes.parts[2],
+        "full_attention_interval": 4,
+        "attention.recurrent_layers": [layer in config.delta_layers for layer in range(config.num_layers)],
+    }
+    return keys | ({} if config.mixture is None else qwen_moe.gguf_keys(config))
+
+
+def qwen35_keys(config: Any) -> dict[str, Any]:
+    """With axes also where the config names none, which llama.cpp wants: text turns alike by all."""
+    count = config.rope.dim // 2
+    usual: dict[str, Any] = {"rope.dimension_sections": [-(-count // 3), (count + 1) // 3, count // 3, 0]}
+    return gguf_keys(config) | (axes_keys(config) if config.rope.axes else usual)

@@ -18,8 +18,8 @@ from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.views import as_row, transposed
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models import llama
-from candle_vllm.core.models.attention_names import GG, HF, gguf_has_bias
-from candle_vllm.core.models.experts import expert_count, expert_names, shared_names, sparse_in_gguf
+from candle_vllm.core.models.attention_names import GG, HF, gguf_has_bias, window_keys
+from candle_vllm.core.models.experts import expert_count, expert_names, shared_names, size_keys, sparse_in_gguf
 from candle_vllm.core.models.family import Family
 from candle_vllm.core.models.llama import Llama, LlamaConfig
 from candle_vllm.core.quantization.tensors import StoredTensor
@@ -145,6 +145,16 @@ WEIGHTS = [
     *shared_names("mlp.shared_expert"),
     WeightName(_GATE, HF + "mlp.shared_expert_gate.weight", GG + "ffn_gate_inp_shexp.weight", None, as_row),
 ]
+
+
+def gguf_keys(config: Any) -> dict[str, Any]:
+    """What GGUF metadata says of a model with experts beyond the usual."""
+    mixture = config.mixture
+    keys = window_keys(config) | size_keys(mixture) | {"expert_weights_norm": mixture.renormalise}
+    if mixture.shared_size:
+        keys["expert_shared_feed_forward_length"] = mixture.shared_size
+    return keys
+
 
 FAMILY = Family(
     hf={"Qwen2MoeForCausalLM": "qwen2_moe", "Qwen3MoeForCausalLM": "qwen3_moe"},

@@ -59,6 +59,7 @@ FAMILIES = (
     "hunyuan",
     "apertus",
     "laguna",
+    "gemma3n",
     "gemma4",
     "gpt2",
     "gpt_neox",

@@ -10,7 +10,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from candle_vllm.core.kernels.cpu_runtime.emit import F32, I8, Emitter, vector
+from candle_vllm.core.kernels.cpu_runtime.emit import F32, I8, I64, Emitter, vector
 from candle_vllm.core.kernels.cpu_runtime.level import LANES
 from candle_vllm.core.kernels.cpu_runtime.operation import RUNS_BYTES
 from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, int64_at
@@ -29,6 +29,35 @@ def stack_bytes(_: Any, count: Any) -> Any:
         return b.ptrtoint(memory, ir.IntType(64))
 
     return types.int64(types.int64), code
+
+
+@intrinsic
+def add_rows(_: Any, target: Any, addresses: Any, weights: Any, terms: Any, first: Any, count: Any, onto: Any) -> Any:
+    """Vectors first .. first + count of `target`, plus themselves if `onto` is not 0: the sum of weights * terms."""
+    signature = types.void(*[types.int64] * 7)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+        at_target, at_addresses, at_weights, number, start, vectors, added = args
+
+        def column(index: Any, state: list[Any]) -> list[Any]:
+            offset = b.mul(b.add(start, index), e.int64(4 * LANES))
+
+            def term(j: Any, sums: list[Any]) -> list[Any]:
+                source = e.load(b.add(at_addresses, b.mul(j, e.int64(8))), I64)
+                weight = e.splat(e.load(b.add(at_weights, b.mul(j, e.int64(4))), F32))
+                return [e.fma(weight, e.load(b.add(source, offset), vector(F32)), sums[0])]
+
+            (result,) = e.loop(number, [e.zeros(F32)], term)
+            at = b.add(at_target, offset)
+            old = b.select(b.icmp_signed("!=", added, e.int64(0)), e.load(at, vector(F32)), e.zeros(F32))
+            e.store(at, b.fadd(old, result))
+            return state
+
+        e.loop_or_skip(vectors, [], column)
+        return context.get_dummy_value()
+
+    return signature, code
 
 
 @intrinsic

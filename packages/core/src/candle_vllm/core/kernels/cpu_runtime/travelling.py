@@ -63,6 +63,7 @@ def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
         "sampling.cpu_chain:narrow",
         "sampling.cpu_chain:repeats",
         "side_by_side.cpu:copy",
+        "stream_mix.cpu:mix",
         "whole_attention.cpu:lay_out",
         "whole_attention.cpu:turn",
     ):
@@ -80,6 +81,7 @@ def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield "word_linear.cpu:make_linear", (isa,)
     for convolution in CONVOLUTIONS:
         yield "short_conv.cpu:make_short_conv", convolution
+    yield "scale_cap.cpu:make_scale_cap", (3,)
     for flag in (0, 1):
         yield "delta_rule.cpu:make_scan", (flag,)
         yield "rms_norm.cpu:make_head_norm", (flag,)

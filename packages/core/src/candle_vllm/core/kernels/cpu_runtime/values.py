@@ -45,10 +45,11 @@ from candle_vllm.core.kernels.rms_norm import (
     norm_onto_operation,
     norm_rows,
 )
-from candle_vllm.core.kernels.scale_cap import scale_cap_arguments, scale_cap_operation
+from candle_vllm.core.kernels.scale_cap import ScaleCapArguments, scale_cap_arguments, scale_cap_operation
 from candle_vllm.core.kernels.short_conv import ShortConvArguments, short_conv_operation, state_shape
 from candle_vllm.core.kernels.side_by_side import CopyArguments, copy_operation
 from candle_vllm.core.kernels.silu_mul import GATES, GatedRowsArguments, gated_rows_operation
+from candle_vllm.core.kernels.stream_mix import MixArguments, mix_operation
 
 if TYPE_CHECKING:
     from candle_vllm.core.kernels.activation import Activation
@@ -253,6 +254,38 @@ class _Value(Recorded):
         )
         self.recorder.add(position_scale_operation(), row)
         return self
+
+    def mixed(
+        self, table: NDArray[np.float32], gates: Recorded | None, scale: NDArray[np.float32] | None, *, level: bool
+    ) -> Recorded:
+        recorder, (kinds, made, streams) = self.recorder, table.shape
+        columns = self.width // streams
+        assert columns % 16 == 0
+        at_gates, gate_stride = _place(gates)
+        assert not isinstance(gates, _Value) or gates.rows_from is self.rows_from
+        out = recorder.buffer(made * columns)
+        row = MixArguments(
+            x=self.address,
+            stride=self.buffer.stride,
+            streams=streams,
+            columns=columns,
+            table=recorder.keep(table),
+            made=made,
+            gates=at_gates,
+            gate_stride=gate_stride,
+            gate_count=kinds - 1,
+            scale=0 if scale is None else recorder.keep(scale),
+            level=level,
+            out=address_of(out.array),
+            out_stride=out.stride,
+            rows_from=self.rows_from,
+        )
+        recorder.add(mix_operation(), row)
+        return _Value(recorder, out, 0, out.width, rows_from=self.rows_from)
+
+    def cut(self, deviations: float) -> None:
+        row = ScaleCapArguments(self.address, self.buffer.stride, self.width, deviations, 0.0, self.rows_from)
+        self.recorder.add(scale_cap_operation(3), row)
 
     def short_conv(
         self,

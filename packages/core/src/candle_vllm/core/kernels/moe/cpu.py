@@ -18,12 +18,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from numba import njit, types
-from numba.extending import intrinsic
+from numba import njit
 
 from candle_vllm.core.kernels.activation_quant.cpu import share
-from candle_vllm.core.kernels.cpu_runtime.emit import F32, I64, Emitter, vector
-from candle_vllm.core.kernels.cpu_runtime.level import LANES
 from candle_vllm.core.kernels.cpu_runtime.operation import NUMBERS, LinearArguments, StepNumber, slot
 from candle_vllm.core.kernels.cpu_runtime.primitives import (
     call_operation,
@@ -35,7 +32,7 @@ from candle_vllm.core.kernels.cpu_runtime.primitives import (
     step_number,
     store_release,
 )
-from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes
+from candle_vllm.core.kernels.cpu_runtime.tiles import add_rows, stack_bytes
 from candle_vllm.core.kernels.moe.arguments import ENTRY, LEAST_SUM, CombineArguments, ExpertsArguments, RouteArguments
 
 _ROWS_FROM, _WEIGHTS, _TILE_BYTES, _OUTPUTS, _OUT, _ROW_BYTES, _BIAS, _PICKED = (
@@ -211,35 +208,6 @@ def experts(row, thread, threads):
 # ---- the weighted sum ------------------------------------------------------------------------------------------------
 
 
-@intrinsic
-def _mix(_: Any, target: Any, addresses: Any, weights: Any, terms: Any, first: Any, count: Any, onto: Any) -> Any:
-    """Vectors first .. first + count of `target`, plus themselves if `onto` is not 0: the sum of weights * terms."""
-    signature = types.void(*[types.int64] * 7)
-
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        at_target, at_addresses, at_weights, number, start, vectors, added = args
-
-        def column(index: Any, state: list[Any]) -> list[Any]:
-            offset = b.mul(b.add(start, index), e.int64(4 * LANES))
-
-            def term(j: Any, sums: list[Any]) -> list[Any]:
-                source = e.load(b.add(at_addresses, b.mul(j, e.int64(8))), I64)
-                weight = e.splat(e.load(b.add(at_weights, b.mul(j, e.int64(4))), F32))
-                return [e.fma(weight, e.load(b.add(source, offset), vector(F32)), sums[0])]
-
-            (result,) = e.loop(number, [e.zeros(F32)], term)
-            at = b.add(at_target, offset)
-            old = b.select(b.icmp_signed("!=", added, e.int64(0)), e.load(at, vector(F32)), e.zeros(F32))
-            e.store(at, b.fadd(old, result))
-            return state
-
-        e.loop_or_skip(vectors, [], column)
-        return context.get_dummy_value()
-
-    return signature, code
-
-
 def combine(row, thread, threads):
     """The operation that adds up a token's results."""
     given = read(CombineArguments, row)
@@ -264,7 +232,7 @@ def combine(row, thread, threads):
                 factors[terms] = 1.0 / (1.0 + math.exp(-float(float32_at(given.gate + t * given.gate_stride * 4)[0])))
             terms += 1
         at = given.out + t * given.out_stride * 4
-        _mix(at, memory, at_factors, terms, first, count - has_tail, onto)
+        add_rows(at, memory, at_factors, terms, first, count - has_tail, onto)
         if has_tail:
             target = float32_at(at)
             for column in range(vectors << 4, columns):

@@ -2,9 +2,10 @@
 """Scaling, soft-capping and clamping rows in place: embeddings times a factor, logits that end in c tanh(z / c).
 
 Contract: x [T, N] float32 (without a cap any float dtype) becomes x * scale, and with a cap c > 0,
-c * tanh(x * scale / c); the arithmetic is fp32. `clamp_` bounds every number. Recorded steps have each as an operation
-of its own, `cpu.py`.
-Source: Gemma Team, 2024, arXiv:2408.00118 (soft cap).
+c * tanh(x * scale / c); the arithmetic is fp32. `clamp_` bounds every number. `cut_` leaves of each what is above the
+mean of its row and d standard deviations of all N numbers, max(x - mean - d * std, 0): Gemma 3n keeps some 5 % of a
+gate with d = 1.645. Recorded steps have each as an operation of its own, `cpu.py`.
+Source: Gemma Team, 2024, arXiv:2408.00118 (soft cap); You et al., 2025, arXiv:2506.06644 (statistical top-k).
 """
 
 from __future__ import annotations
@@ -34,13 +35,23 @@ def clamp_(x: Value, low: float, high: float) -> Value:
     return x.clamped(low, high) if isinstance(x, Recorded) else x.clamp_(low, high)
 
 
+def cut_(x: Value, deviations: float) -> None:
+    """Changes x [T, N], columns of some value that nothing has read yet, to what stands out of each row."""
+    if isinstance(x, Recorded):
+        x.cut(deviations)
+        return
+    from candle_vllm.core.kernels.scale_cap import reference
+
+    x.copy_(reference.cut(x, deviations))
+
+
 class ScaleCapArguments(NamedTuple):
     """The operation's arguments.
 
     Attributes:
         x: address of float32 rows, `stride` floats apart.
-        lines: of 16 numbers, of a row.
-        factor, cap: x becomes x * factor, or cap * tanh(x * factor); clamped, min(max(x, factor), cap).
+        lines: of 16 numbers, of a row; of one that is cut, its numbers.
+        factor, cap: x becomes x * factor, or cap * tanh(x * factor); clamped, min(max(x, factor), cap); d is `factor`.
         rows_from: which of the step's numbers counts the rows.
     """
 
@@ -53,7 +64,7 @@ class ScaleCapArguments(NamedTuple):
 
 
 def scale_cap_operation(kind: int) -> int:
-    """Address of the compiled operation: 0 scales, 1 caps too, 2 clamps."""
+    """Address of the compiled operation: 0 scales, 1 caps too, 2 clamps, 3 cuts."""
     return operation("scale_cap.cpu:make_scale_cap", kind)
 
 

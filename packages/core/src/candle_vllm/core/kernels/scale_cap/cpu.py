@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
-"""Scaling, soft-capping and clamping rows on the CPU, in place (part of step 6 of a request's life)."""
+"""Scaling, soft-capping, clamping and cutting rows on the CPU, in place (part of step 6 of a request's life)."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import Any
 from numba import types
 from numba.extending import intrinsic
 
+from candle_vllm.core.kernels.activation_quant.cpu import layer_scale, row_mean
 from candle_vllm.core.kernels.cpu_runtime.emit import F32, Emitter, vector
 from candle_vllm.core.kernels.cpu_runtime.emit_functions import emit_tanh
 from candle_vllm.core.kernels.cpu_runtime.level import LANES
-from candle_vllm.core.kernels.cpu_runtime.primitives import read, step_number
+from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, read, step_number
 from candle_vllm.core.kernels.scale_cap import ScaleCapArguments
 
 
@@ -58,4 +59,16 @@ def make_scale_cap(KIND: int) -> Callable[..., None]:
             scale_cap_lines(given.x + t * given.stride * 4 + 64 * line, count, given.factor, given.cap, KIND)
             unit += count
 
-    return scale_cap
+    return _cut if KIND == 3 else scale_cap
+
+
+def _cut(row, thread, threads):
+    """The operation that leaves what stands out of rows."""
+    given = read(ScaleCapArguments, row)
+    rows, columns = step_number(row, given.rows_from), given.lines
+    for t in range(rows * thread // threads, rows * (thread + 1) // threads):
+        at = given.x + t * given.stride * 4
+        mean = row_mean(at, columns)
+        least, values = mean + given.factor / layer_scale(at, columns, mean, 0.0), float32_at(at)
+        for column in range(columns):
+            values[column] = max(values[column] - least, 0.0)

@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: MIT
+"""Mixing residual streams in plain torch."""
+
+from __future__ import annotations
+
+import torch
+
+from candle_vllm.core.kernels.stream_mix import LEAST
+
+
+def mix_streams(
+    x: torch.Tensor, table: torch.Tensor, gates: torch.Tensor | None, scale: torch.Tensor | None, level: bool
+) -> torch.Tensor:
+    """See the contract in the package."""
+    streams = x.float().unflatten(1, (table.shape[2], -1))  # [T, N, E]
+    if level:
+        squares = streams.square().mean(-1, keepdim=True)
+        levelled = streams * squares[:, :1].sqrt() * squares.clamp(min=LEAST).rsqrt()
+        streams = torch.cat([streams[:, :1], levelled[:, 1:]], 1)
+    weights = table[0].expand(len(x), -1, -1)
+    if gates is not None:
+        weights = weights + (gates.float().tanh() @ table[1:].flatten(1)).unflatten(1, table.shape[1:])
+    y = (weights[..., None] * streams[:, None]).sum(2)  # [T, M, E]
+    return (y if scale is None else y * scale).flatten(1).to(x.dtype)

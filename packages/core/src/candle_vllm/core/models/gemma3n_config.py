@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: MIT
+"""What config.json and GGUF metadata say about a Gemma 3n, as `gemma3n.py` wants it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+
+from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
+from candle_vllm.core.fields import Fields
+from candle_vllm.core.loading.config import gguf_windows, layer_windows, shared_from_gguf, shared_from_hf
+from candle_vllm.core.loading.rope import RopeConfig
+from candle_vllm.core.loading.tensors import Checkpoint
+from candle_vllm.core.models.gemma4_config import Gemma4Config, by_layer, groups_of, sources_of
+from candle_vllm.core.models.gemma_config import ROUNDED, gemma3_keys, layer_rope
+from candle_vllm.core.quantization.plain import rounded
+
+MOST_STREAMS = 8
+_PERIOD = 5  # every fifth layer sees all positions, where a config does not list the layers
+_SPARSE = 10, 1.6448533535003662  # layers that keep 5 % of a gate, and the deviations above which 5 % are
+_OWNERS = 20  # layers with keys and values of their own, of GGUF files that do not say it
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gemma3nConfig(Gemma4Config):
+    """The description of a Gemma 3n.
+
+    Attributes:
+        streams, active: N residual streams, and the number of the one that layers compute.
+        scales_output: the active stream has a scale [E] where it meets the layer's own embedding.
+        rank: of LAuReL.
+        deviations: by how many standard deviations a number of each layer's gate must be above the mean to be kept;
+            None keeps all.
+        input_rows: tokens that have an embedding for each layer; others get that of token 0.
+    """
+
+    streams: int
+    active: int
+    scales_output: bool
+    rank: int
+    deviations: tuple[float | None, ...]
+    input_rows: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 < self.streams <= MOST_STREAMS or not 0 <= self.active < self.streams:
+            raise InvalidFileError(f"the model's config says stream {self.active} of {self.streams} is the active one")
+        if self.hidden_size % 16:
+            raise UnsupportedModelError(f"streams of {self.hidden_size} numbers are not implemented: 16 divides others")
+        if self.input_size < 1:
+            raise InvalidFileError(f"the model's config says its embeddings for layers have {self.input_size} numbers")
+        assert len(self.deviations) == self.num_layers
+
+    @property
+    def whole_norms(self) -> bool:
+        """Whether ranks cannot divide the model: what is kept of a gate depends on all of its numbers."""
+        return any(each is not None for each in self.deviations)
+
+
+def config_from_hf(fields: Fields, model_type: str) -> Gemma3nConfig:
+    """Reads `config.json` of gemma3n_text."""
+    fields.choice("hidden_activation", "gelu_pytorch_tanh", "gelu_pytorch_tanh")
+    layers = fields.count("num_hidden_layers")
+    fields = _one_width(fields, "intermediate_size", by_layer(fields, "intermediate_size", layers))
+    shared = shared_from_hf(fields, model_type) | {"max_position": fields.count("max_position_embeddings")}
+    window = fields.count("sliding_window")
+    windows = layer_windows(fields, layers, window) or _every(_PERIOD, layers, window)
+    size = fields.count("hidden_size_per_layer_input", 256)
+    stored = ROUNDED.get(fields.get("dtype", str, fields.get("torch_dtype", str, "float32")), "F64")
+    own = {
+        "rope": layer_rope(fields, shared, "full_attention"),
+        "tie_embeddings": fields.get("tie_word_embeddings", bool, True),
+        "embedding_scale": rounded(math.sqrt(shared["hidden_size"]), stored),
+        "input_scale": rounded(math.sqrt(size), stored),
+        "final_softcap": fields.get("final_logit_softcapping", float, 30.0),
+        "attention_bias": fields.get("attention_bias", bool, False),
+        "active": fields.get("altup_active_idx", int, 0),
+        "scales_output": fields.get("altup_correct_scale", bool, True),
+        "deviations": _deviations(fields, layers),
+    }
+    return _config(
+        fields,
+        shared | own,
+        windows,
+        readers=fields.get("num_kv_shared_layers", int, 15),
+        local_rope=layer_rope(fields, shared, "sliding_attention"),
+        input_size=size,
+        streams=fields.count("altup_num_inputs", 4),
+        rank=fields.count("laurel_rank", 64),
+        input_rows=fields.count("vocab_size_per_layer_input", 262144),
+    )
+
+
+def _config(
+    fields: Fields, values: dict[str, Any], windows: Sequence[int | None], *, readers: int, **own: Any
+) -> Gemma3nConfig:
+    """The description of a model whose layers all have heads of one kind; the last `readers` of them read others'."""
+    layers, dim = values["num_layers"], values["head_dim"]
+    shapes = {
+        "sliding_windows": tuple(windows),
+        "groups": groups_of(values["num_heads"], (values["num_kv_heads"],) * layers, fields),
+        "head_dims": (dim,) * layers,
+        "sources": sources_of(windows, readers, fields),
+        "keys_as_values": frozenset[int](),
+        "widths": (1,) * layers,
+        "layer_scales": False,
+    }
+    return Gemma3nConfig(**values | shapes | own)
+
+
+def _every(period: int, layers: int, window: int) -> tuple[int | None, ...]:
+    return tuple(window if (layer + 1) % period else None for layer in range(layers))
+
+
+def _one_width(fields: Fields, key: str, widths: Sequence[int]) -> Fields:
+    """The fields with one number for a width that is told of each layer."""
+    if len(set(widths)) > 1:
+        raise UnsupportedModelError(f"{fields.path}: {fields.prefix}{key} differs by layer, which is not implemented")
+    return Fields({**fields.values, fields.prefix + key: widths[0]}, fields.path, fields.prefix)
+
+
+def _deviations(fields: Fields, layers: int) -> tuple[float | None, ...]:
+    """By the share of numbers that a layer leaves out; in models of more than ten layers, 95 % in the first ten."""
+    key = "activation_sparsity_pattern"
+    count = _SPARSE[0] * (layers > _SPARSE[0])
+    shares = fields.get(key, list, [0.95] * count + [0.0] * (layers - count))
+    if len(shares) != layers or not all(isinstance(share, (int, float)) and 0 <= share < 1 for share in shares):
+        raise InvalidFileError(f"{fields.path}: {key} must say a share below 1 for each of {layers} layers")
+    return tuple(float(np.float32(NormalDist().inv_cdf(share))) if share > 0 else None for share in shares)
+
+
+# ---- GGUF ------------------------------------------------------------------------------------------------------------
+
+
+def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> Gemma3nConfig:
+    """Reads GGUF metadata of gemma3n; what is missing is as llama.cpp has it."""
+    layers, key, tensors = fields.count("block_count"), "feed_forward_length", checkpoint.tensors
+    known = _one_width(fields, key, by_layer(fields, key, layers))
+    shared, size = shared_from_gguf(known, checkpoint), known.count("embedding_length_per_layer_input")
+    usual = [_SPARSE[1]] * min(_SPARSE[0], layers) + [-math.inf] * max(layers - _SPARSE[0], 0)
+    deviations = known.get("activation_sparsity_scale", list, usual)
+    if len(deviations) != layers or not all(isinstance(each, float) and each < math.inf for each in deviations):
+        raise InvalidFileError(f"{fields.path}: {fields.prefix}activation_sparsity_scale must have {layers} numbers")
+    table = tensors.get("per_layer_token_embd.weight")
+    rank = tensors.get("blk.0.laurel_l.weight")
+    own = {
+        "max_position": known.count("context_length"),
+        "embedding_scale": math.sqrt(shared["hidden_size"]),
+        "input_scale": math.sqrt(size),
+        "final_softcap": known.get("final_logit_softcapping", float, 30.0),
+        "active": known.get("altup.active_idx", int, 0),
+        "scales_output": "blk.0.altup_correct_scale.weight" in tensors,
+        "deviations": tuple(each if each > -math.inf else None for each in deviations),
+    }
+    return _config(
+        fields,
+        shared | own,
+        gguf_windows(known, layers, known.count("attention.sliding_window"), period=_PERIOD),
+        readers=known.get("attention.shared_kv_layers", int, max(layers - _OWNERS, 0)),
+        local_rope=RopeConfig(theta=known.get("rope.freq_base_swa", float, 1e4), dim=shared["rope"].dim),
+        input_size=size,
+        streams=known.count("altup.num_inputs", 4),
+        rank=rank.shape[0] if rank and rank.shape else 64,
+        input_rows=table.shape[0] if table and table.shape else shared["vocab_size"],
+    )
+
+
+def gguf_keys(config: Gemma3nConfig) -> dict[str, Any]:
+    """What GGUF metadata says of a Gemma 3n beyond the usual."""
+    if config.streams != 4 or not config.scales_output:
+        raise UnsupportedModelError("llama.cpp's gemma3n has four streams, and a scale of the active one")
+    return gemma3_keys(config) | {
+        "feed_forward_length": [config.intermediate_size] * config.num_layers,
+        "altup.active_idx": config.active,
+        "altup.num_inputs": config.streams,
+        "activation_sparsity_scale": [-math.inf if each is None else each for each in config.deviations],
+        "attention.shared_kv_layers": config.readers,
+        "embedding_length_per_layer_input": config.input_size,
+    }

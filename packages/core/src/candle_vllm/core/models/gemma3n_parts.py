@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: MIT
+"""Parts of Gemma 3n's layers: what mixes residual streams, a gate of which little is kept, and their stored forms.
+
+Shapes: T tokens, E hidden, N streams.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from candle_vllm.core.kernels.plain_linear import PlainKind
+from candle_vllm.core.kernels.recorded import Recorded, Value
+from candle_vllm.core.kernels.scale_cap import cut_
+from candle_vllm.core.kernels.silu_mul import gate_mul
+from candle_vllm.core.layers.linear import Linear
+from candle_vllm.core.layers.mlp import GatedMLP
+from candle_vllm.core.layers.norm import RMSNorm
+from candle_vllm.core.layers.parameters import Placement, TensorParameter, on_host
+from candle_vllm.core.loading.weights import Parameter
+from candle_vllm.core.models.gemma3n_config import Gemma3nConfig
+from candle_vllm.core.models.gemma_parts import PartsOfOne
+from candle_vllm.core.quantization.tensors import StoredTensor
+
+
+class StreamNorm(RMSNorm):
+    """A router's input, over its size."""
+
+    def finish(self) -> None:
+        """See `Finishes`."""
+        self.weight /= len(self.weight)
+
+
+class StreamRouter:
+    """Gates [T, N] of a stream x [T, E], and the tables by which they mix streams; see `kernels/stream_mix`.
+
+    Attributes:
+        predict: [1 + N, N, N], all streams from each other.
+        first: [1 + N, 1, 2], the active stream from its prediction and from what the layer made of it.
+        correct: [1 + N, N, N + 2], all streams from their predictions, that, and what the layer's own embedding adds.
+        scale: [E], of the active stream where it meets that embedding; None is 1.
+    """
+
+    def __init__(self, config: Gemma3nConfig, placement: Placement) -> None:
+        exact = dataclasses.replace(placement, dtype="F32", plain_kind=PlainKind.F32, keeps_quantised=False)
+        count, self._active, self._constant = config.streams, config.active, placement.constant
+        self.scores = Linear(config.hidden_size, count, exact, kept=False)
+        self._predict, self._correct = placement.empty(count**2, count), placement.empty(count, count)
+        self.scale = placement.empty(config.hidden_size) if config.scales_output else None
+
+    def __call__(self, x: Value) -> Value:
+        return self.scores(x if isinstance(x, Recorded) else x.float())
+
+    def finish(self) -> None:
+        """See `Finishes`."""
+        self.scores.finish()
+        predict, correct, active = on_host(self._predict), on_host(self._correct), self._active
+        count = len(correct)
+        streams = np.eye(count, dtype=np.float32)
+        self.predict = self._constant(np.concatenate([streams[None], predict.T.reshape(count, count, count)]))
+        table = np.zeros((1 + count, count, count + 2), np.float32)
+        table[1:, :, count], table[0, :, count] = correct.T, 1  # how much of what is new each stream takes
+        table[:, :, active] = -table[:, :, count]
+        table[0, :, :count] += streams
+        table[0, 1:, count + 1] = 1
+        self.correct = self._constant(table)
+        self.first = self._constant(np.ascontiguousarray(table[:, active : active + 1, [active, count]]))
+
+    def parameters(self) -> Mapping[str, Parameter]:
+        """Every parameter that must be loaded."""
+        own = {"predict": self._predict, "correct": self._correct, "scale": self.scale}
+        found = {name: TensorParameter(each) for name, each in own.items() if each is not None}
+        return {**self.scores.parameters(), **found}
+
+
+class SparseGatedMLP(GatedMLP):
+    """GeGLU whose gate keeps what is `deviations` standard deviations above the mean of its row; None keeps all."""
+
+    deviations: float | None = None
+
+    def __call__(self, x: Value) -> Value:
+        gate_up = self.gate_up(x)
+        if self.deviations is not None:
+            cut_(gate_up.split([self.down.in_features] * 2, dim=-1)[0], self.deviations)
+        return self.down(gate_mul(gate_up, "gelu_tanh"))
+
+
+class Projections:
+    """Matrices of streams: N - 1 values [T, E] -> as many. GGUF files have all of them as one tensor."""
+
+    def __init__(self, count: int, size: int, placement: Placement) -> None:
+        self.each = [Linear(size, size, placement) for _ in range(count)]
+
+    def __call__(self, values: Sequence[Value]) -> list[Value]:
+        return [matrix(x) for matrix, x in zip(self.each, values, strict=True)]
+
+    def finish(self) -> None:
+        """See `Finishes`."""
+        for matrix in self.each:
+            matrix.finish()
+
+    def parameters(self) -> Mapping[str, Parameter]:
+        """Every parameter that must be loaded, by either format's names."""
+        parts = [matrix.parameters()["weight"] for matrix in self.each]
+        return {"weight": PartsOfOne(parts), **{f"{number}.weight": part for number, part in enumerate(parts)}}
+
+
+class TableRows:
+    """A table that GGUF files have with a row for each token: those that it lacks have that of token 0."""
+
+    def __call__(self, stored: StoredTensor, config: Gemma3nConfig) -> StoredTensor:
+        """The table as it is stored."""
+        del config
+        return stored
+
+    def undone(self, stored: StoredTensor, config: Gemma3nConfig) -> StoredTensor:
+        """What is stored of a table."""
+        rows = np.arange(config.vocab_size)
+        return stored.select(np.where(rows < stored.shape[0], rows, 0))
