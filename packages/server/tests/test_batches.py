@@ -23,7 +23,7 @@ from candle_vllm.responses.store import sql
 from candle_vllm.responses.store.entries import Entry, EntryItem, NotStoredError, StoreFullError
 from candle_vllm.server.batches import lines, run, service, store
 from candle_vllm.server.batches.lines import PRIORITY, read_line
-from candle_vllm.server.kept_access import store_refusal
+from candle_vllm.server.http.failures import store_refusal
 from candle_vllm.server.routes.files import safe_name
 from packages.server.tests.running_server import Running
 from packages.server.tests.server_fakes import PacedEngine

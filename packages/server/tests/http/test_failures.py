@@ -12,7 +12,7 @@ import pytest
 from candle_vllm.core.errors import EngineOverloadedError, PromptTooLongError
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.failures import FailureMiddleware, anthropic_error_event, refusal
-from candle_vllm.server.observing.request_context import RequestContext, current_request
+from candle_vllm.server.http.request_context import RequestContext, current_request
 from candle_vllm.server.settings.options import UsageError
 
 

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 
 from candle_vllm.server import Settings
 from candle_vllm.server.http.errors import HttpError
-from candle_vllm.server.http.limits import HEADERS, RateLimits, duration
+from candle_vllm.server.http.limits import RateLimits, duration
 from candle_vllm.server.http.routing import NOBODY, Caller, Limits
+from candle_vllm.server.openapi.document import RATE_LIMIT_HEADERS
 from packages.server.tests.running_server import Running
 from packages.server.tests.server_fakes import PacedEngine
 
@@ -236,8 +237,8 @@ def test_the_clients_of_openai_and_anthropic_understand(limited: Running) -> Non
 def test_who_has_no_limit_is_told_none_and_metrics_name_the_name(limited: Running) -> None:
     with limited.http() as client:
         free = _post(client, "free")
-        told = {name for name in free.headers if name in HEADERS}
-        assert told == {name for name in HEADERS if name.endswith("tokens")}
+        told = {name for name in free.headers if name in RATE_LIMIT_HEADERS}
+        assert told == {name for name in RATE_LIMIT_HEADERS if name.endswith("tokens")}
         _post(client, "chat")
         text = client.get("/metrics", headers={"authorization": "Bearer key-of-ops"}).text
     assert 'candle_vllm:rate_limited_requests_total{key="chat",limit="requests"}' in text

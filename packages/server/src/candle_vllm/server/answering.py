@@ -23,12 +23,12 @@ from candle_vllm.openai.fair_threads import RequestBytes, apart
 from candle_vllm.openai.protocol.generation import GenerationFields, StreamOptions
 from candle_vllm.server.http.body import parse_request, unless_disconnected
 from candle_vllm.server.http.errors import HttpError
+from candle_vllm.server.http.request_context import begin_generation
 from candle_vllm.server.http.routing import caller_of
 from candle_vllm.server.http.sse import DONE, EventStream
 from candle_vllm.server.keeping import Keeper, KeptForm
 from candle_vllm.server.models.manager import ModelManager, Turn, take_turn
 from candle_vllm.server.models.slot import Lease, ServedModel
-from candle_vllm.server.observing.request_context import begin_generation
 from candle_vllm.server.settings import Settings
 
 JSON = "application/json"

@@ -30,9 +30,7 @@ from candle_vllm.server.http.body import Held
 from candle_vllm.server.http.errors import ClientGone, HttpError
 from candle_vllm.server.http.failures import FailureMiddleware, answer_failure
 from candle_vllm.server.http.keys import Keyring
-from candle_vllm.server.http.limits import HEADERS as LIMIT_HEADERS
 from candle_vllm.server.http.limits import RateLimitMiddleware, RateLimits
-from candle_vllm.server.http.request_id import RequestIdMiddleware
 from candle_vllm.server.http.routing import (
     GreetingMiddleware,
     HeadMiddleware,
@@ -47,7 +45,8 @@ from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.observing.http_metrics import HttpMetricsMiddleware
 from candle_vllm.server.observing.metrics import Metrics, Observation, Outcome
 from candle_vllm.server.observing.model_metrics import ServedEngine
-from candle_vllm.server.openapi.document import ApiDocument
+from candle_vllm.server.observing.request_id import RequestIdMiddleware
+from candle_vllm.server.openapi.document import RATE_LIMIT_HEADERS, ApiDocument
 from candle_vllm.server.openapi.operation import Access, operations_of
 from candle_vllm.server.routes import (
     adapters,
@@ -248,7 +247,7 @@ def _add_layers(app: FastAPI, settings: Settings) -> None:
             allow_origin_regex=origins(settings.cors_origin).pattern,
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
-            expose_headers=["x-request-id", "retry-after", *LIMIT_HEADERS],
+            expose_headers=["x-request-id", "retry-after", *RATE_LIMIT_HEADERS],
         )
     app.add_middleware(HttpMetricsMiddleware, metrics=app.state.metrics)
     app.add_middleware(RequestIdMiddleware, log=settings.log_requests, unknown_fields=settings.unknown_fields == "warn")

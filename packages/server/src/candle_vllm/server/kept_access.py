@@ -44,7 +44,6 @@ ITEM_PAGE: Mapping[str, Any] = {
 
 _INCLUDES = ("include", "include[]")  # the second is how OpenAI's clients write a list
 _MAX_NUMBER = 9  # digits
-RETRY_SECONDS = "30"  # after which something of a full store may have ended
 
 
 async def kept_and_owner(request: Request) -> tuple[KeptResponses, str]:
@@ -120,24 +119,6 @@ def switch_of(query: dict[str, str], name: str) -> bool:
     if text not in ("true", "false"):
         raise InvalidParameterError(f"{name} must be true or false, not {text!r:.60}", name)
     return text == "true"
-
-
-def store_refusal(failure: Exception) -> HttpError | None:
-    """What a client is told of a failure of the store; None where it is another failure."""
-    if isinstance(failure, entries.NotStoredError):
-        if failure.param == "previous_response_id":
-            return HttpError(400, str(failure), "previous_response_not_found", param=failure.param)
-        return HttpError(404, str(failure), "not_found", param=failure.param)
-    if isinstance(failure, entries.StoreFullError):
-        return HttpError(429 if failure.own else 503, str(failure), "store_limit", {"retry-after": RETRY_SECONDS})
-    if isinstance(failure, entries.StoreLimitError):
-        return HttpError(400, str(failure), "store_limit", param=failure.param)
-    if isinstance(failure, entries.ConversationBusyError):
-        return HttpError(409, str(failure), "conversation_locked", {"retry-after": "1"}, param=failure.param)
-    if isinstance(failure, entries.StoreUnavailableError):
-        code = "mailbox_unavailable" if failure.setting == "mailbox" else "store_unavailable"
-        return HttpError(503, str(failure), code, {"retry-after": "1"})
-    return None
 
 
 class ResponseEvents:

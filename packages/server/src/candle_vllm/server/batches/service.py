@@ -36,10 +36,10 @@ from candle_vllm.server.batches.records import (
 from candle_vllm.server.batches.run import LEASE_MS, BatchRun
 from candle_vllm.server.batches.store import BATCHES, BatchStore, FileOptions, new_file_id, on_disk
 from candle_vllm.server.http.errors import HttpError
+from candle_vllm.server.http.failures import RETRY_SECONDS
 from candle_vllm.server.http.keys import are_several
+from candle_vllm.server.http.request_context import current_request
 from candle_vllm.server.http.routing import Caller, caller_of
-from candle_vllm.server.kept_access import RETRY_SECONDS
-from candle_vllm.server.observing.request_context import current_request
 
 RENEW_SECONDS = 5.0  # also how soon a batch of an earlier server is found, and a cancelling on another server
 AT_ONCE = 4  # batches that one server works on

@@ -18,17 +18,18 @@ from candle_vllm.core.errors import CandleVllmError, EngineDeadError, EngineSlee
 from candle_vllm.openai import to_error, to_json_bytes
 from candle_vllm.openai.anthropic import anthropic_error, to_anthropic_error
 from candle_vllm.openai.ollama.answers import Failure
+from candle_vllm.responses.store import entries
 from candle_vllm.server.http.errors import ClientGone, HttpError
+from candle_vllm.server.http.request_context import current_request
 from candle_vllm.server.http.routing import route_path
 from candle_vllm.server.http.sse import data_event, named_event
-from candle_vllm.server.kept_access import store_refusal
-from candle_vllm.server.observing.request_context import current_request
 from candle_vllm.server.settings.derived import speak_in_flags
 
 CLIENT_CLOSED_REQUEST = 499  # for the log; nobody is left to read it
 ANTHROPIC = "/v1/messages"
 OLLAMA = "/api/"
 JSON = "application/json"
+RETRY_SECONDS = "30"  # after which something of a full store may have ended
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +69,24 @@ def _brief(scope: Scope, message: Message) -> Message:
     """A start that failed for a reason of the user's is told without where in the program that was."""
     failure = scope["app"].state.failure
     return {**message, "message": str(failure)} if isinstance(failure, CandleVllmError) else message
+
+
+def store_refusal(failure: Exception) -> HttpError | None:
+    """What a client is told of a failure of the store; None where it is another failure."""
+    if isinstance(failure, entries.NotStoredError):
+        if failure.param == "previous_response_id":
+            return HttpError(400, str(failure), "previous_response_not_found", param=failure.param)
+        return HttpError(404, str(failure), "not_found", param=failure.param)
+    if isinstance(failure, entries.StoreFullError):
+        return HttpError(429 if failure.own else 503, str(failure), "store_limit", {"retry-after": RETRY_SECONDS})
+    if isinstance(failure, entries.StoreLimitError):
+        return HttpError(400, str(failure), "store_limit", param=failure.param)
+    if isinstance(failure, entries.ConversationBusyError):
+        return HttpError(409, str(failure), "conversation_locked", {"retry-after": "1"}, param=failure.param)
+    if isinstance(failure, entries.StoreUnavailableError):
+        code = "mailbox_unavailable" if failure.setting == "mailbox" else "store_unavailable"
+        return HttpError(503, str(failure), code, {"retry-after": "1"})
+    return None
 
 
 async def answer_failure(request: Request, failure: Exception) -> Response:

@@ -20,9 +20,6 @@ from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.routing import UNLIMITED, Caller, Limits, caller_of
 
 Kind = Literal["requests", "tokens"]
-HEADERS = tuple(
-    f"x-ratelimit-{what}-{kind}" for kind in ("requests", "tokens") for what in ("limit", "remaining", "reset")
-)
 MINUTE = 60.0
 ROUNDING = 1e-6  # seconds: who waited as long as it was told may be so much too early, by floats
 _SWEEP = 1024  # meters, from where on those that are as new are let go

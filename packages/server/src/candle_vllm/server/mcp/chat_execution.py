@@ -35,10 +35,10 @@ from candle_vllm.responses.conversation.loop import Ask, ConversationLoop
 from candle_vllm.responses.conversation.options import ConversationOptions
 from candle_vllm.responses.conversation.transcript import Transcript
 from candle_vllm.responses.tools.tool import ToolDefinition
+from candle_vllm.server.http.request_context import begin_generation
 from candle_vllm.server.mcp.execution_state import CONTEXT, ExecutionState
 from candle_vllm.server.mcp.service import McpService, Offer
 from candle_vllm.server.models.slot import ServedModel
-from candle_vllm.server.observing.request_context import begin_generation
 
 _BETWEEN_TURNS = "\n\n"
 

@@ -19,8 +19,8 @@ from typing import NamedTuple
 from candle_vllm.core.engine.requests import serving_rank
 from candle_vllm.openai.fair_threads import asker
 from candle_vllm.server.http.errors import HttpError
+from candle_vllm.server.http.request_context import NO_KEY, current_request
 from candle_vllm.server.observing.metrics import Rejection
-from candle_vllm.server.observing.request_context import NO_KEY, current_request
 
 MAX_RETRY_AFTER = 60  # seconds
 _FADING = 0.9  # weight of the past in the mean time of a request

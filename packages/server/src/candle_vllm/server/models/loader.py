@@ -18,12 +18,12 @@ from candle_vllm.openai.anthropic import MessagesAdapter
 from candle_vllm.openai.ollama import OllamaAdapter
 from candle_vllm.server.adapters.registry import Adapters, BaseAdapters
 from candle_vllm.server.batches.service import stored_image
+from candle_vllm.server.http.request_context import owned_salt
 from candle_vllm.server.models.admission import Admission
 from candle_vllm.server.models.slot import ServedModel
 from candle_vllm.server.models.switcher import NoRoomError
 from candle_vllm.server.observing.metrics import Metrics
 from candle_vllm.server.observing.model_metrics import EngineWatcher, ServedEngine
-from candle_vllm.server.observing.request_context import owned_salt
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.catalogue import ModelEntry, source_name
 from candle_vllm.server.settings.derived import engine_config, image_sources, thinking_settings, told_in_flags

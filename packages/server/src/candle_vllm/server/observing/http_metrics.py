@@ -13,9 +13,9 @@ from collections.abc import Awaitable
 from prometheus_client import Counter, Gauge, Histogram
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from candle_vllm.server.http.request_context import RequestContext, current_request
 from candle_vllm.server.observing.exposition import EventCollector
 from candle_vllm.server.observing.metrics import Metrics
-from candle_vllm.server.observing.request_context import RequestContext, current_request
 from candle_vllm.server.observing.series import HTTP
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"})

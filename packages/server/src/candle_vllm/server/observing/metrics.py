@@ -15,10 +15,10 @@ from prometheus_client import CollectorRegistry, Counter, ProcessCollector
 from prometheus_client import Histogram as EventHistogram
 from prometheus_client.metrics import MetricWrapperBase
 
+from candle_vllm.server.http.request_context import NO_KEY
 from candle_vllm.server.observing import series
 from candle_vllm.server.observing.exposition import EventCollector, McpServersCollector, ModelCollector
 from candle_vllm.server.observing.model_metrics import ModelMetrics, Observer
-from candle_vllm.server.observing.request_context import NO_KEY
 from candle_vllm.server.observing.request_log import RequestLog
 from candle_vllm.server.observing.series import Series
 from candle_vllm.server.observing.tally import MAX_KEYS, OTHER_KEYS, UsageRow, UsageTable

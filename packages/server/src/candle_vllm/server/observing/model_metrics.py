@@ -19,7 +19,7 @@ from candle_vllm.core.engine.stats import EngineStats
 from candle_vllm.core.engine.step.watching import RequestInfo
 from candle_vllm.core.errors import CandleVllmError
 from candle_vllm.openai import EngineLike
-from candle_vllm.server.observing.request_context import NO_KEY, current_request
+from candle_vllm.server.http.request_context import NO_KEY, current_request
 from candle_vllm.server.observing.request_record import FinishedRequest, RequestRecord
 from candle_vllm.server.observing.series import (
     BETWEEN_PIECES,

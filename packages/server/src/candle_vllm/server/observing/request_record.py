@@ -23,7 +23,7 @@ from candle_vllm.core.errors import (
     RequestAbortedError,
     RequestError,
 )
-from candle_vllm.server.observing.request_context import RequestContext
+from candle_vllm.server.http.request_context import RequestContext
 from candle_vllm.server.observing.tally import Histogram
 
 

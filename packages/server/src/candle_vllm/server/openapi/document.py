@@ -13,7 +13,6 @@ import msgspec
 from fastapi import APIRouter
 from fastapi.routing import APIRoute
 
-from candle_vllm.server.http.limits import HEADERS
 from candle_vllm.server.openapi.components import Schema, as_list
 from candle_vllm.server.openapi.operation import Key, Operation, operations_of
 
@@ -51,7 +50,10 @@ _DESCRIPTION = (
 )
 _ID = {"$ref": "#/components/headers/RequestId"}
 _SECONDS = {"$ref": "#/components/headers/RetryAfter"}
-_LIMITS: Mapping[str, Any] = {name: {"$ref": "#/components/headers/RateLimit"} for name in HEADERS}
+RATE_LIMIT_HEADERS = tuple(
+    f"x-ratelimit-{what}-{kind}" for kind in ("requests", "tokens") for what in ("limit", "remaining", "reset")
+)
+_LIMITS: Mapping[str, Any] = {name: {"$ref": "#/components/headers/RateLimit"} for name in RATE_LIMIT_HEADERS}
 
 
 class ApiDocument:

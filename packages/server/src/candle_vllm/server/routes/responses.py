@@ -33,6 +33,7 @@ from candle_vllm.responses.protocol.response import CompactedResponse, InputToke
 from candle_vllm.server import answering
 from candle_vllm.server.http.body import unless_disconnected
 from candle_vllm.server.http.errors import HttpError
+from candle_vllm.server.http.request_context import begin_generation
 from candle_vllm.server.http.routing import caller_of
 from candle_vllm.server.http.sse import DONE
 from candle_vllm.server.keeping import NOT_HERE
@@ -40,7 +41,6 @@ from candle_vllm.server.kept_access import ResponseEvents, event_stream
 from candle_vllm.server.mailbox.policy import refuse_headers
 from candle_vllm.server.models.manager import Turn, enter, take_turn
 from candle_vllm.server.models.slot import Lease, ServedModel
-from candle_vllm.server.observing.request_context import begin_generation
 from candle_vllm.server.openapi.operation import COUNTED, QUEUED, RESPONSES, Operation, routing
 
 if TYPE_CHECKING:
