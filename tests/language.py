@@ -49,7 +49,7 @@ PATTERNS = {
 
 
 class Phrase(NamedTuple):
-    """A phrase that was found: its file, the line on which its text begins, its pattern's name, and what surrounds it."""
+    """A phrase: its file, the line where the docstring or comment begins, its pattern's name, and the words around it."""
 
     path: Path
     line: int
@@ -84,9 +84,9 @@ def _markdown(path: Path) -> Iterator[tuple[int, str]]:
 def _python(path: Path) -> Iterator[tuple[int, str]]:
     source = path.read_text()
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            if (text := ast.get_docstring(node)) is not None:
-                yield node.body[0].lineno, text
+        documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        if documented and (text := ast.get_docstring(node)) is not None:
+            yield node.body[0].lineno, text
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             yield token.start[0], token.string
