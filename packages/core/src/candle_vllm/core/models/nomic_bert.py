@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Encoders with rotary positions that normalise behind each sum: nomic-bert, GTE and jina-embeddings-v3.
 
-nomic-bert has no biases and a gate of SiLU; GTE has a gate of GELU; jina v3, as the repository jina-embeddings-v3-hf
-has it, has no gate. nomic v2 has biases, no gate, and experts in every second layer. None has a table of
-positions.
+nomic-bert has no biases and a gate of SiLU; GTE has a gate of GELU; jina v3 has no gate. nomic v2 has biases, no gate,
+and experts in every second layer. None has a table of positions.
 Sources: Nussbaum et al., 2024, arXiv:2402.01613; Zhang et al., 2024, arXiv:2407.19669; Sturua et al., 2024,
 arXiv:2409.10173.
 """
@@ -17,6 +16,7 @@ from candle_vllm.core.loading.weights import Seen, WeightName
 from candle_vllm.core.models.encoder_parts import block_names, ignored, prefix_of, table_names, thirds
 from candle_vllm.core.models.encoder_stack import PlainEncoder, StackConfig
 from candle_vllm.core.models.family import EncoderFamily
+from candle_vllm.core.models.jina_tasks import STACKED, WEIGHT, parametrized
 from candle_vllm.core.models.nomic_config import GTE, JINA, NOMIC, config_from_gguf, config_from_hf
 
 # ---- weight names ----------------------------------------------------------------------------------------------------
@@ -29,7 +29,7 @@ def _of_expert(number: int) -> View:
 
 def weights(config: StackConfig, stored: Iterable[str]) -> list[WeightName]:
     """The table of names, transformers' and those of the published repositories."""
-    at = prefix_of(stored, "embeddings.word_embeddings.weight")
+    at = prefix_of((name.replace(WEIGHT, ".weight") for name in stored), "embeddings.word_embeddings.weight")
     new, old, gte, block = f"{at}layers.{{i}}.", f"{at}encoder.layers.{{i}}.", f"{at}encoder.layer.{{i}}.", "blk.{i}."
     alone = {part: (f"{new}self_attn.{part}_proj",) for part in "qkv"}
     fused = (f"{old}attn.Wqkv", f"{old}mixer.Wqkv", f"{gte}attention.qkv_proj")
@@ -41,7 +41,7 @@ def weights(config: StackConfig, stored: Iterable[str]) -> list[WeightName]:
     last = (f"{new}post_mlp_layernorm", f"{old}norm2", f"{gte}mlp_ln")
     own = {f"attention.qkv:{part}.": () for part in "qkv"} | {"attention.output:": outputs, "attention_norm:": norms}
     own |= {"mlp.up:": ups, "mlp.down:": downs, "mlp_norm:": last}
-    return [
+    lines = [
         *table_names(at, (f"{at}pooler.dense", "classifier"), f"{at}emb_ln"),
         *thirds(alone, fused, f"{block}attn_qkv"),
         *block_names("", own),
@@ -61,6 +61,7 @@ def weights(config: StackConfig, stored: Iterable[str]) -> list[WeightName]:
         ),
         WeightName("layers.{i}.mlp_bias:weight", Seen(f"{old}mlp.experts.bias", as_row), None),
     ]  # fmt: skip
+    return [parametrized(line) for line in lines] if config.model_type == JINA else lines
 
 
 FAMILY = EncoderFamily(
@@ -78,5 +79,5 @@ FAMILY = EncoderFamily(
     config_from_gguf=config_from_gguf,
     build=PlainEncoder,
     weights=weights,
-    ignored=ignored,
+    ignored=lambda config: (*ignored(config), STACKED),
 )

@@ -89,12 +89,10 @@ class TokenHead(PooledHead):
 
 def base_class(name: str, config: Mapping[str, Any], known: Collection[str]) -> str:
     """Class name of the encoder below a token head; any other class name is returned as it is."""
+    if config.get("position_embedding_type") == "rotary" and name in (_COLBERT, "XLMRobertaModel"):
+        return "JinaEmbeddingsV3Model"  # jina's code, by XLM-RoBERTa's name
     if name == _COLBERT:
-        kind = str(config.get("model_type"))
-        if config.get("position_embedding_type") == "rotary":  # jina's code, by XLM-RoBERTa's name
-            kind = "rotary"
-        bases = {"bert": "BertModel", "xlm-roberta": "XLMRobertaModel", "rotary": "JinaEmbeddingsV3Model"}
-        return bases.get(kind, name)
+        return {"bert": "BertModel", "xlm-roberta": "XLMRobertaModel"}.get(str(config.get("model_type")), name)
     stem = name.removesuffix(_CLASSES)
     return next((stem + end for end in ("Model", "ForMaskedLM") if stem != name and stem + end in known), name)
 

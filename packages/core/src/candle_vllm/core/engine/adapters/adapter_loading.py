@@ -25,6 +25,7 @@ from candle_vllm.core.engine.runners.model_runner import ModelRunner
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.layers.adapters import number_places
 from candle_vllm.core.loading.adapters import AdapterLimits, StoredAdapter, open_adapter
+from candle_vllm.core.models.jina_tasks import task_adapter
 
 if TYPE_CHECKING:
     from candle_vllm.core.kernels.lora import FittedAdapter, PackedAdapter, Place
@@ -138,7 +139,7 @@ class AdapterLoader:
 
     def __call__(self, path: Path) -> LoadedAdapter:
         """Loads the adapter at a path; errors as of `read_adapter`, `fit_adapter` and `pack_adapter`."""
-        with open_adapter(path, self._limits) as stored:
+        with task_adapter(path, self._limits) or open_adapter(path, self._limits) as stored:
             copied = self._copied(stored)
             packed, notes = self._packed(stored) if copied is None else (copied, ())
             return LoadedAdapter(packed, stored.base, (*stored.notes, *notes))

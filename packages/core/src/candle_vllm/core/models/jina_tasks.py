@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: MIT
+"""The adapters that the repository of jina-embeddings-v3 has in the checkpoint itself, one for each task.
+
+`lora_adaptations` of config.json names N tasks, and every matrix W has the tensors A and B of all of them: [N, r, I]
+and [N, O, r] of a linear layer, W + alpha / r B A; [N, V, r] and [N, r, E] of an embedding table, W + alpha / r A B.
+The path of an adapter is that of the model's folder with the task behind it, as if it were a folder there.
+Source: Sturua et al., 2024, arXiv:2409.10173, and the repository's own code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from pathlib import Path
+
+from candle_vllm.core.errors import AdapterError
+from candle_vllm.core.fields import Fields, read_json
+from candle_vllm.core.loading.adapter_config import AdapterConfig
+from candle_vllm.core.loading.adapters import AdapterLimits, StoredAdapter
+from candle_vllm.core.loading.safetensors import open_safetensors
+from candle_vllm.core.loading.tensors import Checkpoint, FileTensor
+from candle_vllm.core.loading.views import entry, transposed
+from candle_vllm.core.loading.weights import Seen, WeightName
+from candle_vllm.core.quantization.tensors import StoredTensor
+
+WEIGHT, _STACK = ".parametrizations.weight.original", ".parametrizations.weight.0.lora_"
+STACKED = r".*\.parametrizations\.weight\.0\.lora_[AB]"
+"""Pattern of the names of tensors that hold the adapters of all tasks."""
+
+
+def parametrized(line: WeightName) -> WeightName:
+    """A line of a family's table that finds its tensor by the name of a weight with adapters, too."""
+    names = line.hf if isinstance(line.hf, tuple) else () if line.hf is None else (line.hf,)
+    more = list[str | Seen]()
+    for name in names:
+        plain = name.name if isinstance(name, Seen) else name
+        stored = plain.removesuffix(".weight") + WEIGHT
+        if plain.endswith(".weight"):
+            more.append(Seen(stored, name.view) if isinstance(name, Seen) else stored)
+    return dataclasses.replace(line, hf=(*names, *more))
+
+
+def task_adapter(path: Path, limits: AdapterLimits) -> StoredAdapter | None:
+    """The adapter of a task, as PEFT would name its tensors; None where the path is not that of a task.
+
+    Raises:
+        AdapterError: its tensors are missing, misshapen or beyond the limits.
+    """
+    described = path.parent / "config.json"
+    if path.exists() or not described.is_file():
+        return None
+    fields = Fields(read_json(described), described)
+    tasks, alpha = fields.get("lora_adaptations", list, []), fields.get("lora_alpha", float, 1.0)
+    if path.name not in tasks:
+        return None
+    checkpoint = open_safetensors(path.parent)
+    try:
+        tensors, digest = _tensors(checkpoint, path, tasks), hashlib.sha256(f"{alpha} {path.name}".encode())
+        for name, tensor in tensors.items():
+            digest.update(name.encode() + tensor.load("F32").tobytes())
+        if sum(tensor.nbytes for tensor in tensors.values()) > limits.max_bytes:
+            raise AdapterError(f"{path} has more than the {limits.max_bytes} bytes that are allowed: raise lora_memory")
+    except BaseException:
+        checkpoint.close()
+        raise
+    first = next(each for each in checkpoint.tensors.values() if isinstance(each, FileTensor))
+    return StoredAdapter(
+        path=path,
+        format="peft",
+        config=AdapterConfig(rank=lambda _: None, alpha=lambda _: alpha),
+        digest=digest.digest(),
+        limits=limits,
+        file=first.file,
+        header=lambda: tensors,
+    )
+
+
+def _tensors(checkpoint: Checkpoint, path: Path, tasks: list[str]) -> dict[str, StoredTensor]:
+    found = dict[str, StoredTensor]()
+    for name, stored in checkpoint.tensors.items():
+        module, stacked, part = name.partition(_STACK)
+        if not stacked:
+            continue
+        if len(stored.shape) != 3 or stored.shape[0] != len(tasks):
+            raise AdapterError(
+                f"{path}: tensor {name!r:.200} has shape {list(stored.shape)}; there are {len(tasks)} tasks"
+            )
+        own = entry(stored, tasks.index(path.name))
+        if module.endswith("_embeddings"):
+            found[f"{module}.lora_embedding_{part}"] = transposed(own, None)
+        else:
+            found[f"{module}.lora_{part}.weight"] = own
+    if not found:
+        raise AdapterError(f"{path}: config.json names the task, and the checkpoint has no adapters")
+    return found
