@@ -32,8 +32,8 @@ CHECKED = (
 PATTERNS = {
     name: re.compile(pattern, re.IGNORECASE)
     for name, pattern in {
-        "it is none": r"\b(?:is|are|was|were|be|being) none\b(?! of\b)",
-        "it has none": r"\b(?:has|have|had|having) none\b(?! of\b)",
+        "it is none": r"\b(?:is|are|was|were|be|being) (?-i:none)\b(?! of\b)",
+        "it has none": r"\b(?:has|have|had|having) (?-i:none)\b(?! of\b)",
         "none is": r"(?-i:\bnone) (?:is|are|was|were|has|have)\b",
         "those of the others": r"\b(?:those|that) of (?:the )?others?\b",
         "of theirs": r"\bof (?:theirs|ours|his)\b",
@@ -49,7 +49,7 @@ PATTERNS = {
 
 
 class Phrase(NamedTuple):
-    """A phrase: its file, the line where the docstring or comment begins, its pattern's name, and the words around it."""
+    """A phrase: its file, the line where its docstring or comment begins, its pattern's name, the words around it."""
 
     path: Path
     line: int
