@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""Drafts by layers that read the target's hidden states: EAGLE-3 heads and layers for further tokens (behind step 9).
+"""Drafts by layers that read the target's hidden states: EAGLE-3 heads and multi-token prediction (after step 9).
 
-What such a layer is given at position p is token p + 1 and what the target made of p. So it reads each of the target's
-steps when that is over and its tokens are drawn, and nothing has to be kept: a prompt's chunk, a token, drafts that
-were right. Where it guesses on, it is given its own hidden states in the target's place; those rows are written again
-when the target has run them. Its cache has the target's blocks, as that of a model of drafts; the row of p is at p.
+At position p the layer reads token p + 1 and the target's hidden state of position p. So it reads the rows of each
+target step (a prompt chunk, a token, accepted drafts) once that step's tokens are sampled. For further draft tokens it
+reads its own hidden states instead of the target's; these rows of its cache are written again after the target has
+run the positions. Its cache has the same block numbers as the target's; the row of position p is at position p.
 
-What the target did not run has no hidden states: a prompt's beginning that was found in the cache, unless another
-sequence left it in the layer's own, and tokens that came while a sequence was not guessed for. A sequence's rows begin
-behind that, at the next block, and the layer sees its blocks from there on as if they were all. It may guess worse.
+Tokens that the target did not run have no hidden states: a prefix found in the prefix cache, unless another sequence
+left its rows in the layer's cache, and tokens appended while the sequence got no drafts. The sequence's rows then begin
+at the next block, and the layer attends only to rows from there on, which may make its draft tokens worse.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from candle_vllm.core.kernels.recorded import Value
 
 
 class _Tail:
-    """A sequence to the layer: its blocks from one on. Its tokens are named by its runs, as if they were drafts."""
+    """A sequence as the layer sees it: its blocks from `first` on. Runs carry its tokens, as if they were drafts."""
 
     __slots__ = ("begin", "first", "table", "tokens")
-    adapters = ()  # they change the target's hidden states, and nothing here
+    adapters = ()  # adapters change the target's hidden states, but not the layer's weights
 
     def __init__(self, table: array[int], first: int, size: int) -> None:
         self.table, self.first, self.begin = table, first, first * size
@@ -47,20 +47,20 @@ class _Tail:
         return self.table[self.first :]
 
     def run(self, sequence: Any, first: int, tokens: Sequence[int], wanted: bool) -> Run:
-        """Rows of positions from `first` on, which are given `tokens`."""
+        """Return a run whose rows have positions from `first` on and read `tokens`."""
         start, count = first - self.begin, len(tokens)
         return Run(cast("Any", self), start, count, int(wanted), sequence.num_admissions, False, tuple(tokens))
 
 
 class DraftingHead(DraftModel):
-    """Asks layers that read hidden states for guesses; `done` of a sequence is the first position without a row.
+    """Proposes draft tokens by layers that read hidden states; `Own.done` is the first position without a row.
 
     Args:
-        head: runs them, in a cache of as many blocks as the target's.
-        target: runs the target.
-        meant: the target's token of each of the layer's, [words]; None where they are the same.
-        config, scheduler, words, longest, most_rows, cost: see `DraftModel`; `words` are rows of the embedding.
-        guessed: tokens that it can guess.
+        head: runs the layers, in a cache with as many blocks as the target's.
+        target: runs the target model.
+        meant: the target's token id for each token id of the head, [guessed]; None if the ids are the same.
+        config, scheduler, words, longest, most_rows, cost: see `DraftModel`; `words` are the rows of the embeddings.
+        guessed: size of the head's output vocabulary.
     """
 
     reads_states = True
@@ -84,26 +84,26 @@ class DraftingHead(DraftModel):
         self._tails: dict[LiveSequence, _Tail] = {}
         self._unread: dict[LiveSequence, tuple[int, int, int]] = {}  # positions, and the row of the first in the step
         self._states: NDArray[np.float32] | None = None  # of the target, for the next step
-        self._back: dict[LiveSequence, NDArray[np.float32]] = {}  # what the last step gave, for the next guess
+        self._back: dict[LiveSequence, NDArray[np.float32]] = {}  # hidden states of the last step, read by the next
 
     # ---- what the drafter calls --------------------------------------------------------------------------------------
 
     def ran(self, batch: Batch, lives: Sequence[LiveSequence | None]) -> None:
-        """A step of the target is over and its tokens are known; must be followed by `settle` before the next.
+        """Note which rows of a committed target step to read; call `settle` before the target's next step.
 
         Args:
             batch: the step.
-            lives: the sequence of each of its runs; None of one that is not guessed for.
+            lives: the sequence of each run; None for a sequence that gets no drafts.
         """
         self._unread = {}
         if self.hopeless:
-            return  # rows of these tokens are missing from now on, which `_start` sees
+            return  # these tokens get no rows; `_start` begins behind them later
         for run, offset, live in zip(batch.runs, batch.query_start.tolist(), lives):
             if live is None:
                 continue
             own, length = self._follow(live), len(live.sequence.tokens)
             if length < own.until:
-                own.done = -1  # it is not worth it, and so not worth reading
+                own.done = -1  # drafting is paused for this sequence, so its rows are not read
                 continue
             if own.done != run.start:
                 self._start(own, live, run.start)
@@ -114,7 +114,7 @@ class DraftingHead(DraftModel):
                 self._unread[live] = first, last, offset + first - run.start
 
     def settle(self) -> None:
-        """Also reads what is not read yet of the target's step."""
+        """Read the rest of the target's step, then do what `DraftModel.settle` does."""
         if self._unread and not self.hopeless:
             self._catch_up([], 0)
         for live in self._unread:
@@ -135,7 +135,7 @@ class DraftingHead(DraftModel):
         own.done = -1
 
     def _start(self, own: Own, live: LiveSequence, position: int) -> None:
-        """The first row of a sequence with hidden states is that of `position`."""
+        """Choose the block where the sequence's rows begin; `position` is the first with a hidden state."""
         size, sequence = self._size, live.sequence
         first = own.full = -(-position // size)
         own.done = first * size
@@ -147,7 +147,7 @@ class DraftingHead(DraftModel):
 
     def _judged(self, own: Own, right: int, length: int) -> None:
         del right, length
-        own.done = own.base - 1  # what is behind came of guessed states
+        own.done = own.base - 1  # later rows were made from the head's own hidden states
 
     def _behind(self, own: Own, length: int) -> int:
         del own, length
@@ -156,7 +156,7 @@ class DraftingHead(DraftModel):
     # ---- its steps ---------------------------------------------------------------------------------------------------
 
     def _catch_up(self, asked: list[Asked], lives: int) -> tuple[list[Run], list[Asked]]:
-        """Rows of all that the target has run; those of `asked` that are up to date lead to a guess."""
+        """Build runs for the target's rows that are not read yet; `asked` sequences that are up to date get a draft."""
         del lives
         asking = {each.live: each for each in asked}
         runs: list[Run] = []

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: MIT
-"""Drafts by a small model of the same vocabulary: its guesses, and when asking it pays (behind step 9).
+"""Draft tokens from a small draft model with the target's vocabulary, and when running it pays (after step 9).
 
-The model's cache has the same blocks as the target's, at the same numbers: a sequence's block table is that of both. A
-guess is compared with what the target draws, so what stands in this cache decides how many guesses are right, and never
-what an answer is.
+The draft model's cache has the target's block numbers: one block table of a sequence serves both. Draft tokens are
+compared with the tokens that the target samples, so the contents of this cache decide how many draft tokens are
+accepted, and never change an answer.
 
-The model reads a prompt when its sequence decodes, in chunks, and only where the answer is likely to go on for long
-enough to be worth it. Then it takes the tokens that came since, and guesses one token after the other, of all sequences
-that want some in one step. It guesses as the request draws: with its temperature, its cuts and its own random number of
-that position, where two distributions that are alike most often agree.
+The model reads a prompt in chunks once its sequence decodes, and only if the answer is likely to be long enough to pay
+for it. Then it reads the tokens appended since, and generates draft tokens one after the other; each of its steps
+serves all sequences that want drafts. It samples with the request's temperature, cutoffs and random number for that
+position, because two similar distributions most often give the same token for the same random number.
 
-How likely a guess is right follows from how probable the model itself held it, judged by how guesses of that
-probability fared. Another one is asked for while what it is likely to save is more than its own step and its row in the
-target's step take, by the times of steps seen so far.
+The chance that a draft token is accepted follows from the probability that the draft model gives it, and from how many
+earlier draft tokens of that probability were accepted. A further token is generated while it is likely to save more
+time than the draft model's step and one more row of the target's step take, by the step times measured so far.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ from candle_vllm.core.kernels.recorded import Value
 Offer = tuple[list[int], list[float]]
 """Guesses, and for each how likely it and all before it are right."""
 
-# Of every guess, whoever makes it:
-FADING = 256.0  # tries after which old ones count half
-OWN_WEIGHT = 6.0  # tries of a sequence's own that count as much as all others'
-SURE = 0.98  # most that is believed of any guess
-FIXED = 5.7  # reading the weights takes as long as so many rows, before anything was measured
+# For draft tokens of every source:
+FADING = 256.0  # tries after which the earlier tries count half
+OWN_WEIGHT = 6.0  # tries of one sequence that count as much as the tries of all other sequences
+SURE = 0.98  # upper bound of an estimated acceptance chance
+FIXED = 5.7  # reading the weights takes as long as this many rows, before anything was measured
 
-_EDGES = (0.3, 0.5, 0.65, 0.8, 0.9, 0.96, 0.99)  # of the buckets of the model's own probability
-_LIKELY = (0.2, 0.4, 0.55, 0.7, 0.8, 0.88, 0.94, 0.97)  # what is believed of each before any was judged
-_PRIOR = 8.0  # tries that this counts as
-_NEAR = 16  # tokens that are taken with a guess's first step; more are read before
-_CHUNK = 64  # rows of a prompt that are read between two steps, where others wait
-_IDLE = 4  # steps in which a model that reads every step of the target does so for nothing, before it pauses
-_PAUSE = 256  # tokens without guesses, once a sequence's were not worth it; four times as many each time
+_EDGES = (0.3, 0.5, 0.65, 0.8, 0.9, 0.96, 0.99)  # edges of the buckets of the draft model's own probability
+_LIKELY = (0.2, 0.4, 0.55, 0.7, 0.8, 0.88, 0.94, 0.97)  # assumed acceptance chance of each bucket at the start
+_PRIOR = 8.0  # tries that the assumed chances count as
+_NEAR = 16  # unread tokens that the first draft step can take along; more are read in chunks before it
+_CHUNK = 64  # prompt rows that are read between two target steps while other sequences wait
+_IDLE = 4  # steps that a model which reads every target step reads without a draft that pays, before it pauses
+_PAUSE = 256  # tokens for which a sequence gets no drafts once they did not pay; four times as many each time
 
 
 Seconds = Callable[[int], float]
@@ -58,13 +58,13 @@ Seconds = Callable[[int], float]
 
 
 class OwnTimes:
-    """How long a step of the model of so many rows takes, by the steps that were seen; 0 before any was."""
+    """Seconds of a draft model's step by its number of rows, from measured steps; 0 before the first."""
 
     def __init__(self) -> None:
-        self._seen: dict[int, tuple[float, float]] = {}  # rows and seconds, by the digits of the rows
+        self._seen: dict[int, tuple[float, float]] = {}  # (rows, seconds) by the rows' bit length
 
     def note(self, rows: int, seconds: float) -> None:
-        """A step took so long; a machine that did something else meanwhile counts little."""
+        """Record the duration of a step; an outlier, from a machine that was busy otherwise, changes little."""
         digits = rows.bit_length()
         old, before = self._seen.get(digits, (float(rows), seconds))
         expected = before * (FIXED + rows) / (FIXED + old)
@@ -72,11 +72,11 @@ class OwnTimes:
         self._seen[digits] = old + 0.2 * (rows - old), before + 0.2 * (expected * change - before)
 
     def relax(self) -> None:
-        """It was not tried for a while, for it seemed to take too long: it is believed to take less."""
+        """Lower all times by a tenth, because a model that seems too slow is not run and so not measured again."""
         self._seen = {digits: (rows, 0.9 * seconds) for digits, (rows, seconds) in self._seen.items()}
 
     def __call__(self, rows: int) -> float:
-        """Seconds; of a number that was not seen, by the nearest one that was."""
+        """Return the seconds of a step, scaled from the nearest number of rows that was measured."""
         if not self._seen:
             return 0.0
         digits = rows.bit_length()
@@ -85,17 +85,17 @@ class OwnTimes:
 
 
 class Own:
-    """What is known of one sequence.
+    """State of one sequence in the drafter.
 
     Attributes:
-        table: its block table, the very object: where it has another one it began anew.
-        done: tokens of its own whose keys and values are in the model's cache; below 0 where they begin anew.
-        full: blocks of them that are known to be full.
-        base, guesses, buckets, rows: tokens it had when it was guessed for last, what was guessed, how sure each was,
-            and rows that were written then.
-        hits, expected, tries: of its own guesses, fading: those that were right, that were to be right, and all.
-        idle: steps in a row in which its guesses were not worth their time.
-        pause, until: how long the next pause is, and at how many tokens the present one ends.
+        table: the sequence's block table. Another object means that the sequence was admitted anew.
+        done: how many of its tokens have keys and values in the draft model's cache; below 0 if they begin anew.
+        full: number of its blocks that the draft model has filled.
+        base, guesses, buckets, rows: the last drafts: length of the sequence before them, the tokens, the probability
+            bucket of each, and the length of the sequence with the rows written for them.
+        hits, expected, tries: fading counts of its draft tokens: accepted, expected to be accepted, all judged.
+        idle: consecutive steps in which drafts did not pay.
+        pause, until: tokens that the next pause lasts, and the sequence length at which the present pause ends.
     """
 
     __slots__ = (
@@ -113,8 +113,8 @@ class Own:
 
 
 class Asked:
-    """A sequence that the model guesses for in this step: its guesses so far, most that it may have, and how much a
-    second is worth, of what it is in plain steps."""
+    """A sequence that gets drafts from the model in this step: its draft tokens so far, the most that it may have, and
+    the worth of a second relative to a plain step's."""
 
     __slots__ = ("chance", "chances", "guesses", "live", "most", "own", "worth")
 
@@ -126,22 +126,22 @@ class Asked:
 
 
 class DraftModel:
-    """Asks a model for guesses.
+    """Proposes draft tokens by a draft model.
 
     Attributes:
-        times: of the model's own steps.
-        seconds, steps: what it took since the start, and its steps.
-        hopeless: no guess pays in steps like the last; whoever calls says so.
-        reads_states: it is told of every step of the target.
+        times: measured times of the draft model's steps.
+        seconds, steps: total time and number of its steps since the start.
+        hopeless: no draft token pays in target steps like the last; the drafter sets it.
+        reads_states: whether `ran` must be called after every step of the target.
 
     Args:
-        runner: runs the model, in a cache of as many blocks as the target's.
-        config: how.
-        scheduler: of the sequences; gives them blocks for guesses.
-        words: tokens of the target, and of the model.
-        longest: tokens that the model has positions for.
-        most_rows: of a step of the model.
-        cost: what a step takes of a step of the target, before any was seen.
+        runner: runs the draft model, in a cache with as many blocks as the target's.
+        config: speculative decoding settings.
+        scheduler: the target's scheduler; it reserves blocks for draft tokens.
+        words: vocabulary sizes of the target and of the draft model.
+        longest: the draft model's context length.
+        most_rows: the most rows of a draft model's step.
+        cost: time of a step relative to a target step, until one was measured.
     """
 
     reads_states = False
@@ -167,24 +167,24 @@ class DraftModel:
         self._batches = BatchBuilder(size, runner.step_memory, images=False)
         self._owns: dict[LiveSequence, Own] = {}
         self._reserved: list[LiveSequence] = []
-        self._full: dict[int, bytes] = {}  # blocks of which every row is right, and what they hold
-        # Of guesses by arg max and of random ones, by bucket: right ones, of tries.
+        self._full: dict[int, bytes] = {}  # hash of the tokens of each block with all rows valid
+        # Accepted draft tokens and tries, by bucket: of greedy requests, of sampling requests.
         self._hits = [[_PRIOR * likely for likely in _LIKELY] for _ in range(2)]
         self._tries = [[_PRIOR] * len(_LIKELY) for _ in range(2)]
-        self._common = [(6.0, 8.0), (4.8, 8.0)]  # all of a kind together
+        self._common = [(6.0, 8.0), (4.8, 8.0)]  # (accepted, tries) over all buckets
 
     # ---- what the drafter calls --------------------------------------------------------------------------------------
 
     def improve(
         self, offers: Sequence[tuple[LiveSequence, Offer | None]], lives: int, target: Seconds, room: int
     ) -> list[tuple[LiveSequence, list[int], list[float]]]:
-        """The better of what was found without the model and of its own guesses, which are made here.
+        """Run the draft model where it pays; return each sequence's better draft, the found one or the model's.
 
         Args:
-            offers: the sequences of the next step that may have guesses, and what was found for them.
-            lives: sequences of that step.
-            target: how long its steps take.
-            room: most guesses of a sequence that a step tries.
+            offers: the sequences of the next step that may have drafts, and the draft found without the model.
+            lives: number of sequences of that step.
+            target: seconds of the target's steps.
+            room: the most draft tokens of one sequence in a step.
         """
         asked = self._worth_asking(offers, lives, target, room)
         made = self._guess(asked, target, lives) if asked else {}
@@ -198,16 +198,16 @@ class DraftModel:
         return better
 
     def ran(self, batch: Batch, lives: Sequence[LiveSequence | None]) -> None:
-        """See `DraftingHead`; where `reads_states` is not set, there is nothing to be told."""
+        """See `DraftingHead`; a draft model without `reads_states` ignores it."""
 
     def settle(self) -> None:
-        """What is tried in the next step is known: blocks that only other guesses needed are free again."""
+        """Free reserved blocks that the drafts chosen for the next step do not need."""
         for live in self._reserved:
             self._scheduler.give_back(live.sequence)
         self._reserved = []
 
     def forget(self, live: LiveSequence) -> None:
-        """The sequence has ended. What was learnt fades a little, so that a bad hour is not for ever."""
+        """Drop the state of an ended sequence, and move the common counts a little towards their defaults."""
         if (own := self._owns.pop(live, None)) is None or not own.tries:
             return
         for kind, (hits, tries) in enumerate(((6.0, 8.0), (4.8, 8.0))):
@@ -215,7 +215,7 @@ class DraftModel:
             self._common[kind] = right * 0.98 + hits * 0.02, all_ * 0.98 + tries * 0.02
 
     def close(self) -> None:
-        """Ends what runs beside the caller's thread."""
+        """End the runner's threads."""
         self._runner.close()
 
     # ---- what pays ---------------------------------------------------------------------------------------------------
@@ -223,7 +223,7 @@ class DraftModel:
     def _worth_asking(
         self, offers: Sequence[tuple[LiveSequence, Offer | None]], lives: int, target: Seconds, room: int
     ) -> list[Asked]:
-        """The sequences that the model is likely to save more for than it takes."""
+        """Return the sequences for which drafts of the model are likely to save more time than they take."""
         if not offers or not target(lives):
             return []
         rate, prices = lives / target(lives), self._prices(lives, lives, len(offers), target)
@@ -241,7 +241,7 @@ class DraftModel:
             free = 0.0 if offer is None else sum(offer[1]) - rate * (target(lives + len(offer[1])) - target(lives))
             if gain <= max(free, 0.0):
                 own.idle = own.idle + 1 if gain <= 0 else 0
-                # By its own tries, and not by what is believed of any; or the model has read it for nothing.
+                # Pause if the sequence's own tries show it, or if the model has read its steps without a draft.
                 if gain <= 0 and (own.tries > 4 or (self.reads_states and own.idle == _IDLE)):
                     if own.tries <= 4:
                         self.times.relax()
@@ -261,16 +261,16 @@ class DraftModel:
         return asked
 
     def _behind(self, own: Own, length: int) -> int:
-        """Tokens of a sequence that the model would read before it guesses, beside those of any step."""
+        """Return how many tokens of a sequence the draft model must read before its first draft token."""
         return length - own.done
 
     def _prices(self, lives: int, rows: int, active: int, target: Seconds) -> list[float]:
-        """What each further guess for a sequence costs, in tokens of plain steps: the model's step, the target's row.
+        """Return what each further draft token of a sequence costs (draft step and target row), in plain-step tokens.
 
         Args:
-            lives: sequences of the next step.
-            rows: that it has already.
-            active: sequences that are guessed for.
+            lives: number of sequences of the next step.
+            rows: rows that the step has already.
+            active: number of sequences that get drafts.
             target: see `improve`.
         """
         rate, step = lives / target(lives), self._step(active, target)
@@ -282,14 +282,14 @@ class DraftModel:
         return self.times(rows) or self._cost * target(1) * (FIXED + rows) / (FIXED + 1)
 
     def _typical(self, own: Own, live: LiveSequence) -> float:
-        """How likely the next guess for a sequence is right, before it is made."""
+        """Return the chance that the next draft token of a sequence is accepted, before it is generated."""
         hits, tries = self._common[_kind(live)]
         return min((own.hits + OWN_WEIGHT * hits / tries) / (own.tries + OWN_WEIGHT), SURE)
 
-    # ---- how guesses fared -------------------------------------------------------------------------------------------
+    # ---- acceptance --------------------------------------------------------------------------------------------------
 
     def _follow(self, live: LiveSequence) -> Own:
-        """Judges the last guesses for a sequence by what came, and finds how much of it is in the model's cache."""
+        """Compare a sequence's last draft tokens with its new tokens, and update how much of it is cached."""
         own = self._owns.get(live)
         if own is None:
             own = self._owns[live] = Own()
@@ -305,17 +305,17 @@ class DraftModel:
         if own.guesses:
             self._judged(own, right, len(tokens))
             own.guesses, own.buckets = [], []
-        if own.table is not sequence.block_table:  # it began to run, for the first time or again
+        if own.table is not sequence.block_table:  # it was admitted, for the first time or again
             own.table = sequence.block_table
             self._begin(own, live)
         return own
 
     def _judged(self, own: Own, right: int, length: int) -> None:
-        """So many of a sequence's guesses were right: what else was written for them is none of its tokens'."""
-        own.done = min(own.base + right, own.rows, length - 1)  # of the last row the block may have gone
+        """Cut `Own.done` to the rows of accepted draft tokens."""
+        own.done = min(own.base + right, own.rows, length - 1)  # the last row's block may have been freed
 
     def _begin(self, own: Own, live: LiveSequence) -> None:
-        """Finds what of a sequence that began to run is in the model's cache."""
+        """Count the blocks of a newly admitted sequence that are in the draft model's cache."""
         sequence, own.done, own.full = live.sequence, 0, 0
         if self._scheduler.blocks.enable_prefix_caching:
             hashes = sequence.hashes(self._size)[: (len(sequence.tokens) - 1) // self._size]
@@ -339,14 +339,14 @@ class DraftModel:
         hits[bucket] += hit
 
     def _chance(self, own: Own, kind: int, bucket: int) -> float:
-        """How likely a guess is right that was made."""
+        """Return the chance that a generated draft token is accepted."""
         common = self._hits[kind][bucket] / self._tries[kind][bucket]
         return min(common * (own.hits + OWN_WEIGHT) / (own.expected + OWN_WEIGHT), SURE)
 
     # ---- the model's steps -------------------------------------------------------------------------------------------
 
     def _guess(self, asked: list[Asked], target: Seconds, lives: int) -> dict[LiveSequence, Asked]:
-        """Has the model guess, until it pays for none any more; what it guessed by sequence."""
+        """Generate draft tokens while they pay for some sequence; return them by sequence."""
         runs, ready = self._catch_up(asked, lives)
         made = {each.live: each for each in ready}
         while runs:
@@ -379,7 +379,7 @@ class DraftModel:
         return _best(each.chance, self._typical(each.own, each.live), left, each.worth)[2] > 0
 
     def _catch_up(self, asked: list[Asked], lives: int) -> tuple[list[Run], list[Asked]]:
-        """The first step's runs: what the model has not seen of each sequence; and whose guesses follow from it."""
+        """Return the first step's runs, with the unread tokens of each sequence, and the sequences it gives drafts."""
         room = self._most_rows - len(asked)
         runs: list[Run] = []
         ready: list[Asked] = []
@@ -408,13 +408,13 @@ class DraftModel:
         return runs, ready
 
     def _next(self, each: Asked) -> Run:
-        """The row of the last guess, which leads to the next one."""
+        """Return a run of the last draft token's row, whose logits give the next one."""
         sequence = each.live.sequence
         start = len(sequence.tokens) + len(each.guesses) - 1
         return Run(sequence, start, 1, 1, sequence.num_admissions, False, (each.guesses[-1],))
 
     def _note_full(self, live: LiveSequence, own: Own) -> None:
-        """Blocks that the model has filled with a sequence's own tokens serve prompts that begin alike."""
+        """Register blocks that the model has filled, for later sequences with the same prefix."""
         sequence = live.sequence
         full = own.done // self._size
         if full > own.full and self._scheduler.blocks.enable_prefix_caching:
@@ -425,9 +425,9 @@ class DraftModel:
             own.full = full
 
     def _run(self, runs: list[Run], ready: list[Asked]) -> tuple[list[int], list[float]]:
-        """A step of the model: of each of `ready` the token that it guesses, and the probability it gives that.
+        """Run one step of the draft model; return the draft token of each `ready` sequence and its probability.
 
-        A token of -1 is none.
+        A token of -1 means that the logits were not finite.
         """
         began = time.perf_counter()
         batch = self._batches.build(runs)
@@ -438,7 +438,7 @@ class DraftModel:
             controls = np.array([self._controls(each) for each in ready])
             drawn, largest = self._runner.draw_rows(logits, controls)
             ids = np.where(np.isfinite(largest), drawn, -1).tolist()
-            if -1 in ids:  # numbers that cannot be drawn from: nothing is guessed
+            if -1 in ids:  # logits that cannot be sampled: no draft token at all
                 ids, sure = [-1] * len(ids), [0.0] * len(ids)
             else:
                 tokens = np.array(ids, np.int64)
@@ -455,7 +455,7 @@ class DraftModel:
         return ids, sure
 
     def _logits(self, batch: Batch, ready: list[Asked]) -> Value:
-        """What the model says of the tokens behind the rows that are wanted, those of `ready`."""
+        """Run the batch; return the logits of its wanted rows, one for each `ready` sequence."""
         del ready
         if self._words < self._target_words:
             np.minimum(batch.tokens[0], self._words - 1, out=batch.tokens[0])
@@ -463,18 +463,18 @@ class DraftModel:
         return self._runner.run(batch)
 
     def _meant(self, tokens: NDArray[np.int64]) -> list[int]:
-        """The target's tokens of the model's."""
+        """Map the draft model's token ids to the target's."""
         return tokens.tolist()
 
     def _controls(self, each: Asked) -> tuple[float, ...]:
-        """How the request draws its token at that position, as far as that follows from the position alone."""
+        """Return the request's sampling controls at that position, as far as they depend on the position alone."""
         state, ahead = each.live.state, len(each.guesses)
         temperature, min_p, top_k, top_p = state.controls
         uniform = 0.5 if state.params.greedy else state.uniforms(ahead + 1)[ahead]
         return temperature, min_p, top_k if top_k < self._drawn_words else 0, top_p, uniform
 
     def _take(self, each: Asked, token: int, probability: float) -> bool:
-        """Adds a guess; whether there may be another behind it."""
+        """Append a draft token; return whether another may follow it."""
         if not 0 <= token < self._target_words or probability < self._config.draft_p_min:
             return False
         own, bucket = each.own, bisect.bisect(_EDGES, probability)
@@ -486,18 +486,18 @@ class DraftModel:
 
 
 def _kind(live: LiveSequence) -> int:
-    """Guesses by arg max and random ones fare differently."""
+    """Return 0 for a greedy request and 1 for a sampling one, because their acceptance differs."""
     return 0 if live.state.params.greedy else 1
 
 
 def _best(chance: float, typical: float, prices: list[float], worth: float) -> tuple[float, float, float]:
-    """The best number of further guesses: tokens that they save, what they cost, and by how much that pays.
+    """Choose the best number of further draft tokens: return the tokens they save, their cost, and the gain.
 
     Args:
-        chance: how likely all before them are right.
-        typical: how likely each of them is.
-        prices: of each, in tokens.
-        worth: of a token's time, in tokens.
+        chance: the chance that all draft tokens before them are accepted.
+        typical: the chance of each further one.
+        prices: the cost of each, in tokens of plain steps.
+        worth: factor of the prices.
     """
     saved = cost = 0.0
     best = (0.0, 0.0, 0.0)

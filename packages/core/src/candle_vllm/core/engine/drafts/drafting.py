@@ -36,30 +36,30 @@ if TYPE_CHECKING:
     from candle_vllm.core.engine.step.batch import Batch
     from candle_vllm.core.sampling.grammar import GrammarState
 
-_OPENING = 12  # tokens of a match that are as good as the place where a predicted text begins
-_COUNTS = (1, 2, 4, 8, 16)  # of drafts that are looked at to see whether any pay
-_LEAST_REST, _TIMED = 64, 8  # steps of a rest at least, and those at its end that are timed
-_PATIENCE = 16  # steps in which there were guesses and none was worth a try
-_SLOW = 0.003  # seconds that asking a grammar takes at most, before nothing is guessed for its text any more
-_LOOKED = 1024  # tokens of prompts and predictions that are looked at in a step, so that no long one holds it up
-_SHORT, _MARK_WEIGHT = 2, 1.5  # matches that fare by what stands before them, and what is believed of them at first
-_FORM = 1  # the length of a match of one token, or of none behind what a grammar left no choice about: forms alone
+_OPENING = 12  # match length that the beginning of a predicted output counts as
+_COUNTS = (1, 2, 4, 8, 16)  # numbers of draft tokens that are checked to see whether any number pays
+_LEAST_REST, _TIMED = 64, 8  # the fewest steps of a rest, and the steps at its end that are timed
+_PATIENCE = 16  # steps with drafts of which none was worth trying, after which assumed step times are relaxed
+_SLOW = 0.003  # most seconds a step for a sequence's grammar calls; above them the sequence gets no drafts
+_LOOKED = 1024  # prompt and prediction tokens that one step indexes, so that a long text does not delay it
+_SHORT, _MARK_WEIGHT = 2, 1.5  # longest match judged by the token before it, and the tries that its prior counts as
+_FORM = 1  # with a grammar only: length of a match of one token, or of what followed forced tokens before
 
-# How long a match is, in buckets, and what is believed of the next token before any was judged: (hits, of tries).
+# Bucket of each match length, and assumed (accepted, tries) of its next token at the start.
 _BUCKETS = (0, 8, 1, 2, 3, 4, 4, 5, 5, 5, *[6] * 6, *[7] * (LONGEST_MATCH - 15))
-# Of short matches less than pays: guesses are judged untried, so that it is soon known where they are better.
+# For short matches too low to be tried. Drafts are judged untried as well, so a better acceptance is soon known.
 _PRIOR = ((7.6, 8.0), (0.8, 8.0), (1.2, 8.0), (2.0, 8.0), (3.2, 8.0), (4.4, 8.0), (5.6, 8.0), (6.8, 8.0),
           (4.0, 8.0))  # fmt: skip
 
 
 class _Guess:
-    """What a sequence may go on with.
+    """A possible continuation of a sequence.
 
     Attributes:
-        tokens, place: where it stands, and the next token's place there.
-        length: tokens before that which matched; 0 for what a grammar leaves no choice about.
-        mark: in a form, the token before a short match while none of it was judged; None elsewhere.
-        end, then: the place where the text goes on in another way, and what it goes on with; None where it does not.
+        tokens, place: the text that contains it, and the index of its next token there.
+        length: number of matching tokens before it; 0 for tokens that a grammar forces.
+        mark: with a grammar, the last token of a short match until its first draft token is judged; else None.
+        end, then: the index at which another continuation takes over, and that continuation; None without one.
     """
 
     __slots__ = ("end", "length", "mark", "place", "then", "tokens")
@@ -71,12 +71,12 @@ class _Guess:
 
     @property
     def rest(self) -> _Guess | None:
-        """What is left of it: itself, what it goes on with, or nothing."""
+        """The remaining continuation: itself, `then` if this one is used up, or None."""
         over = self.place == self.end or (not self.length and self.place >= len(self.tokens))
         return self.then if over else self
 
     def upcoming(self, count: int) -> list[int]:
-        """The next tokens; where they are the end of the same text, what repeats there goes on."""
+        """Return the next `count` tokens; a match at the end of the sequence itself is continued periodically."""
         drafts = self.tokens[self.place : self.place + count]
         if drafts and len(drafts) < count and self.length and self.tokens[-1] != SEPARATOR:
             period = len(drafts)
@@ -87,32 +87,32 @@ class _Guess:
 
 
 class _Record:
-    """What is known of one sequence."""
+    """Drafting state of one sequence."""
 
     __slots__ = ("behind", "fared", "guess", "hits", "known", "prediction", "seconds", "spent", "text", "tries")
 
     def __init__(self, live: LiveSequence, prompt: Text, prediction: Text | None) -> None:
         self.text = Text(live.sequence.tokens, prompt)
-        self.known = len(live.sequence.tokens)  # tokens that the guess was judged by
+        self.known = len(live.sequence.tokens)  # length of the sequence when `guess` was judged
         self.guess: _Guess | None = None
-        self.behind: dict[int, int] = {}  # in a form: the place behind each token of the answer, where it stood last
-        self.fared: dict[int, tuple[float, float]] = {}  # short matches behind each token there: right, of all
+        self.behind: dict[int, int] = {}  # with a grammar: index behind each token's last place in the answer
+        self.fared: dict[int, tuple[float, float]] = {}  # short matches by their `mark`: (accepted, tries)
         self.prediction = prediction
         if prediction is not None:
             self.known, self.guess = live.sequence.num_prompt_tokens, _Guess(prediction.tokens, 0, _OPENING)
         self.hits = self.tries = 0.0
-        self.spent = self.seconds = 0.0  # that its grammar was asked in this step, and is in a usual one
+        self.spent = self.seconds = 0.0  # seconds of grammar calls: in this step, and smoothed over steps
 
     def note(self) -> None:
-        """A step's guesses are made; what happens once is no habit."""
+        """Add the step's grammar seconds to the smoothed value, so that one slow step decides nothing."""
         self.seconds += 0.5 * (self.spent - self.seconds)
         self.spent = 0.0
 
 
 def _asks(live: LiveSequence) -> bool:
-    """Whether a sequence may have guesses: it asks for them, and its grammar, if any, is looked ahead in while the step
-    runs, and by a copy. So a guess that meets a limit of the grammar changes nothing where the text stands.
-    """
+    """Return whether a sequence may have drafts: its request asks for them, and a copy of its grammar can look ahead.
+
+    A draft that exceeds a limit of the grammar fails in the copy, and does not change the sequence's own state."""
     state = live.state
     grammar = state.grammar
     if live.is_over or not state.params.num_speculative_tokens:
@@ -204,7 +204,7 @@ def _lower_median(seen: Sequence[float] | deque[float]) -> float:
 
 @dataclasses.dataclass
 class DraftCounts:
-    """Since the start: sequences' steps with drafts, drafts, those that were right, and those by their place."""
+    """Counts since the start: drafts (one for each sequence and step), draft tokens, accepted ones, these by place."""
 
     drafts: int = 0
     draft_tokens: int = 0
@@ -213,15 +213,15 @@ class DraftCounts:
 
 
 class Drafter:
-    """Guesses for the sequences of an engine; what is to be tried stands in `Sequence.drafts`.
+    """Proposes draft tokens for an engine's sequences, and writes those to try into `Sequence.drafts`.
 
     Attributes:
-        times: of steps, by the number of sequences.
+        times: returns the measured step times for a number of sequences.
 
     Args:
-        config: how.
-        rows: most drafts of a step.
-        model: guesses where nothing as likely was found; None where there is none.
+        config: speculative decoding settings.
+        rows: the most draft tokens of a step.
+        model: proposes draft tokens if it is likelier right than what was found; None without a draft model.
     """
 
     def __init__(self, config: SpeculativeConfig, rows: int, model: DraftModel | None = None) -> None:
@@ -233,14 +233,14 @@ class Drafter:
         self._past = Past(answers=config.suffix_decoding_max_cached_requests) if keeps else None
         self._records: dict[LiveSequence, _Record] = {}
         self._predictions = WeakKeyDictionary[Prediction, Text]()
-        self._prompts = WeakValueDictionary[str, Text]()  # of requests, by their ids
-        self._left = 0  # how much more is looked at in this step
+        self._prompts = WeakValueDictionary[str, Text]()  # by request id
+        self._left = 0  # prompt and prediction tokens that this step may still index
         self._idle = 0
-        self._seen: dict[int, StepTimes] = {}  # by the digits of the number of sequences
+        self._seen: dict[int, StepTimes] = {}  # by the bit length of the number of sequences
         self._before = 0, False  # of the last step: its sequences if it had no prompt, and whether it had drafts
-        self._rest = self._rested = self._resting = 0  # steps: left, all; and their sequences
-        self._unplain = 0  # steps since a plain one behind one like it
-        self._right: list[int] = []  # drafts of each sequence that were right in the last step
+        self._rest = self._rested = self._resting = 0  # of the rest: steps left, all its steps, its sequences
+        self._unplain = 0  # steps since two plain steps in a row
+        self._right: list[int] = []  # accepted draft tokens of each sequence in the last step
         self._hits = [hits for hits, _ in _PRIOR]
         self._tries = [tries for _, tries in _PRIOR]
 
@@ -298,7 +298,7 @@ class Drafter:
                 live.state.grammar.begin()
 
     def tried(self, drafts: int, right: int) -> None:
-        """Counts what came of one sequence's drafts in a step."""
+        """Count one sequence's draft tokens in a step, and how many of them were accepted."""
         self._right.append(right)
         counts = self.counts
         counts.drafts += 1
@@ -308,16 +308,16 @@ class Drafter:
             counts.accepted_per_position[place] += 1
 
     def close(self) -> None:
-        """Ends what runs beside the caller's thread."""
+        """End the draft model's threads."""
         if self.model is not None:
             self.model.close()
 
     def forget(self, live: LiveSequence) -> None:
-        """The sequence has ended."""
+        """Drop the state of an ended sequence, and store its answer for later matches."""
         if self.model is not None:
             self.model.forget(live)
         record = self._records.pop(live, None)
-        salted = live.sequence.request.params.cache_salt is not None  # what is salted is shared with nobody
+        salted = live.sequence.request.params.cache_salt is not None  # a salted answer is never shared
         if record is not None and self._past is not None and not salted:
             self._past.add(live.sequence.tokens[live.sequence.num_prompt_tokens :])
 
@@ -353,25 +353,25 @@ class Drafter:
             found = self._propose(lives, times)
         if self.model is not None:
             self.model.settle()
-        if plain and self._before[0]:  # behind a prompt more is looked at, once
+        if plain and self._before[0]:  # a step with a prompt is not charged: indexing the prompt happens once
             times.pay(times.SHARE - min((time.perf_counter() - began) / plain, times.LONGEST))
         for live in lives:
             grammar = live.state.grammar
             if grammar is not None:
-                grammar.waits = True  # from now on: what must come is asked before its mask is made
-                if not live.sequence.drafts:  # else the masks behind them are made with it
+                grammar.waits = True  # from now on forced tokens are looked up before the mask is computed
+                if not live.sequence.drafts:  # with drafts, the masks of all their positions are computed together
                     grammar.begin()
         return found
 
     def _propose(self, lives: Sequence[LiveSequence], times: StepTimes) -> bool:
         rows, left = len(lives), times.leaving
-        # What all guesses of a step must be right with, so that it pays.
+        # The least mean acceptance chance of a step's draft tokens with which the step pays.
         least = min(rows * (times.GAIN * (times(count) + left) - 1) / count for count in _COUNTS if count <= self._rows)
         if self.model is not None:
             self.model.hopeless = least > SURE
         if least > SURE:
             self._count_idle(times)
-            return False  # what is guessed is judged when it may pay again
+            return False  # continuations are judged once drafts may pay again
         self._left = _LOOKED
         offers: list[tuple[LiveSequence, tuple[list[int], list[float]] | None]] = []
         for live in lives:
@@ -405,7 +405,7 @@ class Drafter:
             times.relax()
 
     def _predicted(self, prediction: Prediction | None) -> Text | None:
-        """A prediction as a text that ends where it ends; one for all sequences of a request."""
+        """Return the `Text` of a predicted output, which all sequences of the request share."""
         if prediction is None:
             return None
         text = self._predictions.get(prediction)
@@ -414,7 +414,7 @@ class Drafter:
         return text
 
     def _prompt(self, live: LiveSequence) -> Text:
-        """A prompt as a text; one for all sequences of a request."""
+        """Return the `Text` of a prompt, which all sequences of the request share."""
         sequence, request_id = live.sequence, live.request.request_id
         text = self._prompts.get(request_id)
         if text is None:
@@ -422,7 +422,7 @@ class Drafter:
         return text
 
     def _guess(self, live: LiveSequence, record: _Record) -> _Guess | None:
-        """What the sequence may go on with; the last guess is judged before."""
+        """Judge the last continuation by the new tokens, then return the present one."""
         tokens, guess, grammar = live.sequence.tokens, record.guess, live.state.grammar
         for place in range(record.known, len(tokens)):
             if grammar is not None and place > live.sequence.num_prompt_tokens:
@@ -458,14 +458,14 @@ class Drafter:
         return record.guess
 
     def _is_better(self, record: _Record, guess: _Guess, grammar: GrammarState) -> bool:
-        """Whether what followed before is likelier than what must come as the tokenizer writes it: a model may cut the
-        same text in another way, and then does so again.
-        """
+        """Return whether a match is likelier than the forced tokens as the tokenizer splits them.
+
+        A model that once split the same text into other tokens does so again."""
         likelier = self._luck(record, guess.length, guess.mark) > self._luck(record, 0)
         return likelier and bool(grammar.legal(guess.upcoming(1)))
 
     def _behind(self, record: _Record, token: int) -> _Guess | None:
-        """In a form what followed a token when it stood there last; `SEPARATOR` for what left no choice."""
+        """With a grammar: return what followed the token's last place in the answer; `SEPARATOR`: forced tokens."""
         place = record.behind.get(token)
         if place is None or place >= len(record.text.tokens):
             return None
@@ -505,7 +505,7 @@ class Drafter:
     def _offer(
         self, live: LiveSequence, record: _Record, guess: _Guess, least: float
     ) -> tuple[list[int], list[float]] | None:
-        """Drafts, and for each how likely it and all before it are right; None where the first is less so than that."""
+        """Return draft tokens, each with the chance that all up to it are accepted; None if the first is too low."""
         config, sequence = self._config, live.sequence
         asked = min(config.num_speculative_tokens, live.state.params.num_speculative_tokens)
         most = min(asked, self._rows, sequence.max_length - len(sequence.tokens) - 1)
@@ -525,7 +525,7 @@ class Drafter:
     def _in_form(
         self, grammar: GrammarState, record: _Record, guess: _Guess, least: float, most: int
     ) -> tuple[list[int], list[float]]:
-        """Drafts that the grammar takes, and their chances: where a guess ends, another one goes on."""
+        """Return draft tokens that the grammar accepts, and their chances, of one continuation after the other."""
         drafts, chances = list[int](), list[float]()
         scout = None
         while True:
@@ -553,7 +553,7 @@ class Drafter:
             guess.then = guess = then
 
     def _luck(self, record: _Record, length: int, mark: int | None = None) -> float:
-        """How likely the next token of a guess is right."""
+        """Return the chance that the next token of a continuation is accepted."""
         luck = self._hits[_BUCKETS[length]] / self._tries[_BUCKETS[length]]
         if length:
             luck = (record.hits + OWN_WEIGHT * luck) / (record.tries + OWN_WEIGHT)
@@ -563,7 +563,7 @@ class Drafter:
         return min(luck, SURE)
 
     def _chances(self, record: _Record, guess: _Guess, chance: float, least: float, most: int) -> list[float]:
-        """How likely the next tokens of a guess are right, each with all before it, as far as that is likely enough."""
+        """Return the chance of each next token that it and all before it are accepted; stop below `least`."""
         chances, length, mark = list[float](), guess.length, guess.mark
         for _ in range(most):
             chance *= self._luck(record, length, mark)

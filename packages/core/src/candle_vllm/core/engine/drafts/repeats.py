@@ -1,23 +1,23 @@
 # SPDX-License-Identifier: MIT
-"""Where the end of a text stood before: in itself, in a prompt that others begin with, in answers of the past."""
+"""Search for earlier occurrences of a sequence's last tokens: in the sequence, in a shared prompt, in past answers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 SEPARATOR = -1  # between answers of the past; no token
-_CANDIDATES = 12  # places that are looked at
+_CANDIDATES = 12  # earlier occurrences that are compared
 _PAST_TOKENS = 1 << 16  # of each of two generations of past answers
 _ALL = 1 << 62
 
 
 class Text:
-    """Tokens that grow at their end, and where each pair of them stood before.
+    """A growing list of tokens, with an index of the earlier positions of each token pair.
 
     Args:
-        tokens: the list itself, which its owner goes on writing to; what is in it never changes.
-        begun: what is known of its beginning, together with other texts that begin alike.
-        size: how many of the tokens are this text's, where others follow.
+        tokens: the list, which its owner appends to; its elements never change.
+        begun: the indexed prefix that this text shares with others, such as the prompt of several sequences.
+        size: how many of the tokens belong to this text, if others follow in the list.
     """
 
     __slots__ = ("__weakref__", "_begun", "_earlier", "_first", "_last", "_size", "tokens")
@@ -25,17 +25,17 @@ class Text:
     def __init__(self, tokens: list[int], begun: Text | None = None, size: int = _ALL) -> None:
         self.tokens = tokens
         self._begun, self._first, self._size = begun, 0 if begun is None else begun._size, size
-        self._last: dict[int, int] = {}  # where each pair ends that stood here last
-        self._earlier = [-1] if begun is None else []  # of each place, where the pair that ends there ended before
+        self._last: dict[int, int] = {}  # where each pair last ended
+        self._earlier = [-1] if begun is None else []  # by position: where its pair ended before
 
     def follow(self, most: int = _ALL) -> int:
-        """Takes note of what the list has more since, and of what is not known of its beginning.
+        """Index tokens that were appended since the last call, and prefix tokens that are not indexed yet.
 
         Args:
-            most: tokens that are looked at.
+            most: the most tokens to index.
 
         Returns:
-            How many were.
+            The number of tokens indexed.
         """
         tokens, last, earlier, first = self.tokens, self._last, self._earlier, self._first
         start, end = len(earlier) + first, min(len(tokens), self._size)
@@ -47,10 +47,10 @@ class Text:
         return looked if self._begun is None else looked + self._begun.follow(most - looked)
 
     def find(self, end: Sequence[int], least: int, most: int) -> tuple[int, int]:
-        """Where the end of a text stood here before: the place behind it, and how many tokens were the same.
+        """Find an earlier occurrence of a text's last tokens: the position behind it, and the length of the match.
 
-        The longest match counts, of equal ones the latest; (0, 0) where none has `least` tokens. Of this very text
-        the end itself is no match.
+        The longest match is returned, the latest of equally long ones; (0, 0) if no match has `least` tokens. If
+        `end` is this text itself, its end does not match itself.
         """
         size = len(end)
         tokens, begun, first, earlier = self.tokens, self._begun, self._first, self._earlier
@@ -66,7 +66,7 @@ class Text:
             if place < 0:
                 break
             limit = min(most, place + 1, size)
-            # What differs where the longest so far ended is no longer than that: most are put away by one look.
+            # A candidate that differs at the longest match's length cannot be longer: one comparison rejects most.
             if limit > longest and (longest < 2 or tokens[place - longest] == end[size - 1 - longest]):
                 length = 2
                 while length < limit and tokens[place - length] == end[size - 1 - length]:
@@ -80,11 +80,11 @@ class Text:
 
 
 class Past:
-    """Answers of the past, in two generations: when the younger is full, the older one goes.
+    """Past answers in two generations: when the younger one is full, the older one is dropped.
 
     Args:
         most: tokens of a generation.
-        answers: most answers of both.
+        answers: the most answers of both generations.
     """
 
     def __init__(self, most: int = _PAST_TOKENS, answers: int = _PAST_TOKENS) -> None:
@@ -93,7 +93,7 @@ class Past:
         self._texts = [Text([SEPARATOR]), Text([SEPARATOR])]  # the younger first
 
     def add(self, answer: Sequence[int]) -> None:
-        """Keeps an answer, or the end of it."""
+        """Store an answer, or its last tokens if it is long."""
         if len(self._texts[0].tokens) + len(answer) >= self._most or self._young >= max(1, self._answers // 2):
             self._texts = [Text([SEPARATOR]), self._texts[0] if self._answers > 1 else Text([SEPARATOR])]
             self._young = 0
@@ -104,7 +104,7 @@ class Past:
         young.follow()
 
     def find(self, end: Sequence[int], least: int, most: int) -> tuple[list[int], int, int]:
-        """As `Text.find`, in either; with the tokens there."""
+        """Search both generations as `Text.find` does; return the tokens of the text, the position and the length."""
         best: tuple[list[int], int, int] = ([], 0, 0)
         for text in self._texts:
             place, length = text.find(end, least, most)
