@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Pictures that do not come with a prompt (before step 3): fetched from addresses whose hosts are listed, read from a
-folder, or taken of kept files; for a server's requests and for a library's conversations alike.
+"""Load images that a request names by URL, file path or file id (before step 3).
 
-Each connection goes to the address that was checked, as `targets` says; each redirect is a URL like the first one. What
-comes is bounded in bytes, in time and in number, before anything looks at it, and what it is decide its bytes later.
+Images are fetched from listed hosts, read from a folder, or read from stored files; for requests of a server and for
+conversations of the library. Each connection goes to the IP address that was checked, see `targets`; each redirect is
+checked like the first URL. Bytes, time and number are limited before a file is parsed; only its bytes say its format.
 """
 
 from __future__ import annotations
@@ -42,24 +42,24 @@ if TYPE_CHECKING:
     import httpx
 
 SECONDS = 10.0  # for one image: resolving, every redirect and all bytes
-AT_ONCE = 8  # connections
+AT_ONCE = 8  # concurrent connections
 MAX_REDIRECTS = 3
 MAX_REQUEST_BYTES = 64 << 20  # of all fetched images of a request
-MAX_HELD_BYTES = 512 << 20  # of the files of all requests that have not been decoded; a request alone may have more
-MAX_PREPARED_BYTES = 1 << 30  # of the prepared images of all requests that wait or run; likewise
+MAX_HELD_BYTES = 512 << 20  # of undecoded files of all requests; a single request may have more
+MAX_PREPARED_BYTES = 1 << 30  # of preprocessed images of all waiting and running requests; a single one may have more
 
-_RESOLVING = 4  # names at a time
+_RESOLVING = 4  # concurrent DNS lookups
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _HEADERS = {"Accept": "image/*", "Accept-Encoding": "identity", "User-Agent": "candle-vllm"}
 
 
 class ImageAddress(NamedTuple):
-    """Where a picture is.
+    """Location of an image.
 
     Attributes:
-        source: its address, or its data as a data URL.
-        path: where the request has it, for errors.
-        stored: the source is the id of a kept file.
+        source: its URL, which may be a data URL, or the id of a stored file.
+        path: the image's position in the request, for error messages.
+        stored: `source` is the id of a stored file.
     """
 
     source: str
@@ -68,20 +68,20 @@ class ImageAddress(NamedTuple):
 
 
 class ImageSources:
-    """Where pictures of requests may come from; without any, from the request alone.
+    """Sources from which images of requests may be loaded; by default only data URLs are allowed.
 
     Args:
-        domains: hosts whose addresses are fetched, as of `targets.check_pattern`: `name` or `*.name` for ports 80 and
-            443, or with a port. An address that stands there itself may be private or loopback.
-        folder: `file://` addresses below it are read.
-        stored: gives the contents of a kept file by its id, for the caller of the request that is being answered;
-            raises `RequestError` where there is none.
-        count: told how each address ended: "fetched", "failed" or "refused" (it may not be fetched).
-        who: gives whose request is being answered, who may have half of what all have; empty where nobody is told
-            apart.
+        domains: hosts from which images are fetched, in the patterns of `targets.check_pattern`: `name` or `*.name` for
+            ports 80 and 443, or with a port. A listed IP address may be private or loopback.
+        folder: `file://` URLs below this folder are read.
+        stored: returns the contents of a stored file by its id and the image's path, for the caller of the current
+            request; raises `RequestError` without such a file.
+        count: called with the result for each URL: "fetched", "failed" or "refused" (fetching it is not allowed).
+        who: returns the client of the current request, who may use half of each limit while others use the rest; empty
+            without a distinction of clients.
 
     Raises:
-        ConfigError: a domain is none, or the folder is not there.
+        ConfigError: an invalid domain pattern, or the folder does not exist.
     """
 
     def __init__(
@@ -112,14 +112,14 @@ class ImageSources:
 
     @classmethod
     def of(cls, config: EngineConfig) -> Self:
-        """Those that an engine's settings allow."""
+        """Return the sources that an engine's settings allow."""
         return cls(config.allowed_media_domains, config.allowed_local_media_path)
 
     def begin(self, image: ImageAddress) -> bytes | ImageAddress:
-        """The bytes of an image that came with its request, or the image itself if it may be had elsewhere.
+        """Return the bytes of a data URL, or the unchanged address of an image that may be loaded.
 
         Raises:
-            InvalidParameterError: it is none, or may not be had.
+            InvalidParameterError: an invalid URL, or one that may not be loaded.
         """
         if image.stored:
             if self._stored is None:
@@ -147,13 +147,13 @@ class ImageSources:
 
     @contextlib.asynccontextmanager
     async def had(self, images: Sequence[bytes | ImageAddress]) -> AsyncIterator[list[bytes]]:
-        """The bytes of all images of a request, each address asked once; they are counted until the block ends.
+        """Load the bytes of all images of a request, each URL once; count them as held until the block ends.
 
-        The list is empty from then on: work in a thread that nobody waits for any more holds no files.
+        The list is cleared then, so that an abandoned worker thread keeps no files in memory.
 
         Raises:
-            InvalidParameterError: one could not be had, and why.
-            EngineOverloadedError: too many of other requests are there.
+            InvalidParameterError: an image could not be loaded; the message says why.
+            EngineOverloadedError: images of other requests use the memory limit.
         """
         wanted = {(image.source, image.stored): image for image in images if isinstance(image, ImageAddress)}
         room, files = _Room(self, self._who()), list[bytes]()
@@ -174,28 +174,28 @@ class ImageSources:
             room.leave()
 
     async def files(self, images: Sequence[ImageAddress]) -> list[bytes]:
-        """The bytes of pictures, for who keeps them: they are counted while they come. Errors as of `begin`, `had`."""
+        """Return the bytes of images, counted as held only while they load. Raises the errors of `begin` and `had`."""
         async with self.had([self.begin(image) for image in images]) as files:
             return list(files)
 
     def files_now(self, images: Sequence[ImageAddress]) -> list[bytes]:
-        """`files` for who has no event loop, or is called in one that runs."""
+        """Run `files` for synchronous callers; this also works within a running event loop."""
         return _waited(self.files(images))
 
     def count(self, size: int, who: str = "") -> None:
-        """Counts bytes that are held for someone; negative ones are let go.
+        """Add to the bytes that are held for a client; a negative size releases bytes.
 
         Raises:
-            EngineOverloadedError: they would be too many.
+            EngineOverloadedError: the limit would be exceeded.
         """
         with self._counting:
             _add(self._held, who, size, MAX_HELD_BYTES, "image files of requests")
 
     def keep(self, images: Sequence[ImageInput]) -> None:
-        """Counts prepared images until their requests are over.
+        """Count preprocessed images until they are garbage-collected, after their requests.
 
         Raises:
-            EngineOverloadedError: the images that are there already take as much as they may.
+            EngineOverloadedError: the preprocessed images in memory use the whole limit.
         """
         sizes = {id(image): (image, len(image.tiles)) for image in images}
         total = sum(size for _, size in sizes.values())
@@ -230,7 +230,7 @@ class ImageSources:
     # ---- files -------------------------------------------------------------------------------------------------------
 
     def _path(self, image: ImageAddress) -> Path:
-        """The path of a `file://` address, as it is written."""
+        """Return the path of a `file://` URL, unresolved."""
         try:
             parts = urlsplit(image.source)
             path = unquote(parts.path, errors="strict")
@@ -243,13 +243,13 @@ class ImageSources:
         return Path(path)
 
     def _read(self, image: ImageAddress, room: _Room) -> bytes:
-        """A file below the folder, all links on its way followed; what is elsewhere is not told from nothing."""
+        """Read a file below the folder, links followed; a file elsewhere gives the same error as a missing one."""
         assert self._folder is not None
         try:
             path = self._path(image).resolve(strict=True)
             if not path.is_relative_to(self._folder):
                 raise FileNotFoundError
-            with open(_opened_below(self._folder, path), "rb") as file:  # a number has no path
+            with open(_opened_below(self._folder, path), "rb") as file:  # by descriptor, not by path
                 about = os.fstat(file.fileno())
                 if not stat.S_ISREG(about.st_mode):
                     raise FileNotFoundError
@@ -270,12 +270,12 @@ class ImageSources:
             raise InvalidParameterError(f"{path}: the address {error}", path) from None
 
     def _allowed(self, url: str) -> Target:
-        """What is private must be listed by its address: a name could come to mean another one."""
+        """Check a URL. A private host must be listed by IP address: a name could later resolve to another one."""
         target = allowed_target(url, self._domains, True)
         return dataclasses.replace(target, private=target.private and _is_address(target.host))
 
     async def _fetch(self, image: ImageAddress, room: _Room) -> bytes:
-        """An image from its address, whose host a failure names, and nothing else of it: a query may be a secret."""
+        """Fetch an image by URL. Errors name only the URL's host: a query may contain a secret."""
         import httpx
 
         target, path = self._target(image.source, image.path), image.path
@@ -295,7 +295,7 @@ class ImageSources:
             raise _failed(path, target, f"it could not be reached ({type(error).__name__})") from None
 
     def _next(self, target: Target, location: str, path: str) -> Target:
-        """Where a redirect leads, if that is allowed too."""
+        """Return the target of a redirect, checked like the first URL."""
         import httpx
 
         try:
@@ -309,7 +309,7 @@ class ImageSources:
             raise _failed(path, target, f"it was redirected, and the new address {error}") from None
 
     async def _ask(self, target: Target, path: str, room: _Room) -> bytes | str:
-        """What is at an address, or where it says that it is."""
+        """Request a URL; return the body, or the location of a redirect."""
         import httpx
 
         *others, last = await resolve(target, self._threads)
@@ -319,16 +319,16 @@ class ImageSources:
         return await self._ask_at(last, target, path, room)
 
     async def _ask_at(self, address: str, target: Target, path: str, room: _Room) -> bytes | str:
-        """The connection goes to the address that was checked; the name goes into Host and into TLS."""
+        """Request a URL from the IP address that was checked; the host's name goes into `Host` and into TLS."""
         import httpx
 
         if target.url.scheme == "https" and self._tls is None:
             self._tls = await asyncio.get_running_loop().run_in_executor(self._threads, httpx.create_ssl_context)
         client = httpx.AsyncClient(
-            verify=self._tls if self._tls is not None else False,  # plain HTTP needs none, and loading it takes long
+            verify=self._tls if self._tls is not None else False,  # HTTP needs no TLS context, which is slow to load
             trust_env=False,  # a proxy would resolve the name once more
             follow_redirects=False,
-            timeout=httpx.Timeout(SECONDS, connect=SECONDS / 2),  # a second address may do
+            timeout=httpx.Timeout(SECONDS, connect=SECONDS / 2),  # which leaves time for a second address
         )
         headers = {**_HEADERS, "Host": target.url.netloc.decode("ascii")}
         url, extensions = target.url.copy_with(host=address), {"sni_hostname": target.host}
@@ -341,7 +341,7 @@ class ImageSources:
 
 
 def _add(counted: Counter[str], who: str, size: int, most: int, what: str) -> None:
-    """Counts bytes of someone, who alone may have any number, and beside others half of `most`."""
+    """Count bytes of a client: any number if no other client holds bytes, otherwise at most half of `most`."""
     total = counted.total()
     if size > 0 and total and (total + size > most or (who and counted[who] and counted[who] + size > most // 2)):
         raise EngineOverloadedError(f"{what} take {total >> 20} MB: try again later")
@@ -351,7 +351,7 @@ def _add(counted: Counter[str], who: str, size: int, most: int, what: str) -> No
 
 
 class _Turns:
-    """Connections of an event loop; half of them may be of one asker."""
+    """Connection limit of an event loop; one client may use half of the connections."""
 
     def __init__(self) -> None:
         self._all = asyncio.Semaphore(AT_ONCE)
@@ -359,7 +359,7 @@ class _Turns:
 
     @contextlib.asynccontextmanager
     async def of(self, who: str) -> AsyncIterator[None]:
-        """Waits for one."""
+        """Wait for a free connection of client `who`."""
         mine = self._by_asker.get(who)
         if mine is None:
             mine = self._by_asker[who] = asyncio.Semaphore(AT_ONCE // 2 if who else AT_ONCE)
@@ -368,7 +368,7 @@ class _Turns:
 
 
 class _Room:
-    """What the image files of one request take."""
+    """Bytes of the image files of one request."""
 
     def __init__(self, sources: ImageSources, who: str) -> None:
         self._sources = sources
@@ -379,7 +379,7 @@ class _Room:
 
     def take(self, size: int, path: str) -> None:
         with self._counting:
-            if self._over:  # a thread read a file meanwhile
+            if self._over:  # a thread was still reading a file when the request ended
                 raise InvalidParameterError(f"{path}: the request is over", path)
             if self._size + size > MAX_REQUEST_BYTES:
                 said = f"{path}: the images of a request that are fetched may have {MAX_REQUEST_BYTES >> 20} MB in all"
@@ -388,7 +388,7 @@ class _Room:
             self._size += size
 
     def hold(self, size: int) -> None:
-        """Counts files that came with the request, whose size its body bounds."""
+        """Count files that the request contains; the limit of its body's size bounds them."""
         self._sources.count(size, self.who)
         self._given = size
 
@@ -399,9 +399,9 @@ class _Room:
 
 
 def _waited(work: Coroutine[Any, Any, list[bytes]]) -> list[bytes]:
-    """What some work comes to, in an event loop of another thread: in this one another may run.
+    """Run a coroutine in an event loop of another thread, since this thread may run one already.
 
-    An interrupt ends it.
+    KeyboardInterrupt cancels the coroutine.
     """
     loops: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]]] = []
 
@@ -417,15 +417,15 @@ def _waited(work: Coroutine[Any, Any, list[bytes]]) -> list[bytes]:
             return done.result()
         except KeyboardInterrupt:
             for loop, task in loops:
-                with contextlib.suppress(RuntimeError):  # it ended meanwhile
+                with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
                     loop.call_soon_threadsafe(task.cancel)
             raise
 
 
 def _opened_below(folder: Path, path: Path) -> int:
-    """What was resolved, opened folder by folder, and by no link that has come there since; OSError where it is not.
+    """Open a resolved path folder by folder without following links that were made since; raises OSError for a link.
 
-    A pipe would wait for who writes.
+    O_NONBLOCK: opening a pipe would wait for a writer.
     """
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     if os.open not in os.supports_dir_fd:

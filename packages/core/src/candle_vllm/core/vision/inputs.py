@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A picture as it goes to the engine. No numpy here: the scheduler's sequences have some."""
+"""Preprocessed image as it is passed to the engine. Without numpy: the scheduler's sequences refer to images."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from candle_vllm.core.shown import ShownStruct
 
 
 class ImageInput(ShownStruct, frozen=True, kw_only=True, weakref=True):
-    """A picture of a prompt, as its model's tower reads it.
+    """Preprocessed image of a prompt, the input of the model's vision encoder.
 
     Attributes:
-        key: what two must share to have the same embeddings: SHA-256 of pixels and of how they were prepared.
-        tiles: uint8 [N, h, w, 3], as bytes.
+        key: SHA-256 of the pixels and of the preprocessing; images with equal keys have equal embeddings.
+        tiles: bytes of uint8 [N, h, w, 3].
         shape: N, h and w.
     """
 

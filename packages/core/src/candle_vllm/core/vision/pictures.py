@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Pictures as they are sent, checked and decoded to pixels (before step 3).
+"""Check image files of requests and decode them to pixels (before step 3).
 
-A file of a stranger is walked once before Pillow sees it: its format, its size and its scans are read and checked, and
-what is no part of the pixels (EXIF, ICC profiles, texts, comments, further frames' controls) is left out. So Pillow
-unpacks and parses no metadata and warns of none, and the cost of a file is bounded by its bytes and its pixels. What
-Pillow says of a broken file (which may show addresses of memory) is not passed on. Source of the limits:
-CVE-2026-22778, CVE-2026-34755 and their like, see docs/vision.md.
+An untrusted file is parsed once before Pillow reads it. This reads and checks its format, its size and its scans, and
+removes everything but the pixels: EXIF, ICC profiles, texts, comments and control blocks of further frames. So Pillow
+parses no metadata, and the cost of a file is bounded by its bytes and its pixels. Pillow's message about a broken file
+is not passed on, because it may show memory addresses. Source of the limits: CVE-2026-22778, CVE-2026-34755 and
+similar ones, see docs/vision.md.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ MAX_SCANS = 100  # of a JPEG; encoders write about ten
 MAX_SCANNED = 1 << 31  # pixels times scans of a JPEG: a scan of a few bytes visits every pixel
 _ORIENTATION = 0x0112
 _LONGEST_SIDE = 1 << 16
-_WHOLE = 1 << 25  # pixels; of what has more, both sides are halved while it is decoded, for no model looks so closely
+_WHOLE = 1 << 25  # pixels; both sides of a larger image are halved while decoding: no model has such a resolution
 _BLANKS = " \t\r\n\f\v"
 
 
 @dataclasses.dataclass(frozen=True)
 class PictureLimits:
-    """What a picture may be.
+    """Limits of an image.
 
     Attributes:
-        nbytes: of its file.
-        pixels: width times height, as its file says.
+        nbytes: most bytes of its file.
+        pixels: most pixels, width times height in the file's header.
     """
 
     nbytes: int = 20 << 20
@@ -57,12 +57,11 @@ LIMITS = PictureLimits()
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """A picture's pixels.
+    """Decoded image.
 
     Attributes:
-        pixels: [height, width, 3] uint8, RGB as a person sees it: rotated as its file says, on white where it is
-            transparent.
-        digest: SHA-256 of size and pixels, by which two are the same.
+        pixels: [height, width, 3] uint8 RGB, rotated by the EXIF orientation, transparent pixels blended with white.
+        digest: SHA-256 of size and pixels; identifies equal images.
     """
 
     pixels: NDArray[np.uint8]
@@ -70,17 +69,17 @@ class Picture:
 
     @property
     def height(self) -> int:
-        """In pixels."""
+        """Height in pixels."""
         return self.pixels.shape[0]
 
     @property
     def width(self) -> int:
-        """In pixels."""
+        """Width in pixels."""
         return self.pixels.shape[1]
 
 
 def require_pillow() -> None:
-    """Raises ConfigError where Pillow is not installed."""
+    """Raise ConfigError if Pillow is not installed."""
     try:
         import PIL.Image  # noqa: F401
     except ImportError:
@@ -89,15 +88,15 @@ def require_pillow() -> None:
 
 
 def decode_picture(data: bytes, limits: PictureLimits = LIMITS, name: str = "image") -> Picture:
-    """The first frame of a PNG, JPEG, WebP or GIF file.
+    """Decode the first frame of a PNG, JPEG, WebP or GIF file.
 
     Args:
-        data: the file.
-        limits: what it may be.
-        name: what messages call it, and the field to blame.
+        data: the file's bytes.
+        limits: largest file and image.
+        name: the image's name in messages, and the field that an error names.
 
     Raises:
-        InvalidParameterError: it is none of these, damaged, or too large; nothing of its pixels was decoded then.
+        InvalidParameterError: the file has another format, is damaged or is too large; too large is not decoded.
     """
     import PIL.Image
 
@@ -111,9 +110,9 @@ def decode_picture(data: bytes, limits: PictureLimits = LIMITS, name: str = "ima
             said = f"{file.width} x {file.height} pixels in {file.scans} scans; a JPEG may have {MAX_SCANNED} in all"
             raise _RefusedFile(said)
         with PIL.Image.open(io.BytesIO(file.data), formats=(file.format,)) as image:
-            _check_size(*image.size, limits, name)  # and if Pillow reads another size than we do
+            _check_size(*image.size, limits, name)  # again, as Pillow may read another size from the file
             if image.width * image.height > _WHOLE:
-                image.draft(None, (image.width // 2, image.height // 2))  # of a JPEG, half is all that is decoded
+                image.draft(None, (image.width // 2, image.height // 2))  # a JPEG is decoded at half its size
             image.load()
             return _picture(image, _orientation(file.exif or image.info.get("exif", b"")))
     except _RefusedFile as error:
@@ -129,19 +128,19 @@ def decode_picture(data: bytes, limits: PictureLimits = LIMITS, name: str = "ima
 
 
 def pixels_of(data: bytes) -> int:
-    """Pixels that a file says it has; 0 where it says none, which `decode_picture` refuses."""
+    """Return the number of pixels by a file's header; 0 for a file that `decode_picture` refuses."""
     try:
         file = _bare(data)
-    except Exception:  # as there
+    except Exception:  # as in `decode_picture`
         return 0
     return file.width * file.height
 
 
 def picture_of(image: object, limits: PictureLimits = LIMITS, name: str = "image") -> Picture:
-    """What a caller of the library passes as a picture: a Pillow image, an array [H, W, 3] uint8, or a file's bytes.
+    """Convert an image of a library caller: a Pillow image, an array [H, W, 3] uint8, or a file's bytes.
 
     Raises:
-        InvalidParameterError: it is something else, or too large.
+        InvalidParameterError: another type, or the image is too large.
     """
     if isinstance(image, Picture):
         return image
@@ -159,7 +158,7 @@ def picture_of(image: object, limits: PictureLimits = LIMITS, name: str = "image
         if isinstance(image, PIL.Image.Image):
             _check_size(*image.size, limits, name)
             image.load()
-            return _picture(image, image.getexif().get(_ORIENTATION, 1))  # opened by the caller, by its own rules
+            return _picture(image, image.getexif().get(_ORIENTATION, 1))  # the caller opened it, so EXIF is trusted
     raise InvalidParameterError(
         f"{name}: a picture is a PIL.Image, an array [height, width, 3] of uint8, or a file's bytes, not "
         f"{type(image).__name__}",
@@ -168,10 +167,10 @@ def picture_of(image: object, limits: PictureLimits = LIMITS, name: str = "image
 
 
 def from_data_url(url: str, limits: PictureLimits = LIMITS, name: str = "image") -> bytes:
-    """The bytes of a `data:` URL, whose declared type is not believed; source: RFC 2397.
+    """Return the bytes of a `data:` URL; its media type is ignored. Source: RFC 2397.
 
     Raises:
-        InvalidParameterError: it is none, its data are not base64, or there are too many.
+        InvalidParameterError: not a data URL, not base64, or too many bytes.
     """
     head, comma, data = url.partition(",")
     if not comma or not head[:5].lower() == "data:" or not head.lower().endswith(";base64"):
@@ -183,7 +182,7 @@ def from_data_url(url: str, limits: PictureLimits = LIMITS, name: str = "image")
 
 
 def from_base64(data: str, name: str = "image") -> bytes:
-    """Bytes of base64, in lines or not; raises InvalidParameterError where it is none."""
+    """Decode base64, which may contain line breaks; raises InvalidParameterError for invalid base64."""
     try:
         return base64.b64decode(data.encode("ascii").translate(None, _BLANKS.encode()), validate=True)
     except (binascii.Error, ValueError):
@@ -191,13 +190,13 @@ def from_base64(data: str, name: str = "image") -> bytes:
 
 
 def part_picture(part: Mapping[str, Any], place: str) -> object:
-    """What a part of a message says its picture is, as `picture_of` takes it; `place` is the part's, for messages.
+    """Return the image of a content part, as `picture_of` accepts it; `place` is the part's position, for errors.
 
-    Parts are those of OpenAI's API (`image_url`, `input_image`), of transformers (`image` with `image`, `path`, `url`
-    or `base64`) and of vLLM (`image_pil`). Nothing is fetched: see `part_address`.
+    Accepts content parts of OpenAI's API (`image_url`, `input_image`), of transformers (`image` with `image`, `path`,
+    `url` or `base64`) and of vLLM (`image_pil`). Nothing is fetched: see `part_address`.
 
     Raises:
-        InvalidParameterError: it has none, or an address of another machine.
+        InvalidParameterError: the part has no image, or the URL of another machine.
     """
     found = [
         part[key] for key in ("image", "image_pil", "image_url", "url", "path", "base64") if part.get(key) is not None
@@ -226,7 +225,7 @@ def part_picture(part: Mapping[str, Any], place: str) -> object:
 
 
 def part_address(part: Mapping[str, Any]) -> str | None:
-    """The address that a part of a message has for its picture, which is elsewhere; None where there is none."""
+    """Return the URL of a content part's image; None for a part without one, or with a data URL."""
     for key in ("image", "image_url", "url"):
         given = part.get(key)
         given = given.get("url") if isinstance(given, Mapping) else given
@@ -242,7 +241,7 @@ def _check_size(width: int, height: int, limits: PictureLimits, name: str) -> No
 
 
 def _picture(image: Image, orientation: int) -> Picture:
-    """A picture of a loaded one: as it is meant to be seen, without alpha."""
+    """Convert a loaded Pillow image: apply the EXIF orientation and blend transparent pixels with white."""
     import PIL.Image
     from PIL.Image import Transpose
 
@@ -267,7 +266,7 @@ def _picture(image: Image, orientation: int) -> Picture:
 
 
 def _halved(image: Image) -> Image:
-    """Four pixels as one, where there are too many to keep."""
+    """Halve both sides of an image of more than `_WHOLE` pixels."""
     return image.reduce(2) if image.width * image.height > _WHOLE else image
 
 
@@ -278,22 +277,22 @@ def _of_pixels(pixels: NDArray[np.uint8]) -> Picture:
     return Picture(pixels, digest.digest())
 
 
-# ---- files without what is no part of their pixels -------------------------------------------------------------------
-# A walker raises struct.error, IndexError or ValueError where a file is damaged.
+# ---- files reduced to their pixels -----------------------------------------------------------------------------------
+# The parsers raise struct.error, IndexError or ValueError for a damaged file.
 
 
 class _RefusedFile(Exception):
-    """A file that would cost more to decode than its bytes and its pixels explain; the message says why."""
+    """A file of a kind that is not decoded, or that would cost too much to decode; the message says why."""
 
 
 class _File(NamedTuple):
-    """What Pillow is given of a file.
+    """File reduced to its pixels, the input of Pillow.
 
     Attributes:
-        format: Pillow's name of it.
-        data: the file with its pixels alone.
-        width, height: as the file says.
-        exif: the file's EXIF, unread; empty of WebP, whose EXIF Pillow gives unread.
+        format: Pillow's name of the format.
+        data: the file without metadata.
+        width, height: pixels by the file's header.
+        exif: the file's EXIF, not parsed; empty for WebP, whose EXIF Pillow returns unparsed.
         scans: passes over the pixels.
     """
 
@@ -306,7 +305,7 @@ class _File(NamedTuple):
 
 
 def _bare(data: bytes) -> _File:
-    """A file without what is no part of its pixels; raises PIL.UnidentifiedImageError where it is of no format read."""
+    """Reduce a file to its pixels; raises PIL.UnidentifiedImageError for an unknown format."""
     import PIL
 
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
@@ -328,8 +327,8 @@ _PNG_PIXELS = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"})
 
 
 def _bare_png(data: bytes) -> _File:
-    """Critical chunks and transparency; a file that is cut off is Pillow's to judge. Source: PNG 3, 5.3 and 11."""
-    if data[12:16] == b"CgBI":  # other colours, and compressed otherwise
+    """Keep critical chunks and transparency; Pillow decides about a truncated file. Source: PNG 3, 5.3 and 11."""
+    if data[12:16] == b"CgBI":  # another order of colours and another compression
         raise _RefusedFile("an Apple-optimised PNG (CgBI) is not read: convert it to a plain one")
     if data[12:16] != b"IHDR":
         raise ValueError
@@ -346,14 +345,14 @@ def _bare_png(data: bytes) -> _File:
     raise _too_many("chunks")
 
 
-_JPEG_MARKER = re.compile(rb"\xff([\xc0-\xcf\xd8-\xef\xfe])")  # what else follows 0xFF is left in the data of a scan
-_JPEG_FRAMES = frozenset({0xC0, 0xC1, 0xC2})  # baseline, extended, progressive; all in Huffman's code
-_JPEG_PIXELS = frozenset({0xC4, 0xDA, 0xDB, 0xDD, 0xE0, 0xEE}) | _JPEG_FRAMES  # E0 and EE say what the colours are
+_JPEG_MARKER = re.compile(rb"\xff([\xc0-\xcf\xd8-\xef\xfe])")  # 0xFF and any other byte belong to a scan's data
+_JPEG_FRAMES = frozenset({0xC0, 0xC1, 0xC2})  # baseline, extended, progressive; all with Huffman coding
+_JPEG_PIXELS = frozenset({0xC4, 0xDA, 0xDB, 0xDD, 0xE0, 0xEE}) | _JPEG_FRAMES  # E0 and EE define the colour space
 _JPEG_DROPPED = frozenset({0xCC, 0xDC, *range(0xE1, 0xEE), 0xEF, 0xFE})
 
 
 def _bare_jpeg(data: bytes) -> _File:
-    """Tables, frame and scans, up to the end of the first image. Source: ITU-T T.81, annex B."""
+    """Keep tables, frame and scans, up to the end of the first image. Source: ITU-T T.81, annex B."""
     kept, exif, size, scans, at = [data[:2]], b"", None, 0, 2
     for _ in range(MAX_PARTS):
         found = _JPEG_MARKER.search(data, at)
@@ -382,7 +381,7 @@ def _bare_jpeg(data: bytes) -> _File:
 
 
 def _bare_gif(data: bytes) -> _File:
-    """The screen, the last control block and all from the first image on. Source: GIF89a, 18 to 26."""
+    """Keep the screen, the last control block and all from the first image on. Source: GIF89a, 18 to 26."""
     width, height, flags = struct.unpack_from("<HHB", data, 6)
     at = 13 + ((6 << (flags & 7)) if flags & 128 else 0)
     screen, control = data[:at], b""
@@ -405,7 +404,7 @@ def _bare_gif(data: bytes) -> _File:
 
 
 def _size_of_webp(data: bytes) -> tuple[int, int]:
-    """Width and height of the canvas. Source: RFC 9649, 2.5 to 2.7, and RFC 6386, 9.1."""
+    """Return width and height of the canvas. Source: RFC 9649, 2.5 to 2.7, and RFC 6386, 9.1."""
     if data[12:16] == b"VP8X":
         return 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
     if data[12:16] == b"VP8L":
@@ -416,7 +415,7 @@ def _size_of_webp(data: bytes) -> tuple[int, int]:
 
 
 def _orientation(exif: bytes) -> int:
-    """The orientation that EXIF's first directory says; 1 where it says none. Source: TIFF 6.0, 2; EXIF 3.0, 4.6.5."""
+    """Return the orientation in EXIF's first directory; 1 by default. Source: TIFF 6.0, 2; EXIF 3.0, 4.6.5."""
     exif = exif.removeprefix(b"Exif\0\0")
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[:4], "")
     try:
@@ -426,6 +425,6 @@ def _orientation(exif: bytes) -> int:
             tag, kind, number, value = struct.unpack_from(order + "HHIH", exif, at)
             if tag == _ORIENTATION:
                 return value if (kind, number) == (3, 1) else 1
-    except struct.error:  # the directory is cut off
+    except struct.error:  # a truncated directory
         pass
     return 1

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""From a picture to the tiles that a tower reads, as the model's `preprocessor_config.json` says (before step 3).
+"""Cut images into the tiles that a vision encoder reads, by the model's `preprocessor_config.json` (before step 3).
 
-How a family of models cuts pictures is a rule: it says how one of a size is cut, and cuts it. `Rule` names them all.
+Each model family has a rule, one of `Rule`: it computes the grid of tiles for an image's size, and makes the tiles.
 
-Pixels stay uint8 until a tower takes them: what is sent and kept is a quarter of what numbers would be, and the
-numbers of a value are looked up. Resampling is Pillow's, so that tiles equal those of transformers' Pillow processors
-to the bit. Shapes: N tiles, h and w pixels of one.
+Pixels stay uint8 until the vision encoder reads them: that takes a quarter of the memory of float32, and a table maps
+each value to its normalised float. Resampling is Pillow's, so that tiles equal those of transformers' Pillow
+processors bit for bit. Shapes: N tiles of h x w pixels.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from candle_vllm.core.errors import InvalidFileError, InvalidParameterError, Uns
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.vision.pictures import Picture
 
-_LANCZOS, _BILINEAR, _BICUBIC = 1, 2, 3  # Pillow's numbers, which config files have
-_MOST_SIDE = 4096  # of a picture that is cut into tiles, as transformers has it
-_MOST_PARTS = 64  # of a picture
+_LANCZOS, _BILINEAR, _BICUBIC = 1, 2, 3  # Pillow's numbers of resampling filters, which config files contain
+_MOST_SIDE = 4096  # pixels on a side of an image that is cut into tiles, as in transformers
+_MOST_PARTS = 64  # crops of an image by pan and scan
 MAX_TILE = 4096
-_MOST_RATIO = 200  # of a picture's sides, as transformers has it
+_MOST_RATIO = 200  # of an image's longer side to the other, as in transformers
 
 
 class Cut(NamedTuple):
-    """How a picture is cut.
+    """Grid of tiles of one image.
 
     Attributes:
-        rows, columns: of the grid of tiles; 0 where the picture is one tile.
+        rows, columns: of the grid of tiles; 0 for an image of one tile.
         height, width: pixels of a tile.
     """
 
@@ -47,20 +47,20 @@ class Cut(NamedTuple):
 
     @property
     def tiles(self) -> int:
-        """Those of the grid, and the whole picture as one."""
+        """Number of tiles: those of the grid, and the whole image as one more."""
         return self.rows * self.columns + 1
 
     def cells(self, size: int) -> tuple[int, int]:
-        """Rows and columns of a tile's cells, which have `size` pixels on a side and become an embedding each."""
+        """Return rows and columns of a tile's cells; a cell of `size` x `size` pixels becomes one embedding."""
         return self.height // size, self.width // size
 
 
 @dataclasses.dataclass(frozen=True)
 class Normalisation:
-    """What becomes of a pixel's value: (value * scale - mean) / std, each channel by its own.
+    """Normalisation of pixel values: (value * scale - mean) / std, with a mean and std for each channel.
 
     Attributes:
-        table: [256, 3] float32, what each value becomes.
+        table: [256, 3] float32, the normalised value of each pixel value.
     """
 
     scale: float
@@ -74,15 +74,15 @@ class Normalisation:
 
 
 class TileRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Idefics3's and SmolVLM's: a grid of square tiles, row by row, and behind it the whole picture as one tile.
+    """Rule of Idefics3 and SmolVLM: a grid of square tiles, row by row, followed by the whole image as one tile.
 
-    The longer side becomes `longest` (small pictures are enlarged too), both sides multiples of a tile; each is a
-    resampling of its own.
+    The image is resized twice: first its longer side to `longest` (small images are enlarged too), then both sides to
+    multiples of a tile.
 
     Attributes:
         longest: pixels of the longer side.
         tile: pixels of a tile's side.
-        splits: there is a grid; else every picture is one tile.
+        splits: make a grid; otherwise every image is one tile.
         resample: Pillow's number of the filter.
         normalisation: of the pixels.
     """
@@ -121,7 +121,7 @@ class TileRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
         return made
 
     def _first(self, height: int, width: int) -> tuple[int, int]:
-        """The longer side as `longest`, the other even, none above the most."""
+        """Return height and width for a longer side of `longest`; the other side is even, none exceeds `_MOST_SIDE`."""
         ratio = width / height
         if width >= height:
             width = self.longest
@@ -140,7 +140,7 @@ class TileRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
         return max(height, 1), max(width, 1)
 
     def _second(self, height: int, width: int) -> tuple[int, int]:
-        """Both sides as multiples of a tile."""
+        """Round both sides up to multiples of a tile."""
         ratio, tile = width / height, self.tile
         if width >= height:
             width = math.ceil(width / tile) * tile
@@ -152,11 +152,11 @@ class TileRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class FitRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Pixtral's and Mistral 3's: one tile, as large as the picture; larger ones are made smaller, and sides rounded up.
+    """Rule of Pixtral and Mistral 3: one tile of the image's size, shrunk to `longest`, its sides rounded up to cells.
 
     Attributes:
-        longest: pixels that a side may have.
-        cell: pixels that both sides become a multiple of.
+        longest: most pixels of a side.
+        cell: pixels of a cell's side.
         resample: Pillow's number of the filter.
         normalisation: of the pixels.
     """
@@ -182,18 +182,18 @@ class FitRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class StretchRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Gemma 3's: a square tile of the whole picture, and behind it, with pan and scan, tiles of its parts.
+    """Rule of Gemma 3: the whole image as a square tile, followed, with pan and scan, by tiles of its crops.
 
-    What has far from equal sides is cut across the longer one, as evenly as goes; every tile is a resampling of its
-    own, from pixels of the picture.
+    Pan and scan cuts an oblong image along its longer side into crops of nearly equal size. Each tile is resized from
+    the pixels of the original image.
 
     Attributes:
         tile: pixels of a tile's side.
         resample: Pillow's number of the filter.
         normalisation: of the pixels.
-        most_parts: of a picture; 0 where there are none.
-        least_part: pixels that a part's sides have at least.
-        ratio: of the longer side to the other, from which on there are parts.
+        most_parts: most crops of an image; 0 without pan and scan.
+        least_part: least pixels of a crop's side.
+        ratio: least ratio of the longer side to the other for which crops are made.
     """
 
     tile: int
@@ -229,14 +229,14 @@ class StretchRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class AreaRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Qwen2-VL's: one tile of nearly the picture's own shape, its sides multiples of a cell, its area within bounds.
+    """Rule of Qwen2-VL: one tile of nearly the image's aspect ratio, its sides multiples of a cell, its area bounded.
 
     Attributes:
         cell: pixels of a cell's side.
-        least, most: pixels of the picture; a very long one may have more.
+        least, most: bounds of the image's pixels; a very long image may have more.
         resample: Pillow's number of the filter.
         normalisation: of the pixels.
-        fills: Gemma 4's: sides are the largest that the most pixels allow, rounded down, for small pictures too.
+        fills: rule of Gemma 4: scale every image, also a small one, to `most` pixels, its sides rounded down.
     """
 
     cell: int
@@ -248,14 +248,14 @@ class AreaRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     @property
     def longest(self) -> int:
-        """Pixels that no side has more of."""
+        """Upper bound of a side's pixels."""
         if self.fills:
             return self.most // self.cell
         return self.cell * (math.isqrt(2 * _MOST_RATIO * self.most) // self.cell + 2)
 
     @property
     def most_cells(self) -> int:
-        """Cells that no picture has more of: where a side is one cell at least, or rounded up, the area is exceeded."""
+        """Upper bound of an image's cells: sides that are rounded up, or to at least one cell, exceed `most` pixels."""
         if self.fills:
             return self.most // self.cell**2
         return self.most // self.cell**2 + (self.longest + math.isqrt(self.most)) // self.cell + 2
@@ -273,11 +273,11 @@ class AreaRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
         return np.asarray(PIL.Image.fromarray(picture.pixels).resize((width, height), resample))[None]
 
     def _size(self, height: int, width: int) -> tuple[int, int]:
-        """Both sides, rounded to cells (from the middle to even numbers of them); scaled first where it has to be."""
+        """Return both sides rounded to whole cells, half cells to even numbers; outside the bounds they are scaled."""
         if self.fills:
             grown = math.sqrt(self.most / (height * width))
             rows, columns = (math.floor(grown * side / self.cell) for side in (height, width))
-            if not rows or not columns:  # a very long picture is one cell wide
+            if not rows or not columns:  # a very long image is one cell wide
                 longer = min(max(height, width) // min(height, width), self.most // self.cell**2)
                 rows, columns = (rows and longer) or 1, (columns and longer) or 1
             return rows * self.cell, columns * self.cell
@@ -296,20 +296,20 @@ class AreaRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 Rule: TypeAlias = TileRule | FitRule | StretchRule | AreaRule
-"""A family's way to cut pictures; which one it is goes with it to another process. Each has
+"""Preprocessing rule of a model family; tagged, so that another process decodes the same class. Each rule has
 
-- `normalisation` of the pixels,
-- `cut(height, width)`: how a picture of this size is cut, a `Cut`,
-- `tiles(picture)`: uint8 [N, h, w, 3], as many and as large as that says.
+- `normalisation`: of the pixels,
+- `cut(height, width)`: the `Cut` of an image of this size,
+- `tiles(picture)`: the tiles of that `Cut`, uint8 [N, h, w, 3].
 """
 
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
-"""What an operator says of pictures who leaves them to the model's files."""
+"""`mm_processor_kwargs` of an operator who keeps the settings of the model's files."""
 
 
 def over(fields: Fields, said: Mapping[str, Any]) -> Fields:
-    """`preprocessor_config.json`, and before it what an operator says of pictures: messages name the setting then."""
+    """Override `preprocessor_config.json` by an operator's `mm_processor_kwargs`, which error messages name then."""
     if not said:
         return fields
     values = dict(fields.values)
@@ -320,11 +320,11 @@ def over(fields: Fields, said: Mapping[str, Any]) -> Fields:
 
 
 def tile_rule(fields: Fields) -> TileRule:
-    """Reads `preprocessor_config.json` of Idefics3 and SmolVLM.
+    """Read `preprocessor_config.json` of Idefics3 and SmolVLM.
 
     Raises:
         InvalidFileError: a number is missing or impossible.
-        UnsupportedModelError: it asks for what is not done here.
+        UnsupportedModelError: the file asks for preprocessing that is not implemented.
     """
     _require_usual(fields)
     return TileRule(
@@ -337,7 +337,7 @@ def tile_rule(fields: Fields) -> TileRule:
 
 
 def fit_rule(fields: Fields, patch: int, cell: int) -> FitRule:
-    """Reads `preprocessor_config.json` of Pixtral and Mistral 3, for a tower's patches and cells of so many pixels.
+    """Read `preprocessor_config.json` of Pixtral and Mistral 3; `patch` and `cell` are pixels of a side.
 
     Raises:
         InvalidFileError, UnsupportedModelError: as `tile_rule`.
@@ -360,7 +360,7 @@ def fit_rule(fields: Fields, patch: int, cell: int) -> FitRule:
 
 
 def stretch_rule(fields: Fields) -> StretchRule:
-    """Reads `preprocessor_config.json` of Gemma 3.
+    """Read `preprocessor_config.json` of Gemma 3.
 
     Raises:
         InvalidFileError, UnsupportedModelError: as `tile_rule`.
@@ -388,10 +388,10 @@ def stretch_rule(fields: Fields) -> StretchRule:
 
 
 def area_rule(fields: Fields, cell: int, most: int) -> AreaRule:
-    """Reads `preprocessor_config.json` of Qwen2-VL and Qwen2.5-VL; a picture becomes no larger than `most` pixels.
+    """Read `preprocessor_config.json` of Qwen2-VL and Qwen2.5-VL; an image becomes no larger than `most` pixels.
 
     Raises:
-        InvalidFileError, UnsupportedModelError: as those of `tile_rule`.
+        InvalidFileError, UnsupportedModelError: as `tile_rule`.
     """
     _require_usual(fields)
     size = fields.section("size")
@@ -409,10 +409,10 @@ def area_rule(fields: Fields, cell: int, most: int) -> AreaRule:
 
 
 def budget_rule(fields: Fields, patch: int, cell: int) -> AreaRule:
-    """Reads `preprocessor_config.json` of Gemma 4, for cells of `cell` x `cell` patches of so many pixels.
+    """Read `preprocessor_config.json` of Gemma 4, for cells of `cell` x `cell` patches of `patch` x `patch` pixels.
 
     Raises:
-        InvalidFileError, UnsupportedModelError: as those of `tile_rule`.
+        InvalidFileError, UnsupportedModelError: as `tile_rule`.
     """
     _require_usual(fields)
     for key, known in (("patch_size", patch), ("pooling_kernel_size", cell)):
@@ -428,7 +428,7 @@ def budget_rule(fields: Fields, patch: int, cell: int) -> AreaRule:
 
 
 def window_order(rows: int, columns: int, side: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The cells of a grid, window by window of `side` x `side` (less at the edges), and how many each window has."""
+    """Return cell indices, window by window of `side` x `side` cells (fewer at edges), and the cells per window."""
     row, column = np.indices((rows, columns)).reshape(2, -1)
     window = row // side * -(-columns // side) + column // side
     return np.argsort(window, kind="stable"), np.bincount(window)
@@ -456,7 +456,7 @@ _CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757771
 
 
 def _normalisation(fields: Fields, usual: tuple[tuple[float, ...], tuple[float, ...]] = _HALF) -> Normalisation:
-    """`usual` are mean and standard deviation where the file does not say them."""
+    """Read the normalisation; `usual` are mean and standard deviation of a file without them."""
     scale = fields.get("rescale_factor", float, 1 / 255) if fields.get("do_rescale", bool, True) else 1.0
     mean, std = ((0.0,) * 3, (1.0,) * 3)
     if fields.get("do_normalize", bool, True):
@@ -464,7 +464,7 @@ def _normalisation(fields: Fields, usual: tuple[tuple[float, ...], tuple[float, 
     if not all(std):
         raise UnsupportedModelError(f"{fields.path}: image_std has a 0")
     made = Normalisation(scale, mean, std)
-    with np.errstate(all="ignore"):  # numbers may be too large or too small for fp32
+    with np.errstate(all="ignore"):  # values may be too large or too small for fp32
         if not np.isfinite(made.table).all():
             raise InvalidFileError(
                 f"{fields.path}: with its image_mean, image_std and rescale_factor pixels are infinite"
@@ -483,15 +483,15 @@ def _three(fields: Fields, key: str, usual: tuple[float, ...]) -> tuple[float, .
 def patch_rows(
     tiles: NDArray[np.uint8], patch: int, cell: int, normalisation: Normalisation
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """What a tower reads of tiles.
+    """Convert tiles to the normalised patches that a vision encoder reads.
 
-    Patches that become one embedding later (cell x cell of them) stand behind each other, row by row within it, and so
-    do cells: joining them is then a matter of reading several rows as one. Attention does not care for their order.
+    The cell x cell patches that become one embedding are consecutive, in order of rows, and so are the cells of a tile.
+    So merging patches means reading several rows as one. Attention does not depend on the order.
 
     Args:
         tiles: [N, h, w, 3].
         patch: pixels of a patch's side.
-        cell: patches of a cell's side; h and w are multiples of both together.
+        cell: patches of a cell's side; h and w are multiples of cell * patch.
         normalisation: of the pixels.
 
     Returns:
@@ -510,6 +510,6 @@ def patch_rows(
 
 
 def patch_places(rows: int, columns: int, cell: int) -> NDArray[np.int64]:
-    """Row and column of the patches of a grid [rows * columns, 2], in the order of `patch_rows`."""
+    """Return row and column of the patches of a grid [rows * columns, 2], in the order of `patch_rows`."""
     places = np.indices((rows, columns)).reshape(2, rows // cell, cell, columns // cell, cell)
     return places.transpose(1, 3, 2, 4, 0).reshape(-1, 2)

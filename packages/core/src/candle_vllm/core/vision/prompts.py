@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Pictures in prompts: what stands for them among the tokens, and what goes to the engine with these (step 3)."""
+"""Images in prompts: expand placeholder tokens, and preprocess the images for the engine (step 3)."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from candle_vllm.core.vision.preprocessing import Cut, Rule
 
 
 def spans_of(places: NDArray[np.int64]) -> list[tuple[int, int]]:
-    """Where runs of neighbours among rising numbers begin and end."""
+    """Return begin and end of each run of consecutive integers in a sorted array."""
     ends = np.flatnonzero(np.diff(places) > 1) + 1
     return [(int(part[0]), int(part[-1]) + 1) for part in np.split(places, ends)]
 
 
 class Sighted(ShownStruct, frozen=True, kw_only=True):
-    """What is to be known of a tower by who has the texts.
+    """Description of a vision encoder for the process that tokenizes prompts.
 
     Attributes:
-        family: the file of its family.
-        rule: how pictures become tiles.
-        mark: the token that stands for each of a picture's embeddings.
-        asks: the token that a template writes for a picture; the same, or another.
-        written: all that it writes for one, as text.
-        cell: pixels of the side of what is one embedding.
-        whole: the embeddings of a tile see each other.
-        turned: they are turned by their time, row and column.
-        blank: the token that stands for a mark where tokens are looked up; None for the mark itself.
+        family: name of the family's module.
+        rule: preprocessing rule of images.
+        mark: placeholder token of each image embedding.
+        asks: token that a chat template writes for an image; may equal `mark`.
+        written: the whole text that a chat template writes for an image.
+        cell: pixels of a cell's side; a cell becomes one embedding.
+        whole: embeddings of a tile attend to each other, also to later ones.
+        turned: embeddings are rotated by time, row and column (M-RoPE).
+        blank: token whose row of an embedding table is used for `mark`; None for the row of `mark` itself.
     """
 
     family: str
@@ -52,21 +52,21 @@ class Sighted(ShownStruct, frozen=True, kw_only=True):
     blank: int | None = None
 
     def embeddings(self, cut: Cut) -> int:
-        """Of a tile of a picture that is cut so."""
+        """Number of embeddings of one tile of an image with this grid."""
         return math.prod(cut.cells(self.cell))
 
 
 @dataclasses.dataclass(frozen=True)
 class Sight:
-    """How a model sees pictures.
+    """Image input of a model.
 
     Attributes:
-        parts: of its tower.
-        words: the tokens of a picture that is cut so.
-        breaks: how many line breaks a token is, of those that are nothing else; with any, a single one has a token.
-        limits: what a picture may be.
-        most: pictures of a prompt.
-        one_at_a_time: held while a picture is decoded.
+        parts: description of its vision encoder.
+        words: returns the tokens of an image by its grid of tiles.
+        breaks: tokens that are line breaks alone, with their numbers of line breaks; empty, or with a single one.
+        limits: largest file and image.
+        most: most images of a prompt.
+        one_at_a_time: held while an image is decoded.
     """
 
     parts: Sighted
@@ -79,19 +79,19 @@ class Sight:
     def look(
         self, ids: Sequence[int], images: Sequence[object], names: Sequence[str] = (), most_tokens: int | None = None
     ) -> tuple[list[int], tuple[ImageInput, ...]]:
-        """A prompt with what stands for its pictures, and these.
+        """Return a prompt with its image placeholders expanded, and the preprocessed images.
 
-        One picture is decoded at a time, whoever asks, for a large one takes hundreds of megabytes meanwhile.
+        Images are decoded one at a time for all requests, because decoding a large one takes hundreds of megabytes.
 
         Args:
-            ids: the prompt, with one mark for each picture.
-            images: pictures as `picture_of` takes them.
-            names: what messages call each; "image" where it is not said.
-            most_tokens: of the prompt; what is longer is refused before the next picture is decoded.
+            ids: the prompt, with one token `asks` for each image.
+            images: images as `picture_of` accepts them.
+            names: name of each image in messages; "image" by default.
+            most_tokens: context length; a longer prompt is refused before the next image is decoded.
 
         Raises:
-            InvalidParameterError: one cannot be used, or there are not as many as marks.
-            PromptTooLongError: there is no room for them.
+            InvalidParameterError: an image cannot be used, or the prompt has another number of placeholders.
+            PromptTooLongError: the expanded prompt does not fit into the context.
         """
         if len(images) > self.most:
             raise InvalidParameterError(f"image: {len(images)} pictures; a prompt may have {self.most}", "image")
@@ -113,7 +113,7 @@ class Sight:
                 picture = picture_of(image, self.limits, name)
                 cut = self.parts.rule.cut(picture.height, picture.width)
                 least = len(expanded) + cut.tiles * self.parts.embeddings(cut)
-                if most_tokens is None or least < most_tokens:  # else there is no use in writing them down
+                if most_tokens is None or least < most_tokens:  # otherwise the prompt is refused below
                     self._join(expanded, self.words(cut))
                     least = len(expanded)
                 if most_tokens is not None and least >= most_tokens:
@@ -126,7 +126,7 @@ class Sight:
         return expanded, tuple(inputs)
 
     def _join(self, ids: list[int], more: Sequence[int]) -> None:
-        """Puts tokens behind others; line breaks that meet become the tokens of one run of them, as in one text."""
+        """Append tokens; line breaks on both sides of the seam are tokenized as one run, as within one text."""
         count, place, breaks = 0, 0, self.breaks
         if ids and more and ids[-1] in breaks and more[0] in breaks:
             while ids and ids[-1] in breaks:
@@ -147,15 +147,15 @@ class Sight:
         return ImageInput(key=key, tiles=tiles.tobytes(), shape=(tiles.shape[0], tiles.shape[1], tiles.shape[2]))
 
     def grid(self, image: ImageInput) -> tuple[int, int] | None:
-        """Rows and columns of a picture's embeddings where these are turned by them; None elsewhere."""
+        """Return rows and columns of an image's embeddings; None without rotation by row and column."""
         return (image.shape[1] // self.parts.cell, image.shape[2] // self.parts.cell) if self.parts.turned else None
 
     def places(self, ids: Sequence[int], images: Sequence[ImageInput]) -> list[NDArray[np.int64]]:
-        """Where in a prompt the embeddings of each picture stand.
+        """Return the positions of each image's embeddings in a prompt.
 
         Raises:
-            InvalidParameterError: there are not as many marks as embeddings, or those of one that is turned by its rows
-                and columns do not stand side by side.
+            InvalidParameterError: the numbers of placeholders and embeddings differ, or the placeholders of an image
+                that is rotated by row and column are not consecutive.
         """
         marks = np.flatnonzero(np.asarray(ids) == self.parts.mark)
         cell = self.parts.cell
