@@ -121,7 +121,7 @@ class OpenAIAdapter:
             watcher: told of every request that the engine is given.
             salted: makes of a request's `cache_salt` the one that the engine gets, as one that others cannot send;
                 called where the request was. None leaves it.
-            adapters: whose names are served as well; None is none.
+            adapters: whose names are served as well; None without adapters.
             images: where those of requests may come from; None is from the request alone.
 
         Raises:
@@ -175,7 +175,7 @@ class OpenAIAdapter:
 
     @property
     def beginning(self) -> str:
-        """The token, as text, that the model's texts begin with; empty where it has none."""
+        """The token, as text, that the model's texts begin with; empty for a model without one."""
         return self._engine.chat_conventions.token_names.get("bos_token") or ""
 
     @property
@@ -184,7 +184,7 @@ class OpenAIAdapter:
         return self._engine.model_info.max_images
 
     async def try_picture(self, data: bytes) -> None:
-        """Raises `RequestError` where the model cannot be shown a picture, a file's bytes, as the result of a tool."""
+        """Raises `RequestError` where the model cannot be shown an image, a file's bytes, as the result of a tool."""
         await self._work.look(self._preparation.try_picture, data)
 
     async def tokens_of(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:

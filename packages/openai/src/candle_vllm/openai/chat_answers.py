@@ -24,7 +24,7 @@ Chunk = TypeVar("Chunk")
 
 
 class Told(NamedTuple):
-    """What final counts tell beside the usual: of a predicted answer, and of guesses."""
+    """What the final usage has besides the usual counts: of a predicted answer, and of draft tokens."""
 
     predicted: bool = False
     guesses: bool = False
@@ -221,7 +221,7 @@ def wire_usage(usage: Usage, told: Told = Told()) -> wire.Usage:  # noqa: B008  
 
 
 def wire_timings(usage: Usage, prompt_ms: int | None = None, predicted_ms: int | None = None) -> wire.Timings:
-    """Counts and times in llama.cpp's words; the times are those of `usage` where none are given."""
+    """Counts and times under llama.cpp's names; without given times they are those of `usage`."""
     prompt, predicted = usage.prompt_tokens - usage.cached_tokens, usage.completion_tokens
     prompt_ms = usage.prompt_ms or 0 if prompt_ms is None else prompt_ms
     predicted_ms = usage.completion_ms or 0 if predicted_ms is None else predicted_ms
@@ -339,6 +339,6 @@ def _joined(first: chat.ToolCallDelta, text: str) -> chat.ToolCallOut | chat.Cus
 
 
 def join_token_ids(parts: Sequence[tuple[int, ...] | UnsetType]) -> tuple[int, ...] | UnsetType:
-    """The ids of the parts that have them; absent when none has."""
+    """The ids of the parts that have ids; absent if no part has one."""
     known = [ids for ids in parts if ids is not UNSET]
     return tuple(token for ids in known for token in ids) if known else UNSET

@@ -350,7 +350,7 @@ class EmbeddingAdapter:
 
 _OF_VECTORS = ("dimensions", "normalize", "normalized", "pooling", "embedding_type", "return_multivector", "input_type")
 _List = TypeVar("_List", EmbeddingList, PooledList, ClassifiedList, ScoreList)
-_NAMELESS = re.compile(r"LABEL_\d+")  # transformers' names where a model has none
+_NAMELESS = re.compile(r"LABEL_\d+")  # transformers' names of classes that a model does not name
 _VERBS: Mapping[str, str] = {
     "embed": "give vectors",
     "score": "score pairs of texts",

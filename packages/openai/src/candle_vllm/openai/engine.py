@@ -47,7 +47,7 @@ class EngineLike(EmbeddingEngineLike, Protocol):
     def look(
         self, token_ids: Sequence[int], images: Sequence[object], names: Sequence[str] = ()
     ) -> tuple[list[int], tuple[ImageInput, ...]]:
-        """A prompt with what stands for its pictures, and these."""
+        """A prompt with the placeholders of its images, and the images."""
         ...
 
     def apply_chat_template(

@@ -137,7 +137,7 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
         reasoning_tokens: of the output, thoughts with the marks around them; None where there cannot be any.
         prompt_ms: from first work on the prompt to the first token; in final counts, where they are known.
         completion_ms: from the first token to the last, likewise.
-        draft_tokens, accepted_draft_tokens: guessed tokens that were tried, and tokens of the output that came of them;
+        draft_tokens, accepted_draft_tokens: draft tokens that were tried, and those that became output;
             in final counts, as the next two.
         predicted_tokens, accepted_predicted_tokens: of the text that the request predicted, and those that stand in the
             output, for each choice.

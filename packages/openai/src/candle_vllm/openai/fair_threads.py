@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 MOST_WAITING = 60.0  # seconds for which a request waits for a thread
 BIG = 64 << 10  # bytes of a request whose steps are done one at a time
-MAX_STEPS = 4096  # requests that wait for their next step: as many as there are connections
+MAX_STEPS = 4096  # requests that wait for their next step, one for each connection
 
 asker: ContextVar[str] = ContextVar("asker", default="")
 """Whose request this is, as the label of an API key; empty where nobody is told from others."""

@@ -398,7 +398,7 @@ async def llama_answer(
 
 
 def _chosen(piece: LlamaText, paths: Sequence[str] | None) -> Answered:
-    """The parts that are asked for, each under its path; all of it where none is."""
+    """The parts that are asked for, each under its path; everything if no part is asked for."""
     if not paths:
         return piece
     found: dict[str, Any] = {}

@@ -238,12 +238,12 @@ def constrain(
 ) -> StructuredOutputsParams | None:
     """The grammar of an answer's whole text; None where anything will do.
 
-    Where calls are required, structured output has nothing to say: it is about content, and there is none. Where the
-    model chooses, the answer is calls or what `structured` asks for, not both.
+    Where calls are required, structured output does not apply: it is about content, and such an answer has no content.
+    Where the model chooses, the answer is calls or what `structured` asks for, not both.
 
     Args:
         structured: the form of the content, if it must have one.
-        form: how the model writes calls, also where none are offered; None where that is not known.
+        form: how the model writes calls, even if no tool is offered; None where that is not known.
         use: the tools and the choice among them.
         reasoning: how it writes the thoughts that may come; None where none may.
         in_reasoning: the prompt has opened the thoughts already.

@@ -178,7 +178,7 @@ class TaskPreparation:
             return ids, images
 
     def try_picture(self, data: bytes) -> None:
-        """Looks at a picture as a tool's result; raises `RequestError` where the model cannot be shown it there."""
+        """Check an image in a tool's result; raises `RequestError` where the model cannot be shown it there."""
         said = template_messages(_LOOKED, self._planner.choice.needs)
         prompt = self._engine.tokenize(self._engine.apply_chat_template(said), add_special_tokens=False)
         self._engine.look(prompt, [data], ["the image"])
@@ -240,7 +240,7 @@ class TaskPreparation:
             return prepared._replace(params=params, answers=answers, remarks=_remarks(task, loose))
 
     def _check_grammars(self, task: Task) -> None:
-        """Refuses grammars of tools that are none, also where they cannot be guaranteed within a call."""
+        """Refuse invalid grammars of tools, and those that cannot be guaranteed within a call."""
         for tool in task.tools.tools:
             if tool.grammar is None:
                 continue

@@ -142,7 +142,7 @@ def check_length(engine: Tokenizes, text: str) -> None:
 T = TypeVar("T")
 
 MAX_COMPILING = 1024  # requests whose grammars, or whose images, wait
-MAX_TOKENIZING = 4096  # requests whose prompts wait: as many as there are connections
+MAX_TOKENIZING = 4096  # requests whose prompts wait, one for each connection
 
 
 class WorkerThreads:

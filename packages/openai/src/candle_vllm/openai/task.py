@@ -78,7 +78,7 @@ class ToolFunction(msgspec.Struct, frozen=True):
     """A function as parsers and grammars see it.
 
     Attributes:
-        parameters: a JSON schema that has `"type": "object"`; without properties where none were given.
+        parameters: a JSON schema that has `"type": "object"`; without properties if the request gave no parameters.
         strict: the arguments must follow the schema even where calls are the model's own choice.
         grammar: in Lark, of the text that is the one argument; it is followed where the model's way to write calls lets
             it be guaranteed.
@@ -138,7 +138,7 @@ class Choice(NamedTuple):
         Where none may be called they are not shown either, so that the model does not write a call as text.
 
         Raises:
-            InvalidParameterError: one must be called, and there is none.
+            InvalidParameterError: a tool must be called, and the request has no tool.
         """
         if not functions and self.mode == "required":
             raise InvalidParameterError("tool_choice needs tools: there is nothing to choose from", "tool_choice")
@@ -201,7 +201,7 @@ class Paths(NamedTuple):
     """How a request spells what a task has, for errors.
 
     Attributes:
-        fields: names of ours and of the engine that the request spells otherwise.
+        fields: names of this task and of the engine that the request spells otherwise.
         schemas: the path of each shown tool's schema.
         words: what stands in texts for those of `fields` that no text may have, wherever they stand in it.
     """

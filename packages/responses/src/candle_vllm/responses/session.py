@@ -119,7 +119,7 @@ class ResponsesSession:
 
     @property
     def fleet(self) -> McpFleet | None:
-        """The MCP servers, with their status; None where there are none, or the session is not open."""
+        """The MCP servers, with their status; None without MCP servers, or before the session is open."""
         return self._fleet
 
     async def run_conversation(

@@ -35,7 +35,7 @@ JSON = "application/json"
 
 
 def with_defaults(wire: Any, settings: Settings) -> Any:
-    """The request with the operator's sampling settings where it has none."""
+    """The request with the operator's values for sampling settings that it leaves out."""
     absent = {name: value for name, value in settings.default_sampling.items() if getattr(wire, name) is None}
     return wire.model_copy(update=absent) if absent else wire
 

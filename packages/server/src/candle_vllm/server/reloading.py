@@ -59,7 +59,7 @@ class Reloader:
         """Reads models.yaml again and serves what it says; models that it never had stay.
 
         Raises:
-            UsageError: the file is wrong, or there is none; nothing has changed.
+            UsageError: the file is wrong or missing; nothing has changed.
         """
         async with self._lock:
             old = self._configuration

@@ -213,7 +213,7 @@ class ToolReferenceBlock(WireModel):
 
 
 def type_of(value: Any) -> str:
-    """The `type` of an object that has one; raises the error that pydantic reports where there is none."""
+    """The `type` of an object; raises pydantic's error for an object without `type`."""
     if isinstance(value, WireModel):
         return str(getattr(value, "type", ""))
     if not isinstance(value, dict):

@@ -67,7 +67,7 @@ def _said(role: Literal["system", "user"], parts: Sequence[Part]) -> TaskMessage
 
 
 def _fill(turns: list[Turn]) -> bool:
-    """An empty last answer is none: it is taken away."""
+    """Remove an empty last answer: it says nothing."""
     message = turns[-1].message
     if message.parts or message.thoughts:
         return True

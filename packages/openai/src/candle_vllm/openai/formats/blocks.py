@@ -71,7 +71,7 @@ class Blocks:
         reader.put_back("" if mark in self.ends else mark)
 
     def _call(self, reader: Reader, output: Output) -> Need[None]:
-        """A call; what is none is text."""
+        """A call; anything else is text."""
         reader.mark()
         yield from reader.skip_space()
         called = yield from self.body.read(reader, output.calls)

@@ -47,7 +47,7 @@ class Harmony:
     Parts of others than the model are left out.
 
     Attributes:
-        start, channel, message: marks before a part, before its channel ("" where there are none), and before its text.
+        start, channel, message: marks before a part, before its channel ("" without channels), and before its text.
         constrain: the mark before the kind of text, in a header.
         ends: marks behind a part.
         reasoning: what a header has where the part is reasoning.

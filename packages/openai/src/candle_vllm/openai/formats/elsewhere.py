@@ -13,7 +13,7 @@ from candle_vllm.openai.formats.reader import SPACE, Need, Reader, nowhere
 from candle_vllm.openai.formats.shapes import BARE_JSON, HERMES, MISTRAL, QWEN
 from candle_vllm.openai.formats.tagged import Tagged
 
-Way = tuple[str, Body]  # a mark, "" where there is none, and what follows it
+Way = tuple[str, Body]  # a mark, "" for a format without one, and what follows it
 COMMON: tuple[Way, ...] = (
     ("<tool_call>", HERMES),
     ("<tool_call>", QWEN),
@@ -81,7 +81,7 @@ def read_elsewhere(reader: Reader, calls: CallSink, ways: Iterable[Way]) -> Need
     """Reads calls that one of the ways has written; -1 where it has.
 
     Returns:
-        Where none has, nothing was read: how many characters were looked at.
+        If no way has, nothing was read: how many characters were looked at.
     """
     reader.mark()
     most = 0

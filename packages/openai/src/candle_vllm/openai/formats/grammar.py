@@ -274,7 +274,7 @@ class _Message:
         return self._writer.rule(sequence(lead, self._writer.rule(" | ".join(ends))))
 
     def _unmarked(self) -> tuple[str, str, str]:
-        """Text up to a fenced block, calls without marks, and what begins as these; "" is none."""
+        """Text up to a fenced block, calls without marks, and what begins as these; "" stands for no such text."""
         bodies = [self._form.bare, *(body for body in self._form.bodies if getattr(body, "known_only", False))]
         body = next((body for body in bodies if isinstance(body, (JsonCalls, Pythonic))), None)
         fenced = self._form.fenced is not None or _FENCE in self._form.opens

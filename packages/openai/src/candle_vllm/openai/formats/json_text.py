@@ -15,7 +15,7 @@ _FIRST_HALF = re.compile(r"\\u[dD][89abAB][0-9a-fA-F]{2}")  # of a pair that is 
 
 
 def mended(text: str) -> str | None:
-    """A text that is one value, as JSON; None where it is none."""
+    """A text that is one value, as JSON; None for any other text."""
     reader, parts = Reader(), list[str]()
     reader.feed(text)
     reader.end(False)
@@ -53,7 +53,7 @@ def read_text_of_string(reader: Reader, sink: Sink) -> Need[bool]:
 
     def decoded(text: str) -> None:
         nonlocal held  # runs of characters and whole escapes come, one at a time
-        if _LONE.fullmatch(text):  # a special token, which is none in here
+        if _LONE.fullmatch(text):  # a special token, which is plain text in here
             whole, held = held, ""
             inner.feed((_LONE.sub("\ufffd", json.loads(f'"{whole}"')) if whole else "") + text)
             next(run)

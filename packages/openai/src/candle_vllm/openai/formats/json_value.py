@@ -40,7 +40,7 @@ def read_value(reader: Reader, sink: Sink, stops: Markers = _NOTHING) -> Need[bo
 
 
 def read_string(reader: Reader, most: int = 1 << 16) -> Need[str | None]:
-    """Reads a quoted string and returns what it means; None where there is none or it is not closed within `most`."""
+    """Reads a quoted string and returns what it means; None without a quote, or if it is not closed within `most`."""
     quote = yield from reader.peek()
     if quote not in ('"', "'") or not quote:
         return None

@@ -135,7 +135,7 @@ class Layout:
 
     Attributes:
         reasoning, tools: the formats.
-        elsewhere: ways to write calls that are other models': a mark, "" where there is none, and what follows it.
+        elsewhere: ways to write calls that are other models': a mark, "" for a way without one, and what follows it.
     """
 
     reasoning: ReasoningFormat | None = None
@@ -218,7 +218,7 @@ class SpecialText:
         return "".join(parts)
 
     def finish(self) -> str:
-        """What was held back: a special token whose text was cut is none."""
+        """What was held back: a special token whose text was cut is plain text."""
         return self._take(len(self._text))
 
     def _take(self, count: int) -> str:

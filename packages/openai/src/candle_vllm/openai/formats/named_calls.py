@@ -138,8 +138,8 @@ CODE_TOOLS = ("python", "ipython", "code_interpreter")
 class RawArgument:
     """Takes the text of a call that is no object, and makes arguments of it.
 
-    It is the value of the argument that `text_argument` names. Where there is none, the text is passed on as it is:
-    the caller sees what the model wrote. Without text there are no arguments.
+    It is the value of the argument that `text_argument` names. Without such an argument, the text is passed on as it
+    is: the caller sees what the model wrote. Without text there are no arguments.
     """
 
     def __init__(self, calls: CallSink, key: str) -> None:
@@ -210,7 +210,7 @@ class RawCode:
     def read(self, reader: Reader, calls: CallSink) -> Need[bool]:
         """Reads what follows the opening mark; False where no such tool is offered, or what follows is no code.
 
-        A text that was cut before it was clear that it is no other way to call a function is none.
+        A text that was cut before it was clear whether it calls a function in another way is no call.
         """
         name = next((name for name in self.names if name in calls.tools), "")
         unclear = reader.ended and not reader.whole

@@ -107,7 +107,7 @@ class _Arguments:
         if not name or name.startswith("/"):
             self._emit('"' if text else _scalar("".join(parts), kinds))
             return True
-        if text:  # a tag in a string: there is none that could be meant
+        if text:  # a string has no entries that a tag could name
             return False
         listed = name == self._shape.item and "array" in kinds.types
         self._emit("[" if listed else "{")

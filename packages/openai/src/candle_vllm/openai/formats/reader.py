@@ -232,7 +232,7 @@ class Reader:
         return self.ended and not self.whole and self.at == len(self.text)
 
     def name(self, ends: Markers, most: int = 256) -> Need[tuple[str, str]]:
-        """A short text and the marker that ended it; the marker is "" where there is none in reach."""
+        """A short text and the marker that ended it; the marker is "" without a marker in reach."""
         parts: list[str] = []
         size = 0
         while True:
@@ -296,7 +296,7 @@ class CodeSpans:
         self._end_line()
 
     def _opened(self) -> str:
-        """The fence with which the present line opens a block; what follows backticks must have none."""
+        """The fence with which the present line opens a block; what follows backticks must contain no backtick."""
         match = _FENCE.match(self._head)
         if match is None or (match[1][0] == "`" and self._ticks > len(match[1])):
             return ""

@@ -153,7 +153,7 @@ _PLACEHOLDER = re.compile(r"\{content\.(\w+)\}")
 
 
 def response_tools(template: Any) -> ToolFormat | str:
-    """The format of the calls in a response template, or why there is none."""
+    """The format of the calls in a response template, or why it has no such format."""
     field = _field(template, "tool_calls")
     if field is None:
         return "it has no field tool_calls"
@@ -173,7 +173,7 @@ def response_tools(template: Any) -> ToolFormat | str:
 
 
 def response_reasoning(template: Any) -> ReasoningFormat | str:
-    """The format of the thoughts in a response template, or why there is none."""
+    """The format of the thoughts in a response template, or why it has no such format."""
     field = next(
         (found for name in ("reasoning_content", "thinking", "reasoning") if (found := _field(template, name))), None
     )

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Messages that are text with marks in it: where thoughts and calls begin and end (step 10).
 
-A mark is believed where it makes sense. What was taken for one and is none is text, which is looked at again, but not
+A mark is believed where it makes sense. What was wrongly taken for a mark is text, which is looked at again, but not
 without end.
 """
 
@@ -178,7 +178,7 @@ class TextFlow:
         return False
 
     def _calls(self, mark: str) -> Need[bool]:
-        """Calls behind a mark; where there is none, the mark is text. True where it was another model's."""
+        """Calls behind a mark; without a call, the mark is text. True where it was another model's."""
         form, reader, calls = self._form, self._reader, self._output.calls
         assert form is not None
         if mark in form.names:

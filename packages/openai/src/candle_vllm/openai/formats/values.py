@@ -82,7 +82,7 @@ def argument_kinds(schema: Mapping[str, Any], key: str) -> Kinds:
 
 
 def sub_schema(schema: Mapping[str, Any], key: str | None) -> Mapping[str, Any]:
-    """The schema of an object's entry `key`, or of a list's entries; empty where there is none."""
+    """The schema of an object's entry `key`, or of a list's entries; empty without a schema."""
     properties = schema.get("properties")
     if key is None:
         own = schema.get("items")
@@ -102,10 +102,10 @@ def to_json(text: str, kinds: Kinds) -> str:
     """The JSON text of an argument.
 
     A text that the schema enumerates is that string. Where any string is allowed, only what `SPELLINGS` names has
-    another type; where none is, further words and spellings of numbers count too. Where nothing fits, the value is
-    a string. Quotes around a whole value are JSON's, unless any string is allowed: then they are its own; where every
-    value is allowed, what stands in them is a string. In a format that marks strings, a value
-    without the mark is a string only where it can be nothing else.
+    another type; where no string is allowed, further words and spellings of numbers count too. Where nothing fits,
+    the value is a string. Quotes around a whole value are JSON's, unless any string is allowed: then they are its own;
+    where every value is allowed, what stands in them is a string. In a format that marks strings, a value without the
+    mark is a string only where it can be nothing else.
 
     Args:
         text: as the model wrote it.
@@ -127,7 +127,7 @@ def to_json(text: str, kinds: Kinds) -> str:
 
 
 def _quoted(text: str) -> str | None:
-    """What stands in a string of JSON; None where the text is none."""
+    """The text in a JSON string; None for a text that is no JSON string."""
     if not (len(text) > 1 and text[0] == text[-1] == '"'):
         return None
     try:
@@ -138,7 +138,7 @@ def _quoted(text: str) -> str | None:
 
 
 def python_value(text: str) -> str | None:
-    """A Python literal as JSON; None where it is none."""
+    """A Python literal as JSON; None for a text that is no literal."""
     string = text[:1] in ("'", '"')
     if len(text) > (_MOST_STRING if string else _MOST_LITERAL) or (not string and _depth(text) > 64):
         return None

@@ -139,7 +139,7 @@ _Count = Annotated[int, Field(ge=-1, le=1 << 31)] | None
 
 
 class Options(LlamaFields):
-    """How tokens are drawn. None always means absent: the model's own default counts, then ours.
+    """How tokens are sampled. None always means absent: the model's own default counts, then ours.
 
     Attributes:
         num_predict: most tokens of the answer; 0, -1 and -2 are as many as the context takes.

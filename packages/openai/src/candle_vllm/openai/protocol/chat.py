@@ -65,7 +65,7 @@ class PredictionPart(WireModel):
 
 
 class Prediction(WireModel):
-    """What the answer will be for the most part. Guesses are found in it, and it changes no token."""
+    """What the answer will be for the most part. Draft tokens are taken from it, and it changes no token."""
 
     type: Literal["content"]
     content: Annotated[

@@ -92,8 +92,8 @@ def sampling_values(request: fields.WireModel) -> dict[str, Any]:
 
 
 class SamplerFields(fields.WireModel):
-    """llama.cpp's samplers, by its names, and how much is guessed; `SamplingParams` has the same fields and says what
-    they mean."""
+    """llama.cpp's samplers, by its names, and the number of draft tokens; `SamplingParams` has the same fields and
+    says what they mean."""
 
     repeat_last_n: Annotated[int, Field(ge=-1, le=caps.MAX_LOOKBACK)] | None = None
     top_n_sigma: Annotated[float, Field(ge=-1, le=100)] | None = None
@@ -145,10 +145,10 @@ class SamplerFields(fields.WireModel):
 
 
 class LlamaFields(SamplerFields):
-    """How tokens are drawn, in the words of llama.cpp and of Ollama. None always means absent.
+    """How tokens are sampled, under the names of llama.cpp and of Ollama. None always means absent.
 
     Attributes:
-        seed: -1 is none.
+        seed: -1 means no seed.
         repeat_penalty: what others call repetition_penalty.
     """
 

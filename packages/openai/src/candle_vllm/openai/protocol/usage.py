@@ -21,7 +21,7 @@ class CompletionTokensDetails(msgspec.Struct, frozen=True):
         accepted_prediction_tokens, rejected_prediction_tokens: tokens of the predicted text that stand in the answer,
             and the others, whether they were tried or not; there where the request predicted its answer, and of every
             choice.
-        draft_tokens, accepted_draft_tokens: guessed tokens that were tried, and tokens of the answer that came of them;
+        draft_tokens, accepted_draft_tokens: draft tokens that were tried, and those that became part of the answer;
             there where `return_draft_counts` asked for them.
     """
 
@@ -55,7 +55,7 @@ class Timings(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         draft_n, draft_n_accepted: draft tokens that were tried, and tokens of the answer that came of them; absent
-            where none was tried.
+            without any draft token.
     """
 
     cache_n: int

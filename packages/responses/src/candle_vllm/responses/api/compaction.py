@@ -44,7 +44,7 @@ def summary_request(request: CompactRequest) -> ResponsesRequest:
 
 
 def summary_limit(items: Sequence[Placed]) -> int:
-    """How many tokens a summary of these may have: one that is as long as the conversation is none."""
+    """Most tokens of a summary of these, which has to be shorter than the conversation."""
     size = sum(len(one.item.model_dump_json(exclude_none=True)) for one in items)
     return min(max(size // _SHORTER, MIN_SUMMARY), MAX_SUMMARY)
 

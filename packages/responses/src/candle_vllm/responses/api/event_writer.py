@@ -43,7 +43,7 @@ class EventWriter:
         response: as it begins, in progress or queued, and without output.
         plan: the tools; where they are not known yet, `resume` says them.
         encoded: thoughts come in the form that is sent back, too.
-        tells_guesses: usage has the counts of guessed tokens.
+        tells_guesses: usage has the counts of draft tokens.
         room: bytes of the images in its items.
         clock: seconds since 1970.
 
@@ -87,7 +87,7 @@ class EventWriter:
         return self._log.take()
 
     def list_server(self, label: str, offered: list[ToolDefinition], error: str | None) -> list[wire.StreamEvent]:
-        """The tools of an MCP server, or why there are none."""
+        """The tools of an MCP server, or why they cannot be listed."""
         begun = McpListToolsOut(id=new_id("mcpl"), server_label=label, tools=(), status="in_progress")
         status = "failed" if error else "completed"
         ended = replace(begun, tools=tuple(map(_listed, offered)), error=error, status=status)

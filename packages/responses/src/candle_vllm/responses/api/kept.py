@@ -119,7 +119,7 @@ class KeptResponses:
         await self.add_to_conversation(entry)
 
     async def get(self, owner: str, response_id: str) -> Entry:
-        """A response; NotStoredError where this owner has none, here and below."""
+        """A response; NotStoredError where this owner has no such response, here and below."""
         store, found = await self.store(), None
         if is_id(response_id):
             found = await store.get(RESPONSE, owner, response_id)
@@ -208,7 +208,7 @@ class KeptResponses:
         """The items of a conversation, the oldest first.
 
         Raises:
-            NotStoredError: there is none.
+            NotStoredError: this owner has no such conversation.
             StoreLimitError: it is full, and could not take an answer.
         """
         store = await self.store()

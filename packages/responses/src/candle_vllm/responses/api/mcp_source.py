@@ -62,7 +62,7 @@ class ServerUrls:
             field: where the request has it.
 
         Raises:
-            InvalidParameterError: it is none that could be dialled.
+            InvalidParameterError: no connection could be made to it.
             UnsupportedParameterError: no pattern fits.
         """
         parts = _parts(url)
@@ -97,14 +97,14 @@ def _pattern(text: str) -> _Parts:
 
 
 def _parts(url: str, *, pattern: bool = False) -> _Parts | None:
-    """A URL, in one spelling; None where it is none, or could mean different things to different programs."""
+    """A URL, in one spelling; None for an invalid URL, or one that programs read differently."""
     if not url.isascii() or not url.isprintable() or any(char in url for char in ' \\"<>^`{|}#'):
         return None
     try:
         parts = urlsplit(url)
         host, port = (parts.hostname or "").lower(), parts.netloc.rpartition("]")[2].partition(":")[2]
         if not (pattern and port == ANY):
-            port = str(parts.port or _PORTS[parts.scheme])  # raises for one that is none
+            port = str(parts.port or _PORTS[parts.scheme])  # raises for an invalid port
     except (ValueError, KeyError):
         return None
     if parts.scheme not in _PORTS or "@" in parts.netloc or not is_host(host.replace(ANY, "x") if pattern else host):
@@ -161,7 +161,7 @@ class McpSource(Protocol):
 
 
 class NoServers:
-    """There are none."""
+    """No MCP server may be named."""
 
     def check(self, tool: McpTool, path: str) -> None:  # noqa: ARG002
         """Refuses every tool."""

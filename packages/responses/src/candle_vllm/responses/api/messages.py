@@ -36,7 +36,7 @@ from candle_vllm.responses.protocol.items import (
 )
 from candle_vllm.responses.tools.names import tool_name
 
-_ENCODED = "candle-vllm-1."  # how thoughts begin that an answer of ours encoded
+_ENCODED = "candle-vllm-1."  # the beginning of thoughts that this server encoded
 _SUMMARY = "<summary of the conversation before>\n{}\n</summary of the conversation before>"
 
 
@@ -228,7 +228,7 @@ def _summary(item: CompactionItem, path: str) -> str:
 
 
 def _decoded(encrypted: str | None) -> str:
-    """The thoughts that an answer of ours encoded; "" for what another server made."""
+    """The thoughts that this server encoded; "" for what another server made."""
     if not encrypted or not encrypted.startswith(_ENCODED):
         return ""
     try:

@@ -79,9 +79,9 @@ class Responder:
     Args:
         model: answers tasks.
         count: how many tokens the prompt of a task has; None where that cannot be told.
-        servers: where MCP servers come from; None is none.
+        servers: where MCP servers come from; None allows no server.
         kept: keeps responses; None keeps nothing.
-        memory: of the client's connection, for responses that are not kept; None is none.
+        memory: of the client's connection, for responses that are not kept; None keeps nothing.
         options: limits and defaults.
     """
 

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 _ITEM = TypeAdapter[InputItem](InputItem)
 _PIXEL = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGP4DwABAQEAsTj2FAAAAABJRU5ErkJggg=="
-)  # a picture of 1 x 1, for the question whether a template has a place for one
+)  # an image of 1 x 1, to find out whether a template has a place for one
 MAX_URLS = 16  # MCP servers that one request names by their URLs; each is a connection of its own
 
 

@@ -72,7 +72,7 @@ class ToolPlan(msgspec.Struct, kw_only=True):
         registry: those that run here.
         approval: for each that runs here, whether somebody must agree.
         choice: among them.
-        servers: MCP servers of the request, with their tools or why there are none.
+        servers: MCP servers of the request, with their tools or why these cannot be listed.
         offered: the tools of each of them that the model is shown, by its label.
     """
 

@@ -190,7 +190,7 @@ def _free_choice(choice: Any) -> Any:
 
 
 def client_names(client_tools: Sequence[Mapping[str, Any]], tools: ToolRegistry) -> frozenset[str]:
-    """Names of the caller's tools; one of ours with such a name would never be called."""
+    """Names of the caller's tools; a tool of this session with such a name would never be called."""
     names: set[str] = set()
     for number, tool in enumerate(client_tools):
         function = tool.get("function")

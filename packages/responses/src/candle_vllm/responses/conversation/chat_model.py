@@ -33,7 +33,7 @@ class ChatModel(Protocol):
 
 
 class Eyes(Protocol):
-    """How a model is shown the pictures that its tools return."""
+    """How a model is shown the images that its tools return."""
 
     @property
     def max_images(self) -> int:
@@ -46,7 +46,7 @@ class Eyes(Protocol):
 
 
 def eyes_of(model: ChatModel) -> Eyes | None:
-    """The `eyes` of a model; None where it has none, or nobody knows."""
+    """The `eyes` of a model; None for a model that sees no images, or of which that is not known."""
     return getattr(model, "eyes", None)
 
 

@@ -111,7 +111,7 @@ class _Choice:
 
     def read(self, choice: dict[str, Any]) -> list[Event]:
         """What its part of a chunk says."""
-        self.reason = _text(choice, "finish_reason") or self.reason  # some servers write "" where there is none
+        self.reason = _text(choice, "finish_reason") or self.reason  # some servers write "" for no reason
         delta = choice.get("delta")
         delta = delta if isinstance(delta, dict) else {}
         events: list[Event] = []

@@ -40,7 +40,7 @@ class ModelServerError(CandleVllmError):
     """The server cannot be reached, failed, refused the key, or answered something that is not OpenAI's API.
 
     Attributes:
-        status: of its answer; None where there was none.
+        status: of its answer; None without an answer.
     """
 
     def __init__(self, message: str, status: int | None = None) -> None:

@@ -114,7 +114,7 @@ class ConversationUsage(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens of all turns together; a prompt counts again in every turn, `cached_tokens` of it were not computed.
 
     Attributes:
-        draft_tokens, accepted_draft_tokens: guessed tokens that were tried, and tokens of the output that came of them.
+        draft_tokens, accepted_draft_tokens: draft tokens that were tried, and those that became output.
         predicted_tokens, accepted_predicted_tokens: of the text that was predicted, and those that stand in the output;
             for each turn.
     """

@@ -32,7 +32,7 @@ from candle_vllm.responses.tools.approval import Approval, decide
 from candle_vllm.responses.tools.execution import Checked, check, denied, run, unknown_text
 from candle_vllm.responses.tools.registry import ToolRegistry
 
-MAX_PICTURES = 64 << 20  # characters of base64 of all pictures that a conversation is shown
+MAX_PICTURES = 64 << 20  # characters of base64 of all images that a conversation is shown
 MAX_KEPT = 64 << 20  # characters of output in the results; beyond it they keep what the model saw
 
 
@@ -66,9 +66,9 @@ class Decisions(NamedTuple):
 
 
 class ShownPictures:
-    """The pictures of results: those that the model can be shown stand in its messages, of others it is told why not.
+    """The images of results: the model is shown those that it can see, and the reason why not for the others.
 
-    A picture is looked at before it joins the conversation, which could not go on with one that is broken.
+    An image is decoded before it joins the conversation, which could not go on with a broken one.
 
     Args:
         eyes: of the model; None is shown none.
@@ -84,7 +84,7 @@ class ShownPictures:
         self._turn = asyncio.Lock()  # calls end at the same time, and count together
 
     async def of(self, result: tool.ToolResult) -> tuple[tool.ToolResult, tuple[Part, ...]]:
-        """The result, whose text says which pictures cannot be shown; and what the model sees, where it is not text."""
+        """The result, whose text says which images cannot be shown; and what the model sees, where it is not text."""
         pictures = {place: part for place, part in enumerate(result.output.content) if tool.is_picture(part)}
         if self._eyes is None or not pictures:
             return result, ()
@@ -105,7 +105,7 @@ class ShownPictures:
             return result, parts if images else ()
 
     async def _fault(self, eyes: Eyes, data: str, there: int) -> str | None:
-        """Why a picture cannot be shown beside so many others, in words for a model."""
+        """Why an image cannot be shown beside so many others, in words for a model."""
         if there >= eyes.max_images:
             return f"it is not shown: a conversation may have {eyes.max_images} images"
         if len(data) > self._room:
@@ -127,7 +127,7 @@ class TurnCalls:
         client_names: tools that the caller runs.
         transcript: gets the results.
         channel: gets the events.
-        pictures: which of those in results the model is shown.
+        pictures: the images of results that the model is shown.
     """
 
     def __init__(

@@ -43,7 +43,7 @@ class McpConfig:
 
     Attributes:
         servers: in the file's order, disabled ones too.
-        path: of the file; None where there is none.
+        path: of the file; None without a file.
     """
 
     servers: tuple[McpServerConfig, ...] = ()
@@ -123,7 +123,7 @@ def _home_expanded(path: Path | str) -> Path:
 
 
 def _is_file(path: Path) -> bool:
-    """Whether it is one; a name that is too long for the system is none."""
+    """Whether it is a file; a name that is too long for the system names no file."""
     try:
         return path.is_file()
     except OSError:

@@ -87,7 +87,7 @@ class McpLink:
 
     @property
     def tools(self) -> dict[str, Tool]:
-        """The server's tools by their names there; those of the last connection while there is none."""
+        """The server's tools by their names there; those of the last connection while there is no connection."""
         return dict(self._supervisor.listed.tools) if self._supervisor.listed else {}
 
     @property

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The keys of a server in mcp.json: ours and those of other programs, to the fields of `McpServerConfig`."""
+"""The keys of a server in mcp.json, this project's and other programs', to the fields of `McpServerConfig`."""
 
 from __future__ import annotations
 

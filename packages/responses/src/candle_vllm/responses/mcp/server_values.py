@@ -218,7 +218,7 @@ def masked_url(url: str) -> str:
 def masked_arguments(arguments: Iterable[str]) -> list[str]:
     """The arguments of a command, with masks for those that look like secrets by the words in them or before them.
 
-    It is a guess: a secret is safer in `env`.
+    It may miss one: a secret is safer in `env`.
     """
     shown: list[str] = []
     follows = False

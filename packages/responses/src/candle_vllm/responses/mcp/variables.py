@@ -34,7 +34,7 @@ class McpInput(msgspec.Struct, frozen=True, kw_only=True):
         id: its name in `${input:id}`.
         description: the question.
         password: whether the answer is a secret.
-        default: the answer where none is given.
+        default: the answer if the user gives none.
         options: the answers to choose from; none means any.
     """
 

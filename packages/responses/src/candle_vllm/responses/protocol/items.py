@@ -214,7 +214,7 @@ class ReasoningItem(WireModel):
     Attributes:
         summary: of OpenAI's models; shown to the model where there is nothing else.
         content: the thoughts.
-        encrypted_content: the thoughts as an answer of ours encoded them; that of others is left out.
+        encrypted_content: the thoughts as this server encoded them; other servers' is left out.
     """
 
     type: Literal["reasoning"]

@@ -49,7 +49,7 @@ class ReasoningOut(_Typed, frozen=True, kw_only=True, tag="reasoning"):
     """What the model thought.
 
     Attributes:
-        summary: none is made; the thoughts are in `content`.
+        summary: always empty; the thoughts are in `content`.
         encrypted_content: the thoughts once more, in the form that is sent back, where the request asked for it. It
             is encoded and not encrypted.
     """
@@ -184,7 +184,7 @@ class InputTokensDetails(msgspec.Struct, frozen=True, kw_only=True):
 class OutputTokensDetails(msgspec.Struct, frozen=True, kw_only=True):
     """What the output's tokens were: `reasoning_tokens` are thoughts, with the marks around them.
 
-    The other two are there where `return_draft_counts` asked for them: guessed tokens that were tried, and tokens of
+    The other two are there where `return_draft_counts` asked for them: draft tokens that were tried, and tokens of
     the output that came of them.
     """
 

@@ -61,7 +61,7 @@ class Database:
         self._thread = FairThreads(place.title, 1, max_waiting)
 
     async def open(self) -> None:
-        """Connects and makes the tables where there are none; ConfigError when that cannot be."""
+        """Connect and create missing tables; ConfigError when that cannot be done."""
         engine = connect_to(self._place)
         try:
             arguments = engine, self._place, self._tables
@@ -138,7 +138,7 @@ def connect_to(place: Place) -> Engine:
 
 
 def prepare(engine: Engine, place: Place, tables: Tables) -> bytes:
-    """Makes the tables where there are none, and brings old ones up to date; the salt of the hashes of keys.
+    """Create missing tables and bring old ones up to date; return the salt of the hashes of keys.
 
     Raises:
         ConfigError: a later version made them.

@@ -83,7 +83,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
             `conversation`.
         body: what it is, as JSON: the response object, a conversation's metadata, an answer; empty while an answer
             streams, and in lists.
-        given: what it was made of: of a response its request's items, a JSON list whose items have their ids.
+        given: its input: of a response its request's items, a JSON list whose items have their ids.
     """
 
     kind: str
@@ -126,7 +126,7 @@ class EntryItem(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def new_id(prefix: str) -> str:
-    """An id that nobody can guess."""
+    """An id of enough random characters that it is a secret."""
     return f"{prefix}_{secrets.token_hex(24)}"
 
 
@@ -151,7 +151,7 @@ def parts_of(items: Iterable[Item], max_size: int) -> list[EntryItem]:
     """Checked items as parts; those without an id get one.
 
     Raises:
-        InvalidParameterError: an id that can be none.
+        InvalidParameterError: an invalid id.
         StoreLimitError: an item has more than `max_size` bytes as JSON.
     """
     made = []

@@ -359,7 +359,7 @@ class SqlBackend:
         return Room(connection, self._place, self.tables, self._bounds, self.now)
 
     def _find(self, connection: Connection, kind: str, owner: str, name: str, *, locked: bool = False) -> int:
-        """An entry's number; NotStoredError where there is none."""
+        """An entry's number; NotStoredError if there is no such entry."""
         query = select(self._entries.c.number).where(self._visible(kind, owner, name))
         number = connection.execute(query.with_for_update() if locked else query).scalar_one_or_none()
         if number is None:

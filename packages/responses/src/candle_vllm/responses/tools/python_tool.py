@@ -87,7 +87,7 @@ class PythonTool:
             original_name=own,
         )
 
-    async def run(self, arguments: Mapping[str, Any], report: tool.Report) -> tool.ToolOutput:  # noqa: ARG002 it has none
+    async def run(self, arguments: Mapping[str, Any], report: tool.Report) -> tool.ToolOutput:  # noqa: ARG002 it reports nothing
         """Converts the arguments, calls the function, and makes an output of what it returns."""
         values = self._signature.convert(arguments)
         value = await self._function(**values) if self._is_async else await self._in_thread(values)

@@ -177,14 +177,14 @@ def is_picture(part: ContentPart) -> bool:
 
 
 def picture_type(part: ContentPart) -> str:
-    """The media type of an image as a tool gave it, "" where that is none."""
+    """The media type of an image as a tool gave it; "" for an invalid one."""
     return part.mime_type if part.mime_type and _PICTURE.fullmatch(part.mime_type) else ""
 
 
 def output_text(output: ToolOutput, max_chars: int, faults: Mapping[int, str] = MappingProxyType({})) -> str:
     """The output as text of at most `max_chars` characters; where it is cut, its end says so.
 
-    Texts and text resources stand as they are; of pictures, sound and other data the model learns what there is.
+    Texts and text resources stand as they are; of images, sound and other data the model learns the kind and size.
     Structured output is shown as JSON where there is no text that says the same.
 
     Args:

@@ -50,7 +50,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         key: what it is.
-        asked: the revision that was asked for when it was fetched, "" where none was.
+        asked: the revision that was asked for when it was fetched; "" without a revision.
         size: bytes of its files.
         base: the base that its configuration names.
     """

@@ -45,9 +45,9 @@ class Adapter:
         base: the entry of the catalogue that it is for.
         path: its folder or file.
         root: what is said of where it is from.
-        revision: a commit, a sum or a version; None where there is none.
+        revision: a commit, a checksum or a version; None without a revision.
         number: llama.cpp's id of it; None of one that the operator did not name.
-        scale: its part where a request says nothing of adapters; 0 is none.
+        scale: its scale in requests that name no adapter; 0 leaves it out.
         pinned: it stays in memory.
         kind: of the source; "given" of files that the operator named.
         asked: what its source is asked for, of one that the operator loaded by that; None of all others.
@@ -278,7 +278,7 @@ class Adapters:
                     raise
 
     def _base_of(self, found: Found) -> ModelEntry:
-        """The model that an adapter says it is for, where that is one of ours; else the default."""
+        """The model that an adapter says it is for, if this server has it; else the default."""
         bases = self.bases()
         named = (entry for entry in bases if found.base in (*entry.names, entry.settings.model))
         return next(named, bases[0])

@@ -27,7 +27,7 @@ def open_adapters(settings: Settings, looked: Callable[[str, str], object]) -> A
         looked: told of each look at a source.
 
     Raises:
-        UsageError: a source is none, or everybody who reaches the server could have any repository fetched.
+        UsageError: a source is invalid, or everybody who reaches the server could have any repository fetched.
     """
     if not settings.lora_resolver:
         return Adapters()

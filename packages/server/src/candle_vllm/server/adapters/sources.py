@@ -2,7 +2,7 @@
 """Where adapters come from: the grammar of their names, what a source is, and the local folder.
 
 Before step 1 of a request's life, in threads. A name from a request reaches a source only in the grammar of
-`AdapterName`, which has no way up, no absolute path and no empty part; a source that is not sure says that it has none.
+`AdapterName`, which has no way up, no absolute path and no empty part; a source that is not sure reports no adapter.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         max_bytes: of all its files.
         max_rank: of its configuration.
-        bases: patterns, one of which the base that it names must match; none is any base.
+        bases: patterns, one of which the base that it names must match; without patterns any base will do.
         seconds: that fetching it may take.
     """
 
@@ -143,7 +143,7 @@ class Found(NamedTuple):
     Attributes:
         path: its folder, or its GGUF file.
         root: what is said of where it is from.
-        revision: the commit, sum or version that `path` has; None where there is none.
+        revision: the commit, checksum or version that `path` has; None without a revision.
         base: the base that its configuration names.
     """
 
@@ -195,7 +195,7 @@ def check_config(text: bytes, limits: Limits) -> str | None:
 
 
 def check_base(base: str | None, limits: Limits) -> None:
-    """Raises `Refused` for an adapter of a base for which none are taken."""
+    """Raises `Refused` for an adapter of a base that is not allowed."""
     if limits.bases and not any(fnmatchcase(base or "", pattern) for pattern in limits.bases):
         named = "no base" if base is None else f"{base!r:.100}"
         raise Refused(f"{CONFIG} names {named}, and this server takes adapters of {', '.join(limits.bases)}")

@@ -84,7 +84,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         id: of this line.
-        custom_id: of the request; None where it had none.
+        custom_id: of the request; None for a request without one.
         response: what the application said; None where it was not asked.
         error: why there is no good answer; None where there is one.
     """
@@ -113,7 +113,7 @@ def read_line(data: bytes, endpoint: str | None = None) -> Line:
         endpoint: the one URL that its batch asks; None is any of `URLS`.
 
     Raises:
-        LineError: it is none.
+        LineError: the line is no valid request.
     """
     try:
         value = decode_json(data, "The line")

@@ -5,8 +5,8 @@ A file is an entry whose parts are its contents: what was uploaded in pieces of 
 Its kind says how far it is. An `upload` is not whole yet, and goes where its server dies; the `results` of a batch are
 not shown before it has ended; a `file` is.
 
-A batch is an entry that is worked on until it has ended; its lease says which server does that, and one that has none
-is anybody's. Whoever cancels it leaves a part, so that no answer of a server that works on it is overwritten.
+A batch is an entry that a server works on until it has ended; its lease names that server, and any server may take a
+batch without a lease. Whoever cancels it leaves a part, so that no answer of a server that works on it is overwritten.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ class BatchStore:
             raise
 
     async def file(self, owner: str, file_id: str, param: str = "file_id") -> FileObject:
-        """A file; NotStoredError where this owner has none, here and below."""
+        """A file; NotStoredError where this owner has no such file, here and below."""
         found = await (await self.backend()).get(FILE, owner, file_id) if is_id(file_id) else None
         if found is None:
             raise NotStoredError("File", file_id, param)
@@ -218,7 +218,7 @@ class BatchStore:
         await (await self.backend()).append(RESULTS, owner, file_id, parts, skip_known=True)
 
     async def show_results(self, owner: str, file_id: str, name: str, seconds: int) -> str | None:
-        """Makes a file of results; its id, or None where there are none."""
+        """Create a file of results; its id, or None without results."""
         backend, size = await self.backend(), 0
         if await backend.get(RESULTS, owner, file_id) is None:  # it has been done before
             return file_id if await backend.get(FILE, owner, file_id) is not None else None
@@ -314,7 +314,7 @@ class BatchStore:
 
 
 def new_file_id() -> str:
-    """An id that nobody can guess, as OpenAI's files have it."""
+    """A random id in the form of OpenAI's files."""
     return f"file-{secrets.token_hex(16)}"
 
 

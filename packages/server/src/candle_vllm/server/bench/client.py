@@ -56,7 +56,7 @@ class AnswerClient(asyncio.Protocol):
     # ---- the connection ----------------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast("asyncio.Transport", transport)  # uvloop's is none by its class
+        self.transport = cast("asyncio.Transport", transport)  # uvloop's does not inherit from it
         self.sent = time.monotonic()
         self.transport.write(self._request)
 

@@ -98,7 +98,7 @@ def make_samples(
     Raises:
         UsageError: there is no such data set, or it has no requests.
     """
-    chance = random.Random(seed)  # noqa: S311 - nothing to guess
+    chance = random.Random(seed)  # noqa: S311 - no secret
     if name == "hf":
         raise UsageError(
             "--dataset-name hf: data sets are not downloaded; custom reads one that you saved as lines of JSON"

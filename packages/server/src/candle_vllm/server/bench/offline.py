@@ -3,7 +3,7 @@
 
 Calls the engine at step 3 of a request's life, as `vllm bench throughput` and `vllm bench latency` do, under their
 names: a set of requests that are all there at once, and one batch again and again. `bench speculation` answers each
-prompt with guessed tokens and without, in turns.
+prompt with draft tokens and without, in turns.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def bench_speculation(
     skip_chat_template: bool = False,
     output_json: Path | None = None,
 ) -> int:
-    """Answers each prompt alone, with guessed tokens and without, in turns, and prints what guessing gains.
+    """Answer each prompt alone, with draft tokens and without, in turns, and print the speedup.
 
     Returns:
         1 where answers differ, else 0.
@@ -180,7 +180,7 @@ def _in_template(engine: InferenceEngine, prompt: str, *, raw: bool) -> str:
 
 @dataclasses.dataclass
 class _Total:
-    """Of answers: tokens behind the first, and seconds that they took; guesses that were tried, and those right."""
+    """Of answers: tokens after the first, and the seconds that they took; draft tokens, tried and accepted."""
 
     tokens: int = 0
     seconds: float = 0.0
@@ -200,7 +200,7 @@ class _Total:
 
 
 def _paired(engine: InferenceEngine, asked: Sequence[tuple[str, int]], pairs: int) -> dict[str, Any]:
-    """Each prompt in turns, the guessing answer first in every other one; one round before is not counted."""
+    """Each prompt in turns, the answer with drafts first in every other pair; the first round is not counted."""
     whole = _Total(), _Total()
     ratios, different = list[float](), 0
     for pair in range(pairs + 1):
@@ -208,7 +208,7 @@ def _paired(engine: InferenceEngine, asked: Sequence[tuple[str, int]], pairs: in
         for place, (prompt, length) in enumerate(asked):
             found: dict[int, tuple[int, ...]] = {}
             for guesses in (0, 1) if (pair + place) % 2 else (1, 0):
-                # The salt keeps the answer of one turn from being guessed in the next.
+                # The salt keeps the answer of one turn from being the draft of the next.
                 params = SamplingParams(temperature=0.0, max_tokens=length, cache_salt="bench")
                 params.num_speculative_tokens *= guesses
                 (output,) = engine.generate([prompt], params, add_special_tokens=False, use_tqdm=False)

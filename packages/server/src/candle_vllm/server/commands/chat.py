@@ -87,7 +87,7 @@ class Chat:
 
     Args:
         settings: of the model and its sampling.
-        system: the system message that every conversation begins with; an empty one is none.
+        system: the system message that every conversation begins with; empty for no message.
         max_tokens: most tokens of an answer.
 
     Attributes:
@@ -126,7 +126,7 @@ class Chat:
         """The model's name.
 
         Raises:
-            UsageError: none is loaded.
+            UsageError: no model is loaded.
         """
         if self._engine is None:
             raise UsageError(_NO_MODEL)
@@ -377,7 +377,7 @@ class Chat:
         return False
 
     def _bring(self, settings: Settings) -> str | None:
-        """Loads a model in the place of what is there; says why, where there is none then."""
+        """Load a model in the place of the present one; say why if no model is loaded then."""
         old, self._engine = self._engine, None
 
         def load() -> InferenceEngine:

@@ -27,7 +27,7 @@ Message = dict[str, Any]
 
 
 def conversation(system: str | None, text: str) -> list[Message]:
-    """A conversation that begins with one user message; an empty system message is none."""
+    """A conversation that begins with one user message; an empty system message is left out."""
     start = [{"role": "system", "content": system}] if system else []
     return [*start, {"role": "user", "content": text}]
 
@@ -147,7 +147,7 @@ def read_stdin(name: str) -> str:
 
 
 def read_line(name: str) -> str:
-    """The next line of standard input with its end, empty where there is none; `name` says what it is."""
+    """The next line of standard input with its end, empty at the end of input; `name` says what it is."""
     return _decoded(sys.stdin.buffer.readline(MAX_TEXT + 1), name)
 
 

@@ -132,7 +132,7 @@ def _is_page(method: str, path: str) -> bool:
 
 
 def _given(scope: Scope, page: bool) -> bytes | None:
-    """The key that a request has; None where it has none, or more than one."""
+    """The key of a request; None for a request without a key, or with more than one."""
     bearers = [value for name, value in scope["headers"] if name == b"authorization"]
     own = [value for name, value in scope["headers"] if name == b"x-api-key"]
     if bearers:

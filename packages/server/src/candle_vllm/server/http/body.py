@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Reading a request's body with a limit, and waiting for an answer while watching the connection.
 
-Step 1 of a request's life, and the client-gone edge of the picture: a disconnect cancels the waiting, which aborts
+Step 1 of a request's life, and the client-gone edge of the diagram: a disconnect cancels the waiting, which aborts
 the request in the engine.
 """
 
@@ -30,7 +30,7 @@ T = TypeVar("T")
 class Held:
     """Bytes of bodies and messages, with the stored responses that they continue, until prompts are made of them.
 
-    The first 64 KB of each do not count, so that requests of usual size are never refused for those of others. One key
+    The first 64 KB of each do not count, so that other clients' bodies never refuse a request of usual size. One key
     may have half of the bytes. Big bodies are parsed one at a time (`apart`), and keys take turns.
 
     Args:

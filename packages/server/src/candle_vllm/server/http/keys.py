@@ -88,7 +88,7 @@ class Keyring:
         return self._keys[matches.index(True)] if any(matches) else None
 
     def find_caller(self, caller: Caller) -> Key | None:
-        """A valid key of somebody for whom this process asks itself; None where there is none any more."""
+        """A valid key of a caller on whose behalf this process asks itself; None if no key of the caller is valid."""
         return next((key for key in self._keys if key.uses and key.is_valid and key.caller.key == caller.key), None)
 
     def callers(self) -> Iterable[Caller]:

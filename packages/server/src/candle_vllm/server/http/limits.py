@@ -3,7 +3,7 @@
 
 Before step 2 of a request's life, and beside step 9, where tokens are counted. Each limit is a bucket that holds what
 a minute allows and fills steadily. A request begins where the bucket of requests holds one and that of tokens anything
-at all; tokens are taken out as they are counted for `usage`, so that no answer is estimated and none is cut. What an
+at all; tokens are taken out as they are counted for `usage`, so no answer is estimated, and no answer is cut. What an
 answer takes beyond the bucket is owed, and the key waits until it has been filled up again.
 """
 

@@ -42,7 +42,7 @@ class RequestContext:
 
     @property
     def http_request_id(self) -> str:
-        """The `x-request-id` of the answer; empty where there is none."""
+        """The `x-request-id` of the answer; empty outside a request."""
         return str(self.state.get("request_id", ""))
 
     @property

@@ -21,7 +21,7 @@ LOOK_SECONDS = 5.0
 
 
 def tls_context(settings: Settings) -> ssl.SSLContext | None:
-    """TLS 1.2 and later with the operator's files; None where there shall be none.
+    """TLS 1.2 and later with the operator's files; None for a server without TLS.
 
     Raises:
         UsageError: a file cannot be read, or key and certificate do not belong together.

@@ -78,7 +78,7 @@ def settled(answer: msgspec.Struct | bytes | Exception, most: int) -> tuple[Stat
 
     Args:
         answer: OpenAI's answer object, its JSON, or what ended the request.
-        most: bytes; an answer beyond it is kept as an error that says so, because half an answer is none.
+        most: bytes; an answer beyond it is kept as an error that says so, because half an answer is of no use.
     """
     if isinstance(answer, Exception):
         error = to_error(answer)

@@ -82,7 +82,7 @@ class ExecutionState:
 
     @property
     def calls(self) -> tuple[ServerToolCall, ...] | UnsetType:
-        """Every call, for the answer; UNSET where there was none."""
+        """Every call, for the answer; UNSET without calls."""
         return tuple(self._calls.values()) or UNSET
 
     @property

@@ -46,8 +46,8 @@ class Queued(NamedTuple):
     """A request that waits, for operators; nothing of its content.
 
     Attributes:
-        id: of the HTTP request; empty where there is none.
-        key: label of its API key, "none" where there is none.
+        id: of the HTTP request; empty outside an HTTP request.
+        key: label of its API key; "none" without a key.
         sequences: how many it makes, as far as that counts where it waits.
         priority: lower ones go first.
         since: Unix seconds.

@@ -64,7 +64,7 @@ class Archive(NamedTuple):
         """What a text means, with `#sha256=...` behind it or not; None where it is no archive.
 
         Raises:
-            InvalidFileError: the sum is none, or the address.
+            InvalidFileError: the checksum or the address is invalid.
         """
         address, _, told = text.partition("#sha256=")
         sha256 = (sha256 or told or "").lower() or None
@@ -171,7 +171,7 @@ def model_folder(folder: Path) -> Path:
     """The one folder in it, itself included, that has a model's files.
 
     Raises:
-        InvalidFileError: there is none, or there are several.
+        InvalidFileError: there is no model's file, or there are several models.
     """
     found = {path.parent for name in ("config.json", "*.gguf") for path in folder.rglob(name)}
     tops = [path for path in found if not any(path != other and path.is_relative_to(other) for other in found)]

@@ -287,7 +287,7 @@ class QueuedRequest(msgspec.Struct, frozen=True, kw_only=True):
         model: first name of the model.
         queued_at: Unix seconds.
         waits_for: "model", until it is loaded, or "place", in its engine.
-        key: number of its API key, "none" where none is asked for.
+        key: number of its API key; "none" on a server without keys.
         sequences: how many it makes.
         priority: lower ones go first.
     """

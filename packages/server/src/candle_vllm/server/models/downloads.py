@@ -43,7 +43,7 @@ def choose_file(names: Sequence[str], named: Named) -> str | None:
     """Which GGUF file of a repository is meant, by its first part; None for safetensors.
 
     Raises:
-        PullError: there is none of that tag, or several and none is named.
+        PullError: no file has that tag, or several files fit and the name chooses none.
         ModelNotFoundError: there are no weights.
         UnsupportedModelError: the weights are in a format that is not read.
     """

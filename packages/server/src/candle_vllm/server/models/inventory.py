@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """What an operator manages: the models with what they take and whether they fit, known names, what is being fetched.
 
-Outside the ten steps, in threads: files are looked at, none is read.
+Outside the ten steps, in threads: files are listed, and no file is read.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Inventory(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         changes: whether models may be fetched and removed over HTTP.
-        memory_free, memory_most: bytes that are free for models, and that would be if none were loaded.
+        memory_free, memory_most: bytes that are free for models, and that would be free without any loaded model.
         disk_free: bytes, where models are kept.
         models, known, pulls: those that are served, those that have a name, those that are being fetched.
     """

@@ -28,8 +28,8 @@ class Description(msgspec.Struct, frozen=True, kw_only=True):
         tasks: generate, embed, score.
         tools, thinks: whether its answers are looked through for calls, and for thoughts.
         sees: it takes images; known once it is loaded.
-        template: its chat template, in Jinja; None where it has none, or several.
-        sampling: the values by which its tokens are drawn, where its files say some.
+        template: its chat template, in Jinja; None for a model without one, or with several.
+        sampling: the sampling settings that its files recommend.
     """
 
     format: str

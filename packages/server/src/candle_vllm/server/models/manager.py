@@ -49,7 +49,7 @@ class ModelManager:
         load: loads one; None for a manager of models that somebody else has loaded, and which stay.
         limits: how far it goes.
         metrics: counts loads and waits.
-        adapters: of its models; those that are given with them alone where there are none.
+        adapters: of its models; without them only the adapters that are given with the models.
 
     All methods are for one event loop. `close` unloads everything.
 

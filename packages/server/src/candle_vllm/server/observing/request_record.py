@@ -36,7 +36,7 @@ class FinishedRequest:
         model: name of the model.
         context: the HTTP request, where there is one.
         arrived, ended: `time.monotonic()` seconds, as its caller saw it.
-        first_token: the same of its first token; None where there was none.
+        first_token: the same of its first token; None for an answer without tokens.
         times: the engine's own, as far as it said them.
         prompt_tokens, cached_tokens: as usage counts them.
         tokens, sequence_times: of each sequence, its tokens and the engine's times.

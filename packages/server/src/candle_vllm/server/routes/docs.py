@@ -2,7 +2,7 @@
 """`/openapi.json`, and `/docs`: pages that show it and try it out.
 
 Outside the ten steps. Everything comes from this server: the pages may load nothing from elsewhere, run no script that
-is not a file of ours, and be shown in no other page's frame.
+is not one of this server's files, and be shown in no other page's frame.
 """
 
 from __future__ import annotations

@@ -197,7 +197,7 @@ async def _form(request: Request, limit: int, count: Callable[[int], None]) -> F
 
     Raises:
         HttpError: 415 for another content type, 413 when it is too large, 408 when it is too slow; or `count`'s.
-        InvalidBodyError: it is none.
+        InvalidBodyError: the body is no form.
     """
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind != "multipart/form-data":

@@ -133,7 +133,7 @@ class Shown(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         modelfile: how it is served, in words.
-        parameters: the values by which its tokens are drawn, a line each.
+        parameters: its sampling settings, a line each.
         template: its chat template, in Jinja.
         model_info: names and numbers as Ollama calls them.
         capabilities: completion, tools, thinking, embedding, rerank.

@@ -90,7 +90,7 @@ class TokenizerInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     Attributes:
         model_max_length: most tokens of prompt and output together.
         special_tokens: the id of each, by its text.
-        chat_template: Jinja; None where the model has none.
+        chat_template: Jinja; None for a model without a template.
     """
 
     model_max_length: int
@@ -321,7 +321,7 @@ async def is_sleeping(request: Request) -> Response:
 
 
 def _engines(request: Request) -> list[ServedEngine]:
-    """Those of the loaded models, or of the one that was named; one that is not loaded has none."""
+    """The engines of the loaded models, or of the named one; a model that is not loaded has no engine."""
     manager: ModelManager = request.app.state.manager
     name = request.query_params.get("model")
     slots = [manager.find(name, exact=True)] if name else manager.slots.values()

@@ -58,7 +58,7 @@ class Responders:
 
     Args:
         kept: keeps responses; None keeps nothing.
-        servers: where MCP servers of requests come from; None is none.
+        servers: where MCP servers of requests come from; None allows no server.
     """
 
     def __init__(self, kept: KeptResponses | None, servers: McpSource | None = None) -> None:

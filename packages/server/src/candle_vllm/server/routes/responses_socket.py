@@ -138,7 +138,7 @@ class _Connection:
             del message
 
     async def _has_message(self, ends: float) -> bool:
-        """Waits for the next message; False where there is to be none."""
+        """Wait for the next message; False if no message will come."""
         while not self._waiting or self._draining.is_set():
             left = ends - time.monotonic()
             if self._gone or self._draining.is_set() or left <= 0:

@@ -26,7 +26,7 @@ class AdapterSpec(NamedTuple):
     """An adapter that an operator names.
 
     Attributes:
-        scale: its part where a request says nothing of adapters; 0 is none.
+        scale: its scale in requests that name no adapter; 0 leaves it out.
         pinned: it stays in memory.
     """
 

@@ -85,7 +85,7 @@ class Catalogue:
         if name is not None and name in self._by_name:
             return self._by_name[name]
         loose = not self.default.settings.strict_model_names and not self.default.settings.enable_lora
-        alone = len(self.entries) == 1 and loose  # where there are adapters, another name would be one of theirs
+        alone = len(self.entries) == 1 and loose  # with adapters, another name could be an adapter's
         if name is None or name == ANY_MODEL:
             return self.default
         if name == DEMO and DEMO_NAME in self._by_name:

@@ -158,7 +158,7 @@ def load_settings(command_line: SettingsSource, environ: Mapping[str, str], *, f
 def _found_models(
     merged: Mapping[str, Any], home: Path, folder: Path, remarks: list[str], *, needed: bool
 ) -> ModelsFile | None:
-    """The models.yaml that applies; one that merely lies there, and is wrong, is passed over where none is needed."""
+    """The models.yaml that applies; a wrong file that was not asked for is passed over if no model needs it."""
     explicit, model = merged.get("models_config"), merged.get("model")
     if model is None:
         elsewhere = bool(merged.keys() & {"weight_path", "weight_file"})

@@ -122,7 +122,7 @@ def refuse_missing(settings: Settings) -> None:
 
 
 def refuse_wrong_formats(settings: Settings) -> None:
-    """Raises a ConfigError where the names of the formats of calls and thoughts are none, before a model is loaded."""
+    """Raise a ConfigError for unknown names of formats of calls and thoughts, before a model is loaded."""
     if settings.tool_parser is None and settings.reasoning_parser is None:
         return  # nor is what knows them imported
     from candle_vllm.openai.formats.choice import choose_layout
@@ -142,7 +142,7 @@ def image_sources(
     """Where images of requests may come from; `stored` and `count` as of `ImageSources`.
 
     Raises:
-        ConfigError: the folder is none.
+        ConfigError: the folder does not exist.
     """
     from candle_vllm.core.vision.fetching import ImageSources
     from candle_vllm.openai.fair_threads import asker
@@ -255,7 +255,7 @@ def _template(path: Path | None) -> str | None:
 
 
 def store_options(settings: Settings) -> StoreOptions | None:
-    """The options, or None where nothing shall be kept; UsageError where the URL is none. It is not repeated."""
+    """The options, or None where nothing shall be kept; UsageError, which leaves it out, for an invalid URL."""
     url = settings.responses_store
     if url == OFF:
         return None

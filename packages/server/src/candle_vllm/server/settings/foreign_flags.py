@@ -131,7 +131,7 @@ COMMANDS = {row[0]: row[1] for row in foreign_tables()["Commands"]}
 
 @cache
 def foreign_flags() -> Mapping[str, Row]:
-    """The row of each flag: its answer begins with a flag of ours where that does the same."""
+    """The row of each flag: its answer begins with this program's flag if that does the same."""
     return dict(told())
 
 

@@ -3,7 +3,7 @@
 
 Read before step 1 of a request's life. Names such as PORT are everybody's: they stand below `CANDLE_VLLM_*`, count in
 the process's environment alone, and are passed over where they can hardly be meant for us. A name that looks like an
-API key and is none here is warned of, so that nobody's server stands open by a spelling.
+API key but is none of this server's is warned of, so that nobody's server stands open by a spelling.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def deployment_source(
         keyed: whether an API key is given elsewhere.
 
     Raises:
-        UsageError: a value that is meant for us is none.
+        UsageError: a value that is meant for this program is invalid.
     """
     values: dict[str, Any] = {}
     given_as: dict[str, str] = {}
@@ -148,7 +148,7 @@ def _rust_level(text: str) -> str | None:
     for directive in text.lower().split(","):
         target, equals, level = directive.strip().rpartition("=")
         if level in _LEVELS and (not equals or target.replace("-", "_").startswith("candle_vllm")):
-            whose, means = target and "own", _LEVELS[level]  # of several modules of ours, the one that says most
+            whose, means = target and "own", _LEVELS[level]  # of several of our modules, the one that says most
             levels[whose] = min(means, levels.get(whose, means), key=("debug", "info", "warning", "error").index)
     return levels.get("own", levels.get(""))
 
@@ -162,7 +162,7 @@ def is_loopback(host: str) -> bool:
 
 
 def key_remarks(settings: Settings, environ: Mapping[str, str], dotenv: Mapping[str, str]) -> Iterator[str]:
-    """Warns of names that look like the key of a server which has none."""
+    """Warn of names that look like an API key if the server has no key."""
     if settings.has_api_keys:
         return
     address = settings.address

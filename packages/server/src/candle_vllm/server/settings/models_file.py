@@ -38,7 +38,7 @@ class ModelsFile:
     Attributes:
         path: of the file.
         models: the settings of each model by name.
-        default_model: the one that is meant where none is named.
+        default_model: the model of requests that name no model.
         globals: settings of the file that are not of one model.
         params: settings of its models that do not say otherwise, `global_params`.
         mailbox: the section on the mailbox, as it stands there.

@@ -203,7 +203,7 @@ def line_of(section: Any, key: Any = None) -> str:
 
 
 def mapping(value: Any, where: str) -> Mapping[str, Any]:
-    """A section of a settings file; UsageError where it is none."""
+    """A section of a settings file; UsageError for anything but a mapping."""
     if not isinstance(value, dict):
         raise UsageError(f"{where} must be a mapping of keys to values")
     return value

@@ -110,7 +110,7 @@ def our_params(params: Mapping[Any, Any], title: str, remarks: list[str], *, sto
 
 
 def _device(value: Any, where: str) -> str:
-    """`device` for a list of GPUs: none is the CPU, and the first GPU alone is the CPU where there is no GPU."""
+    """`device` for a list of GPUs: no GPU means the CPU, and so does the first GPU alone on a machine without GPUs."""
     if not isinstance(value, list) or len(value) > _MAX_DEVICES:
         raise UsageError(f"{where} must be a list of at most {_MAX_DEVICES} whole numbers, not {value!r:.60}")
     numbers = [convert(_DEVICE_ID, number, where) for number in value]

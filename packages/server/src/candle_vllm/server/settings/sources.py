@@ -101,7 +101,7 @@ def _variable(option: Option, text: str, spelled: str) -> Any:
 def read_dotenv(path: Path, wrong: list[str] | None = None) -> dict[str, str]:
     """The assignments of a `.env` file; an empty mapping where there is no such file. `${...}` is not expanded.
 
-    A line that is none is a UsageError, or, where there is a list for them, is added to `wrong` and passed over.
+    An invalid line is a UsageError, or, where there is a list for them, is added to `wrong` and passed over.
     """
     if not path.is_file():
         return {}
@@ -123,7 +123,7 @@ def read_dotenv(path: Path, wrong: list[str] | None = None) -> dict[str, str]:
 
 
 def read_small(path: Path) -> str:
-    """The text of a settings file of at most a megabyte; UsageError where there is none."""
+    """The text of a settings file of at most a megabyte; UsageError for a missing file."""
     try:
         with path.open("rb") as file:
             content = file.read(_MAX_FILE + 1)

@@ -16,7 +16,7 @@ from candle_vllm.server.settings.foreign_flags import ANY, Row, foreign_flags
 from candle_vllm.server.settings.options import UsageError, mapping
 from candle_vllm.server.settings.sources import read_small
 
-_OURS = re.compile(r"--[\w.-]+(?: [\w:/]+)?(?=[,;]|$)")  # an answer that begins with a flag of ours, and not a sentence
+_OURS = re.compile(r"--[\w.-]+(?: [\w:/]+)?(?=[,;]|$)")  # an answer that begins with a flag, and not a sentence
 
 _OBJECTS = ("--speculative-config", "--mm-processor-kwargs")
 """Flags of ours whose values are objects: `--flag.name VALUE` sets one name."""
@@ -89,7 +89,7 @@ def _spelled(flag: str, known: Known) -> str:
 
 
 def _follows(row: Row, left: list[str]) -> str:
-    """The value behind a flag, taken from what is left; "" where the flag has none."""
+    """The value behind a flag, taken from what is left; "" for a flag without a value."""
     if left and set(row.becomes) - {""}:
         optional = "" in row.becomes
         if left[0] in row.becomes if optional else not left[0].startswith("-") or left[0][1:].isdecimal():

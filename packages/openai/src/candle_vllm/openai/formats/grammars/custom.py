@@ -117,7 +117,7 @@ def _renamed(kinds: list[tuple[str, str]], names: _Names, string: _Spell, regex:
 
 
 class _Names:
-    """Names of a user's rules among those of others; `single`: all of them are terminals."""
+    """Names of a user's rules beside this grammar's own rules; `single`: all of them are terminals."""
 
     def __init__(self, prefix: str, *, single: bool) -> None:
         self.single = single

@@ -205,7 +205,7 @@ class Entries(NamedTuple):
 
     Attributes:
         known: (key, schema, whether it is required), in the schema's order.
-        others: the schema of further entries; None where there are none.
+        others: the schema of further entries; None if the object allows no further entry.
     """
 
     known: Sequence[tuple[str, Any, bool]]

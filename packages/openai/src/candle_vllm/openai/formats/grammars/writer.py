@@ -33,7 +33,7 @@ def quoted(text: str) -> str:
 
 
 def sequence(*parts: str) -> str:
-    """Expressions that follow each other; "" is none."""
+    """Expressions that follow each other; "" is no expression."""
     return " ".join(filter(None, parts)) or '""'
 
 
@@ -140,7 +140,7 @@ class Writer:
         return sequence(self.terminal(f"{self.without(body, others)} {first}"), *rest)
 
     def thought(self, end: str) -> str:
-        """Thoughts, and the mark that ends them. A mark between quotes ends none, so none is written behind a quote."""
+        """Thoughts, and the mark that ends them. A mark in quotes does not end them, so no mark follows a quote."""
         if not self.is_text(end):
             return self.until(end)
         body = self.terminal(f"{_UNQUOTED} & ~(TEXT /[`\"']/ {quoted(end)} TEXT)")
@@ -153,7 +153,7 @@ class Writer:
             mark: what to wait for.
             then: an expression.
             body: the terminal of the text before the mark.
-            lead: a text behind the mark and white space without which the mark is none.
+            lead: the text that must follow the mark and white space, or the mark does not count.
         """
         if not self.is_text(mark):
             return self.rule(sequence(self.until(mark, body), SPACE if lead else "", self.mark(lead), then))
@@ -170,7 +170,7 @@ class Block(NamedTuple):
     """The expression of one call or more behind an opening mark.
 
     Attributes:
-        lead: a mark that it begins with, "" where there is none.
+        lead: the mark that it begins with; "" without a mark.
         rest: an expression of what follows.
     """
 
