@@ -26,7 +26,7 @@ class Dense:
     Attributes:
         weight, bias: float32 [N, K] and [N]; no bias is None.
         activation: act.
-        norm, eps: float32 weight [N] and epsilon of a LayerNorm; None where there is none.
+        norm, eps: float32 weight [N] and epsilon of a LayerNorm; None without a norm.
         norm_bias: of that, where it has one.
     """
 

@@ -93,7 +93,7 @@ def window_keys(config: ModelConfig) -> dict[str, Any]:
 
 
 def local_keys(config: Any) -> dict[str, Any]:
-    """Which layers have a window. The rotary base of OLMo 3's is that of the others, which alone are stretched.
+    """Which layers have a window. In OLMo 3 all have one rotary base, and only layers without a window stretch it.
 
     llama.cpp has windows for EXAONE 4 of 64 layers alone.
     """

@@ -53,7 +53,7 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> StackConfig:
     return StackConfig(
         model_type="bert",
         **sizes_from_gguf(fields, checkpoint),
-        **types_from_gguf(checkpoint),  # DistilBERT has none
+        **types_from_gguf(checkpoint),  # DistilBERT has no token types
     )
 
 

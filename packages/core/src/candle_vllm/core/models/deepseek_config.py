@@ -211,7 +211,7 @@ def gguf_keys(config: Any) -> dict[str, Any]:
     """Sizes of cached keys and values, which all heads share, and of those that a head makes of them.
 
     A rank of queries of 0 says that they are made of the hidden state: llama.cpp wants the key. So it wants a size of
-    experts, and how many are shared, where there are none.
+    experts, and how many are shared, even without experts.
     """
     keys: dict[str, Any] = {
         "attention.head_count_kv": 1,

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""EAGLE-3 heads: one layer that guesses a model's next tokens from what goes into three of its layers.
+"""EAGLE-3 heads: one layer that drafts a model's next tokens from the inputs of three of its layers.
 
 At position p the head sees the embedding of token p + 1 and the model's hidden states of p, fused to one vector g; it
-says what token p + 2 is. Where p is guessed itself, g is what the head gave at p - 1. The block is Llama's, but for its
+says what token p + 2 is. Where p is a draft itself, g is what the head gave at p - 1. The block is Llama's, but for its
 attention, which reads norm(embedding) and norm(g) side by side.
 
 `config.json` names `LlamaForCausalLMEagle3` or `Eagle3LlamaForCausalLM`, or is in the form of speculators; GGUF files
@@ -51,7 +51,7 @@ class Eagle3Config(LlamaConfig):
     Attributes:
         taps: what goes into these layers of the model is what the head is made of.
         target_size: F.
-        draft_vocab_size: tokens that it can guess.
+        draft_vocab_size: tokens that it can draft.
         norm_before_residual: what is normed for the attention is what the block adds to.
         norm_before_fuse: of all that is fused, in one norm.
         norm_each: of what comes of each layer, before it is fused.
@@ -163,7 +163,7 @@ class Eagle3:
 
     Args:
         config, placement, checkpoint: as of any model.
-        target: the model, whose embedding and head it takes where the checkpoint has none.
+        target: the model, whose embedding and head it takes if the checkpoint has no own.
     """
 
     def __init__(

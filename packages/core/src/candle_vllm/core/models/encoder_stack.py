@@ -117,12 +117,12 @@ class StackConfig(EncoderConfig):
         rope, local_rope: queries and keys are rotated in layers without a window, and with one; None where they are
             not.
         windows: see `EncoderStack`; none where no layer has one.
-        gate: the feed-forward layer has a gate with this activation; empty where it has none.
+        gate: the feed-forward layer has a gate with this activation; empty without a gate.
         norm_bias, qkv_bias, output_bias, mlp_bias, down_bias: there are biases of norms, of queries, keys and values,
             of attention's result, of the feed-forward layer's first matrix, and of its last.
         head_activation, head_bias: between the two matrices of a head, and of the first of one behind the pooling.
         mixture, sparse_every: experts in place of the feed-forward layer of every `sparse_every`-th layer from the
-            second on; None where there are none.
+            second on; None without experts.
         mixture_bias: a bias of their sum.
     """
 
@@ -194,7 +194,7 @@ class PlainEncoder(EncoderStack):
 
     Args:
         config, placement: its description, and where its weights live.
-        near: a bias by distance; None where there is none.
+        near: a bias by distance; None without one.
     """
 
     def __init__(self, config: StackConfig, placement: Placement, near: DistanceBias | None = None) -> None:

@@ -52,7 +52,7 @@ class Decoder(Protocol):
 
 
 class DraftHead(Protocol):
-    """What the engine needs of layers that guess a model's tokens from its hidden states.
+    """What the engine needs of layers that draft a model's tokens from its hidden states.
 
     At position p they are given token p + 1 and hidden states of p, and say what token p + 2 is.
 
@@ -78,11 +78,11 @@ class DraftHead(Protocol):
         ...
 
     def forward(self, token_ids: Value, hidden: Value, step: StepInput) -> tuple[Value, Value]:
-        """Token ids [T] and hidden states [T, E] to what logits are made of, and hidden states for the next guess."""
+        """Token ids [T] and hidden states [T, E] to the input of the logits, and the next draft's hidden states."""
         ...
 
     def logits(self, hidden: Value, out: Value | None = None) -> Value:
-        """Hidden states [T, E] to scores in fp32 of the tokens that are guessed."""
+        """Hidden states [T, E] to the logits in fp32 of the draft vocabulary."""
         ...
 
 
@@ -112,13 +112,13 @@ class TowerConfig:
         side: patches of the longest side that a tile may have.
         cell: of a cell's, which becomes one embedding.
         text_size: numbers of an embedding.
-        rule: how pictures become tiles.
+        rule: how images become tiles.
         pooled: a cell is the mean of its patches; else they stand side by side.
         most_patches: of a tile; 0 where it is `side` squared.
         window: cells of the side of a window.
         windowed: the layers in which patches see those of their window alone.
         gated: layers have a gate in the feed-forward part.
-        learned: of the side of a table of positions that the host looks up; 0 where there is none.
+        learned: of the side of a table of positions that the host looks up; 0 without such a table.
         deep: layers whose results become embeddings too, which are added behind the first layers of the text model.
         whole: the embeddings of a tile see each other in the text model, those behind them too.
         blank: see `Sighted.blank`.
@@ -159,7 +159,7 @@ class TowerConfig:
 
     @property
     def windows(self) -> int:
-        """The most of a tile; 1 where there are none."""
+        """Most windows of a tile; 1 for a tower without windows."""
         if not self.windowed:
             return 1
         cells, side = self.patches // self.cell**2, -(-self.side // self.cell)
@@ -290,7 +290,7 @@ class TowerStep:
 
 
 class Tower(Protocol):
-    """What the engine needs of a model that reads pictures.
+    """What the engine needs of a model that reads images.
 
     Attributes:
         config: its description.
@@ -335,7 +335,7 @@ class Tower(Protocol):
 class TowerFamily:
     """All that a family of models that see is: one file in this folder has it as `FAMILY`.
 
-    How pixels are prepared, and how many tiles and embeddings a picture has, is the rule of the `TowerConfig`.
+    How pixels are prepared, and how many tiles and embeddings an image has, is the rule of the `TowerConfig`.
 
     Attributes:
         name: of its file.
@@ -348,10 +348,10 @@ class TowerFamily:
         config_from_gguf: from the metadata of such a file, the text model's width, and that.
         prepared: the tensors of such a file, by their right names.
         build, weights: as for `Family`.
-        mark: the token that stands for each of a picture's embeddings.
-        asks: the token that a template writes for a picture; empty where it is `mark`.
+        mark: the token that stands for each of an image's embeddings.
+        asks: the token that a template writes for an image; empty where it is `mark`.
         written: all that a template writes for one; empty where it is `asks`.
-        words_around: what stands in a prompt for a picture, of how it is cut, and rows and columns of a tile's cells.
+        words_around: an image's placeholder in a prompt, by how it is cut, and rows and columns of a tile's cells.
         turned: the text model turns embeddings by their time, row and column; see `engine/batch.py`.
     """
 

@@ -126,7 +126,7 @@ def config_from_hf(fields: Fields, model_type: str) -> Gemma4Config:
     readers = fields.get("num_kv_shared_layers", int, 0)
     wide = 2 if fields.get("use_double_wide_mlp", bool, False) else 1
     sources = sources_of(windows, readers, fields)
-    key = "hidden_size_per_layer_input"  # null says that there are none
+    key = "hidden_size_per_layer_input"  # null means no such embeddings
     unsaid = model_type == "gemma4_text" and fields.prefix + key not in fields.values
     size = 256 if unsaid else fields.get(key, int, 0)
     if size and fields.count("vocab_size_per_layer_input", shared["vocab_size"]) != shared["vocab_size"]:

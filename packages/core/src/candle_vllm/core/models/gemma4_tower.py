@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Gemma 4's tower. (Its unified models have none; see `gemma4_unified_tower.py`.)
+"""Gemma 4's tower. (Its unified models have no tower; see `gemma4_unified_tower.py`.)
 
 Each block is x + norm(attention(norm(x))), then x + norm(mlp(norm(x))); queries and keys rotate by the column and the
 row of their patch, and values have a norm without a weight. The mean of a cell's patches becomes an embedding. Some
@@ -96,7 +96,7 @@ class Gemma4Tower:
         return step.start + self.patches(patches)
 
     def norm(self, x: Value) -> Value:
-        """See `Tower`: there is none."""
+        """See `Tower`: this tower has no last norm."""
         return x
 
     def cells(self, hidden: Any) -> Any:

@@ -86,7 +86,7 @@ def config_from_gguf(fields: Fields, text_size: int, said: Mapping[str, Any] = N
         intermediate_size=fields.count("feed_forward_length"),
         num_layers=fields.count("block_count", most=MAX_LAYERS),
         num_heads=fields.count("attention.head_count"),
-        clipped=True,  # `prepared` has bounds and shifts that change nothing where a file has none
+        clipped=True,  # `prepared` has bounds and shifts that change nothing in a file without them
         standardised=True,
         patch=fields.count("patch_size", most=256),
         cell=fields.count("projector.scale_factor", 3, most=64),

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Gemma 3's tower: SigLIP's, the means of whose patches in a cell are normed and projected.
 
-A picture is a square of 256 embeddings, which see each other in the text model; with pan and scan its parts are more of
+An image is a square of 256 embeddings, which see each other in the text model; with pan and scan its parts are more of
 them. Sources: Gemma Team, 2025, arXiv:2503.19786; Chu et al., 2024, arXiv:2312.16886 (mean of cells).
 Shapes: C cells, E hidden.
 """
@@ -113,7 +113,7 @@ _ASKS, _MARK = "<start_of_image>", "<image_soft_token>"
 
 
 def words_around(cut: Cut, grid: tuple[int, int]) -> str:
-    """What stands in a prompt for a picture: the marks of the whole, and what leads to those of its parts."""
+    """The placeholder of an image: the marks of the whole image, and the text before the marks of its parts."""
     tile = f"\n\n{_ASKS}{_MARK * math.prod(grid)}<end_of_image>\n\n"
     if not cut.rows:
         return tile

@@ -50,7 +50,7 @@ class LlamaConfig(ModelConfig):
         whole_norms: these norms are of all heads of q, and of k, at once (`olmoe.py`); ranks cannot divide them.
         mixture, sparse_layers: experts, and which layers have them (`mixtral.py`, `qwen_moe.py`, `glm4_moe.py`).
         unrotated_layers: whose queries and keys do not turn (`smollm3.py`).
-        deep: layers behind which a tower adds to the rows of pictures (`qwen_vl.py`).
+        deep: layers behind which a tower adds to the rows of images (`qwen_vl.py`).
         embedding_scale: factor of the embeddings (`granite.py`); None is 1.
         residual_scale: factor of what attention and the feed-forward layer add to the residual stream.
         attention_scale: factor of scores; None is D^-0.5.

@@ -3,9 +3,9 @@
 
 At position p such a layer is given the embedding of token p + 1 and what the model's last norm gives at p; both are
 normed, brought to one vector by a matrix, and pass a block like the model's own. A norm and a head say what token p + 2
-is. The layer guesses on from its own result: before its norm as DeepSeek and GLM have it, behind it as Qwen does.
+is. The layer drafts on from its own result: before its norm in DeepSeek and GLM, after it in Qwen.
 
-Only the first of several such layers is used, for every guess. It lies behind the model's last layer (DeepSeek, GLM:
+Only the first of several such layers is used, for all drafts. It lies behind the model's last layer (DeepSeek, GLM:
 `model.layers.{N}`; GGUF: `blk.{N}`, with `blk.{N}.nextn`), or has names of its own (Qwen3-Next, Qwen3.5: `mtp`). Where
 layers of the model keep states, this one has attention and keeps pages alone.
 Source: DeepSeek-AI, 2024, arXiv:2412.19437, section 2.2. Shapes: T tokens, E hidden.
@@ -48,7 +48,7 @@ class Layout:
     Attributes:
         block: what the names of the block begin with.
         names: of the other parts, by their place in `NextTokens`; what is not stored is the model's own.
-        given_back: whether what the norm gives is what the next guess is made of.
+        given_back: whether the next draft token is made from the result of the norm.
         near_one: safetensors hold norms as the distance from 1.
     """
 
@@ -82,7 +82,7 @@ def find_layout(config: ModelConfig, checkpoint: Checkpoint) -> Layout:
     """Where the layer is.
 
     Raises:
-        UnsupportedModelError: the checkpoint has none, or the model is of a family whose layers are not known.
+        UnsupportedModelError: the checkpoint has no such layer, or its family's layers are not known.
     """
     qwen = type(config) is Qwen3NextConfig  # and none that is made of it: their blocks are others
     if not (qwen or isinstance(config, (llama.LlamaConfig, deepseek.DeepseekConfig))):

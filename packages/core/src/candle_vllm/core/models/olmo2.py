@@ -3,7 +3,7 @@
 
 Each block is x + norm(attention(x)), then x + norm(mlp(x)). OLMo normalises all heads of q, and of k, at once; EXAONE 4
 each head. In three of four layers of OLMo 3 and EXAONE 4 (32B) a token sees a window alone: OLMo 3 stretches the rotary
-embedding of the other layers only, and EXAONE 4 has none there.
+embedding of the other layers only, and EXAONE 4 has no rotary embedding there.
 Sources: OLMo Team, arXiv:2501.00656; LG AI Research, arXiv:2507.11407. Shapes: T tokens, E hidden, V vocabulary.
 """
 

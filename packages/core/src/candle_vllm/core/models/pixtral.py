@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Pixtral's tower, and Mistral 3's and LLaVA's ways from it to embeddings of the text model.
 
-A picture is one tile of any size. Each block is x + attention(norm(x)), then x + mlp(norm(x)), where queries and keys
-turn by the row and the column of their patch; every patch sees the whole picture. Mistral 3 norms what comes out, joins
+An image is one tile of any size. Each block is x + attention(norm(x)), then x + mlp(norm(x)), where queries and keys
+turn by the row and the column of their patch; every patch sees the whole image. Mistral 3 norms what comes out, joins
 cells of s x s patches by a product, and projects these; LLaVA projects patches.
 Sources: Agrawal et al., 2024, arXiv:2410.07073; Liu et al., 2023, arXiv:2310.03744 (LLaVA's projector).
 Shapes: T patches, E hidden, P numbers of a patch, C cells, D head size.
@@ -177,7 +177,7 @@ class Block:
 
 
 class Tables:
-    """How far heads turn at each place of the largest picture; one of a tower, made when it is first asked."""
+    """Rotary angles of each position of the largest image; one table for a tower, made at its first use."""
 
     def __init__(self, config: PixtralConfig, placement: Placement) -> None:
         self._config, self._placement = config, placement
@@ -204,7 +204,7 @@ class Tables:
 
 
 class Pixtral:
-    """The tower: patches of pictures to embeddings; see `Tower`."""
+    """The tower: patches of images to embeddings; see `Tower`."""
 
     mergers = ()
 
@@ -300,7 +300,7 @@ _MARK = "[IMG]"
 
 
 def words_around(cut: Cut, grid: tuple[int, int]) -> str:
-    """What stands in a prompt for a picture: a row of marks for each of its cells' rows, and what ends each."""
+    """The placeholder of an image in a prompt: a row of marks for each of its cells' rows, and what ends each."""
     del cut
     rows, columns = grid
     return "[IMG_BREAK]".join([_MARK * columns] * rows) + "[IMG_END]"

@@ -2,10 +2,10 @@
 """The towers of Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3.5, and their way to embeddings of the text model.
 
 Each block is x + attention(norm(x)), then x + mlp(norm(x)); queries and keys are rotated by the row and the column of
-their patch. Every patch sees its whole picture; in Qwen2.5-VL, but for some layers, its window of it.
+their patch. Every patch sees its whole image; in Qwen2.5-VL, but for some layers, its window of it.
 Behind the last norm cells of 2 x 2 patches become one vector, and two products make an embedding of it.
-Pictures keep their own size, as multiples of a cell. A still picture is two equal frames to the kernels of patches.
-Qwen3-VL begins with learned positions as well, of a grid that is stretched to the picture's; of what some layers gave
+Images keep their own size, as multiples of a cell. A still image is two equal frames to the kernels of patches.
+Qwen3-VL begins with learned positions as well, of a grid that is stretched to the image's; of what some layers gave
 it makes embeddings too, which are added to the text model's hidden states behind its first layers. The tower of
 Qwen3.5 (3.6, 3.8) is Qwen3-VL's without those.
 Source: Wang et al., 2024, arXiv:2409.12191; Bai et al., 2025, arXiv:2502.13923 and arXiv:2511.21631.
@@ -50,7 +50,7 @@ _FRAMES = 2  # of a patch
 _THETA = 10000.0
 _EPS = 1e-6
 _MOST_PATCHES, _MOST_ASKED = 1 << 14, 1 << 16
-"""Of a picture, and where an operator asks for larger ones: published settings allow the latter, whose attention alone
+"""Of an image, and where an operator asks for larger ones: published settings allow the latter, whose attention alone
 takes minutes on a CPU."""
 
 
@@ -191,7 +191,7 @@ def config_from_gguf(fields: Fields, text_size: int, said: Mapping[str, Any] = N
 
 
 def _rule(processor: Fields, patch: int, cell: int, said: Mapping[str, Any]) -> AreaRule:
-    """How pictures are prepared; of both ways to say their area an operator's comes before that of the file."""
+    """How images are prepared; of both ways to say their area an operator's comes before that of the file."""
     size = said.get("size", NOTHING)
     named = (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge"))
     asked = {name: said.get(name, size.get(edge)) for name, edge in named if name in said or edge in size}
@@ -252,7 +252,7 @@ class Block:
 
 
 class Positions:
-    """Learned positions of a square grid, which is stretched to a picture's, its corners on those."""
+    """Learned positions of a square grid, which is stretched to an image's grid, corner on corner."""
 
     def __init__(self, side: int, size: int, placement: Placement) -> None:
         self.side, self.weight = side, placement.empty(side**2, size)
@@ -290,7 +290,7 @@ class Merger:
 
 
 class QwenTower:
-    """The tower: patches of a picture to embeddings; see `Tower`."""
+    """The tower: patches of an image to embeddings; see `Tower`."""
 
     def __init__(self, config: QwenTowerConfig, placement: Placement) -> None:
         size, joined = config.hidden_size, config.cell_size
@@ -298,7 +298,7 @@ class QwenTower:
         self.patches = Linear(config.patch_size, size, placement, bias=bool(config.learned))
         self.positions = Positions(config.learned, size, placement) if config.learned else None
         empty = np.zeros((config.most_patches, size // config.num_heads // 2), np.float32)
-        self._tables = placement.constant(empty), placement.constant(empty.copy())  # of a picture: see `numbers`
+        self._tables = placement.constant(empty), placement.constant(empty.copy())  # of an image: see `numbers`
         self.layers = [Block(config, layer, self._tables, placement) for layer in range(config.num_layers)]
         self.norm = (RMSNorm if config.gated else LayerNorm)(size, config.norm_eps, placement)
         self.joined = Linear(joined, joined, placement, bias=True)
@@ -393,7 +393,7 @@ _MARK = "<|image_pad|>"
 
 
 def words_around(cut: Cut, grid: tuple[int, int]) -> str:
-    """What stands in a prompt for a picture of `grid` rows and columns of cells; templates write what is around it."""
+    """The placeholder of an image of `grid` rows and columns of cells; templates write what is around it."""
     del cut
     return _MARK * (grid[0] * grid[1])
 

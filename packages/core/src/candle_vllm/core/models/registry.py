@@ -120,7 +120,7 @@ TOWER_FAMILIES = ("siglip", "pixtral", "gemma_tower", "gemma4_tower", "gemma4_un
 
 
 def tower_family(config: Mapping[str, Any]) -> TowerFamily | None:
-    """The family of the tower that a `config.json` names; None where it has none that is served."""
+    """The family of the tower that a `config.json` names; None without a tower that is served."""
     names = config.get("architectures")
     named = names[0] if isinstance(names, list) and len(names) == 1 else None
     vision = config.get("vision_config")
@@ -132,7 +132,7 @@ def tower_family_from_gguf(metadata: Mapping[str, Any], path: Path) -> TowerFami
     """The family of a GGUF file of a tower.
 
     Raises:
-        UnsupportedModelError: it is none, or of a family that is not served.
+        UnsupportedModelError: it is no tower, or of a family that is not served.
     """
     fields = Fields(metadata, path)
     if metadata.get("general.architecture") != "clip":

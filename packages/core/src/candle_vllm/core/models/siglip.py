@@ -239,7 +239,7 @@ _MARK = "<image>"
 
 
 def words_around(cut: Cut, grid: tuple[int, int]) -> str:
-    """What stands in a prompt for a picture that is cut so; `grid` are rows and columns of a tile's cells."""
+    """The placeholder of an image that is cut so; `grid` are rows and columns of a tile's cells."""
     image = _MARK * math.prod(grid)
     fake, tile = "<fake_token_around_image>", "<fake_token_around_image><row_{}_col_{}>{}"
     if not cut.rows:

@@ -85,7 +85,7 @@ class DecoderStack:
         rotary: positions of the layers.
         layers: each takes x [T, E] as two summands, of which the second is None at first, and gives two, or their
             sum and None; None stands for one of another stage.
-        norm: behind the last layer; None where there is none.
+        norm: behind the last layer; None without a last norm.
         stage: where this is a part of the model's layers; None where it has all.
         shares: what divides the tokens of a layer among ranks; None where each has all.
         narrows: whether what follows the last attention that writes keys and values may have the rows alone whose

@@ -162,7 +162,7 @@ def _attend(
 
 
 def _mask(q_length: int, mask_function: Callable[..., Any], local_size: int | None = None, **_: Any) -> torch.Tensor:
-    """A mask [1, 1, T, T] without memory that has the window that `mask_function` means, or why it has none.
+    """A mask [1, 1, T, T] without memory that has the window that `mask_function` means, or why it means no window.
 
     Nothing is raised here, for models make masks that none of their layers uses.
     """

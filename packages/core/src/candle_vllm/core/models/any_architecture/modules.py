@@ -48,7 +48,7 @@ class OwnLinear(_Own, torch.nn.Linear):  # type: ignore[misc]  # `weight` is no 
 
     @property
     def bias(self) -> Any:
-        """The bias [N]; None where there is none."""
+        """The bias [N]; None without a bias."""
         return self.table.bias
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # torch's name

@@ -27,7 +27,7 @@ class ConvertedTensor(StoredTensor):
     """A tensor that transformers makes of several stored ones, or of a part of one, when it is loaded.
 
     Attributes:
-        sources: what it is made of, by the pattern of the converter that their names match.
+        sources: the stored tensors that it is made of, by the pattern of the converter that their names match.
         converter: what makes it.
         first: the module parameter that the converter is asked for; it may give several.
         model: of transformers, which converters look at.
