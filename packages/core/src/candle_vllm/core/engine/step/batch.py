@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Step 5: what was scheduled, as arrays."""
+"""Step 5: the scheduled runs as arrays."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from candle_vllm.core.kernels.states import StateRows
 
 Ints = NDArray[np.int64]
 
-_FEW = 32  # rows that are laid out one by one
+_FEW = 32  # the most rows that are laid out without numpy
 
 
 class StepMemory(Protocol):
-    """Where a runner reads the numbers of steps, as in `Batch`, with room for the largest.
+    """Memory from which a runner reads the arrays of a `Batch`, with room for the largest step.
 
     Attributes:
-        tokens, context_lens, block_tables: the memory.
-        moved_on: where the step before was one token of each sequence, they hold the one that goes on from it already.
-        states: the same for `Batch.states`, but for `query_start`.
+        tokens, context_lens, block_tables: the arrays of the same names in `Batch`.
+        moved_on: whether the runner has already advanced the arrays of a decoding step to the step that follows it.
+        states: the arrays of `Batch.states` but `query_start`.
     """
 
     @property
@@ -42,13 +42,13 @@ class StepMemory(Protocol):
 
 
 class AdapterRows(msgspec.Struct, frozen=True, eq=False):
-    """Which rows of a step have which adapters: entries in groups, one for each adapter, by their serial numbers.
+    """The adapters of a step's rows: N pairs of a row and an adapter, grouped by adapter in order of serial numbers.
 
     Attributes:
-        rows: [N] int64, of each entry: a row of the step, or of what is asked of it.
-        scales: [N] float32, how much of the adapter it has.
-        starts: [G + 1] offsets into N.
-        adapters: [G].
+        rows: [N] int64, the row of each pair: of the step, or of the rows selected by `among`.
+        scales: [N] float32, the scale of the adapter in that row.
+        starts: [G + 1] offsets of the groups into N.
+        adapters: [G] the adapter of each group.
         sources: [N] the row of the step.
     """
 
@@ -59,7 +59,7 @@ class AdapterRows(msgspec.Struct, frozen=True, eq=False):
     sources: Ints
 
     def among(self, wanted: Ints) -> AdapterRows | None:
-        """Those of some rows of the step, by their places among them."""
+        """Return the pairs of the `wanted` rows of the step, with `rows` as indices into `wanted`."""
         places = np.full(max(int(wanted.max(initial=-1)), int(self.sources.max())) + 1, -1)
         places[wanted] = np.arange(len(wanted))
         found = places[self.sources]
@@ -78,7 +78,7 @@ class AdapterRows(msgspec.Struct, frozen=True, eq=False):
 
 
 def adapter_rows(scheduled: Seq[Run], query_start: Ints) -> AdapterRows | None:
-    """The adapters of a step whose runs begin at these rows; None where no row has one."""
+    """Return the adapters of a step whose runs begin at rows `query_start`; None if no row has an adapter."""
     if not any(run.sequence.adapters for run in scheduled):
         return None
     found: dict[int, list[tuple[int, int, float]]] = {}
@@ -105,12 +105,12 @@ def adapter_rows(scheduled: Seq[Run], query_start: Ints) -> AdapterRows | None:
 
 
 class EmbeddedRows(msgspec.Struct, frozen=True, eq=False):
-    """Rows of a step that are no rows of the embedding table.
+    """Rows of a step that read image embeddings instead of the embedding table.
 
     Attributes:
-        rows: [N] int64, which ones.
-        vectors: [N, V * E] float32, what stands in their place, and behind it what is added behind each of the first
-            V - 1 layers.
+        rows: [N] int64, their indices in the step.
+        vectors: [N, V * E] float32: the embedding [E] of each row, then the V - 1 vectors [E] that are added to the
+            outputs of the first V - 1 layers.
     """
 
     rows: Ints
@@ -118,7 +118,7 @@ class EmbeddedRows(msgspec.Struct, frozen=True, eq=False):
 
 
 def embedded_rows(scheduled: Seq[Run], query_start: Ints, token_ids: Ints) -> EmbeddedRows | None:
-    """Embeddings of images among the rows of a step, whose `token_ids` become `blank`; None where there are none."""
+    """Return the image embeddings of a step's rows, whose `token_ids` become `blank`; None without image rows."""
     rows: list[Ints] = []
     vectors: list[NDArray[np.float32]] = []
     for run, first in zip(scheduled, query_start.tolist()):
@@ -134,7 +134,7 @@ def embedded_rows(scheduled: Seq[Run], query_start: Ints, token_ids: Ints) -> Em
 
 
 def rows_ahead(scheduled: Seq[Run], query_start: Ints) -> Ints | None:
-    """How many positions behind its own each row of a step sees; None where none sees any."""
+    """Return how many later positions each row of a step attends to; None if every row is causal."""
     found: Ints | None = None
     for run, first in zip(scheduled, query_start.tolist()):
         for image in run.sequence.images if run.start < run.sequence.num_prompt_tokens else ():
@@ -149,12 +149,12 @@ def rows_ahead(scheduled: Seq[Run], query_start: Ints) -> Ints | None:
 
 
 class TurnedRows(msgspec.Struct, frozen=True, eq=False):
-    """Rows of a step that other positions turn than those in their sequences.
+    """Rotary positions of a step's rows where they differ from the positions in the sequence (M-RoPE).
 
     Attributes:
-        shifts: [T] int64, what is added to the position of a row.
-        rows: [N] int64, those of pictures, whose shifts are 0.
-        places: [N, 3] int64, their positions in time, height and width.
+        shifts: [T] int64, added to the position of each row.
+        rows: [N] int64, the rows of images, whose shifts are 0.
+        places: [N, 3] int64, the temporal, height and width position of each image row.
     """
 
     shifts: Ints
@@ -163,10 +163,10 @@ class TurnedRows(msgspec.Struct, frozen=True, eq=False):
 
 
 def turned_rows(scheduled: Seq[Run], query_start: Ints) -> TurnedRows | None:
-    """By what the rows of a step are turned where pictures have grids; None where each is by its position alone.
+    """Return the rotary positions of a step with images that have grids; None if positions alone rotate every row.
 
-    The tokens of a picture are at one time and have their row and column beside it; the text behind it goes on at the
-    largest of their positions + 1. Source: Wang et al., 2024, arXiv:2409.12191.
+    All tokens of an image have the same temporal position, and their row and column as height and width; the text
+    after it goes on at the largest of these positions + 1. Source: Wang et al., 2024, arXiv:2409.12191.
     """
     if not any(run.sequence.images for run in scheduled):
         return None
@@ -192,14 +192,14 @@ def turned_rows(scheduled: Seq[Run], query_start: Ints) -> TurnedRows | None:
 
 
 def turns(turned: TurnedRows, positions: Ints, first: int) -> Ints:
-    """How far behind its position's row each row's own is in rotary tables that have those of pictures from `first`."""
+    """Return each row's offset from its position to its rotary table row; rows of images are from `first` on."""
     turns = turned.shifts.copy()
     turns[turned.rows] = first + np.arange(len(turned.rows)) - positions[turned.rows]
     return turns
 
 
 def state_rows(scheduled: Seq[Run], query_start: Ints, memory: StateRows | None) -> StateRows | None:
-    """What a step whose runs begin at these rows does with states; None where no layer keeps one."""
+    """Return the state slots that a step reads and writes; None if no layer keeps a state."""
     if scheduled[0].state is None:
         return None
     count, total = len(scheduled), int(query_start[-1])
@@ -226,27 +226,27 @@ def state_rows(scheduled: Seq[Run], query_start: Ints, memory: StateRows | None)
 
 
 class Batch(msgspec.Struct, frozen=True, eq=False):
-    """The numbers of one step, all int64; the arrays are valid until it has run, or the next one is built.
+    """The arrays of one step, all int64; they are valid until it has run, or the next one is built.
 
     Attributes:
         tokens: [4, T] `token_ids`, `positions`, `slots` and `sources`, one below the other.
         query_start: [R + 1] offsets into T; sequence r has query_start[r]..query_start[r + 1].
         context_lens: [R] tokens of each sequence, the new ones included.
         block_tables: [R, most blocks]; a row's tail beyond its context is not read.
-        tables_version: the same object as of the step before where the tables are the same.
-        num_decodes: how many sequences at the front have one token that was generated.
-        runs: what was scheduled.
-        drawing: those of the runs that draw.
-        drafted: whether any of the runs has drafts.
-        drawn_rows: indices into T of the tokens whose successor is drawn: the last ones that each of `drawing` wants.
-        goes_on: as in `Step`, and the step before was built here, too.
-        adapters: which rows have which; None where none has one. The same object where a step goes on.
-        embedded: rows of pictures; None where there are none.
-        ahead: [T] how many positions behind its own each row sees; None where none sees any.
-        turned: what turns rows behind and in pictures that have grids; None where their positions alone do.
-        ends_alone: whether of its rows the drawn ones alone are asked for.
-        begun: where it goes on, what has changed of the tables: row, column and block of each that was begun.
-        states: what it does with states; None where no layer keeps one.
+        tables_version: the same object as in the previous step if the tables are the same.
+        num_decodes: number of runs at the front that are one generated token each.
+        runs: the scheduled runs.
+        drawing: the runs for which tokens are sampled.
+        drafted: whether any run has drafts.
+        drawn_rows: indices into T of the rows whose next token is sampled: the last `wanted` rows of each run.
+        goes_on: as in `Step`, and the previous step was built here, too.
+        adapters: adapters of rows; None if no row has an adapter. The same object if the step goes on.
+        embedded: rows of images; None without image rows.
+        ahead: [T] how many later positions each row attends to; None if every row is causal.
+        turned: rotary positions of rows in and after images that have grids; None if positions alone rotate every row.
+        ends_alone: whether only the rows in `drawn_rows` are read from the model's output.
+        begun: if the step goes on, the new entries of the tables: row, column and block.
+        states: state slots that the step reads and writes; None if no layer keeps a state.
     """
 
     tokens: Ints
@@ -270,12 +270,12 @@ class Batch(msgspec.Struct, frozen=True, eq=False):
 
     @property
     def token_ids(self) -> Ints:
-        """[T]; 0 where it is not known yet."""
+        """[T] token ids; 0 for a token that is not known yet."""
         return self.tokens[0]
 
     @property
     def positions(self) -> Ints:
-        """[T] in their sequences."""
+        """[T] positions in the sequences."""
         return self.tokens[1]
 
     @property
@@ -285,18 +285,18 @@ class Batch(msgspec.Struct, frozen=True, eq=False):
 
     @property
     def sources(self) -> Ints:
-        """[T] where a token is not known yet: which of the tokens that the step before drew it is; else -1."""
+        """[T] index among the previous step's sampled tokens for a token that is not known yet; else -1."""
         return self.tokens[3]
 
 
 def in_pages(batch: Batch, page_of: Ints, block_size: int) -> tuple[Ints, Ints]:
-    """Slots [G, T] and tables [G, R, W] of a step for G pools of pages, where block n is in page `page_of[g, n]`."""
+    """Return slots [G, T] and block tables [G, R, W] for G pools of pages; block n is page `page_of[g, n]`."""
     blocks = batch.slots // block_size
     return batch.slots + (page_of[:, blocks] - blocks) * block_size, page_of[:, batch.block_tables]
 
 
 class _Laid(NamedTuple):
-    """Where the rows of a step are: numbers as in `Batch`."""
+    """Positions and cache slots of a step's rows, as in `Batch`."""
 
     query_start: Ints
     contexts: Ints | list[int]
@@ -306,43 +306,43 @@ class _Laid(NamedTuple):
 
 
 class BatchBuilder:
-    """Lays out one step after the other.
+    """Builds the `Batch` of one step after the other.
 
-    Block tables stay from step to step, for most sequences of a step were in the one before: only those that are new,
-    or have begun a block since, are written. Where a step goes on, its arrays are those of the step before, with one
-    added in place.
+    Block tables are reused, because most sequences of a step were in the previous one: only rows of sequences that are
+    new, or have begun a block since, are written. If a step goes on, its arrays are those of the previous step,
+    incremented in place.
 
     Args:
-        block_size: tokens of a block; 0 where there is no cache, and so no slots and no tables.
-        memory: where the arrays are to be; None for anywhere.
-        images: whether pictures stand where their marks do.
+        block_size: tokens of a block; 0 without a cache, and so without slots and tables.
+        memory: memory that the arrays are written to; None to allocate them.
+        images: whether image embeddings replace image tokens.
     """
 
     def __init__(self, block_size: int, memory: StepMemory | None = None, *, images: bool = True) -> None:
         self._block_size = block_size
         self._memory = memory
         self._images = images
-        self._rows: list[tuple[Sequence, int]] = []  # whose each row of the tables is, and since which admission
+        self._rows: list[tuple[Sequence, int]] = []  # sequence and admission of each row of the tables
         self._tables = np.zeros((0, 1), np.int64) if memory is None else memory.block_tables
-        self._known: list[int] = []  # blocks that stand in each row
+        self._known: list[int] = []  # number of blocks written in each row
         self._version = object()
         self._numbers = np.arange(1)
-        self._last: Batch | None = None  # the step before, if all of its sequences decoded
+        self._last: Batch | None = None  # the previous step, if all its sequences decoded
         self._moving = self._tables  # its positions and slots
 
     def build(self, scheduled: Seq[Run], before: Seq[Run] = (), *, ends_alone: bool = False) -> Batch:
-        """Lays the scheduled tokens of all sequences behind each other.
+        """Concatenate the scheduled tokens of all sequences.
 
         Args:
-            scheduled: what runs, decoding sequences first.
-            before: the sequences whose next token is not known yet, in the order in which the step before drew them.
+            scheduled: the runs, decoding sequences first.
+            before: runs of the previous step whose sampled tokens are not known yet, in sampling order.
             ends_alone: as in `Batch`.
         """
         last = self._last
         if last is not None and _goes_on(scheduled, last, before):
             return self._next(last, scheduled, before)
         count, size = len(scheduled), self._block_size
-        decodes = count if scheduled[-1].decodes else sum(run.decodes for run in scheduled)  # it is the last of them
+        decodes = count if scheduled[-1].decodes else sum(run.decodes for run in scheduled)  # decoding runs are first
         whole = decodes == count or all(run.wanted for run in scheduled)
         tables = self._follow(scheduled) if size else np.zeros((count, 0), np.int64)
         few = count <= _FEW and sum([run.count for run in scheduled]) <= _FEW
@@ -384,7 +384,7 @@ class BatchBuilder:
         return state_rows(scheduled, query_start, None if self._memory is None else self._memory.states)
 
     def _by_arrays(self, scheduled: Seq[Run], tables: Ints, whole: bool) -> _Laid:
-        """Where the rows of a step are, all wanted or not."""
+        """Lay out a step with numpy; `whole`: every run wants a token."""
         count, size = len(scheduled), self._block_size
         positions = np.array([run.start for run in scheduled])
         if scheduled[-1].decodes:  # so do all others
@@ -408,12 +408,12 @@ class BatchBuilder:
         return _Laid(query_start, contexts, positions, slots, drawn)
 
     def _next(self, last: Batch, step: Step, before: Seq[Run]) -> Batch:
-        """The step behind `last`, where `_goes_on` says so."""
+        """Build the step that goes on from `last`; see `_goes_on`."""
         tokens, contexts, tables, begun = last.tokens, last.context_lens, last.block_tables, ()
         if self._memory is None or not self._memory.moved_on:
             self._moving += 1
             contexts += 1
-            if before:  # what the step before drew, all of it and in this order
+            if before:  # the tokens of the previous step, in the same order
                 tokens[0], tokens[3] = 0, last.drawn_rows
             else:
                 tokens[0], tokens[3] = [item.sequence.tokens[item.start] for item in step], -1
@@ -439,7 +439,7 @@ class BatchBuilder:
         return batch
 
     def _begin_blocks(self, step: Step, last: Batch) -> tuple[Ints, Seq[tuple[int, int, int]]]:
-        """The tables where some sequences of a step that goes on begin a block, and these; their slots are of that."""
+        """Write the blocks that sequences of a step begin, and their slots; return the tables and the new entries."""
         self._version = object()
         tables, slots, begun = self._tables, last.slots, list[tuple[int, int, int]]()
         for row in step.begins:
@@ -455,7 +455,7 @@ class BatchBuilder:
 
     @staticmethod
     def _name_tokens(scheduled: Seq[Run], tokens: Ints, *, known: bool) -> None:
-        """Writes the ids that are known, and 0 for those that are on their way, where not all are known."""
+        """Write the token ids into `tokens[0]`, 0 for a token that is not known yet."""
         if not known and len(scheduled) == tokens.shape[1] and tokens[3].min() >= 0:
             tokens[0] = 0
             return
@@ -468,7 +468,7 @@ class BatchBuilder:
         tokens[0] = ids
 
     def _follow(self, scheduled: Seq[Run]) -> Ints:
-        """The block tables of a step [R, most blocks], kept for the next one."""
+        """Update the block tables for a step and return them, [R, most blocks]."""
         rows = [(item.sequence, item.admission) for item in scheduled]
         if rows != self._rows:
             self._take_over(rows)
@@ -486,7 +486,7 @@ class BatchBuilder:
         return self._tables[: len(rows), :most]
 
     def _widen(self, most: int) -> Ints:
-        """Makes room for more blocks in a row of the tables, where they have no given memory."""
+        """Widen the tables to at least `most` blocks a row; only without given memory."""
         assert self._memory is None
         rows, width = self._tables.shape
         wider = np.zeros((rows, max(most, 2 * width)), np.int64)
@@ -495,7 +495,7 @@ class BatchBuilder:
         return wider
 
     def _take_over(self, rows: list[tuple[Sequence, int]]) -> None:
-        """Makes the tables those of other rows; of new ones nothing is known."""
+        """Reorder the table rows for this step's sequences; rows of new sequences count as empty."""
         places = {row: place for place, row in enumerate(self._rows)}
         found = [places.get(row, -1) for row in rows]
         width = max(self._known, default=0)
@@ -507,14 +507,14 @@ class BatchBuilder:
         self._rows, self._version = rows, object()
 
     def _up_to(self, count: int) -> Ints:
-        """0, 1, ... [count]; not to be written to."""
+        """Return the integers below `count`, as a view that must not be written to."""
         if count > len(self._numbers):
             self._numbers = np.arange(2 * count)
         return self._numbers[:count]
 
 
 def _goes_on(scheduled: Seq[Run], last: Batch, before: Seq[Run]) -> TypeGuard[Step]:
-    """Whether a step is the one behind `last` and goes on from it."""
+    """Return whether `scheduled` directly follows `last` and has the same sequences."""
     if not (isinstance(scheduled, Step) and scheduled.goes_on) or (before and before is not last.drawing):
         return False
     run, old = scheduled[0], last.runs[0]
@@ -522,8 +522,8 @@ def _goes_on(scheduled: Seq[Run], last: Batch, before: Seq[Run]) -> TypeGuard[St
 
 
 def _by_hand(scheduled: Seq[Run], size: int) -> _Laid:
-    """As `BatchBuilder._by_arrays`, for a few rows: the weights have driven numpy out of the processor's caches, where
-    each of its functions takes longer than all of this."""
+    """Lay out a few rows as `BatchBuilder._by_arrays` does: reading weights evicts numpy from the processor caches,
+    so one numpy call takes longer than all of this."""
     ends, contexts, positions, slots, drawn = [0], list[int](), list[int](), list[int](), list[int]()
     for run in scheduled:
         place, context, table = run.start, run.start + run.count, run.sequence.block_table

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""One step of the engine: schedule, run, sample, settle. Single-threaded; `EngineThread` drives it.
+"""One step of the engine: schedule, run, sample, commit. Single-threaded; `EngineThread` drives it.
 
 `prepare` does all work that needs no engine state (checks, sampling state) and may run in any thread; everything else
 belongs to the thread that runs the steps.
@@ -38,15 +38,15 @@ if TYPE_CHECKING:
     from candle_vllm.core.engine.drafts.drafting import Drafter
 
 logger = logging.getLogger(__name__)
-_PAUSE = 0.01  # seconds that a step waits for blocks on disk, where there is nothing else to do
-_SILENCE = 60.0  # seconds after which a failure to guess is told again
-_TIMED_ROWS = 32  # of `EngineStats.step_seconds`
-_TOLD_ADAPTERS = 64  # of those with sequences
+_PAUSE = 0.01  # seconds that a step waits for offloaded blocks when it has nothing else to do
+_SILENCE = 60.0  # seconds after which a drafting failure is logged again
+_TIMED_ROWS = 32  # length of `EngineStats.step_seconds`
+_TOLD_ADAPTERS = 64  # the most adapters whose running and waiting sequences the statistics count
 
 
 class _Flight(msgspec.Struct, frozen=True, eq=False):
-    """A step that was launched at a time, `began`, and is not settled; `lives` are those that it draws for, `ahead` by
-    sequences booked."""
+    """A launched step that is not committed yet; `lives` are the sequences that it samples for. `ahead`: the step is
+    counted in their `num_ahead`. It was launched at time `began`."""
 
     step: Step
     batch: Batch
@@ -60,18 +60,18 @@ class Engine:
     """Scheduler, model and the live sequences.
 
     Args:
-        runner: the model, and its cache if it has one.
-        scheduler: queues, and blocks where there is a cache.
-        preparation: makes sequences of requests.
-        drafter: guesses tokens that may come next; None where nothing is guessed. The steps of `runner` are over when
-            they are drawn.
+        runner: runs the model, with its cache if it has one.
+        scheduler: the queues, and the blocks of the cache.
+        preparation: turns requests into sequences.
+        drafter: proposes draft tokens; None without speculative decoding. With a drafter, steps of `runner` do not
+            overlap.
 
     Attributes:
-        adapters: those that requests may name; None where they may name none.
-        images: what pictures become; None where the model sees none.
-        kept: the scheduler's blocks besides the cache; None where none are kept.
-        sleeper: gives memory back and fills it again; None where a model was not loaded from files.
-        guess_failures: the first failure to guess of each kind; answers go on without guesses.
+        adapters: the adapters that requests may name; None without LoRA.
+        images: encodes images and holds their embeddings; None for a text-only model.
+        kept: the offloaded blocks (KV tiers); None without KV offloading.
+        sleeper: frees memory and fills it again; None if the model was not loaded from files.
+        guess_failures: the message of the first drafting failure of each exception type; answers go on without drafts.
     """
 
     def __init__(
@@ -94,24 +94,24 @@ class Engine:
         self.images = images
         self.kept = kept
         self.sleeper = sleeper
-        self.cache_bytes = 0  # of a full KV cache, where that is known
-        self.state_bytes = 0  # of these, for states of layers
+        self.cache_bytes = 0  # size of the KV cache, if known
+        self.state_bytes = 0  # the part of it that holds states of layers
         self._preparation = preparation
         self._drafter = drafter
         block_size = scheduler.blocks.block_size if scheduler.blocks.num_blocks else 0
         self._batches = BatchBuilder(block_size, runner.step_memory)
-        self._drawing: tuple[list[LiveSequence], list[SamplingState]] = ([], [])  # those that the last step draws for
-        self._flights: deque[_Flight] = deque()  # in the order in which they were launched
+        self._drawing: tuple[list[LiveSequence], list[SamplingState]] = ([], [])  # of the last step
+        self._flights: deque[_Flight] = deque()  # in launch order
         self._live: dict[Sequence, Live] = {}
         self._requests: dict[str, list[Live]] = {}
         self._arrivals = 0
         self.guess_failures: dict[type[Exception], str] = {}
-        self._said: dict[type[Exception], float] = {}  # when which failure to guess was told
+        self._said: dict[type[Exception], float] = {}  # when a drafting failure was last logged, by type
         self._counts: Counter[str] = Counter()
         self._num_steps = self._num_generated = 0
         self._finished: Counter[str] = Counter()
-        self._waits_since = -1  # `changes` of the adapters, without a change of which no step does anything
-        self._failures_seen = -1  # of adapters
+        self._waits_since = -1  # `AdapterStore.changes` at which all sequences wait; a step does nothing until it moves
+        self._failures_seen = -1  # failures of adapters that were handled
 
     @property
     def max_step_tokens(self) -> int:
@@ -130,16 +130,16 @@ class Engine:
 
     @property
     def waits(self) -> bool:
-        """True while there is nothing to do before an adapter is loaded: a step would do nothing."""
+        """True while every sequence waits for an adapter to load: a step would do nothing."""
         return self.adapters is not None and self._waits_since == self.adapters.changes
 
     def wait(self, seconds: float) -> None:
-        """Waits while `waits` is true, for so long at most."""
+        """Wait while `waits` is true, at most `seconds`."""
         if self.adapters is not None and self._waits_since >= 0:
             self.adapters.wait(self._waits_since, seconds)
 
     def add(self, prepared: Seq[Live]) -> None:
-        """Queues a prepared request; its id must not be in use."""
+        """Queue a prepared request; its id must not be in use."""
         request_id = prepared[0].request.request_id
         if request_id in self._requests:
             raise InvalidParameterError(f"request id {request_id!r} is in use", "request_id")
@@ -152,7 +152,7 @@ class Engine:
             self.scheduler.add(live.sequence)
 
     def abort(self, request_id: str) -> list[TokenOutput]:
-        """Ends a request now; its blocks are free before the next step. Unknown ids are ignored."""
+        """End a request now; its blocks are free before the next step. Unknown ids are ignored."""
         pieces = []
         for live in self._requests.get(request_id, ())[:]:
             if live.sequence in self._live:
@@ -160,16 +160,16 @@ class Engine:
         return pieces
 
     def reset_prefix_cache(self) -> None:
-        """Forgets what prompts began with; what is running keeps its blocks."""
+        """Clear the prefix cache, offloaded blocks included; running sequences keep their blocks."""
         self.scheduler.blocks.reset_prefix_cache()
         if self.kept is not None:
             self.kept.reset()
 
     def sleep(self, level: int) -> list[TokenOutput]:
-        """Gives memory back; see `Sleeper`. What runs or waits is aborted: its last pieces.
+        """Free memory; see `Sleeper`. Abort all requests and return their last outputs.
 
         Raises:
-            CandleVllmError: this engine cannot sleep so; nothing was aborted then.
+            CandleVllmError: the engine cannot sleep at this level; no request was aborted.
         """
         if self.sleeper is None:
             raise CandleVllmError("this engine was not loaded from files, and cannot sleep")
@@ -185,29 +185,29 @@ class Engine:
 
     @property
     def is_sleeping(self) -> bool:
-        """Whether anything is given back that a step needs."""
+        """Whether memory that a step needs is freed."""
         return self.sleeper is not None and bool(self.sleeper.asleep)
 
     def wake_up(self, tags: Seq[str]) -> None:
-        """Fills memory again; nothing may be added before all of it is. Errors as `Sleeper.wake_up`."""
+        """Fill memory again; no request may be added until all of it is filled. Raises as `Sleeper.wake_up` does."""
         if self.sleeper is not None:
             self.sleeper.wake_up(tags)
 
     def call_adapters(self, call: AdapterCall) -> tuple[AdapterInfo, ...]:
-        """What is asked of the adapters by hand, for any thread; see `AdapterStore.call`."""
+        """Load, unload, pin or list adapters, from any thread; see `AdapterStore.call`."""
         if self.adapters is None:
             raise InvalidParameterError("adapters are off: load the model with enable_lora=True", "lora_request")
         return self.adapters.call(call)
 
     def step(self) -> list[TokenOutput]:
-        """Runs one step; one piece for every sequence that got a token or ended.
+        """Run one step; return an output for every sequence that got a token or ended.
 
-        Where steps overlap, this launches a step and settles the one before, which ran while this one was prepared.
-        A sequence whose next draw depends on its last token (a grammar) does not change that: the step before is
-        settled when the model's part of this one has been launched, and the draw follows.
+        If steps overlap, launch a step and commit the previous one, which ran while this one was prepared. If the next
+        token of a sequence depends on its last one (a grammar), the previous step is committed after this step's model
+        kernels are launched, and sampling follows.
 
-        Where several steps may be in flight, this launches one more and settles the first of them once they are as many
-        as may be, or there was none to launch.
+        If several steps may be in flight, launch one more; commit the oldest once the limit is reached, or if there was
+        nothing to launch.
         """
         pieces: list[TokenOutput] = [] if self.adapters is None else self._end_unloadable(self.adapters)
         if self.images is not None and self.images.works:
@@ -237,7 +237,7 @@ class Engine:
         return pieces
 
     def _encode(self, images: ImageStore) -> list[TokenOutput]:
-        """Encodes a piece of a picture; ends the sequences whose picture cannot be encoded."""
+        """Encode a part of an image; end the sequences whose image cannot be encoded."""
         images.work()
         if not images.failures:
             return []
@@ -247,7 +247,7 @@ class Engine:
         return [self._fail(sequence, error) for sequence, error in failed]
 
     def _end_unloadable(self, adapters: AdapterStore) -> list[TokenOutput]:
-        """Ends the waiting sequences whose adapters could not be loaded."""
+        """End the waiting sequences whose adapters could not be loaded."""
         failures, pieces = adapters.counts.failures, []
         if failures != self._failures_seen:
             self._failures_seen = failures
@@ -258,7 +258,7 @@ class Engine:
         return pieces
 
     def _guess(self, drafter: Drafter, flight: _Flight, seconds: float) -> None:
-        """Chooses the drafts of the next step; this one took so long."""
+        """Choose the drafts of the next step; `seconds` is the duration of this one."""
         assert isinstance(self.scheduler, Scheduler)
         batch, count = flight.batch, len(flight.lives)
         if drafter.rests(count):
@@ -274,7 +274,7 @@ class Engine:
                 self.scheduler.has_drafts = drafter.propose(lives)
         except self.runner.fatal:
             raise
-        except Exception as error:  # a guess is worth no answer
+        except Exception as error:  # a drafting failure must not end an answer
             now, kind = time.monotonic(), type(error)
             self.guess_failures.setdefault(kind, str(error))
             if now - self._said.get(kind, -math.inf) >= _SILENCE:
@@ -285,7 +285,7 @@ class Engine:
                 live.sequence.drafts = ()
 
     def stats(self) -> EngineStats:
-        """Counters and gauges of now."""
+        """Return the present counters and gauges."""
         blocks = self.scheduler.blocks
         return EngineStats(
             num_running=len(self.scheduler.running),
@@ -367,7 +367,7 @@ class Engine:
         }
 
     def _launch(self, pieces: list[TokenOutput]) -> _Flight | None:
-        """Schedules and starts a step. Pieces of what failed are added."""
+        """Schedule and launch a step; append the outputs of sequences that failed to `pieces`."""
         scheduled = self.scheduler.schedule()
         if not scheduled:
             return None
@@ -388,20 +388,20 @@ class Engine:
             raise
         except Exception as error:
             logger.exception("a step of %d sequences failed", len(scheduled))
-            pieces += self._land()  # what was drawn before is not lost
+            pieces += self._land()  # tokens of earlier steps are not lost
             pieces += [self._fail(item.sequence, error) for item in scheduled if item.sequence in self._live]
             return None
-        ahead = self.runner.overlaps or not batch.goes_on  # else tokens are known before anything else is scheduled
+        ahead = self.runner.overlaps or not batch.goes_on  # else tokens are known before the next scheduling
         if ahead:
             self.scheduler.launched(scheduled)
             for state in states if self.runner.overlaps else ():
-                state.num_ahead += 1  # of drafts nothing is known ahead: a sequence with them waits for its step
+                state.num_ahead += 1  # a sequence with drafts is not counted: it waits for its step
         if batch.num_decodes < len(scheduled) and not several:
             pieces += self._read_prompts(batch, began)
         return _Flight(scheduled, batch, lives, launched, ahead, began)
 
     def _land(self) -> list[TokenOutput]:
-        """Waits for the first of the steps that were launched, if any, and settles it."""
+        """Collect the results of the oldest launched step, if there is one, and commit it."""
         if not self._flights:
             return []
         flight, pieces = self._flights.popleft(), list[TokenOutput]()
@@ -417,7 +417,7 @@ class Engine:
         return pieces + self._settle(flight, drawn)
 
     def _settle(self, flight: _Flight, drawn: Seq[Drawn]) -> list[TokenOutput]:
-        """Books the step, then appends, stops, frees and publishes."""
+        """Commit a step: append tokens, find stops, free blocks, publish full blocks."""
         self._num_steps += 1
         step, batch = flight.step, flight.batch
         if flight.ahead:
@@ -435,7 +435,7 @@ class Engine:
         else:
             pieces: list[TokenOutput] = []
             for live, token in zip(flight.lives, drawn, strict=True):
-                if live.is_over:  # it has ended since it was launched
+                if live.is_over:  # the sequence has ended since the launch
                     continue
                 piece = self._accept(live, token)  # pyright: ignore[reportArgumentType]  # one token each
                 pieces.append(piece if piece.finish_reason is None else self._finish(live, piece))
@@ -446,12 +446,12 @@ class Engine:
         return pieces
 
     def _advance_runs(self, flight: _Flight, drawn: Seq[tuple[Token, ...]]) -> list[TokenOutput]:
-        """Gives each sequence what came of a step with drafts."""
+        """Append to each sequence the accepted draft tokens of a step and the token sampled behind them."""
         lives = zip(flight.batch.drawing, flight.lives, drawn, strict=True)
         return [self._advance_run(run, live, tokens) for run, live, tokens in lives if not live.is_over]
 
     def _count_prompts(self, prompts: Seq[Run]) -> None:
-        """Books the prompts that a step has ended, each once however often its sequence was preempted."""
+        """Count the tokens of prompts that a step has completed, once each however often a sequence was preempted."""
         for item in prompts:
             sequence = item.sequence
             ends = item.wanted and len(sequence.tokens) == sequence.num_prompt_tokens
@@ -460,21 +460,21 @@ class Engine:
                 self._counts["cached"] += sequence.num_cached_tokens or 0
 
     def _accept(self, live: LiveSequence, token: Token) -> TokenOutput:
-        """Gives one sequence a token; a failure ends this sequence alone."""
+        """Append a token to one sequence; a failure ends this sequence alone."""
         try:
             return live.accept(token)
-        except RequestError as error:  # of the request's own form: no failure of ours
+        except RequestError as error:  # the request's own grammar failed, not the engine
             return _failed(live, error)
         except Exception as error:
             logger.exception("a token could not be added to its sequence")
             return _failed(live, error)
 
     def _advance_run(self, run: Run, live: LiveSequence, drawn: Seq[Token]) -> TokenOutput:
-        """Gives one sequence what came of its drafts, up to its end; its cache keeps no more than that."""
+        """Append the tokens of a run with drafts, up to the sequence's end; its cache keeps only those rows."""
         live.draft_tokens += len(run.drafts)
         pieces: list[TokenOutput] = []
         for token in drawn:
-            live.accepted_draft_tokens += bool(pieces)  # each but the first came of a guess
+            live.accepted_draft_tokens += bool(pieces)  # each but the first follows an accepted draft
             pieces.append(self._accept(live, token))
             if pieces[-1].finished:
                 break
@@ -487,7 +487,7 @@ class Engine:
         return self._finish(live, piece) if piece.finished else piece
 
     def _finish(self, live: Live, piece: TokenOutput) -> TokenOutput:
-        """Takes an ended sequence out of the engine."""
+        """Remove an ended sequence from the engine."""
         self.scheduler.remove(live.sequence)
         live.is_over = True
         if self._drafter is not None and isinstance(live, LiveSequence):
@@ -502,20 +502,20 @@ class Engine:
         return piece
 
     def _fail(self, sequence: Sequence, error: Exception) -> TokenOutput:
-        """Ends one sequence that failed; all others go on."""
+        """End one sequence that failed; the other sequences go on."""
         live = self._live[sequence]
         return self._finish(live, _failed(live, error))
 
     def _read_prompts(self, batch: Batch, began: float) -> list[TokenOutput]:
-        """What some sequences want of their prompts' rows in this step beside a token; pieces of what failed.
+        """Read prompt logprobs and pooled hidden states from this step's rows; return outputs of failed sequences.
 
         Args:
-            began: when the step did.
+            began: the time at which the step began.
         """
         failed, first = [], batch.num_decodes
         for run, offset in zip(batch.runs[first:], batch.query_start[first:].tolist()):
             live = self._live.get(run.sequence)
-            if live is None:  # it ended when the step before was settled
+            if live is None:  # it ended when the previous step was committed
                 continue
             live.scheduled(began)
             try:
@@ -529,7 +529,7 @@ class Engine:
         return failed
 
     def _end_pooled(self, run: Run) -> list[TokenOutput]:
-        """The piece of a text whose last token has been run."""
+        """Return the output of a pooled text once its last token has been run."""
         live, sequence = self._live[run.sequence], run.sequence
         if run.start + run.count < sequence.num_prompt_tokens:
             return []
@@ -543,7 +543,7 @@ class Engine:
         return [self._finish(live, piece)]
 
     def close(self) -> None:
-        """Lets go of the model's caches and of the threads that fill masks."""
+        """Free the model's caches, and end the threads of drafts, adapters, KV tiers and grammar masks."""
         if self._drafter is not None:
             self._drafter.close()
         if self.adapters is not None:
@@ -555,7 +555,7 @@ class Engine:
 
 
 def _failed(live: Live, error: Exception) -> TokenOutput:
-    """The last piece of a sequence that failed."""
+    """Return the last output of a sequence that failed."""
     if isinstance(error, RequestError):
         return live.end(FinishReason.ERROR, error)
     return live.end(FinishReason.ERROR, f"the engine failed on this request: {type(error).__name__}: {error}")

@@ -1,47 +1,46 @@
 # SPDX-License-Identifier: MIT
-"""Step 4: who runs in the next step, and how many tokens of each. No torch here.
+"""Step 4: the sequences of the next step, and the number of tokens of each. No torch here.
 
-Every step has a budget of tokens. Sequences that decode come first with one token each, then prompts that have begun,
-then waiting ones in order of priority and arrival, each with as much of its prompt as the budget still holds. A waiting
-prompt of a higher priority comes before prompts that have begun. What the budget counts is rows. A sequence that
-decodes may try drafts of its next tokens in rows of their own: a step then gives it as many tokens as were right, and
-one more.
+Every step has a budget of rows. Decoding sequences come first with one row each, then prompts that have begun, then
+waiting sequences in order of priority and arrival, each with as large a chunk of its prompt as the budget still allows.
+A waiting prompt of a higher priority comes before prompts that have begun. A decoding sequence may have one more row
+for each draft token: the step then appends the accepted draft tokens and one sampled token.
 
-- A prompt is admitted when the blocks for all of it are free, so one that has begun never waits for memory.
+- A prompt is admitted when the blocks for all of it are free, so a prompt that has begun never waits for memory.
 - A waiting prompt whose next block is being computed by a running one waits for that block and shares it: the `n`
-  sequences of one request, or a burst with a common beginning, compute it once.
-- Of the `n` sequences of a request only half of all places run while another request waits.
-- When a decoding sequence needs a block and none is free, the last in order (lowest priority, youngest) is preempted:
-  its blocks are released and it is recomputed later, with the tokens that it already has.
-- When a waiting sequence lacks a place or blocks that running sequences of a lower priority hold, these are preempted,
-  the last in order first.
+  sequences of one request, or a burst of requests with a common prefix, compute it once.
+- The `n` sequences of one request occupy at most half of `max_num_seqs` while another request waits.
+- When a decoding sequence needs a block and no block is free, the last running sequence (lowest priority, youngest) is
+  preempted: its blocks are freed and it is recomputed later, with the tokens that it already has.
+- When a waiting sequence lacks blocks or a place in the batch, running sequences of a lower priority are preempted, the
+  last in order first.
 
-Where steps overlap, a step is scheduled while the one before still runs: `launched` books what a step will have done,
-`settle` publishes it once it is known. A token that is not known yet counts as one to be run; its sequence is not
-admitted anew before it is known. How many tokens come of drafts is known when their step is over, and not before; the
-sequence waits for that.
+If steps overlap, a step is scheduled while the previous one still runs: `launched` counts the tokens of a launched step
+in advance, `settle` publishes its blocks once it is committed. A sampled token that is not known yet counts as a token
+to run; its sequence is not admitted again before the token is known. The number of accepted draft tokens is only known
+after the step, so a sequence with drafts waits for its step.
 
-Where a model's layers are divided among stages, as many steps are `in_flight`, so that each stage has one to run. A
-sequence that decodes is in one of them at most, and waits for its token; a step takes its share of those that run. The
-pieces of a prompt follow each other from step to step, for each stage runs the steps in their order.
+With pipeline parallelism, `in_flight` steps run at once, one on each stage. A decoding sequence is in at most one of
+them and waits for its token; each step takes an equal share of the decoding sequences. The chunks of a prompt may be in
+consecutive steps, because each stage runs the steps in order.
 
-A sequence with adapters or pictures, or whose first blocks are on disk, waits for them as well, and others pass it
-meanwhile: see `AdapterAdmission`, `ImageStore` and `KeptBlocks`. Where a picture's tokens see each other, those of a
-tile are run in one step, which has room for them.
+A sequence with adapters, images or offloaded blocks also waits until these are loaded or encoded; other sequences may
+be admitted before it: see `AdapterAdmission`, `ImageStore` and `KeptBlocks`. If image tokens attend to each other, all
+tokens of a tile run in one step, which has rows for them.
 
-Where layers keep a state (`states.py`), a prefix ends at a checkpoint. One is written behind the last full block of a
-prompt, at the end of each of its pieces that ends with a block, behind the last full block of an answer, and where the
-prefixes of two prompts part: a waiting prompt asks the running one for it, or takes it itself where the blocks are
-there and the checkpoint is not. So pieces end with blocks, and drafts end before the last token of one.
+If layers keep a state (`states.py`), a cached prefix ends at a checkpoint. Checkpoints are written after the last full
+block of a prompt, at the end of each prompt chunk that ends with a block, after the last full block of an answer, and
+where the prefixes of two prompts diverge: a waiting prompt requests it from the running one, or writes it itself if the
+blocks are cached without the checkpoint. So chunks end with blocks, and drafts end before the last token of a block.
 
-Where layers have a window (`window_pages.py`), a prefix ends where these have the pages that the next token sees. A run
-takes pages of these layers when it is scheduled, and gives back those behind its window. A prompt's piece ends where
-pages do; a decoding sequence that finds none preempts as one that finds no block does. What lacks a page is not kept
-elsewhere; a block whose page has gone is read from there anew.
+If layers have a sliding window (`window_pages.py`), a cached prefix must have the pages that the next token attends to.
+A run gets pages of these layers when it is scheduled, and frees pages that have left its window. A prompt chunk ends
+where the pages end; a decoding sequence without a free page preempts as one without a free block does. A block without
+its page is not offloaded; a cached block that has lost its page is read from the KV tier again.
 
-With `reproducible`, no answer depends on others' memory: a sequence is admitted when blocks for its full length are
-free, so that none is preempted, and only blocks of prompts are published, for what was generated was computed by other
-kernels than a prompt is.
+With `reproducible`, no answer depends on the memory that other requests use: a sequence is admitted when blocks for its
+full length are free, so no sequence is preempted, and only blocks of prompts are published, because other kernels
+compute generated tokens than prompts.
 """
 
 from __future__ import annotations
@@ -65,7 +64,7 @@ from candle_vllm.core.engine.step.sequence import Run, Sequence, Step, Tokens
 
 
 class ImageAdmission(Protocol):
-    """What the scheduler knows of an `ImageStore`."""
+    """The methods of `ImageStore` that the scheduler calls."""
 
     def add(self, sequence: Sequence) -> None: ...
 
@@ -75,7 +74,7 @@ class ImageAdmission(Protocol):
 
 
 class KeptAdmission(Protocol):
-    """What the scheduler knows of `KeptBlocks`."""
+    """The methods of `KeptBlocks` that the scheduler calls."""
 
     def offer(self, block: int, digest: bytes) -> None: ...
 
@@ -87,19 +86,19 @@ class KeptAdmission(Protocol):
 
 
 class Scheduler:
-    """Decides what runs; owns the queues.
+    """Chooses the runs of each step; owns the queues.
 
     Args:
         blocks: the cache's block manager.
         max_num_seqs: most sequences in one step.
         max_num_batched_tokens: most tokens in one step; at least `max_num_seqs`.
-        reproducible: see above.
-        draft_rows: most rows of drafts in one step.
-        adapters: says who may begin; None where no sequence has adapters.
-        images: has what pictures become; None where no sequence has any.
-        kept: has blocks that have left memory; None where they are gone.
-        in_flight: steps that may be under way at once; see above.
-        states: slots of layers' states; None where no layer keeps one.
+        reproducible: see the module's docstring.
+        draft_rows: most rows of draft tokens in one step.
+        adapters: admits sequences with adapters; None without LoRA.
+        images: holds image embeddings; None for a text-only model.
+        kept: the offloaded blocks (KV tiers); None without KV offloading.
+        in_flight: the most steps that run at once; see the module's docstring.
+        states: slots of layers' states; None if no layer keeps a state.
     """
 
     def __init__(
@@ -127,25 +126,25 @@ class Scheduler:
         self.kept = kept
         self.in_flight = in_flight
         self.states = states
-        self.windows = blocks if isinstance(blocks, WindowedBlocks) else None  # where pages are scarcer than blocks
+        self.windows = blocks if isinstance(blocks, WindowedBlocks) else None  # if layers have a sliding window
         if states is not None:
             blocks.forgot = states.forget
-        self.has_drafts = False  # some of `running` have
-        self.running: list[Sequence] = []  # both in order of rank
+        self.has_drafts = False  # whether a running sequence has drafts
+        self.running: list[Sequence] = []  # in order of rank, as `waiting`
         self.waiting: list[Sequence] = []
         self.num_preemptions = 0
         self._computing: Counter[bytes] = Counter()  # blocks that running prompts are about to publish
-        self._going: _Going | None = None  # the step before, while all that runs is what decoded there
-        self._all_held: int | None = None  # `changes` of the adapters for which all that wait were held back
+        self._going: _Going | None = None  # the previous step, if it decoded all running sequences
+        self._all_held: int | None = None  # `AdapterStore.changes` when adapters held back all waiting
 
     def add(self, sequence: Sequence) -> None:
-        """Queues a new sequence."""
+        """Queue a new sequence."""
         if self.images is not None:
             self.images.add(sequence)
         self._wait(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """Takes a finished or aborted sequence out and releases its blocks."""
+        """Remove a finished or aborted sequence and free its blocks."""
         if sequence in self.running:
             self._stop(sequence)
         else:
@@ -161,18 +160,18 @@ class Scheduler:
                 self.adapters.look(())
 
     def schedule(self) -> Step:
-        """What the step behind the one that was launched last runs; empty when there is nothing to do."""
+        """Return the runs of the step after the last launched one; empty if there is nothing to do."""
         if self.adapters is not None:
             self.adapters.look(self.waiting)
         if self._going is not None and not self.has_drafts and (step := self._go_on(self._going)) is not None:
             return step
         step = self._schedule()
-        decode = len(step) == len(self.running) and step and step[-1].decodes  # so do all before it
+        decode = len(step) == len(self.running) and step and step[-1].decodes  # decoding runs are first, so all decode
         self._going = _Going(step, self.blocks.block_size) if decode and self.in_flight == 1 else None
         return step
 
     def _go_on(self, going: _Going) -> Step | None:
-        """One more token of each sequence; None where not all can go on, or others may join them."""
+        """Return a step with the next token of the same sequences; None if one cannot go on or another may be added."""
         if not going.left:
             return None
         if self.waiting and not self._is_all_held and (len(self.running) < self.max_num_seqs or self._is_outranked):
@@ -191,7 +190,7 @@ class Scheduler:
         return step
 
     def _schedule(self) -> Step:
-        """As `schedule`, whatever the step before was."""
+        """Schedule without regard to the previous step."""
         if self._is_outranked:
             collections.deque(self._admit(self.running[-1].request.priority, preempts=True), maxlen=0)
         scheduled, prompts, drafts = self._schedule_decodes()
@@ -204,7 +203,7 @@ class Scheduler:
                 break
         stalls = self.windows is not None and bool(prompts) and not scheduled and not self._is_under_way
         if stalls and len(self.running) > 1:
-            self._preempt(self.running[-1])  # prompts that have all pages, and none of which can go on
+            self._preempt(self.running[-1])  # prompts hold all pages, and no prompt can go on
             return self._schedule()
         decodes = [item for item in scheduled if item.decodes]
         others = [item for item in scheduled if not item.decodes] if len(decodes) < len(scheduled) else ()
@@ -212,12 +211,12 @@ class Scheduler:
 
     @property
     def _is_under_way(self) -> bool:
-        """A step that was launched has tokens to give, or blocks to publish, whose pages may be free then."""
+        """Whether a launched step is not committed yet; committing it may free pages."""
         size = self.blocks.block_size
         return any(each.num_ahead or each.num_computed_tokens // size > each.num_full_blocks for each in self.running)
 
     def _piece(self, sequence: Sequence, budget: int) -> int:
-        """How many tokens of what a sequence has to run a step takes, at most `budget`."""
+        """Return how many of a sequence's uncomputed tokens the step runs, at most `budget`."""
         if self.windows is not None:
             start = sequence.num_computed_tokens
             end = start + min(sequence.num_uncomputed_tokens, budget)
@@ -229,7 +228,7 @@ class Scheduler:
         return whole if whole > 0 else count
 
     def _with_states(self, runs: list[Run]) -> list[Run]:
-        """What is scheduled, and what it does with states."""
+        """Add to each run the state slots that it reads and writes."""
         states = self.states
         if states is None:
             return runs
@@ -237,30 +236,30 @@ class Scheduler:
         return [msgspec.structs.replace(run, state=states.plan(run, generated=generated)) for run in runs]
 
     def launched(self, items: Iterable[Run]) -> None:
-        """Books a step that was launched: what is scheduled next comes behind it."""
+        """Count the tokens of a launched step as computed, so that the next step follows it."""
         for item in items:
             sequence = item.sequence
             if item.wanted:
-                sequence.num_ahead += 1  # how many drafts were right is not known ahead
+                sequence.num_ahead += 1  # the number of accepted drafts is not known yet
                 sequence.num_uncomputed_tokens += 1 - item.count
             else:
                 sequence.num_uncomputed_tokens -= item.count
 
     def settle(self, items: Iterable[Run]) -> None:
-        """Publishes the blocks that a launched step has filled; its tokens, but for what it drew, are known."""
+        """Publish the blocks that a launched step has filled; all tokens in them are known."""
         size = self.blocks.block_size
         for item in items:
             sequence, first, last = item.sequence, item.start // size, (item.start + item.count) // size
             holds = item.admission == sequence.num_admissions and bool(sequence.block_table)
-            if last > first and holds:  # else nothing is filled, or it has not held its blocks ever since
+            if last > first and holds:  # filled, and not preempted since the launch
                 self._publish(sequence, first, last)
             if self.states is not None:
                 self.states.settle(item, publish=holds and self.blocks.enable_prefix_caching)
 
     def settle_drafts(self, run: Run) -> None:
-        """Settles a run with drafts, when its sequence has taken what was drawn.
+        """Commit a run with drafts, after its sampled tokens were appended to the sequence.
 
-        The cache keeps what led to that, and lets go of the other rows and of the blocks that only they needed.
+        Rows of rejected draft tokens are dropped, and blocks that only they needed are freed.
         """
         sequence, size = run.sequence, self.blocks.block_size
         sequence.drafts = ()
@@ -282,7 +281,7 @@ class Scheduler:
             sequence.num_admissions += 1  # the next block at that place may be another
 
     def _publish(self, sequence: Sequence, first: int, last: int) -> None:
-        """Blocks `first` to `last` of a sequence are full."""
+        """Publish the full blocks `first` to `last` of a sequence in the prefix cache, and offer them to the tiers."""
         sequence.num_full_blocks = last
         if not self.blocks.enable_prefix_caching:
             return
@@ -297,10 +296,10 @@ class Scheduler:
             self._computed(hashes[position])
 
     def _schedule_decodes(self) -> tuple[list[Run], list[Sequence], int]:
-        """One token for every running sequence that has only one to run, preempting from the end where blocks lack.
+        """Schedule one token for every decoding sequence; preempt the last sequences if blocks run out.
 
         Returns:
-            Those, the running sequences that have more to run, and the rows of drafts behind the former.
+            The runs, the running sequences with more than one token to run, and the number of draft rows in the runs.
         """
         scheduled, prompts, tried, tries = [], [], 0, self.draft_rows > 0 and self.has_drafts
         running, size, apart = self.running, self.blocks.block_size, self.in_flight > 1
@@ -322,7 +321,7 @@ class Scheduler:
                 if tries and (drafts := self._tried(sequence, tried)):
                     tried += len(drafts)
                     scheduled.append(Run.next(sequence, 1, drafts))
-                elif start >= sequence.num_prompt_tokens:  # nearly always: what `Run.next` would say
+                elif start >= sequence.num_prompt_tokens:  # the usual case: equal to `Run.next`, but faster
                     scheduled.append(Run(sequence, start, 1, 1, sequence.num_admissions, True))
                 else:
                     scheduled.append(Run.next(sequence, 1))
@@ -332,9 +331,9 @@ class Scheduler:
         return scheduled, prompts, tried
 
     def _tried(self, sequence: Sequence, others: int) -> Tokens:
-        """The drafts of a sequence that its length, the step and free blocks have room for, `others` taken off.
+        """Return the drafts of a sequence that its length, the step's rows and the free blocks allow.
 
-        Every running sequence keeps its row, and its next block.
+        `others` draft rows are taken already. Every running sequence keeps its row and its next block.
         """
         if sequence.num_ahead or not sequence.drafts:
             return ()
@@ -349,10 +348,10 @@ class Scheduler:
         return sequence.drafts[: max(0, end - first)]
 
     def reserve(self, sequence: Sequence, tokens: int) -> int:
-        """Gives a running sequence blocks for so many tokens, while every running sequence keeps its next block.
+        """Allocate blocks to a running sequence for `tokens` tokens; every running sequence keeps its next block.
 
         Returns:
-            For how many of the tokens it has blocks now.
+            The number of tokens, at most `tokens`, for which it has blocks now.
         """
         size = self.blocks.block_size
         while tokens > size * len(sequence.block_table):
@@ -361,7 +360,7 @@ class Scheduler:
         return min(tokens, size * len(sequence.block_table))
 
     def give_back(self, sequence: Sequence) -> None:
-        """Takes back what was reserved beyond the tokens and drafts that the next step may run."""
+        """Free reserved blocks beyond the tokens and drafts that the next step may run."""
         needed = self.blocks.blocks_for(len(sequence.tokens) + len(sequence.drafts))
         if self.windows is not None:
             self.windows.cut(sequence, needed)
@@ -369,10 +368,10 @@ class Scheduler:
             self.blocks.release(sequence.block_table[needed:])
             del sequence.block_table[needed:]
             sequence.num_admissions += 1  # the next block at that place may be another
-            self._going = None  # its runs are of the admission before
+            self._going = None  # its runs have the earlier admission number
 
     def _grow(self, sequence: Sequence) -> bool:
-        """One block more, where one is free."""
+        """Append a block to the sequence; return False if no block is free."""
         taken = self.blocks.allocate(1)
         if taken is None:
             return False
@@ -380,8 +379,8 @@ class Scheduler:
         return True
 
     def _in_turn(self, prompts: Iterable[Sequence]) -> Iterator[Sequence]:
-        """Running prompts, and behind them waiting sequences that may begin; before a prompt those of a higher
-        priority (a lower number), which would else wait until it is computed."""
+        """Yield running prompts, then waiting sequences that are admitted. Waiting sequences of a higher priority (a
+        lower number) than a prompt come before it; else they would wait until it is computed."""
         for prompt in prompts:
             if self.waiting and self.waiting[0].request.priority < prompt.request.priority:
                 yield from self._admit(prompt.request.priority)
@@ -389,14 +388,14 @@ class Scheduler:
         yield from self._admit()
 
     def _admit(self, before: int | None = None, *, preempts: bool = False) -> Iterator[Sequence]:
-        """Moves waiting sequences to running, in order, while blocks and places last.
+        """Move waiting sequences to running, in order, while blocks and places in the batch last.
 
         Args:
-            before: only sequences whose priority is a lower number than this.
-            preempts: running sequences of a lower priority are preempted for what a waiting one lacks.
+            before: admit only sequences whose priority is a lower number than this.
+            preempts: preempt running sequences of a lower priority if a waiting one lacks blocks or a place.
         """
         deferred, held = 0, 0
-        full: object = None  # a request that has its share of places
+        full: object = None  # a request with its share of the batch
         changes = None if self.adapters is None else self.adapters.store.changes
         while len(self.waiting) > deferred and (preempts or len(self.running) < self.max_num_seqs):
             sequence = self.waiting[deferred]
@@ -406,7 +405,7 @@ class Scheduler:
                 full = sequence.request
                 deferred += 1
                 continue
-            if sequence.num_ahead:  # preempted before its last token was known; nobody takes its place
+            if sequence.num_ahead:  # preempted before its last token was known; nobody overtakes it
                 return
             if self.adapters is not None and sequence.entries and self.adapters.holds_back(sequence):
                 deferred, held = deferred + 1, held + 1
@@ -452,7 +451,7 @@ class Scheduler:
         self._all_held = changes if held and held == len(self.waiting) else None
 
     def _fits(self, sequence: Sequence, shared: list[int], fresh: int) -> bool:
-        """Whether there are a place and blocks for a sequence: blocks of the cache, and so many new ones."""
+        """Return whether a sequence fits into the batch and memory: `shared` cached blocks and `fresh` new ones."""
         if self.windows is not None and not self.windows.has_room(shared, len(shared) + fresh, len(self.running)):
             return False
         free = self.blocks.num_free_after_sharing(shared) - fresh
@@ -460,21 +459,21 @@ class Scheduler:
 
     @property
     def _is_outranked(self) -> bool:
-        """The first that waits has a higher priority than the last that runs, which may be preempted."""
+        """Whether the first waiting sequence has a higher priority than the last running one, and may preempt it."""
         if self.reproducible or not self.waiting or not self.running:
             return False
         return self.waiting[0].request.priority < self.running[-1].request.priority
 
     def _has_its_share(self, sequence: Sequence) -> bool:
-        """Half of all places are its request's, and another request waits: its other sequences are passed."""
+        """Return whether a sequence's request has half of all places while another request waits; see the module."""
         half = max(1, self.max_num_seqs // 2)
-        if sequence.index < half or self.waiting[0].request is self.waiting[-1].request:  # a request's stand together
+        if sequence.index < half or self.waiting[0].request is self.waiting[-1].request:  # one request
             return False
         return sum(other.request is sequence.request for other in self.running) >= half
 
     @property
     def _is_all_held(self) -> bool:
-        """Nobody who waits may begin, and nothing has changed since that was seen."""
+        """Whether adapters hold back all waiting sequences, and no adapter has changed since that was found."""
         return self.adapters is not None and self._all_held == self.adapters.store.changes
 
     def _reserve(self, sequence: Sequence) -> int:
@@ -488,23 +487,23 @@ class Scheduler:
         return self.blocks.blocks_for(min(sequence.max_length, self.blocks.num_blocks * self.blocks.block_size))
 
     def _shareable(self, sequence: Sequence) -> list[bytes]:
-        """Hashes of the blocks that could come from the cache; the last token is always computed."""
+        """Return hashes of the blocks that may be read from the prefix cache; the last token is always computed."""
         params = sequence.request.params
         if not self.blocks.enable_prefix_caching or params.skip_reading_prefix_cache:
             return []
         if params.prompt_logprobs is not None and sequence.index == 0:
-            return []  # every position of the prompt has to be run
+            return []  # prompt logprobs need every position of the prompt
         size = self.blocks.block_size
         return sequence.hashes(size)[: (sequence.num_tokens - 1) // size]
 
     def _most_to_keep(self, sequence: Sequence) -> int:
-        """Tokens of which checkpoints may be kept when it begins: the last one is always computed."""
+        """Return the most tokens before a checkpoint of a new sequence: the last token is always computed."""
         if not self.blocks.enable_prefix_caching:
             return 0
         return (sequence.num_prompt_tokens if self.reproducible else sequence.num_tokens) - 1
 
     def _ask_for_checkpoint(self, hashes: Seq[bytes], found: int) -> None:
-        """Has the running prompt that computes the blocks behind so many write a checkpoint where it leaves these."""
+        """Request a checkpoint, where the prefixes diverge, from the running prompt that computes block `found`."""
         assert self.states is not None
         for other in self.running:
             theirs = other.hashes(self.blocks.block_size)
@@ -548,7 +547,7 @@ class Scheduler:
             self.adapters.waits(sequence)
 
     def _stop(self, sequence: Sequence) -> None:
-        """Takes a sequence out of `running`, back to where nothing of it is computed."""
+        """Remove a sequence from `running`, free its blocks, and mark all its tokens as uncomputed."""
         self.running.remove(sequence)
         self._going = None
         if self.adapters is not None:
@@ -566,7 +565,7 @@ class Scheduler:
         sequence.num_uncomputed_tokens, sequence.num_full_blocks = sequence.num_tokens, 0
 
     def _unpublished(self, sequence: Sequence) -> list[bytes]:
-        """Hashes of the sequence's full blocks that are not in the cache yet."""
+        """Return hashes of the sequence's full blocks that are not published yet."""
         return sequence.hashes(self.blocks.block_size)[sequence.num_full_blocks :]
 
     def _computed(self, digest: bytes) -> None:
@@ -580,8 +579,8 @@ class _Going:
     """Sequences that decode together, step after step.
 
     Attributes:
-        step: the last of their steps.
-        left: how many more there may be before one of them has its full length.
+        step: their last step.
+        left: steps until one of the sequences reaches its full length.
     """
 
     __slots__ = ("_begins", "_count", "_size", "left", "step")
@@ -590,35 +589,35 @@ class _Going:
         self.step = step
         self.left = min([run.sequence.max_length - run.start for run in step]) - 2
         self._size, self._count = block_size, 0
-        self._begins: dict[int, list[int]] = {}  # who begins a block at which step from the first on, up to a block's
+        self._begins: dict[int, list[int]] = {}  # places of runs that begin a block, by step modulo block size
         for place, run in enumerate(step):
             self._begins.setdefault(-run.start % block_size, []).append(place)
 
     def begins(self, ahead: int) -> Seq[int]:
-        """The places of those that begin a block so many steps behind the last."""
+        """Return the places of the runs that begin a block `ahead` steps after the last."""
         return self._begins.get((self._count + ahead) % self._size, ())
 
     def move_on(self, step: Step) -> None:
-        """The next step has been scheduled."""
+        """Record that the next step has been scheduled."""
         self.step = step
         self._count += 1
         self.left -= 1
 
 
 class WholeTexts:
-    """Who runs in the next step of a model without a cache: waiting texts, each whole and once; `Scheduler`'s twin.
+    """Scheduler of a model without a cache (an encoder): each text runs whole, in one step.
 
-    A text that is longer than the budget alone is run by itself.
+    A text that is longer than the budget runs in a step of its own.
 
     Args:
         max_num_seqs: most texts in one step.
-        max_num_batched_tokens: most tokens in one step, but for a text that is longer.
+        max_num_batched_tokens: most tokens in one step, except for one longer text.
         adapters: as for `Scheduler`.
     """
 
     num_preemptions = 0
     states = None
-    running: tuple[Sequence, ...] = ()  # nothing goes on from step to step
+    running: tuple[Sequence, ...] = ()  # no text runs in more than one step
 
     def __init__(
         self, max_num_seqs: int, max_num_batched_tokens: int, adapters: AdapterAdmission | None = None
@@ -630,13 +629,13 @@ class WholeTexts:
         self.waiting: list[Sequence] = []
 
     def add(self, sequence: Sequence) -> None:
-        """Queues a new text."""
+        """Queue a new text."""
         _insert(self.waiting, sequence)
         if self.adapters is not None:
             self.adapters.waits(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """Takes a text out that has ended; one that was run waits no more."""
+        """Remove an ended text; a text that was run has left the queue already."""
         if not sequence.num_admissions:
             self.waiting.remove(sequence)
         elif self.adapters is not None:
@@ -647,7 +646,7 @@ class WholeTexts:
                 self.adapters.look(())
 
     def schedule(self) -> Step:
-        """The next texts in order of rank, as far as the budget goes; those of one length together."""
+        """Return runs of the next texts in order of rank, as far as the budget allows, sorted by length."""
         adapters, taken, room, held = self.adapters, list[Sequence](), self.max_num_batched_tokens, 0
         if adapters is not None:
             adapters.look(self.waiting)
@@ -666,10 +665,10 @@ class WholeTexts:
         return Step(Run.next(text, text.num_tokens) for text in sorted(taken, key=lambda text: text.num_tokens))
 
     def launched(self, items: Iterable[Run]) -> None:
-        """Nothing comes behind a text."""
+        """Do nothing: no step follows a text."""
 
     def settle(self, items: Iterable[Run]) -> None:
-        """Nothing stays of a text."""
+        """Do nothing: a text has no blocks to publish."""
 
 
 def _insert(queue: list[Sequence], sequence: Sequence) -> None:
