@@ -42,7 +42,7 @@ PATTERNS = {
         "guess (draft token)": r"\bguess(?:es|ed|ing)?\b",
         "sight, picture (image)": r"\b(?:sights?|pictures?)\b",
         "drawn (sampled)": r"\btokens? (?:is|are|was|were) drawn\b|\bdraws? (?:a|the|its|each) tokens?\b",
-        "land, settle (a step)": r"\b(?:lands?|landed|settles|settled)\b",
+        "land (collect results)": r"\b(?:lands?|landed)\b",
         "parcel, courier, crowd, night": r"\b(?:parcels?|couriers?|crowds?|nights?)\b",
     }.items()
 }

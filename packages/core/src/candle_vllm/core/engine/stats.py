@@ -109,9 +109,9 @@ class EngineStats(ShownStruct, frozen=True, kw_only=True):
     cached_prompt_tokens: Annotated[int, Stat(
         "vllm:prefix_cache_hits_total", "Those of them that were in the prefix cache.")]
     drafts: Annotated[int, Stat(
-        "vllm:spec_decode_num_drafts_total", "Steps of sequences that tried guessed tokens.")] = 0
+        "vllm:spec_decode_num_drafts_total", "Steps of sequences that tried draft tokens.")] = 0
     draft_tokens: Annotated[int, Stat(
-        "vllm:spec_decode_num_draft_tokens_total", "Guessed tokens that were tried.")] = 0
+        "vllm:spec_decode_num_draft_tokens_total", "Draft tokens that were tried.")] = 0
     accepted_draft_tokens: Annotated[int, Stat(
         "vllm:spec_decode_num_accepted_tokens_total", "Those of them that were right.")] = 0
     accepted_per_position: Annotated[tuple[int, ...], Stat(join=_by_place)] = ()

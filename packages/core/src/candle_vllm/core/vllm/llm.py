@@ -177,7 +177,7 @@ class LLM:
                 scales are a mix of them.
             priority: one for all, or one each; lower runs first.
             tokenization_kwargs: may have `add_special_tokens`.
-            mm_processor_kwargs: refused: pictures are read as they are, and prepared as the model's files say.
+            mm_processor_kwargs: refused: images are read as they are, and prepared as the model's files say.
 
         Raises:
             RequestError: a prompt or its parameters are wrong, with its place in a list; nothing has run then.

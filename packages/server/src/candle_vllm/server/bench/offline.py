@@ -161,7 +161,7 @@ def bench_speculation(
     sys.stdout.write(
         f"Prompts: {len(asked)}, pairs: {pairs}, tokens behind the first: {result['output_tokens']}\n"
         f"Plain: {result['plain_tokens_per_second']:.2f} tokens/s\n"
-        f"With guesses: {result['tokens_per_second']:.2f} tokens/s\n"
+        f"With drafts: {result['tokens_per_second']:.2f} tokens/s\n"
         f"Ratio, median of the pairs: {result['ratio']:.3f}\n"
         f"Tried: {result['draft_tokens']}, right: {result['accepted_draft_tokens']} "
         f"({result['acceptance_rate']:.1%}); tokens a step: {result['tokens_per_step']:.2f}\n"

@@ -29,7 +29,7 @@ COMMANDS = {
     "bench serve": "measure a server with OpenAI's API, as vllm bench serve does",
     "bench throughput": "measure how fast the engine answers a data set",
     "bench latency": "measure how long the engine takes for a batch",
-    "bench speculation": "measure what guessed tokens gain on your own prompts",
+    "bench speculation": "measure the speedup by draft tokens on your own prompts",
     "run-batch": "answer the requests of a file into another file",
     "run": "talk with a model of Hugging Face, which is fetched where it is not here",
     "pull": "fetch a model of Hugging Face: what it takes, whether it fits, then its files",

@@ -230,7 +230,7 @@ class Settings:
     presence_penalty: Annotated[float | None, own(SAMPLING,
         Number(-2, 2), "penalty for tokens that have occurred", "X", in_yaml=True)] = None
     repetition_penalty: Annotated[float | None, own(SAMPLING,
-        Number(0, 100, open_low=True), "divides the odds of tokens that have occurred; 1 is none", "X",
+        Number(0, 100, open_low=True), "divides the odds of tokens that have occurred; 1 turns it off", "X",
         in_yaml=True)] = None
     max_loaded_models: Annotated[int | None, own(MODELS,
         Integer(1, 1024), "most models in memory; default: as many as fit", "N")] = None

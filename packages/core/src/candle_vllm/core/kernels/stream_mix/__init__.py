@@ -31,7 +31,7 @@ def mix_streams(
         return x.mixed(table, gates, scale, level=level)
     from candle_vllm.core.kernels.stream_mix import reference
 
-    return reference.mix_streams(x, table, gates, scale, level)
+    return reference.mix_streams(x, table, gates, scale, LEAST if level else None)
 
 
 class MixArguments(NamedTuple):

@@ -5,17 +5,15 @@ from __future__ import annotations
 
 import torch
 
-from candle_vllm.core.kernels.stream_mix import LEAST
-
 
 def mix_streams(
-    x: torch.Tensor, table: torch.Tensor, gates: torch.Tensor | None, scale: torch.Tensor | None, level: bool
+    x: torch.Tensor, table: torch.Tensor, gates: torch.Tensor | None, scale: torch.Tensor | None, least: float | None
 ) -> torch.Tensor:
-    """See the contract in the package."""
+    """See the contract in the package; `least` of the mean square, or None without `level`."""
     streams = x.float().unflatten(1, (table.shape[2], -1))  # [T, N, E]
-    if level:
+    if least is not None:
         squares = streams.square().mean(-1, keepdim=True)
-        levelled = streams * squares[:, :1].sqrt() * squares.clamp(min=LEAST).rsqrt()
+        levelled = streams * squares[:, :1].sqrt() * squares.clamp(min=least).rsqrt()
         streams = torch.cat([streams[:, :1], levelled[:, 1:]], 1)
     weights = table[0].expand(len(x), -1, -1)
     if gates is not None:
