@@ -28,7 +28,7 @@ from candle_vllm.core.models.local_layers import by_layer
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 
-_ROPES: tuple[tuple[str, Mapping[str, float]], ...] = (  # where a config has none
+_ROPES: tuple[tuple[str, Mapping[str, float]], ...] = (  # for a config without it
     ("full_attention", {"rope_theta": 5e5, "partial_rotary_factor": 0.5}),
     ("sliding_attention", {"rope_theta": 1e4}),
 )

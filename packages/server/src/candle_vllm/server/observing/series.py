@@ -113,7 +113,7 @@ def _gauge(name: str, text: str, value: Callable[[EngineReading], float]) -> Ser
 
 
 def _cache(name: str, text: str, row: Callable[[EngineStats, EngineReading], Row], *labels: str) -> Series:
-    """Of a loaded model's cache; an encoder has none."""
+    """Of a loaded model's cache; an encoder has no cache."""
 
     def read(model: ModelReading) -> Iterable[Row]:
         stats = None if model.engine is None else model.engine.stats
