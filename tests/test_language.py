@@ -13,7 +13,6 @@ ALLOWED = {
     # The glossary names the words that it translates.
     ("docs/architecture.md", "land (collect results)"),
     ("docs/architecture.md", "guess (draft token)"),
-    ("docs/security.md", "guess (draft token)"),  # somebody guesses a key
     # An argument has this name.
     ("packages/responses/src/candle_vllm/responses/conversation/turn_calls.py", "sight, picture (image)"),
 }
