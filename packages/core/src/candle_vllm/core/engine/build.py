@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""From a loaded model to an engine: how large the cache is, how much a step holds, and what runs it."""
+"""Build an engine from a loaded model: size the cache and the largest step, and choose the runner."""
 
 from __future__ import annotations
 
@@ -62,14 +62,14 @@ if TYPE_CHECKING:
 
 _COMPILER_BYTES = 256 * MIB
 _LEAST_FOR_ADAPTERS, _MOST_FOR_ADAPTERS = 64 * MIB, 4096 * MIB
-_MOST_FOR_IMAGES = 256 * MIB  # of embeddings that nobody uses at the moment
+_MOST_FOR_IMAGES = 256 * MIB  # most bytes of cached image embeddings that no live request uses
 
 logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class Defaults:
-    """What a kind of device has where nothing is set."""
+    """Default settings of a device type: tokens and sequences of a step, and the share of memory for the cache."""
 
     tokens: int
     sequences: int
@@ -105,14 +105,14 @@ _NOT_FOR_ENCODERS = MappingProxyType(
 
 
 def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder, ranks: Ranks | None = None) -> Engine:
-    """The engine for a loaded model, of which `ranks` have the other parts.
+    """Build the engine for a loaded model; `ranks` have the other parts of a model that is divided.
 
     Raises:
-        ConfigError: settings that cannot work together, or not with this model and memory.
+        ConfigError: the settings do not fit each other, this model or the memory.
     """
     config = fit_settings(config, loaded.config)
     collective = None if ranks is None else ranks.collective
-    sleeper = Sleeper(config, loaded, collective)  # before anything is made of what is loaded
+    sleeper = Sleeper(config, loaded, collective)  # first: runners change the loaded model
     if isinstance(loaded, LoadedEncoder):
         return _build_encoder(config, loaded, sleeper)
     placement = loaded.placement
@@ -170,7 +170,7 @@ def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder, rank
 
 
 def _state_pool(config: EngineConfig, plan: CachePlan) -> StatePool | None:
-    """The slots of layers' states; None where no layer keeps one."""
+    """Make the pool of state slots; None if no layer keeps a state."""
     room = plan.states
     if not room.running:
         if config.state_cache_gb is not None:
@@ -180,7 +180,7 @@ def _state_pool(config: EngineConfig, plan: CachePlan) -> StatePool | None:
 
 
 def build_rank(config: EngineConfig, loaded: LoadedModel, ranks: Collective) -> tuple[ModelRunner, Sleeper]:
-    """What runs another rank's part of a model, and gives its memory back; errors as `build_engine`."""
+    """Build the runner of another rank's part of a model, and its sleeper; raises as `build_engine`."""
     sleeper = Sleeper(config, loaded, ranks)
     runner = _build_runner(config, loaded, ranks)[0]
     sleeper.runners = [runner]
@@ -188,11 +188,11 @@ def build_rank(config: EngineConfig, loaded: LoadedModel, ranks: Collective) -> 
 
 
 def _step(config: EngineConfig, loaded: LoadedModel) -> tuple[int, int, SpeculativeConfig | None, int]:
-    """The largest step, sequences and tokens; what is guessed, and the most rows of guesses."""
+    """Return the most sequences and tokens of a step, the drafting settings, and the most draft tokens of a step."""
     placement = loaded.placement
     defaults = DEFAULTS[placement.device.type]
     longest = config.max_model_len or loaded.config.max_position
-    if config.max_num_batched_tokens == 0 and placement.device.type == "cpu":  # where the cache may cut the context
+    if config.max_num_batched_tokens == 0 and placement.device.type == "cpu":  # the cache may limit the context
         longest = _plan_on_cpu(config, loaded, config.max_num_seqs or defaults.sequences, defaults.share).max_model_len
     sequences, budget = step_size(config, placement.device, longest)
     drafts = _drafts(config, placement.recorded and budget > sequences)
@@ -202,7 +202,7 @@ def _step(config: EngineConfig, loaded: LoadedModel) -> tuple[int, int, Speculat
 def _build_runner(
     config: EngineConfig, loaded: LoadedModel, ranks: Collective | None
 ) -> tuple[Any, StepwiseRunner | HeadRunner | None, CachePlan]:
-    """What runs the model or this rank's part of it, what runs that of drafts, and the cache of both."""
+    """Build the runner of the model or of this rank's part, the runner of the draft model, and the cache's plan."""
     sequences, budget, drafts, rows = _step(config, loaded)
     if loaded.placement.device.type == "cpu":
         return _build_on_cpu(config, loaded, budget, sequences, rows, ranks)
@@ -218,7 +218,7 @@ def _build_runner(
 
 
 def _require_room_for_images(loaded: LoadedModel, others: int, budget: int) -> None:
-    """ConfigError where a step has no room for a tile that is not cut, beside so many rows of others."""
+    """Raise ConfigError if a step cannot hold the rows of an undivided image tile beside `others` rows."""
     if loaded.tower is None or not loaded.tower.sight.parts.whole:
         return
     config = loaded.tower.tower.config
@@ -232,7 +232,7 @@ def _require_room_for_images(loaded: LoadedModel, others: int, budget: int) -> N
 
 
 def _image_store(tower: LoadedTower, runner: ModelRunner) -> ImageStore:
-    """What encodes the pictures of a model's requests."""
+    """Build the image store, which encodes the images of a model's requests."""
     if tower.placement.recorded:
         from candle_vllm.core.engine.runners.recorded_runner import RecordedRunner
         from candle_vllm.core.engine.runners.recorded_tower import RecordedTower
@@ -249,7 +249,7 @@ def _image_store(tower: LoadedTower, runner: ModelRunner) -> ImageStore:
 
 
 def _draft_rows(drafts: SpeculativeConfig, sequences: int, budget: int) -> int:
-    """Most drafts of a step: every sequence has its own row beside them."""
+    """Return the most draft tokens of a step, in which every sequence also has a row of its own."""
     if budget == sequences:
         raise ConfigError(
             f"speculative_config: max_num_batched_tokens {budget} has no rows for guesses beside max_num_seqs "
@@ -266,7 +266,7 @@ def _draft_model(
     runner: StepwiseRunner | HeadRunner,
     scheduler: Scheduler,
 ) -> DraftModel:
-    """What asks the model or the head of drafts, which `runner` runs."""
+    """Build the drafter of the draft model or draft head that `runner` runs."""
     from candle_vllm.core.engine.drafts.draft_head import DraftingHead
     from candle_vllm.core.engine.drafts.draft_model import DraftModel
 
@@ -283,9 +283,9 @@ def _draft_model(
 
 
 def step_size(config: EngineConfig, device: Device, longest: int = 0) -> tuple[int, int]:
-    """Most sequences and most tokens of one step of a decoder; ConfigError where not every sequence could take one.
+    """Return the most sequences and tokens of a decoder's step; ConfigError if the tokens are fewer than the sequences.
 
-    `longest` is the longest prompt, which is not cut where `max_num_batched_tokens` is 0.
+    `longest` is the longest prompt: with `max_num_batched_tokens=0`, a step holds it whole.
     """
     defaults = DEFAULTS[device.type]
     sequences = config.max_num_seqs or defaults.sequences
@@ -303,9 +303,9 @@ def step_size(config: EngineConfig, device: Device, longest: int = 0) -> tuple[i
 def foreseen_cache(
     config: EngineConfig, model: Described, draft: Described | DescribedHead | None = None, tower: int = 0
 ) -> CachePlan:
-    """The cache that a model on the CPU will have, as far as memory stays as it is; errors as `build_engine`.
+    """Plan the cache of a model on the CPU before it is loaded, from the present memory; raises as `build_engine`.
 
-    `draft` is the model of drafts, where there will be one, and `tower` the bytes of what the model sees by.
+    `draft` is the draft model, if there will be one, and `tower` the bytes of the vision tower.
     """
     sequences, _ = step_size(config, model.placement.device)
     share = DEFAULTS[model.placement.device.type].share
@@ -321,7 +321,7 @@ def preparation_for(
     *,
     open_objects: bool = False,
 ) -> DecoderPreparation:
-    """What makes sequences of requests to a loaded model; see `DecoderPreparation`."""
+    """Build the `DecoderPreparation` of a loaded model."""
     tokenizer, vocab_size = loaded.tokenizer, loaded.config.vocab_size
     return DecoderPreparation(
         tokenizer,
@@ -338,7 +338,7 @@ def preparation_for(
 
 
 def _build_encoder(config: EngineConfig, loaded: LoadedEncoder, sleeper: Sleeper) -> Engine:
-    """The engine for an encoder; refuses settings of caches and of generation, which would set nothing."""
+    """Build the engine for an encoder; refuse settings of caches and of generation, which would have no effect."""
     for name, unset in _NOT_FOR_ENCODERS.items():
         if getattr(config, name) != unset:
             raise ConfigError(
@@ -395,9 +395,9 @@ def _plan_on_cpu(
     draft: LoadedModel | LoadedHead | Described | DescribedHead | None = None,
     ranks: Collective | None = None,
 ) -> CachePlan:
-    """The cache on the CPU, where `weights` bytes are yet to come, and what pictures take; refuses what needs a GPU.
+    """Plan the cache on the CPU, minus `weights` bytes to be loaded and image encoding; refuse settings for a GPU.
 
-    Where there are `ranks`, it is what all of them have room for.
+    With `ranks`, the plan fits the memory of every rank.
     """
     placement = model.placement
     kinds = cache_kinds(config, model)
@@ -419,20 +419,20 @@ def _plan_on_cpu(
     beside = 0 if draft is None else cache_bytes(draft.config.cache_specs, 1, _element_bytes(draft, PLAIN))
     layers = model.layers if isinstance(model, LoadedModel) else None
     drafts = _most_drafts(config, placement.recorded)
-    # As many steps are under way as there are stages; a prompt that is not cut is in one of them.
+    # With pipeline parallelism, one step runs on each stage; each has its own rows.
     rows = step_size(config, placement.device, model.config.max_position)[1] * config.pipeline_parallel_size
     sizes = _element_bytes(model, kinds), sequences, room, beside, layers, drafts, rows
     return agreed_plan(lambda pools: plan_cache(config, model.config, *sizes, pools), ranks)
 
 
 def _most_drafts(config: EngineConfig, recorded: bool) -> int:
-    """The most drafted tokens of a sequence in a step."""
+    """Return the most draft tokens of a sequence in a step."""
     drafts = _drafts(config, recorded)
     return 0 if drafts is None else drafts.num_speculative_tokens
 
 
 def _drafts(config: EngineConfig, recorded: bool) -> SpeculativeConfig | None:
-    """What is guessed; no answer is another by it, so that it need not be asked for where steps are recorded."""
+    """Return the drafting settings; recorded steps draft by default, because drafts do not change answers."""
     if config.speculative_config is None and recorded:
         return SpeculativeConfig()
     return draft_settings(config.speculative_config)
@@ -441,7 +441,7 @@ def _drafts(config: EngineConfig, recorded: bool) -> SpeculativeConfig | None:
 def _element_bytes(
     model: LoadedModel | LoadedHead | Described | DescribedHead, kinds: tuple[CacheKind, CacheKind]
 ) -> ElementBytes:
-    """What a cache on the CPU takes; plain elements are bfloat16 where the compiled kernels run."""
+    """Return the bytes of a cache row on the CPU; plain elements are bfloat16 with the compiled kernels."""
     if kinds != PLAIN:
         return lambda key_dim: number_bytes(key_dim, kinds)
     size = 2 if model.placement.recorded else ELEMENTS[model.placement.dtype].itemsize
@@ -449,10 +449,10 @@ def _element_bytes(
 
 
 def cache_kinds(config: EngineConfig, model: LoadedModel | Described) -> tuple[CacheKind, CacheKind]:
-    """How a model on the CPU keeps keys and values.
+    """Return the types in which a model on the CPU caches keys and values.
 
     Raises:
-        ConfigError: a type that it cannot have, with one that works.
+        ConfigError: the model cannot have this type; the message says what works.
     """
     found: list[CacheKind] = []
     for name in ("key_cache_dtype", "value_cache_dtype"):
@@ -491,7 +491,7 @@ def _build_on_cpu(
     draft_rows: int,
     ranks: Collective | None = None,
 ) -> tuple[StepwiseRunner, StepwiseRunner | HeadRunner | None, CachePlan]:
-    """What runs the model, and the model of drafts where there is one; the cache of both."""
+    """Build the runner of the model, the runner of its draft model if there is one, and the plan of the cache."""
     plan = _plan_on_cpu(config, loaded, sequences, DEFAULTS["cpu"].share, ranks=ranks)
     logger.info(plan.message)
     if plan.warning:
@@ -502,7 +502,7 @@ def _build_on_cpu(
     taps = loaded.draft.head.taps if isinstance(loaded.draft, LoadedHead) else None
     runner = _runner_on_cpu(config, loaded, plan, budget, sequences, rows, adapters=adapters, taps=taps, kinds=kinds)
     assert isinstance(runner, StepwiseRunner)
-    Sampler.prepare(loaded.placement.device)  # behind it: a first start compiles side by side what the plan needs
+    Sampler.prepare(loaded.placement.device)  # after it: a first start compiles kernels in parallel
     draft = None
     if loaded.draft is not None:
         if states(loaded.draft.config.cache_specs):
@@ -527,9 +527,9 @@ def _runner_on_cpu(
     taps: tuple[int, ...] | None = None,
     kinds: tuple[CacheKind, CacheKind] = PLAIN,
 ) -> StepwiseRunner | HeadRunner:
-    """What runs a model or a head; `rows` of a step at most have logits, and adapters are as `StepLimits` says.
+    """Build the runner of a model or a draft head; at most `rows` rows of a step have logits.
 
-    `beside` is what runs the model that it drafts for.
+    `adapters` are fields of `StepLimits`; `beside` is the runner of the target model.
     """
     placement, blocks = loaded.placement, plan.num_blocks
     windows = plan.windows if beside is None else ()  # a draft model has a page for each block
@@ -584,7 +584,7 @@ def adapter_store(
     most: int,
     plan: CachePlan | None = None,
 ) -> AdapterStore:
-    """The adapters of an engine, `most` of them in one step; `plan` is of the cache, if any, which is filled later."""
+    """Build the adapter store, with at most `most` adapters in one step; the cache of `plan` takes its memory later."""
     left = max(0, available_memory() - (0 if plan is None else plan.page_bytes))
     memory = config.lora_memory or max(_LEAST_FOR_ADAPTERS, min(_MOST_FOR_ADAPTERS, left // 4))
     logger.info("adapters may take %.0f MB of memory", memory / 1e6)
@@ -594,7 +594,7 @@ def adapter_store(
 
 
 def _threads(config: EngineConfig, placement: Placement) -> dict[str, Any]:
-    """Those of `StepLimits`, and the ranks for which weights were placed."""
+    """Return `threads` and `ranks` of `StepLimits`, by the ranks for which the weights were placed."""
     memory = placement.weight_memory
     assert memory is not None
     if memory.ranks is not None:
@@ -603,18 +603,18 @@ def _threads(config: EngineConfig, placement: Placement) -> dict[str, Any]:
 
 
 def _room_for_rows(limits: StepLimits) -> AbstractContextManager[None]:
-    """Around making what a step computes with."""
+    """Return a context for building a runner, which turns lack of memory into a ConfigError."""
     from candle_vllm.core.kernels.cpu_runtime.kernel_cache import is_first_start
 
     fewer = max(limits.sequences, limits.tokens // 4)
     way = f"set max_num_batched_tokens={fewer}" if fewer < limits.tokens else "take fewer `threads`"
-    compiler = _COMPILER_BYTES if is_first_start() else 0  # which ends the process where memory runs out
+    compiler = _COMPILER_BYTES if is_first_start() else 0  # the compiler ends the process if memory runs out
     what = f"the rows of a step of {limits.tokens} tokens" + (", and for compiling its kernels" if compiler else "")
     return room_for(what, compiler, "max_num_batched_tokens", lambda _: way)
 
 
 def model_info(loaded: LoadedModel | LoadedEncoder, engine: Engine) -> ModelInfo:
-    """What callers may know of a model that an engine serves."""
+    """Return the `ModelInfo` of a model that an engine serves."""
     beside = (loaded.draft, loaded.tower) if isinstance(loaded, LoadedModel) else ()
     labels = loaded.labels
     single = loaded.pooling is not None and loaded.pooling.pooling == "all"
@@ -623,7 +623,7 @@ def model_info(loaded: LoadedModel | LoadedEncoder, engine: Engine) -> ModelInfo
     sampling = {**DEFAULT_SAMPLING, **loaded.default_sampling}
     sampling.pop(
         "max_tokens", None
-    )  # without one a chat goes on to the end of the turn, whatever the model's file says
+    )  # a chat without max_tokens goes on to the end of the turn, whatever generation_config.json says
     return ModelInfo(
         name=loaded.name,
         architecture=loaded.config.model_type,

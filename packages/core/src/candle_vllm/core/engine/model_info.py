@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What an engine says of its model and of its adapters."""
+"""Information about an engine's model and its adapters, for callers."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ class AdapterInfo(ShownStruct, frozen=True, kw_only=True):
     """An adapter that an engine knows.
 
     Attributes:
-        name, path: as it was given.
+        name, path: the name and path that it was registered with.
         digest: SHA-256 of its files, as hexadecimal digits; empty until it was read.
-        rank: the highest of its matrices.
-        modules: how many matrices of the model it changes.
-        delta_norm: Frobenius norm of all that it adds.
-        nbytes: bytes in memory, now or when it was there last.
-        state: "cold" on disk alone, "loading", "ready" in memory, "failed".
-        pinned: stays in memory.
-        base: the base that its files name.
-        notes: what its files say that counts for nothing here, and the like.
-        error: why it could not be loaded.
+        rank: the highest rank of its matrices.
+        modules: number of the model's matrices that it changes.
+        delta_norm: Frobenius norm of all its deltas.
+        nbytes: bytes in memory, now or when it was in memory last.
+        state: "cold" (only on disk), "loading", "ready" (in memory) or "failed".
+        pinned: whether it stays in memory.
+        base: the base model that its files name.
+        notes: remarks, such as settings in its files that have no effect here.
+        error: why it could not be loaded; None if it could.
     """
 
     unshown: ClassVar[frozenset[str]] = frozenset({"digest", "notes"})
@@ -45,26 +45,25 @@ class AdapterInfo(ShownStruct, frozen=True, kw_only=True):
 
 
 class ModelInfo(ShownStruct, frozen=True, kw_only=True):
-    """What is served, for people and for `/v1/models`.
+    """The served model, for people and for `/v1/models`.
 
     Attributes:
-        default_sampling: what counts where a request says nothing of it.
-        model_sampling: what the model's files say of it, and how many tokens an answer has ("max_tokens").
-        tasks: what the model does: "generate", "embed", "score", "classify".
-        modalities: what it reads: "text", and "image" where it sees.
-        max_images: of a prompt; 0 where it reads text alone.
-        image_text: what its template writes for one; empty there.
-        labels: names of what a classifier tells apart, or of a cross-encoder's score.
-        embedding_size: length of its vectors; 0 where it gives none.
-        pooling: how they, or what a head is given, are made of a text: "mean", "cls", "last"; "all", one of each token;
-            "sparse", a weight of each token of the vocabulary.
-        prompts: words that it wants before a text, by what the text is, as sentence-transformers' files name them.
-        implementation: whose layers run, "native" or "transformers", and with "one sequence at a time" behind it where
-            these keep a cache of their own.
+        default_sampling: values of sampling parameters that a request leaves out.
+        model_sampling: the same from the model's own files, with the default length of an answer ("max_tokens").
+        tasks: what the model can do: "generate", "embed", "score", "classify".
+        modalities: input types: "text", and "image" for a model with vision.
+        max_images: most images of a prompt; 0 for a text-only model.
+        image_text: the text that its chat template writes for an image; empty for a text-only model.
+        labels: names of a classifier's classes, or of a cross-encoder's score.
+        embedding_size: length of its vectors; 0 if it is not an embedding model.
+        pooling: how hidden states become a vector, or the input of a head: "mean", "cls", "last"; "all", one vector for
+            each token; "sparse", an importance of each token of the vocabulary.
+        prompts: instructions that it expects before a text, by purpose, as in the files of sentence-transformers.
+        implementation: "native" or "transformers", the library whose layers run; followed by "one sequence at a time"
+            if these layers keep a cache of their own.
         max_num_seqs: most sequences in one step.
-        kv_cache_bytes: size of the KV cache when it is full, states of layers included; memory of a CPU is taken as it
-            fills.
-        state_bytes: bytes of these for states of layers and their checkpoints.
+        kv_cache_bytes: size of the full KV cache, states of layers included; on a CPU, memory is taken as it fills.
+        state_bytes: the part of it for states of layers and their checkpoints.
     """
 
     unshown: ClassVar[frozenset[str]] = frozenset(

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""What the engine hands back: small frozen structs that may cross from its process.
+"""Outputs of the engine: small frozen structs that may cross from its process.
 
-It gives `TokenOutput`s, one per sequence and step in which the sequence has something new to say; `GenerationOutput` is
-their sum, made by `OutputCollector`. A `PoolingRequest` has one piece, with numbers in place of tokens.
+The engine returns one `TokenOutput` for each sequence and step with new tokens or an end. `OutputCollector` joins them
+to a `GenerationOutput`. A `PoolingRequest` has one output, with a vector in place of tokens.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from candle_vllm.core.shown import ShownStruct
 if TYPE_CHECKING:
     Numbers = array[float]
 else:
-    Numbers = array  # what decodes a struct looks its annotations up, and Python 3.11 has no array[float]
+    Numbers = array  # msgspec evaluates annotations when it decodes, and Python 3.11 has no array[float]
 
 
 class FinishReason(enum.StrEnum):
-    """Why a sequence ended."""
+    """Reason for which a sequence ended."""
 
     STOP = "stop"  # end-of-sequence token, stop token or stop string
     LENGTH = "length"  # max_tokens or the context length
@@ -34,12 +34,12 @@ class FinishReason(enum.StrEnum):
 
     @property
     def cut(self) -> bool:
-        """Whether more would have come."""
+        """Whether the text was cut off by the length limit."""
         return self is FinishReason.LENGTH
 
     @property
     def complete(self) -> bool:
-        """Whether the answer is all that was asked for."""
+        """Whether the sequence ended by itself or by its length limit, and not by an abort or an error."""
         return self in (FinishReason.STOP, FinishReason.LENGTH)
 
 
@@ -62,20 +62,20 @@ class TokenLogprob(ShownStruct, frozen=True):
 
 
 class PositionLogprobs(ShownStruct, frozen=True):
-    """Log-probabilities at one position: the token that stands there, and the likeliest ones in falling order."""
+    """Log-probabilities at one position: the chosen token, and the likeliest tokens in falling order."""
 
     chosen: TokenLogprob
     top: tuple[TokenLogprob, ...]
 
 
 class RequestMetrics(ShownStruct, frozen=True):
-    """Times of one request, `time.monotonic()` seconds, None while not reached; and what came of guesses.
+    """Times of one request, `time.monotonic()` seconds, None while not reached; and counts of draft tokens.
 
     Attributes:
-        draft_tokens, accepted_draft_tokens: guessed tokens that were tried, and how many of the answer's tokens came of
-            them; as many steps were saved.
-        predicted_tokens, accepted_predicted_tokens: of `SamplingParams.prediction`, and how many of them stand in the
-            answer, tried or not.
+        draft_tokens, accepted_draft_tokens: draft tokens that were tried, and how many tokens of the answer were
+            accepted draft tokens; each of them saved a step.
+        predicted_tokens, accepted_predicted_tokens: tokens of `SamplingParams.prediction`, and how many of them occur
+            in the answer, tried or not.
     """
 
     arrival_time: float
@@ -89,31 +89,31 @@ class RequestMetrics(ShownStruct, frozen=True):
 
 
 class TokenOutput(ShownStruct, frozen=True, kw_only=True, gc=False):
-    """What one sequence has to say after one step.
+    """Output of one sequence after one step: new tokens, the text delta, and how the sequence ended.
 
     `text` is the new text that is safe to show: never half a character, never part of a possible stop string. It
-    may be empty while tokens arrive, and the last piece may carry text of earlier tokens. Concatenated over a
+    may be empty while tokens arrive, and the last output may contain text of earlier tokens. Concatenated over a
     sequence, `text` is exactly the text of the whole output.
 
     Attributes:
         request_id: the request.
-        index: which of its `n` sequences.
+        index: the sequence's index among the request's `n` sequences.
         text: new text.
         token_ids: new tokens.
-        special_tokens: (offset, id) of new special tokens whose names stand in the text, where they are not skipped;
-            offsets in characters of the sequence's whole text, which may not have come that far.
-        logprobs: one entry per new token when asked for.
-        prompt_logprobs: on the first piece of sequence 0 when asked for; one per prompt token, None for the first.
-        finish_reason: set on the last piece of the sequence.
+        special_tokens: (offset, id) of new special tokens whose names are part of the text, if they are not skipped;
+            offsets are in characters of the sequence's whole text, which may not be that long yet.
+        logprobs: one entry per new token, if the request asks for logprobs.
+        prompt_logprobs: on the first output of sequence 0, if asked for; one per prompt token, None for the first.
+        finish_reason: set on the last output of the sequence.
         stop_reason: the stop string or stop token id that ended it; None for the model's own end token.
         num_prompt_tokens: length of the prompt.
         num_cached_tokens: prompt tokens that came from the prefix cache.
-        metrics: set on the last piece.
-        error: the message when `finish_reason` is ERROR.
-        error_kind: "request" when the request's own parameters led to the error, "engine" otherwise.
-        error_param: the parameter to blame, where it is one.
-        pooled: on the only piece of a `PoolingRequest`: its vector, or its score alone; float32.
-        vectors: how many stand behind each other in `pooled`, where each token has one; else None.
+        metrics: set on the last output.
+        error: the message if `finish_reason` is ERROR.
+        error_kind: "request" if the request's own parameters led to the error, "engine" otherwise.
+        error_param: the parameter that led to the error, if it was a parameter.
+        pooled: on the only output of a `PoolingRequest`: its vector, or its score as the only element; float32.
+        vectors: number of vectors concatenated in `pooled`, if each token has a vector; else None.
     """
 
     request_id: str
@@ -136,12 +136,12 @@ class TokenOutput(ShownStruct, frozen=True, kw_only=True, gc=False):
 
     @property
     def finished(self) -> bool:
-        """True on the last piece of this sequence."""
+        """True on the last output of this sequence."""
         return self.finish_reason is not None
 
 
 def joined(pieces: Sequence[TokenOutput]) -> TokenOutput:
-    """What a sequence has to say after a step that gave it several tokens: the pieces of these tokens as one."""
+    """Join the outputs of the tokens that one step gave a sequence."""
     first, last = pieces[0], pieces[-1]
     if first is last:
         return first
@@ -169,7 +169,7 @@ class CompletionOutput(ShownStruct, frozen=True, kw_only=True):
 
     @property
     def cumulative_logprob(self) -> float | None:
-        """Sum of the chosen tokens' log-probabilities, where they were asked for."""
+        """Sum of the chosen tokens' log-probabilities; None if the request did not ask for logprobs."""
         return None if self.logprobs is None else sum(entry.chosen.logprob for entry in self.logprobs)
 
 
@@ -203,7 +203,7 @@ class GenerationOutput(ShownStruct, frozen=True, kw_only=True):
 
 
 class OutputCollector:
-    """Adds up the `TokenOutput`s of one request until every sequence has finished."""
+    """Collects the `TokenOutput`s of one request until every sequence has finished."""
 
     def __init__(self, request: GenerationRequest) -> None:
         self.request = request
@@ -211,13 +211,13 @@ class OutputCollector:
         self._unfinished = request.params.n
 
     def add(self, piece: TokenOutput) -> bool:
-        """Takes one piece; True once the request is complete."""
+        """Add one output; return True once the request is complete."""
         self._pieces[piece.index].append(piece)
         self._unfinished -= piece.finished
         return self._unfinished == 0
 
     def result(self) -> GenerationOutput:
-        """The whole output; every sequence must have finished."""
+        """Return the whole output; every sequence must have finished."""
         assert self._unfinished == 0
         first, last = self._pieces[0], [pieces[-1] for pieces in self._pieces.values()]
         return GenerationOutput(
@@ -236,7 +236,7 @@ GUESS_COUNTS = ("draft_tokens", "accepted_draft_tokens", "predicted_tokens", "ac
 
 
 def _of_all(known: Sequence[RequestMetrics]) -> RequestMetrics | None:
-    """Times of the sequence that ended last, and what came of the guesses of all."""
+    """Return the times of the sequence that ended last, with the counts of draft tokens of all sequences."""
     if len(known) < 2:
         return known[0] if known else None
     last = max(known, key=lambda metrics: metrics.finished_time or 0.0)
@@ -258,15 +258,15 @@ def _completion(index: int, pieces: Sequence[TokenOutput]) -> CompletionOutput:
 
 
 class EmbeddingOutput(ShownStruct, frozen=True, kw_only=True):
-    """The vector of one text, or its vectors, where a model gives one of each token.
+    """The embedding of one text; for a multi-vector model, the vectors of its tokens.
 
     Attributes:
-        request_id: of the text.
-        embedding: float32 numbers, `array("f")`: numpy takes them without copying, `tobytes` is little-endian,
-            `tolist` for JSON.
-        vectors: how many vectors stand behind each other in it, where each token has one; None where there is one.
-        prompt_token_ids: the text's tokens, those that the tokenizer adds included.
-        num_cached_tokens: how many of them came from the prefix cache.
+        request_id: the request id of the text.
+        embedding: float32 elements, `array("f")`: numpy reads them without copying, `tobytes` is little-endian,
+            `tolist` is for JSON.
+        vectors: number of vectors concatenated in `embedding`, if each token has a vector; None for a single vector.
+        prompt_token_ids: the text's tokens, including tokens that the tokenizer adds.
+        num_cached_tokens: how many of these tokens came from the prefix cache.
     """
 
     unshown: ClassVar[frozenset[str]] = frozenset({"request_id"})
@@ -284,14 +284,14 @@ class EmbeddingOutput(ShownStruct, frozen=True, kw_only=True):
 
 
 class ScoreOutput(ShownStruct, frozen=True, kw_only=True):
-    """How well two texts belong together.
+    """The similarity of two texts.
 
     Attributes:
-        score: what the model's head says (a cross-encoder), or the cosine of the texts' vectors.
-        num_tokens: tokens that were run for the pair. A text that stands in several pairs is run once for its vector
-            and counts in the first of them.
-        prompt_token_ids: the tokens of both texts, those that the tokenizer adds included; none of a cosine that
-            `ascore` gives.
+        score: the output of a cross-encoder's head, or the cosine similarity of the texts' vectors.
+        num_tokens: tokens that were run for the pair. An embedding model runs a text of several pairs once and counts
+            it in the first of them.
+        prompt_token_ids: the tokens of both texts, including tokens that the tokenizer adds; empty for a cosine
+            similarity from `ascore`.
     """
 
     unshown: ClassVar[frozenset[str]] = frozenset({"prompt_token_ids"})
@@ -302,14 +302,14 @@ class ScoreOutput(ShownStruct, frozen=True, kw_only=True):
 
 
 class ClassificationOutput(ShownStruct, frozen=True, kw_only=True):
-    """How likely each class is for one text.
+    """Probabilities of the classes of one text.
 
     Attributes:
-        request_id: of the text.
-        probs: float32 numbers in the order of `ModelInfo.labels`, `array("f")`; they add up to 1 unless a text may be
-            of several classes. A model of regression gives its numbers as they are.
-        vectors: how many tokens' classes stand behind each other in it, where the model tells tokens apart; else None.
-        prompt_token_ids: the text's tokens, those that the tokenizer adds included.
+        request_id: the request id of the text.
+        probs: float32 elements in the order of `ModelInfo.labels`, `array("f")`; they sum to 1 unless a text may be in
+            several classes. A regression model returns its outputs unchanged.
+        vectors: number of tokens whose probabilities are concatenated, for a token classifier; else None.
+        prompt_token_ids: the text's tokens, including tokens that the tokenizer adds.
     """
 
     unshown: ClassVar[frozenset[str]] = frozenset({"request_id"})

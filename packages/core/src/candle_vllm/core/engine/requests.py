@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a caller hands to the engine: requests and their adapters, as small frozen structs that cross to its process."""
+"""Requests to the engine and their adapters: small frozen structs that may cross to its process."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class LoRARequest(ShownStruct, frozen=True):
     """An adapter by its name, with vLLM's fields.
 
     Attributes:
-        lora_name: what it is called; two are the same adapter where their names are equal.
-        lora_int_id: a number that some programs know it by; nothing is found by it but through `AsyncLLM`.
-        lora_path: a PEFT folder or a GGUF adapter; empty for one that is known already.
-        base_model_name: what the base is called; told, and not compared.
-        load_inplace: read the files anew, in the place of what is there by this name.
+        lora_name: the adapter's name; requests with equal names use the same adapter.
+        lora_int_id: vLLM's number of the adapter; only `AsyncLLM` finds adapters by it.
+        lora_path: a PEFT folder or a GGUF adapter; empty for an adapter that the engine knows already.
+        base_model_name: name of the base model; reported, and not compared.
+        load_inplace: read the files again, and replace the adapter of this name.
     """
 
     lora_name: str
@@ -53,20 +53,20 @@ class LoRARequest(ShownStruct, frozen=True):
         return hash(self.lora_name)
 
     def use(self, scale: float = 1.0) -> AdapterUse:
-        """What a request has of it."""
+        """Return the use of this adapter by a request."""
         return AdapterUse(
             name=self.lora_name, path=str(self.lora_path), scale=scale, load_inplace=bool(self.load_inplace)
         )
 
 
 class AdapterUse(ShownStruct, frozen=True, kw_only=True):
-    """An adapter that a request's rows go through.
+    """An adapter of a request.
 
     Attributes:
-        name: of the adapter.
-        path: where its files are, if it may not be known yet.
-        scale: what its part of every product is multiplied by, on top of the adapter's own scale.
-        load_inplace: read the files anew.
+        name: the adapter's name.
+        path: where its files are; empty for an adapter that the engine knows already.
+        scale: factor of the adapter's output, in addition to the adapter's own scale.
+        load_inplace: read the files again.
     """
 
     name: str
@@ -95,10 +95,10 @@ LoraChoice = LoRARequest | Sequence[tuple[LoRARequest, float]] | None
 
 
 def adapter_uses(given: LoraChoice) -> tuple[AdapterUse, ...]:
-    """The adapters that a call names for one request.
+    """Return the adapters that a call names for one request.
 
     Raises:
-        InvalidParameterError: they are none.
+        InvalidParameterError: `given` is neither a LoRARequest nor pairs of a LoRARequest and a scale.
     """
     if given is None:
         return ()
@@ -113,10 +113,10 @@ def adapter_uses(given: LoraChoice) -> tuple[AdapterUse, ...]:
 
 
 def each_lora_choice(given: LoraChoice | Sequence[LoraChoice], count: int) -> list[LoraChoice]:
-    """The adapters of each prompt of a call: one choice for all, or one each.
+    """Return the adapters of each prompt of a call, from one choice for all prompts or one choice for each.
 
     Raises:
-        InvalidParameterError: there are not as many as prompts.
+        InvalidParameterError: the number of choices is not the number of prompts.
     """
     if not isinstance(given, (list, tuple)) or _is_mix(given):
         return [given] * count  # type: ignore[list-item]
@@ -126,7 +126,7 @@ def each_lora_choice(given: LoraChoice | Sequence[LoraChoice], count: int) -> li
 
 
 def each_adapter_uses(given: LoraChoice | Sequence[LoraChoice], count: int) -> list[tuple[AdapterUse, ...]]:
-    """`adapter_uses` of each prompt of a call."""
+    """Return `adapter_uses` of each prompt of a call."""
     return [adapter_uses(each) for each in each_lora_choice(given, count)]
 
 
@@ -138,12 +138,12 @@ def _is_mix(given: object) -> bool:
 
 
 def serving_rank(priority: int, *, running: int = 0, arrival: int = 0) -> tuple[int, int, int]:
-    """Sort key of the policy by which the scheduler and a server's admission queue choose whom to serve next.
+    """Return the sort key by which the scheduler and a server's admission queue choose the next request.
 
     Args:
-        priority: of the request; the lowest number is served first.
-        running: sequences that the request's API key has in the engine, where keys share it: the fewest go first.
-        arrival: number of arrival; the scheduler has it, and the queue gives its candidates in order.
+        priority: the request's priority; the lowest number is served first.
+        running: sequences that the request's API key has in the engine, if keys share it: the fewest go first.
+        arrival: number of arrival, from the scheduler; the queue passes its candidates in order of arrival.
     """
     return priority, running, arrival
 
@@ -153,13 +153,13 @@ class GenerationRequest(ShownStruct, frozen=True, kw_only=True):
 
     Attributes:
         request_id: unique among the engine's live requests.
-        prompt_token_ids: at least one id.
-        params: how the tokens are chosen.
-        prompt: the text behind the ids, where there is one; only echoed in the output.
-        priority: lower runs first; equal priorities run in order of arrival.
+        prompt_token_ids: at least one token id.
+        params: sampling parameters.
+        prompt: the prompt's text, if known; only echoed in the output.
+        priority: a lower number runs first; equal priorities run in order of arrival.
         arrival_time: seconds, `time.monotonic()`.
-        adapters: what is added to the model's matrices for it; their sum, where there are several.
-        images: pictures whose embeddings stand in the place of the marks among the ids, in this order.
+        adapters: LoRA adapters; the outputs of several are added.
+        images: images whose embeddings replace the image tokens among the ids, in order.
     """
 
     request_id: str
@@ -192,12 +192,12 @@ def _check_adapters(uses: Sequence[AdapterUse]) -> None:
 
 
 class PoolingRequest(GenerationRequest, frozen=True, kw_only=True):
-    """One text, or a pair of them, of which numbers are wanted rather than a continuation.
+    """One text, or a pair of texts, for embedding, scoring or classification.
 
     Attributes:
-        pooling: how a vector is made of it.
-        task: "embed" for a vector, "score" for the number of a cross-encoder, "classify" for those of a classifier.
-        token_type_ids: which of a pair's texts each token belongs to, 0 or 1; None is 0 throughout.
+        pooling: pooling parameters.
+        task: "embed" for a vector, "score" for a cross-encoder's score, "classify" for a classifier's probabilities.
+        token_type_ids: 0 or 1 for each token, the text of a pair that it belongs to; None for all 0.
     """
 
     params: SamplingParams = msgspec.field(default_factory=SamplingParams)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Statistics of an engine, each annotated with how replicas are joined and which series of `/metrics` shows it."""
+"""Statistics of an engine, each annotated with its aggregation over replicas and its series in `/metrics`."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from candle_vllm.core.shown import ShownStruct
 
 
 class ReplicaStats(ShownStruct, frozen=True, kw_only=True):
-    """One of several engines with the same model.
+    """Statistics of one replica: one of several engines with the same model.
 
     Attributes:
-        alive: it takes requests; one that has died is started again.
-        restarts: how often it was, since the start of all.
-        num_running, num_waiting, num_blocks, num_free_blocks: as of `EngineStats`; 0 while it is not alive.
-        prompt_tokens, cached_prompt_tokens: as of `EngineStats`, since it was started last.
+        alive: whether it takes requests; a replica that has died is restarted.
+        restarts: number of restarts since the start of the fleet.
+        num_running, num_waiting, num_blocks, num_free_blocks: see `EngineStats`; 0 while it is not alive.
+        prompt_tokens, cached_prompt_tokens: see `EngineStats`; since its last restart.
     """
 
     alive: bool
@@ -46,13 +46,13 @@ def _first(values: Sequence[Sequence[float]]) -> Sequence[float]:
 
 
 class Stat(NamedTuple):
-    """What is done with a number of `EngineStats`, as its annotation.
+    """Annotation of a field of `EngineStats`.
 
     Attributes:
-        series: the counter of `/metrics` that shows it; empty where none does by itself.
-        help: what that counts.
-        now: it is of this moment, and ends with its engine; others count since the start.
-        join: makes one of those of several replicas: their sum, or where all have it alike or share it, the largest.
+        series: the counter of `/metrics` that shows the field; empty without a counter of its own.
+        help: the help text of the counter.
+        now: whether the field is a gauge, which ends with its engine; other fields count since the start.
+        join: aggregates the values of replicas: the sum, or the largest if all replicas have or share the same value.
     """
 
     series: str = ""
@@ -65,33 +65,33 @@ class EngineStats(ShownStruct, frozen=True, kw_only=True):
     """A snapshot of the engine's counters.
 
     Attributes:
-        num_running, num_waiting: sequences, now.
-        num_blocks, num_free_blocks, block_size: the KV cache, now.
-        checkpoints, checkpoint_slots: states of layers from which prompts may go on, now, and most of them.
-        prompt_tokens, cached_prompt_tokens: of every request whose prompt has been run, since the start.
+        num_running, num_waiting: present number of running and waiting sequences.
+        num_blocks, num_free_blocks, block_size: blocks of the KV cache, free blocks now, tokens of a block.
+        checkpoints, checkpoint_slots: present number of checkpoints of layer states, and the most there may be.
+        prompt_tokens, cached_prompt_tokens: tokens of all prompts run since the start, and how many were cached.
         generation_tokens: tokens sampled, since the start.
         finished: sequences by finish reason, since the start.
-        preemptions, steps: since the start.
-        drafts, draft_tokens, accepted_draft_tokens: sequences' steps with guessed tokens, those tokens, and how many of
-            them were right, since the start.
-        accepted_per_position: of each place in a draft, how often it was right.
-        step_seconds: how long a step of one row takes, of two, and so on, as far as steps were seen, else on a line
-            through those that were; by these it is chosen how many guesses are tried. Empty where nothing is guessed.
-        adapters, adapters_in_memory, adapter_bytes: adapters that are known, those in memory and their bytes, now.
-        adapter_loads, adapter_load_failures, adapter_evictions: since the start.
-        adapter_load_seconds: what those loads took together.
-        max_adapters: most adapters in one step; 0 where there are none.
-        running_adapters, waiting_adapters: sequences by adapter, now; the names with most sequences.
-        kept_block_bytes: of blocks besides the cache, now: on disk, in main memory, in Redis; 0 where none are kept.
-            In main memory and in Redis those of the first rank.
-        kept_blocks_read, kept_blocks_written: since the start.
-        kept_blocks_skipped: not written because that was behind, since the start.
+        preemptions, steps: numbers since the start.
+        drafts, draft_tokens, accepted_draft_tokens: drafts (one for each sequence and step), draft tokens, and accepted
+            draft tokens, since the start.
+        accepted_per_position: how often the draft token at each place of a draft was accepted.
+        step_seconds: assumed time of a step of one sequence with 0, 1, 2, ... draft tokens, in plain steps, by which
+            the number of draft tokens is chosen. Empty without speculative decoding.
+        adapters, adapters_in_memory, adapter_bytes: known adapters, adapters in memory and their bytes, now.
+        adapter_loads, adapter_load_failures, adapter_evictions: numbers since the start.
+        adapter_load_seconds: total time of the loads.
+        max_adapters: most adapters in one step; 0 without LoRA.
+        running_adapters, waiting_adapters: sequences by adapter, now, for the adapters with most sequences.
+        kept_block_bytes: present bytes of offloaded blocks (KV tiers) on disk, in main memory and in Redis; 0 without
+            KV tiers. In main memory and in Redis, only the bytes of the first rank.
+        kept_blocks_read, kept_blocks_written: offloaded blocks read and written, since the start.
+        kept_blocks_skipped: blocks that were not written because the writer was behind, since the start.
         kept_block_failures: blocks that could not be read or written, were damaged or late, since the start.
         sleep_level: 0 while it is awake; see `InferenceEngine.sleep`.
-        images_encoded, images_reused, image_failures: images whose embeddings were made, those that requests found
-            made, and those that could not be, since the start.
-        image_seconds: what making them took, since the start.
-        replicas: what each of several engines has of it; empty where there is one.
+        images_encoded, images_reused, image_failures: images that were encoded, images whose embeddings were reused,
+            and images that could not be encoded, since the start.
+        image_seconds: total time of encoding images, since the start.
+        replicas: the statistics of each replica; empty for a single engine.
     """
 
     # fmt: off

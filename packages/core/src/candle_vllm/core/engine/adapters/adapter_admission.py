@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Step 4, with adapters: which waiting sequences may begin, as far as their adapters say.
+"""Step 4, with adapters: decide by their adapters which waiting sequences may be admitted.
 
-A sequence begins when its adapters are in memory and the step has room for them (`max_loras` different ones). Until
-then others pass it. That is cheap where it waits for a load, and unfair where those that pass keep the room taken that
-it waits for. So after as many have begun as a step has places, room is made for the first that is held back: no new
-sequence begins with those of the running adapters that the fewest sequences have, as many as are in its way, nor with
-an adapter that is not running. What runs ends as it would; then the place is its own.
+A sequence is admitted when its adapters are in memory and the step has LoRA slots for them (`max_loras` different
+adapters). Until then others are admitted before it. That costs nothing while it waits for a load, but is unfair while
+the others occupy the slots that it waits for. So after `patience` admissions, slots are freed for the first sequence
+that is held back: no new sequence is admitted with an adapter that is not running, nor with the running adapters of the
+fewest sequences, as many as are in its way. Running sequences end as usual; then it gets their slots.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from candle_vllm.core.engine.step.sequence import Sequence
 
 
 class AdapterAdmission:
-    """Holds waiting sequences back for their adapters, and lets each of them begin in the end.
+    """Holds waiting sequences back for their adapters, without starvation.
 
     Args:
-        store: has the adapters.
-        most: different ones in a step.
-        patience: sequences that may begin while one is held back, before room is made for it.
+        store: the adapters.
+        most: most different adapters in a step (LoRA slots).
+        patience: admissions while a sequence is held back, after which slots are freed for it.
     """
 
     def __init__(self, store: AdapterStore, most: int, patience: int) -> None:
@@ -32,24 +32,24 @@ class AdapterAdmission:
         self._patience = patience
         self._running: Counter[Entry] = Counter()  # running sequences of each adapter
         self._begun = 0
-        self._first: Sequence | None = None  # of those that were held back in this step
-        self._closed: frozenset[Entry] | None = None  # adapters that none may begin with for its sake
-        self._stale = False  # others wait than when the store was told
+        self._first: Sequence | None = None  # the first sequence that was held back in this step
+        self._closed: frozenset[Entry] | None = None  # adapters with which no sequence is admitted for its sake
+        self._stale = False  # the waiting sequences have changed since the last `AdapterStore.want`
 
     # ---- a step ------------------------------------------------------------------------------------------------------
 
     def look(self, waiting: Iterable[Sequence]) -> None:
-        """A step is scheduled; `waiting` are in the order in which they should begin."""
+        """Begin to schedule a step; `waiting` is in order of admission."""
         self._first = self._closed = None
         if self._stale:
             self._stale = False
             self.store.want(dict.fromkeys(entry for each in waiting for entry, _ in each.entries))
 
     def holds_back(self, sequence: Sequence) -> bool:
-        """Whether a waiting sequence must wait on for its adapters' sake; if not, they are its own from now on."""
+        """Return whether a waiting sequence must wait for its adapters; if not, it holds a lease from now on."""
         entries = [entry for entry, _ in sequence.entries]
         closed = self._closed
-        # What has been lent its adapters, and waits again or for blocks, holds the memory that the first may wait for.
+        # A sequence with a lease, which waits for blocks or again, holds memory that the first one may wait for.
         if closed is not None and not sequence.adapters and any(e in closed or e not in self._running for e in entries):
             return True
         others = len(self._running) + sum(entry not in self._running for entry in entries) - self.most
@@ -73,38 +73,38 @@ class AdapterAdmission:
         return True
 
     def _in_the_way(self, entries: list[Entry], count: int) -> frozenset[Entry]:
-        """The adapters that are soonest out of the step when none begins with them any more."""
+        """Return the running adapters with the fewest sequences, which leave the step soonest if closed."""
         others = [entry for entry in self._running if entry not in entries]
         return frozenset(sorted(others, key=lambda entry: self._running[entry])[:count])
 
     # ---- what becomes of sequences -----------------------------------------------------------------------------------
 
     def waits(self, sequence: Sequence) -> None:
-        """A sequence waits, anew or again."""
+        """Note that a sequence waits, for the first time or again."""
         self._stale = self._stale or bool(sequence.entries)
 
     def began(self, sequence: Sequence) -> None:
-        """It runs from now on."""
+        """Note that a sequence was admitted."""
         self._begun += 1
         if sequence.entries:
             self._running.update(entry for entry, _ in sequence.entries)
             self._stale = True
 
     def stopped(self, sequence: Sequence) -> None:
-        """It runs no more: it has ended, or waits again."""
+        """Note that a running sequence has ended or was preempted."""
         for entry, _ in sequence.entries:
             self._running[entry] -= 1
             if not self._running[entry]:
                 del self._running[entry]
 
     def ended(self, sequence: Sequence) -> None:
-        """It is over; what it was lent is given back."""
+        """Note that a sequence has ended, and end its lease."""
         self._stale = self._stale or bool(sequence.entries)
         if sequence.adapters:
             self.store.release(sequence.entries)
 
     def running(self) -> Counter[str]:
-        """Running sequences by adapter; for any thread."""
+        """Return the number of running sequences by adapter; for any thread."""
         counts: Counter[str] = Counter()
         for entry, count in dict(self._running).items():
             counts[entry.name] += count

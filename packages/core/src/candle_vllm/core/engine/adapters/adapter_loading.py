@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Brings adapters from their files to memory, as the steps of a model want them; in the store's own thread.
+"""Load adapters from files and pack them for a model's steps, in the adapter store's thread.
 
-Read, fitted, packed: most of that is the same for adapters of one kind, whose files differ in nothing but numbers, as
-those of one training script do. The second of a kind is watched, and those behind it are copied (`Repacking`).
+An adapter is read, fitted and packed. Files of one kind, such as those of one training script, differ only in the
+values of elements: the packing of a kind's second adapter is recorded, and later ones are copied (`Repacking`).
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ if TYPE_CHECKING:
     from candle_vllm.core.quantization.tensors import StoredTensor
 
 _MOST_PACKED = {"F32": 2, "BF16": 2, "I8": 4}  # bytes of a file for one in memory: F32 becomes narrower
-MOST_SEEN = 1 << 23  # places of numbers, of all kinds that are known
-_MOST_MET = 256  # kinds
+MOST_SEEN = 1 << 23  # most element positions that the recorded kinds may contain together
+_MOST_MET = 256  # most kinds that are counted
 
 Watch = Callable[["FittedAdapter", Collection["StoredTensor"]], "Repacking | None"]
 
 
 def adapter_limits(config: EngineConfig, loaded: LoadedModel | LoadedEncoder) -> dict[str, Any]:
-    """What `StepLimits` says of adapters: multiplied as `lora_dtype` says.
+    """Return the fields of `StepLimits` for adapters, with the type of their products by `lora_dtype`.
 
-    By "auto", in 8 bits where a base is compiled whose own products are of 8 bits, which err many times more; else in
-    bfloat16, but in float32 where the model's own matrices are.
+    "auto" is int8 with compiled kernels whose own products are int8, because their error is many times larger; float32
+    if the model's matrices are float32; else bfloat16.
     """
     dtype = config.lora_dtype.upper()
     if dtype == "F16":
@@ -65,7 +65,7 @@ def _places(loaded: LoadedModel | LoadedEncoder) -> Mapping[str, tuple[Place, ..
 def adapter_packer(
     config: EngineConfig, loaded: LoadedModel | LoadedEncoder, runner: ModelRunner
 ) -> Callable[[FittedAdapter], PackedAdapter]:
-    """What makes adapters ready for the steps of a model, see `pack_adapter`; in any thread."""
+    """Return a function that packs fitted adapters for a model's steps, in any thread; see `pack_adapter`."""
     from candle_vllm.core.kernels.lora.pack import pack_adapter
 
     places, on_gpu = _places(loaded), loaded.placement.device.type == "cuda"
@@ -87,7 +87,7 @@ def adapter_packer(
 def adapter_loader(
     config: EngineConfig, loaded: LoadedModel | LoadedEncoder, runner: ModelRunner, memory: int
 ) -> Callable[[Path], LoadedAdapter]:
-    """What brings the files of an adapter to memory, `memory` bytes at most; in one thread."""
+    """Return a function that loads an adapter of at most `memory` bytes; it must be called in one thread."""
     dtype = "BF16" if loaded.placement.device.type == "cuda" else adapter_limits(config, loaded)["adapter_dtype"]
     limits = AdapterLimits(max_rank=config.max_lora_rank, max_bytes=_MOST_PACKED[dtype] * memory)
     watch: Watch | None = None
@@ -105,7 +105,7 @@ def adapter_loader(
 
 
 def _on_all(load: Callable[[Path], LoadedAdapter], ranks: RankedRunner, path: Path) -> LoadedAdapter:
-    """Has every rank load its part of an adapter; errors as of `AdapterLoader`."""
+    """Load an adapter's parts on every rank; raises as `AdapterLoader`."""
     number = ranks.load_adapter(path)
     try:
         found = load(path)
@@ -120,10 +120,10 @@ class AdapterLoader:
     """Loads adapters one after the other.
 
     Args:
-        base: the model that they are for.
-        limits: of each.
-        pack: makes what is fitted ready for steps.
-        watch: shows how an adapter's kind is packed; None where nothing does.
+        base: the base model.
+        limits: limits of each adapter.
+        pack: packs a fitted adapter for steps.
+        watch: records how adapters of a kind are packed; None to pack each adapter anew.
     """
 
     def __init__(
@@ -135,17 +135,17 @@ class AdapterLoader:
     ) -> None:
         self._base, self._limits, self._pack, self._watch = base, limits, pack, watch
         self._known: dict[bytes, Repacking] = {}  # by kind, least recently used first
-        self._met: dict[bytes, int] = {}  # how many of each kind were packed without
+        self._met: dict[bytes, int] = {}  # adapters of each kind that were packed without `Repacking`
 
     def __call__(self, path: Path) -> LoadedAdapter:
-        """Loads the adapter at a path; errors as of `read_adapter`, `fit_adapter` and `pack_adapter`."""
+        """Load the adapter at a path; raises as `read_adapter`, `fit_adapter` and `pack_adapter`."""
         with task_adapter(path, self._limits) or open_adapter(path, self._limits) as stored:
             copied = self._copied(stored)
             packed, notes = self._packed(stored) if copied is None else (copied, ())
             return LoadedAdapter(packed, stored.base, (*stored.notes, *notes))
 
     def _copied(self, stored: StoredAdapter) -> PackedAdapter | None:
-        """An adapter of a known kind; None of another, or where something is wrong with its numbers."""
+        """Pack an adapter of a known kind; return None for another kind, or if its elements are not valid."""
         known = self._known.pop(stored.kind, None) if stored.kind is not None else None
         if known is None or stored.kind is None:
             return None
@@ -153,7 +153,7 @@ class AdapterLoader:
         return known.pack(stored.data, stored.digest)
 
     def _packed(self, stored: StoredAdapter) -> tuple[PackedAdapter, tuple[str, ...]]:
-        """An adapter, and what is to be told of it."""
+        """Fit and pack an adapter; return it with its notes."""
         fitted, kind = fit_adapter(stored, self._base), stored.kind
         if self._watch is not None and kind is not None and kind not in self._known:
             met = self._met.pop(kind, 0) + 1
@@ -170,4 +170,4 @@ class AdapterLoader:
         while len(self._known) > 1 and sum(each.size for each in self._known.values()) > MOST_SEEN:
             gone = next(iter(self._known))
             del self._known[gone]
-            self._met.pop(gone, None)  # it is watched again when it comes back
+            self._met.pop(gone, None)  # recorded again when the kind returns

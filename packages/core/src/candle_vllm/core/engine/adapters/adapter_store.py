@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""AdapterStore: the adapters that an engine knows by name, those of them in memory, and the thread that loads them.
+"""AdapterStore: an engine's LoRA adapters by name, the adapters in memory, and the thread that loads them.
 
-Beside step 4 of a request's life. An adapter lies on disk, or in memory as steps want it. What sequences wait for is
-read, checked and packed by a thread of its own, one adapter after the other in the order of the waiting sequences, so
-that no step waits for a file; what has not been used for longest leaves when there is no more room.
+Beside step 4 of a request's life. An adapter is on disk only, or also in memory, packed for steps. A thread of the
+store reads, checks and packs the adapters that sequences wait for, one after the other in the order of the waiting
+sequences, so no step waits for a file. The least recently used adapter is evicted when the memory is full.
 
-A sequence that begins to run takes a lease of its adapters and keeps it to its end, through preemptions as well: what
-it began with is what it ends with, whatever becomes of the name meanwhile. A name that is removed, or whose files are
-read anew, is forgotten at once; its entry goes when the last lease does.
+A sequence leases its adapters when it is first admitted and holds the lease to its end, also while it is preempted: it
+keeps its weights even if the name is removed or gets other files. The old entry is dropped when its last lease ends.
 """
 
 from __future__ import annotations
@@ -45,11 +44,11 @@ MAX_NAMES = 1 << 20
 MAX_LOOSE_NAMES = 10_000
 """Names that requests alone have given, with a path; those that none has used for longest are forgotten."""
 _SHOWN_NAMES = 10
-_CLOSING = 1.0  # seconds that the loading thread is waited for: files may lie on a disk that does not answer
+_CLOSING = 1.0  # seconds that `close` waits for the loading thread, which a disk may block
 
 
 class Adapter(Protocol):
-    """What is known here of an adapter that steps can take; see `PackedAdapter` in `kernels/lora`."""
+    """The attributes of a packed adapter that the engine uses; see `PackedAdapter` in `kernels/lora`."""
 
     @property
     def digest(self) -> bytes: ...
@@ -69,7 +68,7 @@ class Adapter(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class LoadedAdapter:
-    """What a load gives: the adapter as steps want it, the base that its files name, and what else they say."""
+    """A loaded adapter: packed for steps, with the base model that its files name, and remarks on its files."""
 
     packed: Adapter
     base: str | None = None
@@ -77,21 +76,21 @@ class LoadedAdapter:
 
 
 class AdapterCall(msgspec.Struct, frozen=True):
-    """What is asked of a store by hand: to add, remove or pin an adapter, or to list all."""
+    """An operator's call: add, remove or pin an adapter, or list all adapters."""
 
     what: Literal["add", "remove", "pin", "list"]
     adapter: AdapterUse | None = None
 
 
 class Entry:
-    """What a name stands for, from the day it is given to the day it is given to other files.
+    """One adapter: a name with its files. A name that gets other files gets a new entry.
 
     Attributes:
-        name, path: as they were given.
-        state: as in `AdapterInfo`.
-        loaded: what was loaded; None where it is not in memory.
-        error: why it could not be loaded.
-        crowded: it waits for room in memory that leases hold.
+        name, path: the name and path that it was registered with.
+        state: see `AdapterInfo`.
+        loaded: the loaded adapter; None if it is not in memory.
+        error: why it could not be loaded; None if it could.
+        crowded: whether it waits for memory that leased adapters take.
     """
 
     __slots__ = (
@@ -116,7 +115,7 @@ Entries = tuple[tuple[Entry, float], ...]
 
 @dataclasses.dataclass
 class StoreCounts:
-    """What a store has done since the start; `seconds` are those of its loads."""
+    """Counts of a store since the start; `seconds` is the total time of its loads."""
 
     loads: int = 0
     failures: int = 0
@@ -125,18 +124,18 @@ class StoreCounts:
 
 
 class AdapterStore:
-    """Adapters by name, and the memory that they may take. Thread-safe.
+    """Adapters by name, and the adapters in memory. Thread-safe.
 
     Args:
-        load: reads, checks and packs the files at a path; called in a thread of the store's own.
-        most: adapters in memory; None is no limit.
-        most_bytes: of theirs. While one is loaded it is there beside them.
-        most_at_once: different adapters of one request.
+        load: reads, checks and packs the files at a path; called in the store's loading thread.
+        most: most adapters in memory; None for no limit.
+        most_bytes: most bytes of the adapters in memory. An adapter that is being loaded takes memory besides.
+        most_at_once: most different adapters of one request.
 
     Attributes:
-        changes: grows whenever an adapter has come to memory, or could not be loaded.
-        on_change: called behind that, in the loading thread.
-        counts: of loads.
+        changes: a counter that grows whenever an adapter was loaded or has failed to load.
+        on_change: called after each change, in the loading thread.
+        counts: counts of loads.
     """
 
     def __init__(
@@ -155,13 +154,13 @@ class AdapterStore:
         self._most, self._most_bytes, self._most_at_once = most or 1 << 62, most_bytes, most_at_once
         self._change = threading.Condition()  # guards everything below, and the entries
         self._entries: dict[str, Entry] = {}
-        self._loose: dict[str, None] = {}  # names that nobody has added by hand, least recently used first
-        self._coming: dict[str, Entry] = {}  # files that are to be read anew, by the name that they will have
+        self._loose: dict[str, None] = {}  # names that only requests have given, least recently used first
+        self._coming: dict[str, Entry] = {}  # new entries of known names, until their files are loaded
         self._held: dict[Entry, None] = {}  # in memory, least recently used first
         self._bytes = 0
-        self._wanted: tuple[Entry, ...] = ()  # by waiting sequences, most urgent first
-        self._expected: tuple[Entry, ...] = ()  # by requests that are on their way, until `want` says who waits
-        self._asked: Counter[Entry] = Counter()  # by callers who wait in `_until_loaded`
+        self._wanted: tuple[Entry, ...] = ()  # entries of waiting sequences, most urgent first
+        self._expected: tuple[Entry, ...] = ()  # entries of requests that are not queued yet, until `want` is called
+        self._asked: Counter[Entry] = Counter()  # entries of callers that wait in `_until_loaded`
         self._callers_next = True
         self._thread: threading.Thread | None = None
         self._closed = False
@@ -169,14 +168,14 @@ class AdapterStore:
     # ---- names -------------------------------------------------------------------------------------------------------
 
     def find(self, use: AdapterUse, *, again: bool = False) -> Entry:
-        """What a request means by a name; with a path, a name that is new is taken.
+        """Return the entry of a name; register a new name that comes with a path.
 
         Args:
             use: the name.
-            again: one that could not be loaded is tried again at once.
+            again: whether a failed adapter is tried again at once.
 
         Raises:
-            InvalidParameterError: no adapter has this name, its files are others, or could not be loaded just now.
+            InvalidParameterError: no adapter has this name, its path is another, or it has just failed to load.
         """
         with self._change:
             entry = self._entries.get(use.name)
@@ -204,7 +203,7 @@ class AdapterStore:
             return entry
 
     def found(self, uses: Sequence[AdapterUse]) -> Entries:
-        """What a request's adapters are; those that act by nothing are left out. Errors as of `find`."""
+        """Return the entries of a request's adapters, without adapters of scale 0. Raises as `find`."""
         entries = tuple((self.find(use), use.scale) for use in uses)
         acting = tuple((entry, scale) for entry, scale in entries if scale)
         most = min(self._most_at_once, self._most)
@@ -215,11 +214,11 @@ class AdapterStore:
         return acting
 
     def call(self, call: AdapterCall) -> tuple[AdapterInfo, ...]:
-        """Carries out what is asked by hand; of what is removed the name is told.
+        """Carry out an operator's call; for a removed adapter, return an `AdapterInfo` with its name only.
 
         Raises:
-            AdapterError, InvalidParameterError: as of `add`.
-            EngineOverloadedError: it was not loaded in time.
+            AdapterError, InvalidParameterError: see `add`.
+            EngineOverloadedError: the adapter was not loaded in time.
         """
         if call.what == "list":
             return self.infos()
@@ -236,12 +235,12 @@ class AdapterStore:
             ) from None
 
     def add(self, use: AdapterUse, timeout: float) -> AdapterInfo:
-        """Takes a name and loads its adapter, or loads one that is known.
+        """Register a name and load its adapter, or load a known adapter.
 
         Raises:
-            AdapterError: it cannot be loaded; a name that is new is forgotten then.
-            InvalidParameterError: as of `find`.
-            TimeoutError: it was not loaded in time; it may be later.
+            AdapterError: the adapter cannot be loaded; a new name is dropped.
+            InvalidParameterError: see `find`.
+            TimeoutError: it was not loaded in time; it may be loaded later.
         """
         with self._change:
             known = use.name in self._entries
@@ -256,7 +255,7 @@ class AdapterStore:
             raise
 
     def pin(self, name: str, timeout: float) -> AdapterInfo:
-        """Loads an adapter and keeps it in memory until it is removed. Errors as of `add`."""
+        """Load an adapter and keep it in memory until it is removed. Raises as `add`."""
         with self._change:
             entry = self.find(AdapterUse(name=name), again=True)
             self._loose.pop(name, None)
@@ -270,7 +269,7 @@ class AdapterStore:
             raise
 
     def remove(self, name: str) -> bool:
-        """Forgets a name: requests that were taken go on, and the memory is free when the last of them has ended."""
+        """Drop a name; return whether it was known. Accepted requests go on; after the last one the memory is free."""
         with self._change:
             entry = self._entries.pop(name, None)
             self._loose.pop(name, None)
@@ -283,12 +282,12 @@ class AdapterStore:
             return entry is not None or coming is not None
 
     def infos(self) -> tuple[AdapterInfo, ...]:
-        """All names that are known."""
+        """Return information about all known adapters."""
         with self._change:
             return tuple(_told(entry) for entry in self._entries.values())
 
     def failure(self, entry: Entry) -> InvalidParameterError:
-        """What a request hears of an adapter that could not be loaded; where its files lie, the log says."""
+        """Return a request's error for an adapter that failed to load; only the log contains the path of its files."""
         reason, place = entry.error or "", Path(entry.path)
         if place.name and place.parent != Path():
             reason = reason.replace(f"{place}/", "").replace(f"{place}: ", "").replace(str(place), place.name)
@@ -296,15 +295,15 @@ class AdapterStore:
 
     @property
     def numbers(self) -> tuple[int, int, int]:
-        """Names, adapters in memory, and their bytes."""
+        """Numbers of known adapters and of adapters in memory, and the bytes of the latter."""
         return len(self._entries), len(self._held), self._bytes
 
     # ---- what sequences need -----------------------------------------------------------------------------------------
 
     def expect(self, entries: Entries) -> None:
-        """A request for these is on its way to those that wait: they are loaded behind what is wanted already.
+        """Load the adapters of a request that is about to be queued, after the adapters of waiting sequences.
 
-        The engine may be in a step, behind which it hears of the request; until then the disk need not be idle.
+        The engine queues the request only after its present step; meanwhile its adapters can be read from disk.
         """
         if any(entry.loaded is None for entry, _ in entries):
             with self._change:
@@ -312,7 +311,7 @@ class AdapterStore:
                 self._begin()
 
     def want(self, entries: Iterable[Entry]) -> None:
-        """What is to be in memory next, most urgent first; in the place of what was said or expected before."""
+        """Set the adapters of waiting sequences, most urgent first; replaces earlier `want` and `expect` calls."""
         wanted = tuple(entries)
         if wanted != self._wanted or self._expected:
             with self._change:
@@ -321,13 +320,13 @@ class AdapterStore:
                 self._begin()
 
     def lease(self, entries: Entries) -> tuple[tuple[Adapter, float], ...] | None:
-        """The adapters, which stay in memory until they are released; None where not all of them are there."""
+        """Lease adapters, which stay in memory until `release`; return None if not all of them are in memory."""
         if any(entry.loaded is None for entry, _ in entries):
             return None
         with self._change:
             packed = []
             for entry, scale in entries:
-                if entry.loaded is None:  # it has left meanwhile
+                if entry.loaded is None:  # evicted meanwhile
                     return None
                 packed.append((entry.loaded.packed, scale))
             for entry, _ in entries:
@@ -337,7 +336,7 @@ class AdapterStore:
         return tuple(packed)
 
     def release(self, entries: Entries) -> None:
-        """Gives a lease back."""
+        """End a lease."""
         with self._change:
             for entry, _ in entries:
                 entry.leases -= 1
@@ -346,12 +345,12 @@ class AdapterStore:
             self._change.notify_all()
 
     def wait(self, changes: int, timeout: float) -> None:
-        """Waits until something was loaded, or could not be, since `changes`."""
+        """Wait until `self.changes` is no longer `changes`, at most `timeout` seconds."""
         with self._change:
             self._change.wait_for(lambda: self.changes != changes or self._closed, timeout)
 
     def close(self) -> None:
-        """Loads nothing more; a load that goes on is left to itself."""
+        """Stop loading; do not wait long for a load that is running."""
         with self._change:
             self._closed = True
             self._change.notify_all()
@@ -366,7 +365,7 @@ class AdapterStore:
     # ---- with the lock -----------------------------------------------------------------------------------------------
 
     def _take(self, name: str, path: str, before: Entry | None) -> Entry:
-        """The entry of files that are to be read; several callers may wait for the same reading."""
+        """Return the entry for files that must be read; several callers may wait for the same load."""
         coming = self._coming.get(name)
         if coming is not None and coming.path == path and coming.state == "cold":
             return coming
@@ -383,7 +382,7 @@ class AdapterStore:
         return entry
 
     def _forget_loose(self) -> None:
-        """Makes room for a name among those that requests alone have given; what is used by anybody stays."""
+        """Drop names that only requests have given, down to the limit; names in use stay."""
         many = len(self._loose) + 1 - MAX_LOOSE_NAMES
         if many > 0:
             busy = {*self._wanted, *self._expected, *self._asked, *self._coming.values()}
@@ -411,25 +410,25 @@ class AdapterStore:
                 )
             finally:
                 self._asked[entry] -= 1
-                self._asked += Counter()  # what nobody asks for any more goes
+                self._asked += Counter()  # drops entries with a count of 0
             if self._closed:
                 raise EngineDeadError("the engine is closed")
             tried_in_vain = entry.loads > before and entry.state != "ready" and entry.error is not None
-            if entry.state == "failed" or tried_in_vain:  # another may have asked for it again since
+            if entry.state == "failed" or tried_in_vain:  # another caller may have reset the state since
                 raise AdapterError(f"adapter {entry.name!r:.80} cannot be used: {entry.error}")
             if entry.state != "ready" and entry.loads == before:
                 raise TimeoutError
             return _told(entry)
 
     def _begin(self) -> None:
-        """Has the loading thread look what there is to do."""
+        """Wake the loading thread; start it if necessary."""
         if self._thread is None and not self._closed and self._order():
             self._thread = threading.Thread(target=self._run, name="candle-vllm-adapters", daemon=True)
             self._thread.start()
         self._change.notify_all()
 
     def _drop_forgotten(self) -> None:
-        """Lets go of what no name stands for, no sequence has and none waits for."""
+        """Evict adapters that have lost their name and that no sequence or caller leases or waits for."""
         for entry in [each for each in self._held if not each.leases and not self._is_known(each)]:
             if entry not in (*self._asked, *self._wanted, *self._expected):
                 self._let_go(entry)
@@ -443,16 +442,16 @@ class AdapterStore:
         entry.loaded, entry.state = None, "cold"
 
     def _order(self) -> list[Entry]:
-        """What callers wait for and what sequences do, whose turn it is first; what both do is the sequences'."""
+        """Return the entries of callers and of sequences, whose turn it is first; entries of both are sequences'."""
         wanted = dict.fromkeys((*self._wanted, *self._expected))
         asked = [entry for entry in self._asked if entry not in wanted]
         return [*asked, *wanted] if self._callers_next else [*wanted, *asked]
 
     def _next(self) -> Entry | None:
-        """What is loaded next, when there is room for it.
+        """Return the next entry to load, if there is memory for it.
 
-        Of what sequences wait for that is the most urgent, for a later one would take its room. What a caller waits for
-        holds up nobody: it takes turns with those, and where there is no room for it others pass.
+        Of the sequences' entries it is the most urgent one, because a later one would take its memory. A caller's entry
+        never blocks another: callers take turns with sequences, and an entry without memory is passed.
         """
         order, wanted, stopped = self._order(), {*self._wanted, *self._expected}, False
         for place, entry in enumerate(order):
@@ -473,7 +472,7 @@ class AdapterStore:
         return None
 
     def _guess(self, entry: Entry) -> int:
-        """Bytes that it will take: as it did before, or as the smallest does; the rest is seen when it is there."""
+        """Estimate an entry's bytes: its earlier size, or else the smallest in memory; `_loaded` corrects the rest."""
         return entry.nbytes or min((each.nbytes for each in self._held), default=0)
 
     def _is_pinned_full(self, entry: Entry) -> bool:
@@ -482,11 +481,11 @@ class AdapterStore:
         return len(pinned) >= self._most or room < self._guess(entry)
 
     def _make_room(self, nbytes: int, count: int, before: Sequence[Entry], behind: Sequence[Entry]) -> bool:
-        """Lets go of what is not needed until there is room; of nothing where that would not do.
+        """Evict adapters until there is memory; evict none and return False if that would not suffice.
 
         Args:
-            nbytes, count: what room is needed for.
-            before, behind: what is wanted sooner, which stays, and later, which goes last.
+            nbytes, count: bytes and number of adapters to make room for.
+            before, behind: entries that are wanted sooner, which stay, and later, which are evicted last.
         """
         stays = {entry for entry in self._held if entry.leases or entry.pinned}.union(before)
         later = dict.fromkeys(entry for entry in reversed(behind) if entry in self._held)
@@ -507,7 +506,7 @@ class AdapterStore:
         entry.retry_at = self._clock() + FAILED_FOR
         entry.crowded = False
         self.counts.failures += 1
-        if self._coming.get(entry.name) is entry:  # what was there stays
+        if self._coming.get(entry.name) is entry:  # the name keeps its earlier files
             del self._coming[entry.name]
 
     def _loaded(self, entry: Entry, loaded: LoadedAdapter) -> None:
@@ -556,7 +555,7 @@ class AdapterStore:
             self.on_change()
 
     def _bring(self, entry: Entry) -> None:
-        """Loads an adapter; whatever goes wrong is this adapter's failure."""
+        """Load an adapter; any error is a failure of this adapter alone."""
         began = time.perf_counter()
         loaded, said = None, ""
         try:

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""Step 4: which KV-cache blocks belong to whom. No torch here: blocks are numbers.
+"""Step 4: allocate KV-cache blocks to sequences. No torch here: blocks are numbers.
 
 The cache is `num_blocks` blocks of `block_size` token positions. A sequence holds a block table, the list of its
 blocks in order. A full block has a hash chained over everything before it (salt, then the tokens of each block), so
-equal hashes mean equal contents and a later prompt can share the block. Shared blocks are counted and never written:
-only a full block is published, and a sequence writes only behind its last full block.
+equal hashes mean equal contents and a later prompt can share the block. Shared blocks have a reference count and are
+never written: only a full block is published, and a sequence writes only after its last full block.
 
 A block whose count falls to zero keeps its contents and hash while it waits in the free queue, least recently used
-first; taking it for something new forgets them.
+first; allocating it anew drops them.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ def block_hashes(
     parents: Sequence[bytes] = (),
     marks: Mapping[int, bytes] = MappingProxyType({}),
 ) -> list[bytes]:
-    """Chained SHA-256 hashes of the full blocks of `tokens`, those in `parents` taken as known.
+    """Return chained SHA-256 hashes of the full blocks of `tokens`; `parents` are the hashes of the first blocks.
 
-    `marks` are bytes that belong to a block and all behind it, as what begins to act there: an adapter.
+    `marks` are bytes that change the hash of a block and of all later ones, such as an adapter that is active from it.
 
-    SHA-256 rather than a fast hash: a collision would show one user another's context.
+    SHA-256 rather than a fast hash: a collision would show one user another user's context.
     """
     hashes = list(parents)
     parent = hashes[-1] if hashes else hashlib.sha256(b"" if salt is None else b"salt:" + salt.encode()).digest()
@@ -43,15 +43,15 @@ def block_hashes(
 
 
 class BlockManager:
-    """Hands out the blocks of the KV cache and remembers what the free ones still hold.
+    """Allocates the blocks of the KV cache, and finds published blocks by their hashes, free ones included.
 
     Args:
         num_blocks: blocks in the cache.
         block_size: token positions in a block.
-        enable_prefix_caching: keep and find published blocks.
+        enable_prefix_caching: publish and find blocks.
 
     Attributes:
-        forgot: called with the hash of a block that can be found no more.
+        forgot: called with the hash of a block that can no longer be found.
     """
 
     def __init__(self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = True) -> None:
@@ -66,15 +66,15 @@ class BlockManager:
 
     @property
     def num_free(self) -> int:
-        """Blocks that no sequence holds; some may still be of use to the prefix cache."""
+        """Number of blocks that no sequence holds; some of them may still be in the prefix cache."""
         return len(self._free)
 
     def blocks_for(self, num_tokens: int) -> int:
-        """How many blocks `num_tokens` positions take."""
+        """Return how many blocks `num_tokens` positions take."""
         return -(-num_tokens // self.block_size)
 
     def lookup(self, hashes: Sequence[bytes]) -> list[int]:
-        """The longest run of published blocks for `hashes`, from the first on. Takes nothing."""
+        """Return the published blocks for `hashes`, up to the first hash without a block. Allocates nothing."""
         found: list[int] = []
         if self.enable_prefix_caching:
             for digest in hashes:
@@ -85,18 +85,18 @@ class BlockManager:
         return found
 
     def num_free_after_sharing(self, blocks: Sequence[int]) -> int:
-        """How many blocks stay free once `blocks` have been taken by `share`."""
+        """Return how many blocks stay free after `share(blocks)`."""
         return len(self._free) - sum(self._owners[block] == 0 for block in blocks)
 
     def share(self, blocks: Sequence[int]) -> None:
-        """Adds an owner to each published block."""
+        """Add an owner to each published block."""
         for block in blocks:
             if self._owners[block] == 0:
                 del self._free[block]
             self._owners[block] += 1
 
     def allocate(self, count: int) -> list[int] | None:
-        """Takes `count` blocks for writing, least recently used first; None, and nothing taken, if there are fewer."""
+        """Allocate `count` blocks for writing, least recently used first; return None if fewer blocks are free."""
         if count > len(self._free):
             return None
         taken = []
@@ -108,22 +108,22 @@ class BlockManager:
         return taken
 
     def take_in(self, digest: bytes) -> int | None:
-        """A free block for contents that are written there at once, and can be found; None where none is free."""
+        """Publish a free block whose contents the caller writes at once; return None if no block is free."""
         taken = self.allocate(1)
         if taken is None:
             return None
         self.publish(taken[0], digest)
-        self.release(taken)  # the one used last: it is the last to be forgotten
+        self.release(taken)  # as the most recently used free block
         return taken[0]
 
     def publish(self, block: int, digest: bytes) -> None:
-        """Makes a full block findable. The first block with a given content wins; a twin stays private."""
+        """Publish a full block under its hash. If the hash has a block already, the new block stays private."""
         if self.enable_prefix_caching and self._hash_of[block] is None and digest not in self._published:
             self._hash_of[block] = digest
             self._published[digest] = block
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Drops one owner of each block of a table; the tail is reused before the head, which others may share."""
+        """Remove one owner of each block of a table; the tail is reused before the head, which others may share."""
         for block in reversed(blocks):
             self._owners[block] -= 1
             assert self._owners[block] >= 0, f"block {block} released twice"
@@ -133,7 +133,7 @@ class BlockManager:
                     self._free.move_to_end(block, last=False)
 
     def reset_prefix_cache(self) -> None:
-        """Makes every published block unfindable; sequences keep theirs, and go on."""
+        """Unpublish all blocks; running sequences keep their blocks."""
         for block in list(self._published.values()):
             self._forget(block)
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Where blocks of the KV cache are kept besides it: a folder, main memory, and several of them one behind another.
+"""Stores of offloaded KV-cache blocks (KV tiers): a folder, main memory, and a chain of stores.
 
-A store that is read from elsewhere is not believed: what it gives has a mark and the SHA-256 of hash and bytes before
-it, and whatever is short, damaged or another block's is no block. `redis_blocks.py` has one more store.
+Data from outside the process is checked: each block has a header with a magic number and the SHA-256 of its hash and
+bytes, and data that is short, damaged or of another block is rejected. `redis_blocks.py` has the store in Redis.
 
-A block's file has the block's own hash for its name, in a folder of what else decides over its bytes (its fingerprint).
-It holds the mark, the SHA-256, and the bytes of all layers: keys, then values.
+The name of a block's file is the block's hash. Its folder is named by the fingerprint: everything else that determines
+the block's bytes. The file holds the header and the bytes of all layers: keys, then values.
 """
 
 from __future__ import annotations
@@ -33,88 +33,88 @@ Bytes: TypeAlias = bytes | bytearray | memoryview
 
 _MAGIC = b"CVKV0001"
 HEADER = len(_MAGIC) + hashlib.sha256().digest_size
-_LOOKS = 16  # while as many bytes are written as may be there, what others wrote is looked for so often
-_SILENCE = 60.0  # seconds in which nothing more is told of a store that fails
-_UNFINISHED = 60.0  # seconds, after which what was being written is deleted
+_LOOKS = 16  # how often the folder is listed again while a store writes as many bytes as the limit
+_SILENCE = 60.0  # seconds until a store's failure is logged again
+_UNFINISHED = 60.0  # seconds after which an unfinished file is deleted
 _NAME = re.compile(r"[0-9a-f]{32}/[0-9a-f]{2}/[0-9a-f]{64}")
 _READING = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
 
 
 class BlockError(OSError):
-    """A block could not be read, or what was read is not what was written."""
+    """A block could not be read, or is damaged."""
 
 
 class BlockStore(Protocol):
-    """Blocks by their hashes, for any thread. `has` and `may_have` are asked in the engine's thread, and wait not."""
+    """Offloaded blocks by hash, for any thread. `has` and `may_have` do not block: the engine's thread calls them."""
 
     @property
     def num_bytes(self) -> int:
-        """That it keeps."""
+        """Bytes of its blocks."""
         ...
 
     def has(self, digest: bytes) -> bool:
-        """Whether it has a block, as far as is known: it need not be written."""
+        """Whether the store is known to have a block, so that it need not be written."""
         ...
 
     def may_have(self, digest: bytes) -> bool:
-        """Whether it is worth being asked for a block."""
+        """Whether the store may have a block, so that `read` is worth a try."""
         ...
 
     def read(self, digest: bytes) -> Bytes | None:
-        """A block's bytes; None where it has none.
+        """Return a block's bytes; None if the store does not have the block.
 
         Raises:
-            OSError: it could not be read, or was damaged, and is deleted then.
+            OSError: the block could not be read, or was damaged; it is deleted then.
         """
         ...
 
     def write(self, digest: bytes, data: Bytes) -> None:
-        """Keeps a block's bytes; OSError where it cannot."""
+        """Store a block's bytes; raises OSError if it cannot."""
         ...
 
     def forget(self, digest: bytes) -> None:
-        """Deletes a block."""
+        """Delete a block."""
         ...
 
     def clear(self) -> None:
-        """Deletes the blocks of its own fingerprint; from now on it has none."""
+        """Delete all blocks of the store's own fingerprint; from now on none is found."""
         ...
 
     def close(self) -> None:
-        """Lets go of what it uses; blocks stay where that outlives the process."""
+        """Free resources; blocks on disk and in Redis stay."""
         ...
 
 
 def own_name(fingerprint: str) -> str:
-    """Of all that blocks of equal hashes have in common, as a name of 32 characters."""
+    """Return a fingerprint as a name of 32 characters."""
     return hashlib.sha256(fingerprint.encode()).hexdigest()[:32]
 
 
 def sealed(digest: bytes, data: Bytes) -> bytes:
-    """What stands before a block's bytes where they are kept elsewhere."""
+    """Return the header of a block's bytes outside the process."""
     found = hashlib.sha256(digest)
     found.update(data)
     return _MAGIC + found.digest()
 
 
 def opened(digest: bytes, data: memoryview, size: int) -> memoryview | None:
-    """A block of so many bytes behind its seal; None where it is anything else."""
+    """Return the `size` bytes of a block without its header; None if header or size are wrong."""
     payload = data[HEADER:]
     return payload if len(payload) == size and data[:HEADER] == sealed(digest, payload) else None
 
 
 class BlockFolder:
-    """Files of blocks, the least recently used deleted first where they are more than the bound; for any thread.
+    """Blocks as files; above the limit, the least recently used are deleted first. Thread-safe.
 
     Args:
-        folder: where they are; made for this user alone.
-        fingerprint: of all that blocks of equal hashes have in common: weights, types, kernels.
-        most_bytes: of all files in the folder, those of other fingerprints included. Of engines that write there at the
-            same time, each may be a sixteenth of it above.
-        block_bytes: of a block.
+        folder: the folder of the files; created with access for this user only.
+        fingerprint: everything besides the hash that determines a block's bytes: weights, types, kernels.
+        most_bytes: limit of all files in the folder, including files of other fingerprints. Each engine that writes to
+            the folder at the same time may exceed it by a sixteenth.
+        block_bytes: size of a block.
 
     Raises:
-        ConfigError: the folder cannot be used, or others may read or write it.
+        ConfigError: the folder cannot be used, or other users may read or write it.
     """
 
     def __init__(self, folder: Path, fingerprint: str, most_bytes: int, block_bytes: int) -> None:
@@ -141,7 +141,7 @@ class BlockFolder:
         return f"{self._own}/{digest.hex()[:2]}/{digest.hex()}"
 
     def has(self, digest: bytes) -> bool:
-        """Whether there was a file of a block when it was last looked."""
+        """Whether the block had a file when the folder was listed last."""
         return self._name(digest) in self._sizes
 
     may_have = has
@@ -168,7 +168,7 @@ class BlockFolder:
         return payload
 
     def write(self, digest: bytes, data: Bytes) -> None:
-        """Keeps a block's bytes; OSError where they cannot be written."""
+        """Write a block's file; raises OSError if it cannot be written."""
         name = self._name(digest)
         path = self._root / name
         path.parent.mkdir(mode=0o700, exist_ok=True)
@@ -192,7 +192,7 @@ class BlockFolder:
         self._shrink()
 
     def _look(self) -> None:
-        """Counts what is there, and when it was used: other engines, and other ranks, may have the same folder."""
+        """List the folder again, with times of use: other engines and other ranks may share it."""
         with self._lock:
             order = {name: number for number, name in enumerate(self._sizes)}
         found = _found(self._root, order)
@@ -201,10 +201,10 @@ class BlockFolder:
             self.num_bytes, self._written = sum(self._sizes.values()), 0
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: no file is open."""
 
     def clear(self) -> None:
-        """See `BlockStore`; those that other engines wrote too, as far as the folder can be read."""
+        """See `BlockStore`; blocks of other engines are deleted too, as far as the folder can be listed."""
         with suppress(OSError):
             self._look()
         with self._lock:
@@ -213,7 +213,7 @@ class BlockFolder:
             self._forget(name)
 
     def forget(self, digest: bytes) -> None:
-        """Deletes a block."""
+        """Delete a block."""
         self._forget(self._name(digest))
 
     def _shrink(self) -> None:
@@ -232,16 +232,16 @@ class BlockFolder:
 
 
 def _require_own(folder: Path) -> None:
-    """OSError where somebody else could read or write what is kept: it says what was asked."""
+    """Raise OSError if other users may access the folder, because blocks reveal prompts."""
     info = folder.stat()
     if os.name != "nt" and (info.st_uid != os.geteuid() or info.st_mode & (stat.S_IRWXG | stat.S_IRWXO)):
         raise PermissionError("others can use it, and blocks tell what was asked: it must be this user's alone (0700)")
 
 
 def _found(folder: Path, order: Mapping[str, int] = MappingProxyType({})) -> OrderedDict[str, int]:
-    """Sizes of the blocks' files by name, the one used longest ago first; what was being written is deleted.
+    """Return the sizes of the blocks' files by name, least recently used first; delete old unfinished files.
 
-    `order` says which of some of them was used first, where times are too coarse to tell.
+    `order` gives known files their order of use, because file times may be too coarse.
     """
     found: list[tuple[float, int, str, int]] = []
     for path in folder.glob("*/*/*"):
@@ -257,14 +257,14 @@ def _found(folder: Path, order: Mapping[str, int] = MappingProxyType({})) -> Ord
 
 
 class HostBlocks:
-    """Blocks in main memory, behind the cache of a GPU; the least recently used go first.
+    """Blocks in main memory, as a tier below a GPU's cache; the least recently used are dropped first.
 
     Args:
-        most_bytes: of all of them.
-        block_bytes: of a block.
+        most_bytes: limit of all blocks.
+        block_bytes: size of a block.
 
     Raises:
-        ConfigError: there is no room for one.
+        ConfigError: the limit is less than one block.
     """
 
     def __init__(self, most_bytes: int, block_bytes: int) -> None:
@@ -296,7 +296,7 @@ class HostBlocks:
             return self._blocks.get(digest)
 
     def write(self, digest: bytes, data: Bytes) -> None:
-        """See `BlockStore`; the bytes are kept, and must not change."""
+        """See `BlockStore`; the bytes are not copied, and must not change."""
         with self._lock:
             self._blocks[digest] = data
             while len(self._blocks) > self._most:
@@ -313,24 +313,24 @@ class HostBlocks:
             self._blocks.clear()
 
     def close(self) -> None:
-        """Lets go of all blocks."""
+        """Drop all blocks."""
         self.clear()
 
 
 class Tiers:
-    """Several stores, the nearest first: what is found further away is brought nearer, and all are written to."""
+    """Several stores, the fastest first; all are written to, and blocks found in a slower one are copied to faster."""
 
     def __init__(self, stores: Sequence[BlockStore]) -> None:
         self._stores, self._told_until = stores, 0.0
-        self.look = getattr(stores[-1], "look", None)  # of Redis, which is behind all others
+        self.look = getattr(stores[-1], "look", None)  # only Redis has it, which is the last store
 
     @property
     def num_bytes(self) -> int:
-        """Of all of them together."""
+        """Bytes of all stores together."""
         return sum(store.num_bytes for store in self._stores)
 
     def has(self, digest: bytes) -> bool:
-        """Whether all of them have it."""
+        """Whether all stores have the block."""
         return all(store.has(digest) for store in self._stores)
 
     def may_have(self, digest: bytes) -> bool:
@@ -338,7 +338,7 @@ class Tiers:
         return any(store.may_have(digest) for store in self._stores)
 
     def read(self, digest: bytes) -> Bytes | None:
-        """See `BlockStore`; one that fails does not keep the next from being asked."""
+        """See `BlockStore`; after a store that fails, the next one is tried."""
         failure: OSError | None = None
         for number, store in enumerate(self._stores):
             if not store.may_have(digest):
@@ -358,7 +358,7 @@ class Tiers:
         return None
 
     def write(self, digest: bytes, data: Bytes) -> None:
-        """See `BlockStore`; it fails where nobody takes it."""
+        """See `BlockStore`; fails only if every store fails."""
         failure, taken = OSError("there is no store"), False
         for store in self._stores:
             try:
@@ -384,6 +384,6 @@ class Tiers:
             store.clear()
 
     def close(self) -> None:
-        """Closes all."""
+        """Close all stores."""
         for store in self._stores:
             store.close()

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Full blocks of the KV cache in a store, behind the prefix cache (step 4 of a request's life).
+"""KV tiers: offload full blocks of the KV cache to a store, and read them back (step 4 of a request's life).
 
-Every block that is published is written behind the steps' back, so that what a prompt began with is there after it has
-left the cache, and after a restart where the store outlives that. A waiting sequence whose next blocks may be in the
-store waits while they are read, in another thread, into free blocks, which are published; it then finds them as it
-finds any. What is short, damaged or late is computed anew, and costs nothing else.
+Threads write every published block to the store while steps run, so a prefix can be found after its blocks have left
+the cache, and after a restart if the store is persistent. A waiting sequence whose next blocks may be in the store
+waits while threads read them into free blocks, which are published; it then finds them in the prefix cache. A block
+that is short, damaged or late is computed again, and no request fails.
 """
 
 from __future__ import annotations
@@ -36,69 +36,69 @@ logger = logging.getLogger(__name__)
 _WAITING_BYTES = 64 << 20
 """Of blocks that are to be written, or were read and are not in the cache yet; each at least one block."""
 _Look = Callable[[Sequence[bytes]], None]
-_PATIENCE = 1.0  # seconds without a block, after which a sequence waits no longer
-_SILENCE = 60.0  # seconds in which nothing is written behind a failure, and none is told again
-_PAUSE = 0.05  # seconds between two looks at what is being written
+_PATIENCE = 1.0  # seconds without a new block, after which a sequence no longer waits
+_SILENCE = 60.0  # seconds after a failure without writes, and until a failure is logged again
+_PAUSE = 0.05  # seconds between two checks of the writing thread while closing
 _MOST_READERS = 4
-_LOOK = 0.005  # seconds between two looks whether other ranks have written all
-_CLOSING = 10.0  # seconds that an end waits for what is to be written
+_LOOK = 0.005  # seconds between two checks whether other ranks have written all blocks
+_CLOSING = 10.0  # seconds that `close` waits for unwritten blocks
 
 
 class BlockMemory(Protocol):
-    """What has the cache: a runner. What it says of a block it says of the states in a slot, too, with `state`."""
+    """The cache of a runner. With `state`, its methods copy the layer states of a slot instead of a block."""
 
     @property
     def block_bytes(self) -> int:
-        """Of a block, of all layers."""
+        """Bytes of a block, all layers together."""
         ...
 
     @property
     def state_bytes(self) -> int:
-        """Of the states of all layers in a slot."""
+        """Bytes of a slot's states, all layers together."""
         ...
 
     def copy_out(self, place: int, *, state: bool = False) -> Callable[[], Bytes]:
-        """Begins to copy a block, as it is behind all steps that were launched.
+        """Begin to copy a block as it will be after all launched steps.
 
-        What it gives waits for the bytes, in any thread; they are in an order of the cache's own.
+        The result waits for the bytes and returns them, in any thread; they have the cache's own layout.
         """
         ...
 
     def copy_in(self, place: int, data: Bytes, *, state: bool = False) -> None:
-        """Writes a block, before all steps that are launched later."""
+        """Write a block before all steps that are launched later."""
         ...
 
 
 class Places(Protocol):
-    """Says where blocks are, or checkpoints, and has room for more."""
+    """Allocation of blocks or of checkpoint slots: `BlockManager` or `StatePool`."""
 
     @property
     def num_free(self) -> int:
-        """Places that something may be taken in to."""
+        """Number of free blocks or slots."""
         ...
 
     def lookup(self, hashes: Sequence[bytes]) -> list[int]:
-        """Where things of these names are, from the first on as far as each of them is there."""
+        """Return the published blocks or slots for `hashes`, up to the first hash without one."""
         ...
 
     def take_in(self, digest: bytes) -> int | None:
-        """A place for what is written there at once, and can be found; None where there is none."""
+        """Publish a free block or slot that the caller writes at once; return None if none is free."""
         ...
 
 
 class OtherParts(Protocol):
-    """The parts of blocks that other ranks have, each in a store of its own; see `BlockParts`, whose calls these are.
+    """The `BlockParts` of the other ranks, each with a store of its own, called through messages.
 
-    What they make of a reading comes to `KeptBlocks.heard`. A rank that has gone is no error: the engine ends by it.
+    Their reports on readings go to `KeptBlocks.heard`. A rank that has died raises no error here: it ends the engine.
     """
 
     @property
     def count(self) -> int:
-        """Of other ranks, which are numbered from 1 on."""
+        """Number of other ranks, which are numbered from 1."""
         ...
 
     def listen(self, heard: Callable[[int, int, bool, bool], None]) -> None:
-        """Has it called with a rank's number and what `BlockParts.told` is given; in any thread."""
+        """Have `heard` called, in any thread, with a rank's number and the arguments of `BlockParts`' `told`."""
         ...
 
     def offer(self, blocks: Sequence[tuple[int, bytes]]) -> None: ...
@@ -112,23 +112,23 @@ class OtherParts(Protocol):
     def clear(self) -> None: ...
 
     def close(self) -> None:
-        """Has them begin to write what is to be written."""
+        """Make the ranks begin to write their unwritten blocks and close."""
         ...
 
     def closed(self) -> bool:
-        """Whether they have, or never will."""
+        """Whether all ranks have closed, or have died."""
         ...
 
 
 class _Copied:
-    """A block on its way out of the cache, for several threads."""
+    """A block that is being copied out of the cache. Thread-safe."""
 
     def __init__(self, take: Callable[[], Bytes]) -> None:
         self._take, self._lock = take, threading.Lock()
         self._bytes: Bytes | None = None
 
     def bytes(self) -> Bytes:
-        """Waits for them."""
+        """Wait for the block's bytes and return them."""
         with self._lock:
             if self._bytes is None:
                 self._bytes = self._take()
@@ -136,30 +136,30 @@ class _Copied:
 
 
 class _PartsRead:
-    """Blocks of a reading in one rank."""
+    """One rank's progress of a reading: a request to read consecutive blocks of a prefix."""
 
     def __init__(self, digests: Sequence[bytes]) -> None:
-        self.left, self.read = deque(digests), deque[Bytes]()  # to be read, and to be brought
-        self.done: dict[int, tuple[Bytes | None, bool]] = {}  # by their places, of which one before is being read
+        self.left, self.read = deque(digests), deque[Bytes]()  # blocks to read, and blocks to copy to the cache
+        self.done: dict[int, tuple[Bytes | None, bool]] = {}  # results by index that wait for an earlier block
         self.begun = self.told = self.brought = 0
-        self.is_over = False  # nothing more is told
-        self.end: int | None = None  # how many are brought in all, once that is known
+        self.is_over = False  # no further block is reported
+        self.end: int | None = None  # how many blocks are copied to the cache in all, once that is known
 
 
 class BlockParts:
-    """Brings what one rank has of blocks to its store and back, in threads of its own.
+    """Writes one rank's parts of blocks to its store and reads them back, in threads.
 
-    Several read and check neighbours side by side, so that a disk need not wait for the checks; what they read is told
-    and brought in order.
+    Several threads read and check consecutive blocks in parallel, so that the disk does not wait for the checks. Blocks
+    are reported and copied to the cache in order.
 
-    `offer` and `bring` belong to the thread of the rank's steps; the others are for any.
+    `offer` and `bring` belong to the thread of the rank's steps; the other methods are for any thread.
 
     Args:
-        store: where they are.
-        memory: what has the rank's cache.
-        state: what is kept are states.
-        told: called for each block of a reading, in order, with the reading's number, whether it was read, and whether
-            that failed; no more come behind one that was not read. In any thread.
+        store: the store.
+        memory: the rank's cache.
+        state: whether the store holds states instead of blocks.
+        told: called for each block of a reading, in order and in any thread, with the reading's number, whether the
+            block was read, and whether reading failed; no block is reported after one that was not read.
     """
 
     def __init__(
@@ -174,11 +174,11 @@ class BlockParts:
         self._size = memory.state_bytes if state else memory.block_bytes
         self._readings: dict[int, _PartsRead] = {}
         self._to_read: deque[int] = deque()
-        self._num_held = 0  # blocks that are being read, or were and are not brought
+        self._num_held = 0  # blocks that are being read, or are read and not copied to the cache
         self._to_write: OrderedDict[bytes, _Copied] = OrderedDict()
-        self._wake = threading.Condition()  # guards what several threads touch
-        self._asked: dict[int, float] = {}  # when the store was asked for a block that has not come yet, by threads
-        self._writing: float | None = None  # when it was given one that it has not taken yet
+        self._wake = threading.Condition()  # guards what several threads use
+        self._asked: dict[int, float] = {}  # start of the running read, by thread
+        self._writing: float | None = None  # start of the running write
         self._closing, self._quiet_until, self._told_until = False, 0.0, 0.0
         self.num_written = self.num_failed = self.num_skipped = 0
         readers = min(_MOST_READERS, max(2, default_threads() // 2))
@@ -194,11 +194,11 @@ class BlockParts:
         return self._store.num_bytes
 
     def may_have(self, digest: bytes) -> bool:
-        """Whether it is worth reading a block; waits not."""
+        """Whether reading a block is worth a try; does not block."""
         return self._store.may_have(digest) or digest in self._to_write
 
     def offer(self, block: int, digest: bytes) -> None:
-        """A block is full and published; its bytes are copied, to be written where the store has not got it."""
+        """Copy a full, published block, to write it if the store does not have it."""
         if self._store.has(digest) or digest in self._to_write or time.monotonic() < self._quiet_until:
             return
         if self._to_write and (len(self._to_write) + 1) * self._size > _WAITING_BYTES:
@@ -210,7 +210,7 @@ class BlockParts:
             self._wake.notify_all()
 
     def read(self, number: int, digests: Sequence[bytes]) -> None:
-        """Begins a reading, of a number that none had before."""
+        """Begin a reading with a new number."""
         with self._wake:
             reading = self._readings[number] = _PartsRead(digests)
             if time.monotonic() - min(self._asked.values(), default=math.inf) > _PATIENCE:  # the store hangs
@@ -221,7 +221,7 @@ class BlockParts:
                 self._wake.notify_all()
 
     def bring(self, number: int, block: int) -> None:
-        """Writes the next block that was read to the cache; -1: it is there already."""
+        """Copy the next block of a reading to the cache; `block` -1 drops it, because the cache has it already."""
         with self._wake:
             reading = self._readings[number]
             data = reading.read.popleft()
@@ -234,7 +234,7 @@ class BlockParts:
             self._memory.copy_in(block, data, state=self._state)
 
     def end(self, number: int, brought: int) -> None:
-        """A reading is over, when so many of its blocks have been brought in all: no more are."""
+        """End a reading after `brought` blocks in all; further blocks are dropped."""
         with self._wake:
             reading = self._readings[number]
             reading.end = brought
@@ -247,13 +247,13 @@ class BlockParts:
             self._wake.notify_all()
 
     def clear(self) -> None:
-        """Forgets all blocks, those of the store too."""
+        """Drop all blocks, those in the store too."""
         with self._wake:
             self._to_write.clear()
         self._store.clear()
 
     def close(self) -> None:
-        """Writes what is to be written, for a while, and ends the threads."""
+        """Write the remaining blocks, within a time limit, and end the threads."""
         with self._wake:
             self._closing = True
             self._wake.notify_all()
@@ -269,7 +269,7 @@ class BlockParts:
         self._store.close()
 
     def _next(self) -> tuple[int, _PartsRead] | None:
-        """The reading whose block is to be read next."""
+        """Return the reading whose block is read next."""
         while self._to_read:
             reading = self._readings.get(self._to_read[0])
             if reading is not None and reading.left:
@@ -278,7 +278,7 @@ class BlockParts:
         return None
 
     def _reads(self) -> None:
-        """A thread that reads."""
+        """Run a reading thread."""
         mine = threading.get_ident()
         while True:
             with self._wake:
@@ -296,14 +296,14 @@ class BlockParts:
             try:
                 if written is not None:
                     data = written.bytes()
-                elif self._store.may_have(digest):  # another rank, which was asked first, may have it alone
+                elif self._store.may_have(digest):  # only the first rank asked its own store before
                     data = self._store.read(digest)
-            except Exception as error:  # of any store
+            except Exception as error:  # a store may raise anything
                 failed = True
                 self._tell("a block of the KV cache cannot be read: %s", error)
             with self._wake:
                 del self._asked[mine]
-                if reading.is_over:  # nobody waits for it any more
+                if reading.is_over:  # no sequence waits for it any more
                     self._num_held -= 1
                 else:
                     reading.done[place] = data, failed
@@ -313,7 +313,7 @@ class BlockParts:
     def _tell_in_order(self, number: int, reading: _PartsRead) -> None:
         while not reading.is_over and reading.told in reading.done:
             data, failed = reading.done[reading.told]
-            if data is None:  # those behind it are of no use
+            if data is None:  # later blocks are of no use without it
                 self.num_failed += failed
                 self._finish(reading)
             else:
@@ -323,7 +323,7 @@ class BlockParts:
             self._told(number, data is not None, failed)
 
     def _finish(self, reading: _PartsRead) -> None:
-        """Nothing more of it is read."""
+        """Stop a reading."""
         reading.is_over = True
         reading.left.clear()
         self._num_held -= len(reading.done)
@@ -331,17 +331,17 @@ class BlockParts:
 
     @property
     def _is_far_ahead(self) -> bool:
-        """Whether as much was read as may wait for the cache."""
+        """Whether the blocks that wait to be copied to the cache have reached their limit."""
         return self._num_held > 0 and (self._num_held + 1) * self._size > _WAITING_BYTES
 
     def _tell(self, what: str, error: Exception) -> None:
-        """A warning, and none more for a while."""
+        """Log a warning, unless one was logged within the last `_SILENCE` seconds."""
         if time.monotonic() >= self._told_until:
             self._told_until = time.monotonic() + _SILENCE
             logger.warning(what, error)
 
     def _writes(self) -> None:
-        """The thread that writes."""
+        """Run the writing thread."""
         while True:
             with self._wake:
                 while not self._closing and not self._to_write:
@@ -356,7 +356,7 @@ class BlockParts:
             try:
                 self._store.write(digest, copied.bytes())
                 self.num_written += 1
-            except Exception as error:  # of any store
+            except Exception as error:  # a store may raise anything
                 with self._wake:
                     self.num_failed += 1
                 self._quiet_until = time.monotonic() + _SILENCE
@@ -366,45 +366,45 @@ class BlockParts:
                 forgotten = self._to_write.get(digest) is not copied
                 if not forgotten:
                     del self._to_write[digest]
-            if forgotten:  # all was, meanwhile
+            if forgotten:  # `clear` was called meanwhile
                 self._store.forget(digest)
 
 
 class _Reading:
-    """Blocks that a sequence waits for; `found` and `ended` say of each rank how many it has, and if there are more."""
+    """Blocks that a sequence waits for. By rank: `found` is how many are read, `ended` whether no more will be."""
 
     def __init__(self, number: int, digests: Sequence[bytes], ranks: int) -> None:
         self.number, self.digests = number, digests
         self.found, self.ended = [0] * ranks, [False] * ranks
         self.brought = 0
-        self.moved = time.monotonic()  # when the last block came
+        self.moved = time.monotonic()  # when the last block was copied to the cache
         self.is_over = False
 
     @property
     def num_ready(self) -> int:
-        """Blocks that all ranks have."""
+        """Number of blocks that all ranks have read."""
         return min(self.found)
 
     @property
     def has_ended(self) -> bool:
-        """Whether no more can come than `num_ready`."""
+        """Whether no more than `num_ready` blocks will be read."""
         found = zip(self.found, self.ended, strict=True)
         return any(ended and count == self.num_ready for count, ended in found) or self.num_ready == len(self.digests)
 
 
 class KeptBlocks:
-    """Has published blocks brought to a store, and those that waiting sequences begin with back.
+    """Offloads published blocks to a store, and reads the prefixes of waiting sequences back.
 
-    `offer`, `is_ready`, `take`, `left` and `reset` belong to the engine's thread. Where the model is divided among
-    ranks, each has its part of every block in a store of its own, and is told by the first one what to write and read;
-    a block is found where every rank has found its part.
+    `offer`, `is_ready`, `take`, `left` and `reset` belong to the engine's thread. If the model is divided among ranks,
+    each rank has its parts of the blocks in a store of its own, and the first rank sends the others what to write and
+    read; a block is found if every rank has found its part.
 
     Args:
-        store: where this rank's parts are.
-        memory: what has its cache.
-        blocks: says which are whose.
-        others: of the other ranks; None where there are none.
-        state: what is kept are checkpoints of states.
+        store: the store of this rank's parts.
+        memory: this rank's cache.
+        blocks: the allocation of blocks or slots.
+        others: the parts of the other ranks; None for a single rank.
+        state: whether checkpoints of states are offloaded instead of blocks.
     """
 
     def __init__(
@@ -418,10 +418,10 @@ class KeptBlocks:
     ) -> None:
         self._blocks, self._others = blocks, others
         self._readings: dict[object, _Reading] = {}
-        self._under_way: dict[int, _Reading] = {}  # by their numbers
+        self._under_way: dict[int, _Reading] = {}  # by number
         self._numbers = itertools.count()
-        self._offered: list[tuple[int, bytes]] = []  # of which the others are to be told
-        self._wake = threading.Condition()  # guards what ranks say of readings
+        self._offered: list[tuple[int, bytes]] = []  # blocks that are not yet offered to the other ranks
+        self._wake = threading.Condition()  # guards the ranks' reports on readings
         self._ranks = 1 if others is None else 1 + others.count
         self.num_read = self._num_failed = 0
         self._own = BlockParts(store, memory, lambda *said: self.heard(0, *said), state=state)
@@ -435,12 +435,12 @@ class KeptBlocks:
 
     @property
     def num_written(self) -> int:
-        """Blocks, since the start."""
+        """Blocks written since the start."""
         return self._own.num_written
 
     @property
     def num_skipped(self) -> int:
-        """Blocks that were not written because that was behind, since the start."""
+        """Blocks that were not written because the writer was behind, since the start."""
         return self._own.num_skipped
 
     @property
@@ -454,7 +454,7 @@ class KeptBlocks:
         return any(not reading.is_over for reading in self._readings.values())
 
     def heard(self, rank: int, number: int, found: bool, failed: bool) -> None:
-        """What a rank made of the next block of a reading; see `BlockParts`."""
+        """Take a rank's report on the next block of a reading; see `BlockParts`."""
         with self._wake:
             if rank:
                 self._num_failed += failed
@@ -466,22 +466,22 @@ class KeptBlocks:
             self._wake.notify_all()
 
     def offer(self, block: int, digest: bytes) -> None:
-        """A block is full and published; see `BlockParts`. The others are told before the next step."""
+        """Offload a full, published block; see `BlockParts`. The other ranks get it before the next step."""
         if self._others is not None:
             self._offered.append((block, digest))
         self._own.offer(block, digest)
 
     def may_have(self, digest: bytes) -> bool:
-        """Whether the store may have it."""
+        """Whether the store may have a block."""
         return self._own.may_have(digest)
 
     def is_ready(self, sequence: object, hashes: Sequence[bytes], num_blocks: int) -> bool:
-        """Whether a waiting sequence may begin: nothing of what it begins with is in the store alone.
+        """Return whether a waiting sequence may be admitted; if its next blocks may be in the store, read them first.
 
         Args:
-            sequence: whose.
-            hashes: of its full blocks, as far as they may be shared.
-            num_blocks: that it takes in all.
+            sequence: the sequence.
+            hashes: hashes of its full blocks that may be shared.
+            num_blocks: number of all blocks that it takes.
         """
         reading = self._readings.get(sequence)
         if reading is not None:
@@ -507,13 +507,13 @@ class KeptBlocks:
         return False
 
     def left(self, sequence: object) -> None:
-        """A sequence waits no longer: it begins, or is over."""
+        """End the reading of a sequence that was admitted or has ended."""
         reading = self._readings.pop(sequence, None)
         if reading is not None:
             self._end(reading)
 
     def take(self) -> None:
-        """Brings blocks that were read to the cache; the bound on them is what a step waits for at most."""
+        """Copy read blocks to the cache, before a step; the limit of waiting bytes bounds the time that this takes."""
         self._tell_of_offers()
         for reading in list(self._readings.values()):
             if reading.is_over:
@@ -525,7 +525,7 @@ class KeptBlocks:
                 self._end(reading)
 
     def _bring(self, reading: _Reading, count: int) -> bool:
-        """Brings the next blocks of a reading; whether there was room for all of them."""
+        """Copy the next blocks of a reading to the cache; return whether there were free blocks for all of them."""
         places: list[int] = []
         for digest in reading.digests[reading.brought : reading.brought + count]:
             place = -1
@@ -545,27 +545,27 @@ class KeptBlocks:
         return len(places) == count
 
     def wait(self, seconds: float) -> None:
-        """Waits for a block that is being read, so long at most."""
+        """Wait for a block that is being read, at most `seconds`."""
         with self._wake:
             waiting = [reading for reading in self._readings.values() if not reading.is_over]
             if waiting and not any(each.num_ready > each.brought or each.has_ended for each in waiting):
                 self._wake.wait(seconds)
 
     def rest(self) -> None:
-        """The cache is about to go: what was read for it is not brought there any more."""
+        """End all readings, because the cache is about to be freed."""
         for reading in self._readings.values():
             self._end(reading)
         self._tell_of_offers()
 
     def reset(self) -> None:
-        """Forgets all blocks, those of the store too."""
+        """Drop all blocks, those in the store too."""
         self.rest()
         self._own.clear()
         if self._others is not None:
             self._others.clear()
 
     def close(self) -> None:
-        """Writes what is to be written, for a while, and ends the threads."""
+        """Write the remaining blocks, within a time limit, and end the threads."""
         self._tell_of_offers()
         if self._others is not None:
             self._others.close()
@@ -575,7 +575,7 @@ class KeptBlocks:
             time.sleep(_LOOK)
 
     def _tell_of_offers(self) -> None:
-        """One message for all: many small ones might fill a line that nobody reads in the midst of a step."""
+        """Send the offered blocks to the other ranks in one message, because many might fill the pipe during a step."""
         if self._offered and self._others is not None:
             self._others.offer(self._offered)
             self._offered = []
@@ -592,13 +592,13 @@ class KeptBlocks:
 
 
 class KeptPrefixes:
-    """`KeptBlocks` of a model whose layers keep states: a prefix is brought with the checkpoint at its end, or not.
+    """`KeptBlocks` for a model whose layers keep states: a prefix is read back only with the checkpoint at its end.
 
     Args:
-        blocks: keeps the blocks.
-        states: keeps the checkpoints of prompts.
-        pool: which of these are there.
-        look: finds out which checkpoints other servers have written; None where there are no others.
+        blocks: the offloaded blocks.
+        states: the offloaded checkpoints of prompts.
+        pool: the checkpoint slots.
+        look: looks up which checkpoints other servers have written; None if no store is shared with other servers.
     """
 
     def __init__(self, blocks: KeptBlocks, states: KeptBlocks, pool: StatePool, look: _Look | None) -> None:
@@ -619,7 +619,7 @@ class KeptPrefixes:
         end = next(there, 0)
         if end and not self._states.is_ready(sequence, hashes[end - 1 : end], 1):
             return False
-        if end and not self._pool.lookup(hashes[end - 1 : end]):  # it was damaged, or came late
+        if end and not self._pool.lookup(hashes[end - 1 : end]):  # the checkpoint was damaged or late
             end = self._pool.depth(hashes)
         return self._blocks.is_ready(sequence, hashes[:end], num_blocks)
 
@@ -664,12 +664,12 @@ class KeptPrefixes:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes in the folder, which is that of both; in Redis each has its own."""
+        """Bytes in the stores: blocks and checkpoints share a folder, but have separate parts of Redis."""
         return (max if self._look is None else sum)(each.num_bytes for each in self._both)
 
     @property
     def num_read(self) -> int:
-        """Blocks and checkpoints, since the start."""
+        """Blocks and checkpoints read since the start."""
         return sum(each.num_read for each in self._both)
 
     @property
@@ -697,7 +697,7 @@ def keep_blocks(
     others: OtherParts | None = None,
     pool: StatePool | None = None,
 ) -> KeptBlocks | KeptPrefixes | None:
-    """What keeps the cache's blocks elsewhere, where anything is set for that; ConfigError where it cannot be."""
+    """Build the KV tiers that the settings ask for; None without them. ConfigError if the model cannot have them."""
     memory: Any = runner
     store = _store(config, loaded, memory.block_bytes, drafts, 0)
     if store is None:
@@ -714,7 +714,7 @@ def keep_blocks(
 def keep_parts(
     config: EngineConfig, loaded: LoadedModel, runner: ModelRunner, rank: int, told: Callable[[int, bool, bool], object]
 ) -> BlockParts | None:
-    """The same for the parts that another rank has, which `KeptBlocks` of the first one asks for."""
+    """Build the KV tiers of another rank's parts, which the first rank's `KeptBlocks` calls; None without them."""
     memory: Any = runner
     store = _store(config, loaded, memory.block_bytes, False, rank)
     return None if store is None else BlockParts(store, memory, told)
@@ -723,7 +723,7 @@ def keep_parts(
 def _store(
     config: EngineConfig, loaded: LoadedModel, size: int, drafts: bool, rank: int, what: str = ""
 ) -> BlockStore | None:
-    """Where a rank's parts of blocks, or `what` else of `size` bytes, are kept; None where they are not."""
+    """Build the store of a rank's parts of blocks, or of `what` else of `size` bytes; None without KV tiers."""
     placement = loaded.placement
     if config.kv_offloading_size and placement.device.type == "cpu":
         raise ConfigError(
@@ -763,14 +763,14 @@ def _store(
         if config.prompt_cache_url is not None:
             from candle_vllm.core.engine.cache.redis_blocks import RedisBlocks
 
-            halves = 2 if states(loaded.config.cache_specs) else 1  # of blocks and of checkpoints
+            halves = 2 if states(loaded.config.cache_specs) else 1  # blocks and checkpoints share the limit
             most = config.prompt_cache_bytes // (config.ranks * halves)
             stores.append(RedisBlocks(config.prompt_cache_url, name, most, size, listed=bool(what)))
     return stores[0] if len(stores) == 1 else Tiers(stores)
 
 
 def _fingerprint(config: EngineConfig, loaded: LoadedModel, rank: int) -> str:
-    """All that decides over the bytes of a rank's part of a block beside its tokens, adapters and pictures."""
+    """Return everything that determines the bytes of a rank's part of a block besides tokens, adapters and images."""
     placement = loaded.placement
     if placement.recorded:
         from candle_vllm.core.kernels.cpu_runtime.kernel_cache import fingerprint
@@ -782,7 +782,7 @@ def _fingerprint(config: EngineConfig, loaded: LoadedModel, rank: int) -> str:
     settings = ("isq", "dtype", "block_size", "kv_cache_dtype", "key_cache_dtype", "value_cache_dtype", "lora_dtype",
                 "mm_processor_kwargs", "yarn_scaling_factor", "enforce_eager", "attention_backend",
                 "deterministic")  # fmt: skip
-    if config.ranks > 1:  # parts of other divisions are others, and sums over machines may be rounded otherwise
+    if config.ranks > 1:  # another division gives other parts, and sums over machines may round differently
         settings += ("tensor_parallel_size", "pipeline_parallel_size", "enable_expert_parallel", "nnodes",
                      "distributed_executor_backend")  # fmt: skip
     said = [f"{name}={getattr(config, name)}" for name in settings] + [f"rank={rank}"] * (config.ranks > 1)

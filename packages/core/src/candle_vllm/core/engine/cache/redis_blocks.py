@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Blocks of the KV cache in Redis, which all servers of a model share.
+"""Offloaded KV-cache blocks in Redis, which all servers of a model share.
 
-Each block is a key of its own; a sorted set says which there are, by the time of their last use. Nothing that comes
-from there is believed before its seal is looked at, and a Redis that is slow, gone or wrong is left alone for a while:
-blocks are computed, as without it.
+Each block is a key of its own; a sorted set lists the blocks by the time of their last use. The header of every block
+is checked. After a failure, timeout or wrong answer, Redis is not used for a while: blocks are computed, as without
+it.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from candle_vllm.core.errors import ConfigError, with_extra
 
 logger = logging.getLogger(__name__)
 
-TIMEOUT: Final = 1.0  # seconds for a connection, for each piece of an answer, and for one without a block
-_SLOWEST: Final = 8 << 20  # bytes of a block that come in a second, at least
+TIMEOUT: Final = 1.0  # seconds for a connection, for each read of an answer, and for an answer without a block
+_SLOWEST: Final = 8 << 20  # bytes a second that an answer with a block must have at least
 _SPARE: Final = 1 << 16  # bytes of an answer beside a block; 500 hashes take 20,000
-QUIET: Final = 10.0  # seconds in which nothing is asked behind a failure
-UNUSED: Final = 7 * 24 * 3600  # seconds after which a block goes that nobody has used
-_KNOWN: Final = 1 << 16  # blocks that are remembered as written
-_AT_ONCE: Final = 500  # blocks that are deleted, or asked for, in one message
+QUIET: Final = 10.0  # seconds without requests after a failure
+UNUSED: Final = 7 * 24 * 3600  # seconds after which an unused block is deleted
+_KNOWN: Final = 1 << 16  # most blocks that are remembered as written
+_AT_ONCE: Final = 500  # most blocks that one message deletes or looks up
 _OPTIONS: Final = frozenset({"ssl_ca_certs", "ssl_certfile", "ssl_keyfile"})
 
 
@@ -37,16 +37,16 @@ class RedisBlocks:
     """See `BlockStore`.
 
     Args:
-        url: redis://[user:password@]host[:port][/db], rediss:// for TLS, unix://path; behind ? there may be files of
-            certificates (`ssl_ca_certs`, `ssl_certfile`, `ssl_keyfile`).
-        fingerprint: of all that blocks of equal hashes have in common.
-        most_bytes: of all blocks of this fingerprint.
-        block_bytes: of a block.
-        listed: `may_have` knows of blocks that were found here, and of no others.
+        url: redis://[user:password@]host[:port][/db], rediss:// for TLS, unix://path; the query may name certificate
+            files (`ssl_ca_certs`, `ssl_certfile`, `ssl_keyfile`).
+        fingerprint: everything besides the hash that determines a block's bytes.
+        most_bytes: limit of all blocks of this fingerprint.
+        block_bytes: size of a block.
+        listed: whether `may_have` is true only for blocks that this process has written, read or looked up.
 
     Raises:
-        ConfigError: no such address is possible, there is no room for a block, or the package redis is missing. One
-            where nobody answers is a warning.
+        ConfigError: the address is not valid, the limit is less than one block, or the package redis is missing. A
+            server that does not answer is only logged as a warning.
     """
 
     def __init__(self, url: str, fingerprint: str, most_bytes: int, block_bytes: int, *, listed: bool = False) -> None:
@@ -59,7 +59,7 @@ class RedisBlocks:
         own = own_name(fingerprint)
         self._prefix, self._index = f"candle-vllm:kv:{own}:".encode(), f"candle-vllm:kv-index:{own}".encode()
         self._client = _client(url, HEADER + block_bytes)
-        self._known: dict[bytes, None] = {}  # written or read here, the longest ago first
+        self._known: dict[bytes, None] = {}  # written, read or looked up here, oldest first
         self._quiet_until = 0.0
         self._to_clear, self._clearing = False, threading.Lock()
         self.num_bytes = 0
@@ -68,16 +68,16 @@ class RedisBlocks:
         looking.join(TIMEOUT)
 
     def has(self, digest: bytes) -> bool:
-        """Whether this process has written or read it; others may have it there besides."""
+        """Whether this process has written, read or looked up the block; others may be in Redis too."""
         return digest in self._known and not self._to_clear
 
     def may_have(self, digest: bytes) -> bool:
-        """Any block may be there while Redis answers: another server may have written it. See `listed`."""
+        """True for any block while Redis answers, because another server may have written it; but see `listed`."""
         answers = not self._to_clear and time.monotonic() >= self._quiet_until
         return answers and (not self._listed or digest in self._known)
 
     def look(self, digests: Sequence[bytes]) -> None:
-        """Finds out which of these blocks are there, the last ones where they are many; not in the engine's thread."""
+        """Look up which of these blocks are in Redis, at most the last 500; must not run in the engine's thread."""
         asked = list(digests[-_AT_ONCE:])
         try:
             if asked and time.monotonic() >= self._quiet_until:
@@ -88,13 +88,13 @@ class RedisBlocks:
             logger.warning("checkpoints in Redis are not looked for: %s", self._failed(error))
 
     def read(self, digest: bytes) -> Bytes | None:
-        """See `BlockStore`; one message there and back."""
+        """See `BlockStore`; takes one round trip."""
         key = self._prefix + digest
         if self._to_clear:
             return None
         try:
             asked = self._client.pipeline(transaction=False)
-            asked.getrange(key, 0, HEADER + self._size)  # one byte more than there may be
+            asked.getrange(key, 0, HEADER + self._size)  # one byte more than a block, to detect a longer value
             asked.expire(key, UNUSED)
             asked.zadd(self._index, {digest: time.time()}, xx=True)
             data = asked.execute()[0]
@@ -112,7 +112,7 @@ class RedisBlocks:
         return payload
 
     def write(self, digest: bytes, data: Bytes) -> None:
-        """See `BlockStore`; those used longest ago go where there are too many."""
+        """See `BlockStore`; above the limit, the least recently used blocks are deleted."""
         if time.monotonic() < self._quiet_until:
             raise BlockError("Redis did not answer, and is left alone for a while")
         try:
@@ -142,7 +142,7 @@ class RedisBlocks:
             self._delete([digest])
 
     def clear(self) -> None:
-        """See `BlockStore`: it is as if there was none from now on; they are deleted behind the caller's back."""
+        """See `BlockStore`: no block is found from now on; a thread deletes them."""
         self._to_clear, self.num_bytes = True, 0
         threading.Thread(target=self._try_to_clear, name="candle-vllm-blocks-clear", daemon=True).start()
 
@@ -152,10 +152,10 @@ class RedisBlocks:
             self._client.close()
 
     def _look(self) -> None:
-        """Says what is there; in a thread, for whoever starts the engine need not wait for it."""
+        """Count and log the blocks in Redis; runs in a thread, so that the engine's start does not wait."""
         try:
             self.num_bytes = int(self._client.zcard(self._index)) * (self._size + HEADER)
-        except Exception as error:  # whatever an answer that is none makes of it
+        except Exception as error:  # a wrong answer may raise any exception
             self._fails()
             logger.warning("Redis does not answer, and blocks are computed meanwhile: %s", error)
         else:
@@ -169,7 +169,7 @@ class RedisBlocks:
             logger.warning("blocks in Redis could not be deleted, and are left alone until they are: %s", error)
 
     def _clear(self) -> None:
-        """Deletes all blocks of the fingerprint, those included that others write meanwhile."""
+        """Delete all blocks of the fingerprint, including blocks that other servers write meanwhile."""
         with self._clearing:
             if not self._to_clear:
                 return
@@ -189,13 +189,13 @@ class RedisBlocks:
         self._known.pop(digest, None)
         self._known[digest] = None
         if len(self._known) > _KNOWN:
-            with suppress(StopIteration, RuntimeError):  # another thread may be at it
+            with suppress(StopIteration, RuntimeError):  # another thread may change the dict
                 self._known.pop(next(iter(self._known)), None)
 
     def _fails(self) -> None:
         self._quiet_until = time.monotonic() + QUIET
         with suppress(Exception):
-            self._client.connection_pool.disconnect()  # what else stands in a broken answer is nobody's
+            self._client.connection_pool.disconnect()  # the rest of a broken answer must not be read
 
     def _failed(self, error: Exception) -> BlockError:
         self._fails()
@@ -203,9 +203,9 @@ class RedisBlocks:
 
 
 class _BoundedSocket:
-    """A connection's end, over which one answer takes no more bytes and no more time than it may.
+    """A socket that limits the bytes and the time of each answer.
 
-    What is sent begins the next answer, that of several commands included.
+    Sending begins the next answer, which may be the answer to several commands.
     """
 
     def __init__(self, end: Any, most: int) -> None:
@@ -230,7 +230,7 @@ class _BoundedSocket:
         return count
 
     def _waited(self, receive: Any, *args: Any) -> Any:
-        if self._end.gettimeout() != 0:  # the client looks whether anything is there
+        if self._end.gettimeout() != 0:  # 0: the client only polls
             self._end.settimeout(min(TIMEOUT, time_left(self._until)))
         return receive(*args)
 
@@ -241,12 +241,12 @@ class _BoundedSocket:
 
 
 def _client(url: str, block_bytes: int) -> Any:
-    """A client, which has not connected yet; no answer is larger than one with a block."""
+    """Return a client that is not connected yet; it rejects answers that are larger than one block."""
     said = "prompt_cache_url must be redis://[user:password@]host[:port][/db], rediss://... or unix://path"
     try:
         parts = urlsplit(url)
         _ = parts.port
-    except ValueError:  # whose text has what stands behind a colon: with a slash in a password, the password
+    except ValueError:  # its text may contain the password, if that has a slash
         raise ConfigError(f"{said}: host or port cannot be read", "prompt_cache_url") from None
     unknown = sorted(parse_qs(parts.query, keep_blank_values=True).keys() - _OPTIONS)
     if parts.scheme not in ("redis", "rediss", "unix") or not (parts.hostname or parts.scheme == "unix"):

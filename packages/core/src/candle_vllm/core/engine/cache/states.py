@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""Which slots of the state pool hold what, beside step 4: where layers keep a state of fixed size. No torch here.
+"""Allocate state slots, beside step 4, for layers that keep a state of fixed size. No torch here.
 
-Such a state cannot be cut back to fewer tokens as pages can. So a sequence that runs has a slot of its own, and what a
-later prompt may go on from are checkpoints: they are never written again, and are named by the hash of the block that
-ends where they do. A prefix is found as far as all of its blocks are there, and a checkpoint at their end.
+Such a state cannot be truncated to fewer tokens as cached keys can. So each running sequence has a slot of its own, and
+a later prompt with the same prefix starts from a checkpoint: a slot that is never written again, identified by the hash
+of the block that ends at the same token. A cached prefix must have all its blocks and a checkpoint at its end.
 
-A step writes the state behind a row once. Where that is a checkpoint at the end of a run, the sequence's next run goes
-on from it. No checkpoint has taken in a drafted token: the state behind a draft is written nowhere, and the next step
-takes in what was right of them.
+A step writes the state after a row into one slot. If that is a checkpoint at the end of a run, the sequence's next run
+reads the checkpoint. No checkpoint includes a draft token: the state after a draft token is not written, and the next
+step applies the accepted draft tokens first.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from candle_vllm.core.engine.step.sequence import Run, RunState, Sequence, Seque
 
 
 class StatePool:
-    """Hands out slots, and remembers checkpoints.
+    """Allocates slots to sequences and checkpoints, and finds checkpoints by hash.
 
     Args:
-        running: slots of sequences that run.
-        checkpoints: slots behind them.
+        running: number of slots of running sequences.
+        checkpoints: number of slots of checkpoints, numbered after them.
         block_size: tokens of a block.
 
     Attributes:
-        offer: called with the slot and the name of a checkpoint of a prompt that can be found from now on.
+        offer: called with the slot and hash of each newly published checkpoint of a prompt.
     """
 
     def __init__(self, running: int, checkpoints: int, block_size: int) -> None:
@@ -40,25 +40,25 @@ class StatePool:
         self._free_running = list(range(running))[::-1]
         self._free = list(range(running, running + checkpoints))[::-1]
         self._published: OrderedDict[bytes, int] = OrderedDict()  # least recently used first
-        self._pins: Counter[int] = Counter()  # checkpoints that runs are yet to read, or read in the step before
-        self._gone: set[int] = set()  # of these, slots that cannot be found any more
-        self._coming: Counter[bytes] = Counter()  # checkpoints that running sequences are to write
+        self._pins: Counter[int] = Counter()  # checkpoints that coming runs read, or that the last runs read
+        self._gone: set[int] = set()  # pinned slots that are no longer published
+        self._coming: Counter[bytes] = Counter()  # hashes of checkpoints that running sequences will write
 
     @property
     def num_checkpoints(self) -> int:
-        """Checkpoints that can be found."""
+        """Number of published checkpoints."""
         return len(self._published)
 
     def depth(self, hashes: Seq[bytes]) -> int:
-        """Behind how many of these blocks the deepest checkpoint is; 0 for none."""
+        """Return the number of blocks before the deepest checkpoint of a prefix; 0 without a checkpoint."""
         return next((count for count in range(len(hashes), 0, -1) if hashes[count - 1] in self._published), 0)
 
     def lookup(self, hashes: Seq[bytes]) -> list[int]:
-        """The slots of checkpoints of these names, as far as each of them can be found."""
+        """Return the slots of the published checkpoints for `hashes`, up to the first hash without one."""
         return [self._published[digest] for digest in itertools.takewhile(self._published.__contains__, hashes)]
 
     def take_in(self, digest: bytes) -> int | None:
-        """A slot for a checkpoint that is written there at once, and can be found; None where there is no slot."""
+        """Publish a slot whose checkpoint the caller writes at once; return None if no slot is free."""
         slot = self._take()
         if slot is not None:
             self._published[digest] = slot
@@ -66,19 +66,19 @@ class StatePool:
 
     @property
     def num_free(self) -> int:
-        """Slots that a checkpoint could be taken in to."""
+        """Number of slots that a new checkpoint could take."""
         return self.num_checkpoint_slots - sum(1 for slot in self._published.values() if self._pins[slot])
 
     def is_coming(self, hashes: Seq[bytes]) -> bool:
-        """Whether a running sequence is to write a checkpoint behind one of these blocks."""
+        """Return whether a running sequence will write a checkpoint after one of these blocks."""
         return bool(self._coming) and any(digest in self._coming for digest in hashes)
 
     def begin(self, sequence: Sequence, cached: int, wanted: Seq[int]) -> None:
-        """Gives a sequence that begins to run a slot.
+        """Allocate a slot to an admitted sequence.
 
         Args:
-            sequence: whose.
-            cached: blocks that were found, a checkpoint behind them.
+            sequence: the sequence.
+            cached: number of cached blocks, which end with a checkpoint.
             wanted: see `SequenceState`.
         """
         slot, source = self._free_running.pop(), -1
@@ -92,7 +92,7 @@ class StatePool:
             self.want(sequence, count)
 
     def want(self, sequence: Sequence, count: int) -> None:
-        """Has a checkpoint written behind so many blocks of a sequence, of which the last one is not scheduled yet."""
+        """Request a checkpoint after `count` blocks of a sequence, of which the last is not scheduled yet."""
         state = sequence.state
         if state is not None and self.num_checkpoint_slots and count not in state.told:
             bisect.insort(state.wanted, count)
@@ -100,7 +100,7 @@ class StatePool:
             self._coming[digest] += 1
 
     def end(self, sequence: Sequence) -> None:
-        """A sequence runs no longer."""
+        """Free the slots of a sequence that has ended or was preempted."""
         state, sequence.state = sequence.state, None
         if state is None:
             return
@@ -114,16 +114,16 @@ class StatePool:
         self._free_running.append(state.plain.slot)
 
     def plan(self, run: Run, *, generated: bool) -> RunState:
-        """What a run does, which is the next one of its sequence.
+        """Choose the slots that the next run of a sequence reads and writes.
 
         Args:
-            run: what is scheduled.
-            generated: whether checkpoints are written behind what was generated.
+            run: the scheduled run.
+            generated: whether checkpoints are written after generated tokens.
         """
         sequence, state, size = run.sequence, run.sequence.state, self._size
         assert state is not None
         now, slot = state.going, state.plain.slot
-        if state.reading >= 0:  # steps run in their order: whoever takes that slot writes it behind the last run
+        if state.reading >= 0:  # steps run in order: a new owner of that slot writes it after the last run
             self._unpin(state.reading)
         state.reading = -1 if now.source == slot else now.source
         end, marks = run.start + run.count - len(run.drafts), list[tuple[int, int]]()
@@ -142,20 +142,20 @@ class StatePool:
         return RunState(slot, now.source, now.replays, tuple(marks))
 
     def replay(self, sequence: Sequence, count: int) -> None:
-        """So many of the drafts of the last run of a sequence were right."""
+        """Note that `count` draft tokens of a sequence's last run were accepted."""
         state = sequence.state
         if state is not None and count:
             state.going = RunState(state.plain.slot, state.going.source, count)
 
     def settle(self, run: Run, *, publish: bool) -> None:
-        """A run is over: its checkpoints can be found, where its blocks can."""
+        """Commit a run: publish its checkpoints, if `publish` says that its blocks are published."""
         sequence, state = run.sequence, run.sequence.state
         if state is None or run.state is None:
             return
         for row, slot in run.state.marks:
             count = (run.start + row + 1) // self._size
             if state.pending.get(count) != slot:
-                continue  # the sequence has not run ever since
+                continue  # the sequence was preempted since
             del state.pending[count]
             self._came(state, count)
             digest = sequence.hashes(self._size)[count - 1]
@@ -170,13 +170,13 @@ class StatePool:
                 self.offer(slot, digest)
 
     def forget(self, digest: bytes) -> None:
-        """A block has left the cache, or its checkpoint is of no more use."""
+        """Drop the checkpoint of a block that has left the cache, or that no prompt can use any more."""
         slot = self._published.pop(digest, None)
         if slot is not None:
             self._discard(slot)
 
     def _mark(self, run: Run, count: int) -> list[tuple[int, int]]:
-        """The row of a run behind so many blocks, and a slot for a checkpoint; nothing where none is written."""
+        """Return the row and the slot of a checkpoint after `count` blocks; [] if no checkpoint is written."""
         sequence, state = run.sequence, run.sequence.state
         assert state is not None
         known = count * self._size <= sequence.num_prompt_tokens
@@ -189,7 +189,7 @@ class StatePool:
         return [(count * self._size - run.start - 1, slot)]
 
     def _take(self) -> int | None:
-        """A slot for a checkpoint: a free one, or that of the least recently used one that no run is to read."""
+        """Take a slot for a checkpoint: a free one, or the least recently used one that no run will read."""
         if self._free:
             return self._free.pop()
         for digest, slot in self._published.items():
@@ -215,7 +215,7 @@ class StatePool:
                 self._free.append(slot)
 
     def _came(self, state: SequenceState, count: int) -> None:
-        """Nobody is to wait for a checkpoint any more."""
+        """Note that a requested checkpoint is written, or will not be, so that no sequence waits for it."""
         digest = state.told.pop(count, None)
         if digest is not None:
             self._coming[digest] -= 1

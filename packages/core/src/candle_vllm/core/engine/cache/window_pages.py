@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Which pages of the layers with a sliding window hold which blocks, beside step 4. No torch here.
+"""Allocate pages of layers with a sliding window to blocks, beside step 4. No torch here.
 
-The layers with one window have a pool of pages of their own, which is smaller than the number of blocks; layers with
-another window have another pool. A block has a page of a pool while a running sequence may read or write it there. When
-it lies behind the window and is published, or nobody runs any more, its page goes to the next block that needs one, at
-once if the block cannot be found, else the least recently used first. Blocks, block tables and hashes are the same for
-all layers, so that a prefix is found by them, as far as the blocks that the window of its next token sees have pages.
+The layers with one window size share a pool of pages, which is smaller than the number of blocks; layers with another
+window size have another pool. A block has a page of a pool while a running sequence may read or write it there. When
+the block has left the window, or no running sequence uses it, its page may be given to another block: at once if the
+block is not published, else least recently used first. Blocks, block tables and hashes are the same for all layers. A
+cached prefix can be used as far as the blocks in the window of its next token have pages.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class PagePool:
     """The pages of the layers with one window.
 
     Args:
-        room: how many pages there are; at least `WindowRoom.blocks`, and page 0.
-        page_of: [num_blocks] zeros: filled with the page of each block, which a step looks up; 0 is none.
-        hash_of: [num_blocks] the hash by which each block can be found, if it can be.
+        room: number of pages; at least `WindowRoom.blocks`, and page 0, which is never used.
+        page_of: [num_blocks] zeros: filled with the page of each block for steps to look up; 0 for a block without one.
+        hash_of: [num_blocks] the hash of each published block; None for other blocks.
         block_size: tokens of a block.
     """
 
@@ -42,7 +42,7 @@ class PagePool:
         return len(self.free_pages) + len(self.idle)
 
     def first(self, start: int) -> int:
-        """Index in a block table of the first block that a token at this position sees."""
+        """Index in a block table of the first block that a token at this position attends to."""
         return max(0, start - self._window + 1) // self._size
 
     def has_room(self, shared: Seq[int], needed: int, reserve: int) -> bool:
@@ -52,14 +52,14 @@ class PagePool:
         return min(needed - first, self.most) - used + reserve <= self.num_free
 
     def take(self, block: int) -> None:
-        """Note that a running sequence may read or write a block; give the block a page if it has none."""
+        """Note that a running sequence may read or write a block; give the block a page if it lacks one."""
         if not self.page_of[block]:
             self.give(block)
         self.idle.pop(block, None)
         self.users[block] += 1
 
     def give(self, block: int) -> None:
-        """Give a page to a block that has none."""
+        """Give a page to a block without a page."""
         assert not self.page_of[block], f"block {block} has a page"
         if not self.free_pages:
             self._take_back(next(iter(self.idle)))
@@ -76,7 +76,7 @@ class PagePool:
                 self.forget(block)
 
     def forget(self, block: int) -> None:
-        """Take the page of an unused block that no hash finds any more."""
+        """Take the page of an unused block that is not published."""
         if block in self.idle and self._hash_of[block] is None:
             self._take_back(block)
 
@@ -90,8 +90,8 @@ class WindowedBlocks(BlockManager):
     """Block manager that also allocates pages for layers with a window when a run is scheduled.
 
     Args:
-        rooms: of each page pool.
-        page_of: of each pool, see `PagePool`.
+        rooms: the size of each page pool.
+        page_of: the page table of each pool, see `PagePool`.
         block_size, enable_prefix_caching: see `BlockManager`.
     """
 

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""Step 6 of a model's stage on a GPU: what comes over its borders and what goes, beside the steps that are computed.
+"""Step 6 of a pipeline stage on a GPU: transfer activations to and from other stages while steps are computed.
 
-Transfers have streams of their own, in and out and back, and places of their own for each step, so that a step is
-computed while the one before is on its way out and the one behind on its way in. Layers read and write a place, or,
-where they are captured, memory that never moves.
+Transfers have streams of their own, incoming, outgoing and returning, and buffers of their own for each step. So a step
+is computed while the previous one is sent and the next one is received. Layers read and write these buffers, or, if
+they are captured, memory with fixed addresses.
 
-Whatever is given to a stream waits for nothing but what the hosts of all stages have given before it: were all streams
-of each GPU a single one, nothing would wait in a circle either. So it does not matter how many of them a GPU runs at
-once. What a stage does to a step it does in the order in which the steps began.
+Work on a stream waits only for work that the hosts of all stages have launched before it. There would be no deadlock
+even if all streams of a GPU were a single one, so it does not matter how many of them a GPU runs at once. Each stage
+processes the steps in the order in which they began.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from candle_vllm.core.engine.runners.eager_runner import GivenTensors
 from candle_vllm.core.kernels.device_stream import DeviceStream, Mark, copy
 from candle_vllm.core.models.stack import Stage
 
-_TURNS = 2  # places for steps that arrive and that leave: one is computed, one on its way
+_TURNS = 2  # buffers for arriving and for leaving steps: one is computed, one is transferred
 
 
 class Border(NamedTuple):
-    """Where a step's activations are.
+    """Buffers of a step's activations.
 
     Attributes:
-        arrived: what came from the stage before; None on the first one.
-        left: what goes to the stage behind.
-        width: how many numbers each row is given that stands for a picture; 0 where there are none.
-        vectors: where they arrive or leave, once work has come so far: one, [N, width] float32.
+        arrived: activations from the previous stage; None on the first stage.
+        left: activations for the next stage.
+        width: elements of the vectors of each image row; 0 without image rows.
+        vectors: the vectors that arrive or leave, [N, width] float32, as its only element once work has set it.
     """
 
     arrived: torch.Tensor | None
@@ -44,10 +44,10 @@ class Border(NamedTuple):
 
 
 class _Places:
-    """Memory of steps in turn.
+    """Buffers that steps use in turn.
 
     Args:
-        memory: of each.
+        memory: the memory of each buffer.
     """
 
     def __init__(self, memory: Sequence[torch.Tensor]) -> None:
@@ -57,7 +57,7 @@ class _Places:
         self._turn = 0
 
     def take(self, stream: DeviceStream, shape: tuple[int, ...]) -> torch.Tensor:
-        """The next one, for work of a stream, which comes after what was done with it before."""
+        """Return the next buffer for work on a stream, which waits until the buffer's earlier use has ended."""
         self._turn = (self._turn + 1) % len(self._memory)
         mark = self._free[self._turn]
         if mark is not None:
@@ -66,41 +66,41 @@ class _Places:
         return _of(self._memory[self._turn], shape)
 
     def held(self) -> list[torch.Tensor]:
-        """Keeps what is put there as long as the place that was taken last; memory of the stream that took it."""
+        """Return a list that keeps tensors alive as long as the buffer that was taken last."""
         return self._held[self._turn]
 
     def free(self, mark: Mark) -> None:
-        """Behind a mark nobody uses what was taken last."""
+        """Note that the buffer that was taken last is free after a mark."""
         self._free[self._turn] = mark
 
     def any(self, shape: tuple[int, ...]) -> torch.Tensor:
-        """One of them, while no step is under way."""
+        """Return any buffer, while no step is in flight."""
         return _of(self._memory[0], shape)
 
 
 class DeviceBorders:
-    """A stage's borders.
+    """The transfers of a stage.
 
     Args:
-        stage: see above.
-        stream: where its steps are computed.
-        tokens: most of a step.
-        captured: most of a captured step.
+        stage: the stage.
+        stream: the stream that computes its steps.
+        tokens: most tokens of a step.
+        captured: most tokens of a captured step.
     """
 
     def __init__(self, stage: Stage, stream: DeviceStream, tokens: int, captured: int) -> None:
         self._stage, self._stream = stage, stream
         self._tokens, self._captured = tokens, captured
         self._incoming, self._outgoing, self._returning = (stream.beside() for _ in range(3))
-        self._landing: deque[tuple[torch.Tensor, Mark]] = deque()  # what was begun here, in order
+        self._landing: deque[tuple[torch.Tensor, Mark]] = deque()  # steps in flight, oldest first
         self.make()
 
     def make(self) -> None:
-        """Makes its memory."""
+        """Allocate the buffers."""
         stage, tokens = self._stage, self._tokens
 
         def empty(shape: tuple[int, ...]) -> torch.Tensor:
-            return stage.empty(math.prod(shape)).zero_()  # what fills a captured step up must be numbers
+            return stage.empty(math.prod(shape)).zero_()  # padding of a captured step must be finite
 
         def places(count: int, shape: tuple[int, ...]) -> _Places:
             return _Places([empty(shape) for _ in range(count)])
@@ -114,7 +114,7 @@ class DeviceBorders:
             each.join()
 
     def drop(self) -> None:
-        """Gives its memory back; no step may be under way."""
+        """Free the buffers; no step may be in flight."""
         for each in (self._incoming, self._outgoing, self._returning):
             each.mark().wait()
         nothing = torch.empty(0)
@@ -122,17 +122,17 @@ class DeviceBorders:
         self._still = None, nothing
 
     def connect(self) -> None:
-        """Has a row that means nothing go round all stages, which must all do so: from then on they are connected."""
+        """Send one padding row through all stages, which establishes the connections; all stages must call this."""
         self.leave(self.enter(1))
         if self._stage.is_first:
             self.land()
 
     def enter(self, tokens: int, rows: int = 0, width: int = 0) -> Border:
-        """Begins a step: work that is given from now on has what the stage before hands on of it.
+        """Begin a step: work that is launched from now on has the activations of the previous stage.
 
         Args:
-            tokens: of the step.
-            rows, width: how many of them stand for pictures, and how many numbers each of these is given.
+            tokens: number of tokens of the step.
+            rows, width: number of its image rows, and elements of the vectors of each.
         """
         arrived, vectors = None, None
         if self._arrived is not None:
@@ -140,7 +140,7 @@ class DeviceBorders:
             self._incoming.run(functools.partial(self._stage.take, arrived))
             vectors = self._arrived.held()
             if self._stage.vectors_arrive(width):
-                # Few steps have any, and few borders lie before the layers that add of them: no place is kept for them.
+                # Allocated when needed, because few steps have vectors, and few stages pass them on.
                 self._incoming.run(functools.partial(self._hold, vectors, (rows, width)))
                 self._incoming.run(lambda: self._stage.take(vectors[0]))
             self._stream.after(self._incoming.mark())
@@ -151,17 +151,17 @@ class DeviceBorders:
         vectors.append(torch.empty(shape, dtype=torch.float32, device=self._stream.device))
 
     def give(self, border: Border, given: GivenTensors) -> None:
-        """Gives the rows of a step that stand for pictures what has arrived of them; work."""
+        """Set the vectors of a step's image rows to those that have arrived; work."""
         if self._stage.vectors_arrive(border.width):
             given.vectors = border.vectors[0]
 
     def keep(self, border: Border, given: GivenTensors) -> None:
-        """Keeps what these rows hand on, behind the layers that are here; work."""
+        """Keep the vectors that image rows pass on to the next stage; work."""
         if self._stage.vectors_leave(border.width):
             border.vectors[:] = [given.vectors]
 
     def leave(self, border: Border) -> None:
-        """Hands on what the work that was given so far has left there; the first stage will get what comes of it."""
+        """Send a step's activations to the next stage; on the first stage, also receive its final hidden states."""
         computed = self._stream.mark()
         self._outgoing.after(computed)
         self._outgoing.run(functools.partial(self._stage.hand_on, border.left))
@@ -173,26 +173,26 @@ class DeviceBorders:
             self._arrived.free(sent if goes_on else computed)
         if self._returned is not None:
             place = self._returned.take(self._returning, self._stage.returns(border.left.shape[1]))
-            self._returning.after(computed)  # and so after whatever was read of the step that had this place
+            self._returning.after(computed)  # and so after all reads of this buffer's earlier step
             self._returning.run(functools.partial(self._stage.take_back, place))
             self._landing.append((place, self._returning.mark()))
 
     def land(self) -> torch.Tensor:
-        """On the first stage the hidden states [T, E] of the first step that has not landed, for work that is given
-        from now on; they stay until as many steps as there are stages have begun behind it."""
+        """On the first stage, return the hidden states [T, E] of the oldest step in flight, for work that is launched
+        from now on; they are valid until as many later steps as there are stages have begun."""
         place, mark = self._landing.popleft()
         self._stream.after(mark)
         return place
 
-    # ---- captured steps, and those that mean nothing -----------------------------------------------------------------
+    # ---- captured steps, and padding steps ---------------------------------------------------------------------------
 
     def still(self, tokens: int) -> Border:
-        """The same of any captured step of so many tokens; its memory never moves."""
+        """Return the buffers of a captured step of `tokens` tokens, whose addresses are fixed."""
         arrived, left = self._still
         return Border(None if arrived is None else arrived[:, :tokens], left[..., :tokens, :], 0, [])
 
     def fill(self, border: Border, tokens: int) -> None:
-        """Gives a captured step of so many tokens what has arrived of one of fewer; work."""
+        """Copy arrived activations to the buffers of a captured step of `tokens` tokens, and pad them; work."""
         arrived, _ = self._still
         if arrived is not None and border.arrived is not None:
             count = border.arrived.shape[1]
@@ -200,21 +200,21 @@ class DeviceBorders:
             arrived[:, count:tokens].zero_()
 
     def empty(self, border: Border) -> None:
-        """Takes what a captured step has left; work."""
+        """Copy the activations that a captured step leaves from its buffers; work."""
         copy(border.left, self._still[1][..., : border.left.shape[-2], :])
 
     def blank(self, tokens: int) -> Border:
-        """Places for a step that means nothing and goes nowhere, while none is under way."""
+        """Return buffers for a padding step that is not sent, while no step is in flight."""
         stage = self._stage
         arrived = None if self._arrived is None else self._arrived.any(stage.arrives(tokens))
         return Border(arrived, self._left.any(stage.leaves(tokens)), 0, [])
 
     def blank_hidden(self, tokens: int) -> torch.Tensor:
-        """The same of what comes back to the first stage."""
+        """Return a buffer for hidden states of a padding step on the first stage."""
         assert self._returned is not None
         return self._returned.any(self._stage.returns(tokens))
 
 
 def _of(memory: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """The beginning of memory, in one piece."""
+    """Return the beginning of the memory, as a contiguous tensor of a shape."""
     return memory[: math.prod(shape)].view(shape)

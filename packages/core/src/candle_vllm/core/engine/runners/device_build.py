@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""An engine's runner on a GPU, and the plan of its memory.
+"""Build an engine's runner on a GPU, and plan its memory.
 
-The largest steps are run over a cache of one block: once without their kernels, which are compiled side by side
-meanwhile, then as they are. What they took at their peak is put aside; of what is free then, the cache gets its share.
+The largest steps run over a cache of one block: first without their kernels, which are compiled in parallel meanwhile,
+then with them. Their peak memory is reserved; the cache gets its share of the memory that is still free.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_SLOTS = 8  # adapters of a step, where nobody says how many
-_USUAL_RANK = 64  # memory is kept for as many adapters of it
-_GRAPH_BYTES = 8 * MIB  # of a captured step, besides its tensors; generous
-_SLACK = 128 * MIB  # modules of kernels, a workspace of cuBLAS for each thread, pieces that memory is cut into
+_SLOTS = 8  # default number of LoRA slots
+_USUAL_RANK = 64  # memory is reserved for adapters of this rank in all slots
+_GRAPH_BYTES = 8 * MIB  # upper estimate for a captured step, besides its tensors
+_SLACK = 128 * MIB  # for kernel modules, a cuBLAS workspace for each thread, and fragmentation
 
 
 def build_on_gpu(
@@ -52,11 +52,11 @@ def build_on_gpu(
     draft_rows: int = 0,
     ranks: Collective | None = None,
 ) -> tuple[DeviceRunner, CachePlan]:
-    """The runner, its cache allocated and its steps captured, and the plan of the cache; `draft_rows` are the most
-    drafts of a step, which are rows of their own. `ranks` have the other parts of the model, and do the same.
+    """Build the runner, allocate its cache and capture its steps; return it with the plan of the cache. `draft_rows`:
+    the most draft tokens of a step. `ranks` have the other parts of the model, and do the same.
 
     Raises:
-        ConfigError: settings that cannot work with this model, GPU and memory.
+        ConfigError: the settings do not fit this model, GPU or memory.
     """
     device, model = loaded.placement.device, loaded.decoder.config
     _refuse_cache_of_cpu(config)
@@ -93,7 +93,7 @@ def build_on_gpu(
             graphs=graphs,
             finite_cache=backend.finite_cache,
             captured_prompts=config.max_cudagraph_capture_size,
-            # tokens are drawn by the first rank alone; where the host computes, nothing is ahead of it
+            # only the first rank samples; if the host computes experts, no step is launched ahead
             overlaps=not draft_rows and ranks is None and host is None,
             adapters=adapters,
             host=host,
@@ -108,7 +108,7 @@ def build_on_gpu(
         raise _too_little(budget, sequences, device) from error
     aside = sum(peaks) + runner.edit_bytes + runner.num_graphs * _GRAPH_BYTES + _SLACK + adapter_bytes
     if loaded.tower is not None:
-        aside += loaded.tower.tower.config.step_bytes(1)  # the largest picture, while it is encoded
+        aside += loaded.tower.tower.config.step_bytes(1)  # encoding the largest image
     free, total = torch.cuda.mem_get_info(device)
     if aside >= free:
         raise _too_little(budget, sequences, device)
@@ -161,7 +161,7 @@ def _refuse_cache_of_cpu(config: EngineConfig) -> None:
 
 
 def _cache_type(config: EngineConfig, loaded: LoadedModel) -> tuple[torch.dtype, bool]:
-    """The type of a cache's numbers, and whether its rows have scales of their own."""
+    """Return the element type of the cache, and whether its rows have scales of their own."""
     if config.kv_cache_dtype == "auto":
         return loaded.placement.torch_dtype, False
     if config.kv_cache_dtype == "int8_per_token_head":
@@ -172,12 +172,12 @@ def _cache_type(config: EngineConfig, loaded: LoadedModel) -> tuple[torch.dtype,
 
 
 def adapter_slots(config: EngineConfig) -> int:
-    """Most adapters of a step on a GPU."""
+    """Return the number of LoRA slots on a GPU: the most adapters of a step."""
     return config.max_loras or _SLOTS
 
 
 def _adapters(config: EngineConfig, loaded: LoadedModel, stream: DeviceStream, rows: int) -> tuple[DeviceAdapters, int]:
-    """What layers add to their products, and the memory that is kept for it."""
+    """Build the adapters' slots on the device; return them with the bytes reserved for them."""
     from candle_vllm.core.kernels.lora.device import DeviceAdapters
 
     dtype, slots, rank = loaded.placement.torch_dtype, adapter_slots(config), config.max_lora_rank
@@ -198,7 +198,7 @@ def _adapters(config: EngineConfig, loaded: LoadedModel, stream: DeviceStream, r
 
 
 def host_experts(config: EngineConfig, loaded: LoadedModel, stream: DeviceStream, tokens: int) -> HostExperts | None:
-    """What computes experts that are in main memory, which their layers know from then on; None where none are."""
+    """Build the computation of experts in main memory, and connect their layers to it; None without such experts."""
     if loaded.split is None or loaded.split.host is None:
         return None
     decoder: Any = loaded.decoder
@@ -239,14 +239,14 @@ def _needs(config: EngineConfig, loaded: LoadedModel) -> AttentionNeeds:
 
 
 def _pass(steps: Sequence[Work], stream: DeviceStream) -> None:
-    """All steps, to their end."""
+    """Run all steps, and wait for them."""
     for work in steps:
         work()
     stream.mark().wait()
 
 
 def _peak(work: Work, stream: DeviceStream) -> int:
-    """Bytes that work takes at its peak beyond those that are taken before it."""
+    """Return the peak bytes that work allocates in addition to earlier allocations."""
     device = stream.device
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)

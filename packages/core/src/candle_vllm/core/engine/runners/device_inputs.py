@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Step 5 on a GPU: the numbers of a step, where its kernels read them.
+"""Step 5 on a GPU: the arrays of a step, in the device memory from which its kernels read them.
 
-Their memory never moves, so that a captured step finds the next one's numbers where it found its own.
+Their addresses never change, because captured steps contain them.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class DeviceLimits:
     """The largest step.
 
     Attributes:
-        tokens: in one step.
-        sequences: in one step.
+        tokens: most tokens of one step.
+        sequences: most sequences of one step.
         table_width: blocks of the longest sequence.
         block_size: tokens of a block.
-        states: layers keep states.
+        states: whether layers keep states.
     """
 
     tokens: int
@@ -52,12 +52,12 @@ class DeviceLimits:
 
 @dataclasses.dataclass(frozen=True)
 class StepSize:
-    """What a step is captured for. What a batch leaves of it decodes nothing, writes nothing and is not read.
+    """The size of a captured step. Rows that a batch does not use are padding: they write nothing and are not read.
 
     Attributes:
-        tokens: T.
-        rows: sequences; of a step that only decodes, T of them.
-        mixed: the step may have prompts.
+        tokens: T, the number of tokens.
+        rows: number of sequences; T in a step that only decodes.
+        mixed: whether the step may have prompts.
     """
 
     tokens: int
@@ -66,13 +66,13 @@ class StepSize:
 
 
 class DeviceInputs:
-    """A step's numbers, on the host for the next one and on the device for this one.
+    """A step's arrays: on the host for the next step, on the device for the present one.
 
     Args:
-        stream: which copies them.
+        stream: the stream that copies them.
         limits: the largest step.
-        in_flight: steps that may be under way at once. Where they are several, how a step's tokens are drawn is sent
-            when it has landed (`send_draws`), for others are sent meanwhile.
+        in_flight: most steps in flight. With several, the sampling controls of a step are sent separately, when its
+            hidden states are back (`send_draws`), because other steps are sent meanwhile.
     """
 
     def __init__(self, stream: DeviceStream, limits: DeviceLimits, in_flight: int = 1) -> None:
@@ -80,7 +80,7 @@ class DeviceInputs:
         self._limits = limits
         sequences = limits.sequences
         controls: dict[str, Any] = {"controls": ((sequences, 5), np.float64)}
-        # One run more than there are sequences: of the tokens that are none.
+        # One run more than there are sequences, for the padding tokens.
         runs: dict[str, Any] = dict.fromkeys(("slots", "sources", "replays"), ((sequences + 1,), np.int32))
         runs["starts"] = (sequences + 2,), np.int32
         self._filler = np.array([*_FILLER, [-1], [-1]] if limits.states else _FILLER)
@@ -96,7 +96,7 @@ class DeviceInputs:
                 "decoding": ((1,), np.int32),
                 **(runs if limits.states else {}),
             },
-            # Of each token four numbers, and two of states, then the block tables, as wide as the step needs them.
+            # Four elements for each token, two more with states, then the block tables, as wide as the step needs.
             room=planes * aligned(limits.tokens) + sequences * limits.table_width,
             pieces=max(2, in_flight),
         )
@@ -107,23 +107,23 @@ class DeviceInputs:
         self._one_each = torch.arange(sequences + 1, dtype=torch.int32, device=stream.device)
         self._states: Sequence[SamplingState] = ()
         self._controls = np.zeros((0, 5))
-        self._random: list[int] = []  # rows that draw at random
+        self._random: list[int] = []  # rows that are not greedy
         self._asks = (False, False)
 
     @property
     def controls(self) -> torch.Tensor:
-        """[most sequences, 5] float64, how each row's token is drawn; see `kernels/sampling`."""
+        """[most sequences, 5] float64, the sampling controls of each row; see `kernels/sampling`."""
         return self._draws.device["controls"]
 
     def send(
         self, batch: Batch, states: Sequence[SamplingState], size: StepSize | None, turns: Ints | None = None
     ) -> tuple[bool, bool]:
-        """Sends a step over, filled up to the size that it was captured for, if it was.
+        """Copy a step to the device, padded to `size` if it is captured.
 
         `turns` are added to the positions, see `batch.turns`.
 
         Returns:
-            `kernels.sampling.asks` of its draws.
+            `kernels.sampling.asks` of its sampling controls.
         """
         rows, tokens = len(batch.context_lens), batch.tokens.shape[1]
         size = size or StepSize(tokens, rows, True)
@@ -153,7 +153,7 @@ class DeviceInputs:
     def _write_states(
         self, host: Mapping[str, NDArray[Any]], of_tokens: NDArray[Any], rows: StateRows | None, size: StepSize
     ) -> None:
-        """What a step does with states; nothing where it has no rows."""
+        """Write the state slots that a step reads and writes; without `rows`, only padding."""
         if rows is None:
             count, host["starts"][0], of_tokens[:] = 0, 0, -1
         else:
@@ -167,7 +167,7 @@ class DeviceInputs:
             host[name][count : size.rows + 1] = nothing
 
     def states(self, size: StepSize) -> StateRows | None:
-        """What the step that was sent, filled up to a size, does with states; None where no layer keeps one."""
+        """Return the state slots of the step that was sent, padded to `size`; None if no layer keeps a state."""
         if not self._limits.states:
             return None
         starts = self._there["starts"][: size.rows + 2]
@@ -175,14 +175,14 @@ class DeviceInputs:
         return StateRows(starts, *runs, *(self._of_tokens(place, size.tokens) for place in (4, 5)))
 
     def send_draws(self, states: Sequence[SamplingState]) -> tuple[bool, bool]:
-        """Sends how the tokens of the step that has landed are drawn; the same result."""
+        """Copy the sampling controls of the step whose hidden states are back; returns the same as `send`."""
         host, _ = self._draws.host()
         self._write_controls(host["controls"], states)
         self._draws.send(0)
         return self._asks
 
     def _write_controls(self, controls: NDArray[np.float64], states: Sequence[SamplingState]) -> None:
-        """How each row is drawn. But for the random numbers that stays as long as the sequences do."""
+        """Write the sampling controls; while the sequences stay the same, only the random numbers change."""
         if states != self._states:
             self._states = states
             self._controls = controls_of(states)
@@ -191,10 +191,10 @@ class DeviceInputs:
         elif self._random:
             self._controls[self._random, Control.UNIFORM] = [states[row].uniform() for row in self._random]
         controls[: len(states)] = self._controls
-        controls[len(states) :] = _LIKELIEST  # a captured draw has more rows
+        controls[len(states) :] = _LIKELIEST  # captured sampling may have more rows
 
     def _send_tables(self, room: NDArray[np.int32], begin: int, batch: Batch) -> None:
-        """Sends the step, and the block tables behind its tokens where they are not those of the step before."""
+        """Copy the step, followed by its block tables if they differ from the previous step's."""
         if batch.tables_version is self._tables_version:
             self._staging.send(begin)
             return
@@ -206,7 +206,7 @@ class DeviceInputs:
         self._tables_version = batch.tables_version
 
     def send_blank(self, size: StepSize) -> None:
-        """Sends over a step of nothing but fillers, and the draws of as many rows as may be. Waits for steps before."""
+        """Copy a step of padding only, and greedy sampling controls for all rows. Waits for earlier steps."""
         self._stream.mark().wait()
         host, room = self._staging.host()
         stride = aligned(size.tokens)
@@ -224,11 +224,11 @@ class DeviceInputs:
         self._staging.send(self._planes * stride)
 
     def send_zeros(self, starts: Ints, last_context: int) -> Batch:
-        """Sends over prompts of nothing but zeros, which write nothing. Waits for the steps before.
+        """Copy prompts of zeros only, which write nothing to the cache. Waits for earlier steps.
 
         Args:
-            starts: [R + 1] where each begins, and the end.
-            last_context: context of the last one; the others have none.
+            starts: [R + 1] offsets of the prompts into the tokens.
+            last_context: context length of the last prompt; the other prompts have no earlier context.
         """
         rows, tokens = len(starts) - 1, int(starts[-1])
         contexts = np.diff(starts)
@@ -250,14 +250,14 @@ class DeviceInputs:
         return batch
 
     def given(self, batch: Batch) -> Callable[[], GivenTensors | None]:
-        """What brings a batch's rows of pictures over; work."""
+        """Return work that copies a batch's image rows to the device."""
         if batch.embedded is None:
             return lambda: None
         rows, vectors = (Sent(self._stream, each) for each in (batch.embedded.rows, batch.embedded.vectors))
         return lambda: GivenTensors(rows.there(), vectors.there())
 
     def rows_of(self, batch: Batch) -> DeviceRows:
-        """Which tokens of a batch that was sent belong together."""
+        """Return the rows of the batch that was sent, grouped by sequence, for attention."""
         rows = len(batch.context_lens)
         tables = self._tables[:rows]
         return DeviceRows(
@@ -273,7 +273,7 @@ class DeviceInputs:
     def windowed(
         self, rows: DeviceRows, slots: torch.Tensor, page_of: torch.Tensor
     ) -> list[tuple[torch.Tensor, DeviceRows]]:
-        """Slots and rows of each pool of pages, where block n is in page `page_of[g, n]`, int32; work."""
+        """Compute slots and rows of each pool of pages; block n is page `page_of[g, n]`, int32; work."""
         size, found = self._limits.block_size, list[tuple[torch.Tensor, DeviceRows]]()
         blocks = slots.div(size, rounding_mode="floor")
         for pages in page_of:
@@ -284,7 +284,7 @@ class DeviceInputs:
         return found
 
     def rows_for(self, size: StepSize) -> DeviceRows:
-        """The same of any step that a captured one runs."""
+        """Return the rows of a captured step of this size, grouped by sequence, for attention."""
         starts = self._there["query_start"] if size.mixed else self._one_each
         return DeviceRows(
             starts[: size.rows + 1],
@@ -301,24 +301,24 @@ class DeviceInputs:
         return self._room[begin : begin + tokens]
 
     def positions_and_slots(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """[T] int32 each; see `StepInput`. T is that of the whole step, fillers included."""
+        """Return positions and slots, [T] int32 each, padding included; see `StepInput`."""
         return self._of_tokens(1, tokens), self._of_tokens(2, tokens)
 
     def token_ids(self, tokens: int, drawn: torch.Tensor) -> torch.Tensor:
-        """[T] int32, those that the host does not know taken from what the step before drew; work on the device."""
+        """Return token ids, [T] int32; unknown ones are read from the previous step's sampled tokens; work."""
         sources = self._of_tokens(3, tokens)
         return torch.where(sources >= 0, drawn[sources.clamp(min=0)].to(torch.int32), self._of_tokens(0, tokens))
 
     def sample_rows(self, count: int) -> torch.Tensor:
-        """[count] int32: the tokens whose successor is drawn."""
+        """Return, [count] int32, the rows whose next token is sampled."""
         return self._there["sample_rows"][:count]
 
 
 def by_rows(batch: Batch) -> Batch:
-    """A step in which each row of a run with drafts is a sequence that decodes, with the blocks of its own.
+    """Return a step in which each row of a run with drafts is a decoding sequence, with the block table of its run.
 
-    All rows' keys and values are written before a layer attends, and each sees what stands before it; so its bits are
-    those of a step of one row wherever those of decoding do not depend on the rest of the step.
+    A layer writes the keys and values of all rows before attention, and each row attends to earlier positions. So its
+    result is that of a step of one row, wherever results of decoding do not depend on the rest of the step.
     """
     counts = np.diff(batch.query_start)
     apart = np.array([run.decodes or bool(run.drafts) for run in batch.runs])
@@ -339,5 +339,5 @@ def by_rows(batch: Batch) -> Batch:
     )
 
 
-_FILLER = np.array([[0], [0], [-1], [-1]])  # token id, position, slot, source of a token that is none
-_LIKELIEST = (0.0, 0.0, 0.0, 1.0, 0.5)  # the draw of a row without a sequence
+_FILLER = np.array([[0], [0], [-1], [-1]])  # token id, position, slot, source of a padding token
+_LIKELIEST = (0.0, 0.0, 0.0, 1.0, 0.5)  # sampling controls of a padding row: greedy

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: MIT
-"""Steps 5 to 7 on a GPU: a step is launched, and the next one prepared while it runs.
+"""Steps 5 to 7 on a GPU: launch a step, and prepare the next one while it runs.
 
-The host writes a step's numbers into staged memory; one copy brings them over. Tokens that the step before drew are
-taken from where they were left on the device, so the host need not know them. A step that only decodes is the replay
-of a captured graph, one for each size of batch; what remains of a graph's rows decodes nothing. A step with prompts is
-launched operation by operation, or, up to a number of tokens, the replay of a graph too. Tokens go back to the host
-behind a mark.
+The host writes a step's arrays into staged memory, and one copy transfers them. Tokens that the previous step sampled
+are read on the device, so the host need not know them. A step that only decodes is the replay of a captured CUDA graph,
+one for each batch size; the graph's remaining rows are padding. A step with prompts is launched operation by operation,
+or, up to a number of tokens, is the replay of a graph too. Sampled tokens are copied to the host, followed by a mark
+(an event) to wait for.
 
-Where experts are in main memory (`kernels/moe/host.py`), the host computes within a step: it is launched, or replayed,
-in pieces, and the next one is not launched ahead.
+If experts are in main memory (`kernels/moe/host.py`), the host computes within a step: the step is launched or replayed
+in parts, and the next one is not launched ahead.
 
-A stage of a model has as many steps under way as there are stages (`device_borders.py`). On the first one a step lands
-when what the last one made of it is back: the head and the draw follow then, and are not captured with the layers.
+With pipeline parallelism, as many steps are in flight as there are stages (`device_borders.py`). The first stage runs
+the head and samples once the hidden states of the last stage are back; these are not captured with the layers.
 """
 
 from __future__ import annotations
@@ -56,20 +56,20 @@ from candle_vllm.core.sampling.state import SamplingState
 
 logger = logging.getLogger(__name__)
 
-_SMALL_PROMPTS = (1, 8, 16, 32, 64, 128)  # tokens; kernels have forms for as many
+_SMALL_PROMPTS = (1, 8, 16, 32, 64, 128)  # numbers of tokens for which kernels are specialised
 MOST_CAPTURED = 512
 """Sequences of the largest step that is captured."""
 
 
 def bucket_sizes(sequences: int) -> list[int]:
-    """Sizes of captured steps: 1, 2, 4, 8, then multiples of 8 to 64, of 16 to 256, of 32 beyond."""
+    """Return the batch sizes of captured steps: 1, 2, 4, then multiples of 8 to 64, of 16 to 256, of 32 beyond."""
     sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, MOST_CAPTURED + 1, 32)]
     most = min(sequences, MOST_CAPTURED)
     return [*(size for size in sizes if size < most), most]
 
 
 def mixed_sizes(tokens: int) -> list[int]:
-    """Tokens of captured steps with prompts, up to `tokens`: multiples of 16 to 128, then four for each doubling."""
+    """Return the token counts of captured steps with prompts: multiples of 16 to 128, then four for each doubling."""
     sizes = [*range(16, 128, 16)]
     while sizes[-1] < tokens:
         sizes.append(sizes[-1] + max(16, next_power_of_2(sizes[-1] + 1) // 8))
@@ -82,24 +82,24 @@ class DeviceRunner:
     Args:
         decoder: the model, on the stream's device.
         limits: the largest step.
-        stream: where steps run.
-        dtype: of the cache; float8_e4m3fn is scaled by 1, where rows have no scales of their own.
-        attend: what computes attention, see `kernels/attention`; None is the package's own.
-        graphs: capture decoding steps.
-        finite_cache: every number of the cache must be finite from the start.
-        captured_prompts: capture steps with prompts, too, up to so many tokens; `attend` must be `mixed`.
-        overlaps: whether the next step may be launched before this one's tokens are known; not where there are drafts,
-            which begin with these tokens. `limits` must have a sequence for each draft, too.
+        stream: the stream on which steps run.
+        dtype: element type of the cache; float8_e4m3fn has the scale 1, unless rows have scales of their own.
+        attend: the attention backend, see `kernels/attention`; None for the package's own.
+        graphs: whether decoding steps are captured.
+        finite_cache: whether every element of the cache must be finite from the start.
+        captured_prompts: capture steps with prompts, too, up to this number of tokens; `attend` must be `mixed`.
+        overlaps: whether the next step may be launched before this one's tokens are known; not with speculative
+            decoding, whose drafts follow these tokens. `limits` must count a sequence for each draft token, too.
         adapters: see below.
-        host: computes the experts that are in main memory; None where none are. It is closed with the runner.
-        row_scales: the cache's rows have scales of their own, see `kernels/kv_write/scaled_rows`.
-        turning: as for `RecordedRunner`.
-        state_dtype: of activations, where layers keep states.
+        host: computes the experts that are in main memory; None without such experts. It is closed with the runner.
+        row_scales: whether the cache's rows have scales of their own, see `kernels/kv_write/scaled_rows`.
+        turning: see `RecordedRunner`.
+        state_dtype: type of activations, if layers keep states.
 
     Attributes:
-        adapters: what the decoder's layers add to their products; None where there are no adapters.
-        in_flight: as many as the model has stages.
-        page_of: [G, num_blocks] of G pools, see `WindowedBlocks`; each step brings what has changed to the device.
+        adapters: applies adapters in the decoder's layers; None without LoRA.
+        in_flight: number of the model's stages.
+        page_of: [G, num_blocks] page tables of G pools, see `WindowedBlocks`; each step copies changes to the device.
     """
 
     fatal: tuple[type[Exception], ...] = (torch.AcceleratorError,)
@@ -164,7 +164,7 @@ class DeviceRunner:
         self._allocate(1, self._room, ())
 
     def forward(self, batch: Batch, states: Sequence[SamplingState]) -> None:
-        """See `ModelRunner`. Rows of drafts are run as decoding ones, by the same graphs and kernels."""
+        """See `ModelRunner`. Rows of draft tokens run as decoding rows, by the same graphs and kernels."""
         shifts, self._drafts = self._turn(batch), None
         if batch.drafted:
             self._drafts = [run.drafts for run in batch.drawing]
@@ -187,17 +187,17 @@ class DeviceRunner:
                 self._stream.run(self._captured(size, adapted=entries is not None))
             if size is not None and size.mixed:
                 self._stream.run(self._take_kept)
-            self._count_on_host(0)  # what is run besides holds no tokens
+            self._count_on_host(0)  # work outside of steps has no tokens
 
     def _send_pages(self) -> None:
-        """Brings the pages of blocks over, behind the steps that were launched."""
+        """Copy changed page tables to the device, after the launched steps."""
         if not np.array_equal(self.page_of, self._sent_pages):
             self._sent_pages = self.page_of.copy()
             sent, there = Sent(self._stream, self.page_of.astype(np.int32)), self._pages_there
             self._stream.run(lambda: copy(there, sent.there()))
 
     def _pass_on(self, borders: DeviceBorders, batch: Batch, size: StepSize | None, shifts: Ints | None) -> None:
-        """A stage's part of a step: captured between the borders, over which go the tokens there are, and no more."""
+        """Launch a stage's part of a step: the layers may be captured; transfers contain the actual tokens only."""
         entries, tokens = batch.adapters, batch.tokens.shape[1]
         self._inputs.send(batch, (), size, shifts)
         rows, width = (0, 0) if batch.embedded is None else batch.embedded.vectors.shape
@@ -215,7 +215,7 @@ class DeviceRunner:
             self._begun.append(_Begun(size, batch.drawn_rows, entries))
 
     def _turn(self, batch: Batch) -> Ints | None:
-        """Writes what turns rows of pictures, and gives how far from its position's row each row's own is."""
+        """Write rotary table rows for image rows; return each row's offset from its position to its table row."""
         turned = batch.turned
         if turned is None or self._turning is None:
             return None
@@ -240,11 +240,11 @@ class DeviceRunner:
             return self._sampler.launch(states, self._asks, self._padded_rows(len(states)))
 
     def _padded_rows(self, count: int) -> int | None:
-        """Rows of the captured draw for so many; None where there is none."""
+        """Return the rows of the captured sampling graph for `count` rows; None without one."""
         return None if self._size is None else next((s.rows for s in self._buckets if s.rows >= count), None)
 
     def _draw_runs(self, states: Sequence[SamplingState], drafts: Sequence[Tokens]) -> Landed:
-        """Draws for runs with drafts: which of their rows count, the host decides."""
+        """Sample for runs with drafts; the host decides which draft tokens are accepted."""
         with self._over_if_it_fails(), self._here():
             self._stream.mark().wait()
             rows = self._logits[: sum(1 + len(own) for own in drafts)]
@@ -253,23 +253,23 @@ class DeviceRunner:
         return Landed(drawn)
 
     def _here(self) -> AbstractContextManager[object]:
-        """The engine's thread has a device of its own."""
+        """Make the stream's device the current one, because each thread has its own current device."""
         device = self._stream.device
         return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
     @contextlib.contextmanager
     def _over_if_it_fails(self) -> Iterator[None]:
-        """Nobody waits for a step that failed on the way; so its copies must be over before others are prepared."""
+        """After a failure wait for the stream: no caller waits for this step, but its copies read staged memory."""
         try:
             yield
         except Exception:
-            with contextlib.suppress(RuntimeError):  # a broken device is what the first error says
+            with contextlib.suppress(RuntimeError):  # the first error is the one to report
                 self._stream.mark().wait()
             raise
 
     def land(self) -> None:
-        """See `ModelRunner`; on a stage alone, elsewhere a step is over before the next one is launched. Waits for
-        nothing here: what is given to the stream from now on does."""
+        """See `ModelRunner`; does nothing but on the first stage. The host does not wait here: work that is launched
+        on the stream from now on does."""
         if self._borders is not None and self._has_head:
             with self._over_if_it_fails():
                 step = self._begun.popleft()
@@ -278,7 +278,7 @@ class DeviceRunner:
                 self._stream.run(self._head(step.drawn_rows))
 
     def score(self, rows: Ints) -> torch.Tensor:
-        """See `ModelRunner`. Waits for the step; a stage behind the first has no head, and gives nothing."""
+        """See `ModelRunner`. Waits for the step; a stage after the first has no head, and returns no logits."""
         if not self._has_head:
             return torch.empty(0)
         scores: list[torch.Tensor] = []
@@ -295,8 +295,8 @@ class DeviceRunner:
         return found[0].cpu().numpy()
 
     def close(self) -> None:
-        """Waits for what was launched, and lets go of caches and graphs."""
-        with contextlib.suppress(torch.AcceleratorError):  # a broken device has nothing to wait for
+        """Wait for launched work, and free caches and graphs."""
+        with contextlib.suppress(torch.AcceleratorError):  # a broken device cannot be waited for
             self._stream.mark().wait()
         self._graphs.clear()
         self._sampler.close()
@@ -318,7 +318,7 @@ class DeviceRunner:
         return state_parts(self.caches, place) if state else block_parts(self.caches, place, self.page_of)
 
     def copy_out(self, place: int, *, state: bool = False) -> Callable[[], bytearray]:
-        """See `BlockMemory`; the copy is behind the steps that were launched, and nobody waits for it here."""
+        """See `BlockMemory`; the copy runs on the stream after the launched steps."""
         parts = self._parts(place, state=state)
         staged = self._stream.staged(sum(map(len, parts)))
 
@@ -333,7 +333,7 @@ class DeviceRunner:
 
         def taken() -> bytearray:
             mark.wait()
-            return bytearray(staged.numpy())  # what is staged is scarce
+            return bytearray(staged.numpy())  # a copy, because pinned memory is scarce
 
         return taken
 
@@ -351,7 +351,7 @@ class DeviceRunner:
         self._stream.run(work)
 
     def drop_cache(self) -> None:
-        """See `ModelRunner`; what was captured goes too, for it knows addresses."""
+        """See `ModelRunner`; graphs are dropped too, because they contain addresses of the cache."""
         self._stream.mark().wait()
         self._graphs.clear()
         self._hidden = self._kept = torch.empty(0)
@@ -371,7 +371,7 @@ class DeviceRunner:
         self._capture()
 
     def allocate(self, num_blocks: int, room: StateRoom = NO_STATES, windows: Sequence[WindowRoom] = ()) -> None:
-        """Makes the cache, with room for so many states and these page pools, and captures steps."""
+        """Allocate the cache, with slots for layer states and page pools, and capture steps."""
         self.page_of = np.zeros((len(windows), num_blocks), np.int64)
         self._allocate(num_blocks, room, windows)
         self._capture()
@@ -379,7 +379,7 @@ class DeviceRunner:
     def _capture(self) -> None:
         began = time.perf_counter()
         sizes = [*self._buckets, *self._mixed]
-        for size in reversed(sizes):  # the memory of the largest serves the others
+        for size in reversed(sizes):  # the largest first, because smaller graphs reuse its memory
             self._inputs.send_blank(size)
             self._captured(size, adapted=False)
             if self.adapters is not None and not size.mixed:
@@ -395,26 +395,26 @@ class DeviceRunner:
 
     @property
     def num_graphs(self) -> int:
-        """How many graphs there may be: of each size a step, with adapters another, and of those that decode the three
-        kinds of draws."""
+        """Most graphs that there may be: a step of each size and one with adapters, and for each decoding size three
+        kinds of sampling."""
         return (4 + (self.adapters is not None)) * len(self._buckets) + len(self._mixed)
 
     @property
     def edit_bytes(self) -> int:
-        """What masks, penalties and log-probabilities may take: copies of the logits, and a table as large."""
+        """Bytes that masks, penalties and logprobs may take: copies of the logits, and a table of the same size."""
         return 3 * self._logits.nbytes
 
     def largest_steps(self) -> tuple[Work, ...]:
-        """A small step, and a prompt and a decoding step of the largest size, over a cache of one block.
+        """Return work for a small step, a largest prompt and a largest decoding step, over a cache of one block.
 
-        Where steps with prompts are captured, the largest of those follows.
+        If steps with prompts are captured, the largest of those follows.
 
-        They show what memory steps take, and compile on the way what later ones use; the small one comes first, for it
-        is not measured. The results mean nothing: blocks and positions are all 0. Nothing is captured, for they may be
-        run without their kernels first. A stage runs them by itself; the small one connects it to the others.
+        They measure the memory of steps, and compile the kernels of later steps; the small one is first, because it is
+        not measured. Their results are meaningless: all blocks and positions are 0. They are not captured, because
+        they may first run without their kernels. A stage runs them alone; the small one connects it to other stages.
         """
         limits = self._limits
-        # The last token stands for the chunk that ends the longest prompt: what is made of its context counts too.
+        # The last token represents the last chunk of the longest prompt, because its context takes memory too.
         others = limits.sequences - 1
         tokens = min(limits.tokens, others * limits.longest + 1 if others else limits.longest)
         begins = [*range(0, tokens - 1, limits.longest), tokens - 1] if others else [0]
@@ -450,14 +450,14 @@ class DeviceRunner:
         return smallest, prompt, decoding, *(functools.partial(blank, size) for size in self._mixed[-1:])
 
     def _run_blank(self, batch: Batch) -> None:
-        """Runs a step that means nothing, and its head."""
+        """Run a step of padding, and its head."""
         tokens = batch.tokens.shape[1]
         border = None if self._borders is None else self._borders.blank(tokens)
         self._stream.run(self._eager(batch, border, measured=True))
         self._run_blank_head(tokens, batch.drawn_rows)
 
     def _run_blank_head(self, tokens: int, rows: Ints) -> None:
-        """The head of the first stage over rows of a step that means nothing; elsewhere it is part of the step."""
+        """Run the first stage's head over rows of a padding step; without stages, the head is part of the step."""
         if self._borders is not None and self._has_head:
             self._stream.run(functools.partial(self._take_hidden, self._borders.blank_hidden(tokens)))
             self._stream.run(self._head(rows))
@@ -471,12 +471,12 @@ class DeviceRunner:
         self._sent_pages = np.zeros((len(windows), num_blocks), np.int64)
         for cache in self.caches:
             if isinstance(cache, WindowedCache):
-                for part in cache:  # a tile of keys may begin before the window: what has weight 0 must be finite
+                for part in cache:  # a tile may begin before the window: masked elements must be finite
                     part[:1].view(torch.uint8).zero_()
         self._stream.join()
 
     def _captured_size(self, batch: Batch) -> StepSize | None:
-        """What the captured step that runs a batch is made for; None where none runs it."""
+        """Return the size of the captured step for a batch; None if it must run operation by operation."""
         if batch.embedded is not None:
             return None
         decodes = batch.num_decodes == len(batch.context_lens)
@@ -486,7 +486,7 @@ class DeviceRunner:
         return next((size for size in sizes if size.tokens >= batch.tokens.shape[1]), None)
 
     def _captured(self, size: StepSize, *, adapted: bool) -> Work:
-        """The graph of a step. The first of a size runs as it is, and is captured for those after it."""
+        """Return work that replays the graph of a size. The first step of a size runs uncaptured and captures it."""
         if (size, adapted) in self._graphs:
             return self._graphs[size, adapted]
 
@@ -504,8 +504,8 @@ class DeviceRunner:
         return self.adapters
 
     def _eager(self, batch: Batch, border: Border | None = None, *, measured: bool = False) -> Work:
-        """Any step, operation by operation, of a stage without the head; one that is measured has all that any rank may
-        get."""
+        """Return work for a step, operation by operation; on a stage without the head. A measured step does not divide
+        tokens among ranks, because one rank may get all of them."""
         tokens, samples, places = len(batch.token_ids), len(batch.drawn_rows), self._inputs.rows_of(batch)
         size = StepSize(tokens, len(batch.context_lens), True)
         entries, given = batch.adapters, self._inputs.given(batch)
@@ -526,7 +526,7 @@ class DeviceRunner:
             return left
 
         def work() -> None:
-            self._hidden = torch.empty(0)  # that of the step before makes room
+            self._hidden = torch.empty(0)  # frees the previous step's hidden states first
             self._hidden = layers()
             take_drawn()
             if samples and self._has_head:
@@ -538,18 +538,18 @@ class DeviceRunner:
         return work if border is None else part
 
     def _taking(self, entries: AdapterRows | None) -> Work:
-        """Work that has these adapters added from then on."""
+        """Return work that applies these adapters from then on."""
         return _nothing if self.adapters is None else self.adapters.taking(entries)
 
     def _take_sent(self, adapted: bool, *, head: bool) -> None:
-        """The same of those that were sent for a captured step."""
+        """Apply the adapters that were sent for a captured step."""
         if adapted:
             self._added().taking_sent(head=head)
         elif self.adapters is not None:
             self.adapters.taking_none()
 
     def _padded(self, size: StepSize, border: Border | None, *, adapted: bool) -> None:
-        """Any step that is at most so large, of a stage without the head; work on the device."""
+        """Run a step padded to a size, on a stage without the head; work on the device."""
         self._take_sent(adapted, head=False)
         hidden = self._forward(size, self._inputs.rows_for(size), border=border)
         if border is not None:
@@ -563,15 +563,15 @@ class DeviceRunner:
         self._leave_logits(hidden)
 
     def _leave_logits(self, hidden: torch.Tensor) -> None:
-        """Logits of rows where the draw looks for them, of all ranks gathered; work."""
+        """Write logits of rows, gathered from all ranks, to where sampling reads them; work."""
         self.decoder.logits(hidden, self._logits[: len(hidden)])
 
     def _take_kept(self) -> None:
-        """What is asked for of the last step is what a captured one left."""
+        """Make `score` and `hidden_sum` read the hidden states of the last captured step."""
         self._hidden = self._kept
 
     def _take_hidden(self, hidden: torch.Tensor) -> None:
-        """The same of the step that has landed."""
+        """Make `score` and `hidden_sum` read the hidden states that `land` collected."""
         self._hidden = hidden
 
     def _forward(
@@ -588,7 +588,7 @@ class DeviceRunner:
         positions, slots = self._inputs.positions_and_slots(tokens)
         how: dict[str, Any] = {**self._attend, "given": given, "may_divide": may_divide}
         how["states"] = self._inputs.states(size)
-        if ahead is not None:  # no kernel here has rows that see what is behind them
+        if ahead is not None:  # only the reference has rows that attend to later positions
             places = dataclasses.replace(places, host=dataclasses.replace(places.on_host(), ahead=ahead))
             how["attend"] = attend_by_reference
         how["windowed"] = self._inputs.windowed(places, slots, self._pages_there)
@@ -600,15 +600,15 @@ class DeviceRunner:
         return self.decoder.part(token_ids, step, border.arrived, border.left)
 
     def _head(self, rows: Ints) -> Work:
-        """Logits of rows of the step that has landed, from which its tokens are drawn."""
+        """Return work that computes logits of the step that `land` collected, for sampling."""
         return self._of_rows(rows, self._leave_logits) if len(rows) else _nothing
 
     def _score(self, rows: Ints, scores: list[torch.Tensor]) -> Work:
-        """Logits of some rows of the last step, into the list."""
+        """Return work that appends logits of some rows of the last step to `scores`."""
         return self._of_rows(rows, lambda hidden: scores.append(self.decoder.logits(hidden)))
 
     def _of_rows(self, rows: Ints, use: Callable[[torch.Tensor], None]) -> Work:
-        """What is made of the hidden states of some rows of the last step."""
+        """Return work that calls `use` with the hidden states of some rows of the last step."""
         wanted, entries = Sent(self._stream, rows), self._entries
         take = self._taking(None if entries is None else entries.among(rows))
 
@@ -620,8 +620,8 @@ class DeviceRunner:
 
 
 class _Begun(NamedTuple):
-    """A step under way on the first stage: of which captured size it was, and of its `Batch` what is needed when it
-    has landed."""
+    """A step in flight on the first stage: its captured size, if it was captured, and the fields of its `Batch` that
+    `land` needs."""
 
     size: StepSize | None
     drawn_rows: Ints
@@ -630,12 +630,12 @@ class _Begun(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Passed:
-    """A step that draws nothing; see `Launched`."""
+    """A step without sampling; see `Launched`."""
 
     mark: Mark
 
     def tokens(self) -> tuple[()]:
-        """Nothing; waits for the step."""
+        """Wait for the step; return no tokens."""
         self.mark.wait()
         return ()
 
@@ -644,4 +644,4 @@ _ONE = StepSize(1, 1, False)
 
 
 def _nothing() -> None:
-    """The step has run already."""
+    """Do nothing, because the step has run already."""

@@ -37,11 +37,11 @@ class EagerRunner(StepwiseRunner):
     Args:
         decoder: the model with its weights.
         num_blocks, block_size: shape of the cache.
-        room: of layers that keep states.
-        device, dtype: where the cache lives, and its numbers.
-        adapters: what the decoder's layers add to their products; None where there are no adapters.
-        taps: `hidden_rows` are what goes into these layers; None for what the last norm gives.
-        turning, windows: as for `RecordedRunner`, and so is the attribute `page_of`.
+        room: number of slots for layer states.
+        device, dtype: device and element type of the cache.
+        adapters: applies adapters in the decoder's layers; None without LoRA.
+        taps: layers whose inputs are `hidden_rows`; None for the output of the last norm.
+        turning, windows: see `RecordedRunner`, also for the attribute `page_of`.
     """
 
     fatal: tuple[type[Exception], ...] = (torch.AcceleratorError,)
@@ -64,7 +64,7 @@ class EagerRunner(StepwiseRunner):
         super().__init__()
         self.decoder = decoder
         self.device = device
-        # Not cleared: the system hands out pages as they are first written, and attention reads only what was.
+        # Not cleared: the system allocates pages when they are first written, and attention reads only written rows.
         empty = functools.partial(torch.empty, device=device, dtype=dtype)
         self._block_size = block_size
         self.caches = layer_caches_of(decoder, (num_blocks, block_size), empty, room=room, windows=windows)
@@ -138,7 +138,7 @@ class EagerRunner(StepwiseRunner):
         return block_parts(self.caches, place, self.page_of)
 
     def copy_out(self, place: int, *, state: bool = False) -> Callable[[], memoryview]:
-        """See `BlockMemory`; it is copied now."""
+        """See `BlockMemory`; the block is copied at once."""
         data = torch.cat(self._parts(place, state=state)).cpu().numpy().data
         return lambda: data
 
@@ -177,15 +177,15 @@ def layer_caches_of(
     state_dtype: torch.dtype | None = None,
     windows: Sequence[cache_specs.WindowRoom] = (),
 ) -> tuple[PagedCache | tuple[StateCache, ...], ...]:
-    """The cache of each layer of a decoder; without elements where the layer is another stage's.
+    """Allocate the cache of each layer of a decoder; layers of another stage get tensors without elements.
 
     Args:
         decoder: the model.
-        blocks: how many there are, and how many tokens each has.
-        empty: makes a tensor of a shape, and of a type other than that of keys where `dtype` is given.
-        beside: elements that stand behind those of a key and of a value, see `kernels/kv_write/scaled_rows.py`.
-        room: of layers that keep states.
-        state_dtype: of activations, where that of keys is another.
+        blocks: number of blocks, and tokens of a block.
+        empty: allocates a tensor of a shape, in the type of keys unless `dtype` is given.
+        beside: extra elements after each key and value, see `kernels/kv_write/scaled_rows.py`.
+        room: number of slots for layer states.
+        state_dtype: type of activations, if it is not the type of keys.
         windows: page pools of layers with a window.
     """
     here = layers_here(decoder, decoder.config.num_layers)
@@ -209,12 +209,12 @@ def layer_caches_of(
 
 
 class StageRunner(EagerRunner):
-    """Runs a stage of a model. On the first one steps are under way from `forward` to `land`, as many as there are
-    stages; what is drawn and asked for is of the step that landed last.
+    """Runs a pipeline stage of a model. On the first stage, steps are in flight from `forward` to `land`, as many as
+    there are stages; sampling and `score` refer to the step that `land` collected last.
 
     Args:
-        decoder: of which this is a stage.
-        others: as for `EagerRunner`.
+        decoder: this stage's part of the model.
+        others: the other arguments of `EagerRunner`.
     """
 
     def __init__(self, decoder: Decoder, *others: Any) -> None:
@@ -227,7 +227,7 @@ class StageRunner(EagerRunner):
 
     @torch.inference_mode()
     def forward(self, batch: Batch, states: Sequence[SamplingState]) -> None:
-        """See `ModelRunner`; what the stages behind do is not waited for."""
+        """See `ModelRunner`; does not wait for the later stages."""
         del states
         token_ids, step = self._step(batch)
         stage, tokens = self._stage, len(token_ids)
@@ -251,12 +251,12 @@ class StageRunner(EagerRunner):
             self._drawn_from = self.score(step.drawn_rows)
 
     def score(self, rows: Ints) -> Any:
-        """See `ModelRunner`; a stage behind the first has no head, and gives nothing."""
+        """See `ModelRunner`; a stage after the first has no head, and returns no logits."""
         return super().score(rows) if self._stage.is_first else torch.empty(0)
 
 
 class _Begun(NamedTuple):
-    """A step under way: its tokens, and of its `Batch` what is needed when it is over."""
+    """A step in flight: its number of tokens, and the fields of its `Batch` that `land` needs."""
 
     tokens: int
     drawn_rows: Ints
@@ -289,7 +289,7 @@ class GivenTensors:
 
 
 class EagerTower:
-    """Runs a tower; see `TowerRunner`. On a GPU beside the steps, which have a stream of their own."""
+    """Runs a vision tower; see `TowerRunner`. On a GPU it runs on another stream than the steps."""
 
     fatal: tuple[type[Exception], ...] = (torch.AcceleratorError,)
 
@@ -298,7 +298,7 @@ class EagerTower:
 
     @contextlib.contextmanager
     def _there(self) -> Iterator[None]:
-        """Around each piece: the engine's thread has a device of its own, and others compute between the pieces."""
+        """Set device and inference mode for one part, because steps run between the parts."""
         where = torch.cuda.device(self._device) if self._device.type == "cuda" else contextlib.nullcontext()
         with where, torch.inference_mode():
             yield
@@ -330,9 +330,9 @@ class EagerTower:
 
 
 class EagerHead(EagerRunner):
-    """Runs a head that drafts; see `HeadRunner`. Arguments as those of `EagerRunner`, without taps.
+    """Runs a draft head; see `HeadRunner`. Arguments are those of `EagerRunner`, without taps.
 
-    `adapters` are those of the model, whose embedding and head it may have; to its own steps they add nothing.
+    `adapters` applies the adapters of the model, whose embedding and head it may share; its own steps have no adapters.
     """
 
     def __init__(
@@ -363,7 +363,7 @@ class EagerHead(EagerRunner):
 
 
 class EagerEncoderRunner(EncoderRunner):
-    """The same for an encoder; see `EncoderRunner`."""
+    """Runs an encoder, one operation after the other, in torch; see `EncoderRunner`."""
 
     fatal: tuple[type[Exception], ...] = (torch.AcceleratorError,)
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Pictures of waiting requests become embeddings (before step 4): encoded once, in pieces between steps, and kept.
+"""Encode the images of waiting requests (before step 4): once each, in parts between steps, with a cache.
 
-A sequence with pictures begins when all of theirs are there; others pass it meanwhile. What is encoded belongs to the
-pixels: requests with the same picture share it, one after the other too, as long as the bound lets it stay.
+A sequence with images is admitted when all its images are encoded; others are admitted before it meanwhile. Embeddings
+are identified by the pixels: requests with the same image share them, later requests too while they are in the cache.
 """
 
 from __future__ import annotations
@@ -22,35 +22,35 @@ Encoding = Generator[None, None, NDArray[np.float32]]
 
 
 class TowerRunner(Protocol):
-    """Runs a tower."""
+    """Runs a vision tower."""
 
     fatal: tuple[type[Exception], ...]
     """See `ModelRunner`."""
 
     def embeddings(self, tiles: NDArray[np.uint8]) -> Encoding:
-        """Embeddings [N * count, text size] of tiles [N, h, w, 3]; comes back now and then, that others may go on."""
+        """Encode tiles [N, h, w, 3] to [N * count, text size]; yields between parts, so that steps can run."""
         ...
 
 
 class ImageStore:
-    """The embeddings that sequences wait for or use, and those that may be used again.
+    """Image embeddings that sequences wait for or use, and a cache of unused ones.
 
     Args:
-        runner: makes them.
-        most_bytes: of those that nobody uses at the moment.
+        runner: encodes images.
+        most_bytes: most bytes, above which embeddings without a sequence are evicted.
     """
 
     def __init__(self, runner: TowerRunner, most_bytes: int) -> None:
         self._runner = runner
         self._most_bytes = most_bytes
-        self._made: OrderedDict[bytes, NDArray[np.float32]] = OrderedDict()  # the one used last stands last
+        self._made: OrderedDict[bytes, NDArray[np.float32]] = OrderedDict()  # least recently used first
         self._bytes = 0
         self._wanted: OrderedDict[bytes, ImageInput] = OrderedDict()
         self._users: Counter[bytes] = Counter()
         self._encoding: tuple[bytes, Encoding] | None = None
-        self.failures: dict[bytes, Exception] = {}  # of pictures that somebody still waits for
+        self.failures: dict[bytes, Exception] = {}  # of images that sequences still wait for
         self.num_encoded = self.num_reused = self.num_failed = 0
-        self.seconds = 0.0  # of encoding
+        self.seconds = 0.0  # total time of encoding
 
     @property
     def works(self) -> bool:
@@ -58,7 +58,7 @@ class ImageStore:
         return self._encoding is not None or bool(self._wanted)
 
     def add(self, sequence: Sequence) -> None:
-        """A sequence waits for its pictures."""
+        """Request the embeddings of a sequence's images."""
         for image in sequence.images:
             key = image.given.key
             self._users[key] += 1
@@ -69,20 +69,20 @@ class ImageStore:
                 self._wanted.setdefault(key, image.given)
 
     def is_ready(self, sequence: Sequence) -> bool:
-        """Whether all pictures of a sequence are there; they are its own from then on."""
+        """Assign encoded embeddings to a sequence's images; return whether all are encoded."""
         for image in sequence.images:
             if image.rows is None:
                 image.rows = self._made.get(image.given.key)
         return all(image.rows is not None for image in sequence.images)
 
     def failure(self, sequence: Sequence) -> Exception | None:
-        """Why a sequence's pictures cannot be had."""
+        """Return the error of a sequence's image that could not be encoded; None if none failed."""
         return next(
             (self.failures[image.given.key] for image in sequence.images if image.given.key in self.failures), None
         )
 
     def ended(self, sequence: Sequence) -> None:
-        """A sequence is over, or was given up."""
+        """Drop a sequence that has ended or was aborted."""
         for image in sequence.images:
             key = image.given.key
             self._users[key] -= 1
@@ -96,7 +96,7 @@ class ImageStore:
         self._shrink()
 
     def work(self) -> None:
-        """Encodes a piece of what has waited longest."""
+        """Encode the next part of the image that has waited longest."""
         if self._encoding is None:
             if not self._wanted:
                 return
@@ -114,7 +114,7 @@ class ImageStore:
             self._shrink()
         except self._runner.fatal:
             raise
-        except Exception as error:  # of this picture alone
+        except Exception as error:  # of this image alone
             self._encoding = None
             self.num_failed += 1
             self.failures[key] = error
@@ -122,7 +122,7 @@ class ImageStore:
             self.seconds += time.perf_counter() - begun
 
     def _shrink(self) -> None:
-        """Forgets what was used longest ago and has no users, down to the bound."""
+        """Evict the least recently used embeddings without a sequence, down to the limit."""
         for key in list(self._made):
             if self._bytes <= self._most_bytes:
                 return

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Steps 6 and 7: the model with its KV cache if it has one, and the draw. A batch goes in, tokens come out."""
+"""Steps 6 and 7: run the model, with its KV cache if it has one, and sample. A batch goes in, tokens come out."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class Launched(Protocol):
     """A step that was launched and may still be running."""
 
     def tokens(self) -> Sequence[Drawn]:
-        """What it drew, one entry per item of `Batch.drawing`; waits for it. Called once."""
+        """Wait for the sampled tokens and return them, one entry for each run in `Batch.drawing`. Called once."""
         ...
 
 
 class ModelRunner(Protocol):
-    """Runs a model and draws tokens, one step at a time: a decoder with its paged cache, or an encoder."""
+    """Runs a model and samples tokens, one step at a time: a decoder with its paged cache, or an encoder."""
 
     overlaps: bool
     """Whether a step may be launched before the tokens of the one before are taken."""
@@ -44,66 +44,66 @@ class ModelRunner(Protocol):
 
     @property
     def step_memory(self) -> StepMemory | None:
-        """Where batches must have their arrays; None for anywhere."""
+        """Memory that batches must use for their arrays; None if batches may allocate them."""
         ...
 
     def forward(self, batch: Batch, states: Sequence[SamplingState]) -> None:
-        """Starts the model's part of a step: its keys and values will be in the cache when it is over.
+        """Start the model's part of a step, which writes keys and values to the cache.
 
         Args:
             batch: the step.
-            states: how the next tokens of `batch.drawing` are drawn. Only temperature and the like, and the random
-                numbers of these positions, are read here.
+            states: sampling states of `batch.drawing`. Only parameters such as temperature, and the random numbers of
+                these positions, are read here.
         """
         ...
 
     def draw(self, states: Sequence[SamplingState]) -> Launched:
-        """Starts the draw of the step that `forward` started last; must follow it.
+        """Start sampling for the step that `forward` started last; must follow it.
 
         Args:
-            states: the same, now with all that they say of their next tokens: the tokens before those are known on the
-                host where `reads_tokens` asks for it.
+            states: the same sampling states. Earlier tokens are known on the host now, if `reads_tokens` of a state
+                asks for it.
         """
         ...
 
     def land(self) -> None:
-        """Where several steps are in flight, waits for the first of them, of which `draw` is then."""
+        """If several steps are in flight, collect the hidden states of the oldest; `draw` then samples for it."""
         ...
 
     def score(self, rows: Ints) -> Value:
-        """Logits [len(rows), V] of any rows of the last step; at most `MAX_SCORED_ROWS`. Overwrites earlier logits.
+        """Return logits [len(rows), V] of rows of the last step, at most `MAX_SCORED_ROWS`. Overwrites earlier logits.
 
-        An array where steps are recorded, else a tensor.
+        The logits are an array if steps are recorded, else a tensor.
         """
         ...
 
     def hidden_sum(self, rows: Ints) -> NDArray[np.float64]:
-        """Sums [..., E] of the hidden states, in fp32, of rows [..., n] of the last step; at most `MAX_HIDDEN_ROWS`."""
+        """Return sums [..., E] of fp32 hidden states of rows [..., n] of the last step, at most `MAX_HIDDEN_ROWS`."""
         ...
 
     def drop_cache(self) -> None:
-        """Gives the memory of the cache back; nothing may run before `wake_up`."""
+        """Free the memory of the cache; no step may run before `wake_up`."""
         ...
 
     def restore_cache(self) -> None:
-        """The cache has memory again; what it holds means nothing."""
+        """Allocate the memory of the cache again; its contents are undefined."""
         ...
 
     def wake_up(self) -> None:
-        """Weights and cache are there again, elsewhere maybe."""
+        """Prepare for steps after weights and cache were filled again, maybe at other addresses."""
         ...
 
     def close(self) -> None:
-        """Ends what runs beside the caller's thread."""
+        """End the runner's threads."""
         ...
 
 
 MAX_SCORED_ROWS = 64
-MAX_HIDDEN_ROWS = 512  # of 8,192 numbers they take 16 MiB
+MAX_HIDDEN_ROWS = 512  # with 8,192 elements each they take 16 MiB
 
 
 class Landed(msgspec.Struct, frozen=True):
-    """A step that was over when it was drawn."""
+    """The sampled tokens of a step that is complete."""
 
     drawn: Sequence[Drawn]
 
@@ -113,7 +113,7 @@ class Landed(msgspec.Struct, frozen=True):
 
 
 class StepwiseRunner(ABC):
-    """A `ModelRunner` that has finished what it starts when it returns; the sampler gets its logits."""
+    """A synchronous `ModelRunner`: each call returns when its work is complete, and the sampler gets the logits."""
 
     overlaps = False
     in_flight = 1
@@ -143,18 +143,18 @@ class StepwiseRunner(ABC):
             return Landed(self._sampler.sample_runs(self._drawn_from, states, self._drafts))
         return Landed(self._sampler.sample(self._drawn_from, states))
 
-    def land(self) -> None:  # noqa: B027  # one step at a time is over when it is launched
+    def land(self) -> None:  # noqa: B027  # a step is complete when `forward` returns
         """See `ModelRunner`."""
 
     @abstractmethod
     def run(self, batch: Batch) -> Value:
-        """Runs a step: its keys and values are in the cache afterwards. Returns logits [len(drawn_rows), V] in fp32.
+        """Run a step, which writes keys and values to the cache; return logits [len(drawn_rows), V] in fp32.
 
         The logits are valid until the next call, and may be overwritten by the caller.
         """
 
     def draw_rows(self, logits: Value, controls: NDArray[np.float64]) -> tuple[Ints, NDArray[np.float32]]:
-        """As `kernels.draw`."""
+        """Sample a token for each row; see `kernels.draw`."""
         return kernels.draw(logits, controls)
 
     @abstractmethod
@@ -166,24 +166,24 @@ class StepwiseRunner(ABC):
         """See `ModelRunner`."""
 
     def hidden_rows(self, rows: Ints) -> NDArray[np.float32]:
-        """Hidden states [len(rows), F] of rows of the last step: what a head that drafts for the model is given."""
+        """Return hidden states [len(rows), F] of rows of the last step, which a draft head reads."""
         raise NotImplementedError
 
-    def drop_cache(self) -> None:  # noqa: B027  # an encoder has none
+    def drop_cache(self) -> None:  # noqa: B027  # an encoder has no cache
         """See `ModelRunner`."""
 
     def restore_cache(self) -> None:  # noqa: B027
         """See `ModelRunner`."""
 
-    def wake_up(self) -> None:  # noqa: B027  # most have everything where it was
+    def wake_up(self) -> None:  # noqa: B027  # addresses do not change by default
         """See `ModelRunner`."""
 
-    def close(self) -> None:  # noqa: B027  # most have nothing to end
+    def close(self) -> None:  # noqa: B027  # no threads by default
         """See `ModelRunner`."""
 
 
 class HeadRunner(Protocol):
-    """Runs a head that drafts for a model: as a `StepwiseRunner`, but for hidden states that go in and come out."""
+    """Runs a draft head: like a `StepwiseRunner`, but with hidden states as input and output."""
 
     @property
     def step_memory(self) -> StepMemory | None:
@@ -191,20 +191,20 @@ class HeadRunner(Protocol):
         ...
 
     def run_on(self, batch: Batch, states: NDArray[np.float32], *, fused: bool) -> Value:
-        """Runs a step of token ids and hidden states [T, ...].
+        """Run a step on token ids and hidden states [T, ...].
 
         Args:
-            batch: its token ids are those behind the positions.
-            states: as the model has them; where `fused` is set, as `given_back` gave them.
+            batch: the step; its token ids are the tokens at the next positions.
+            states: hidden states of the model; if `fused` is set, of the head, from `given_back`.
             fused: see `states`.
 
         Returns:
-            Logits, as `StepwiseRunner.run`.
+            Logits; see `StepwiseRunner.run`.
         """
         ...
 
     def given_back(self, rows: Ints) -> NDArray[np.float32]:
-        """Hidden states [len(rows), E] for the positions behind rows of the last step."""
+        """Return the head's hidden states [len(rows), E] of rows of the last step, its input for the next positions."""
         ...
 
     def draw_rows(self, logits: Value, controls: NDArray[np.float64]) -> tuple[Ints, NDArray[np.float32]]:
@@ -229,9 +229,9 @@ class HeadRunner(Protocol):
 
 
 class EncoderRunner(StepwiseRunner):
-    """Runs an encoder over whole texts; there is no cache, and nothing to draw.
+    """Runs an encoder over whole texts, without a cache and without sampling.
 
-    Where a model has a head, the hidden state of each position is what that says of its text, [L].
+    If the model has a head, `hidden_sum` reads the L logits of the text as the hidden state of each of its positions.
     """
 
     def __init__(self, config: EncoderConfig) -> None:
@@ -243,21 +243,21 @@ class EncoderRunner(StepwiseRunner):
     def encode(
         self, token_ids: Ints, positions: Ints, types: Ints, query_start: Ints, adapters: AdapterRows | None
     ) -> NDArray[np.float32] | None:
-        """Runs a step: numbers [T] of its tokens, as `Encoder.forward` takes them, and where texts begin [R + 1].
+        """Run a step.
 
         Args:
-            token_ids, positions, types, query_start: see above.
-            adapters: which rows have which.
+            token_ids, positions, types: [T] arguments of `Encoder.forward`.
+            query_start: [R + 1] offsets of the texts into T.
+            adapters: adapters of rows.
 
-        Returns logits [R, L] of a model with L labels.
-        """
+        Returns logits [R, L] of a model with L labels."""
 
     @abstractmethod
     def states_sum(self, rows: Ints) -> NDArray[np.float64]:
-        """`hidden_sum` of what the layers gave."""
+        """Return `hidden_sum` of the layers' output."""
 
     def run(self, batch: Batch) -> None:
-        """See `StepwiseRunner`; there are no logits of tokens."""
+        """See `StepwiseRunner`; an encoder has no logits of tokens."""
         types = np.concatenate([_token_types(run) for run in batch.runs])
         positions = batch.positions + self._config.first_position
         logits = self.encode(batch.token_ids, positions, types, batch.query_start, batch.adapters)
@@ -266,7 +266,7 @@ class EncoderRunner(StepwiseRunner):
         self._scores = np.repeat(logits.astype(np.float64), np.diff(batch.query_start), axis=0)
 
     def score(self, rows: Ints) -> Value:
-        """An encoder has no logits."""
+        """See `ModelRunner`; an encoder has no logits of tokens."""
         raise NotImplementedError
 
     def hidden_sum(self, rows: Ints) -> NDArray[np.float64]:
@@ -275,7 +275,7 @@ class EncoderRunner(StepwiseRunner):
 
 
 def _token_types(run: Run) -> Ints:
-    """[count] which of a pair's texts each token belongs to."""
+    """Return, [count], the text of a pair that each token belongs to."""
     request = run.sequence.request
     assert isinstance(request, PoolingRequest)
     return np.array(request.token_type_ids or [0] * run.count, np.int64)

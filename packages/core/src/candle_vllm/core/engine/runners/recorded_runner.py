@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Steps that are recorded once and replayed: the layers run on recorded values, and later steps replay the plan.
+"""Record a step's kernel calls once and replay them: the layers run on recorded values, and steps replay the plan.
 
-On the CPU a plan is a table of operations over fixed buffers, walked by the threads of a `ThreadTeam` in one call. One
+On the CPU a plan is a table of operations over fixed buffers, which the threads of a `ThreadTeam` run in one call. One
 plan serves every step up to its limits: what varies (tokens, positions, tables) is read from arrays when it runs.
 """
 
@@ -69,20 +69,20 @@ class RecordedRunner(StepwiseRunner):
         decoder: the model, its matrices in the layouts of the compiled kernels.
         num_blocks: blocks of the cache.
         limits: the largest step.
-        isa: instructions that the kernels may use; None is what the CPU has.
-        team: threads that are there, of whoever closes them: two teams would wait on the same CPUs.
-        taps: `hidden_rows` are what goes into these layers; None for what the last norm gives.
-        images: vectors of each row that is a picture's: one, and one more for each layer behind which some is added;
-            0 where steps have no such rows.
-        whole: `hidden_rows` may be asked for of any row of any step.
-        kinds: how keys and values are stored.
-        turning: the model's, where it turns tokens of pictures by three positions; it has room for those of a step.
-        room: of layers that keep states.
+        isa: instructions that the kernels may use; None for all that the CPU has.
+        team: threads of another runner, which closes them (two teams would use the same CPUs); None for new threads.
+        taps: layers whose inputs are `hidden_rows`; None for the output of the last norm.
+        images: vectors of each image row: its embedding, and one more for each layer after which a vector is added; 0
+            for a text-only model.
+        whole: whether `hidden_rows` may be called for any row of any step.
+        kinds: types in which keys and values are stored.
+        turning: the model's rotary embedding, if it has M-RoPE, with table rows for a step's image tokens; else None.
+        room: number of slots for layer states.
         windows: page pools of layers with a window.
 
     Attributes:
         team: the threads.
-        page_of: [G, num_blocks] of G pools, see `WindowedBlocks`.
+        page_of: [G, num_blocks] page tables of G pools, see `WindowedBlocks`.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class RecordedRunner(StepwiseRunner):
         config, pools = decoder.config, len(windows)
         limits = dataclasses.replace(limits, turned=turning is not None, states=room.running > 0, pools=pools)
         self.page_of = np.zeros((pools, num_blocks), np.int64)
-        self._turning, self._turned = turning, False  # the last step's were
+        self._turning, self._turned = turning, False  # whether the last step had `turned` rows
         specs = config.cache_specs
         counts = [(spec, cache_specs.pages_of(spec, windows, num_blocks)) for spec in cache_specs.paged(specs)]
         tokens = [(spec, count * limits.block_size) for spec, count in counts]
@@ -113,7 +113,7 @@ class RecordedRunner(StepwiseRunner):
             caches = _caches(specs, num_blocks, limits.block_size, kinds, limits.ranks, room, windows)
         super().__init__()
         self._recorder = recorder = Recorder(limits, host_isa() if isa is None else isa)
-        nothing: Any = None  # what varies is read when the plan runs
+        nothing: Any = None  # inputs that vary are read when the plan runs
         self._taps = tuple(taps or ())
         self._looked_up = _RecordedGiven(images) if images else None
         kept = None if taps is None else Taps(taps)
@@ -124,7 +124,7 @@ class RecordedRunner(StepwiseRunner):
         self._states = [part for cache in own if not isinstance(cache, PagedCache) for part in cache]
         self._decoder, self._step = decoder, step
         readers = itertools.takewhile(lambda spec: isinstance(spec, cache_specs.SharedKVSpec), reversed(specs))
-        self._readers = sum(1 for _ in readers)  # layers behind the last one that writes anything
+        self._readers = sum(1 for _ in readers)  # last layers, which write no keys and values
         self._narrows_at = config.num_layers - max(self._readers, 1)
         self._narrows = not whole and decoder.narrows and images <= self._narrows_at + 1
 
@@ -148,17 +148,17 @@ class RecordedRunner(StepwiseRunner):
         if limits.adapter_rank:
             self._plan_of(Adapted.ADDED)
         self._adapters: AdapterRows | None = None  # of the last step
-        self._plan_draws = False  # the last step's did
-        # Whose logits were made last, in most steps the same object, and what was drawn from them. Where a step goes
-        # on, nothing of numpy is called: the weights have driven it out of the caches.
+        self._plan_draws = False  # whether the last step's plan sampled
+        # The rows of the last logits, which are the same object in most steps, and the tokens sampled from them. A step
+        # that goes on calls no numpy function, because reading the weights evicts numpy from the CPU caches.
         self._rows, self._ids = np.empty(0, np.int64), memoryview(b"")
 
     def _record(
         self, recorder: Recorder, adapted: Adapted, *, narrows: bool = False
     ) -> tuple[list[Recorded], int, int]:
-        """Records a plan: what the layers gave and what is kept of them, and where the head begins.
+        """Record a plan; return the layers' output and tapped inputs, and where the head begins in the plan.
 
-        Where it `narrows`, only rows whose logits are wanted go on behind the last keys and values that are written.
+        If it `narrows`, only rows whose logits are wanted run through the layers after the last write to the cache.
         """
         recorder.begin(adapted)
         if self._looked_up is not None:
@@ -173,7 +173,7 @@ class RecordedRunner(StepwiseRunner):
         return [hidden, *([] if kept is None else [kept.values[layer] for layer in self._taps])], *ends
 
     def _layers(self, decoder: Any, recorder: Recorder, step: StepInput) -> Recorded:
-        """Records what comes before the logits, and gives what they are made of."""
+        """Record the layers before the head; return the hidden states that the head reads."""
         return decoder.forward(step_tokens(recorder), step)
 
     @property
@@ -182,7 +182,7 @@ class RecordedRunner(StepwiseRunner):
         return self._arrays
 
     def forward(self, batch: Batch, states: Sequence[SamplingState]) -> None:
-        """See `ModelRunner`. Where logits are drawn from as they are, the plan does that too."""
+        """See `ModelRunner`. If the sampler does not edit the logits, the plan samples as well."""
         sampler, moves = self._sampler, False
         if batch.drafted:
             self._plan_draws = sampler.only_draws_runs(states, [run.drafts for run in batch.drawing])
@@ -230,7 +230,7 @@ class RecordedRunner(StepwiseRunner):
         return self._with_rows(batch.drawn_rows, rows, count)
 
     def _find_pages(self, batch: Batch) -> None:
-        """Slots and tables of layers with a window."""
+        """Write slots and block tables of layers with a window."""
         arrays, (sequences, width) = self._arrays, batch.block_tables.shape
         if batch.goes_on and not batch.begun:
             arrays.page_slots[:, :sequences] += 1
@@ -278,7 +278,7 @@ class RecordedRunner(StepwiseRunner):
         return sum(part.nbytes for part in self._parts(0, state=True))
 
     def copy_out(self, place: int, *, state: bool = False) -> Callable[[], bytearray]:
-        """See `BlockMemory`; it is copied now."""
+        """See `BlockMemory`; the block is copied at once."""
         parts, start = self._parts(place, state=state), 0
         data = bytearray(sum(part.nbytes for part in parts))
         flat = np.frombuffer(data, np.uint8)
@@ -295,7 +295,7 @@ class RecordedRunner(StepwiseRunner):
             start += part.nbytes
 
     def _parts(self, place: int, *, state: bool) -> list[NDArray[Any]]:
-        """The parts of a block of the cache, or of a slot, of all layers, to be read and written."""
+        """Return views of a block of the cache, or of a state slot, in all layers."""
         if state:
             return [part.states[place] for part in self._states]
         own, parts = self._own, list[NDArray[Any]]()
@@ -317,12 +317,12 @@ class RecordedRunner(StepwiseRunner):
             drop_pages(memory)
 
     def close(self) -> None:
-        """Ends the threads that are its own."""
+        """End the runner's own threads."""
         if self._owns_team:
             self.team.close()
 
     def _plan_of(self, adapted: Adapted, *, narrows: bool = False) -> _Plan:
-        """The plan of steps with adapters or of those that narrow, recorded when it is first needed."""
+        """Return the plan for steps with adapters, or for steps that narrow; record it when it is first needed."""
         which = adapted, narrows
         if which not in self._plans:
             hidden, *ends = self._record(self._recorder, adapted, narrows=narrows)
@@ -330,7 +330,7 @@ class RecordedRunner(StepwiseRunner):
         return self._plans[which]
 
     def _planned(self, values: list[Recorded], head_start: int, layer_rows: int) -> _Plan:
-        """The plan that was recorded just now."""
+        """Make a `_Plan` of the operations that were just recorded."""
         recorder = self._recorder
         rows, runs = (
             np.array([*recorder.plan, *draw.plan], np.int64) for draw in (self._draw_rows, self._draw_drafted)
@@ -352,7 +352,7 @@ class RecordedRunner(StepwiseRunner):
         return self._wanted
 
     def draw_rows(self, logits: NDArray[np.float32], controls: NDArray[np.float64]) -> tuple[Ints, NDArray[np.float32]]:
-        """As `kernels.draw`; by the team, but for copies of some rows."""
+        """See `kernels.draw`; the thread team samples, unless `logits` are a copy of some rows."""
         if logits is not self._wanted:
             return draw(logits, controls)
         if self._drafts is not None:
@@ -362,7 +362,7 @@ class RecordedRunner(StepwiseRunner):
 
 
 class RecordedHead(RecordedRunner):
-    """Replays a head that drafts on the CPU; see `HeadRunner`. Arguments as those of `RecordedRunner`, without taps."""
+    """Replays a draft head on the CPU; see `HeadRunner`. Arguments are those of `RecordedRunner`, without taps."""
 
     def __init__(
         self,
@@ -372,15 +372,15 @@ class RecordedHead(RecordedRunner):
         isa: Isa | None = None,
         team: ThreadTeam | None = None,
     ) -> None:
-        self._given: tuple[NDArray[np.float32], ...] = ()  # rows that a step reads: the model's, and fused ones
-        self._fusing = (0, 0)  # operations of the plan that fuse, and numbers of them
+        self._given: tuple[NDArray[np.float32], ...] = ()  # input buffers: the model's states, fused states
+        self._fusing = (0, 0)  # operations of the plan that fuse, and their elements in the plan
         super().__init__(head, num_blocks, limits, isa, team, whole=True)  # type: ignore[arg-type]
 
     def _layers(self, decoder: Any, recorder: Recorder, step: StepInput) -> Recorded:
-        """The plan begins with what makes fused hidden states of the model's."""
+        """See `RecordedRunner`; the plan begins with the fusion of the model's hidden states."""
         given = recorder.buffer(decoder.input_size)
         fused = buffer_of(decoder.fuse(buffer_value(recorder, given)))
-        self._buffers = given, fused  # nothing else may be put there
+        self._buffers = given, fused  # reserved, so that the recorder does not reuse them
         self._given = tuple(each.array.reshape(-1, each.stride)[:, : each.width] for each in self._buffers)
         self._fusing = recorder.num_rows, len(recorder.plan)
         hidden, self._back = decoder.forward(step_tokens(recorder), buffer_value(recorder, fused), step)
@@ -399,11 +399,11 @@ class RecordedHead(RecordedRunner):
 
 
 class _Stop(NamedTuple):
-    """Where a plan waits in steps with rows of pictures.
+    """A position at which a plan pauses in steps with image rows.
 
     Attributes:
-        numbers, operations: of the plan before it.
-        rows: float32 [T, E], in which those of pictures are written, and behind layers added to.
+        numbers, operations: elements and operations of the plan before it.
+        rows: float32 [T, E], the activations in which image rows are replaced, or after layers added to.
     """
 
     numbers: int
@@ -416,13 +416,13 @@ class _Plan:
     """A recorded step.
 
     Attributes:
-        rows, of_runs: the plan. The draw is the last row: of one token of each sequence, which the next step may go on
-            from, or of runs.
-        count: operations before the draw.
-        head, head_count: what of it makes logits.
-        hidden: what the layers gave.
-        kept: what went into some of them.
-        stops: behind what looks tokens up, and behind the layers whose rows are added to; none where none are given.
+        rows, of_runs: the plan. Its last operation samples: in `rows` one token of each sequence, from which the next
+            step may go on; in `of_runs` the tokens of runs with drafts.
+        count: operations before sampling.
+        head, head_count: the part of the plan that computes logits, and its operations.
+        hidden: the output of the layers.
+        kept: the inputs of the tapped layers.
+        stops: after the embedding and after the layers to which image vectors are added; empty for a text-only model.
     """
 
     rows: Ints
@@ -435,7 +435,7 @@ class _Plan:
     stops: tuple[_Stop, ...] = ()
 
     def between_stops(self, *, drafted: bool) -> Sequence[Ints]:
-        """`rows` or `of_runs`, from their beginning and from each stop on."""
+        """Return `rows` or `of_runs`, from the beginning and from each stop on."""
         return self._between[drafted]
 
     @functools.cached_property
@@ -445,7 +445,7 @@ class _Plan:
 
 
 class _RecordedGiven:
-    """See `GivenRows`: where recorded steps stop, that rows of pictures are written, which have so many `vectors`."""
+    """See `GivenRows`: records stops at which the runner writes image rows, with `vectors` vectors for each row."""
 
     vectors: Value = None  # written while a plan stops
 
@@ -453,7 +453,7 @@ class _RecordedGiven:
         self._vectors = vectors
 
     def begin(self, recorder: Recorder) -> None:
-        """Another plan is recorded."""
+        """Begin to record another plan."""
         self._recorder, self.stops = recorder, list[_Stop]()
 
     def put(self, x: Recorded, ranks: Collective | None) -> Recorded:
@@ -474,7 +474,7 @@ class _RecordedGiven:
 
 
 def _fill_entries(entries: EntryArrays, adapters: AdapterRows) -> None:
-    """Writes down which rows have which adapters."""
+    """Write the adapters of rows into the arrays that the plan reads."""
     count, groups = len(adapters.rows), len(adapters.adapters)
     entries.rows[:count], entries.scales[:count] = adapters.rows, adapters.scales
     entries.starts[: groups + 1] = adapters.starts
@@ -482,7 +482,7 @@ def _fill_entries(entries: EntryArrays, adapters: AdapterRows) -> None:
 
 
 def _lay_out_adapters(recorder: Recorder, adapters: AdapterRows | None) -> Adapted:
-    """Writes down which rows of a step have which adapters, and says what its plan must have of them."""
+    """Write the adapters of a step's rows; return how its plan must apply them."""
     if adapters is None:
         return Adapted.NOT
     _fill_entries(recorder.entries, adapters)
@@ -491,21 +491,21 @@ def _lay_out_adapters(recorder: Recorder, adapters: AdapterRows | None) -> Adapt
 
 
 def _lay_out_wanted(recorder: Recorder, among: AdapterRows | None) -> None:
-    """The same of the rows whose logits are wanted."""
+    """Write the adapters of the rows whose logits are wanted."""
     recorder.arrays.numbers[StepNumber.LOGIT_ADAPTERS] = 0 if among is None else len(among.adapters)
     if among is not None:
         _fill_entries(recorder.logit_entries, among)
 
 
 def _drawing(runner: RecordedRunner) -> Draw:
-    """What the runner's sampler draws by. It does not keep the runner: weights and cache go when nobody asks for them
-    any more, not when garbage is looked for."""
+    """Return the sampling function of the runner's sampler. It has only a weak reference to the runner, so weights and
+    cache are freed with the last reference to the runner, and not only by the garbage collector."""
     weakly = weakref.proxy(runner)
     return lambda logits, controls: weakly.draw_rows(logits, controls)
 
 
 def compile_together(record: Callable[[], object], more: Sequence[str] = (), later: Sequence[str] = ()) -> None:
-    """Has what a plan needs compiled side by side at a machine's first start."""
+    """Compile the kernels of a plan in parallel, at the first start on a machine."""
 
     def ask() -> None:
         record()
@@ -520,8 +520,8 @@ class RecordedEncoderRunner(EncoderRunner):
 
     Args:
         encoder: the model, its matrices in the layouts of the compiled kernels.
-        limits: the largest step, which has room for the longest text.
-        isa: as for `RecordedRunner`.
+        limits: the largest step, which must hold the longest text.
+        isa: see `RecordedRunner`.
     """
 
     def __init__(self, encoder: Encoder, limits: StepLimits, isa: Isa | None = None) -> None:
@@ -548,7 +548,7 @@ class RecordedEncoderRunner(EncoderRunner):
         self._team = ThreadTeam(limits.threads, limits.ranks)
 
     def _plan_of(self, adapted: Adapted) -> tuple[Recorded, Ints, int]:
-        """What the layers give, and the plan and its rows: recorded when it is first needed."""
+        """Return the layers' output, the plan and its number of operations; record it when it is first needed."""
         if adapted not in self._plans:
             recorder = self._recorder
             hidden = self._record(recorder, adapted)
@@ -578,7 +578,7 @@ class RecordedEncoderRunner(EncoderRunner):
         return self._hidden.rows(rows).sum(-2, dtype=np.float64)
 
     def close(self) -> None:
-        """Ends the team's threads."""
+        """End the team's threads."""
         self._team.close()
 
 
@@ -591,7 +591,7 @@ def _caches(
     room: cache_specs.StateRoom,
     windows: Sequence[cache_specs.WindowRoom],
 ) -> tuple[PagedCache | tuple[StateCache, ...], ...]:
-    """The cache of each layer. Pages of layers of one shape, and of one pool, lie in one piece of memory."""
+    """Allocate the cache of each layer. Layers of one shape and one pool share one piece of memory."""
     pools = Counter((spec.shape, cache_specs.pages_of(spec, windows, num_blocks)) for spec in cache_specs.paged(specs))
     rest = {pool: iter(_layers(pool[0], count, pool[1], block_size, kinds, ranks)) for pool, count in pools.items()}
 
@@ -621,9 +621,9 @@ def _layers(
     kinds: tuple[CacheKind, CacheKind],
     ranks: CpuRanks | None,
 ) -> list[PagedCache]:
-    """The caches of layers of one shape (`PagedSpec.shape`).
+    """Allocate the caches of layers of one shape (`PagedSpec.shape`).
 
-    A rank's heads lie on its node; where there are no heads to divide, pages come from all nodes in turns.
+    The heads of a rank are on its NUMA node; if heads cannot be divided, pages are interleaved over all nodes.
     """
     kv_heads, key_dim, value_dim = shape
     if not value_dim:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A tower that is recorded once and replayed, a tile at a time, in pieces between steps (before step 4)."""
+"""A vision tower that is recorded once and replayed, a tile at a time, in parts between steps (before step 4)."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ from candle_vllm.core.kernels.cpu_runtime.values import buffer_of, buffer_value,
 from candle_vllm.core.kernels.recorded import Recorded
 from candle_vllm.core.models.family import Tower, TowerStep
 
-_PIECE = 0.03  # seconds that others wait for a piece, as far as is foreseen
-_SLOWEST = 2e10  # multiplications and additions a second, until it is measured
-_MOST_PARTS = 1 << 12  # of an operation
-_TOUCHED = 1 << 24  # bytes of memory at a time
-_STRIP = 1 << 10  # patches that are read at a time; a quarter as many cells are joined
+_PIECE = 0.03  # seconds of encoding between two steps, as predicted
+_SLOWEST = 2e10  # assumed multiplications and additions a second, until measured
+_MOST_PARTS = 1 << 12  # most parts of an operation
+_TOUCHED = 1 << 24  # bytes of memory that are touched at a time
+_STRIP = 1 << 10  # patches that are read at a time; a quarter as many cells are projected at a time
 
 
 class RecordedTower:
-    """Replays a tower on the CPU, a tile at a time; see `TowerRunner`.
+    """Replays a vision tower on the CPU, a tile at a time; see `TowerRunner`.
 
-    How long an operation takes is known from the layer before, or from an earlier picture. What takes longer than
-    others are to wait is done in parts.
+    The time of an operation is predicted from the previous layer or from an earlier image. An operation that takes
+    longer than steps should wait runs in parts.
 
     Args:
         tower: the model, its matrices in the layouts of the compiled kernels.
-        team: threads that are there, of whoever closes them.
-        isa: as for `RecordedRunner`.
+        team: the threads of the model's runner, which closes them.
+        isa: see `RecordedRunner`.
 
     Attributes:
-        nbytes: that the largest tile takes while it is encoded.
+        nbytes: bytes that encoding the largest tile takes.
     """
 
     fatal: tuple[type[Exception], ...] = ()
@@ -66,16 +66,16 @@ class RecordedTower:
         self._layers = self._record(tower, self._tile)
         self._joins = self._join(tower, self._cells)
         self.nbytes = sum(each.nbytes for recorder in (self._tile, self._cells) for each in recorder.allocated)
-        self._touched = 0  # patches, whose memory the system has handed out
-        self._took: dict[tuple[_Kind, int], tuple[int, float]] = {}  # rows and seconds of operations, and of all (-1)
+        self._touched = 0  # patches whose memory the system has allocated
+        self._took: dict[tuple[_Kind, int], tuple[int, float]] = {}  # (rows, seconds) by operation; -1: whole piece
 
     def _record(self, tower: Tower, recorder: Recorder) -> list[_Piece]:
-        """Records the layers, with what is before and behind them."""
+        """Record the layers, the patch embedding before them and the norm after them."""
         config, given = tower.config, recorder.buffer(tower.config.patch_size)
         start = recorder.buffer(config.hidden_size) if config.learned else None
         begins = None if start is None else buffer_value(recorder, start)
         self._patches, self._start = given.rows, None if start is None else start.rows
-        self._deep = dict[int, NDArray[np.float32]]()  # x behind these layers
+        self._deep = dict[int, NDArray[np.float32]]()  # outputs of these layers
         step = TowerStep(step_tokens(recorder, recorder.arrays.positions), start=begins)
         x = tower.begin(buffer_value(recorder, given), step)
         ends = [0]
@@ -86,7 +86,7 @@ class RecordedTower:
                 self._deep[number] = buffer_of(x).rows
         self._hidden: Recorded = tower.norm(x)
         size, inner = config.hidden_size, config.intermediate_size
-        each, before = 2 * size * (2 * size + 2 * inner), 4 * size  # of a patch, and of two
+        each, before = 2 * size * (2 * size + 2 * inner), 4 * size  # work for a patch, and for a pair of patches
         made = [
             _piece(recorder, first, last, number in config.windowed, (each, before))
             for number, (first, last) in enumerate(itertools.pairwise(ends))
@@ -97,7 +97,7 @@ class RecordedTower:
 
     @staticmethod
     def _join(tower: Tower, recorder: Recorder) -> list[_Join]:
-        """What makes embeddings of cells: of those of the last norm, and of each of the `deep` layers."""
+        """Record the projections of cells to embeddings: of the last norm's output, and of each `deep` layer's."""
         made: list[_Join] = []
         config = tower.config
         for project in (tower.project, *tower.mergers):
@@ -118,7 +118,7 @@ class RecordedTower:
         return made.reshape(-1, made.shape[2])
 
     def _encode(self, tile: NDArray[np.uint8], target: NDArray[np.float32], clock: _Clock) -> Iterator[None]:
-        """Writes the embeddings of a tile, [C, vectors * text size]."""
+        """Write the embeddings of a tile, [C, vectors * text size]."""
         arrays, read = self._tile.arrays, self._config.read(tile)
         rows = len(read.places)
         yield from self._touch(rows, clock)
@@ -146,7 +146,7 @@ class RecordedTower:
         yield from self._project(0, self._hidden.rows, read.order, target, clock)
 
     def _touch(self, rows: int, clock: _Clock) -> Iterator[None]:
-        """Has the system hand out the memory of more patches than any tile has had yet, which takes its time too."""
+        """Touch memory for more patches than any earlier tile had, in parts, because page faults take time too."""
         for array in self._tile.allocated if rows > self._touched else ():
             whole = array.view(np.uint8)
             first, last = (whole.nbytes * count // self._tile.limits.tokens for count in (self._touched, rows))
@@ -163,7 +163,7 @@ class RecordedTower:
         target: NDArray[np.float32],
         clock: _Clock,
     ) -> Iterator[None]:
-        """Writes those embeddings of a tile that a join makes, of what `rows_of` gives of its patches."""
+        """Write the embeddings of a tile that projection `number` computes from the patches' rows of `rows_of`."""
         config, join = self._config, self._joins[number]
         size, most = config.text_size, self._cells.limits.tokens
         columns = target[:, number * size : (number + 1) * size]
@@ -176,7 +176,7 @@ class RecordedTower:
             columns[slice(first, last) if order is None else order[first:last]] = join.made[: last - first]
 
     def _run(self, piece: _Piece, rows: int, clock: _Clock) -> Iterator[None]:
-        """Runs a piece, whole, or, where that takes too long, its operations by themselves, in parts."""
+        """Run a piece whole, or its operations one by one, in parts, if the piece takes too long."""
         least = max(_PIECE, 1e-6) / 2
         expected = self._foreseen(piece.kind, -1, rows)
         if expected is None:
@@ -198,13 +198,13 @@ class RecordedTower:
                 else:
                     seconds = _seconds(self._team.run_parts, operation, done, done + count, parts)
                 done, took = done + count, took + seconds
-                step = max(1, min(2 * count, int(least * count / max(seconds, 1e-9))))  # a part may have nothing in it
+                step = max(1, min(2 * count, int(least * count / max(seconds, 1e-9))))  # a part may be empty
             self._took[piece.kind, number] = rows, took
             total += took
         self._took[piece.kind, -1] = rows, total
 
     def _foreseen(self, kind: _Kind, number: int, rows: int) -> float | None:
-        """Seconds that an operation takes of so many rows, at most; None where it has not run yet."""
+        """Predict the most seconds that an operation takes for `rows` rows; None if it has not run yet."""
         before, seconds = self._took.get((kind, number), (0, 0.0))
         if not before:
             return None
@@ -212,7 +212,7 @@ class RecordedTower:
 
 
 class _Kind(NamedTuple):
-    """What pieces that take equally long have in common: operations, whether patches see windows, and whose it is."""
+    """Key of pieces that take equally long: number of operations, windowed attention or not, and the recorder's id."""
 
     operations: int
     windowed: bool
@@ -220,13 +220,13 @@ class _Kind(NamedTuple):
 
 
 class _Piece(NamedTuple):
-    """Operations that follow each other.
+    """Consecutive operations.
 
     Attributes:
-        plan: all of them.
-        each: the same one by one.
-        kind: see there.
-        work: multiplications and additions for a row, and for each row that a row sees.
+        plan: the plan of all operations.
+        each: the plan of each operation.
+        kind: see `_Kind`.
+        work: multiplications and additions for each row, and for each pair of rows in attention.
     """
 
     plan: Ints
@@ -236,7 +236,7 @@ class _Piece(NamedTuple):
 
 
 class _Join(NamedTuple):
-    """What makes embeddings of cells, where the cells go, and where the embeddings are."""
+    """The projection of cells to embeddings, with its input and output buffers."""
 
     piece: _Piece
     cells: NDArray[np.float32]
@@ -244,7 +244,7 @@ class _Join(NamedTuple):
 
 
 def _piece(recorder: Recorder, first: int, last: int, windowed: bool, work: tuple[int, int]) -> _Piece:
-    """The operations `first`..`last` of a plan."""
+    """Return the operations `first` to `last` of a plan as a piece."""
     ends = [0, *recorder.ends]
     plan = np.array(recorder.plan[ends[first] : ends[last]], np.int64)
     each = [np.array(recorder.plan[begin:end], np.int64) for begin, end in itertools.pairwise(ends[first : last + 1])]
@@ -252,25 +252,25 @@ def _piece(recorder: Recorder, first: int, last: int, windowed: bool, work: tupl
 
 
 class _Clock:
-    """How long others have waited."""
+    """Measures the time since steps last could run."""
 
     def __init__(self) -> None:
         self._began = time.perf_counter()
 
     @property
     def waited(self) -> float:
-        """Seconds."""
+        """Seconds since the last pause."""
         return time.perf_counter() - self._began
 
     def pause(self, ahead: float) -> Iterator[None]:
-        """Lets others go on, where they would wait too long for what takes `ahead` seconds too."""
+        """Yield to steps if `ahead` more seconds would make them wait too long."""
         if self.waited + ahead > _PIECE:
             yield
             self._began = time.perf_counter()
 
 
 def _seconds(run: Callable[..., object], *given: Any) -> float:
-    """How long it takes."""
+    """Return the seconds that a call takes."""
     started = time.perf_counter()
     run(*given)
     return time.perf_counter() - started

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""An engine that sleeps: what of its memory it gives back, and how that comes to be filled again with the same bits.
+"""Engine sleep: free memory, and fill it again with the same bits.
 
-At level 1 the KV cache is given back; weights on a GPU go to the host's memory, and on the CPU they stay where they
-are, which is there. At level 2 the weights go too, and are read from the model's files again. What stays in either case
-is what captured and recorded steps know by its address, adapters, and what requests are prepared with.
+Level 1 frees the KV cache; weights on a GPU are moved to host memory, weights on the CPU stay. Level 2 also drops the
+weights, which are read from the model's files again. At both levels the engine keeps memory whose address is part of
+captured or recorded steps, adapters, and the objects that prepare requests.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ TAGS: Final = frozenset({WEIGHTS, KV_CACHE})
 LEVELS: Final = (1, 2)
 MODES: Final = ("abort", "wait")
 
-_SAMPLES, _SAMPLE = 16, 1 << 16  # places of a weight file that are looked at, and bytes there
+_SAMPLES, _SAMPLE = 16, 1 << 16  # samples of a weight file that are hashed, and bytes of each
 
 
 def files_mark(paths: Iterable[Path], *, times: bool = True) -> str:
-    """Tells files of weights apart without reading all of them: size, time of change (if asked) and samples of each."""
+    """Hash each weight file's size, modification time (if `times`) and samples, instead of all its bytes."""
     digest = hashlib.sha256()
     for path in paths:
         with path.open("rb") as file:
@@ -55,10 +55,10 @@ def files_mark(paths: Iterable[Path], *, times: bool = True) -> str:
 
 
 def read_tags(tags: Sequence[str] | None) -> frozenset[str]:
-    """What is to be woken; None is everything.
+    """Return the tags to wake up; None is all tags.
 
     Raises:
-        InvalidParameterError: there is no such tag.
+        InvalidParameterError: `tags` contains an unknown tag.
     """
     if tags is None:
         return TAGS
@@ -68,7 +68,7 @@ def read_tags(tags: Sequence[str] | None) -> frozenset[str]:
 
 
 def check_sleep(level: int, mode: str) -> None:
-    """Raises `InvalidParameterError` where there is no such level or mode."""
+    """Raise `InvalidParameterError` if the level or mode does not exist."""
     if isinstance(level, bool) or level not in LEVELS:
         raise InvalidParameterError(f"level {level!r:.40}: 1 (keep the weights in memory) or 2 (drop them)", "level")
     if mode not in MODES:
@@ -78,18 +78,18 @@ def check_sleep(level: int, mode: str) -> None:
 
 
 class Sleeper:
-    """What an engine has that can be given back; belongs to the engine's thread.
+    """Frees an engine's memory and fills it again; used in the engine's thread only.
 
     Args:
         config: the engine's settings.
-        loaded: its model, before anything was prepared with it.
-        ranks: among which the model is divided, if it is.
+        loaded: its model, before a runner has prepared it.
+        ranks: the ranks among which the model is divided; None for a whole model.
 
     Attributes:
-        tell: has the other ranks do the same, before this one does; called with a level, or tags.
-        asleep: tags of what is given back.
-        level: 0 while nothing is.
-        runners: what has caches: of the model, and of what drafts for it.
+        tell: sends a sleep level or the tags to wake up to the other ranks, before this rank does the same.
+        asleep: tags of freed memory.
+        level: the sleep level; 0 while awake.
+        runners: the runners of the model and of its draft model, which have the caches.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class Sleeper:
             self._tensors = OffloadedWeights(tensors_in(*_layers(loaded)), bus)
 
     def check(self, level: int) -> None:
-        """Raises `CandleVllmError` where this engine cannot sleep so."""
+        """Raise `CandleVllmError` if this engine cannot sleep at this level."""
         if (self._tensors is None or (level == 2 and self._loaded.memories)) and not can_drop_pages():
             raise CandleVllmError("on the CPU an engine sleeps on Linux alone: close it, or unload the model")
         if level == 2 and not self._loaded.files:
@@ -118,7 +118,7 @@ class Sleeper:
             self._mark = self._marked()
 
     def sleep(self, level: int) -> None:
-        """Gives memory back, at a level that was checked; nothing may run, and no block may be published."""
+        """Free memory at a checked level; no request may run, and no block may be published."""
         if self.asleep == TAGS and level <= self.level:
             return
         level = max(level, self.level if WEIGHTS in self.asleep else 0)
@@ -139,10 +139,10 @@ class Sleeper:
         logger.info("asleep at level %d after %.2f s", level, time.perf_counter() - began)
 
     def wake_up(self, tags: Iterable[str]) -> None:
-        """Fills what was given back again.
+        """Fill freed memory again.
 
         Raises:
-            CandleVllmError: it cannot be; what was asked for sleeps on.
+            CandleVllmError: the memory cannot be filled; its tags stay asleep.
         """
         began, asked = time.perf_counter(), self.asleep.intersection(tags)
         if asked:
@@ -183,7 +183,7 @@ class Sleeper:
 
 
 def _as_split(config: EngineConfig, loaded: LoadedModel | LoadedEncoder) -> EngineConfig:
-    """The settings by which as much of the model goes to main memory again, whatever a GPU has free then."""
+    """Return settings that place the same part of the model in main memory again, whatever memory a GPU has then."""
     if isinstance(loaded, LoadedEncoder) or loaded.placement.device.type == "cpu":
         return config
     split = loaded.split
@@ -193,7 +193,7 @@ def _as_split(config: EngineConfig, loaded: LoadedModel | LoadedEncoder) -> Engi
 
 
 def _layers(loaded: LoadedModel | LoadedEncoder) -> list[Any]:
-    """All that has weights."""
+    """Return all modules with weights: model, vision tower and draft model."""
     if isinstance(loaded, LoadedEncoder):
         return [loaded.encoder]
     draft = loaded.draft

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Before step 4: whether a request can be served at all, by the model's task, vocabulary and context. No torch here."""
+"""Before step 4: check that a model can serve a request, by its task, vocabulary and context. No torch here."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from candle_vllm.core.errors import InvalidParameterError, PromptTooLongError
 
 
 def check_request(request: GenerationRequest, vocab_size: int, max_model_len: int) -> int:
-    """Refuses what cannot be served; returns the length at which the request's sequences end.
+    """Check a request; return the length at which its sequences end.
 
     Raises:
-        InvalidParameterError, PromptTooLongError: with what would be allowed.
+        InvalidParameterError, PromptTooLongError: the request cannot be served; the message says what is allowed.
     """
     prompt, params, most = request.prompt_token_ids, request.params, max_model_len
     if not prompt:
@@ -44,10 +44,10 @@ def check_request(request: GenerationRequest, vocab_size: int, max_model_len: in
 
 
 def check_pooling_request(request: PoolingRequest, vocab_size: int, max_model_len: int) -> None:
-    """Refuses what cannot be served. A text that fills the whole context can be: nothing comes behind it.
+    """Check a pooling request. Its text may fill the whole context, because no token is generated.
 
     Raises:
-        InvalidParameterError, PromptTooLongError: with what would be allowed.
+        InvalidParameterError, PromptTooLongError: the request cannot be served; the message says what is allowed.
     """
     prompt = request.prompt_token_ids
     if not prompt:
@@ -72,11 +72,11 @@ def check_pooling_request(request: PoolingRequest, vocab_size: int, max_model_le
 
 
 def pooling_tasks(labels: Sequence[str], by_token: bool = False) -> tuple[str, ...]:
-    """What a model that generates nothing does, for `ModelInfo.tasks`.
+    """Return the tasks of a model that generates nothing, for `ModelInfo.tasks`.
 
     Args:
-        labels: those of its head.
-        by_token: which says something of each token.
+        labels: the labels of its head; empty without a head.
+        by_token: whether the head classifies tokens.
     """
     if not labels:
         return ("embed", "score")
@@ -84,15 +84,15 @@ def pooling_tasks(labels: Sequence[str], by_token: bool = False) -> tuple[str, .
 
 
 def check_encoder_task(name: str, wanted: str, tasks: Sequence[str]) -> None:
-    """Refuses what an encoder does not do, and names what it does.
+    """Check that an encoder can do a task.
 
     Args:
-        name: the model's.
+        name: the model's name.
         wanted: the task of a request.
-        tasks: what `ModelInfo` says that it does. A cross-encoder gives the number of its one label as a class, too.
+        tasks: `ModelInfo.tasks` of the model. A cross-encoder also classifies, with its score as the only class.
 
     Raises:
-        InvalidParameterError: `wanted` is not its task.
+        InvalidParameterError: the model cannot do `wanted`; the message says what it can do.
     """
     if "embed" in tasks:
         way = "ask it for vectors or scores (/v1/embeddings, /v1/score, /v1/rerank)"

@@ -24,7 +24,7 @@ from candle_vllm.core.text.tokenizer import Tokenizer
 
 
 class Live(ABC):
-    """One sequence of a request from admission to its last piece.
+    """One sequence of a request from admission to its last output.
 
     Args:
         sequence: the scheduler's view.
@@ -44,30 +44,30 @@ class Live(ABC):
         return self.sequence.request
 
     def scheduled(self, now: float) -> None:
-        """Takes note of the first step that runs it."""
+        """Record the time of the first step that runs the sequence."""
         if self.first_scheduled_time is None:
             self.first_scheduled_time = now
 
     @property
     @abstractmethod
     def reads_rows(self) -> bool:
-        """Whether `read_rows` may read any."""
+        """Whether `read_rows` may read rows."""
 
     @abstractmethod
     def read_rows(self, run: Run, offset: int, runner: ModelRunner) -> None:
-        """Reads what it wants of a step's rows beside a token, if anything, from the step that was launched last.
+        """Read prompt logprobs or hidden states from the step that was launched last, if the request wants them.
 
         Args:
-            run: which of its tokens the step has.
-            offset: of the first of them among the step's rows.
-            runner: has the rows.
+            run: the sequence's run in the step.
+            offset: index of its first row in the step.
+            runner: the runner that has the rows.
 
         Raises:
-            RequestError: the rows cannot be what was asked for.
+            RequestError: the rows cannot give what the request asked for.
         """
 
     def end(self, reason: FinishReason, failure: RequestError | str | None = None) -> TokenOutput:
-        """The last piece of a sequence that ends without a token of its own; a text is a failure of the engine."""
+        """Return the last output of a sequence that ends without a new token; a `str` is a failure of the engine."""
         return TokenOutput(
             request_id=self.request.request_id,
             index=self.sequence.index,
@@ -88,26 +88,26 @@ class Live(ABC):
 
 
 def _told(failure: RequestError | str | None) -> dict[str, Any]:
-    """What a piece says of a failure, and whose it is."""
+    """Return the error fields of a `TokenOutput`."""
     if isinstance(failure, RequestError):
         return {"error": str(failure), "error_kind": "request", "error_param": failure.param}
     return {} if failure is None else {"error": failure, "error_kind": "engine"}
 
 
 class LiveSequence(Live):
-    """One sequence from admission to its last piece: scheduler's view, sampling state, detokenizer and times.
+    """One generated sequence from admission to its last output: scheduler's view, sampling state, detokenizer, times.
 
     Args:
         sequence: the scheduler's view.
-        state: how its tokens are chosen.
+        state: the sampling state.
         tokenizer: for text and for the texts of log-probabilities.
         eos_token_ids: tokens that end it, unless the request ignores them.
         max_length: total length, prompt included, at which it ends.
-        prediction: what its text may be, where the request says it.
+        prediction: the request's predicted output; None without one.
 
     Attributes:
-        draft_tokens: guesses that were tried.
-        accepted_draft_tokens: tokens of the answer that came of them.
+        draft_tokens: draft tokens that were tried.
+        accepted_draft_tokens: tokens of the answer that were accepted draft tokens.
     """
 
     __slots__ = (
@@ -150,18 +150,18 @@ class LiveSequence(Live):
         self.state = state
         self.tokenizer = tokenizer
         self._max_length = max_length
-        # A grammar takes an end token where the text may end, and then nothing else: `ignore_eos` only holds it back.
+        # After an end token a grammar accepts nothing else, so `ignore_eos` only delays the end.
         ends = not params.ignore_eos or state.grammar is not None
         self.eos_token_ids = frozenset(eos_token_ids) if ends else frozenset()
         self.stop_token_ids = frozenset(params.stop_token_ids or ())
-        # Where a token is none of these, only the length can end the sequence.
+        # After any other token only the length or a stop string can end the sequence.
         self._ends = self.eos_token_ids | self.stop_token_ids if self.stop_token_ids else self.eos_token_ids
         stops = params.stop_scanner(() if params.stop_marks is None else tokenizer.special_token_ids)
         sequence.tokens = state.tokens  # from here on there is one list
         self._tokens, self._texts = state.tokens, tokenizer.plain_texts
-        # What `accept` needs of nearly every token, in one place: a step has driven all of it out of the caches.
-        self._only_appends = False  # the state does nothing with a token but to append it; never before the first one
-        self._is_plain = False  # as of the detokenizer
+        # What `accept` reads for nearly every token, close together: a step evicts all of it from the CPU caches.
+        self._only_appends = False  # the sampling state only appends a token; False before the first token
+        self._is_plain = False  # `Detokenizer.is_plain`
         self._request_id, self._index = sequence.request.request_id, sequence.index
         self._num_prompt_tokens, self._num_cached_tokens = sequence.num_prompt_tokens, 0
         self._notes_texts = not params.skip_special_tokens
@@ -181,7 +181,7 @@ class LiveSequence(Live):
         return len(self.sequence.tokens) - self.sequence.num_prompt_tokens
 
     def accept(self, drawn: Token) -> TokenOutput:
-        """Appends a token that was drawn; the piece has a finish reason when it was the last."""
+        """Append a sampled token and return the output; it has a finish reason if the token was the last."""
         tokens = self._tokens
         ends = not self._only_appends or len(tokens) + 1 >= self._max_length
         if ends or not isinstance(drawn, int) or drawn in self._ends:
@@ -207,7 +207,7 @@ class LiveSequence(Live):
         )
 
     def _accept(self, sampled: SampledToken) -> TokenOutput:
-        """As `accept`, of any token."""
+        """Append a token that `accept` has no fast path for."""
         if sampled.error is not None:
             return self._failed(sampled)
         token = sampled.token_id
@@ -221,7 +221,7 @@ class LiveSequence(Live):
         return self._piece(text, (token,), logprobs, reason, stop_reason, first=first)
 
     def _failed(self, sampled: SampledToken) -> TokenOutput:
-        """The last piece where no token could be drawn."""
+        """Return the last output of a sequence for which no token could be sampled."""
         grammar = self.state.grammar
         failure = None if grammar is None else grammar.failure
         if failure is None and sampled.by_request:
@@ -231,7 +231,7 @@ class LiveSequence(Live):
         return self.end(FinishReason.ERROR, failure or sampled.error)
 
     def end(self, reason: FinishReason, failure: RequestError | str | None = None) -> TokenOutput:
-        """See `Live`; text that was held back comes with it."""
+        """See `Live`; the output contains text that was held back."""
         piece = self._piece(self.detokenizer.finish(), (), None, reason, None)
         return msgspec.structs.replace(piece, **_told(failure))
 
@@ -257,7 +257,7 @@ class LiveSequence(Live):
         return self.request.params.prompt_logprobs is not None and not self.sequence.index
 
     def read_rows(self, run: Run, offset: int, runner: ModelRunner) -> None:
-        """See `Live`: log-probabilities of the prompt, where they are asked for."""
+        """See `Live`; reads log-probabilities of the prompt."""
         top = self.request.params.prompt_logprobs
         if top is None or not self.reads_rows:
             return
@@ -270,7 +270,7 @@ class LiveSequence(Live):
             self.prompt_logprobs += [self.describe(row) for row in scored]
 
     def describe(self, row: LogprobRow) -> PositionLogprobs:
-        """Log-probabilities with the texts of their tokens."""
+        """Convert one row of log-probabilities, with the texts of its tokens."""
         top = tuple(
             self._logprob(token, value, rank)
             for rank, (token, value) in enumerate(zip(row.top_ids, row.top_logprobs, strict=True), 1)
@@ -278,7 +278,7 @@ class LiveSequence(Live):
         return PositionLogprobs(self._logprob(row.token_id, row.logprob, row.rank), top)
 
     def _ending(self, token: int, include_stop: bool) -> tuple[FinishReason | None, str | int | None, str]:
-        """Finish reason, stop reason and new text after `token`."""
+        """Return finish reason, stop reason and new text after `token`."""
         enough = self.num_output_tokens >= self.request.params.min_tokens
         exhausted = self.state.grammar is not None and self.state.grammar.exhausted
         ends = token in self.eos_token_ids and (enough or exhausted)

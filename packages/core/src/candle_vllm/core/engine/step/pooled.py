@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""A text of which numbers are wanted, from admission to its only piece (steps 6 and 8 of a request's life).
+"""A pooled text, from admission to its only output (steps 6 and 8 of a request's life).
 
-The hidden states of its positions may come in pieces. Sums are float64, so that the pieces in which a text was run make
-no difference that float32 shows.
+The hidden states of its positions may come in chunks. Sums are float64, so the division into chunks makes no difference
+in float32.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from candle_vllm.core.pooling import PoolingPlan
 
 _SMALLEST_NORM = 1e-12
 
-assert sys.byteorder == "little"  # vectors leave as the bytes that they are
+assert sys.byteorder == "little"  # vectors are sent as their bytes in memory
 
 
 class PooledText(Live):
     """One text whose hidden states are pooled.
 
     Args:
-        sequence: the scheduler's view; no token comes behind it.
-        plan: what is asked for.
+        sequence: the scheduler's view; no token follows its prompt.
+        plan: how its hidden states are pooled.
     """
 
     def __init__(self, sequence: Sequence, plan: PoolingPlan) -> None:
@@ -53,10 +53,10 @@ class PooledText(Live):
             self.pooler.add(runner.hidden_sum(rows[:, None] if self.pooler.plan.by_token else rows), len(rows))
 
     def finish(self) -> TokenOutput:
-        """The only piece, once the text's last token has been run.
+        """Return the only output, once the text's last token has been run.
 
         Raises:
-            CandleVllmError: the model gave a number that is not finite.
+            CandleVllmError: an element of the vector is not finite.
         """
         vector, plan = self.pooler.vector(), self.pooler.plan
         vectors = len(vector) // plan.dimensions if plan.pooling == "all" else None
@@ -64,11 +64,11 @@ class PooledText(Live):
 
 
 class Pooler:
-    """Collects what a plan wants of a text's positions.
+    """Accumulates the hidden states of a text's positions that a plan needs.
 
     Args:
-        plan: what is asked for.
-        token_ids: of the text.
+        plan: how the hidden states are pooled.
+        token_ids: the tokens of the text.
     """
 
     def __init__(self, plan: PoolingPlan, token_ids: Seq[int]) -> None:
@@ -82,17 +82,17 @@ class Pooler:
 
     @property
     def is_complete(self) -> bool:
-        """Every position that counts has been added."""
+        """Whether every needed position has been added."""
         return self._next >= self._end
 
     def wanted(self, start: int, end: int) -> range:
-        """Which of the positions from `start` to before `end` are missing yet; a preempted text is run again."""
+        """Return the needed positions in `start:end` that were not added yet; a preempted text is run again."""
         missing = range(max(start, self._next), min(end, self._end))
         assert not missing or missing.start == self._next, "a position that counts was left out"
         return missing
 
     def add(self, total: NDArray[np.float64], positions: int) -> None:
-        """Takes the sum [E] of the hidden states of the next positions, or each [positions, E] where all are kept."""
+        """Add the sum [E] of the next positions' hidden states, or all of them [positions, E] if pooled by token."""
         if self.plan.by_token:
             self._rows.append(total)
         else:
@@ -100,10 +100,10 @@ class Pooler:
         self._next += positions
 
     def vector(self) -> array[float]:
-        """The vector, or those of all positions behind each other, float32.
+        """Return the vector, or the concatenated vectors of all positions, float32.
 
         Raises:
-            CandleVllmError: the model gave a number that is not finite.
+            CandleVllmError: an element is not finite.
         """
         assert self.is_complete
         plan, head = self.plan, self.plan.head
@@ -123,10 +123,10 @@ class Pooler:
 
 
 def as_array(values: NDArray[np.float64]) -> array[float]:
-    """A vector as float32 numbers that need no numpy.
+    """Convert a vector to an `array` of float32 elements.
 
     Raises:
-        CandleVllmError: one of them is not finite.
+        CandleVllmError: an element is not finite.
     """
     with np.errstate(over="ignore"):
         numbers = values.astype(np.float32)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""PoolingCalls: what `InferenceEngine.embed` and `score` do, for callers that wait and for those in an event loop.
+"""Implementation of `InferenceEngine.embed`, `score` and `classify`, for threads and for event loops.
 
-A call may bring thousands of texts. All are checked before any is run; then the engine holds a window of them at a
-time, so that one call does not fill the queue.
+A call may have thousands of texts. All are checked before the first is run; then a window of them runs at a time, so
+that one call does not fill the engine's queue.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ Pair = tuple[str, str]
 
 
 class PoolingCalls:
-    """Texts and pairs in, vectors and scores out.
+    """One call for vectors, scores or classes of texts or pairs.
 
     Args:
-        engine: checks and runs requests.
-        thread: the thread that drives it, started on first use.
-        tokenizer, info: the model's.
-        lora_request: the adapters of all inputs, or of each.
-        request_id, priority, add_special_tokens, apart: as of `PoolingOptions`.
+        engine: checks and prepares requests.
+        thread: returns the thread that drives the engine, started on first use.
+        tokenizer, info: the model's tokenizer and information.
+        lora_request: the adapters of all inputs, or of each input.
+        request_id, priority, add_special_tokens, apart: see `PoolingOptions`.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class PoolingCalls:
         return _vectors(entries, self._window(entries).run(use_tqdm=use_tqdm))
 
     async def aembed(self, inputs: Prompt | Sequence[Prompt], params: PoolingParams | None) -> list[EmbeddingOutput]:
-        """See `InferenceEngine.aembed`. Tokenizing many texts takes long enough to hold up an event loop."""
+        """See `InferenceEngine.aembed`. Tokenizing runs in a thread, because many texts would block the event loop."""
         entries = await self._apart(self._texts, inputs, params)
         return _vectors(entries, await self._window(entries).arun())
 
@@ -132,7 +132,7 @@ class PoolingCalls:
 
     @property
     def _longest(self) -> float:
-        """Length of a vector that is scored: 1, or of weights of the vocabulary any."""
+        """Norm of scored vectors: 1 for dense vectors, any for sparse ones."""
         return math.inf if self._info.pooling == "sparse" else 1.0
 
     def _texts(
@@ -141,7 +141,7 @@ class PoolingCalls:
         params: PoolingParams | Sequence[PoolingParams] | None,
         task: Literal["embed", "classify"] = "embed",
     ) -> list[Entry]:
-        """The checked request of each text."""
+        """Make the checked request of each text."""
         prompts = as_prompts(inputs)
         each = _each_params(params, len(prompts))
         uses = each_adapter_uses(self._lora_request, len(prompts))
@@ -163,7 +163,7 @@ class PoolingCalls:
         return entries
 
     def _distinct(self, pairs: Sequence[Pair]) -> list[Entry]:
-        """The checked request of each text of the pairs, once, for a vector of length 1."""
+        """Make the checked request of each distinct text of the pairs, for a normalised vector (or a sparse one)."""
         _check_pairs(pairs)
         uses = each_adapter_uses(self._lora_request, 1)[0]
         entries: dict[str, Entry] = {}
@@ -184,7 +184,7 @@ class PoolingCalls:
         return list(entries.values())
 
     def _pairs(self, pairs: Sequence[Pair]) -> list[Entry]:
-        """The checked request of each pair, for a cross-encoder."""
+        """Make the checked request of each pair, for a cross-encoder."""
         _check_pairs(pairs)
         uses = each_adapter_uses(self._lora_request, 1)[0]
         entries = []
@@ -208,7 +208,7 @@ class PoolingCalls:
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
     def _check_size(self, characters: int) -> None:
-        """Refuses what is longer than any text could be, before work is spent on it."""
+        """Refuse a text with more characters than the context can hold, before it is tokenized."""
         most = self._info.max_model_len * self._tokenizer.longest_token
         most = most if "generate" in self._info.tasks else max(most, MAX_TEXT)
         if characters > most:
@@ -244,7 +244,7 @@ def _numbered(request_id: str, number: int, count: int) -> str:
 
 @contextmanager
 def _blaming(number: int, count: int, side: int | None = None) -> Iterator[None]:
-    """Names the input that an error is about: its number where there are several, and which text of a pair."""
+    """Add the input to an error's message: its index if there are several inputs, and which text of a pair."""
     try:
         yield
     except RequestError as error:
@@ -299,7 +299,7 @@ def _numbers(piece: TokenOutput) -> array[float]:
 def _products(
     pairs: Sequence[Pair], outputs: Sequence[EmbeddingOutput], longest: float, *, with_ids: bool = True
 ) -> list[ScoreOutput]:
-    """The score of each pair from the vectors of its distinct texts, in order of first appearance."""
+    """Score each pair by the vectors of its texts; `outputs` has the distinct texts in order of first appearance."""
     vectors = dict(zip(dict.fromkeys(text for pair in pairs for text in pair), outputs, strict=True))
     counted: set[str] = set()
     made = []
@@ -316,10 +316,10 @@ def _products(
 
 
 def _similarity(first: EmbeddingOutput, second: EmbeddingOutput, *, longest: float) -> float:
-    """The product of two vectors of at most this length, which rounding may have made a little longer.
+    """Return the dot product of two vectors, clipped to `longest`, which rounding may exceed a little.
 
-    Where each token has a vector, each of the first text's counts with the nearest of the second (MaxSim; Khattab and
-    Zaharia, 2020, arXiv:2004.12832).
+    For multi-vector models, sum the largest product of each vector of the first text with those of the second text
+    (MaxSim; Khattab and Zaharia, 2020, arXiv:2004.12832).
     """
     a, b = (np.asarray(each.embedding, np.float64) for each in (first, second))
     if not first.vectors or not second.vectors:

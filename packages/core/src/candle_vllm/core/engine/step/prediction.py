@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a request says its answer will be, for the most part: guessed from, and counted when the answer is whole."""
+"""Predicted output of a request: a source of draft tokens, and accepted tokens counted when the answer is complete."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class Prediction:
             self._pairs[pair].append(place)
 
     def found_in(self, answer: Sequence[int]) -> int:
-        """How many of the tokens stand in an answer, in passages of at least two, or where both begin.
+        """Count predicted tokens that occur in an answer, in passages of at least two tokens or from the beginning on.
 
-        The answer is followed through the prediction; where it leaves that, it comes back at the next place that has
-        its last two tokens, else at the last such place before.
+        The answer is matched along the prediction. After a mismatch, matching resumes at the next position with the
+        answer's last two tokens, else at the last such position before.
         """
         prediction, pairs = self.tokens, self._pairs
         seen, upcoming, inside = set[int](), 0, True
@@ -31,7 +31,7 @@ class Prediction:
             inside = inside and upcoming < len(prediction) and prediction[upcoming] == token
             if not inside and place and (places := pairs.get((answer[place - 1], token))):
                 upcoming = places[min(bisect.bisect_left(places, upcoming - 1), len(places) - 1)] + 1
-                if not was_inside:  # else it stands elsewhere
+                if not was_inside:  # else the token before was counted at another position
                     seen.add(upcoming - 1)
                 inside = True
             if inside:

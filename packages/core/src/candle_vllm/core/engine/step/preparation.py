@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Checks of a request, and what is made of it before it is queued: sequences and sampling states (before step 4).
+"""Checks of a request, and its sequences and sampling states, which are made before it is queued (before step 4).
 
 It needs no engine state and may run in any thread.
 """
@@ -40,11 +40,11 @@ from candle_vllm.core.vision.prompts import Sight, spans_of
 
 
 class Preparation(ABC):
-    """Makes sequences of requests to one model. Thread-safe.
+    """Turns requests to one model into sequences. Thread-safe.
 
     Attributes:
         max_model_len: longest prompt plus output, in tokens.
-        adapters: those that requests may name; None where they may name none.
+        adapters: the adapters that requests may name; None without LoRA.
     """
 
     max_model_len: int
@@ -52,22 +52,22 @@ class Preparation(ABC):
 
     @abstractmethod
     def prepare(self, request: GenerationRequest) -> Seq[Live]:
-        """Checks a request and makes its sequences.
+        """Check a request and make its sequences.
 
         Raises:
             InvalidParameterError, PromptTooLongError: the request cannot be served as it is.
         """
 
     def check_structured_outputs(self, params: StructuredOutputsParams) -> None:
-        """Raises what a request with such a form would raise; the compiled grammar is kept.
+        """Compile the grammar of structured outputs, as for a request; it is cached.
 
         Raises:
-            InvalidParameterError: the form is wrong or not supported.
+            InvalidParameterError: the schema or grammar is wrong or not supported.
         """
         raise NotImplementedError
 
     def _entries(self, request: GenerationRequest) -> Entries:
-        """The adapters of a request, which are expected from now on; errors as `AdapterStore.found`, or without any."""
+        """Find the adapters of a request, and expect their use; raises as `AdapterStore.found`, or if LoRA is off."""
         if not request.adapters:
             return ()
         if self.adapters is None:
@@ -80,19 +80,19 @@ class Preparation(ABC):
         return entries
 
     def close(self) -> None:  # noqa: B027  # most have nothing to end
-        """Lets go of threads."""
+        """End threads."""
 
 
 class EncoderPreparation(Preparation):
-    """Makes sequences of requests to a model that reads texts whole and generates nothing.
+    """Turns requests to an encoder, which reads texts whole and generates nothing, into sequences.
 
     Args:
         name: the model's name, for messages.
-        config: its description.
-        pooling: how its vectors are made; None where the model computes its head.
+        config: the model's config.
+        pooling: how hidden states are pooled; None if the model computes the logits of its head itself.
         max_model_len: longest text, in tokens.
         adapters: see `Preparation`.
-        head: what stands behind the pooling; None where nothing does.
+        head: layers after the pooling; None without such layers.
     """
 
     def __init__(
@@ -130,25 +130,25 @@ class EncoderPreparation(Preparation):
         return [PooledText(sequence, plan)]
 
     def _of_head(self, request: PoolingRequest) -> PoolingPlan:
-        """What `EncoderRunner` has of a text where a model has a head: its logits."""
+        """Return the plan for a model that computes its head: `EncoderRunner` gives logits instead of hidden states."""
         head, activate = PooledHead(likelihood=self._config.likelihood), request.pooling.use_activation is not False
         count = len(self._config.labels)
         return PoolingPlan("cls", normalize=False, dimensions=count, head=head, activate=activate)
 
 
 class DecoderPreparation(Preparation):
-    """Makes sequences of requests to a model that continues prompts.
+    """Turns requests to a decoder into sequences.
 
     Args:
         tokenizer: tokens to text.
         eos_token_ids: the model's end-of-sequence tokens.
         vocab_size: V, the width of the logits.
         max_model_len: longest prompt plus output.
-        pooling: how vectors are made of hidden states; None refuses to make any.
-        head: what stands behind the pooling; None where nothing does.
+        pooling: how hidden states are pooled to vectors; None refuses pooling requests.
+        head: layers after the pooling; None without such layers.
         seed: makes requests without a seed reproducible, in order of preparation.
         adapters: see `Preparation`.
-        images: how the model sees; None where it does not.
+        images: how images become tokens of the prompt; None for a text-only model.
         open_objects: see `LlguidanceBackend`.
     """
 
@@ -209,7 +209,7 @@ class DecoderPreparation(Preparation):
         return made
 
     def _placed(self, request: GenerationRequest) -> list[PlacedImage]:
-        """The pictures of a request, where they stand, and what of each sees itself; see `PlacedImage`."""
+        """Return the images of a request with their prompt positions and spans; see `PlacedImage`."""
         if not request.images:
             return []
         if self._images is None:
@@ -228,11 +228,11 @@ class DecoderPreparation(Preparation):
         self._grammars.compile(params)
 
     def close(self) -> None:
-        """Ends the threads that fill masks."""
+        """End the threads that compute grammar masks."""
         self._grammars.close()
 
     def _prepare_pooled(self, request: PoolingRequest) -> PooledText:
-        """The sequence of a text whose hidden states are pooled."""
+        """Make the sequence of a text whose hidden states are pooled."""
         classes = self._head is not None and bool(self._head.labels)
         if (request.task != "embed") != classes or self._pooling is None:
             raise InvalidParameterError(
@@ -276,6 +276,6 @@ class DecoderPreparation(Preparation):
         return Prediction(tokens)
 
     def _bad_words(self, words: Seq[str]) -> list[list[int]]:
-        """Token sequences of each word, at the start of a text and behind a space."""
+        """Return the token sequences of each word, at the start of a text and after a space."""
         texts = [text for word in words for text in (word, " " + word.lstrip())]
         return [ids for ids in self._tokenizer.encode_batch(texts, add_special_tokens=False) if ids]

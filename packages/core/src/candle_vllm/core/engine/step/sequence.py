@@ -22,16 +22,16 @@ Tokens = tuple[int, ...]
 
 
 class PlacedImage(msgspec.Struct, eq=False):
-    """A picture in a prompt.
+    """An image in a prompt.
 
     Attributes:
-        given: the picture.
-        positions: in the prompt, of each of its embeddings, rising.
-        spans: where in the prompt those of a tile begin and end that see each other, in order; nothing where none do.
-        rows: its embeddings float32 [count, E], once they are there.
-        grid: its rows and columns of embeddings, where these are turned by three positions; they stand side by side.
-        first: the position by which its first embedding is turned then, in time, height and width.
-        blank: the token that the text model is given where its embeddings stand; None leaves the mark.
+        given: the image.
+        positions: prompt positions of its embeddings, rising.
+        spans: begin and end in the prompt of each tile whose embeddings attend to each other; empty if all are causal.
+        rows: its embeddings, float32 [count, E], once they are encoded.
+        grid: its rows and columns of embeddings, if M-RoPE rotates them; its positions are consecutive then.
+        first: the rotary position of its first embedding, in time, height and width.
+        blank: the token id that the text model gets in place of its image tokens; None leaves these.
     """
 
     given: ImageInput
@@ -44,11 +44,11 @@ class PlacedImage(msgspec.Struct, eq=False):
 
     @property
     def shift(self) -> int:
-        """By how much the position that turns a token behind it differs from that in the prompt, at most 0."""
+        """Rotary position of a token after the image, minus the token's position in the prompt; at most 0."""
         return 0 if self.grid is None else self.first + max(self.grid) - (self.positions[-1] + 1)
 
     def marks(self, block_size: int) -> Iterator[tuple[int, bytes]]:
-        """Each block that it stands in, and what it shows there: its own key, and from which embedding on."""
+        """Yield each block with embeddings of the image, and what its hash must include: the image's key and offset."""
         last = -1
         for number, position in enumerate(self.positions):
             if position // block_size != last:
@@ -57,13 +57,13 @@ class PlacedImage(msgspec.Struct, eq=False):
 
 
 class RunState(msgspec.Struct, frozen=True, gc=False):
-    """What a run does with the state of its sequence; slots as in `kernels/states.py`.
+    """State slots that a run reads and writes; see `kernels/states.py`.
 
     Attributes:
-        slot: of the sequence.
-        source: where its state is; -1 where it begins.
-        replays: kept rows of drafts that were right.
-        marks: rows of the run behind which a checkpoint is written, and into which slot.
+        slot: the slot that the run writes, its sequence's own.
+        source: the slot that the run reads; -1 at the beginning of a sequence.
+        replays: number of accepted draft tokens whose stored inputs the run applies first.
+        marks: rows of the run after which a checkpoint is written, each with the checkpoint's slot.
     """
 
     slot: int
@@ -73,16 +73,16 @@ class RunState(msgspec.Struct, frozen=True, gc=False):
 
 
 class SequenceState(msgspec.Struct, eq=False):
-    """The state of a sequence that runs. Checkpoints are told by how many blocks are before them.
+    """State slots and checkpoints of a running sequence. A checkpoint is identified by the number of blocks before it.
 
     Attributes:
-        plain: what a run does that goes on from the sequence's own slot and writes no checkpoint.
-        going: what its next run does, but for checkpoints.
-        reading: the slot of a checkpoint that its last run read; -1 for none.
-        wanted: checkpoints that are to be written, rising.
-        told: those of its prompt that others wait for, and the hashes of their blocks.
-        pending: those that are being written, and into which slot.
-        generated: the hash of the last one behind its prompt.
+        plain: the `RunState` that reads and writes the sequence's own slot and writes no checkpoint.
+        going: the `RunState` of its next run, without checkpoints.
+        reading: the slot of a checkpoint that its last run read; -1 if it read its own slot.
+        wanted: requested checkpoints that are not scheduled yet, rising.
+        told: requested checkpoints, which waiting sequences may wait for, with the hashes of their blocks.
+        pending: checkpoints that launched runs write, with their slots.
+        generated: the hash of the last checkpoint after its prompt.
     """
 
     plain: RunState
@@ -94,32 +94,32 @@ class SequenceState(msgspec.Struct, eq=False):
     generated: bytes = b""
 
 
-class Sequence:  # its attributes have slots: a step finds them in one place
+class Sequence:  # __slots__, so that its attributes are close to each other in memory
     """One of the `n` sequences of a request.
 
     Attributes:
-        request: what was asked for.
-        index: which of the request's `n` sequences.
+        request: the request.
+        index: the sequence's index among the request's `n` sequences.
         order: number of arrival, unique; breaks ties of priority.
-        tokens: prompt and output so far, as far as known.
+        tokens: prompt and output tokens that are known.
         num_prompt_tokens: how many of `tokens` are the prompt.
-        is_pooled: its hidden states are wanted, and no token behind the prompt.
-        drafts: tokens that may come next, to be tried in the next step that has room for them.
-        num_ahead: tokens behind `tokens` that launched steps will draw; more than 0 only where steps overlap.
-        num_uncomputed_tokens: tokens that steps must still run, with those that launched steps will draw; 1 while
-            decoding, and between its steps. The keys and values of all before them are in the cache, or will be when
-            what was launched has run.
-        num_full_blocks: blocks that are full for certain, because the step that filled them is over.
+        is_pooled: whether its hidden states are pooled and no token follows the prompt.
+        drafts: draft tokens for the next step that has rows for them.
+        num_ahead: tokens after `tokens` that launched steps will sample; more than 0 only if steps overlap.
+        num_uncomputed_tokens: tokens that steps must still run, including tokens that launched steps will sample; 1
+            while decoding, also between its steps. The keys and values of all tokens before them are in the cache, or
+            will be when the launched steps have run.
+        num_full_blocks: blocks that are full for certain, because the steps that filled them are committed.
         max_length: total length at which the sequence ends in any case.
-        num_admissions: how often it began to run; tells its present blocks from those before a preemption.
+        num_admissions: how often it was admitted; distinguishes its present blocks from those before a preemption.
         num_cached_tokens: prompt tokens that were found in the prefix cache at first admission.
         block_table: cache blocks, in order of position.
-        adapted_from: of each of `adapters`, the position from which on it acts.
-        entries: what its request's adapters are; `adapters` are lent to it when it begins.
-        held_since: how many sequences had begun when it was first held back for its adapters.
-        images: the pictures of its prompt, in their order.
-        state: where layers keep the states of one that runs; None where none keeps any.
-        windowed: of each page pool, from where to where in its block table the blocks are that have pages for it, see
+        adapted_from: the position from which each of `adapters` is active.
+        entries: its request's entries in the adapter store; `adapters` is set when the sequence is admitted.
+        held_since: how many sequences had been admitted when it was first held back for its adapters.
+        images: the images of its prompt, in order.
+        state: state slots of a running sequence; None if no layer keeps a state.
+        windowed: for each page pool, first and last index in the block table of the blocks with pages; see
             `WindowedBlocks`.
     """
 
@@ -179,17 +179,17 @@ class Sequence:  # its attributes have slots: a step finds them in one place
 
     @property
     def num_tokens(self) -> int:
-        """Prompt and output so far, with what has been launched."""
+        """Number of prompt and output tokens, including tokens that launched steps will sample."""
         return len(self.tokens) + self.num_ahead
 
     @property
     def num_computed_tokens(self) -> int:
-        """Tokens whose keys and values are in the cache, or will be when what was launched has run."""
+        """Tokens whose keys and values are in the cache, or will be when the launched steps have run."""
         return len(self.tokens) + self.num_ahead - self.num_uncomputed_tokens
 
     @property
     def adapters(self) -> tuple[tuple[Adapter, float], ...]:
-        """The adapters that act on its tokens, and how much; set once, before its first step."""
+        """The adapters of its tokens and their scales; set once, before its first step."""
         return self._adapters
 
     @adapters.setter
@@ -199,14 +199,14 @@ class Sequence:  # its attributes have slots: a step finds them in one place
         self.adapted_from = tuple(_activation(prompt, adapter.alora) for adapter, _ in adapters)
 
     def append(self, token_id: int) -> None:
-        """Takes the token that was drawn next."""
+        """Append a sampled token."""
         self.tokens.append(token_id)
         if self.num_ahead:
             self.num_ahead -= 1
 
     def piece(self, budget: int) -> int:
-        """How many tokens of what it has to run a step may take, at most `budget`: tiles whose rows see each other are
-        not cut."""
+        """Return how many of its uncomputed tokens a step may run, at most `budget`; tiles whose rows attend to each
+        other are not split."""
         start = self.num_computed_tokens
         end = start + min(self.num_uncomputed_tokens, budget)
         for image in self.images if start < self.num_prompt_tokens else ():
@@ -214,22 +214,22 @@ class Sequence:  # its attributes have slots: a step finds them in one place
         return max(0, end - start)
 
     def hashes(self, block_size: int) -> list[bytes]:
-        """Hashes of all full blocks of the known tokens, kept as the sequence grows."""
+        """Return the hashes of all full blocks of the known tokens; they are cached while the sequence grows."""
         marks: dict[int, bytes] = {}
         for (adapter, scale), start in zip(self._adapters, self.adapted_from):
-            if start < NO_LIMIT:  # one by one: the order of a mix does not make another answer, but is told
+            if start < NO_LIMIT:  # in order: another order gives another hash, though the same answer
                 marks[start // block_size] = (
                     marks.get(start // block_size, b"") + adapter.digest + pack("<dq", scale, start)
                 )
         for image in self.images if len(self._hashes) * block_size < self.num_prompt_tokens else ():
-            for place, mark in image.marks(block_size):  # its tokens are alike whatever it shows
+            for place, mark in image.marks(block_size):  # image tokens are the same for every image
                 marks[place] = marks.get(place, b"") + mark
         self._hashes = block_hashes(self.tokens, block_size, self.request.params.cache_salt, self._hashes, marks)
         return self._hashes
 
 
 def _activation(prompt: Seq[int], invocation: Tokens | None) -> int:
-    """From which position on an adapter acts: where the last `invocation` in the prompt begins; `NO_LIMIT` is never."""
+    """Return the position from which an adapter is active: the prompt's last `invocation`; `NO_LIMIT` if absent."""
     if invocation is None:
         return 0
     size, first = len(invocation), invocation[0]
@@ -243,15 +243,15 @@ class Run(msgspec.Struct, frozen=True, gc=False):
     A plain token is a run of one, a prompt's chunk a run of many.
 
     Attributes:
-        sequence: whose.
+        sequence: the sequence.
         start: position of the first row.
-        count: rows.
-        wanted: of how many of the last rows the successor is drawn: 1 where the step computes the sequence's last
-            token, and 1 for each draft behind it; 0 for an earlier part of a prompt, and where states are pooled.
-        drafts: what its last rows hold beyond the sequence's tokens.
+        count: number of rows, draft tokens included.
+        wanted: for how many of the last rows the next token is sampled: 1 if the step computes the sequence's last
+            token, and 1 more for each draft token; 0 for an earlier chunk of a prompt, and for pooling.
+        drafts: the draft tokens, which are its last rows.
         admission: the sequence's `num_admissions` when it was scheduled.
-        decodes: one token that was generated and is the last, as against tokens of a prompt, or of what is recomputed.
-        state: what it does with the sequence's state; None where no layer keeps one.
+        decodes: whether the run is only the last generated token, and no prompt or recomputed tokens.
+        state: state slots that it reads and writes; None if no layer keeps a state.
     """
 
     sequence: Sequence
@@ -265,7 +265,7 @@ class Run(msgspec.Struct, frozen=True, gc=False):
 
     @classmethod
     def next(cls, sequence: Sequence, count: int, drafts: Tokens = ()) -> Run:
-        """The next `count` tokens of a sequence; behind its last one, drafts of what may follow."""
+        """Return a run of the next `count` tokens of a sequence, followed by draft tokens."""
         start = sequence.num_computed_tokens
         last = start + count == sequence.num_tokens and not sequence.is_pooled
         if drafts:
@@ -275,12 +275,12 @@ class Run(msgspec.Struct, frozen=True, gc=False):
 
 
 class Step(list[Run]):
-    """What a step runs, decoding sequences first.
+    """The runs of a step, decoding sequences first.
 
     Attributes:
-        goes_on: it is one more token of each sequence of the step before, in the same order; all of them decoded there.
-        begins: where it goes on, the places of those whose token is the first of a block.
-        fills: the same of those whose token is the last of a block.
+        goes_on: whether it decodes the next token of the same sequences as the previous step, in the same order.
+        begins: if it goes on, indices of the runs whose token is the first of a block.
+        fills: if it goes on, indices of the runs whose token is the last of a block.
     """
 
     __slots__ = ("begins", "fills", "goes_on")
@@ -293,5 +293,5 @@ class Step(list[Run]):
 
     @property
     def filling(self) -> Seq[Run]:
-        """Those that may fill blocks: all where it does not go on."""
+        """The runs that may fill blocks: all of them if the step does not go on."""
         return [self[place] for place in self.fills] if self.goes_on else self

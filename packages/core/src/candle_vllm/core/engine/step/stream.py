@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Where the pieces of requests go: pushed to the next stage, iterated over, or to a caller that waits for all (step 8).
+"""Delivery of outputs to callers: pushed to the next stage, iterated over, or collected until the end (step 8).
 
-There is one way for a token in an event loop: the engine's thread -> `RequestSink` -> a chain of `Receiver`s. Who
-iterates has `Unread` as the last stage.
+In an event loop, every output takes the same path: engine thread -> `RequestSink` -> a chain of `Receiver`s. For a
+consumer that iterates, the last stage is `Unread`.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ Bar = bool | Callable[..., Any]
 
 
 class Receiver(Protocol[T_contra]):
-    """The next stage of the chain that tokens are pushed along, called in the event loop of the stream.
+    """A stage of the chain through which outputs are pushed; called in the event loop of the stream.
 
-    A stage neither waits nor raises: what fails in it is the error that it ends the next stage with.
+    A stage neither waits nor raises: if it fails, it ends the next stage with the error.
     """
 
     def put(self, items: Sequence[T_contra], /) -> None:
@@ -50,12 +50,12 @@ class Receiver(Protocol[T_contra]):
         ...
 
     def end(self, error: Exception | None = None, /) -> None:
-        """Take the end, once: nothing follows. With an error, the items are not complete."""
+        """End the stream, once: no item follows. With an error, the items are not complete."""
         ...
 
 
 class Unread(Generic[T]):
-    """The last stage of a chain whose consumer iterates: keeps items until they are taken."""
+    """The last stage of a chain whose consumer iterates: holds items until they are taken."""
 
     def __init__(self) -> None:
         self._items: deque[T] = deque()
@@ -65,7 +65,7 @@ class Unread(Generic[T]):
         self._arrival: asyncio.Future[None] | None = None  # what the consumer waits for
 
     def put(self, items: Sequence[T]) -> None:
-        """Keep items; too many end the stream with a `RequestAbortedError`."""
+        """Hold items; too many end the stream with a `RequestAbortedError`."""
         if not self._ended:
             self._items.extend(items)
             self._wake()
@@ -73,20 +73,20 @@ class Unread(Generic[T]):
                 self.end(RequestAbortedError(f"the answer was not read: {MAX_UNREAD} pieces of it waited"))
 
     def end(self, error: Exception | None = None) -> None:
-        """Keep the error, if any, for the consumer that has taken all items."""
+        """Hold the error, if any, until the consumer has taken all items."""
         if not self._ended:
             self._ended = True
             self._errors += [] if error is None else [error]
             self._wake()
 
     def clear(self) -> None:
-        """Forget everything: a consumer that waits gets the end."""
+        """Drop all items: a consumer that waits gets the end of the stream."""
         self._items.clear()
         self._errors.clear()
         self.end()
 
     def pour(self, receiver: Receiver[T], is_held: Callable[[], bool]) -> None:
-        """Hand over what is kept, until it shall be held."""
+        """Push the held items to `receiver`, until `is_held` returns True."""
         while self._items and not is_held():
             receiver.put((self._items.popleft(),))
         if self._ended and not self._items:
@@ -94,7 +94,7 @@ class Unread(Generic[T]):
 
     async def take(self) -> T:
         """Return the next item, for one consumer. Raises the error of the end once, and then `StopAsyncIteration`."""
-        loop = self._loop = self._loop or asyncio.get_running_loop()  # asking for it is a system call in 3.11
+        loop = self._loop = self._loop or asyncio.get_running_loop()  # asking for the loop is a system call in 3.11
         while not self._items:
             if self._ended:
                 raise self._errors.pop() if self._errors else StopAsyncIteration
@@ -109,25 +109,25 @@ class Unread(Generic[T]):
 
 
 class PushStream(ABC, AsyncIterator[T]):
-    """Items of a request for one consumer, which has them pushed (`push`) or iterates over them.
+    """Items of a request for one consumer, which either gets them pushed (`push`) or iterates over them.
 
-    Closing it, or cancelling the task that waits for an item, aborts the request. So does dropping it, as long as
-    nothing in the chain refers to it.
+    Closing the stream, or cancelling the task that waits for an item, aborts the request. So does dropping the stream,
+    as long as no stage of the chain refers to it.
     """
 
     _unread: Unread[T] | None = None
 
     @abstractmethod
     def push(self, receiver: Receiver[T]) -> None:
-        """Hand all items to `receiver`, each in the tick in which it comes; once."""
+        """Push all items to `receiver`, each in the event loop's tick in which it arrives; may be called once."""
 
     @abstractmethod
     def hold(self, held: bool) -> None:
-        """Have the sink keep what comes, for a receiver that does not keep up, or push on."""
+        """Hold items in the sink, for a receiver that does not keep up, or push them again."""
 
     @abstractmethod
     def close(self) -> None:
-        """Abort the request unless it has finished; nothing more is pushed."""
+        """Abort the request unless it has finished; no further item is pushed."""
 
     async def __anext__(self) -> T:
         if self._unread is None:
@@ -147,15 +147,15 @@ class PushStream(ABC, AsyncIterator[T]):
 
 
 class RequestSink:
-    """The sink of one request in an event loop: pushes what the engine delivers to its receiver.
+    """The sink of one request in an event loop: pushes the engine's outputs to its receiver.
 
-    It does not refer to the stream that the consumer has, so that dropping that stream aborts the request.
+    It does not refer to the consumer's stream, so dropping that stream aborts the request.
 
     Args:
-        loop: where everything is called.
-        unfinished: sequences of the request.
+        loop: the event loop in which all methods are called.
+        unfinished: number of sequences of the request.
         abort: ends the request in the engine; called with this sink.
-        watch: notified of every piece, and of the end; None where nobody watches.
+        watch: notified of every output and of the end; None without an observer.
     """
 
     def __init__(
@@ -175,7 +175,7 @@ class RequestSink:
         self._receiver: Receiver[TokenOutput] = self._kept
 
     def put(self, item: Delivery) -> None:
-        """Push one piece, or the error that ends the request."""
+        """Push one output, or the error that ends the request."""
         if self._over:
             return
         receiver, watch = self._kept if self._held else self._receiver, self._watch
@@ -199,13 +199,13 @@ class RequestSink:
         self.hold(False)
 
     def hold(self, held: bool) -> None:
-        """Keep what comes while it is held, as it is before the start; push that when it is held no more."""
+        """Hold outputs while `held`, as before `start`; push the held outputs afterwards."""
         self._held = held
         if not held:
             self._kept.pour(self._receiver, lambda: self._held)
 
     def close(self, *, dropped: bool = False) -> None:
-        """Abort the request unless it has finished; nothing more is pushed. `dropped`: called by a finaliser."""
+        """Abort the request unless it has finished; no further output is pushed. `dropped`: a finaliser calls."""
         self._over, unfinished, self._unfinished = True, self._unfinished, 0
         self._receiver = self._kept
         self._kept.clear()
@@ -218,11 +218,11 @@ class RequestSink:
 
 
 class TokenStream(PushStream[TokenOutput]):
-    """The pieces of a request's sequences in the order of the steps that made them; ends when every sequence has.
+    """The outputs of a request's sequences in the order of steps; ends when every sequence has ended.
 
     Args:
-        request: the request it belongs to.
-        sink: where the engine delivers the pieces.
+        request: the request.
+        sink: the sink to which the engine delivers the outputs.
     """
 
     def __init__(self, request: GenerationRequest, sink: RequestSink) -> None:
@@ -246,18 +246,18 @@ class TokenStream(PushStream[TokenOutput]):
 
 
 class TokenIterator(Iterator[TokenOutput]):
-    """`TokenStream` for programs without an event loop: the pieces of a request's sequences as they come.
+    """`TokenStream` for programs without an event loop: the outputs of a request's sequences as they arrive.
 
-    Closing it, leaving its `with` block or dropping it aborts what has not finished. A request that fails raises, as in
+    Closing it, leaving its `with` block or dropping it aborts unfinished sequences. A request that fails raises, as in
     `generate`.
 
     Args:
         thread: runs the request.
-        request: the request it belongs to.
-        prepared: what the engine's `prepare` made of it.
+        request: the request.
+        prepared: the request's sequences, from the engine's `prepare`.
 
     Raises:
-        EngineOverloadedError, EngineDeadError: the request was not taken.
+        EngineOverloadedError, EngineDeadError: the request was refused.
     """
 
     def __init__(self, thread: RequestRunner, request: GenerationRequest, prepared: Sequence[Any]) -> None:
@@ -276,7 +276,7 @@ class TokenIterator(Iterator[TokenOutput]):
         return self
 
     def __aiter__(self) -> NoReturn:
-        """Says what an event loop uses."""
+        """Raise a TypeError that names the methods for an event loop."""
         raise TypeError("these are pieces for `for`: an event loop has stream and achat_stream for `async for`")
 
     def __next__(self) -> TokenOutput:
@@ -296,7 +296,7 @@ class TokenIterator(Iterator[TokenOutput]):
         return piece
 
     def close(self) -> None:
-        """Aborts the request unless it has finished."""
+        """Abort the request unless it has finished."""
         if self._unfinished:
             self._unfinished = 0
             self._thread.abort(self.request.request_id, self._mailbox)
@@ -315,7 +315,7 @@ class TokenIterator(Iterator[TokenOutput]):
 def run_all(
     thread: RequestRunner, todo: Sequence[tuple[GenerationRequest, Sequence[Any]]], use_tqdm: Bar
 ) -> Iterator[tuple[int, GenerationOutput]]:
-    """Runs requests with no more in the engine at a time than its queue takes; yields each with its number, as it ends.
+    """Run requests, at most as many at a time as the engine's queue takes; yield index and output as each ends.
 
     Raises:
         RequestAbortedError: the engine was closed meanwhile.
@@ -342,11 +342,11 @@ def run_all(
 
 @contextmanager
 def shown_bar(what: str, total: int, shown: Bar) -> Iterator[Callable[[], object]]:
-    """A progress bar where one is shown; what it gives moves it on by one."""
+    """Show a progress bar, if asked for; yield a function that advances it by one."""
     if not (callable(shown) or (shown and sys.stderr.isatty())):
         yield lambda: None
         return
-    from tqdm import tqdm  # whoever streams shows none
+    from tqdm import tqdm  # imported here, because streaming needs no bar
 
     with (shown if callable(shown) else tqdm)(total=total, desc=what, dynamic_ncols=True) as bar:
         yield bar.update
@@ -368,7 +368,7 @@ def _try_submit(
 
 
 class _Mailbox:
-    """Pieces for a caller that waits in its own thread."""
+    """Outputs for a caller that waits in its own thread."""
 
     loop = None
 
@@ -377,7 +377,7 @@ class _Mailbox:
         self.put = self.items.put
 
     def next_finished(self, collectors: dict[str, tuple[int, OutputCollector]]) -> tuple[int, GenerationOutput]:
-        """Waits until one request is complete, and takes it out of `collectors`."""
+        """Wait until one request is complete, and remove it from `collectors`."""
         while True:
             item = self.items.get()
             if isinstance(item, CandleVllmError):
@@ -390,7 +390,7 @@ class _Mailbox:
 
 
 async def whole(stream: TokenStream) -> GenerationOutput:
-    """The pieces of a stream as one output; cancelling it aborts the request."""
+    """Collect a stream into one output; cancelling it aborts the request."""
     collector = OutputCollector(stream.request)
     try:
         async for piece in stream:
@@ -402,7 +402,7 @@ async def whole(stream: TokenStream) -> GenerationOutput:
 
 
 def raise_failure(piece: TokenOutput) -> None:
-    """Raises the error that a piece carries, if it does."""
+    """Raise the error of an output, if it has one."""
     if piece.error is not None:
         raise (
             RequestError(piece.error, piece.error_param)
@@ -425,37 +425,37 @@ _PAUSE = 0.01  # seconds, while other callers fill the queue
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A request, and what the engine's `prepare` made of it."""
+    """A pooling request, and its prepared sequence."""
 
     request: PoolingRequest
     prepared: Sequence[Any]
 
     @property
     def length(self) -> int:
-        """Tokens of the text."""
+        """Number of tokens of the text."""
         return len(self.request.prompt_token_ids)
 
 
 class Window:
-    """Runs entries to their end; every request has one piece.
+    """Runs pooling requests to their end, a window of them at a time; every request has one output.
 
     Args:
         thread: the engine.
-        entries: in the order of the answers.
-        step_tokens: tokens of a full step.
+        entries: the requests, in the order of the results.
+        step_tokens: most tokens of a step.
     """
 
     def __init__(self, thread: RequestRunner, entries: Sequence[Entry], step_tokens: int) -> None:
         self._thread = thread
         self._entries = entries
         self._max_tokens = STEPS_UNDER_WAY * step_tokens
-        self._tokens = 0  # of the requests under way
+        self._tokens = 0  # total length of the running requests
         self._next = 0
         self._under_way: dict[str, int] = {}
         self._pieces: list[TokenOutput | None] = [None] * len(entries)
 
     def run(self, *, use_tqdm: Bar) -> list[TokenOutput]:
-        """The pieces in order, for a caller that waits.
+        """Run all requests and return their outputs in order, for a caller that waits in its thread.
 
         Raises:
             RequestAbortedError: the engine was closed meanwhile.
@@ -475,7 +475,7 @@ class Window:
         return [piece for piece in self._pieces if piece is not None]
 
     async def arun(self) -> list[TokenOutput]:
-        """The same in an event loop; cancelling it aborts what has not ended.
+        """Do what `run` does in an event loop; cancelling it aborts the unfinished requests.
 
         Raises:
             EngineOverloadedError: the queue is full at the start.
@@ -494,7 +494,7 @@ class Window:
         return [piece for piece in self._pieces if piece is not None]
 
     def _submit(self, sink: Sink, *, patient: bool) -> bool:
-        """Hands over as many requests as the window and the queue take; False when all have ended."""
+        """Submit as many requests as the window and the queue take; return False when all have ended."""
         while self._next < len(self._entries) and self._has_room(self._entries[self._next]):
             entry = self._entries[self._next]
             try:
@@ -509,7 +509,7 @@ class Window:
         return bool(self._under_way) or self._next < len(self._entries)
 
     def _has_room(self, entry: Entry) -> bool:
-        """Whether one more request may be under way; one alone always may, however long it is."""
+        """Return whether the window has room for a request; an empty window has room for any."""
         if not self._under_way:
             return True
         return len(self._under_way) < MAX_UNDER_WAY and self._tokens + entry.length <= self._max_tokens

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The thread that runs the engine's steps, and how requests and pieces cross its boundary."""
+"""The thread that runs the engine's steps, and how requests and outputs are passed to and from it."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ from candle_vllm.core.threads import deep_stacks
 logger = logging.getLogger(__name__)
 
 SLEEPS = "the engine sleeps: wake it up (`wake_up`, POST /wake_up), or try again later"
-_LOOK = 0.01  # seconds between two looks whether all requests have ended
+_LOOK = 0.01  # seconds between two checks whether all requests have ended
 
-BATCH = 8  # readers that are woken before the loop may look at its sockets
+BATCH = 8  # readers that are woken before the event loop polls its sockets
 
 Delivery = TokenOutput | CandleVllmError
 """What a caller gets: a piece, or the error that ends its request."""
 
 
 class Sink(Protocol):
-    """Where the pieces of one request go."""
+    """Receiver of the outputs of one request."""
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop | None:
@@ -47,7 +47,7 @@ class Sink(Protocol):
         ...
 
     def put(self, item: Delivery) -> None:
-        """Takes one piece, or the error that ends the request."""
+        """Take one output, or the error that ends the request."""
         ...
 
 
@@ -55,14 +55,14 @@ _Item = tuple[Sink, TokenOutput]
 
 
 class Courier:
-    """Hands items to the sinks of one event loop; those of one sink arrive in the order of their sending.
+    """Output queue of one event loop: calls its sinks in batches. Items of one sink keep their order.
 
-    A step of a thousand sequences wakes a thousand readers. Woken at once, they keep the loop from its sockets until
-    the last one has run; woken some at a time, a request that arrives meanwhile is read between two batches. First
-    pieces go before all others, for somebody waits for them.
+    A step of a thousand sequences wakes a thousand readers. If all are woken at once, the loop does not poll its
+    sockets until the last one has run; if they are woken in batches, a request that arrives meanwhile is read between
+    two batches. First outputs go before all others, because they decide the time to the first token.
 
     Args:
-        loop: where the sinks want to be called.
+        loop: the event loop in which the sinks must be called.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -72,10 +72,10 @@ class Courier:
         self._under_way = False
 
     def send(self, first: Sequence[tuple[Sink, Delivery]], others: Sequence[tuple[Sink, Delivery]]) -> None:
-        """Takes items from any thread; one wake-up of the loop, however many there are.
+        """Queue items, from any thread, with one wake-up of the loop.
 
         Args:
-            first: items of sinks that got none before.
+            first: first items of sinks.
             others: all other items.
         """
         try:
@@ -86,7 +86,7 @@ class Courier:
     def _hand_out(
         self, first: Sequence[tuple[Sink, Delivery]] = (), others: Sequence[tuple[Sink, Delivery]] = ()
     ) -> None:
-        """Take what was sent, if anything; hand out a batch, unless the loop is to call this for the next one."""
+        """Queue the given items and hand out a batch, unless a call for the next batch is pending."""
         self._first.extend(first)
         self._others.extend(others)
         if self._under_way and (first or others):
@@ -108,18 +108,18 @@ class _Client:
 
     sink: Sink
     unfinished: int
-    begun: bool = False  # it has got a piece
+    begun: bool = False  # whether it has got an output
 
 
 class Prepared(Protocol):
-    """One sequence of a request that was checked: a `Live` or a `Parcel`."""
+    """One sequence of a checked request: a `Live` or a `Parcel`."""
 
     @property
     def request(self) -> GenerationRequest: ...
 
 
 class PreparingEngine(Protocol):
-    """What callers need of an engine before they hand a request to whoever runs it."""
+    """The part of an engine that prepares requests, before they are submitted to a `RequestRunner`."""
 
     max_model_len: int
 
@@ -132,7 +132,7 @@ class PreparingEngine(Protocol):
 
 
 class RequestRunner(Protocol):
-    """What runs requests that were prepared: an `EngineThread`, or several behind one front."""
+    """Runs prepared requests: an `EngineThread`, or a fleet of them."""
 
     def submit(self, prepared: Sequence[Any], sink: Sink) -> None:
         """See `EngineThread.submit`."""
@@ -144,14 +144,14 @@ class RequestRunner(Protocol):
 
 
 class StepEngine(PreparingEngine, Protocol):
-    """What the thread needs of an engine: `Engine` and `RemoteLink` have it."""
+    """The engine that an `EngineThread` drives: `Engine` or `RemoteLink`."""
 
     @property
     def has_work(self) -> bool: ...
 
     @property
     def waits(self) -> bool:
-        """A step would do nothing before `wake` is called, or anything new is asked for."""
+        """True while a step would do nothing, until `wake` or another command."""
         ...
 
     def add(self, prepared: Sequence[Any]) -> None: ...
@@ -168,12 +168,12 @@ class StepEngine(PreparingEngine, Protocol):
 
 
 class EngineThread:
-    """Runs steps while there is work and sleeps otherwise; wakes at once for a new request.
+    """Runs steps while there is work and waits otherwise; a new request wakes it at once.
 
     Args:
         engine: the engine, which only this thread touches from now on.
         max_sequences: most live sequences before new requests are refused.
-        after_step: called in the thread after each step, when its pieces have been handed over.
+        after_step: called in the thread after each step, when its outputs have been delivered.
     """
 
     def __init__(self, engine: StepEngine, max_sequences: int, after_step: Callable[[], None] | None = None) -> None:
@@ -183,12 +183,12 @@ class EngineThread:
         self._clients: dict[str, _Client] = {}
         self._live_sequences = 0
         self._commands: list[Callable[[], None]] = []
-        self._couriers: dict[asyncio.AbstractEventLoop, Courier] = {}  # for this thread alone
-        self._lock = threading.RLock()  # guards everything above that callers touch
+        self._couriers: dict[asyncio.AbstractEventLoop, Courier] = {}  # used by this thread only
+        self._lock = threading.RLock()  # guards the attributes above that callers use
         self._wake = threading.Condition(self._lock)
-        self._asleep: frozenset[str] = frozenset()  # while any tag is there, nothing is taken
+        self._asleep: frozenset[str] = frozenset()  # with any tag, requests are refused
         self._answers: set[Future[None]] = set()
-        self._nights = threading.Lock()  # one sleeps or wakes at a time
+        self._nights = threading.Lock()  # serialises `sleep` and `wake_up`
         self._closing = False
         self._dead: EngineDeadError | None = None
         self._owner = os.getpid()
@@ -202,12 +202,12 @@ class EngineThread:
         return self._thread.is_alive() and self._dead is None and not self._closing
 
     def submit(self, prepared: Sequence[Prepared], sink: Sink) -> None:
-        """Hands a prepared request to the engine; its pieces go to `sink`.
+        """Submit a prepared request to the engine; its outputs go to `sink`.
 
         Raises:
             EngineOverloadedError: too many sequences are live.
             EngineDeadError: the engine has stopped.
-            EngineSleepingError: it sleeps.
+            EngineSleepingError: the engine sleeps.
             InvalidParameterError: the request id is in use.
         """
         request_id = prepared[0].request.request_id
@@ -229,11 +229,11 @@ class EngineThread:
             self._wake.notify()
 
     def abort(self, request_id: str, sink: Sink | None = None) -> None:
-        """Ends a request before the next step; unknown or finished ids are ignored.
+        """End a request before the next step; unknown or finished ids are ignored.
 
-        With `sink`, only if the request is still the one that `sink` belongs to: an id may be used again.
+        With `sink`, only if the request still belongs to `sink`: an id may be used again.
         """
-        if os.getpid() != self._owner:  # a stream that a forked child drops
+        if os.getpid() != self._owner:  # called by the finaliser of a stream in a forked child
             return
         with self._wake:
             client = self._clients.get(request_id)
@@ -242,7 +242,7 @@ class EngineThread:
                 self._wake.notify()
 
     def reset_prefix_cache(self) -> None:
-        """Has the engine forget what prompts began with, before its next step and before every later request."""
+        """Clear the prefix cache before the next step and before every later request."""
         with self._wake:
             if self._dead is not None or self._closing:
                 raise self._dead or EngineDeadError("the engine is closed")
@@ -251,18 +251,18 @@ class EngineThread:
 
     @property
     def is_sleeping(self) -> bool:
-        """Whether anything of it is asleep."""
+        """Whether any memory of the engine is freed by `sleep`."""
         return bool(self._asleep)
 
     def sleep(self, level: int, mode: str) -> None:
-        """Takes no request any more, and gives memory back when nothing runs; returns when that is done.
+        """Refuse new requests, and free memory once no request runs; return when that is done.
 
         Args:
-            level, mode: as of `InferenceEngine.sleep`.
+            level, mode: see `InferenceEngine.sleep`.
 
         Raises:
-            CandleVllmError: the engine cannot sleep so.
-            EngineDeadError: it has stopped.
+            CandleVllmError: the engine cannot sleep at this level.
+            EngineDeadError: the engine has stopped.
         """
         with self._nights:
             with self._wake:
@@ -277,7 +277,7 @@ class EngineThread:
                 raise
 
     def wake_up(self, tags: frozenset[str]) -> None:
-        """Fills the memory of these tags again; once that of all is, requests are taken. Errors as `sleep`."""
+        """Fill the memory of these tags again; requests are taken once no tag sleeps. Raises as `sleep`."""
         with self._nights:
             self._engine_wake_up(tags)
             with self._wake:
@@ -290,7 +290,7 @@ class EngineThread:
         self._do(lambda: self._engine.wake_up(sorted(tags)))
 
     def _do(self, work: Callable[[], None]) -> None:
-        """Has the thread do something between two steps, and waits for it."""
+        """Run `work` in the thread between two steps, and wait for it."""
         answer: Future[None] = Future()
 
         def command() -> None:
@@ -316,13 +316,13 @@ class EngineThread:
                 self._answers.discard(answer)
 
     def wake(self) -> None:
-        """Has the engine make a step and tell its numbers, whatever it waits for; from any thread."""
+        """Make the engine run a step even if it waits, so that `after_step` is called; from any thread."""
         with self._wake:
             self._commands.append(lambda: None)
             self._wake.notify()
 
     def fail(self, error: EngineDeadError) -> None:
-        """Has the engine end with an error before its next step; from any thread."""
+        """End the engine with an error before its next step; from any thread."""
 
         def end() -> None:
             raise error
@@ -332,7 +332,7 @@ class EngineThread:
             self._wake.notify()
 
     def close(self) -> None:
-        """Aborts what is left, stops the thread and waits for it."""
+        """Abort the remaining requests, stop the thread and wait for it."""
         with self._wake:
             self._closing = True
             self._wake.notify()
@@ -343,7 +343,7 @@ class EngineThread:
         end = EngineDeadError("the engine is closed")
         try:
             while True:
-                with self._lock:  # a `Condition` would be two calls more for each step
+                with self._lock:  # the RLock itself: a `Condition` costs two more calls for each step
                     while not (self._commands or self._closing or (self._engine.has_work and not self._engine.waits)):
                         self._wake.wait()
                     commands, self._commands = self._commands, []
@@ -357,7 +357,7 @@ class EngineThread:
                 self._deliver(self._engine.step())
                 if self._after_step is not None:
                     self._after_step()
-        except EngineDeadError as error:  # of an engine elsewhere
+        except EngineDeadError as error:  # of an engine in another process
             logger.error("%s", error)
             end = error
         except BaseException as error:
@@ -367,7 +367,7 @@ class EngineThread:
             self._end(end)
 
     def _refuse(self, request_id: str, error: CandleVllmError) -> None:
-        """Ends a request with an error in place of pieces."""
+        """End a request with an error in place of outputs."""
         with self._wake:
             client = self._clients.pop(request_id)
             self._live_sequences -= client.unfinished
@@ -378,7 +378,7 @@ class EngineThread:
             self._deliver(self._engine.abort(request_id))
 
     def _deliver(self, pieces: Iterable[TokenOutput]) -> None:
-        """Hands the pieces of a step over; one wake-up per event loop, however many requests it has."""
+        """Deliver the outputs of a step, with one wake-up for each event loop."""
         by_loop: dict[asyncio.AbstractEventLoop, tuple[list[_Item], list[_Item]]] = {}
         for piece in pieces:
             client = self._clients[piece.request_id]
@@ -411,7 +411,7 @@ class EngineThread:
         return self._couriers[loop]
 
     def _end(self, error: EngineDeadError) -> None:
-        """Takes no more requests and tells every caller that still waits."""
+        """Refuse further requests, and send the error to every caller that still waits."""
         with self._wake:
             self._dead = error
             clients, self._clients = list(self._clients.values()), {}

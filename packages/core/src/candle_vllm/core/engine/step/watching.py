@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Who is told of a request what its caller sees of it, for counting, logs and traces (beside steps 3 to 10)."""
+"""Observers of requests, notified of what the caller gets, for metrics, logs and traces (beside steps 3 to 10)."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ Apart: TypeAlias = Callable[..., Awaitable[Any]]
 
 
 class CallOptions(TypedDict, total=False):
-    """What every call says of its request beside inputs and parameters.
+    """Options of every call besides inputs and parameters.
 
     Attributes:
-        request_id: what `abort` knows it by; without one, the engine makes one.
-        priority: lower runs first.
+        request_id: the id for `abort`; the engine generates one if it is left out.
+        priority: a lower number runs first.
         lora_request: the adapter, or pairs of adapters and scales.
     """
 
@@ -34,21 +34,21 @@ class CallOptions(TypedDict, total=False):
 
 
 class TextOptions(CallOptions, total=False):
-    """What a call with texts says besides.
+    """Options of calls with texts.
 
     Attributes:
-        add_special_tokens: a text begins with the token that the model asks for; true where it is left out.
+        add_special_tokens: add the tokenizer's special tokens, such as BOS, to a text; true by default.
     """
 
     add_special_tokens: bool
 
 
 class ScoreOptions(CallOptions, total=False):
-    """What a call in an event loop for vectors, scores or classes says besides.
+    """Options of calls in an event loop for vectors, scores or classes.
 
     Attributes:
-        watcher: is told of the request.
-        apart: runs a function with its arguments in a thread, for what takes long, as `asyncio.to_thread` does.
+        watcher: is notified of the request.
+        apart: runs a slow function in a thread, as `asyncio.to_thread` does.
     """
 
     watcher: RequestWatcher | None
@@ -61,14 +61,14 @@ class PoolingOptions(ScoreOptions, TextOptions, total=False):
 
 @dataclass(frozen=True)
 class RequestInfo:
-    """A request as an engine was asked, before it was checked.
+    """A request as the caller passed it, before it is checked.
 
     Attributes:
-        request_id: of the engine, as the client sees it in the answer.
-        operation: what was asked for.
+        request_id: the engine's id of the request, which the client sees in the answer.
+        operation: the called operation.
         inputs: the prompt, the text or texts, or the pairs.
-        params: of a generation.
-        detokenize: the engine's.
+        params: sampling parameters of a generation; None for other operations.
+        detokenize: the engine's `detokenize`.
         lora_request: the adapters of the request.
     """
 
@@ -81,16 +81,16 @@ class RequestInfo:
 
     @property
     def count(self) -> int:
-        """Sequences of a generation, texts or pairs of the others."""
+        """Number of sequences of a generation, else of texts or pairs."""
         return len(as_prompts(self.inputs)) if self.params is None else self.params.n
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        """The names of the request's adapters; raises InvalidParameterError where `lora_request` is wrong."""
+        """The names of the request's adapters; raises InvalidParameterError if `lora_request` is wrong."""
         return tuple(use.name for use in adapter_uses(self.lora_request))
 
     def prompt(self, most: int) -> str:
-        """The first characters of the first text; of pairs nothing."""
+        """Return the first `most` characters of the first text; "" for pairs."""
         first: Any = "" if self.operation == "score" else next(iter(as_prompts(self.inputs)), "")
         if isinstance(first, Mapping):
             first = first.get("prompt") or first.get("prompt_token_ids") or ""
@@ -98,44 +98,44 @@ class RequestInfo:
 
 
 class RequestWatch(Protocol):
-    """Is told of one request, in its caller's thread. What comes after its end is to be ignored."""
+    """Observer of one request, notified in the caller's thread. It must ignore calls after the request's end."""
 
     def reject(self, error: Exception) -> None:
-        """The engine raised instead of taking it."""
+        """Note that the engine refused the request with this error."""
         ...
 
     def take(self, piece: TokenOutput) -> None:
-        """A piece goes to the caller; the last one of a sequence says how that ended."""
+        """Note an output that goes to the caller; the last one of a sequence has its finish reason."""
         ...
 
     def pooled(self, outputs: Pooled) -> None:
-        """Vectors or scores go to the caller."""
+        """Note the vectors, scores or classes that go to the caller."""
         ...
 
     def fail(self, error: Exception) -> None:
-        """The caller gets this error."""
+        """Note that the caller gets this error."""
         ...
 
     def close(self) -> None:
-        """The caller wants no more of it."""
+        """Note that the caller has closed the request before its end."""
         ...
 
     def drop(self) -> None:
-        """The caller has forgotten it: called by a finaliser, which may run anywhere, so that no lock may be taken."""
+        """Note that the caller has dropped the request. A finaliser calls this anywhere, so it must take no lock."""
         ...
 
 
 class RequestWatcher(Protocol):
-    """Watches what an engine is asked."""
+    """Observer of all requests to an engine."""
 
     def begin(self, info: RequestInfo) -> RequestWatch:
-        """A request is about to be checked and queued."""
+        """Return the observer of a request that is about to be checked and queued."""
         ...
 
 
 @contextmanager
 def watched_submit(watcher: RequestWatcher | None, info: RequestInfo) -> Iterator[RequestWatch | None]:
-    """Around what checks and queues a generation; its stream goes on with the watch."""
+    """Notify the watcher around checking and queueing a generation; its stream continues with the yielded watch."""
     watch = None if watcher is None else watcher.begin(info)
     try:
         yield watch
@@ -147,7 +147,7 @@ def watched_submit(watcher: RequestWatcher | None, info: RequestInfo) -> Iterato
 
 @contextmanager
 def watched_pooling(watcher: RequestWatcher | None, info: RequestInfo) -> Iterator[Callable[[Pooled], None]]:
-    """Around a whole request for vectors or scores, which calls what it is given with the answer."""
+    """Notify the watcher around a whole pooling request, which passes its outputs to the yielded function."""
     if watcher is None:
         yield lambda outputs: None  # noqa: ARG005
         return
