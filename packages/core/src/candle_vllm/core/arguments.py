@@ -26,9 +26,9 @@ R = TypeVar("R")
 
 @functools.cache
 def foreign_names(owner: str) -> Mapping[str, str]:
-    """The answer to each name that a class of the tables or (for any other owner) a method lacks.
+    """Return the answer for each unknown name of a class with a table or, for any other owner, of a method.
 
-    It begins with a name of ours where that does the same.
+    The answer begins with the equivalent name of this library, if it has one.
     """
     return {name: row[2] for row in _rows(owner) for name in row[0].split()}
 

@@ -2,8 +2,8 @@
 """What a setting may hold: one class for each sort of value, for the engine's settings and for a server's.
 
 Programs pass typed values to `EngineConfig`, which reads them by `taken`; people write texts on command lines, in
-environments and in files, which are read by `from_text`, or by `check` where a file has typed values. Every refusal is
-a `ValueError`: that of `taken` goes on after a name and a value, those of the others after a name alone.
+environments and in files, which are read by `from_text`, or by `check` where a file has typed values. An invalid value
+is a `ValueError`. Its text continues a name and a value if `taken` raised it, and otherwise a name alone.
 """
 
 from __future__ import annotations
@@ -290,7 +290,7 @@ class JsonObject:
 
 @dataclass(frozen=True)
 class Choice:
-    """One of a few names; `aliases` are other spellings of them, `absent` says why there is none that others have."""
+    """One of a few names; `aliases` are other spellings, `absent` explains why names of other programs are missing."""
 
     names: tuple[str, ...]
     aliases: Mapping[str, str] = field(default_factory=dict)

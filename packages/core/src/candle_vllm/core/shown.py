@@ -131,7 +131,7 @@ def cut(message: str) -> str:
 
 
 def json_line(fields: Mapping[str, Any]) -> str:
-    """One JSON object in ASCII, without values that are None."""
+    """Return one JSON object in ASCII; fields with the value None are left out."""
     known = {name: value for name, value in fields.items() if value is not None}
     return json.dumps(known, ensure_ascii=True, allow_nan=False).replace("\x7f", "\\u007f")
 

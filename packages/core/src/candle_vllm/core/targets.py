@@ -123,7 +123,7 @@ async def resolve(target: Target, threads: Executor) -> Sequence[str]:
 
     Raises:
         ForbiddenTarget: one of the addresses may not be reached.
-        OSError, TimeoutError: the name has none now.
+        OSError, TimeoutError: the name could not be resolved.
     """
     async with asyncio.timeout(RESOLVE_SECONDS):
         asked = asyncio.get_running_loop().run_in_executor(threads, look_up, target.host, target.port)
@@ -163,7 +163,7 @@ def is_host(host: str) -> bool:
 
 
 def look_up(host: str, port: int) -> list[str]:
-    """The addresses of a name, in order; blocks, and raises OSError where there is none."""
+    """Resolve a name to its addresses, in order. Blocks; raises OSError for a name without an address."""
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return list(dict.fromkeys(str(entry[4][0]) for entry in found))
 

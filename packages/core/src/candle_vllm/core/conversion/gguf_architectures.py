@@ -246,10 +246,10 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
 
 
 def architecture(config: ModelConfig, path: Path) -> Architecture:
-    """The row of a model.
+    """Return the table's row of a model.
 
     Raises:
-        UnsupportedModelError: there is none.
+        UnsupportedModelError: the table has no row for the model's type.
     """
     row = ARCHITECTURES.get(config.model_type)
     if row is None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Vocabularies of encoders as GGUF metadata: WordPiece is "bert", SentencePiece's unigram model "t5".
 
-GGUF names no normaliser and no cut of theirs, so the result is read again, and must cut a text as the original does.
-The same is asked of byte-pair tokenizers.
+GGUF names neither the normaliser nor the pre-tokenizer of these, so the written vocabulary is read again and must
+tokenize a text like the original. The same is checked for byte-pair tokenizers.
 """
 
 from __future__ import annotations

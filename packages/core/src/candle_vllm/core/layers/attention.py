@@ -100,7 +100,7 @@ class StepInput:
             `kernels/kv_write`.
         attend: what computes attention; see `kernels/attention`.
         taps: keeps what goes into some layers, where that is asked for.
-        given: rows that stand for pictures; None where there are none.
+        given: rows of image embeddings; None without images.
         may_divide: ranks may divide the tokens among them; see `TokenShares.begin`.
         narrows: the layer whose attention gives the rows alone whose successor is wanted, in a recorded step; None for
             none.
@@ -108,7 +108,7 @@ class StepInput:
             of earlier layers; None for none.
         layer_inputs: [T, P] of each layer, what it is given beside x; none where a family has no such inputs.
         states: what layers that keep a state do with it; None where none does, and in a recorded step.
-        windowed: slots and rows of each pool of layers with a `WindowedCache`; in a recorded step there are none.
+        windowed: slots and rows of each page pool of layers with a `WindowedCache`; empty in a recorded step.
     """
 
     positions: Value

@@ -44,7 +44,7 @@ class Mixture:
         expert_scale: the weights of each expert are multiplied by a number of its own.
         activation: of the experts, and where they have no gate of what all tokens share.
         router_bias, expert_bias: whether there are biases.
-        shared_size: F of the layer that every token goes through; 0 where there is none.
+        shared_size: F of the shared expert, which every token goes through; 0 without one.
         shared_gate: its result is multiplied by a sigmoid of the token (Qwen2-MoE).
         first, held: which of the experts are here, so many from one on; None is all from there.
     """

@@ -116,7 +116,7 @@ class WindowRoom:
     pages: int = 0
 
     def blocks(self, block_size: int, rows: int | None = None) -> int:
-        """Most blocks whose keys and values so many rows of a sequence see and write; `rows` where it is None."""
+        """Return the most blocks that `rows` rows of a sequence read and write; None means `self.rows`."""
         return (self.window + (self.rows if rows is None else rows) + block_size - 3) // block_size + 1
 
 

@@ -57,8 +57,8 @@ class ModelConfig:
         sliding_windows: per layer, how many tokens back a query sees, itself included; None sees all.
         attention_softcap: of scores, in every layer; None leaves them.
         attention_sinks: heads have sinks, see `kernels/attention`.
-        slopes: what a score of each head loses by position of distance (ALiBi); none where it loses nothing.
-        num_experts: of a layer of experts; 0 where there are none.
+        slopes: ALiBi slope of each head: what a score loses per position of distance; empty without ALiBi.
+        num_experts: of a layer of experts; 0 for a model without experts.
         interleaved_rotary: q and k rows are stored in pairs of neighbours, and are brought to half-split order.
         has_head: it generates; else it has no head of its own, and gives vectors alone.
         eos_token_ids: as far as the config names them; the vocabulary may have no such token (-1).
@@ -218,7 +218,7 @@ def layer_windows(fields: Fields, layers: int, window: int | None) -> tuple[int 
 def gguf_windows(fields: Fields, layers: int, window: int | None, *, period: int) -> tuple[int | None, ...]:
     """Windows by GGUF's `attention.sliding_window_pattern`.
 
-    It is a list that says which layers have one, or a period, whose last layer has none; `period` where it is absent.
+    The key is a list of the layers with a window, or a period whose last layer has no window; `period` by default.
     Source: llama.cpp, `load_swa_pattern`.
     """
     key = "attention.sliding_window_pattern"

@@ -261,8 +261,8 @@ def _read_metadata(header: _Header, count: int, until: str = "") -> dict[str, Me
 def file_kind(path: Path) -> str:
     """What a GGUF file is, as it says itself: "model", "imatrix", "adapter" or "mmproj".
 
-    Only the metadata before the vocabulary is read. Source: `general.type` of the GGUF specification; files of old
-    tools have none, and name an architecture of their own.
+    Only the metadata before the vocabulary is read. Source: `general.type` of the GGUF specification. Files of old
+    tools lack this key and name an architecture of their own.
 
     Raises:
         InvalidFileError, UnsupportedModelError: as `GgufFile.open`.

@@ -81,7 +81,7 @@ def read_quantised(checkpoint: Checkpoint, config: Mapping[str, Any], path: Path
     if idle:
         logger.info("%s: %d scales of weights that are stored plain are left out", path, len(idle))
     kept = {name: tensor for name, tensor in rest.items() if name not in scales | idle}
-    # AutoGPTQ once stored a bias for every layer, of zeros where the model has none.
+    # Old AutoGPTQ stored a bias for every layer: zeros in a model without biases.
     biases = {f"{name.removesuffix('.weight')}.bias" for name in logical} & kept.keys()
     idle_biases = {name: spare(kept[name]) for name in biases if not kept[name].load().any()}
     return checkpoint.with_tensors(kept | idle_biases | logical)

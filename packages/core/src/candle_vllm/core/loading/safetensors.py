@@ -106,7 +106,7 @@ def safetensors_files(source: Path) -> tuple[Path, ...]:
     else the shards of `model.safetensors.index.json`, else every `*.safetensors`.
 
     Raises:
-        ModelNotFoundError: there are none, or one that the index names is missing.
+        ModelNotFoundError: the folder has no such file, or a file that the index names is missing.
         InvalidFileError: the index is damaged, or names a file outside its folder.
     """
     index = _index_of(source)

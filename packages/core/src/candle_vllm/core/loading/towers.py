@@ -147,8 +147,8 @@ def text_fields(
         architecture: that `config` names.
         config: what config.json says.
         path: for messages.
-        tensors: names that the checkpoint holds, as `text_tensors` gives them: they say whether the tower has a head
-            of its own, which configs leave out or get wrong. None where there are none to look at.
+        tensors: names of the checkpoint's tensors, as `text_tensors` returns them: they say whether the text model has
+            its own output layer, which configs leave out or state wrongly. None if the names are not known.
 
     Raises:
         InvalidFileError, UnsupportedModelError: there is no text_config, or it is of another model.

@@ -76,7 +76,7 @@ class Counted(Protocol):
 
     @property
     def num_experts(self) -> int:
-        """Of lines with `{e}`; 0 where there are none."""
+        """Number of experts, for lines with `{e}`; 0 without experts."""
         ...
 
 
@@ -116,7 +116,7 @@ class Line:
 
     Attributes:
         target: as in `WeightName`, spelled out.
-        names: stored names and how the tensor is looked at, the layer spelled out; none where the format has none.
+        names: stored names with the view of the tensor, the layer spelled out; empty for a format without the tensor.
         expert: its number.
     """
 
@@ -336,7 +336,7 @@ def places(model: object) -> Callable[[str], bool]:
 
 
 def layer_at(model: object, path: str) -> Loadable | None:
-    """The layer behind a path like "layers.3.attention.qkv"; None where the model has none there (a tied head)."""
+    """Return the layer at a path like "layers.3.attention.qkv"; None for a path without a layer (a tied head)."""
     found: Any = model
     for name in path.split("."):
         part = found[int(name) : int(name) + 1] if name.isdigit() else [getattr(found, name, None)]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""What a batch's states ask to be done to its logits (step 7 of ten): tensors for a GPU's kernels, or at once in torch.
+"""Edits of a batch's logits (step 7 of ten): tensors for a GPU's kernels, or applied at once with torch.
 
-Bias and forbidden tokens are short lists, made anew for each step. Allowed tokens, and those that a grammar leaves, are
-a bit for each of the vocabulary.
-Occurrences for the penalties stay on the device, a row for each sequence that needs them, where the kernels count on.
+Logit bias and forbidden tokens are short lists, rebuilt for each step. Allowed tokens, also those of a grammar, are a
+bitmask over the vocabulary. Token counts for the penalties stay on the device, one row for each sequence with
+penalties, where the kernels update them.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ _FIRST_ROWS = 8
 
 
 def has_edits(state: SamplingState) -> bool:
-    """Whether the logits of a sequence are changed before its next token is drawn."""
+    """Whether the logits of a sequence are changed before its next token is sampled."""
     return state.masks_tokens or len(state.bias_ids) > 0 or state.counts is not None or is_rare(state)
 
 
 class HostEdits:
-    """The edits of one step, worked out on the host and on their way to the device.
+    """Edits of one step, computed on the host and copied to the device.
 
     Args:
-        stream: whose work will ask for them.
+        stream: the stream that will apply them.
         states: one per row, at least one of which `has_edits`.
-        slots: the row of the table of occurrences for each, or -1.
+        slots: each row's row in the `OccurrenceTable`, or -1.
     """
 
     def __init__(self, stream: DeviceStream, states: Sequence[SamplingState], slots: Sequence[int]) -> None:
@@ -61,19 +61,19 @@ class HostEdits:
             }
 
     def there(self, counts: torch.Tensor | None) -> DeviceEdits:
-        """As the kernels take them, with the table of occurrences; what no row has is None. Work."""
+        """Return the kernels' arguments, with the table of counts; None for an edit of no row. Work of the stream."""
         found = {name: sent.there() for name, sent in self._sent.items()}
         return DeviceEdits(**found, counts=counts if self.counts_tokens else None)
 
 
 class Narrowing:
-    """What DRY and llama.cpp's chain ask for in one step, worked out on the host and on its way to the device.
+    """Edits by DRY and llama.cpp's sampler chain in one step, computed on the host and copied to the device.
 
     Args:
-        stream: whose work will apply it.
-        dry: what is added to logits, as in `DeviceEdits`; None where no row has DRY.
-        rows: those with a chain.
-        links: [R, 12] its numbers, one row for each of `rows`.
+        stream: the stream that will apply them.
+        dry: token ids and values that are added to logits, as in `DeviceEdits`; None without DRY.
+        rows: rows with a sampler chain.
+        links: [R, 12] parameters of the chain, one row for each of `rows`.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Narrowing:
 
     @classmethod
     def of(cls, stream: DeviceStream, states: Sequence[SamplingState]) -> Narrowing | None:
-        """Of these rows; None where none has either."""
+        """Compute the edits of these rows; None if no row has DRY or a sampler chain."""
         dry = None
         if any(state.dry is not None for state in states):
             taken = [state.dry.penalties() if state.dry is not None else (_NO_IDS, _NO_IDS) for state in states]
@@ -99,7 +99,7 @@ class Narrowing:
         return cls(stream, dry, rows, [states[row].links() for row in rows])
 
     def apply(self, logits: torch.Tensor) -> None:
-        """Changes [R, V] logits in place; work."""
+        """Change logits [R, V] in place. Work of the stream."""
         if self._dry is not None:
             ids, values = (sent.there() for sent in self._dry)
             kernels.edit_tensors(logits, DeviceEdits(bias_ids=ids, bias=values))
@@ -108,9 +108,9 @@ class Narrowing:
 
 
 class OccurrenceTable:
-    """Occurrences of every token in the sequences that have penalties: [S, V] int32 on the device.
+    """Counts of every token in the sequences with penalties: [S, V] int32 on the device.
 
-    A count is 0 for a token that was not seen, else 1 and its occurrences in the output.
+    A count is 0 for a token that did not occur, otherwise 1 plus its occurrences in the output.
 
     Attributes:
         counts: the table; None before it is needed.

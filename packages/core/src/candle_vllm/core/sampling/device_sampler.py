@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""DeviceSampler: logits of a batch to one token per sequence, without waiting for the device (step 7 of ten).
+"""DeviceSampler: sample one token per sequence of a batch without waiting for the device (step 7 of ten).
 
-It does what `Sampler` does, by the functions of `kernels/sampling` whose arguments and results stay on the device. The
-tokens go back into the next step there; the host gets them, with a largest logit and with log-probabilities where they
-are asked for, when it waits for the step.
+It does the work of `Sampler` with those functions of `kernels/sampling` whose arguments and results stay on the device.
+There the tokens are the input of the next step. The host gets them when it waits for the step, with each row's largest
+logit and with log-probabilities for requests that ask for them.
 
 Shapes: R rows, V vocabulary.
 """
@@ -26,21 +26,21 @@ from candle_vllm.core.sampling.rare_edits import process_row
 from candle_vllm.core.sampling.sampler import LogprobRow, SampledToken, Token, drawn_tokens
 from candle_vllm.core.sampling.state import SamplingState
 
-_PIECES = 2  # steps whose results may be on their way
-_KINDS = ((False, False), (True, False), (True, True))  # of draws: at random, with top_k or top_p
+_PIECES = 2  # most steps whose results are being copied to the host
+_KINDS = ((False, False), (True, False), (True, True))  # of sampling: random rather than greedy, with top_k or top_p
 
 
 class DeviceSampler:
-    """Draws tokens from logits that a stream's work leaves in one place.
+    """Sample tokens from logits in a fixed buffer on the device.
 
     Args:
-        stream: where it works.
-        logits: [most rows, V] float32 on the device: where each step's logits are, in its first rows.
-        controls: [most rows, 5] float64 on the device, see `kernels.Control`; written before each draw.
-        graphs: capture draws.
+        stream: the stream that runs the kernels.
+        logits: [most rows, V] float32 on the device: the first rows hold each step's logits.
+        controls: [most rows, 5] float64 on the device, see `kernels.Control`; written before each launch.
+        graphs: capture sampling as CUDA graphs.
 
     Attributes:
-        ids: [most rows] int64 on the device, what the last step drew.
+        ids: [most rows] int64 on the device, the tokens of the last step.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class DeviceSampler:
         self._logits = logits
         self._controls = controls
         self._graphs: dict[tuple[int, bool, bool], Work] | None = {} if graphs else None
-        # Tokens and largest logits lie side by side, so that one copy takes them to the host.
+        # Tokens and largest logits are adjacent, so that one copy transfers both to the host.
         self._result = torch.zeros(rows * 12, dtype=torch.uint8, device=stream.device)
         self.ids, self._largest = _split(self._result)
         self._landings = [stream.staged(rows * 12) for _ in range(_PIECES)]
@@ -60,12 +60,12 @@ class DeviceSampler:
         self._occurrences = OccurrenceTable(stream, vocabulary)
 
     def launch(self, states: Sequence[SamplingState], asks: tuple[bool, bool], padded: int | None = None) -> DrawnRows:
-        """Draws for rows 0 to len(states); their logits and controls are there when what was given to the stream runs.
+        """Launch sampling of the first len(states) rows; earlier work of the stream writes their logits and controls.
 
         Args:
             states: one per row.
             asks: `kernels.asks` of their controls.
-            padded: rows of a captured draw, at least R, where the step was captured.
+            padded: rows of the captured graph, at least R, for a captured step; None without.
         """
         random, search = asks
         count, edited = len(states), any(state.may_edit and has_edits(state) for state in states)
@@ -88,27 +88,27 @@ class DeviceSampler:
         return self._landed(states, logprobs, surprises)
 
     def forget_counts(self, states: Sequence[SamplingState]) -> None:
-        """These have got tokens that were not drawn here: their occurrences are counted anew when next wanted."""
+        """Recount the tokens of these sequences before their next edit: they got tokens not sampled here."""
         self._occurrences.outdated.update(state for state in states if state.counts is not None)
 
     def warm_up(self, rows: int) -> None:
-        """Runs what draws of `rows`, edits and log-probabilities need, so that it is compiled."""
+        """Run sampling of `rows`, edits and log-probabilities once, so that their kernels are compiled."""
         for kind in _KINDS:
             self._stream.run(functools.partial(self._draw, rows, *kind))
         self._stream.run(self._edit_nothing)
 
     def capture(self, rows: int) -> None:
-        """Captures draws of `rows`, where that is wanted."""
+        """Capture sampling of `rows` as CUDA graphs, if graphs are enabled."""
         if self._graphs is not None:
             for kind in _KINDS:
                 self._captured(rows, *kind)
 
     def close(self) -> None:
-        """Lets go of graphs."""
+        """Release the CUDA graphs."""
         self._graphs = None
 
     def _edit_nothing(self) -> None:
-        """Every kind of edit of a row that has none; work on the device."""
+        """Run each kind of edit on a row that is not edited. Work of the stream."""
         device, logits, vocabulary = self._stream.device, self._logits[:1], self._logits.shape[1]
 
         def row(kind: torch.dtype, *shape: int, value: int = 0) -> torch.Tensor:
@@ -127,7 +127,7 @@ class DeviceSampler:
         assert self._graphs is not None
         key = (rows, random, search)
         if key not in self._graphs:
-            self._stream.run(lambda: self._draw(*key))  # compiles; a draw leaves the logits as they are
+            self._stream.run(lambda: self._draw(*key))  # compiles; sampling does not change the logits
             self._graphs[key] = self._stream.capture(lambda: self._draw(*key))
         return self._graphs[key]
 
@@ -137,7 +137,7 @@ class DeviceSampler:
         self._largest[:rows] = largest
 
     def _edit(self, states: Sequence[SamplingState]) -> Work:
-        """All edits, given to the stream in their order; returns what counts the tokens that are drawn next."""
+        """Launch all edits in order; return the work that counts the tokens after they were sampled."""
         for row, state in enumerate(states):
             if state.params.logits_processors:
                 self._stream.run(functools.partial(on_host, self._logits[row], process_row, state))
@@ -158,7 +158,7 @@ class DeviceSampler:
         return note
 
     def _keep(self, asking: Sent) -> list[torch.Tensor]:
-        """The rows' logits before they are edited; in the list once the stream has come that far."""
+        """Copy the rows' logits before they are edited; the list is filled when the stream reaches this work."""
         kept: list[torch.Tensor] = []
         self._stream.run(lambda: kept.append(self._logits[asking.there()]))
         return kept
@@ -184,12 +184,12 @@ class DeviceSampler:
 
 
 class StandingRows:
-    """Log-probabilities on their way to the host, for the rows that asked.
+    """Log-probabilities of the rows that ask for them, copied from the device to the host.
 
     Args:
-        stream: where they come from.
+        stream: the stream that computes them.
         rows: which rows of the batch.
-        most: how many of the likeliest tokens there are of each.
+        most: number of likeliest tokens of each row.
     """
 
     def __init__(self, stream: DeviceStream, rows: list[int], most: int) -> None:
@@ -202,7 +202,7 @@ class StandingRows:
         self._top_logits = stream.staged(count * most * 4).view(torch.float32).view(count, most)
 
     def take(self, found: kernels.DeviceStanding) -> None:
-        """Copies what was found; work on the device."""
+        """Copy the results to the host. Work of the stream."""
         for target, source in (
             (self._offsets, found.offsets),
             (self._ranks, found.ranks),
@@ -213,18 +213,18 @@ class StandingRows:
             copy(target, source)
 
     def entry(self, place: int, token_id: int) -> LogprobRow:
-        """What there is for the row at `place` of `rows`, which drew `token_id`."""
+        """Return the log-probabilities of the row at `place` of `rows`, for which `token_id` was sampled."""
         top = zip(self._top_ids[place].tolist(), self._top_logits[place].tolist())
         logit, offset = float(self._logits[place]), float(self._offsets[place])
         return LogprobRow.of(token_id, logit, offset, int(self._ranks[place]), top)
 
 
 class Surprises:
-    """How surprising the tokens were that mirostat's rows drew, on the way to their states.
+    """Surprise of the tokens that were sampled for rows with mirostat, copied from the device to their states.
 
     Args:
-        stream: where they come from.
-        told: each row, its state, and the position that is drawn.
+        stream: the stream that computes them.
+        told: each row, its state, and the position that is sampled.
     """
 
     def __init__(self, stream: DeviceStream, told: list[tuple[int, SamplingState, int]]) -> None:
@@ -235,23 +235,23 @@ class Surprises:
 
     @classmethod
     def of(cls, stream: DeviceStream, states: Sequence[SamplingState]) -> Surprises | None:
-        """Of these rows; None where none has mirostat."""
+        """Prepare the surprises of these rows; None if no row has mirostat."""
         told = [(row, state, state.position) for row, state in enumerate(states) if state.params.mirostat]
         return cls(stream, told) if told else None
 
     def take(self, logits: torch.Tensor, token_ids: torch.Tensor) -> None:
-        """Reads them off the logits that were drawn from; work."""
+        """Compute the surprises from the logits that were sampled from. Work of the stream."""
         rows = self._rows.there()
         copy(self._bits, kernels.surprise_tensors(logits, rows, token_ids[rows], self._temperatures.there()))
 
     def tell(self) -> None:
-        """Tells the states; behind the mark."""
+        """Pass the surprises to the states, once the step's mark was reached."""
         for (_, state, position), bits in zip(self._told, self._bits.tolist()):
             state.note_surprise(bits, position)
 
 
 class DrawnRows:
-    """Tokens on their way to the host; see `engine/model_runner.Launched`."""
+    """Sampled tokens that are being copied to the host; see `engine/model_runner.Launched`."""
 
     def __init__(
         self,
@@ -269,7 +269,7 @@ class DrawnRows:
         self._surprises = surprises
 
     def tokens(self) -> list[Token]:
-        """One per row; waits for the step."""
+        """Wait for the step and return one token per row."""
         self._mark.wait()
         ids, largest = (part[: self._rows].tolist() for part in self._landing)
         drawn = drawn_tokens(ids, largest)
@@ -286,6 +286,6 @@ class DrawnRows:
 
 
 def _split(result: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Bytes [12 R] as ids [R] int64 and largest logits [R] float32."""
+    """View bytes [12 R] as ids [R] int64 and largest logits [R] float32."""
     rows = len(result) // 12
     return result[: 8 * rows].view(torch.int64), result[8 * rows :].view(torch.float32)

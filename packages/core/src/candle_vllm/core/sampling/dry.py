@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""DRY ("don't repeat yourself"): what is taken off tokens that would continue a repetition (step 7 of ten).
+"""DRY ("don't repeat yourself"): penalties of tokens that would continue a repetition (step 7 of ten).
 
-As in llama.cpp: where the last n tokens of the text were there before, and a token followed them then, its logit loses
-multiplier * base ** (n - allowed length), n being the longest such and at least the allowed length. No repetition
-reaches over a sequence breaker, and a token that is one by itself loses nothing.
+As in llama.cpp: if the last n tokens occurred before, followed by token t, the logit of t is reduced by
+multiplier * base ** (n - allowed length). n is the longest such match and at least the allowed length. No match
+reaches across a sequence breaker, and a token that is a breaker by itself has no penalty.
 
-A breaker is a text. In tokens it is each that contains it, and each that ends as it begins, followed by the tokens of
-the rest of it.
+A breaker is a text. Its token sequences are each token that contains it, and each token that ends with a beginning of
+the breaker, followed by the tokens of the breaker's rest.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from candle_vllm.core.kernels.sampling.chain import repeats
 from candle_vllm.core.sampling.params import DRY_BREAKERS, SamplingParams
 from candle_vllm.core.text.tokenizer import Tokenizer
 
-_LONGEST_TAIL = 20  # tokens of a breaker's rest that are looked at
+_LONGEST_TAIL = 20  # most tokens of a breaker's rest that are compared
 _LARGEST = float(np.finfo(np.float32).max)
-_KEPT = 16  # lists of breakers
+_KEPT = 16  # lists of breakers in the cache
 
 
 class Breakers:
-    """What sequence breakers are in tokens: `singles`, alone one each, and `sequences` of two tokens or more."""
+    """Token sequences of sequence breakers: `singles` of one token, and `sequences` of two tokens or more."""
 
     def __init__(self, sequences: Sequence[tuple[int, ...]]) -> None:
         self.singles = frozenset(ids[0] for ids in sequences if len(ids) == 1)
@@ -36,18 +36,18 @@ class Breakers:
         self._lengths = sorted({len(ids) for ids in self.sequences})
 
     def ending(self, tokens: NDArray[np.int64]) -> int:
-        """How many tokens the shortest breaker at the end of these has, 0 for none."""
+        """Return the number of tokens of the shortest breaker that ends `tokens`; 0 without one."""
         if int(tokens[-1]) in self.singles:
             return 1
         return next((n for n in self._lengths if tuple(tokens[-n:].tolist()) in self.sequences), 0)
 
 
 class BreakerTable:
-    """Makes breakers of texts, and keeps some. Thread-safe.
+    """Cache of `Breakers` by their texts. Thread-safe.
 
     Args:
-        tokenizer: whose tokens are looked at when the first breakers are made.
-        vocab_size: V, ids from here on are none.
+        tokenizer: its token texts are read when the first breakers are made.
+        vocab_size: V; larger ids are no tokens of the model.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
@@ -57,7 +57,7 @@ class BreakerTable:
 
     @functools.cached_property
     def _texts(self) -> tuple[list[str], dict[str, list[int]]]:
-        """The texts of all tokens, and by their last characters who ends so."""
+        """Texts of all tokens, and the tokens by the last character of their text."""
         texts = [self._tokenizer.token_text(token) for token in range(self._size)]
         ends: dict[str, list[int]] = {}
         for token, text in enumerate(texts):

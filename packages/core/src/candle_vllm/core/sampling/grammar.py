@@ -196,7 +196,7 @@ class GrammarState:
         return 0 if self.exhausted else self._grammar.legal(token_ids)
 
     def ahead(self) -> Grammar | None:
-        """A copy that may be asked about what may come; None where there is none."""
+        """Return a copy that can be queried about later tokens; None if the grammar has ended or failed."""
         self._filling.result()
         return None if self.exhausted or self._failure is not None else self._grammar.copy()
 

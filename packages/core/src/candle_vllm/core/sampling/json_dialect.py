@@ -83,13 +83,13 @@ class Remarks:
         self._compared = 0
 
     def add(self, text: str) -> None:
-        """Notes a sentence once, keys of the schema in it made plain; those beyond a few are dropped."""
+        """Add a remark, once, its unprintable characters escaped; remarks beyond `MAX_REMARKS` are dropped."""
         text = "".join(one if one.isprintable() else f"\\u{ord(one):04x}" for one in text[:MAX_REMARK])
         if text not in self.texts and len(self.texts) < MAX_REMARKS:
             self.texts.append(text)
 
     def keywords(self, schema: dict[str, Any], place: str) -> None:
-        """Looks for names that are none: annotations, which may have been meant as something else."""
+        """Add a remark for each unknown keyword that resembles a known one: it may be misspelled."""
         for name in schema:
             if name in KNOWN or name in _ANNOTATIONS or name.startswith("x-"):
                 continue
@@ -97,7 +97,7 @@ class Remarks:
                 self.add(f"the JSON schema has {name!r:.80} (at {place:.120}), which says nothing: is {close!r} meant?")
 
     def format(self, name: str, place: str) -> None:
-        """Notes a format that is not held."""
+        """Add a remark about a format that is not enforced."""
         meant = f": is {close!r} meant?" if (close := self._near(name, _HELD)) else ""
         self.add(f"the JSON schema's format {name!r:.80} (at {place:.120}) is not held{meant}")
 

@@ -33,14 +33,14 @@ class OppositeUnknown(Exception):
 
 
 def opposite(schema: Schema, types: frozenset[str] = TYPES) -> list[Any]:
-    """Alternatives that together take what a schema does not.
+    """Return schemas whose union accepts the values that `schema` rejects.
 
     Args:
-        schema: in the keywords of draft 2020-12; those inside may be in others.
-        types: what the value is for certain; see `json_facts`.
+        schema: in the keywords of draft 2020-12; nested schemas may follow other drafts.
+        types: types that the value is known to have; see `json_facts`.
 
     Raises:
-        OppositeUnknown: there are none.
+        OppositeUnknown: no such schemas are known.
     """
     own = types_of(schema)
     found: list[Any] = []

@@ -141,7 +141,7 @@ ANY_TEXT = "/(?s:.*)/"
 MAX_GBNF = 2_000  # rules and opening brackets of a GBNF grammar
 MAX_GBNF_TEXT = 1 << 16  # its characters: the converter's time grows with the square of comments, and of rules
 _ESCAPES = 'nrbtf\\"'  # without \u, which would let a key be spelled in two ways where it matters
-_TOKENS = re.compile(  # llguidance's own, as far as they matter here; none is tried twice on the same characters
+_TOKENS = re.compile(  # llguidance's tokens that matter here; no pattern backtracks over the same characters
     r"""(?P<string>"(?:[^"\\\n]++|\\.)*+"i?)|(?P<comment>(?://|\#)[^\n]*+)|(?P<regex>/(?:[^/\\]++|\\.)++/[a-z]*+)"""
     r"""|(?P<broken>["/])|(?P<token><[^<>\s]++>)|(?P<json>%json\b\s*+)"""
     r"""|(?P<option>\b(?:temperature|max_tokens|stop)\s*+=)|^[ \t]*+[?!]?(?P<rule>\w[\w-]*+)(?=[^\n"/:]*+:)"""

@@ -92,12 +92,12 @@ class Form:
 
 
 class Follower:
-    """Follows one text in a form: a matcher that outlives its lexer.
+    """Matcher of one text in a form, which replaces an exhausted lexer.
 
     Attributes:
-        matcher: behind the text; in an error where the text cannot go on.
-        is_alone: nothing else has its lexer. Nothing but the text itself may be tried in it then: a guess that uses it
-            up would end the answer.
+        matcher: its state after the text; in an error if the text cannot be continued.
+        is_alone: no other matcher shares its lexer. Only the text itself may be matched then: draft tokens that exhaust
+            the lexer would end the answer.
     """
 
     def __init__(self, form: Form) -> None:

@@ -139,13 +139,13 @@ class SamplingParams(
         thoughts: how many tokens the model may think, and between which marks. Behind as many the closing mark is
             forced; what `structured_outputs` or `allowed_token_ids` does not take there waits until it does.
         thinking_token_budget: the same, 0 to 2 ** 24 tokens, between marks that the model's vocabulary has as tokens
-            (`<think>`); refused where it has none. -1 is no limit.
+            (`<think>`); refused for a vocabulary without them. -1 is no limit.
         cache_salt: prefix-cache blocks are shared only between requests with the same salt.
         skip_reading_prefix_cache: compute the whole prompt even where cached blocks exist.
-        num_speculative_tokens: most guessed tokens that a step tries, 0 to 128, where the engine guesses any; its own
-            limit counts too. 0 guesses nothing. It changes no token.
-        prediction: what the text will be for the most part, up to 2 ** 20 characters: guesses are found in it, too. It
-            changes no token.
+        num_speculative_tokens: most draft tokens of a step, 0 to 128, in an engine with speculation; the engine's own
+            limit applies too. 0 turns speculation off. The generated tokens stay the same.
+        prediction: the text that most of the output will equal, up to 2 ** 20 characters; draft tokens are also taken
+            from it. The generated tokens stay the same.
         output_kind: of `AsyncLLM.generate` alone; elsewhere the method says whether it gives pieces or whole outputs.
     """
 

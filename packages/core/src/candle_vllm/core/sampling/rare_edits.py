@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What few requests ask to be done to their rows of logits: processors of their own, DRY and the chain (step 7 of ten).
+"""Rarely used edits of logits: a request's own logits processors, DRY and llama.cpp's sampler chain (step 7 of ten).
 
 Shapes: V vocabulary.
 """
@@ -15,12 +15,12 @@ from candle_vllm.core.sampling.state import SamplingState
 
 
 def is_rare(state: SamplingState) -> bool:
-    """Whether a sequence asks for any of it."""
+    """Whether a sequence uses one of these edits."""
     return state.chain is not None or state.dry is not None or bool(state.params.logits_processors)
 
 
 def process_row(row: NDArray[np.float32], state: SamplingState) -> None:
-    """Calls the request's own processors, in place; the state has a `failure` where one of them fails."""
+    """Call the request's own logits processors, in place; the first error becomes the state's `failure`."""
     try:
         for process in state.params.logits_processors or ():
             function = installed_processors()[process] if isinstance(process, str) else process
@@ -28,12 +28,12 @@ def process_row(row: NDArray[np.float32], state: SamplingState) -> None:
             if not isinstance(result, np.ndarray) or result.shape != row.shape or result.dtype != np.float32:
                 raise TypeError(f"a processor must return a float32 array of {len(row)} logits")
             row[:] = result
-    except Exception as error:  # it is the caller's code, and must not hurt the neighbours
+    except Exception as error:  # the caller's code must not affect other requests
         state.failure = f"{type(error).__name__}: {error!s:.400}"
 
 
 def narrow_row(row: NDArray[np.float32], state: SamplingState) -> None:
-    """DRY and the chain, in place, where the request asks for them."""
+    """Apply DRY and the sampler chain of a request, in place."""
     if state.dry is not None:
         ids, taken = state.dry.penalties()
         row[ids] = np.maximum(row[ids].astype(np.float64) - taken, np.where(row[ids] > -np.inf, _LOWEST, -np.inf))

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Sampler: logits of a batch to one token per sequence (step 7 of ten).
+"""Sampler: sample one token per sequence from the logits of a batch (step 7 of ten).
 
-    raw log-probabilities -> processors (masks, bias, penalties) -> greedy, or temperature, min_p, top_k, top_p, draw
+    raw log-probabilities -> processors (masks, bias, penalties) -> greedy, or temperature, min_p, top_k, top_p, sample
 
-Where a request asks for a sampler of llama.cpp's, that chain comes before the draw, with top_k, top_p and min_p in it.
-
-The order and the meanings are vLLM's; `kernels/sampling` states the rules to the letter. A feature that a row does not
-use costs it nothing, and a row's token never depends on its neighbours.
+If a request uses one of llama.cpp's samplers, that chain runs before the token is sampled; it includes top_k, top_p
+and min_p. Order and meaning are those of vLLM; `kernels/sampling` has the exact rules. A feature that a row does not
+use costs it no time, and a row's token never depends on other rows.
 
 Shapes: R rows, V vocabulary, T positions of a prompt.
 """
@@ -38,10 +37,10 @@ class LogprobRow(msgspec.Struct, frozen=True):
     """The log-probabilities of one position.
 
     Attributes:
-        token_id: the token that stands there.
+        token_id: the token at this position.
         logprob: natural logarithm of its probability, at most 0.
         rank: 1 for the likeliest token; among equals the lower id comes first, as in `top_ids`.
-        top_ids: the likeliest tokens in falling order, as many as asked for; tokens of probability 0 are left out.
+        top_ids: the requested number of likeliest tokens in falling order; tokens of probability 0 are left out.
         top_logprobs: their log-probabilities.
     """
 
@@ -53,15 +52,15 @@ class LogprobRow(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, token_id: int, logit: float, offset: float, rank: int, top: Iterable[tuple[int, float]]) -> LogprobRow:
-        """An entry from logits.
+        """Make an entry from logits.
 
         Args:
-            token_id, logit, rank: of the token that stands there.
-            offset: what is taken off a logit to make it a logarithm.
-            top: ids and logits of the likeliest; an id below 0 is none.
+            token_id, logit, rank: of the sampled token, or of the token at this position of the prompt.
+            offset: subtracted from a logit to get its log-probability.
+            top: ids and logits of the likeliest tokens; a negative id is padding.
         """
         named = [(token, value) for token, value in top if token >= 0]
-        # The offset is rounded: that must not make a probability greater than 1.
+        # The offset is rounded, which must not make a probability greater than 1.
         return cls(
             token_id,
             min(logit - offset, 0.0),
@@ -72,11 +71,11 @@ class LogprobRow(msgspec.Struct, frozen=True):
 
 
 def logprob_rows(logits: Value, token_ids: Sequence[int], tops: Sequence[int]) -> list[LogprobRow]:
-    """One entry per row.
+    """Compute the log-probabilities of one token per row, and of the row's likeliest tokens.
 
     Args:
         logits: [R, V] float32, an array or a tensor, each row contiguous and with a finite largest value; not changed.
-            On a GPU this waits for it, and only what is named comes back.
+            On a GPU this waits for the device; only the reported values are copied to the host.
         token_ids: [R] ids below V.
         tops: [R] how many of the likeliest tokens to report.
     """
@@ -105,7 +104,7 @@ def _rows_on_gpu(logits: Value, token_ids: Sequence[int], tops: Sequence[int]) -
     ]
 
 
-LOGPROB_CHUNK = 1 << 22  # logits worked on at a time for prompt_logprobs: 16 MB
+LOGPROB_CHUNK = 1 << 22  # logits of a chunk for prompt_logprobs: 16 MB
 _BROKEN = "the model gave NaN or infinite logits for this sequence; its files or its data type may be at fault"
 _NOTHING = (
     "no token may be chosen: together, allowed_token_ids, bad_words, min_tokens and any grammar forbid every token; "
@@ -114,13 +113,13 @@ _NOTHING = (
 
 
 class SampledToken(msgspec.Struct, frozen=True, gc=False):
-    """The token chosen for one sequence.
+    """Token sampled for one sequence, with log-probabilities or an error.
 
     Attributes:
-        token_id: the token, or -1 where there is an error.
-        logprobs: where `params.logprobs` asks for them.
-        error: why this sequence cannot go on, or None. Its neighbours are not affected.
-        by_request: the error follows from the request's own parameters.
+        token_id: the token, or -1 with an error.
+        logprobs: log-probabilities if `params.logprobs` asks for them, otherwise None.
+        error: why this sequence cannot continue, or None. Other sequences are not affected.
+        by_request: the request's own parameters caused the error.
     """
 
     token_id: int
@@ -130,27 +129,27 @@ class SampledToken(msgspec.Struct, frozen=True, gc=False):
 
     @classmethod
     def of(cls, token: Token) -> SampledToken:
-        """A token, with what there is to be said of it."""
+        """Wrap a plain token id."""
         return cls(token) if isinstance(token, int) else token
 
 
 Draw = Callable[[Any, NDArray[np.float64]], tuple[NDArray[np.int64], NDArray[np.float32]]]
 
 Token: TypeAlias = int | SampledToken
-"""A token that was drawn, and no more than its id where there is nothing else to be said of it."""
+"""A sampled token: a plain id if it has neither log-probabilities nor an error."""
 
 Drawn: TypeAlias = Token | tuple[Token, ...]
-"""What was drawn for one run of a sequence; in a step with drafts, of each run the tokens that follow each other. Where
-the last has an error, nothing can."""
+"""Result of one run of a sequence: one token, or, in a step with drafts, the accepted tokens and the next one. Only the
+last token can have an error."""
 
 
 class Sampler:
-    """Chooses tokens. What must last is in each `SamplingState`; rows' parameters are kept as long as the rows are.
+    """Sample tokens. Sequences keep their own `SamplingState`; parameters of a batch are reused while its rows stay.
 
     Args:
-        draw: as `kernels.draw`, which it is where nothing else is given.
-        controls: [most, 5] where the parameters of the rows that are drawn next are to stand; None for anywhere.
-        run_controls: the same where the rows are those of runs.
+        draw: function that samples; `kernels.draw` by default.
+        controls: [most, 5] memory for the parameters of the next rows; None for new memory.
+        run_controls: the same memory for the rows of `sample_runs`.
     """
 
     def __init__(
@@ -165,16 +164,16 @@ class Sampler:
 
     @staticmethod
     def prepare(device: Device) -> None:
-        """Compiles or loads what sampling needs on a device, so that the first request does not wait for it."""
+        """Compile or load the sampling kernels of a device, so that the first request does not wait for them."""
         if device.type == "cpu":
             kernels.prepare()
 
     def only_draws(self, states: Sequence[SamplingState], *, goes_on: bool) -> bool:
-        """Whether rows are drawn from as they are, and nothing is asked of them; if so, `controls` are theirs now.
+        """Whether the rows need neither edits nor log-probabilities; if so, write their parameters to `controls`.
 
         Args:
             states: one per row.
-            goes_on: this was said of the same rows when each was at the position before.
+            goes_on: this method was called for the same rows one position before.
         """
         if not goes_on:
             self._rows_of(states)
@@ -183,7 +182,7 @@ class Sampler:
         return self._rows.only_draws
 
     def only_draws_runs(self, states: Sequence[SamplingState], drafts: Sequence[Sequence[int]]) -> bool:
-        """As `only_draws`, of the rows of runs, see `sample_runs`; if so, `run_controls` are theirs now."""
+        """As `only_draws`, for the rows of `sample_runs`; their parameters are written to `run_controls`."""
         if self._run_controls is None or not _at_once(states) or any(state.only_masks for state in states):
             return False
         controls = run_controls(states, drafts)
@@ -191,7 +190,7 @@ class Sampler:
         return True
 
     def _rows_of(self, states: Sequence[SamplingState]) -> _Rows:
-        """What these rows ask for at their present positions."""
+        """Return the parameters of these rows at their current positions."""
         if self._rows.states == states:
             self._rows.move_on()
         else:
@@ -199,7 +198,7 @@ class Sampler:
         return self._rows
 
     def sample(self, logits: Value, states: Sequence[SamplingState]) -> list[Token]:
-        """Chooses the next token of each sequence. The caller appends it to the state.
+        """Sample the next token of each sequence. The caller appends it to the state.
 
         Args:
             logits: [R, V] float32, an array or a tensor on any device; may be overwritten.
@@ -228,15 +227,14 @@ class Sampler:
     def sample_runs(
         self, logits: Value, states: Sequence[SamplingState], drafts: Sequence[Sequence[int]]
     ) -> list[tuple[Token, ...]]:
-        """Chooses the next tokens of each sequence, as far as its drafts are right: those of `sample`, one at a time.
+        """Verify draft tokens: sample each row, and accept drafts while they equal the sampled tokens.
 
-        A row counts where the draft in it is what was drawn before it. So the tokens, and the random numbers behind
-        them, are those of as many steps.
+        The tokens and their random numbers are the same as those of `sample` called once per token.
 
         Args:
-            logits: [sum of 1 + drafts, V] as for `sample`; the rows of each sequence behind each other.
-            states: one per sequence; as they were when this returns.
-            drafts: of each sequence, what is in its rows behind the first.
+            logits: [sum of 1 + drafts, V] as for `sample`; the rows of each sequence are consecutive.
+            states: one per sequence; unchanged when this returns.
+            drafts: draft tokens of each sequence: the inputs of its rows after the first.
         """
         if _at_once(states):
             return self._draw_runs(logits, states, drafts)
@@ -247,7 +245,7 @@ class Sampler:
     def _sample_in_turn(
         self, logits: Value, states: Sequence[SamplingState], drafts: Sequence[Sequence[int]]
     ) -> list[tuple[Token, ...]]:
-        """As `sample_runs`, where what a row may give follows from what the row before it gave."""
+        """As `sample_runs`, for sequences whose logits' edits depend on the token of the row before."""
         drawn: list[list[Token]] = [[] for _ in states]
         first = np.cumsum([0, *(1 + len(own) for own in drafts)])
         taken = [0] * len(states)
@@ -273,7 +271,7 @@ class Sampler:
     def _sample_apart(
         self, logits: Value, states: Sequence[SamplingState], drafts: Sequence[Sequence[int]]
     ) -> list[tuple[Token, ...]]:
-        """As `sample_runs`: those that can be drawn at once, and then the others."""
+        """As `sample_runs`: first all sequences whose rows are independent, then the others row by row."""
         first = np.cumsum([0, *(1 + len(own) for own in drafts)])
         drawn: list[tuple[Token, ...]] = [()] * len(states)
         apart = [_at_once([state]) for state in states]
@@ -289,7 +287,7 @@ class Sampler:
     def _draw_runs(
         self, logits: Value, states: Sequence[SamplingState], drafts: Sequence[Sequence[int]]
     ) -> list[tuple[Token, ...]]:
-        """As `sample_runs`, where nothing but a grammar changes rows: all at once, no row waits for another."""
+        """As `sample_runs`, for sequences whose logits only a grammar edits: all rows at once."""
         with _without_gradients(logits):
             logits = _in_one_piece(logits)
             counted = _mask_runs(logits, states, drafts)
@@ -298,14 +296,14 @@ class Sampler:
 
     @staticmethod
     def look_ahead(states: Sequence[SamplingState], drafts: Sequence[Sequence[int]]) -> None:
-        """Begins what `sample_runs` of these needs, while their logits are made."""
+        """Begin to compute the grammars' masks for `sample_runs` while the logits are computed."""
         for state, own in zip(states, drafts, strict=True):
             if own and state.grammar is not None and _at_once([state]):
                 state.grammar.look_ahead(own)
 
     @staticmethod
     def prompt_logprobs(logits: Value, next_token_ids: Sequence[int], top: int) -> list[LogprobRow]:
-        """Log-probabilities of the tokens of a prompt, in bounded memory.
+        """Compute the log-probabilities of a prompt's tokens in bounded memory.
 
         Args:
             logits: [T, V] float32, an array or a tensor on any device, one row per position; not changed.
@@ -329,7 +327,7 @@ class Sampler:
 
 
 def _at_once(states: Sequence[SamplingState]) -> bool:
-    """Whether each row of a run can be drawn from before it is known what the row before it gave."""
+    """Whether all rows of a run can be sampled at once: no edit depends on the token of the row before."""
     return not any(
         state.params.logprobs is not None or ((state.may_edit or state.reads_tokens) and not state.only_masks)
         for state in states
@@ -337,7 +335,7 @@ def _at_once(states: Sequence[SamplingState]) -> bool:
 
 
 def run_controls(states: Sequence[SamplingState], drafts: Sequence[Sequence[int]]) -> list[tuple[float, ...]]:
-    """Parameters of the rows of runs, see `kernels.Control`."""
+    """Return the parameters of the rows of runs, see `kernels.Control`."""
     rows: list[tuple[float, ...]] = []
     for state, own in zip(states, drafts, strict=True):
         count = 1 + len(own)
@@ -351,12 +349,12 @@ def run_controls(states: Sequence[SamplingState], drafts: Sequence[Sequence[int]
 def right_runs(
     tokens: Sequence[Token], drafts: Sequence[Sequence[int]], counted: Sequence[int] | None = None
 ) -> list[tuple[Token, ...]]:
-    """What was drawn for each of some runs: as far as its drafts are right, and one token more.
+    """Return the tokens of each run: its accepted drafts and the token after them.
 
     Args:
-        tokens: what was drawn from the rows of all runs.
-        drafts: of each run, what is in its rows behind the first.
-        counted: how many drafts of each may be right; None for all.
+        tokens: the sampled tokens of the rows of all runs.
+        drafts: draft tokens of each run.
+        counted: most drafts that may be accepted in each run; None for all.
     """
     drawn: list[tuple[Token, ...]] = []
     first = 0
@@ -370,7 +368,7 @@ def right_runs(
 
 
 def _mask_runs(logits: Value, states: Sequence[SamplingState], drafts: Sequence[Sequence[int]]) -> list[int]:
-    """Has the grammars' masks applied to the rows of runs; of each, the place of its last row that counts."""
+    """Apply the grammars' masks to the rows of runs; return the number of drafts with a mask in each run."""
     counted, first = [len(own) for own in drafts], 0
     masked: dict[int, NDArray[np.int32]] = {}
     for run, (state, own) in enumerate(zip(states, drafts, strict=True)):
@@ -384,16 +382,16 @@ def _mask_runs(logits: Value, states: Sequence[SamplingState], drafts: Sequence[
 
 
 class _Rows:
-    """What the same rows ask for, step after step.
+    """Sampling parameters of the rows of a batch, reused while the batch stays the same.
 
     Attributes:
         states: one per row.
-        vocab_size: V of all of them.
-        asking: rows that want log-probabilities.
-        may_edit: there may be masks, bias or penalties.
-        settling: rows whose draw has consequences, see `settle_drawn`.
-        only_draws: neither is the case.
-        controls: [R, 5] of their present positions.
+        vocab_size: V of all rows.
+        asking: rows with log-probabilities.
+        may_edit: a row may have masks, bias or penalties.
+        settling: rows that need `settle_drawn` after a token was sampled.
+        only_draws: no row has log-probabilities or edits.
+        controls: [R, 5] parameters at the current positions.
 
     Args:
         states: one per row.
@@ -414,18 +412,18 @@ class _Rows:
             place[: len(states)] = self.controls
             self.controls = place[: len(states)]
         self._random = [(row, state) for row, state in enumerate(states) if not state.params.greedy]
-        # Random numbers of the next positions, the first of these, and where they go: without numpy, see `go_on`.
+        # Random numbers of the next positions, the first position, and their column in `controls`: see `go_on`.
         self._ahead, self._begin = memoryview(b""), 0
         self._column = self.controls.reshape(-1).data[Control.UNIFORM :: len(Control)]
 
     def move_on(self) -> None:
-        """The rows are at other positions: random numbers are all that changes."""
+        """Move to other positions of the same rows: only the random numbers change."""
         for row, state in self._random:
             self.controls[row, Control.UNIFORM] = state.uniform()
         self._ahead = memoryview(b"")
 
     def go_on(self) -> None:
-        """The same where each row is at the position behind that of the last time: a copy of numbers made before."""
+        """Move each row to the next position: copy random numbers that were computed ahead."""
         if not self._random:
             return
         count, position = len(self.states), self._random[0][1].position
@@ -436,8 +434,8 @@ class _Rows:
 
 
 def _in_one_piece(logits: Value, *, fetched: bool = False) -> Value:
-    """Logits whose rows are in one piece: an array where compiled functions read them, else a tensor; on the CPU where
-    they are to be fetched."""
+    """Return logits with contiguous rows: an array for compiled CPU functions, otherwise a tensor, on the CPU if
+    `fetched`."""
     host = kernels.host_rows(logits)
     if host is not None:
         return host if host.strides[1] == host.itemsize else np.ascontiguousarray(host)
@@ -455,24 +453,24 @@ def _without_gradients(logits: Value) -> AbstractContextManager[object]:
 
 
 def controls(states: Sequence[SamplingState]) -> NDArray[np.float64]:
-    """[R, 5] parameters of these sequences at their present positions, see `kernels.Control`."""
+    """Return the parameters [R, 5] of these sequences at their current positions, see `kernels.Control`."""
     return np.array([(*state.controls, 0.5 if state.params.greedy else state.uniform()) for state in states])
 
 
 def drawn_tokens(token_ids: Sequence[int], largest: Sequence[float]) -> list[Token]:
-    """The tokens that were drawn from rows with these largest logits, or why there is none."""
+    """Return the sampled tokens, or an error for a row whose largest logit is not finite."""
     if math.isfinite(sum(largest)):  # as all of them are then
         return list(token_ids)
     return [_drawn_token(token, peak) for token, peak in zip(token_ids, largest, strict=True)]
 
 
 def settles(state: SamplingState) -> bool:
-    """Whether something must be done behind each draw of a sequence."""
+    """Whether a sequence needs `settle_drawn` after each sampled token."""
     return state.params.mirostat > 0 or bool(state.params.logits_processors)
 
 
 def settle_drawn(tokens: list[Token], logits: Value, rows: Sequence[int], states: Sequence[SamplingState]) -> None:
-    """Tells mirostat what was drawn, and puts an error where a processor has failed."""
+    """Pass the sampled tokens' surprise to mirostat; replace the tokens of rows whose logits processor failed."""
     for row in rows:
         state, token = states[row], tokens[row]
         if state.failure is not None:

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""SamplingState: what the sampler remembers of one sequence, from admission to its last token (step 7 of ten).
+"""SamplingState: the sampler's state of one sequence, from admission to its last token (step 7 of ten).
 
 It is made once, when the sequence is admitted, and outlives preemption: the engine may drop the sequence's cache and
-compute it again, the tokens and counts here stay. Everything a step needs is prepared here, so that a step does no
-work that could be done once.
+compute it again, while tokens and counts stay here. Whatever does not change from step to step is computed once, here.
 """
 
 from __future__ import annotations
@@ -23,35 +22,35 @@ from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.sampling.random import fresh_seed, seed_words, uniforms
 from candle_vllm.core.sampling.thoughts import ThoughtCount
 
-_UNIFORMS = 64  # random numbers of a sequence that are made at a time
+_UNIFORMS = 64  # random numbers of a sequence that are computed at a time
 
 
 class SamplingState:
-    """One sequence's parameters, its output tokens, and what follows from both.
+    """One sequence's sampling parameters, its tokens, and values derived from both.
 
     Attributes:
         params: how the tokens are chosen.
         vocab_size: V, the width of the logits.
         index: which of the request's `n` sequences this is.
         seed: the request's, or 64 fresh bits.
-        controls: temperature (0 for greedy), min_p, top_k (0 where it would keep every token), top_p; where the chain
-            has cut the row, nothing is left of the cuts.
-        chain: [12] the numbers of llama.cpp's chain, see `kernels/sampling/chain.py`; None where it is not asked for.
-        dry: the text as DRY sees it, or None.
+        controls: temperature (0 for greedy), min_p, top_k (0 for all tokens), top_p; with a sampler chain, which
+            applies min_p, top_k and top_p itself, these three have their neutral values.
+        chain: [12] parameters of llama.cpp's sampler chain, see `kernels/sampling/chain.py`; None without a chain.
+        dry: state of DRY, or None.
         allowed: [N] distinct token ids, or None.
         bias_ids, bias_values: `logit_bias` as parallel arrays.
-        counts: occurrences for the penalties, or None where there is no penalty. Where they look at the last tokens
-            alone they are those of this step, valid until the next `append`.
-        windowed: the penalties look at the last tokens alone.
-        failure: what a processor of the request's own did wrong, or None.
-        grammar: which tokens the form of the text leaves, or None where any text will do.
-        thoughts: how much was thought, where that has a limit; it has the end of thoughts forced.
-        tokens: prompt and output so far. Who plans the steps may read the same list; `append` and `rollback` change it.
-        reads_tokens: the tokens before the next one must be known on the host before it is drawn.
-        notes_tokens: `append` does more than to append.
-        may_edit: its logits may be changed before a draw: there are masks, bias or penalties, now or at some position.
-        only_masks: its grammar is all that changes its logits.
-        num_ahead: tokens drawn behind them that are not known yet; more than 0 only where steps overlap.
+        counts: token counts for the penalties; None without a penalty. Counts of a window of the last tokens are
+            valid until the next `append`.
+        windowed: the penalties count only a window of the last tokens.
+        failure: error of one of the request's own logits processors, or None.
+        grammar: state of the grammar of structured output; None without one.
+        thoughts: count of reasoning tokens, which forces their end at a limit; None without a limit.
+        tokens: prompt and output so far. The scheduler may read the same list; `append` and `rollback` change it.
+        reads_tokens: the host must know all earlier tokens before the next one is sampled.
+        notes_tokens: `append` updates more than `tokens`.
+        may_edit: its logits may be edited at some position: by masks, bias, penalties or processors.
+        only_masks: only its grammar edits its logits.
+        num_ahead: sampled tokens after `tokens` that the host does not know yet; above 0 only if steps overlap.
     """
 
     def __init__(
@@ -67,19 +66,19 @@ class SamplingState:
         thoughts: ThoughtCount | None = None,
         breakers: Breakers | None = None,
     ) -> None:
-        """Checks what depends on the vocabulary.
+        """Check token ids against the vocabulary, and prepare masks, bias and counts.
 
         Args:
             params: how the tokens are chosen.
             prompt_token_ids: the prompt; its tokens count for `repetition_penalty`.
             vocab_size: V, the width of the logits.
-            eos_token_ids: the model's end-of-sequence tokens. Those outside the vocabulary cannot be produced and
+            eos_token_ids: the model's end-of-sequence tokens. Ids outside the vocabulary cannot be produced and
                 need no mask.
             index: which of the request's `n` sequences this is.
             bad_word_token_ids: `params.bad_words` as tokens, each at least one.
             grammar: of `params.structured_outputs`, at the start of a text.
             thoughts: of `params.thoughts`, at the start of a text.
-            breakers: of DRY; needed where the request asks for it.
+            breakers: sequence breakers of DRY; required for a request with DRY.
 
         Raises:
             InvalidParameterError: a token id lies outside the vocabulary.
@@ -88,7 +87,7 @@ class SamplingState:
         self.vocab_size = vocab_size
         self.index = index
         self.seed = fresh_seed() if params.seed is None else params.seed
-        self._uniforms: tuple[int, list[float]] = (0, [])  # the random numbers from some position on
+        self._uniforms: tuple[int, list[float]] = (0, [])  # a position, and the random numbers from there on
         self.tokens = list(prompt_token_ids)
         self.num_prompt_tokens = len(self.tokens)
         self.num_ahead = 0
@@ -107,7 +106,7 @@ class SamplingState:
         self.chain = None
         self._recent: RecentCounts | None = None
         self._mus = [2 * params.mirostat_tau]  # of the tokens so far and the next one
-        self._chances: tuple[int, list[float]] = (0, [])  # XTC's random numbers from some position on
+        self._chances: tuple[int, list[float]] = (0, [])  # a position, and XTC's random numbers from there on
         if params.chained:
             self.chain, self.controls = _chain(self.controls, params)
         self.dry = None if breakers is None else DryState(params, breakers, self.tokens)
@@ -124,7 +123,7 @@ class SamplingState:
         self.notes_tokens = self._counts is not None or held or self.dry is not None
 
     def sibling(self, index: int) -> SamplingState:
-        """A fresh state of another sequence of the same request; what follows from the parameters alone is shared."""
+        """Return a fresh state for another sequence of the same request; constant parts are shared."""
         assert len(self.tokens) == self.num_prompt_tokens
         other = copy.copy(self)
         other.index = index
@@ -140,7 +139,7 @@ class SamplingState:
         return other
 
     def uniform(self) -> float:
-        """The random number in (0, 1) of the next token: a function of seed, index and position alone."""
+        """Return the random number in (0, 1) of the next token: a function of seed, index and position alone."""
         first, numbers = self._uniforms
         offset = self.position - first
         if 0 <= offset < len(numbers):
@@ -149,7 +148,7 @@ class SamplingState:
         return self._uniforms[1][0]
 
     def uniforms(self, count: int) -> list[float]:
-        """The same of the next `count` tokens, at most 64."""
+        """Return the random numbers of the next `count` tokens, at most 64."""
         first, numbers = self._uniforms
         offset = self.position - first
         if not 0 <= offset <= len(numbers) - count:
@@ -159,7 +158,7 @@ class SamplingState:
 
     @property
     def position(self) -> int:
-        """How many tokens were drawn before the next one."""
+        """Number of sampled tokens before the next one."""
         return len(self.tokens) - self.num_prompt_tokens + self.num_ahead
 
     @property
@@ -168,11 +167,11 @@ class SamplingState:
         return self.tokens[self.num_prompt_tokens :]
 
     def append(self, token_id: int) -> None:
-        """Takes note of the token that was chosen.
+        """Append a sampled token and update counts, grammar and DRY.
 
         Raises:
-            InvalidParameterError: the grammar cannot go on behind it.
-            RuntimeError: the grammar does not take it.
+            InvalidParameterError: the grammar cannot continue after the token.
+            RuntimeError: the grammar does not accept the token.
         """
         assert 0 <= token_id < self.vocab_size
         self.tokens.append(token_id)
@@ -187,14 +186,14 @@ class SamplingState:
             self.thoughts.add(token_id)
 
     def may_take(self, token_id: int) -> bool:
-        """Whether the grammar takes this one as the next token. Waits for it."""
+        """Whether the grammar accepts this token as the next one. Waits for the grammar."""
         return self.grammar is None or self.grammar.legal((token_id,)) == 1
 
     @property
     def forced(self) -> int | None:
-        """The token that must come next, as the thoughts are at their limit; None where any may. Waits for the grammar.
+        """Next token of the forced end of reasoning at its limit; None below the limit. Waits for the grammar.
 
-        What the request allows at all wins: a token that `allowed_token_ids` or the grammar has not waits until it has.
+        `allowed_token_ids` and the grammar win: a token that they forbid is forced later, once they allow it.
         """
         token = None if self.thoughts is None else self.thoughts.next_token
         if token is None or (bits := self._left()) is None or bits.view(np.uint32)[token // 32] >> token % 32 & 1:
@@ -202,9 +201,9 @@ class SamplingState:
         return None
 
     def rollback(self, count: int, thoughts: ThoughtCount | None = None) -> None:
-        """Forgets the last `count` tokens that were appended, as if they had not been.
+        """Undo the last `count` calls of `append`.
 
-        `thoughts` is a copy of what was thought before them, where there is one; else that is counted anew.
+        `thoughts` is a copy of the count of reasoning tokens before them; None counts the output again.
         """
         if not count:
             return
@@ -224,7 +223,7 @@ class SamplingState:
 
     @property
     def counts(self) -> TokenCounts | RecentCounts | None:
-        """See the class."""
+        """See the class's attributes."""
         last = self.params.repeat_last_n
         if self._counts is None or not 0 <= last < len(self.tokens):
             return self._counts
@@ -234,7 +233,7 @@ class SamplingState:
         return self._recent
 
     def links(self) -> NDArray[np.float64]:
-        """`chain` as it is for the next token; a copy."""
+        """Return a copy of `chain` for the next token, with XTC's decision and mirostat's mu."""
         assert self.chain is not None
         numbers = self.chain.copy()
         if self.params.xtc_probability and self._chance() > self.params.xtc_probability:
@@ -243,7 +242,7 @@ class SamplingState:
         return numbers
 
     def note_surprise(self, bits: float, position: int) -> None:
-        """Tells mirostat how surprising the token was that was drawn at a position."""
+        """Update mirostat by the surprise, in bits, of the token that was sampled at a position."""
         params = self.params
         error = bits - params.mirostat_tau
         self._mus[position + 1 :] = [self._mus[position] - params.mirostat_eta * error]
@@ -257,17 +256,17 @@ class SamplingState:
 
     @property
     def masks_tokens(self) -> bool:
-        """Whether the next token may not be just any of the vocabulary."""
+        """Whether some tokens of the vocabulary may not come next."""
         return self._always_masks or self.position < self.params.min_tokens or self.is_due
 
     @property
     def is_due(self) -> bool:
-        """Whether the thoughts are at their limit, so that their end is to be said."""
+        """Whether reasoning has reached its limit, so that its end is forced."""
         return self.thoughts is not None and self.thoughts.next_token is not None
 
     def mask_bits(self) -> NDArray[np.int32] | None:
-        """As `allowed_bits`, what `allowed`, the grammar and a limit of thoughts leave; None where there is none of
-        them. Waits for the grammar.
+        """Return the tokens that `allowed`, the grammar and the limit of reasoning allow, as in `allowed_bits`; None
+        without any of these. Waits for the grammar.
 
         Valid until the next `append`.
         """
@@ -279,7 +278,7 @@ class SamplingState:
         return bits.view(np.int32)
 
     def _left(self) -> NDArray[np.int32] | None:
-        """What `allowed` and the grammar leave."""
+        """Return the tokens that `allowed` and the grammar allow, as in `allowed_bits`; None for all."""
         if self.grammar is None:
             return None if self.allowed is None else self.allowed_bits
         bits = self.grammar.bits()
@@ -294,10 +293,10 @@ class SamplingState:
         return np.packbits(flags, bitorder="little").view(np.int32)
 
     def forbidden_ids(self) -> NDArray[np.int64]:
-        """Tokens that may not come next: ends of bad words, and every stop token before `min_tokens`.
+        """Return the tokens that may not come next: ends of bad words, and every stop token before `min_tokens`.
 
-        As in vLLM, `min_tokens` holds back the end-of-sequence tokens under `ignore_eos` too. The form of a text wins:
-        where it leaves nothing but these, they may come. So may the end of thoughts that are at their limit.
+        As in vLLM, `min_tokens` forbids the end-of-sequence tokens under `ignore_eos` too. A grammar that allows only
+        stop tokens wins over `min_tokens`. A forced end of reasoning is allowed too.
         """
         if self.forced is not None:
             return np.zeros(0, np.int64)
@@ -309,7 +308,7 @@ class SamplingState:
         return np.concatenate((words, self._stop_ids))
 
     def _must_stop(self) -> bool:
-        """Whether the grammar leaves nothing but stop tokens here. Waits for it."""
+        """Whether the grammar allows only stop tokens here. Waits for the grammar."""
         if self.grammar is None:
             return False
         others = np.unpackbits(self.grammar.bits().view(np.uint8), bitorder="little")
@@ -328,10 +327,10 @@ class SamplingState:
 
 
 def uniforms_ahead(states: Sequence[SamplingState]) -> NDArray[np.float64]:
-    """[K, R] the random numbers of the next K tokens of some sequences, as many as are at hand, at least one."""
+    """Return random numbers [K, R] of the next K >= 1 tokens of R sequences; K is what all of them have computed."""
     left = [_uniforms_left(state) for state in states]
     if not all(left):
-        _make_uniforms(states)  # all at once, which costs what the numbers of one do
+        _make_uniforms(states)  # in one call, which costs as much as the numbers of one sequence
         left = [_UNIFORMS] * len(states)
     most = min(left)
     ahead = [state._uniforms[1][-count:][:most] for state, count in zip(states, left)]
@@ -339,23 +338,23 @@ def uniforms_ahead(states: Sequence[SamplingState]) -> NDArray[np.float64]:
 
 
 def _uniforms_left(state: SamplingState) -> int:
-    """How many random numbers there are from the next token on."""
+    """Return the number of computed random numbers from the next token on."""
     first, numbers = state._uniforms
     offset = state.position - first
     return len(numbers) - offset if 0 <= offset < len(numbers) else 0
 
 
 def _make_uniforms(states: Sequence[SamplingState]) -> None:
-    """Random numbers of some sequences from their next token on."""
+    """Compute random numbers of some sequences from their next token on."""
     words, positions = [seed_words(state.seed, state.index) for state in states], [state.position for state in states]
     for state, first, numbers in zip(states, positions, uniforms(words, positions, _UNIFORMS).tolist()):
         state._uniforms = (first, numbers)
 
 
 class TokenCounts:
-    """How often each token was generated, kept sparse: parallel arrays of ids and counts.
+    """Number of occurrences of each token in the output, as sparse parallel arrays of ids and counts.
 
-    A token of the prompt that was not generated has a count of 0.
+    Tokens that occur only in the prompt have a count of 0.
     """
 
     def __init__(self, prompt_token_ids: NDArray[np.int64]) -> None:
@@ -366,7 +365,7 @@ class TokenCounts:
         self._counts = np.zeros(len(self._ids), np.float32)
 
     def add(self, token_id: int) -> None:
-        """Counts one more occurrence in the output."""
+        """Count one more occurrence in the output."""
         slot = self._slots.setdefault(token_id, self._size)
         if slot == self._size:
             if slot == len(self._ids):  # doubling keeps the cost per token constant
@@ -377,10 +376,10 @@ class TokenCounts:
         self._counts[slot] += 1
 
     def remove(self, token_id: int) -> None:
-        """Takes back the last `add`."""
+        """Undo the last `add`."""
         slot = self._slots[token_id]
         self._counts[slot] -= 1
-        if not self._counts[slot] and slot >= self._num_prompt_ids:  # it was the first such token, so it is the last id
+        if not self._counts[slot] and slot >= self._num_prompt_ids:  # the token occurred once, so its id is the last
             del self._slots[token_id]
             self._size -= 1
 
@@ -396,9 +395,9 @@ class TokenCounts:
 
 
 class RecentCounts:
-    """As `TokenCounts`, of some tokens of which the first `prompt` are not the output's; not changed any more.
+    """As `TokenCounts`, of a fixed window of tokens, of which the first `prompt` belong to the prompt.
 
-    A token of the prompt has a count of 0, as there; where no penalty looks at the prompt that takes nothing off it.
+    Tokens that occur only in the prompt have a count of 0, so that no penalty for the output applies to them.
     """
 
     def __init__(self, tokens: Sequence[int], prompt: int) -> None:
@@ -440,7 +439,7 @@ class BadWords:
 
 
 def _distinct(ids: NDArray[np.int64]) -> NDArray[np.int64]:
-    """In rising order, each once. Numpy's own function imports masked arrays at its first call: 15 ms of a start."""
+    """Return the distinct ids, sorted. `np.unique` imports masked arrays at its first call: 15 ms of a start."""
     ordered = np.sort(ids)
     return ordered[np.diff(ordered, prepend=-1) > 0]
 
@@ -464,7 +463,7 @@ def _penalty_counts(params: SamplingParams, prompt_ids: NDArray[np.int64]) -> To
 
 
 def _chain(controls: tuple[float, ...], params: SamplingParams) -> tuple[NDArray[np.float64], tuple[float, ...]]:
-    """The numbers of the chain, and the controls of what it leaves."""
+    """Return the parameters of the sampler chain, and the controls that remain for sampling after it."""
     temperature, min_p, top_k, top_p = controls
     numbers = np.zeros(len(Link))
     takes_away = params.xtc_probability > 0

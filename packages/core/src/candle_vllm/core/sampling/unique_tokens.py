@@ -44,7 +44,7 @@ class Neighbours:
     """Tokens by their bytes.
 
     Args:
-        tokens: the bytes of each; those with none are left out.
+        tokens: the bytes of each; tokens without bytes are left out.
         special: ids that are no text.
         words: int32 words of a mask.
 
@@ -90,7 +90,7 @@ class Neighbours:
         return self._not_opening[mode]
 
     def behind(self, said: bytes, span: tuple[int, int]) -> tuple[int, int] | None:
-        """Of a span of tokens, those that begin with some bytes; None where there is none."""
+        """Return the span of the tokens in `span` that begin with `said`; None if no token does."""
         first = bisect_left(self._texts, said, *span)
         if first == span[1] or not self._texts[first].startswith(said):
             return None

@@ -73,7 +73,7 @@ class ScriptedEngine(ScriptedVectors):
         chat_template: what `chat_conventions` shows; the engine renders ChatML whatever it is.
         special_tokens: names of more special tokens, which a script may have in its text.
         architecture: shown in `model_info`.
-        sees: it takes pictures, of which its script knows nothing.
+        sees: accept images; the script does not receive them.
         tasks: what it does; without "generate" it is an embedding model, with "score" alone a cross-encoder.
         pause, first_pause: seconds before every piece, and before the first one where that is another.
 
@@ -82,7 +82,7 @@ class ScriptedEngine(ScriptedVectors):
         aborted: ids of requests whose stream was closed before its end.
         pausing: number of requests that wait before a piece: their time runs.
         template_calls: every conversation rendered.
-        pictures: every picture shown.
+        pictures: every image of a request.
         chat_conventions: as of a model.
     """
 

@@ -206,7 +206,7 @@ def _is_role(side: nodes.Node) -> bool:
 def _conversation(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """A copy for the template: plain data, and reasoning under each name in use.
 
-    Keys without a value are left out, but for the content: some templates ask whether that is none.
+    Keys without a value are left out except `content`: some templates test whether it is None.
     """
     if not messages:
         raise InvalidParameterError("messages must hold at least one message", "messages")

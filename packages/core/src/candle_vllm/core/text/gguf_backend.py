@@ -111,7 +111,7 @@ def set_frame(
 
     With `again`, as transformers does, the second text of a pair has `before` too.
     """
-    # The template's grammar splits at spaces and colons, so the tokens go under names of ours.
+    # The template's grammar splits at spaces and colons, so placeholders stand for the tokens.
     head = [f"HEAD{i}" for i in range(len(before))]
     tail = [f"TAIL{i}" for i in range(len(behind))]
     tokens = [

@@ -65,7 +65,7 @@ class GgufVocab:
         tokens: one text per id, no two alike and none empty.
         numbers: the id of each text.
         types: one of the token types per id.
-        scores: log-probability per id; empty where the file has none.
+        scores: log-probability per id; empty for a file without scores.
         merges: pairs of texts, the first merges first; `check_merges` says whether both and their sum are tokens.
         ids: special token ids by name ("bos", "eos", "unknown", ...).
         pre: how text is cut into words; for byte-pair models.

@@ -84,10 +84,10 @@ def read_prompt(prompt: Any, *, sees: bool = False) -> tuple[str | None, list[in
 
 
 def prompt_pictures(prompt: Any) -> list[Any]:
-    """The pictures of a prompt: one as `image` of its `multi_modal_data`, or a list.
+    """Return the images of a prompt: `image` of its `multi_modal_data`, one image or a list.
 
     Raises:
-        InvalidParameterError: there is something else.
+        InvalidParameterError: `multi_modal_data` has another key or type.
     """
     data = prompt.get("multi_modal_data") if isinstance(prompt, Mapping) else None
     if data is None:
@@ -106,7 +106,7 @@ def prompt_pictures(prompt: Any) -> list[Any]:
 def as_token_ids(prompt: Any) -> list[int]:
     """A prompt of token ids as a list; anything with whole numbers in it will do, a numpy array as well."""
     if type(prompt) in (list, tuple) and set(map(type, prompt)) <= {int}:
-        return list(prompt)  # a million of them without a loop of ours, on which a server's other requests wait
+        return list(prompt)  # no Python loop over a million ids, for which a server's other requests would wait
     try:
         if isinstance(prompt, (bytes, bytearray, Mapping)) or any(isinstance(token, bool) for token in prompt):
             raise TypeError
@@ -128,15 +128,15 @@ def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 def as_conversations(
     messages: Any, template: ChatTemplate | None = None, *, sees: bool = False
 ) -> tuple[list[list[Message]], bool]:
-    """Conversations whose messages were looked at, and whether a list of them was given rather than one.
+    """Check conversations; return them, and whether a list of conversations was given rather than one.
 
     Args:
         messages: of one conversation, or of several.
-        template: may know more roles and keys than those of OpenAI's API.
-        sees: messages may have pictures.
+        template: may accept more roles and keys than OpenAI's API.
+        sees: messages may have images.
 
     Raises:
-        InvalidParameterError: a message is wrong; the error begins with its place, `messages[2].content`.
+        InvalidParameterError: an invalid message; the error begins with its path, `messages[2].content`.
     """
     items = _list_of("messages", messages, "messages")
     if not items:
@@ -158,11 +158,11 @@ def one_conversation(messages: Any, template: ChatTemplate | None = None, *, see
 
 
 def template_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Messages of OpenAI's API, which were looked at, as templates expect them.
+    """Convert checked messages of OpenAI's API to those that chat templates expect.
 
-    Text parts become one text, on lines of their own; beside pictures they stay parts. A message of calls has a
-    content, if an empty one; arguments of calls that are the JSON text of an object become that object, and what
-    answers a call has the function's name. What the template cannot write of this is for `fit`.
+    Text parts are joined to one text, one part per line; in a message with images they stay parts. A message with tool
+    calls gets a content, which may be empty. Arguments of calls that are the JSON text of an object become that object,
+    and a tool's result gets the function's name. `fit` handles what the template cannot write.
     """
     names: dict[Any, Any] = {}
     made: list[dict[str, Any]] = []
@@ -193,15 +193,15 @@ def prompt_texts(
     options: Mapping[str, Any],
     within: Mapping[str, Iterable[str]],
 ) -> list[str]:
-    """The prompts of conversations that were looked at; a picture is the mark that the template writes for it.
+    """Render the prompts of checked conversations; an image becomes the placeholder that the template writes.
 
     Args:
-        method: what was called, with these options.
-        within: what else has arguments, as for `unknown_name`.
+        method: name of the called method, to which `options` were given.
+        within: other owners of arguments, as for `unknown_name`.
 
     Raises:
-        TypeError: an option is none of a chat's, and the template does not read it.
-        InvalidParameterError: `chat_template_kwargs` are no variables by name.
+        TypeError: an option is unknown, and no variable of the template.
+        InvalidParameterError: `chat_template_kwargs` is no mapping of names.
         ChatTemplateError: the template refused a conversation, or does not read its tools.
     """
     refuse_lost(method, options, (*_CHAT_OPTIONS, "use_tqdm"), template.variables, within)
@@ -250,7 +250,7 @@ def _is_picture(part: Any) -> bool:
 
 
 def _template_part(part: Any) -> dict[str, Any]:
-    """A part beside a picture, as templates know it."""
+    """Convert a content part of a message with images to a part that templates know."""
     if _is_picture(part):
         return {"type": "image"}
     if isinstance(part, str):
@@ -259,22 +259,22 @@ def _template_part(part: Any) -> dict[str, Any]:
 
 
 def pictures_of(conversation: Sequence[Message], place: str = "messages") -> list[object]:
-    """The pictures of a conversation that was looked at, in order, as `picture_of` takes them.
+    """Return the images of a checked conversation in order, as `picture_of` accepts them.
 
     Raises:
-        InvalidParameterError: a part has none.
+        InvalidParameterError: an image part without an image.
     """
     return [part_picture(part, where) for part, where in _picture_parts(conversation, place)]
 
 
 def addresses_of(conversation: Sequence[Message], place: str = "messages") -> list[ImageAddress]:
-    """Where the pictures of a conversation that was looked at are, of those that are elsewhere."""
+    """Return the addresses of a checked conversation's images that have a URL."""
     found = ((part_address(part), where) for part, where in _picture_parts(conversation, place))
     return [ImageAddress(source, where) for source, where in found if source is not None]
 
 
 def with_files(conversation: Sequence[Message], files: Iterable[bytes]) -> list[Message]:
-    """A conversation with the files of its `addresses_of` in their places."""
+    """Replace the images with a URL in a conversation by the files of its `addresses_of`."""
     left = iter(files)
 
     def had(part: Any) -> Any:

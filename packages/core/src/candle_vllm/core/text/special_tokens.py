@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Which tokens end a turn and which are never shown (step 3 and 9 of a request).
+"""Find the tokens that end a turn and the tokens that are never shown (step 3 and 9 of a request).
 
-Files name one end-of-sequence token; chat models stop at others as well. The texts and the exceptions among them are
-those llama.cpp settled on.
+Files name one end-of-sequence token; chat models stop at others as well. The texts and the exceptions are those of
+llama.cpp.
 """
 
 from __future__ import annotations

@@ -258,7 +258,7 @@ def _add_tokens(backend: Backend, config: dict[str, Any], special: list[Any], fo
 
 
 def _configured_tokens(config: dict[str, Any], special: set[str], folder: Path) -> list[tuple[int, AddedToken]]:
-    """Ids and tokens of `added_tokens_decoder`, in order; where there is none, those of added_tokens.json."""
+    """Return ids and tokens of `added_tokens_decoder` in order, or, without that key, those of added_tokens.json."""
     path, entries = folder / "tokenizer_config.json", config.get("added_tokens_decoder")
     if entries is None:
         path, ids = folder / "added_tokens.json", _read_json(folder / "added_tokens.json")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""AsyncLLM: vLLM's class for programs with an event loop, over an engine of ours."""
+"""AsyncLLM: vLLM's class for programs with an event loop, over `InferenceEngine`."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ class AsyncLLM:
         return True
 
     async def remove_lora(self, lora_id: int | str) -> bool:
-        """Forgets an adapter, by its name or the number that it was added with; False where there is none."""
+        """Remove an adapter, by its name or the number that it was added with; False for an unknown adapter."""
         name = self._adapter_names.pop(lora_id, None) if isinstance(lora_id, int) else lora_id
         return name is not None and await asyncio.to_thread(self.engine.remove_lora, name)
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Beam search: the likeliest continuations of a prompt that a search of some width finds, as vLLM's `beam_search`.
+"""Beam search of width w for the likeliest continuations of a prompt, as vLLM's `beam_search`.
 
-At every step each beam is continued by the 2w likeliest tokens of the model; what ends with an end token is complete,
-and of the rest the w best go on. The last word is with the score, a sum of log-probabilities divided by a power of the
-number of tokens, over complete sequences and those that the last step left (Wu et al., arXiv:1609.08144, section 7,
-with transformers' penalty in place of theirs).
+Each step continues each beam by the model's 2w likeliest tokens. A sequence with an end token is complete; of the
+others the w best go on. The result is ranked by score: the sum of log-probabilities divided by a power of the number of
+tokens, over complete sequences and the beams of the last step (Wu et al., arXiv:1609.08144, section 7, with the length
+penalty of transformers instead of the paper's).
 """
 
 from __future__ import annotations
@@ -200,7 +200,7 @@ def _step(
     own: Sequence[tuple[int, LoraChoice]],
     params: BeamSearchParams,
 ) -> bool:
-    """One token more for every beam, with the priority and the adapters of its search; False where there are none."""
+    """Extend every beam by one token, with the priority and adapters of its search; False without beams."""
     todo = [(beam, *each) for search, each in zip(searches, own, strict=True) for beam in search.beams]
     if not todo:
         return False

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""LLM: vLLM's class for programs without an event loop, over an engine of ours.
+"""LLM: vLLM's class for programs without an event loop, over `InferenceEngine`.
 
-What differs from `InferenceEngine` is what vLLM's users expect: its names and outputs, its sampling defaults (the
-model's own where nothing was given, else temperature 1 over the whole vocabulary), 16 tokens also in a chat.
+It differs from `InferenceEngine` where vLLM does: in names and outputs, in sampling defaults (the model's own if no
+parameters were given, otherwise temperature 1 over the whole vocabulary), and in 16 tokens also for a chat.
 """
 
 from __future__ import annotations
@@ -80,10 +80,10 @@ class Defaults:
         return SamplingParams(**self._values).filled({})
 
     def filled(self, params: SamplingParams | None) -> SamplingParams:
-        """The parameters of a request: as given, with vLLM's defaults in the rest; as above without any.
+        """Fill a request's parameters with vLLM's defaults; None becomes `sampling_params()`.
 
         Raises:
-            InvalidParameterError: they are none.
+            InvalidParameterError: `params` is no `SamplingParams`.
         """
         if params is None:
             return self.sampling_params()
