@@ -113,21 +113,21 @@ LONGEST_MATCH = 24
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SpeculativeConfig:
-    """How drafts are made; vLLM's names. `draft_settings` makes one of a mapping.
+    """Settings of speculative decoding, with vLLM's names. `draft_settings` makes one from a mapping.
 
     Attributes:
-        method: "suffix" guesses from the text so far and from past answers, "ngram" from the text so far, "none" not;
-            "draft_model" asks a small model where "suffix" has nothing as likely, "eagle3" a head that was trained for
-            the model, "mtp" the layer for further tokens that the model's own checkpoint has.
-        num_speculative_tokens: most drafts of a sequence in one step.
-        prompt_lookup_min, prompt_lookup_max: shortest match that counts, and how many tokens of it are compared.
-        suffix_decoding_max_cached_requests: most past answers that are kept; 0 keeps none.
-        suffix_decoding_max_spec_factor: most drafts for each token that matched; None is no limit.
-        suffix_decoding_min_token_prob: drafts end where the next is less likely right than this.
-        model: the model that drafts, of the same vocabulary, or the head; given as `EngineConfig.model` is.
-        revision, weight_file: of that, as the fields of that name in `EngineConfig`.
-        draft_min: fewer drafts of the model in one step than this are not tried.
-        draft_p_min: the model drafts on while it gives its own token at least this probability.
+        method: source of draft tokens. "suffix": the text so far and past answers; "ngram": the text so far; "none": no
+            speculation; "draft_model": a small model if "suffix" has no draft as likely; "eagle3": a head that was
+            trained for the model; "mtp": the multi-token prediction layer of the model's own checkpoint.
+        num_speculative_tokens: most draft tokens of a sequence in one step.
+        prompt_lookup_min, prompt_lookup_max: shortest match that counts, and most tokens that are compared.
+        suffix_decoding_max_cached_requests: most past answers in the suffix cache; 0 turns the cache off.
+        suffix_decoding_max_spec_factor: most draft tokens for each matched token; None is no limit.
+        suffix_decoding_min_token_prob: a draft ends before a token whose estimated probability is lower.
+        model: draft model of the same vocabulary, or the head; in the form of `EngineConfig.model`.
+        revision, weight_file: of the draft model, as the fields of these names in `EngineConfig`.
+        draft_min: least draft tokens of the model in one step; shorter drafts are dropped.
+        draft_p_min: the model continues a draft while its token has at least this probability.
     """
 
     method: DraftMethod = "suffix"

@@ -38,10 +38,10 @@ CPU: Final = Device("cpu")
 
 
 def choose_device(wanted: str) -> Device:
-    """The device for a setting: "auto", "cpu", "cuda" or "cuda:N"; of several, as "cuda:0,cuda:1", the first.
+    """Return the device for a setting: "auto", "cpu", "cuda" or "cuda:N"; the first of a list like "cuda:0,cuda:1".
 
-    "auto" is the first GPU, or the CPU where there is none that can be used; a GPU that is there and cannot be used is
-    logged with the reason.
+    "auto" is the first GPU, or the CPU without a usable GPU; a GPU that exists but cannot be used is logged with the
+    reason.
 
     Raises:
         ConfigError: the GPU that was asked for cannot be used.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""How stored matrices become those of a GPU, laid out for its kernels or decoded where it has none, or torch's.
+"""Convert stored matrices to the layouts of GPU kernels, or decode them if no kernel multiplies their format.
 
-Each gives the matrix, and why a quantised one takes more memory there than it is stored in, for a log.
+Each method returns the matrix, and for the log why a quantised one takes more memory there than in the file.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from candle_vllm.core.quantization.tensors import StoredTensor
 
 @dataclasses.dataclass(frozen=True)
 class PlainBackend:
-    """Plain numbers, whatever is stored: for the kernels of a GPU, or for torch.
+    """Decode every stored format to plain elements, for the kernels of a GPU or for torch.
 
     Attributes:
-        device: where matrices go.
-        dtype: of plain ones, and of activations.
+        device: device of the matrices.
+        dtype: of plain matrices and of activations.
     """
 
     device: torch.device | Device
@@ -56,11 +56,11 @@ class PlainBackend:
         return self.plain(stored)
 
     def decoded(self, stored: StoredTensor, why: str | None) -> tuple[DeviceMatrix, str | None]:
-        """The numbers as a matrix."""
+        """Decode to a plain matrix."""
         return TensorMatrix(self.numbers(stored)), why
 
     def numbers(self, stored: StoredTensor) -> torch.Tensor:
-        """A tensor of any shape; plain numbers are converted where they go, so that a GPU does it."""
+        """Load a tensor of any shape; a plain dtype is converted on the target device, so that a GPU does it."""
         there = stored.dtype is not None and self.device.type != "cpu"
         values = load_tensor(stored, None if there else self.dtype).to(self.device).to(self.dtype)
         check_range(stored, values)
@@ -72,8 +72,8 @@ class DeviceBackend(PlainBackend):
     """The kernels of a GPU; on the CPU their references in torch, for tests.
 
     Attributes:
-        groups: whether the layer multiplies whole numbers in groups; else they come in blocks, or decoded.
-        floats_kept: whether the layer multiplies small floats with scales; else they come decoded.
+        groups: whether the layer has kernels for integer codes in groups; otherwise they are GGUF blocks, or decoded.
+        floats_kept: whether the layer has kernels for small floats with scales; otherwise they are decoded.
     """
 
     groups: bool

@@ -8,8 +8,8 @@ in a byte, the first in its lower half.
     NVFP4   groups of 16, scale e4m3 times one float32 of the tensor: modelopt's `weight_scale_2`, or, to be divided by,
             compressed-tensors' `weight_global_scale`; in this order, in fp32
 
-GGUF has a type of the name MXFP4 for the same numbers: a block is the byte of the scale and 16 bytes, whose lower
-halves are the codes of the first 16 weights and whose upper ones those of the other 16.
+GGUF has a type of the name MXFP4 for the same numbers: a block is the byte of the scale and 16 bytes, whose low
+nibbles are the codes of the first 16 weights and whose high nibbles are the codes of the last 16.
 Source: OCP Microscaling Formats 1.0, 2023; NVIDIA's modelopt; gpt-oss's `convert_moe_packed_tensors`.
 """
 

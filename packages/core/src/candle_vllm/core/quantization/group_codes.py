@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
 """Whole numbers in groups that share a scale: what GPTQ, AWQ and the like are, once unpacked.
 
-Stands before step 1 of a request's life. A weight is scale * (code - zero) in fp32, which is exact for scales of 16
+Used before step 1 of a request's life. A weight is scale * (code - zero) in fp32, which is exact for scales of 16
 bits: the product has at most 11 + 9 significant bits.
 
-Where the groups allow it, the same numbers are blocks of a ggml type, which kernels on the CPU and the GPU multiply as
-they are: a symmetric code of 4 bits is Q4_0, one of 8 bits Q8_0, and code - zero of an asymmetric one of 4 bits lies in
--15..15, which is Q5_0. (Q4_1 would take 5.0 bits instead of 5.5, but rounds scale * zero to float16: on normal
-weights in groups of 128 an error of 4.4e-4 of the weights, or 4.4e-3 of the quantisation's, alike for a whole group.)
+If the groups allow it, the weights are converted exactly to blocks of a ggml type, which CPU and GPU kernels multiply:
+symmetric codes of 4 bits become Q4_0, of 8 bits Q8_0, and asymmetric codes of 4 bits become Q5_0, because code - zero
+is in -15..15. (Q4_1 would take 5.0 bits instead of 5.5, but rounds scale * zero to float16: on normal weights in
+groups of 128 an error of 4.4e-4 of the weights, 4.4e-3 of the quantisation error, the same for a whole group.)
 Shapes: R rows, K columns, G groups.
 """
 
@@ -30,7 +30,7 @@ _TYPES = MappingProxyType({4: GGMLQuantizationType.Q4_0, 5: GGMLQuantizationType
 
 
 class Blocks(NamedTuple):
-    """Rows as blocks of a ggml type: uint8 [R, bytes of a row], and which column each stands for, where not its own."""
+    """Rows as blocks of a ggml type: uint8 [R, bytes of a row], and the weights' columns if these are reordered."""
 
     type: GGMLQuantizationType
     raw: np.ndarray
@@ -104,14 +104,14 @@ class GroupCodes:
         return np.repeat(numbers, self.columns // numbers.shape[1], axis=1)
 
     def in_order(self) -> tuple[GroupCodes, np.ndarray | None]:
-        """Columns such that those of a group are neighbours, and which column of these each one is."""
+        """Reorder columns so that each group is contiguous; return the codes, and the original column of each."""
         if self.group_of is None or in_runs(self.group_of):
             return self, None
         order = np.argsort(self.group_of, kind="stable")
         return dataclasses.replace(self, codes=self.codes[:, order], group_of=self.group_of[order]), order
 
     def blocks(self) -> Blocks | None:
-        """The same weights in blocks of a ggml type; None where none holds them exactly."""
+        """Convert the weights to blocks of a ggml type; None if no type holds them exactly."""
         found, order = self.in_order()
         blocks = found._blocks()
         return None if blocks is None else blocks._replace(order=order)

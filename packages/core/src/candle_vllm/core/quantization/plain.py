@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Numbers that are stored one by one: their types, as numpy holds them, and the way from one type to another.
+"""Plain element types: their numpy types, and conversion from one type to another.
 
-Stands before step 1 of a request's life. A type goes by the name that safetensors files and GGUF files give it. Numpy
-has no bfloat16 and no floats of 8 bits: of these an array holds the bits, and the name beside it says what they are.
+Used before step 1 of a request's life. A type has the name of safetensors and GGUF files. Numpy has no bfloat16 and no
+floats of 8 bits: an array holds their bits, and the type's name is passed beside it.
 Source: OCP 8-bit Floating Point Specification (e4m3, e5m2) and OCP Microscaling Formats 1.0 (e8m0), 2023.
 """
 
@@ -56,14 +56,14 @@ def read_plain(raw: np.ndarray, stored: str, shape: tuple[int, ...], wanted: str
 
 
 def rounded(value: float, name: str) -> float:
-    """A number as a type of floats holds it."""
+    """Round a number to a floating-point type."""
     held = read_plain(np.array([value]).view(np.uint8), "F64", (1,), name)
     return read_plain(held.view(np.uint8), name, (1,), "F64").item()
 
 
 def convert(values: np.ndarray, stored: str, out: np.ndarray, wanted: str) -> None:
-    """Writes flat numbers of one type as another; what is narrower is rounded, to nearest, ties to even."""
-    with np.errstate(all="ignore"):  # what is beyond a type becomes infinite, and a NaN is the file's business
+    """Convert a flat array to another type; a narrower type is rounded to nearest, ties to even."""
+    with np.errstate(all="ignore"):  # overflow becomes infinite, and a NaN stays one
         if wanted == "BF16":
             _to_bf16(values if stored == "F32" else read_plain(values.view(np.uint8), stored, values.shape, "F32"), out)
         elif stored == "BF16" and wanted == "F32":
@@ -97,7 +97,7 @@ def _to_bf16(values: np.ndarray, out: np.ndarray) -> None:
 
 @cache
 def _small_floats(name: str) -> np.ndarray:
-    """What the bytes of a type of 8 bits mean, float32 [256], not to be written to."""
+    """Return the values of the 256 codes of an 8-bit float, float32 [256]; read-only."""
     codes = np.arange(256)
     if name == "F8_E5M2":
         found = (codes << 8).astype(np.uint16).view(np.float16).astype(np.float32)

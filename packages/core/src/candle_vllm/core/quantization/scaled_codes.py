@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Small floats with scales: what FP8 and NVFP4 checkpoints hold of some rows of a matrix, as it is stored.
+"""Small floats with scales: rows of a matrix of FP8 and NVFP4 checkpoints, as stored.
 
-Stands before step 1 of a request's life. A weight is its float, times the float of its group where there are groups,
-times the scale of its span in fp32. Spans are runs of neighbouring columns; the last of a row may be cut off.
+Used before step 1 of a request's life. A weight is its float, times the scale of its group for formats with groups,
+times the scale of its span in fp32. Spans are runs of consecutive columns; the last one of a row may be shorter.
 Source: Micikevicius et al., 2022, arXiv:2209.05433 (e4m3, e5m2); OCP Microscaling Formats 1.0, 2023 (e2m1).
 """
 
@@ -39,11 +39,11 @@ class ScaledCodes:
     """Some rows of a matrix.
 
     Attributes:
-        numbers: what the codes are.
+        numbers: type of the codes.
         codes: the floats' bits, uint8 [R, K]; of e2m1 uint8 [R, K / 2], the first of two in the lower half of a byte.
         scales: float32 [R, spans].
-        span: columns of a span; K where there is one scale in a row.
-        groups: of e2m1 the bits of the groups' scales, which are e4m3, uint8 [R, K / 16]; else None.
+        span: columns of a span; K for one scale per row.
+        groups: for e2m1 the bits of the groups' scales, which are e4m3, uint8 [R, K / 16]; otherwise None.
     """
 
     numbers: Floats
@@ -59,7 +59,7 @@ class ScaledCodes:
 
     @property
     def largest(self) -> float:
-        """No weight is larger, but for infinite ones and those of infinite scales."""
+        """Upper bound of all weights that are finite and have finite scales."""
         finite = np.abs(self.scales[np.isfinite(self.scales)])
         return _LARGEST[self.numbers] * float(finite.max(initial=0.0))
 

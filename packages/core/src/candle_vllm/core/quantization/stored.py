@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""One logical tensor for the parts that a quantised safetensors format stores of a matrix.
+"""One logical tensor for the stored parts of a matrix in a quantised safetensors format.
 
-Stands before step 1 of a request's life. A format reads runs of rows of its parts (`WeightSource`); a `QuantisedTensor`
-is a matrix, or several of the same shape, whose rows the views of `loading/views.py` may pick. Nothing is read before
-it is asked for, and then in chunks of rows.
+Used before step 1 of a request's life. A format reads runs of rows of its parts (`WeightSource`); a `QuantisedTensor`
+is a matrix, or several of the same shape, from which the views of `loading/views.py` may select rows. Data is read
+when it is used, in chunks of rows.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class WeightSource(ABC, Generic[Codes]):
 
     Attributes:
         parts: the stored tensors.
-        align: rows are read from a multiple of this on, and to one (or to the end).
-        span: columns that share a scale of small floats, K where a row has one; None where they are none.
+        align: reads begin and end at multiples of this row number (or at the last row).
+        span: columns that share a scale of small floats, K for one scale per row; None for other formats.
     """
 
     parts: tuple[StoredTensor, ...]
@@ -57,7 +57,7 @@ class WeightSource(ABC, Generic[Codes]):
 
     @abstractmethod
     def pack_for(self, backend: Backend[Packed], tensor: QuantisedTensor) -> Packed:
-        """A tensor's rows, of this source or of columns of it, as a backend multiplies them."""
+        """Pack a tensor's rows, from this source or from columns of it, for a backend."""
 
     def columns(self, first: int, last: int) -> WeightSource[Codes]:
         """Columns first to last - 1 of every row."""
@@ -69,7 +69,7 @@ class WeightSource(ABC, Generic[Codes]):
 
 
 class CodeSource(WeightSource[GroupCodes]):
-    """A source of whole numbers in groups."""
+    """Source of integer codes in groups."""
 
     def pack_for(self, backend: Backend[Packed], tensor: QuantisedTensor) -> Packed:
         """See `WeightSource.pack_for`."""
@@ -77,7 +77,7 @@ class CodeSource(WeightSource[GroupCodes]):
 
 
 class FloatSource(WeightSource[ScaledCodes]):
-    """A source of small floats with scales; it has a span."""
+    """Source of small floats with scales; `span` is not None."""
 
     def pack_for(self, backend: Backend[Packed], tensor: QuantisedTensor) -> Packed:
         """See `WeightSource.pack_for`."""
@@ -108,11 +108,11 @@ class _Columns(WeightSource[Codes]):
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class QuantisedTensor(StoredTensor):
-    """A tensor [..., R, K] that several stored tensors mean together; `dtype` is None.
+    """A tensor [..., R, K] that is encoded in several stored tensors; its `dtype` is None.
 
     Attributes:
-        source: where its rows come from.
-        index: numbers of the source's rows, int64; None for all.
+        source: source of its rows.
+        index: the source's row numbers, int64; None for all rows.
     """
 
     source: WeightSource[Any]
@@ -124,7 +124,7 @@ class QuantisedTensor(StoredTensor):
         return self.source.parts[0].path
 
     def select(self, order: np.ndarray) -> QuantisedTensor:
-        """Entries of the outermost dimension by their numbers."""
+        """Select entries of the outermost dimension by index."""
         each = math.prod(self.shape[1:-1])
         index = (order[:, None] * each + np.arange(each)).reshape(-1)
         if self.index is not None:
@@ -158,7 +158,7 @@ class QuantisedTensor(StoredTensor):
         return out.reshape(self.shape)
 
     def raw(self) -> np.ndarray:
-        """The rows in blocks of the ggml type that `blocks` says, their columns in the order of the weights.
+        """Return the rows in blocks of the ggml type of `blocks`, their columns in the original order.
 
         Raises:
             UnsupportedModelError: no such type holds them exactly.
@@ -169,7 +169,7 @@ class QuantisedTensor(StoredTensor):
         return found.raw
 
     def blocks(self) -> Blocks | None:
-        """The rows in blocks of a ggml type that kernels multiply; None where none holds them exactly."""
+        """Convert the rows to blocks of a ggml type that kernels multiply; None if no type holds them exactly."""
         if self.span is not None:  # no such type holds small floats
             return None
         found: dict[int, Blocks | None] = {}
@@ -235,12 +235,12 @@ class QuantisedTensor(StoredTensor):
 
 
 class LayerTensors:
-    """The stored tensors of one layer, taken by name; each is checked, and what is not taken stays in the checkpoint.
+    """Stored tensors of one layer, taken by name; each is checked, and the others stay in the checkpoint.
 
     Args:
         tensors: of the checkpoint.
-        layer: their common start, "model.layers.0.mlp.down_proj".
-        path: to blame for a tensor that is not there.
+        layer: prefix of the names, "model.layers.0.mlp.down_proj".
+        path: file that errors name for a missing tensor.
     """
 
     def __init__(self, tensors: Mapping[str, StoredTensor], layer: str, path: Path) -> None:
@@ -250,7 +250,7 @@ class LayerTensors:
         self.taken: list[StoredTensor] = []
 
     def find(self, end: str, *type_names: str) -> StoredTensor | None:
-        """The tensor `layer` + `end`, if it is stored; it must have one of the types."""
+        """Return the tensor `layer` + `end`, or None if it is not stored; it must have one of `type_names`."""
         found = self._tensors.get(self.layer + end)
         if found is None:
             return None
@@ -271,7 +271,7 @@ class LayerTensors:
         return found
 
     def shape_error(self, part: StoredTensor, wanted: object, why: str) -> InvalidFileError:
-        """What to raise where a part has a shape that does not go with the others."""
+        """Return the error for a part whose shape does not fit the other parts."""
         return InvalidFileError(
             f"{part.path}: tensor {part.name} has shape {list(part.shape)}; it must be {wanted}: {why}"
         )
@@ -279,7 +279,7 @@ class LayerTensors:
     def tensor(
         self, type_name: str, shape: tuple[int, ...], source: WeightSource[Any], name: str | None = None
     ) -> QuantisedTensor:
-        """The logical tensor of the parts that were taken."""
+        """Return the logical tensor of the parts that were taken."""
         source.parts = tuple(self.taken)
         nbytes = sum(part.nbytes for part in self.taken)
         return QuantisedTensor(name or f"{self.layer}.weight", shape, type_name, nbytes, source)

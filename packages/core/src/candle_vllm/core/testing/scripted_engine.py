@@ -82,7 +82,7 @@ class ScriptedEngine(ScriptedVectors):
         aborted: ids of requests whose stream was closed before its end.
         pausing: number of requests that wait before a piece: their time runs.
         template_calls: every conversation rendered.
-        pictures: every image of a request.
+        `pictures`: every image of a request.
         chat_conventions: as of a model.
     """
 

@@ -1,25 +1,25 @@
 # SPDX-License-Identifier: MIT
-"""Paged attention: causal attention of new tokens over a cache that is kept in blocks.
+"""Paged attention: causal attention of new tokens over a KV cache of blocks.
 
 Contract: q [T, H, D]; key_cache and value_cache [B, S, K, D] of q's dtype, already holding the new tokens' keys and
-values; H is a multiple of K, and query head h reads key-value head h // (H / K). `rows` says which tokens belong to
-which sequence and where its blocks are. The token at position p sees positions 0..p, or, with a window w, only
+values; H is a multiple of K, and query head h reads KV head h // (H / K). `rows` says which tokens belong to which
+sequence and where its blocks are. The token at position p attends to positions 0..p, or, with a window w, only to
 p - w + 1..p. With a soft cap c, a score s becomes c * tanh(s / c) before it is masked. With sinks [H] fp32, each head's
-number joins its softmax as one score more, uncapped and always seen, whose probability goes to no value. With slopes
-[H] fp32, a head's score loses its slope times the distance of query and key, behind the soft cap (ALiBi). Where `rows`
-says so, on the CPU alone, a token sees some positions behind its own as well: those of a picture see each other. Scores
-and sums are fp32. y [T, H, D] has q's dtype, in new memory.
+sink joins its softmax as one more score, uncapped and never masked, whose probability is multiplied by no value. With
+slopes [H] fp32 (ALiBi), a head's slope times the distance of query and key is subtracted from a score after the soft
+cap. If `rows` says so, on the CPU alone, a token also attends to later positions: tokens of an image attend to each
+other. Scores and sums are fp32. y [T, H, D] has q's dtype, in new memory.
 
-A cache of float8_e4m3fn, as `kernels/kv_write` writes it, comes with `cache_scales`, those of keys and of values, [1]
-float32 each, by which its numbers are multiplied. One whose rows have scales of their own is [B, S, K, D + 4], see
+A cache of float8_e4m3fn, as `kernels/kv_write` writes it, needs `cache_scales`: one scale for keys and one for values,
+[1] float32 each, by which its elements are multiplied. A cache with one scale per row is [B, S, K, D + 4], see
 `kernels/kv_write/scaled_rows`.
 
-On a GPU D is 256 at most, and even where the cache has 8 bits, and S a power of two from 16 on. Where the step's
-numbers are on the device (`DeviceRows`) nothing waits for it, and launches depend on the shapes of tensors and on
-`decodes` only, so that they can be captured: the rows of y from query_start[R] on hold anything, sequences among the
-first `decodes` without context get zeros. With `decoding` it is a number on the device that says how many sequences
-decode, so that one captured launch serves every mix of decodes and prompts: sequences behind the last one (query_start
-stands still, no context) get nothing.
+On a GPU D is at most 256, and even for a cache of 8 bits, and S is a power of two from 16 on. If the step's lengths are
+on the device (`DeviceRows`), no call waits for it, and launches depend only on the shapes of tensors and on `decodes`,
+so that they can be captured: rows of y from query_start[R] on are undefined, and sequences without context among the
+first `decodes` get zeros. With `decoding` the number of decoding sequences is read from the device, so that one
+captured launch serves every mix of decodes and prompts: sequences after the last one (with no tokens and no context)
+write nothing.
 Sources: Vaswani et al., 2017, arXiv:1706.03762; Kwon et al., 2023, arXiv:2309.06180 (pages); Gemma Team, 2024,
 arXiv:2408.00118 (soft cap); OpenAI, 2025, arXiv:2508.10925 (sinks); Press et al., 2021, arXiv:2108.12409 (ALiBi).
 """

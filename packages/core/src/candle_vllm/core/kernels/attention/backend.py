@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What an attention backend is, what a model asks of it, and what no FlashAttention serves."""
+"""Attention backends: their interface, what a model needs of them, and what no FlashAttention supports."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class Attend(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionNeeds:
-    """What a model on a device asks of attention.
+    """Requirements of a model on a device for attention.
 
     Attributes:
         capability: the GPU's compute capability, (9, 0), or (8, 1) for AMD's; None on the CPU.
         dtype: of queries, and of the cache but for float8.
-        head_dim: numbers of a head, the largest where layers differ.
+        head_dim: elements of a head, the largest if layers differ.
         block_size: tokens of a block.
         windows: whether a layer has a sliding window.
         soft_caps: whether a layer caps its scores.
@@ -62,17 +62,17 @@ class AttentionNeeds:
 
 @dataclasses.dataclass(frozen=True)
 class Backend:
-    """What computes attention.
+    """Attention backend.
 
     Attributes:
         name: as `EngineConfig.attention_backend` names it.
         attend: the function that every layer calls.
-        capturable: whether a step in which every sequence counts among `DeviceRows.decodes` waits for nothing and can
-            be captured in a CUDA graph.
-        mixed: whether any step can be captured, prompts included, whose `DeviceRows.decoding` is given.
-        finite_cache: whether every number of the cache must be finite, also those that nothing was written to: a NaN
-            behind the end of a sequence would reach its result.
-        note: what the user should know about this choice; may be empty.
+        capturable: whether a step in which all sequences are among `DeviceRows.decodes` can be captured in a CUDA
+            graph, because no call waits for the device.
+        mixed: whether any step with `DeviceRows.decoding` can be captured, prompts included.
+        finite_cache: whether every element of the cache must be finite, also before it is first written: a NaN after
+            the end of a sequence would reach its result.
+        note: a remark on this choice for the user; may be empty.
     """
 
     name: str
@@ -84,7 +84,7 @@ class Backend:
 
 
 def flash_refusal(needs: AttentionNeeds) -> str | None:
-    """What no FlashAttention serves, as a sentence."""
+    """Return what no FlashAttention supports of these needs, as a sentence."""
     if needs.dtype not in (torch.float16, torch.bfloat16):
         return f"FlashAttention computes f16 and bf16, not {needs.dtype}"
     if needs.sinks:
@@ -109,7 +109,7 @@ PAGE_OF_2 = 256
 
 
 def page_refusal(needs: AttentionNeeds) -> str | None:
-    """Why FlashAttention 2 cannot read these blocks as its pages, as the end of a sentence."""
+    """Return why FlashAttention 2 cannot read these blocks as its pages, as the end of a sentence."""
     if needs.block_size % PAGE_OF_2:
         return f"its pages are multiples of {PAGE_OF_2} tokens, and block_size is {needs.block_size}"
     return None
@@ -124,7 +124,7 @@ def installed(module: str) -> bool:
 
 
 def triton_refusal(needs: AttentionNeeds) -> str | None:
-    """What the kernels of this package do not serve, as a sentence."""
+    """Return what the kernels of this package do not support of these needs, as a sentence."""
     if not installed("triton"):
         return "the package triton is not installed"
     if needs.capability is None or needs.capability < (7, 5):

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""What computes attention, chosen once at start (inside step 6 of a request's life).
+"""Choose the attention backend, once at start (inside step 6 of a request's life).
 
     triton       the kernels of this package; what "auto" is on a GPU
     torch_flash  the FlashAttention that torch carries from 2.13 on, without a package to build
     flash_attn   the packages flash-attn and flash-attn-4
     torch        the reference: any device, slow
 
-A backend is one function with `paged_attention`'s contract, made for one model on one device. One that cannot serve
-them is refused, with the reason and one that can. Nothing of a backend is imported before it is asked for.
+A backend is one function with `paged_attention`'s contract, made for one model on one device. A backend that does not
+support them is refused; the error names the reason and a backend that does. Backends are imported only when chosen.
 """
 
 from __future__ import annotations

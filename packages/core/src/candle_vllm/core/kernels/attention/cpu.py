@@ -1,25 +1,23 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
-"""Paged attention on the CPU: `attend` and, behind a barrier, `merge` (step 6 of a request's life).
+"""Paged attention on the CPU: `attend` and, after a barrier, `merge` (step 6 of a request's life).
 
-Caches are bfloat16 in tiles of 16 positions (`cpu_tiles`) or quantised (`cpu_quantised`), queries [T, H, D] bfloat16 or
-like the keys, already times softmax scale * log2(e) (`kv_write.cpu`), the result float32 [T, H, D]. So scores are
-exponents of 2, and a soft cap, sinks and slopes come in their unit too, times `LOG2E`. A head's sink joins its rows'
-sums when all their keys have.
+Caches are bfloat16 in tiles of 16 positions (`cpu_tiles`) or quantised (`cpu_quantised`). Queries [T, H, D] are
+bfloat16 or quantised like the keys, already multiplied by softmax scale * log2(e) (`kv_write.cpu`); the result is
+float32 [T, H, D]. So scores are exponents of 2, and soft cap, sinks and slopes are multiplied by `LOG2E` too. A head's
+sink is added to a row's sum after all keys.
 
-Same bits whatever else is in the step: the positions are cut into fixed chunks (`cpu_split.py`), every chunk gives a
-partial result for each query row, and a row's partial results are merged in order of position by one formula. Who does
-it when is free: the query rows of one KV head (tokens x heads of the group) are taken in tiles of `ROW_TILE`, and a
-unit of work is such a tile with all its chunks, merged on the way, or, where that would leave threads without work, a
-run of its chunks, whose partial results go to scratch memory and are merged by the second operation.
+A result has the same bits whatever else is in the step: positions are split into fixed chunks (`cpu_split.py`), each
+chunk gives a partial result for each query row, and partial results are merged in order of position by one formula.
+The query rows of one KV head (tokens x heads of the group) are computed in tiles of `ROW_TILE`. A unit of work is such
+a tile with all its chunks, merged at once; or, if that would leave threads idle, a run of its chunks, whose partial
+results are written to scratch memory and merged by the second operation.
 
-Quantised keys and values are asked for a chunk before they are read, for which a thread claims a unit while it does the
-last chunk of another: in the order in which codes lie, processors do not foresee what comes, and a single stream would
-wait for memory that is half idle.
+Quantised keys and values are prefetched one chunk ahead, for which a thread claims its next unit during the last chunk
+of the current one: the hardware prefetcher does not predict the order of the codes.
 
-Units are handed out by an atomic counter, a sequence's longest first, so that a slow thread does less; `merge` sets the
-counter back to 0, and the barriers before and behind it keep that apart from every use. Where ranks of threads have
-heads of their own, each has a counter of its own, which counts the units of these heads.
+An atomic counter hands out units, the longest sequence's first, so that a slow thread takes fewer. `merge` resets the
+counter to 0, between barriers. Ranks of threads that have their own heads have a counter for each rank.
 """
 
 from __future__ import annotations
@@ -84,7 +82,7 @@ from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber
 from candle_vllm.core.kernels.cpu_runtime.primitives import fetch_add, int64_at, rank_of, read, step_number
 
 _SEQUENCES = int(StepNumber.SEQUENCES)
-_RUNS_PER_THREAD = 6  # units that a single stream is cut into, where it is long: reading is fastest in long runs
+_RUNS_PER_THREAD = 6  # most units of one long sequence per thread: reading is fastest in long runs
 
 
 # ---- attend ----------------------------------------------------------------------------------------------------------
@@ -105,10 +103,10 @@ def _list_tiles(
     key_size: int,
     value_size: int,
 ) -> None:
-    """Writes the addresses of `count` key tiles and, `VALUE_TILES` behind, of their value tiles, from `start` on.
+    """Write the addresses of `count` key tiles and, `VALUE_TILES` further, of their value tiles, from `start` on.
 
-    `keys` and `values` are the layer's caches, which take so many bytes a slot; behind the tile of position `last` it
-    is repeated.
+    `keys` and `values` are the layer's caches, `key_size` and `value_size` their bytes per slot. After the tile of
+    position `last`, its address is repeated.
     """
     to = int64_at(tiles)
     strip = min(1 << shift, STRIP)
@@ -210,9 +208,9 @@ def _gather_queries(
     dim: int,
     wide: int,
 ) -> None:
-    """Copies a tile's query rows beside each other and notes their positions, and the last ones that they see.
+    """Copy a tile's query rows to contiguous memory, and write their positions and the last positions they attend to.
 
-    q is the first token's and the KV head's; row number first + i is head (first + i) % group of a token.
+    q is the first token's query of the KV head; row first + i is head (first + i) % group of a token.
     """
     at = int64_at(positions)
     t, h = first // group, first % group
@@ -229,7 +227,7 @@ def _gather_queries(
 
 @njit(inline="always")
 def _fall(scores: int, chunk, positions: int, row: int) -> None:
-    """Takes from a row's scores what its head's slope makes of distances; `row` counts in a block of rows."""
+    """Subtract the head's ALiBi slope times the distances from a row's scores; `row` counts in a block of rows."""
     start, _, count, _, slopes, group, first = chunk
     if slopes != 0:
         slope = slopes + 4 * ((first + row) % group)
@@ -238,11 +236,11 @@ def _fall(scores: int, chunk, positions: int, row: int) -> None:
 
 @njit(inline="always")
 def _attend_rows(memory, chunk, to, size, rows, stride, cap, dim, keys_as, values_as, isa) -> None:
-    """Partial results of up to 4 rows with a chunk, `size` bytes apart at `to`.
+    """Compute the partial results of up to 4 rows with a chunk, `size` bytes apart at `to`.
 
-    `memory` is where the rows' queries and positions are, the tiles, those that are asked for meanwhile, and room for
-    scores and probabilities; `chunk` its first position, keys and tiles, and the window, then the address of the slopes
-    of the heads that share a key-value head (0 for none), how many they are, and the first row's number in its tile.
+    `memory` has the addresses of the rows' queries and positions, of the tiles, of the tiles to prefetch, and of memory
+    for scores and probabilities. `chunk` has its first position, its numbers of keys and tiles, the window, the address
+    of the slopes of the heads of a KV head (0 without), the number of these heads, and the first row's number.
     """
     queries, positions, tiles, coming, scores, probabilities = memory
     start, keys, count, window = chunk[:4]
@@ -259,7 +257,7 @@ def _attend_rows(memory, chunk, to, size, rows, stride, cap, dim, keys_as, value
 
 @njit(inline="always")
 def _attend_square(memory, chunk, to, size, rows, stride, cap, dim, keys_as, values_as, isa) -> None:
-    """The same for up to 16 rows of bfloat16; as many results are written as the registers have rows."""
+    """`_attend_rows` for up to 16 rows of bfloat16 with AMX; a result is written for each row of the registers."""
     queries, positions, tiles, _, scores, probabilities = memory
     start, _, count, window = chunk[:4]
     for n in range(0, count, TILES):
@@ -277,7 +275,7 @@ def _attend_square(memory, chunk, to, size, rows, stride, cap, dim, keys_as, val
 
 
 def make_attend(head_dim: int, isa: int, keys_as: int, values_as: int) -> Callable[..., None]:
-    """The operation for one head size, and one `CacheKind` of keys and of values."""
+    """Compile `attend` for one head size, and one `CacheKind` of keys and of values."""
     key_size, value_size = key_bytes(CacheKind(keys_as), head_dim), value_bytes(CacheKind(values_as), head_dim)
     rotated = values_as != CacheKind.BF16
     asks = keys_as != CacheKind.BF16 or rotated
@@ -361,8 +359,8 @@ def make_attend(head_dim: int, isa: int, keys_as: int, values_as: int) -> Callab
                 chunk = max(first_chunk + turn * run, chunk_of(seen))
                 last_seen = at_position[ROW_TILE + rows - 1]
                 top = min(first_chunk + turn * run + run - 1, chunk_of(last_seen))
-                to = parts  # of nobody's rows, where the results are not kept
-                following = -1  # the unit after this one, where it is claimed before this one is done
+                to = parts  # scratch memory, also for results that are not used
+                following = -1  # the next unit, if it is claimed before this one is done
                 if size == 0:
                     for i in range(rows):
                         clear_partial(states + i * row_bytes, head_dim)
@@ -460,7 +458,7 @@ def make_attend(head_dim: int, isa: int, keys_as: int, values_as: int) -> Callab
 
 
 def make_merge(head_dim: int, rotated: int) -> Callable[..., None]:
-    """Merges what `attend` left in scratch memory; `rotated` says whether values are, as quantised ones are."""
+    """Compile `merge`, which merges partial results; `rotated`: quantised values are rotated, which is undone here."""
     row_bytes = 4 * partial_floats(head_dim)
     thread_bytes = scratch_per_thread(head_dim)
 

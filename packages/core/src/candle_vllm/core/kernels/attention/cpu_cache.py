@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: MIT
-"""How keys and values lie in memory on the CPU: what `kv_write/cpu.py` writes and `attention/cpu.py` reads.
+"""Memory layout of the CPU's KV cache, which `kv_write/cpu.py` writes and `attention/cpu.py` reads.
 
-A slot is block * S + offset. 1,024 neighbouring slots are a **stretch** (or one block, if that is larger): all that a
-layer's head has of them lies side by side, and the layers and heads of a stretch follow each other. So a long context
-is read in long runs, which the processor fetches ahead, and a short one touches little memory: the system hands it out
-in pages of 2 MiB, and with each head's slots in a place of its own the first token took one page for every head.
+A slot is block * S + offset. A **stretch** is 1,024 consecutive slots (or one block, if that is larger). The slots of
+one head of one layer are contiguous within a stretch; the heads and layers of a stretch follow each other. So a long
+context is read in long runs, which the hardware prefetches, and a short context touches little memory: the system
+allocates pages of 2 MiB, and if each head's slots were contiguous, the first token would need one page for every head.
 
-Where ranks of threads have heads of their own (`cpu_runtime/numa.py`), all that a head has in all stretches and layers
-lies side by side instead, so that a rank's heads are one run of pages, which lie on its node.
+If ranks of threads have their own heads (`cpu_runtime/numa.py`), all stretches and layers of a head are contiguous
+instead, so that a rank's heads are one run of pages on its NUMA node.
 
-In a stretch, keys are in strips and values in pairs of positions, see `cpu_tiles.py`; quantised ones are in strips and
-in tiles, see `cpu_quantised.py`. Each takes as many bytes for every slot, so that one computation of a slot's place
-serves both.
+In a stretch, keys are in strips and values in pairs of positions, see `cpu_tiles.py`; quantised keys are in strips and
+quantised values in tiles, see `cpu_quantised.py`. Keys have the same number of bytes for every slot, and so have
+values, so that one index computation serves both.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class CacheKind(enum.IntEnum):
         return self is CacheKind.Q5_1
 
     def fits(self, head_dim: int) -> bool:
-        """Whether heads of D numbers can be stored so."""
+        """Whether heads of D elements can be stored in this kind."""
         return self is CacheKind.BF16 or head_dim % BLOCK == 0
 
 
@@ -75,12 +75,12 @@ MOST_DIM = 512
 
 
 def supported(head_dim: int, block_size: int) -> bool:
-    """Whether these kernels can compute it: D even, from 16 to 512, S a power of two from 16."""
+    """Whether these kernels support a head size and block size: D even, from 16 to 512, S a power of two from 16."""
     return head_dim % 2 == 0 and LANES <= head_dim <= MOST_DIM and block_size >= LANES and block_size.bit_count() == 1
 
 
 def number_bytes(head_dim: int, kinds: tuple[CacheKind, CacheKind]) -> float:
-    """Bytes of a number of keys and values, on average, with its share of a scale."""
+    """Return the average bytes of an element of keys and values, with its share of a scale."""
     return (key_bytes(kinds[0], head_dim) + value_bytes(kinds[1], head_dim)) / (2 * head_dim)
 
 
@@ -131,7 +131,7 @@ def kinds_of(caches: tuple[np.ndarray, np.ndarray], head_dim: int, block_size: i
     return keys[slots[0]], values[slots[1]]
 
 
-ROWS = 4  # query rows that share a load
+ROWS = 4  # query rows that share a load of keys
 
 
 TILES = 4  # key tiles that share one
@@ -153,7 +153,7 @@ PROBABILITY_STRIDE = SCORE_STRIDE // 2
 
 
 def state_at(head_dim: int) -> int:
-    """Where m stands in a partial result, in floats; s is behind it."""
+    """Index of m in a partial result, in floats; s follows it."""
     return -(-head_dim // LANES) * LANES
 
 

@@ -1,31 +1,31 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
-"""Quantised keys and values on the CPU, emitted: blocks of 32 numbers written, scored and summed in whole numbers.
+"""Emitted code for a quantised KV cache on the CPU: blocks of 32 elements are written, scored and summed as integers.
 
-A block's numbers are its scale, a half, times (code - `BIAS`), codes being unsigned: q8_0 has 8 bits and q4_0 has 4, as
-GGUF defines them; or, in q5_1, times a code of 5 bits, and then its minimum, a half, is added. Where the codes stand is
-made for one instruction, four products of bytes in each of 16 lanes:
+An element is scale * (code - `BIAS`) with an fp16 scale per block and unsigned codes: of 8 bits in q8_0 and of 4 bits
+in q4_0, as GGUF defines them. In q5_1 it is scale * code + minimum, with 5 bits and an fp16 minimum. The layout of the
+codes fits one instruction, which adds four products of bytes in each of 16 lanes:
 
 - keys, in strips of W positions as in `cpu_tiles`: words of 4 dimensions, [D / 4, W] (q8_0), or of 8, the first four in
   the low halves of its bytes (q4_0); then the scales of two blocks as one word, [D / 64, W];
-- values, in tiles of 16 positions: [D / 32, 4, 32, 4] bytes, four positions of a dimension side by side (q8_0), or
+- values, in tiles of 16 positions: [D / 32, 4, 32, 4] bytes, four positions of a dimension adjacent (q8_0), or
   [D / 32, 4, 16, 4] with dimension i + 16 in the high halves (q4_0); then scales [D / 32, 16].
 
-q5_1 is q4_0 with a word of fifth bits behind each block's codes: of keys [D / 32, 4 + 1, W], dimension 4 k + j at bit
-8 j + k, and of values [16] behind the block's 256 bytes, a dimension at the bit of its number. Scale and minimum are
-one word of a key, [D / 32, W], and [D / 32, 2, 16] of values. A key's minimum meets the sum of a query's codes; those
-of values are summed times a row's probabilities, in order of position in each lane, and then the lanes.
+q5_1 is q4_0 with a word of fifth bits after each block's codes: for keys [D / 32, 4 + 1, W], dimension 4 k + j at bit
+8 j + k; for values [16] after the block's 256 bytes, dimension i at bit i. Scale and minimum are one word for keys,
+[D / 32, W], and [D / 32, 2, 16] for values. A key's minimum is multiplied by the sum of a query's codes. The minima of
+values are summed times a row's probabilities, in order of position in each lane, and then over the lanes.
 
-No two positions share a byte, for two threads may write them. A query is int8 [D], then a float32 scale and an int32
-sum of its codes for each block. A chunk's probabilities, times the scales of its values, become whole numbers of 15
-bits below the largest of them, a row's alone. So all sums of products with codes are exact, and others have one order:
-no bit of a result depends on the instructions that compute it, or on what is computed beside it.
+No two positions share a byte, because two threads may write them. A query is int8 [D], then a float32 scale and an
+int32 sum of its codes for each block. For each row, a chunk's probabilities times the scales of its values are rounded
+to integers of 15 bits, relative to the largest. So all sums of products with codes are exact, and all other sums have
+one order: no bit of a result depends on the instruction set, or on other rows of the step.
 
-Queries, keys and values are first multiplied by a Hadamard matrix, which spreads what stands out in a few dimensions;
-that of the values is undone behind attention. Keys are before that taken relative to what all of a head's have in
-common, its bias as far as rotary leaves it where it is: a softmax does not see it, and where it is a hundred times what
-tells keys apart, as in Qwen2, the rounding would hide the rest behind it. Sources: llama.cpp's `ggml-quants.c`
-(formats); Ashkboos et al., 2024, arXiv:2404.00456 (rotation).
+Queries, keys and values are first multiplied by a Hadamard matrix, which spreads outliers of a few dimensions over all;
+for values this is undone after attention. Before that, the offset that all keys of a head have in common is subtracted
+from keys: the part of the key bias that rotary embedding does not move. Softmax does not depend on it, and if it is a
+hundred times the difference between keys, as in Qwen2, rounding would lose that difference. Sources: llama.cpp's
+`ggml-quants.c` (formats); Ashkboos et al., 2024, arXiv:2404.00456 (rotation).
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ from candle_vllm.core.kernels.cpu_runtime.level import LANES, Isa
 
 BIAS = {CacheKind.Q8_0: 128, CacheKind.Q4_0: 8, CacheKind.Q5_1: 0}
 _LARGEST_CODE = {CacheKind.Q8_0: 255, CacheKind.Q4_0: 15, CacheKind.Q5_1: 31}
-_BITS = {CacheKind.Q8_0: 8, CacheKind.Q4_0: 4, CacheKind.Q5_1: 4}  # of a code, but for a fifth that stands apart
+_BITS = {CacheKind.Q8_0: 8, CacheKind.Q4_0: 4, CacheKind.Q5_1: 4}  # of a code; fifth bits are stored apart
 _LARGEST_HALF = 65504.0
 _LARGEST_WEIGHT = 16383.0
-_LEAST = 1e-30  # below it a block, or a chunk's weights, are zeros
+_LEAST = 1e-30  # below it a block, or a chunk's probabilities, are zeros
 
 
 def _halves(e: Emitter, codes: Any, kind: CacheKind, fifths: list[Any]) -> list[Any]:
-    """Words of codes, unpacked: four in each lane. `fifths` are q5_1's fifth bits of either half, where they belong."""
+    """Unpack words of codes to four codes in each lane. `fifths` are q5_1's fifth bits of both halves, in position."""
     if kind is CacheKind.Q8_0:
         return [codes]
     low, b = e.constant(I32, 0x0F0F0F0F), e.b
@@ -70,13 +70,13 @@ def _halves(e: Emitter, codes: Any, kind: CacheKind, fifths: list[Any]) -> list[
 
 
 def _fifths_of_keys(e: Emitter, bits: Any) -> list[Any]:
-    """The lowest two bits of each byte, as fifth bits of the codes of one half and the other."""
+    """Return the lowest two bits of each byte as fifth bits of the codes of the low and of the high half."""
     b, fifth = e.b, e.constant(I32, 0x10101010)
     return [b.and_(b.shl(bits, e.constant(I32, left)), fifth) for left in (4, 3)]
 
 
 def _fifths_of_values(e: Emitter, at: Any) -> list[Any]:
-    """Fifth bits of four positions, whose words stand at an address: of dimension i, and of i + 16, in lane i."""
+    """Load the fifth bits of four positions at an address: those of dimension i, and of i + 16, in lane i."""
     b, found = e.b, []
     words = e.load(at, vector(I8, LANES))
     own = ir.Constant(vector(I8, 4 * LANES), [1 << (lane & 7) for lane in range(LANES) for _ in range(4)])
@@ -90,9 +90,9 @@ def _fifths_of_values(e: Emitter, at: Any) -> list[Any]:
 
 
 def _in_turn(kind: CacheKind, isa: Isa) -> bool:
-    """Whether registers hold the sums of one tile of keys or half a value's dimensions, not of all.
+    """Whether registers hold the sums of one tile of keys, or of half a value's dimensions, at a time.
 
-    Of codes of a byte, whose unpacking takes longest there, it is slower to read memory in that order.
+    For codes of a byte, whose unpacking takes longest there, reading memory in that order is slower.
     """
     return not isa.wide and kind is not CacheKind.Q8_0
 
@@ -103,7 +103,7 @@ def _dots(e: Emitter, total: Any, codes: list[Any], words: list[Any], kind: Cach
         for code, word in zip(codes, words):
             total = e.dot_u8_i8(total, code, word, isa, largest=_LARGEST_CODE[kind])
         return total
-    products = [e.pairs_u8_i8(*both, isa) for both in zip(codes, words)]  # of which four are below 2^15
+    products = [e.pairs_u8_i8(*both, isa) for both in zip(codes, words)]  # sums of four stay below 2^15
     return e.dot_i16(total, e.b.bitcast(reduce(e.b.add, products), vector(I32)), e.constant(I32, 0x00010001), isa)
 
 
@@ -111,7 +111,7 @@ def _dots(e: Emitter, total: Any, codes: list[Any], words: list[Any], kind: Cach
 
 
 def emit_scores(e: Emitter, args: Any, m: int, d: int, kind: CacheKind, isa: Isa) -> None:
-    """As `cpu_tiles.score_tiles`, of quantised queries and keys."""
+    """As `cpu_tiles.score_tiles`, for quantised queries and keys."""
     b = e.b
     queries, tiles_at, coming_at, stride, scores = args
     words = 8 * BLOCK * _BITS[kind] // 256  # of a block
@@ -123,14 +123,14 @@ def emit_scores(e: Emitter, args: Any, m: int, d: int, kind: CacheKind, isa: Isa
             e.store(scores, e.zeros(F32), SCORE_STRIDE * row + 4 * LANES * n)
 
     def begins(number: Any) -> tuple[list[Any], list[Any], Any]:
-        """The rows' sums in a block, what sums of products begin at, and where the block's scales stand."""
+        """Return the sums of each query's codes in a block, the initial sums of products, and the scales' offset."""
         of_block = b.add(queries, b.shl(number, e.int64(2)))
         sums = [e.splat(e.load(of_block, I32, 2 * d * row + d + d // 8)) for row in range(m)]
         place = number if kind.has_minima else b.lshr(number, e.int64(1))
         return sums, [b.mul(each, e.constant(I32, -BIAS[kind])) for each in sums], b.add(scales, b.mul(place, stride))
 
     def add(number: Any, place: Any, tile: Any, target: Any, sums: list[Any], totals: list[Any]) -> None:
-        """Adds a block's totals to the scores of a tile."""
+        """Add a block's totals to the scores of a tile."""
         of_block, shift = b.add(queries, b.shl(number, e.int64(2))), e.zeros(I32)
         if not kind.has_minima:
             shift = e.splat(b.trunc(b.shl(b.and_(number, e.int64(1)), e.int64(4)), I32))
@@ -209,12 +209,12 @@ def emit_scores(e: Emitter, args: Any, m: int, d: int, kind: CacheKind, isa: Isa
 
 
 def _half_of(e: Emitter, words: Any, shift: Any) -> Any:
-    """The half that stands in words from a bit on, as floats."""
+    """Convert the fp16 number that begins at bit `shift` of each word to float32."""
     return e.half_to_float(e.b.bitcast(e.b.trunc(e.b.lshr(words, shift), vector(I16)), vector(F16)))
 
 
 def emit_values(e: Emitter, args: Any, m: int, d: int, kind: CacheKind, isa: Isa) -> None:
-    """As `cpu_tiles.value_tiles`, of quantised values; the probabilities are float32, where the scores were."""
+    """As `cpu_tiles.value_tiles`, for quantised values; the probabilities are float32, in the memory of the scores."""
     b = e.b
     exact, weights, tiles_at, coming_at, keys, partials = args
     count = b.lshr(b.add(keys, e.int64(LANES - 1)), e.int64(4))
@@ -232,7 +232,7 @@ def emit_values(e: Emitter, args: Any, m: int, d: int, kind: CacheKind, isa: Isa
         of_scales, of_codes = (b.mul(number, e.int64(size)) for size in (halves_of_block, tile_codes))
 
         def weighed(tile: Any) -> list[Any]:
-            """The probabilities of a tile times the scales of its values. Hidden ones may be of no number."""
+            """Return a tile's probabilities times the scales of its values. Scales of hidden positions may be NaN."""
             halves = e.load(b.add(tile_at(tile), of_scales), vector(F16), scales)
             scale, found = e.half_to_float(halves), []
             for row in range(m):
@@ -286,7 +286,7 @@ def emit_values(e: Emitter, args: Any, m: int, d: int, kind: CacheKind, isa: Isa
             e.prefetch(b.add(coming, of_scales), scales)
 
             def unpacked(group: int) -> list[Any]:
-                """The codes of a group of four positions, of dimensions 0 to 15 and of 16 to 31."""
+                """Load the codes of four positions, of dimensions 0 to 15 and of 16 to 31."""
                 fifths = list[Any]()
                 if kind is CacheKind.Q5_1:
                     fifths = _fifths_of_values(e, b.add(codes, e.int64(whole_codes + LANES * group)))
@@ -345,7 +345,7 @@ def _limited(e: Emitter, x: Any, low: float, high: float) -> Any:
 
 
 def _rounded(e: Emitter, x: Any) -> Any:
-    """16 small floats as the nearest whole numbers, halves to even."""
+    """Round 16 small floats to the nearest integers, halves to even."""
     shifter = e.constant(F32, SHIFTER)
     return e.b.sub(e.b.bitcast(e.b.fadd(x, shifter), vector(I32)), e.b.bitcast(shifter, vector(I32)))
 
@@ -362,14 +362,14 @@ def _largest(e: Emitter, values: list[Any]) -> Any:
 
 
 def _to_half(e: Emitter, x: Any) -> tuple[Any, Any]:
-    """Floats of one value as the bits of its half, and as the floats that are left of them."""
+    """Round floats that are all equal to fp16; return its bits, and the rounded value as floats."""
     b = e.b
     half = b.fptrunc(_limited(e, x, -_LARGEST_HALF, _LARGEST_HALF), vector(F16))
     return b.extract_element(b.bitcast(half, vector(I16)), ir.Constant(I32, 0)), e.half_to_float(half)
 
 
 def _block_codes(e: Emitter, x: Any, kind: CacheKind) -> tuple[list[Any], list[Any]]:
-    """Scale and perhaps minimum of 32 floats, as bits of halves, and their codes: two vectors of numbers from 0 on."""
+    """Quantise 32 floats: return bits of the fp16 scale, and minimum in q5_1, and two vectors of unsigned codes."""
     b = e.b
     values = [e.load(x, vector(F32), 64 * n) for n in range(2)]
     if kind is CacheKind.Q5_1:
@@ -383,7 +383,7 @@ def _block_codes(e: Emitter, x: Any, kind: CacheKind) -> tuple[list[Any], list[A
         top = _largest(e, [e.call("llvm.fabs.v16f32", vector(F32), [value]) for value in values])
         scale = b.fmul(top, e.constant(F32, 1 / 127))
     else:
-        # The number farthest from 0 becomes -8, of which there is no positive counterpart.
+        # The element farthest from 0 becomes -8, the code without a positive counterpart.
         above, below = _largest(e, values), _largest(e, [b.fneg(value) for value in values])
         scale = b.fmul(b.select(b.fcmp_ordered(">", above, below), above, b.fneg(below)), e.constant(F32, -1 / 8))
     bits, scale = _to_half(e, scale)
@@ -395,7 +395,7 @@ def _block_codes(e: Emitter, x: Any, kind: CacheKind) -> tuple[list[Any], list[A
 
 @intrinsic
 def quantise_query(_: Any, x: Any, to: Any, scale: Any, total: Any) -> Any:
-    """32 floats to int8 at `to`, a float32 scale and the int32 sum of the codes at their addresses."""
+    """Quantise 32 floats: write int8 codes to `to`, the float32 scale and the int32 sum of the codes."""
     signature = types.void(*[types.int64] * 4)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
@@ -416,7 +416,7 @@ def quantise_query(_: Any, x: Any, to: Any, scale: Any, total: Any) -> Any:
 
 @intrinsic(prefer_literal=True)
 def quantise_key(_: Any, x: Any, to: Any, stride: Any, scale: Any, kind: Any) -> Any:
-    """32 floats to a position's words of a strip, `stride` bytes apart, and halves at the address `scale`."""
+    """Quantise 32 floats: write a position's words of a strip, `stride` bytes apart, and fp16 scales to `scale`."""
     signature = types.void(*[types.int64] * 4, kind)
     kind_ = CacheKind(kind.literal_value)
 
@@ -448,8 +448,8 @@ def quantise_key(_: Any, x: Any, to: Any, stride: Any, scale: Any, kind: Any) ->
 
 @intrinsic(prefer_literal=True)
 def quantise_value(_: Any, x: Any, to: Any, fifths: Any, scale: Any, kind: Any) -> Any:
-    """32 floats to every fourth byte from `to` on, fifth bits as a word at an address, and halves, of a tile's scales
-    and minima, from the address `scale` on."""
+    """Quantise 32 floats: write codes to every fourth byte from `to` on, fifth bits as a word to `fifths`, and the fp16
+    scale and minimum of a tile from the address `scale` on."""
     signature = types.void(*[types.int64] * 4, kind)
     kind_ = CacheKind(kind.literal_value)
 
@@ -480,7 +480,7 @@ def quantise_value(_: Any, x: Any, to: Any, fifths: Any, scale: Any, kind: Any) 
 
 @intrinsic
 def _turn_16(_: Any, x: Any, factor: Any) -> Any:
-    """16 floats times the Hadamard matrix of 16 and a factor, in place."""
+    """Multiply 16 floats by the Hadamard matrix of size 16 and a factor, in place."""
     signature = types.void(types.int64, types.float64)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
@@ -498,7 +498,7 @@ def _turn_16(_: Any, x: Any, factor: Any) -> Any:
 
 @intrinsic
 def _turn_pair(_: Any, x: Any, y: Any) -> Any:
-    """x, y = x + y, x - y, of 16 floats each."""
+    """Compute x, y = x + y, x - y for 16 floats each, in place."""
     signature = types.void(types.int64, types.int64)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
@@ -513,8 +513,8 @@ def _turn_pair(_: Any, x: Any, y: Any) -> Any:
 
 @njit(inline="always")
 def rotate_row(row: int, dim: int) -> None:
-    """A row of floats times an orthogonal matrix that is its own inverse, in place: Hadamard's, of D or, where D is no
-    power of two, of the largest one that divides it, for each part of that size.
+    """Multiply a row of floats by a Hadamard matrix, in place; it is orthogonal and its own inverse. Its size is D, or
+    the largest power of two that divides D; then each part of that size is multiplied.
     """
     size = dim & -dim
     for i in range(0, dim, LANES):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Recording a layer's attention: rotary and the cache write, attention, and its merge (step 6 of a request's life)."""
+"""Record a layer's attention: rotary embedding, cache write, attention and its merge (step 6 of a request's life)."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """What becomes of the products of queries and keys; see `kernels/attention`.
+    """Options of attention scores; see `kernels/attention`.
 
     Attributes:
-        offset: [K * D], what quantised keys are taken relative to.
-        narrows: only the rows whose logits are wanted attend.
-        causal: no row sees one behind its own.
+        offset: [K * D], subtracted from keys before they are quantised.
+        narrows: only rows whose logits are wanted attend.
+        causal: no row attends to a later position.
     """
 
     scale: float
@@ -54,13 +54,13 @@ class Scores:
 
 @dataclasses.dataclass(frozen=True)
 class FusedHeads:
-    """Where q [T, H, D], k and v [T, K, D] stand side by side.
+    """Location of q [T, H, D], k and v [T, K, D] in fused rows.
 
     Attributes:
         address, stride: of float32 rows, and floats from one to the next.
-        columns: where q, k and v begin in a row; of a layer that writes no keys and values, q alone.
+        columns: where q, k and v begin in a row; q alone for a layer that writes no keys and values.
         heads, head_dim: H and D.
-        rows_from: which of the step's numbers is T; those of LOGIT_ROWS are rows whose logits are wanted.
+        rows_from: which `StepNumber` is T; with LOGIT_ROWS the rows are those whose logits are wanted.
     """
 
     address: int
@@ -79,15 +79,15 @@ def record_attention(
     tables: tuple[NDArray[np.float32], NDArray[np.float32]] | None,
     out: int,
 ) -> None:
-    """Rotates q and k, writes k and v to the cache, attends, and merges what was attended in parts.
+    """Record rotation of q and k, the write of k and v to the cache, attention, and the merge of partial results.
 
     Args:
         recorder: of the plan.
         qkv: the layer's heads.
-        cache: of the layer, as `cpu_cache.py` says.
-        scores: what becomes of them.
-        tables: cos and sin [P, R/2]; None rotates nothing.
-        out: address of the result, float32 [T, H, D]; one row behind the other where not all attend.
+        cache: of the layer, in the layout of `cpu_cache.py`.
+        scores: options of the scores.
+        tables: cos and sin [P, R/2]; None for no rotation.
+        out: address of the result, float32 [T, H, D]; contiguous rows if only some rows attend.
     """
     queries = recorder.memory(qkv.heads * qkv.head_dim, np.int16)
     _record_write(recorder, qkv, cache, scores, tables, address_of(queries))
@@ -182,7 +182,7 @@ LOG2E = math.log2(math.e)
 
 
 class AttendArguments(NamedTuple):
-    """The arguments of `attend` and, the same, of `merge`, which follows it behind a barrier.
+    """Arguments of `attend`, and of `merge`, which follows after a barrier.
 
     Attributes:
         q: address of queries [T, H, D], scaled by softmax scale * log2(e): bfloat16, or as `cpu_quantised` says.
@@ -194,13 +194,13 @@ class AttendArguments(NamedTuple):
         block_shift: S is 1 << it.
         heads, kv_heads: H and K.
         scratch, scratch_size: address and size of `scratch_bytes`.
-        window: positions that a token sees, its own included; 0 is all.
-        cap: soft cap times log2(e); 0 is none.
-        sinks: address of float32 [H], the heads' sinks times log2(e); 0 is none.
-        ahead: address of int64 [T], how many positions behind its own a token sees; 0 is none of all.
+        window: positions that a token attends to, its own included; 0 for all.
+        cap: soft cap times log2(e); 0 without one.
+        sinks: address of float32 [H], the heads' sinks times log2(e); 0 without sinks.
+        ahead: address of int64 [T], how many later positions a token attends to; 0 for causal attention.
         head_gap: see `cpu_cache.head_gap`.
         ranks: see `rank_of`; 0 where the heads are not divided among ranks.
-        slopes: address of float32 [H], what a head's score loses by position of distance, times log2(e); 0 is none.
+        slopes: address of float32 [H], each head's ALiBi slope times log2(e); 0 without ALiBi.
     """
 
     q: int
@@ -234,7 +234,7 @@ def attend_operation(
 
 
 def attend_isa(isa: Isa, keys: CacheKind, values: CacheKind) -> Isa:
-    """What of these instructions the operation has code for."""
+    """Return those of these instruction sets for which the operation has code."""
     if (keys, values) == PLAIN:
         return isa.bf16
     used = isa & (Isa.VNNI | Isa.AVX_VNNI)

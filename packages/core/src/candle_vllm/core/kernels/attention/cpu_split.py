@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""How paged attention is cut into work on the CPU, and the scratch memory that this takes (step 6 of a request's life).
+"""Split paged attention into units of work on the CPU, with their scratch memory (step 6 of a request's life).
 
-The chunks of a sequence depend on positions alone, so that a row's result is always made of the same parts. Which
-sequences are shared among threads depends on the whole step; both operations of `cpu.py` ask the same functions.
+The chunks of a sequence depend on positions alone, so that a row's result is always the sum of the same parts. Which
+sequences are split among threads depends on the whole step; both operations of `cpu.py` call the same functions.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ chunk_of = njit(inline="always")(cpu_cache.chunk_of)
 
 @njit(inline="always")
 def first_seen(position: int, window: int) -> int:
-    """The first position that a token sees; window 0 is none."""
+    """Return the first position that a token attends to; `window` is 0 without a sliding window."""
     return max(0, position - window + 1) if window > 0 else 0
 
 
@@ -55,7 +55,7 @@ def count_row_tiles(rows: int) -> int:
 def split_bytes(
     tokens: int, context: int, window: int, heads: int, kv_heads: int, total: int, threads: int, free: int, row: int
 ) -> int:
-    """Bytes of partial results if a sequence is split by chunks, 0 if it is not. Both operations ask this."""
+    """Return the bytes of partial results of a sequence that is split by chunks; 0 if it is not split."""
     chunks = chunk_of(context - 1) - chunk_of(first_seen(context - tokens, window)) + 1
     units = count_row_tiles(tokens * (heads // kv_heads)) * kv_heads
     size = tokens * heads * chunks * row

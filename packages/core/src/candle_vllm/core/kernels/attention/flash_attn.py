@@ -142,14 +142,14 @@ class PagedFlash:
 
 
 def split(rows: DeviceRows, tokens: int, block_size: int) -> tuple[SequenceGroup | None, SequenceGroup | None]:
-    """The first `decodes` sequences and the others, None where there are none. By shapes and `decodes` alone."""
+    """Split into the first `decodes` sequences and the others, None for no sequence; uses shapes and `decodes` only."""
     n = rows.decodes
     contexts, tables = rows.context_lens.to(torch.int32), rows.block_tables.to(torch.int32)
     room = tables.shape[1] * block_size
     most_context = room if rows.most_context is None else min(rows.most_context, room)
     decodes = others = None
     if n:
-        # Not `query_start`, which says something else where fillers stand behind the sequences of a captured step.
+        # Not `query_start`, which differs if padding follows the sequences of a captured step.
         starts = torch.arange(n + 1, dtype=torch.int32, device=contexts.device)
         decodes = SequenceGroup(starts, contexts[:n], tables[:n], 1, most_context, True)
     if tokens > n:

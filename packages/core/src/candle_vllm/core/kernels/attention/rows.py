@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Where the tokens of a step belong: which sequence, and where its blocks are."""
+"""Map the tokens of a step to sequences, and sequences to their blocks."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class PagedCache(NamedTuple):
     """Keys and values of a layer.
 
     Attributes:
-        keys, values: [B, S, K, D] each; of latent attention `keys` alone. Where steps are compiled for the CPU, as
-            `attention/cpu_cache.py` and `latent_attention/layout.py` say.
+        keys, values: [B, S, K, D] each; latent attention has `keys` alone. Compiled steps on the CPU have the layouts
+            of `attention/cpu_cache.py` and `latent_attention/layout.py`.
     """
 
     keys: Any
@@ -24,7 +24,7 @@ class PagedCache(NamedTuple):
 
 
 class WindowedCache(PagedCache):
-    """Keys and values of a layer that has pages for what its window sees alone: its tables and slots name pages.
+    """Keys and values of a layer that has pages only for its sliding window; its tables and slots refer to pages.
 
     Attributes:
         pool: the number of the page pool, see `WindowedBlocks`.
@@ -42,13 +42,13 @@ class WindowedCache(PagedCache):
 
 @dataclasses.dataclass(frozen=True)
 class AttentionRows:
-    """Where the tokens of one step belong.
+    """Sequences of one step's tokens, on the host.
 
     Attributes:
         query_start: R + 1 offsets into the step's tokens; sequence r has query_start[r]..query_start[r + 1].
         context_lens: R lengths, in tokens, the new ones included.
         block_tables: [R, most blocks] int64; a row's tail beyond its context is not read.
-        ahead: [T] int64, how many positions behind its own a token sees; None where none sees any. On the CPU alone.
+        ahead: [T] int64, how many later positions a token attends to; None for causal attention. On the CPU alone.
     """
 
     query_start: tuple[int, ...]
@@ -57,11 +57,11 @@ class AttentionRows:
     ahead: torch.Tensor | None = None
 
     def causal(self) -> AttentionRows:
-        """The same rows, none of which sees what is behind it."""
+        """Return the same rows with causal attention."""
         return self if self.ahead is None else dataclasses.replace(self, ahead=None)
 
     def on_device(self) -> DeviceRows:
-        """The same numbers beside the block tables. Leading sequences of one token count as decodes."""
+        """Copy to the device of the block tables. Leading sequences of one token count as decodes."""
         import torch
 
         counts = [end - start for start, end in itertools.pairwise(self.query_start)]
@@ -81,23 +81,23 @@ class AttentionRows:
 
 @dataclasses.dataclass(frozen=True)
 class DeviceRows:
-    """Where the tokens of one step belong, as tensors that may be rewritten between replays of a captured step.
+    """Sequences of one step's tokens, as tensors that may be rewritten between replays of a captured step.
 
     Attributes:
         query_start: [R + 1] int32 or int64; sequence r has tokens query_start[r]..query_start[r + 1].
         context_lens: [R] int32 or int64, in tokens, the new ones included.
         block_tables: [R, most blocks] int32 or int64; a row's tail beyond its context is not read.
-        decodes: how many leading sequences are computed by the kernel for one new token each: token r is theirs. The
+        decodes: number of leading sequences that the decode kernel computes: sequence r has the one token r. The
             others may have any number of tokens.
-        most_tokens: no sequence has more tokens in this step, nor in any that a captured one is replayed for; None
-            where only the shapes bound them.
-        most_context: the same of contexts.
-        host: the same numbers on the host; None where they are not known there, and for a step that is captured.
-        decoding: [1] int32, at most `decodes`: how many leading sequences are computed by the kernel for one new token
-            each, where only the device knows it; `decodes` then is the most of them that a launch is made for. None
-            where `decodes` says it. For backends that are `mixed` alone, see `backends`.
-        lists: what kernels make of these numbers once a step, for the calls of all layers. An object is thus of one
-            step, or of one captured step, and its tensors are rewritten between replays alone.
+        most_tokens: bound of a sequence's tokens in this step, and in all replays of a captured one; None if only the
+            shapes bound them.
+        most_context: bound of a sequence's context, likewise.
+        host: copy on the host; None if the host does not know the values, and for a captured step.
+        decoding: [1] int32, at most `decodes`: number of leading sequences that the decode kernel computes, if only the
+            device knows it; `decodes` is then the bound for the launch. None if `decodes` is that number. Only for
+            backends that are `mixed`, see `backends`.
+        lists: work lists that kernels compute once a step, for the calls of all layers. So an object belongs to one
+            step, or to one captured step, and its tensors are rewritten only between replays.
     """
 
     query_start: torch.Tensor
@@ -118,7 +118,7 @@ class DeviceRows:
         return self if host is None or host.ahead is None else dataclasses.replace(self, host=host.causal())
 
     def on_host(self) -> AttentionRows:
-        """The same numbers as tuples. Waits for the device where `host` is None."""
+        """Return the copy on the host. Waits for the device if `host` is None."""
         if self.host is not None:
             return self.host
         return AttentionRows(tuple(self.query_start.tolist()), tuple(self.context_lens.tolist()), self.block_tables)

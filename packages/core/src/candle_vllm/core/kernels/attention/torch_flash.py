@@ -62,8 +62,8 @@ def _generation(capability: tuple[int, int]) -> int:
 
 
 def _window_size(window: int | None, single: bool = False) -> tuple[int, int]:
-    """Keys before and behind a query's own; -1 for all. For a single token, behind which there is none, 2 is told so:
-    it then computes the heads of a group together."""
+    """Return the window: keys before and after a query's own; -1 for all. A single token has no later keys; with -1 for
+    these, FlashAttention 2 computes the heads of a group together."""
     if window is None:
         return (-1, -1) if single else (-1, 0)
     return (window - 1, 0)

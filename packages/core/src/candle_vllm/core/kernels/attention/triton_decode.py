@@ -71,7 +71,7 @@ def decode_kernel(
     partial_states,  # [R, SPLITS, H, 2] fp32: top, sum
     context_lens,  # [R]
     block_tables,  # [R, ...]
-    decoding,  # [1] int32, or None: rows first + r below it have work, and all where it is None
+    decoding,  # [1] int32, or None: rows first + r below it have work; None for all rows
     items,  # of `list_items_kernel`, or None: they are counted here, of ROWS sequences at most
     key_scale,  # [1] fp32, read where FP8
     value_scale,  # [1] fp32
@@ -226,9 +226,9 @@ def merge_kernel(
     SINKS: tl.constexpr,
     MERGED: tl.constexpr,
 ):
-    """One program per sequence and head. A sequence without context, a filler of a captured batch, gets zeros.
+    """Merge a sequence's splits; one program per sequence and head. Padding sequences without context get zeros.
 
-    Those that do not decode get nothing: where they would write stand tokens of prompts.
+    Sequences that do not decode write nothing: their rows of `out` hold tokens of prompts.
     """
     row = (tl.program_id(0) // H).to(tl.int64)
     head = tl.program_id(0) % H
@@ -302,9 +302,9 @@ def decode(
     decoding: torch.Tensor | None,
     lists: dict[tuple[int, ...], torch.Tensor],
 ) -> None:
-    """Token r of q belongs to sequence r. Writes out, with `decoding` its first rows alone. Checks are the caller's.
+    """Compute attention for one token per sequence: token r of q belongs to sequence r. The caller checks arguments.
 
-    `lists` is the step's, see `DeviceRows`.
+    Writes `out`, with `decoding` only its first rows. `lists` is the step's, see `DeviceRows`.
     """
     heads, dim = q.shape[1:]
     block_size, kv_heads = key_cache.shape[1:3]

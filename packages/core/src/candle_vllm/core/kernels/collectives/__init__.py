@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""What the ranks of a model do together: sums over their parts, parts side by side, and rows from each to each.
+"""Collective operations of a model's ranks: all-reduce, all-gather, all-to-all, and sends between pipeline stages.
 
-All ranks call the same things in the same order. Source: Shoeybi et al., 2019, arXiv:1909.08053 (Megatron-LM).
+All ranks call the same operations in the same order. Source: Shoeybi et al., 2019, arXiv:1909.08053 (Megatron-LM).
 """
 
 from __future__ import annotations
@@ -39,24 +39,24 @@ _NAPS = 50e-6, 1e-3  # seconds that it sleeps at first, and at most
 
 
 class Stages(Protocol):
-    """The stages of a model whose layers are divided, as a rank of one of them sees its like in the others.
+    """Pipeline stages of a model whose layers are divided: one rank's connections to its peers in the other stages.
 
-    What goes from one to another arrives in the order in which it was sent. What the last one gives back to the first
-    has a way of its own, beside what those two hand on: neither waits for the other.
+    Tensors arrive in the order in which they were sent. Results of the last stage return to the first one over their
+    own connection, so that they do not wait for activations between these two.
 
     Attributes:
-        rank, size: which stage it is of, from 0 on, and how many there are.
+        rank, size: this rank's stage, from 0 on, and the number of stages.
     """
 
     rank: int
     size: int
 
     def send(self, x: Value, to: int) -> None:
-        """Hands x [...] over, which nobody may write to any more; waits for nobody, but for a GPU's stream."""
+        """Send x [...], which must not be written to any more; waits only for a GPU's stream."""
         ...
 
     def receive(self, x: Value, source: int) -> Value:
-        """x, filled with what a stage has sent."""
+        """Fill x with a tensor that a stage sent, and return it."""
         ...
 
     def least(self, number: int) -> int:
@@ -77,11 +77,11 @@ class Sums(Protocol):
 
 
 class Collective(Protocol):
-    """The ranks of a model, as one of them sees them; where its layers are divided, those of its stage.
+    """Collective operations of one rank with the other ranks of its model, or of its pipeline stage.
 
     Attributes:
-        rank, size: which one it is, from 0 on, and how many there are.
-        stages: the stages; None where its layers are not divided.
+        rank, size: this rank, from 0 on, and the number of ranks.
+        stages: the pipeline stages; None without pipeline parallelism.
     """
 
     rank: int
@@ -89,31 +89,31 @@ class Collective(Protocol):
     stages: Stages | None
 
     def sum(self, x: Value) -> Value:
-        """x [...] of all ranks added up, which may be x itself overwritten; the same bits on each."""
+        """Add up x [...] of all ranks, perhaps in place; the result has the same bits on each rank."""
         ...
 
     def gather(self, x: Value, width: int, out: Value | None = None) -> Value:
-        """x [T, up to width] of all ranks side by side, [T, size * width]; what is missing of one's is 0.
+        """Concatenate x [T, up to width] of all ranks to [T, size * width]; missing columns of a rank are 0.
 
-        `out` is memory that the result may be written to: new memory costs more than the copy.
+        The result may be written to `out`: allocating memory costs more than the copy.
         """
         ...
 
     def exchange(self, x: Value, sent: Sequence[int], received: Sequence[int]) -> Value:
-        """Rows from each rank to each (all to all): those that come, [sum of received, C], in the order of the ranks.
+        """Send rows from each rank to each (all-to-all); return those received, [sum of received, C], in rank order.
 
         Args:
             x: [sum of sent, C], of any type: rows for the first rank, then for the second one, and so on.
-            sent, received: how many rows go to each rank and come from each, this one among them.
+            sent, received: number of rows to and from each rank, this one included.
         """
         ...
 
     def least(self, number: int) -> int:
-        """The least of what the ranks say, those of all stages, below 2^63."""
+        """Return the minimum of an integer below 2^63 over the ranks of all stages."""
         ...
 
     def close(self) -> None:
-        """Lets go of the others."""
+        """Close the connections to the other ranks."""
         ...
 
 
@@ -123,12 +123,12 @@ def is_first(ranks: Collective) -> bool:
 
 
 class VocabularyShare(NamedTuple):
-    """A rank's part of a table whose rows are divided.
+    """A rank's part of a vocabulary table whose rows are divided.
 
     Attributes:
         collective: the ranks.
-        first: the row that is its first one.
-        most: rows of any rank, of each but the last.
+        first: this rank's first row.
+        most: rows of each rank but the last, which may have fewer.
         total: V.
     """
 
@@ -138,32 +138,32 @@ class VocabularyShare(NamedTuple):
     total: int
 
     def whole(self, own: Value, out: Value | None = None) -> Value:
-        """What all ranks have of rows, put together: [T, V] of [T, up to `most`]; for `out` see `Collective.gather`."""
+        """Gather the parts [T, up to `most`] of all ranks to rows [T, V]; for `out` see `Collective.gather`."""
         return self.collective.gather(own, self.most, out)[:, : self.total]
 
 
 class Notes(Protocol):
-    """What processes write for each other, by names, to find each other."""
+    """Key-value store through which processes find each other (rendezvous)."""
 
     def set(self, key: str, value: bytes) -> None:
-        """Writes."""
+        """Write a value."""
         ...
 
     def get(self, key: str) -> bytes:
-        """Waits until it is there."""
+        """Wait until the key is written, and return its value."""
         ...
 
     def has(self, key: str) -> bool:
-        """Whether it is there."""
+        """Whether the key is written."""
         ...
 
     def add(self, key: str, amount: int) -> int:
-        """Adds to a number, 0 at first; the sum."""
+        """Add to an integer, which is 0 at first; return the sum."""
         ...
 
 
 def _store(notes: Notes) -> Any:
-    """The same as torch.distributed asks for it; its own (TCPStore) lets everybody in, at every address."""
+    """Wrap a store for torch.distributed; torch's own TCPStore accepts any client, on every address."""
     from torch import distributed
 
     class NotesStore(distributed.Store):
@@ -188,7 +188,7 @@ def _store(notes: Notes) -> Any:
 
 
 def shared_memory(ranks: int) -> BinaryIO | None:
-    """Memory in which ranks of this machine add up; None where there is none. See `sealed_memory`."""
+    """Return shared memory for the sums of this machine's ranks; or None without support. See `sealed_memory`."""
     if sys.platform != "linux":
         return None
     try:
@@ -199,12 +199,12 @@ def shared_memory(ranks: int) -> BinaryIO | None:
 
 
 def sealed_memory(size: int) -> BinaryIO:
-    """So many bytes of memory, all 0, that ranks of this machine share; for their processes by its descriptor.
+    """Create zeroed memory of `size` bytes that ranks of this machine share by its file descriptor.
 
-    It has no name by which others could open it, and keeps its size.
+    It has no name by which other processes could open it, and its size is fixed.
 
     Raises:
-        OSError: only Linux has it, and some systems forbid it.
+        OSError: the system is not Linux, or forbids such memory.
     """
     if sys.platform != "linux":
         raise OSError(errno.ENOSYS, "only Linux has it")
@@ -218,13 +218,13 @@ def sealed_memory(size: int) -> BinaryIO:
 
 
 class _SharedMemory:
-    """What ranks of this machine do in memory: sums of float32, in the order of the ranks, and parts side by side.
+    """Collectives of this machine's ranks in shared memory: float32 sums in the order of the ranks, and gathers.
 
     Args:
         memory: see `shared_memory`.
         first: the block of the group's first rank.
         rank, size, patience: see `ProcessGroup`.
-        gone: set where the others have gone.
+        gone: set when another rank has ended.
 
     Raises:
         ValueError: the memory is too small.
@@ -244,17 +244,17 @@ class _SharedMemory:
         self._stand_together = c_function("collectives.cpu:stand_together", 10)
 
     def add(self, address: int, count: int) -> None:
-        """Overwrites so many numbers with their sums.
+        """Overwrite `count` floats at an address with their sums.
 
         Raises:
-            RuntimeError: the others have gone, or have not come in time.
+            RuntimeError: another rank has ended, or did not arrive in time.
         """
         most = SLOT_BYTES // 4
         for start in range(0, count, most):
             self._do(self._add_up, address + 4 * start, min(most, count - start))
 
     def put_together(self, address: int, count: int, out: int) -> None:
-        """Has so many numbers of 4 bytes of each rank stand behind each other, in the order of the ranks.
+        """Gather `count` elements of 4 bytes of each rank, in the order of the ranks.
 
         Raises:
             RuntimeError: as `add`.
@@ -286,25 +286,25 @@ class _SharedMemory:
 
 
 class ProcessGroup:
-    """Ranks in processes of their own, over torch.distributed: NCCL between GPUs, Gloo elsewhere; see `Collective`.
+    """Ranks in separate processes, over torch.distributed: NCCL between GPUs, otherwise Gloo; see `Collective`.
 
-    Those of one machine do it in shared memory, on the CPU, where they are given some.
+    CPU ranks of one machine use shared memory instead, if `memory` is given.
 
-    No global group is made, so that a process may have several, and others of its own.
+    No global group is created, so that a process may have several groups, and torch groups of its own.
 
     Args:
         rank, size: see `Collective`.
-        device: where what is summed lives.
-        notes: by which the ranks find each other.
-        name: of the group, in the notes.
-        patience: seconds that a rank waits for the others in the midst of a step; to connect, once they have
-            found each other, they have `_CONNECTING`.
+        device: device of the tensors.
+        notes: store through which the ranks find each other.
+        name: of the group, in the store.
+        patience: seconds that a rank waits for the others within a step; after they have found each other, connecting
+            may take `_CONNECTING`.
         host: the address at which Gloo listens for the others.
         stages: see `Collective`.
-        memory: in which all of them add up, of one machine; see `shared_memory`.
-        first: which of the ranks in that memory is this group's first one.
-        ring: it is `Stages`: what goes back has a communicator of its own. One does all that it is asked for in order,
-            so that what is sent to the stage behind, and waits for it, would keep back what that one gives back.
+        memory: shared memory of all ranks, if they are on one machine; see `shared_memory`.
+        first: index in that memory of this group's first rank.
+        ring: the group is used as `Stages`: results that return have their own communicator. A communicator runs its
+            operations in order, so that a send to the next stage, which waits, would delay the results from there.
     """
 
     def __init__(
@@ -363,9 +363,9 @@ class ProcessGroup:
         return x if wide is x else x.copy_(wide)
 
     def _sum_in_order(self, x: torch.Tensor) -> torch.Tensor:
-        """The sum of x [N] in the order of the ranks: each adds up all of few numbers, else a share of them.
+        """Sum x [N] in the order of the ranks: each rank adds up all elements of a short x, otherwise a share of them.
 
-        The library's own adds up a number in an order that depends on its place, and so on what else is in a step.
+        The library's own sum has an order that depends on an element's index, and so on the rest of the step.
         """
         if x.nbytes <= SLOT_BYTES:
             return added_up(self.gather(x[None], len(x)).view(self.size, -1))
@@ -376,7 +376,7 @@ class ProcessGroup:
         return self.gather(added_up(parts)[None], most)[0, : len(x)]
 
     def _over(self, work: Any) -> None:
-        """Waits until it is done, or the others have gone."""
+        """Wait until the operation is done, or another rank has ended."""
         if self._group is not self._host:
             work.wait()  # a GPU's stream does
             return
@@ -451,7 +451,7 @@ class ProcessGroup:
         return x
 
     def abort(self) -> None:
-        """Has whoever waits for the others fail, for they have gone; from any thread."""
+        """Make all waits fail, because another rank has ended; may be called from any thread."""
         self._gone.set()
         for group in {id(each): each for each in (self._group, self._back)}.values():
             if group is not self._host and group is not None:
@@ -473,7 +473,7 @@ class ProcessGroup:
 
 
 def added_up(parts: torch.Tensor) -> torch.Tensor:
-    """Parts [n, ...] of n ranks added up in their order, at least in fp32, and rounded once; on a GPU in any order."""
+    """Sum parts [n, ...] of n ranks in their order, at least in fp32, rounded once; on a GPU in any order."""
     import torch
 
     wide = torch.promote_types(parts.dtype, torch.float32)
@@ -486,9 +486,9 @@ def added_up(parts: torch.Tensor) -> torch.Tensor:
 
 
 class _Receiver:
-    """Waits for what is received, in a thread of its own, which may wait on when the others have gone.
+    """Wait for a receive in a separate thread, which can be abandoned when another rank has ended.
 
-    A wait of Gloo's for what another process sends cannot be cut short: its end would be the end of all connections.
+    A receive of Gloo cannot be cancelled without closing all connections.
     """
 
     def __init__(self) -> None:
@@ -506,7 +506,7 @@ class _Receiver:
                 done.put(None)
 
     def wait(self, work: Any, gone: threading.Event) -> None:
-        """Until it has come; RuntimeError where `gone` is set before."""
+        """Wait until the tensor has arrived; RuntimeError if `gone` is set before."""
         done = queue.SimpleQueue[Exception | None]()
         self._works.put((work, done))
         while True:

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: MIT
-"""Tokens divided among ranks that have whole experts, and sent to the ranks of their experts; inside step 6.
+"""Expert parallelism: divide a step's tokens among ranks, and send them to the ranks of their experts; inside step 6.
 
-From attention's sum to the end of a layer a rank has its share of a step's T tokens alone:
+From attention's sum to the end of a layer, a rank computes only its share of a step's T tokens:
 
-1. behind attention the ranks' results are added up, each rank's own rows there alone (reduce-scatter);
-2. it norms and routes them, and multiplies them by what all tokens share, which is whole on each rank;
-3. each row goes once to every rank that has one of its experts, with their numbers and weights (all to all), behind
+1. after attention a reduce-scatter adds up the ranks' results; each rank gets the sums of its own rows;
+2. it normalises and routes these rows, and computes their shared expert, which each rank has whole;
+3. each row is sent once to every rank that has one of its experts, with expert numbers and weights (all-to-all), after
    the counts;
-4. a rank multiplies what came by its experts, and the sums go back;
-5. their owner adds them up in the order of the ranks, then what all tokens share; all ranks get all rows (all-gather).
+4. a rank computes its experts for the rows that it received, and sends the sums back;
+5. the rows' owner adds up sums in the order of the ranks, then the shared expert; an all-gather distributes all rows.
 
-In the place of that, every rank may have all T rows all the way, and what is added up are all rows, twice. Both add the
-same numbers in the same order, that of the ranks, but on GPUs, where the library's sums have orders of their own; and
-nothing depends on who owns a token, which changes with what else is in a step.
+Alternatively, every rank keeps all T rows, and two all-reduces add up all rows. Both ways add the same numbers in the
+same order of ranks, except on GPUs, where NCCL has its own order. No result depends on the owner of a token, which
+depends on the other tokens of a step.
 
 Source: Lepikhin et al., 2020, arXiv:2006.16668 (all to all); Korthikanti et al., 2022, arXiv:2205.05198 (sums and norms
 of a share of the rows).
@@ -31,19 +31,18 @@ import torch
 from candle_vllm.core.kernels.collectives import Collective, added_up
 from candle_vllm.core.kernels.moe import Pairs
 
-LEAST_SAVED = 4 << 20  # bytes that a rank must save in a layer, for three exchanges more and the host's wait
-MOST_SHARE = 0.75  # of the bytes of sums: below it an exchange of uneven parts may be slower than a sum, and yet win
+LEAST_SAVED = 4 << 20  # bytes that a rank must save in a layer, to pay for three more exchanges and the host's wait
+MOST_SHARE = 0.75  # of the bytes of sums: below it an exchange of uneven parts wins, even if slower per byte
 
 
 def rows_sent(held: Sequence[int], top_k: int) -> tuple[float, float]:
-    """Rows of E that a rank sends in a layer for each token of a step: with sums of all rows, and with exchanges.
+    """Return the rows of E elements that a rank sends in a layer per token: with all-reduces, and with exchanges.
 
-    A sum of all rows is, for whoever counts bytes, a reduce-scatter and an all-gather. Of exchanges, a token's row goes
-    to each other rank that has one of its experts, and a sum comes back from there; experts are thought to be chosen
-    alike.
+    An all-reduce counts as a reduce-scatter and an all-gather. With exchanges, a token's row is sent to each other rank
+    that has one of its experts, and a sum is sent back; all experts are assumed to be equally likely.
 
     Args:
-        held: how many experts each rank has.
+        held: number of experts of each rank.
         top_k: k.
     """
     total, others = sum(held), (len(held) - 1) / len(held)
@@ -52,18 +51,18 @@ def rows_sent(held: Sequence[int], top_k: int) -> tuple[float, float]:
 
 
 def least_step(held: Sequence[int], top_k: int) -> float:
-    """Bytes of a step's rows [T, E] from which on it is better divided, by bytes alone; infinity where none is."""
+    """Return the least bytes of a step's rows [T, E] for which dividing it sends less; infinity if no size does."""
     sums, exchanges = rows_sent(held, top_k)
     return LEAST_SAVED / (sums - exchanges) if exchanges <= MOST_SHARE * sums else math.inf
 
 
 class TokenShares:
-    """What a rank's layers know of the tokens of a step; all layers of a model have the same one.
+    """A rank's share of the tokens of a step; all layers of a model use the same object.
 
     Args:
         collective: the ranks.
-        held: how many experts each has, one rank's behind the other's.
-        least: bytes of a step's rows from which on it is divided, where it may be and has a row for each rank.
+        held: number of experts of each rank; experts are numbered rank by rank.
+        least: least bytes of a step's rows for which it is divided, if it may be and has a row for each rank.
     """
 
     def __init__(self, collective: Collective, held: Sequence[int], least: float) -> None:
@@ -73,11 +72,11 @@ class TokenShares:
         self._counts = [0] * collective.size
 
     def begin(self, tokens: int, *, may_divide: bool) -> None:
-        """Of a step with so many tokens, on every rank alike.
+        """Begin a step of `tokens` tokens, on every rank alike.
 
         Args:
-            may_divide: not where shapes must not depend on what is chosen, as in captured steps, or where adapters know
-                a token by its row.
+            may_divide: False if shapes must not depend on the chosen experts, as in captured steps, or if adapters
+                identify a token by its row.
         """
         each, more = divmod(tokens, self._collective.size)
         self._counts = [each + (rank < more) for rank in range(self._collective.size)]
@@ -85,12 +84,12 @@ class TokenShares:
 
     @property
     def _own(self) -> slice:
-        """This rank's rows among all."""
+        """This rank's rows among all rows."""
         first = sum(self._counts[: self._collective.rank])
         return slice(first, first + self._counts[self._collective.rank])
 
     def sum(self, y: torch.Tensor) -> torch.Tensor:
-        """y [T, E] of all ranks added up: this rank's rows [t, E] alone in a divided step."""
+        """Sum y [T, E] over all ranks; in a divided step return only this rank's rows [t, E]."""
         assert len(y) == sum(self._counts)
         self._apart = self._may_divide and y.nbytes >= self._least and self._counts[-1] > 0
         if not self._apart:
@@ -100,18 +99,18 @@ class TokenShares:
         return added_up(parts.unflatten(0, (-1, own)))
 
     def of(self, residual: torch.Tensor) -> torch.Tensor:
-        """The rows of what `sum` gave, of a residual [T, E]."""
+        """Select the rows of a residual [T, E] that `sum` returns."""
         return residual[self._own] if self._apart else residual
 
     def experts(
         self, x: torch.Tensor, pairs: Pairs, compute: Callable[[torch.Tensor, Pairs], torch.Tensor]
     ) -> torch.Tensor:
-        """What experts make of x [t, E], or of all rows [T, E] where the step is not divided.
+        """Compute the experts' result of x [t, E], or of all rows [T, E] in a step that is not divided.
 
         Args:
-            x: behind `sum`.
-            pairs: x's tokens and their experts among all ranks'.
-            compute: what this rank's experts make of rows [R, E], of whatever tokens, and 0 where they have none.
+            x: rows that `sum` returned.
+            pairs: x's tokens and their experts, numbered over all ranks.
+            compute: computes this rank's experts for rows [R, E]; 0 for a row without one of its experts.
         """
         if not self._apart:
             return self._collective.sum(compute(x, pairs))
@@ -136,7 +135,7 @@ class TokenShares:
         return added_up(parts.unflatten(0, (size, own)))
 
     def whole(self, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """A layer's two summands, which become one of all ranks' rows [T, E] in a divided step."""
+        """Return a layer's two summands; in a divided step their sum, gathered to all rows [T, E], and None."""
         if not self._apart:
             return x, residual
         self._apart = False
@@ -150,12 +149,12 @@ class TokenShares:
 
 
 def _side_by_side(*each: torch.Tensor) -> torch.Tensor:
-    """Rows of several tensors as bytes beside each other, so that they are sent together."""
+    """Concatenate the rows of several tensors as bytes, so that they are sent together."""
     return torch.cat([part.view(torch.uint8) for part in each], 1)
 
 
 def _parted(packed: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The same taken apart: as many columns, and of such types, as these have."""
+    """Undo `_side_by_side`: split rows of bytes into tensors with the columns and types of `like`."""
     sizes = [each.shape[1] * each.itemsize for each in like]
     parts = zip(packed.split(sizes, 1), like, strict=True)
     return [part.contiguous().view(each.dtype) for part, each in parts]

@@ -251,7 +251,7 @@ class Emitter:
         return self.b.extract_element(value, ir.Constant(I32, 0))
 
     def choose(self, number: Any, cases: Mapping[int, Callable[[], None]]) -> None:
-        """Runs what stands under a number, an int64; nothing where it has none."""
+        """Emit a switch: run the case of `number`, an int64; nothing for a number without a case."""
         after = self.b.append_basic_block("chosen")
         switch = self.b.switch(number, after)
         for value, emit in cases.items():

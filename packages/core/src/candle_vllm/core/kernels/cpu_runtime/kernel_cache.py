@@ -58,9 +58,9 @@ _Imports: TypeAlias = dict[str, list[str]]
 
 @cache
 def kernel_cache() -> Path | None:
-    """The folder of the kernels compiled for this CPU's level; None, and a warning, where there can be none.
+    """Return the folder of kernels compiled for this CPU's level; None, with a warning, if it cannot be created.
 
-    It may be used by several processes at once: a file is there whole or not at all.
+    Several processes may use it at once: a file appears complete or not at all.
     """
     try:
         root = (Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "candle-vllm").resolve()
@@ -227,7 +227,7 @@ def keep(path: Path, code: bytes) -> None:
 
 
 def _read(path: Path, *, used: bool = False) -> bytes | None:
-    """What `keep` wrote into a file, and that it was used; None where there is none, or what is there is damaged."""
+    """Read what `keep` wrote to a file, and update its time of use; None for a missing or damaged file."""
     try:
         kept = path.read_bytes()
         if used:

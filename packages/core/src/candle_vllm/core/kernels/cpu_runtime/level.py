@@ -157,7 +157,7 @@ def machine() -> str:
 
 
 def level_of(flags: frozenset[str], named: str = "") -> Level | None:
-    """The most able level of an architecture, this machine's if none is named, whose flags are all there."""
+    """Return the highest level of an architecture (this machine's by default) whose flags are all present."""
     named = named or machine()
     return next((level for level in LEVELS if level.machine == named and level.flags <= flags), None)
 

@@ -245,7 +245,7 @@ _NODES = "sys/devices/system/node"
 
 
 def _nodes(usable: frozenset[int], root: Path) -> list[tuple[int, frozenset[int]]]:
-    """Nodes with CPUs that may be used, and these; those of a socket are neighbours. One where none are known."""
+    """Return the nodes with usable CPUs, and these CPUs, ordered by socket; one node if the system names no nodes."""
     found = []
     for folder in (root / _NODES).glob("node*"):
         number = folder.name.removeprefix("node")

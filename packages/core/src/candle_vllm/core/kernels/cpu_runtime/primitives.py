@@ -181,14 +181,14 @@ def rank_of(table: int, thread: int, threads: int) -> tuple[int, int, int]:
 
 @njit(inline="always")
 def inner_row(row: int, arguments: int) -> int:
-    """Address of the row that stands within one, behind its own arguments; 0 where there is none."""
+    """Return the address of the row nested in `row`, after its own arguments; 0 without a nested row."""
     size = 8 * (FIRST_ARGUMENT + arguments)
     return row + size if int64_at(row)[1] >> 8 > size else 0
 
 
 @intrinsic
 def step_number(_: Any, row: Any, which: Any) -> Any:
-    """One of the step's numbers, by the address of a row."""
+    """Read one of the step's numbers (`StepNumber`), by the address of a row."""
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         start = b.inttoptr(args[0], I64.as_pointer())

@@ -39,14 +39,14 @@ class StepLimits:
         table_width: blocks of the longest sequence.
         block_size: positions in a block.
         threads: of the team that runs it.
-        adapter_rank: of any adapter; 0 where there are none.
-        adapter_dtype: in what adapters are multiplied.
+        adapter_rank: largest rank of an adapter; 0 without adapters.
+        adapter_dtype: type in which adapters are multiplied.
         row_adapters: most adapters of one row.
-        ahead: rows may see positions behind their own, see `kernels/attention`.
-        turned: tokens may be turned by more than one position.
+        ahead: rows may attend to later positions, see `kernels/attention`.
+        turned: tokens may be rotated by more than one position (M-RoPE).
         states: layers keep states.
-        pools: of pages, of layers that have fewer pages than there are blocks.
-        ranks: how threads are divided; None for not.
+        pools: number of page pools, of layers that have fewer pages than the cache has blocks.
+        ranks: how threads are divided among NUMA nodes; None for undivided.
     """
 
     tokens: int

@@ -77,7 +77,7 @@ class ThreadTeam:
         self._kept_plans = max(_KEPT_PLANS, kept_plans)
         self._memory = np.zeros(64 + WORKERS + threads * WORKER_BYTES, np.uint8)
         self._shared = -(-address_of(self._memory) // 64) * 64
-        self._word(JOB).value = 1  # odd while there is none
+        self._word(JOB).value = 1  # odd without a job
         self._plans: dict[int, tuple[np.ndarray, int]] = {}  # and their addresses
         self._parts: np.ndarray | None = None
         self._semaphores = system_semaphores() if threads > 1 else None

@@ -588,7 +588,7 @@ class _Pending(_Value):
 
 
 class _TableRows(_Pending):
-    """Rows of a table, times `scale`; `numbers` is the address of theirs, one for each token."""
+    """Rows of a table, times `scale`; `numbers` is the address of the row numbers, one for each token."""
 
     def __init__(
         self, recorder: Recorder, matrix: Matrix, numbers: int, scale: float | None, place: Place | None

@@ -61,7 +61,7 @@ from candle_vllm.core.kernels.cpu_runtime.team import (
 _TAKEN_BITS = 20  # of a claim: how many pieces are taken; above them stands the row's number
 _PATIENCE = 200  # turns of waiting before others' pieces are looked for: some 2 us
 _SPINS = 6000  # and before sleeping: some 60 us
-_FAR = 10  # times as long before those of other ranks are
+_FAR = 10  # times as long before pieces of other ranks are looked for
 _IDLE_SPINS = 20_000  # the same between steps: some 0.2 ms
 
 
@@ -100,7 +100,7 @@ def _wake(shared: int, threads: int) -> None:
 
 @njit(inline="always")
 def _claim(word: int, number: int, count: int) -> int:
-    """Takes the next free one of `count` pieces of row `number`; -1 where none is left, or the row is over."""
+    """Claim the next free one of `count` pieces of row `number`; -1 if all are claimed, or the row is over."""
     while True:
         found = load_acquire(word)
         if found >> _TAKEN_BITS > number:

@@ -62,11 +62,11 @@ class WriteArguments(NamedTuple):
         q: address of bfloat16 [T, H, D], or of as many bytes for queries that are quantised as the keys are.
         key_cache, value_cache: addresses of the layer's caches, see `attention/cpu_cache.py`.
         scale: factor of q: softmax scale * log2(e), for `attend` computes powers of two.
-        offset: address of float32 [K, D], which is subtracted from keys that are quantised; 0 is none.
-        turns: address of int64 [T], how far behind its position's row that of a token is in `cos` and `sin`; 0 is none.
+        offset: address of float32 [K, D], which is subtracted from keys that are quantised; 0 without an offset.
+        turns: address of int64 [T], the distance from a position's row to the token's row in `cos` and `sin`; or 0.
         head_gap: see `attention/cpu_cache.py`.
-        picked: address of int64 [T], the tokens that the rows are of, for `positions` and `turns`; 0 is all. Such rows
-            are queries alone.
+        picked: address of int64 [T], each row's token, for `positions` and `turns`; 0 for all tokens. Picked rows have
+            queries alone.
         rows_from: which of the step's numbers is T.
     """
 

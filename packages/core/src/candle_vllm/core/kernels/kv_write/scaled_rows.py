@@ -37,7 +37,7 @@ def codes_and_scales(cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def write_rows(rows: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor) -> None:
-    """Rows [T, K, D] of any float type into a cache, at slots [T] int64; none is negative."""
+    """Write rows [T, K, D] of any float type to a cache, at slots [T] int64; no slot is negative."""
     largest = LARGEST[cache.dtype]
     x = rows.float()
     tops = x.abs().amax(-1)  # [T, K]; NaN where there is one

@@ -47,7 +47,7 @@ def latent_decode_kernel(
     partial_states,  # [R, SPLITS, H, 2] fp32: top, sum
     context_lens,  # [R]
     block_tables,  # [R, ...]
-    decoding,  # [1] int32, or None: rows first + r below it have work, and all where it is None
+    decoding,  # [1] int32, or None: rows first + r below it have work; None for all rows
     items,  # of `list_items_kernel`, or None: they are counted here, of ROWS sequences at most
     scale,
     first,

@@ -68,13 +68,13 @@ class Codec:
 
 
 class Operand(NamedTuple):
-    """A matrix [rows, columns] as a launch passes it; where forms are built ahead of time, types for tensors.
+    """A matrix [rows, columns] as a launch passes it; kernels that are compiled ahead get types instead of tensors.
 
     Attributes:
-        planes: low, high, scales, supers; None where there is none. A plain matrix is the first.
-        pitch: numbers from row to row of a plain matrix, weights that share a scale of one with groups, else None.
+        planes: low, high, scales, supers; None for a plane that the format lacks. A plain matrix is the first plane.
+        pitch: row stride of a plain matrix, in elements; weights per scale of a matrix with groups; otherwise None.
         steps: of K.
-        form: a `Codec`, or of a plain matrix the columns that are multiplied at a time.
+        form: a `Codec`, or, for a plain matrix, the number of columns that are multiplied at a time.
     """
 
     planes: tuple[Any, Any, Any, Any]

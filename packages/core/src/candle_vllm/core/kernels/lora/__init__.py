@@ -1,26 +1,26 @@
 # SPDX-License-Identifier: MIT
-"""Adapters (LoRA): what one does to the matrices of a model; step 6 of a request's life.
+"""LoRA adapters: what an adapter adds to the products of a model's matrices; step 6 of a request's life.
 
-A `Delta` changes one matrix W [N, K] of a `Linear`, whose result for a row x of the input that has this adapter is
+A `Delta` changes one matrix W [N, K] of a `Linear`. For a row x of the input with this adapter the result is
 
-    y = c * (x W^T + s (x A^T) B^T) + bias of W + own bias                                  c is 1 but for DoRA
+    y = c * (x W^T + s (x A^T) B^T) + bias of W + own bias                                  c is 1 except for DoRA
 
-with x as the layer was given it, unquantised. Of an embedding table a token's row is c * (W + s B A)[id].
+with x as the layer gets it, unquantised. A token's row of an embedding table is c * (W + s B A)[id].
 
-**Contract.** An adapter has a scale t in each row, 1 for most, and adds in fp32 to what the model itself gives, in a
-row that may have several:
+**Contract.** An adapter has a scale t for each row, usually 1. Each adapter of a row adds in fp32 to the model's own
+result:
 
     y += t * (c * s (x A^T) B^T + (c - 1) x W^T + own bias)
 
-or, with a matrix in W's place, t * (x full^T - x W^T + own bias). A and c * B are rounded to the type in which the
+or, with a matrix that replaces W, t * (x full^T - x W^T + own bias). A and c * B are rounded to the type in which the
 adapter is multiplied, F32 or BF16, and so are x and s (x A^T) in torch and on a GPU; in the compiled CPU operations
-these two stay fp32. In I8, A and c * B are whole numbers of -127 .. 127 with scales, one for each rank and quarter of A
-and one for each row of B (for each column of A, where a table is looked up): the largest number by 127, rounded up to
-BF16. x and x A^T are whole numbers of 16 bits there, with an fp32 scale for each row and up to 512 columns of a quarter
-of x, and for each row of x A^T. The numbers of a table that is looked up, and matrices in W's place, are BF16, and x is
-fp32 where it meets these. A step's rows stand in groups, one for each adapter, in the order of `PackedAdapter.serial`,
-in which they are added where a row stands in several. A row that stands in none keeps its bits, and what is added to
-one depends on nothing but the row, its adapters and their scales.
+these two stay fp32. In I8, A and c * B are integers of -127 .. 127 with scales, one for each rank and quarter of A and
+one for each row of B (for each column of A, if a table is looked up): the largest element divided by 127, rounded up to
+BF16. x and x A^T are integers of 16 bits there, with an fp32 scale for each row and up to 512 columns of a quarter of
+x, and for each row of x A^T. Tables that are looked up, and matrices that replace W, are BF16, and are multiplied by
+x in fp32. A step's rows are in groups, one for each adapter, in the order of `PackedAdapter.serial`; a row in several
+groups adds them in this order. A row without an adapter keeps its bits, and what is added to a row depends only on the
+row, its adapters and their scales.
 Source: LoRA (arXiv 2106.09685), DoRA (arXiv 2402.09353).
 """
 
@@ -41,16 +41,16 @@ NumberType: TypeAlias = Literal["F32", "BF16", "I8"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Delta:
-    """What an adapter does to one matrix W [N, K], whose rows and columns are those that the model multiplies.
+    """Change of one matrix W [N, K] by an adapter; rows and columns are those that the model multiplies.
 
     Attributes:
-        a: [r, K], or None with `b`: nothing is multiplied.
+        a: [r, K]; None, like `b`, for a change without LoRA matrices.
         b: [N, r].
-        scale: s; patterns are applied.
-        bias: [N], added to the result: that of B, times s, and what the module's own bias differs by from the base's.
+        scale: s, with the adapter's rank and alpha patterns applied.
+        bias: [N], added to the result: B's bias times s, and the difference of the module's bias from the base model's.
         column_scale: c of each output [N] (DoRA: m / ||W + s B A||); biases are not multiplied by it.
-        full: [N, K] in W's place: a head or a table that was trained whole.
-        rows: of a table: ids [n], and rows [n, K] in place of W's.
+        full: [N, K], replaces W: a head or a table that was trained in full.
+        rows: of a table: ids [n], and rows [n, K] that replace W's.
     """
 
     a: StoredTensor | None = None
@@ -63,24 +63,24 @@ class Delta:
 
     @property
     def rank(self) -> int:
-        """r; 0 where there are no A and B."""
+        """r; 0 without A and B."""
         return 0 if self.a is None else self.a.shape[0]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class FittedAdapter:
-    """An adapter whose tensors have found their places in a model.
+    """Adapter whose tensors are matched to the layers of a model.
 
     Attributes:
-        digest: SHA-256 of the configuration's and the weights' bytes: what it is to a prefix cache.
-        alora: tokens from whose last occurrence on it acts; None: it acts on all of a sequence.
-        deltas: by the layer's path ("layers.0.attention.qkv", "embed", "head"), then by the beginning of the part's
-            name, as in `Linear.parameters` ("q.", "gate.3.", ""). "head" stands for the head also where that is the
-            embedding table, and "embed" for looking up alone.
+        digest: SHA-256 of the configuration's and the weights' bytes: the adapter's key in the prefix cache.
+        alora: invocation tokens (activated LoRA): it acts from their last occurrence on; None for the whole sequence.
+        deltas: by the layer's path ("layers.0.attention.qkv", "embed", "head"), then by the prefix of the part's name
+            in `Linear.parameters` ("q.", "gate.3.", ""). "head" is the output layer, also if it shares the embedding
+            table; "embed" is the lookup alone.
         rank: the largest r.
-        nbytes: bytes that are stored for all of it.
+        nbytes: stored bytes of all tensors.
         norm: Frobenius norm of all s B A together.
-        notes: what is to be told of it.
+        notes: remarks on the adapter for the user.
     """
 
     digest: bytes
@@ -94,13 +94,13 @@ class FittedAdapter:
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """A layer's matrices, side by side, which adapters may change.
+    """Adapter site: a layer's fused matrices, which adapters may change.
 
     Attributes:
-        number: of all places of a model, from 0.
+        number: index among all sites of a model, from 0.
         columns: K.
-        parts: by the beginnings of their parameters' names, the expert, or 0, where its rows begin and end.
-        experts: how many there are; 0 where every token meets the same matrix.
+        parts: for each prefix of a parameter's name: its expert (or 0), and the begin and end of its rows.
+        experts: number of experts; 0 for a layer without experts.
         lookup: it is a table whose rows are looked up.
     """
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
-"""`expand`, the sums of `shrink` times B, as a compiled CPU operation that makes the model's own product too.
+"""`expand`: multiply the sums of `shrink` by B, in a compiled CPU operation that also computes the model's product.
 
-It waits for little: a thread adds to the columns of the model's product that the same piece has made. What others have
-not done of `shrink` shortly after it does itself, so that the same numbers are written twice. Threads share columns:
-what a row gets from several adapters comes in their order. A sum is one chain over the ranks. Step 6 of a request.
+It hardly waits: a thread adds to those columns of the model's product that it computed itself. If other threads have
+not finished `shrink` shortly after, it computes their part again, and writes the same numbers. Threads divide columns,
+so that a row's adapters are added in their order. A sum is one chain over the ranks. Step 6 of a request.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def _emit_expand(e: Emitter, form: layout.NumberForm, isa: Isa, count: int, widt
 
         sums = e.loop_or_skip(number, [zeros_of(e, form)] * (rows * width), body)
         if whole:
-            some = b.icmp_signed(">", number, e.int64(0))  # of a bias alone there are none
+            some = b.icmp_signed(">", number, e.int64(0))  # a bias alone has no ranks
             at = b.select(some, at_scales, at_places)
             scales = [b.select(some, scales_of(e, at, 2 * LANES * tile), e.zeros(F32)) for tile in range(width)]
             factors = [e.splat(e.load(at_places, F32, _FACTORS + 8 * (first + row))) for row in range(rows)]
@@ -154,7 +154,7 @@ def _expand_rows(
 
 @intrinsic
 def _add_16(_: Any, out: Any, sums: Any, scale: Any, bias: Any, less: Any, base: Any) -> Any:
-    """out += scale * (sums + bias + less * base), of 16 floats; bias, less and base are 0 where there are none."""
+    """out += scale * (sums + bias + less * base) for 16 floats; address 0 for an absent bias, less or base."""
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e = Emitter(b)

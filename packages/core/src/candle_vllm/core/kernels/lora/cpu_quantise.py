@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
-"""An adapter's numbers as whole numbers of 8 bits with scales, as a compiled function; it holds no lock.
+"""Compiled function that quantises an adapter's weights to 8 bits with scales; it releases the GIL.
 
-As `reference.quantised` says it, with the same bytes on every CPU.
+It gives the bytes of `reference.quantised` on every CPU.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from candle_vllm.core.kernels.weight_quant.cpu_search import bits_of
 
 uint16_at = pointers(types.uint16, "uint16")
 _LARGEST = np.float32(127)
-_SMALLEST = 0x00800000  # bits of the smallest scale: what is below has none
+_SMALLEST = 0x00800000  # bits of the smallest scale; a smaller one is stored as 0
 _SHIFTER = np.float32(SHIFTER)
 
 inner = njit(error_model="numpy")

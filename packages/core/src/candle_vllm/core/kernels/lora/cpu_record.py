@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Recording what adapters add on the CPU: `shrink` before a product, `expand` around it.
+"""Record the operations of adapters on the CPU: `shrink` before a product, `expand` around it.
 
-`shrink` reads the input in a form of its own, which is made beside that of the matrices. It and `expand`, which calls
-the operation of the model's own product and adds to what that has made, are one group of operations: a step with
-adapters has no more groups than one without. Where it has products apart (DoRA), the model's own goes to memory of its
-own, and `expand` brings it to where it belongs.
+`shrink` reads the input in its own form, which is written together with the form for the matrices. `expand` calls the
+operation of the model's own product and adds to its result. Both are in one group of operations, so that a step with
+adapters has no more barriers than a step without. If an adapter needs the model's product separately (DoRA), it is
+written to separate memory, and `expand` copies it to the result.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ INPUT_FORM = RowForm.F32
 
 
 class Joining:
-    """What adapters do at a place of a plan; what it makes lives as long as it.
+    """Recorder of adapters at one adapter site of a plan; its memory lives as long as the object.
 
     Args:
         recorder: of the plan.
-        place: whose it is.
-        rows_from: which rows of the step they are.
+        place: the adapter site.
+        rows_from: which rows of the step the layer computes.
 
     Attributes:
-        inputs: what it reads, in `INPUT_FORM`; None of a table that is looked up.
+        inputs: rows that `shrink` reads, in `INPUT_FORM`; None for a table that is looked up.
     """
 
     def __init__(self, recorder: Recorder, place: Place, rows_from: StepNumber = StepNumber.TOKENS) -> None:
@@ -64,13 +64,13 @@ class Joining:
         }
 
     def begin(self, *, barrier: bool) -> None:
-        """Records what comes before `shrink` and before all meet."""
+        """Record the operation before `shrink`, ahead of its barrier."""
         done = aligned(lay.DONE_BYTES * self._recorder.limits.threads, np.uint8)
         self._done = self._recorder.keep_array(done)
         self._recorder.add(lay.begin_operation(), lay.BeginArguments(self._done), barrier=barrier)
 
     def shrink(self) -> None:
-        """Records x A^T of `inputs`, behind which nobody waits."""
+        """Record x A^T of `inputs`, without a barrier after it."""
         assert self.inputs is not None
         self._common |= {**self.inputs.arguments, "done": self._done}
         self._begins = len(self._recorder.plan)
@@ -79,12 +79,12 @@ class Joining:
         )
 
     def look_up(self, numbers: int) -> None:
-        """Records the same of a table whose rows are looked up by the step's `numbers`, an address."""
+        """Record x A^T for a table whose rows are looked up by the step's `numbers`, an address."""
         arguments = lay.ShrinkArguments(**self._common | {"x": numbers})
         self._recorder.add(lay.lookup_operation(self._form.whole), arguments, barrier=False)
 
     def own(self, width: int) -> Buffer:
-        """Memory for the model's own products."""
+        """Return memory for the model's own products."""
         if self._rows_from is StepNumber.TOKENS:
             return self._recorder.buffer(width)
         stride = row_stride(width)
@@ -102,14 +102,14 @@ class Joining:
         barrier: bool = True,
         **how: Any,
     ) -> None:
-        """Records the sum with the model's products, which are in `own` or already in `target`.
+        """Record the sum with the model's products, which are in `own` or already in `target`.
 
         Args:
-            target, own: the result, and the products.
-            columns: the first and how many.
-            product: the operation that makes them, and its arguments; None where they are there.
+            target, own: the result, and the model's products.
+            columns: first column and number of columns.
+            product: the operation that computes them, and its arguments; None if they are computed already.
             barrier: as for `Recorder.add`.
-            how: what of `_arguments` is not usual.
+            how: values of `_arguments` that differ from the defaults.
         """
         if product is not None:
             how["beside"] = self._recorder.beside()
@@ -118,7 +118,7 @@ class Joining:
         self._recorder.add(lay.expand_operation(self._form, self._isa), arguments, barrier=barrier, inner=product)
 
     def replace(self, target: Buffer, own: Buffer, **how: Any) -> None:
-        """Records that rows of a table stand in the place of the model's, behind `expand`."""
+        """Record that an adapter's rows replace rows of the model's table, after `expand`."""
         arguments = self._arguments(target, own, (0, target.width), **how)
         self._recorder.add(lay.replace_operation(), arguments)
 
@@ -156,7 +156,7 @@ class Joining:
 def record_experts(
     recorder: Recorder, place: Place, inputs: Inputs, pairs: Pairs, results: Results, *, by_place: bool
 ) -> None:
-    """Records what adapters add to experts' results, of inputs for each entry, or for each place of a pair."""
+    """Record what adapters add to experts' results, with an input for each entry, or for each place of a pair."""
     form, count = lay.NumberForm[recorder.limits.adapter_dtype], pairs.top_k
     parts = len(place.parts) // place.experts
     size = lay.BLOCK_BYTES * lay.most_blocks(lay.filled(recorder.limits.adapter_rank) * parts) * count

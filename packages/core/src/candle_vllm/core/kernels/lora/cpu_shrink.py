@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
-"""`shrink`, rows of the input times A, as a compiled CPU operation, beside the model's own product.
+"""`shrink`: multiply input rows by A, in a compiled CPU operation next to the model's own product.
 
-It waits for nothing. Weights are read once for all rows of a group, up to 8 of which meet a vector of them at a time.
-Threads share entries, as the rows that they made of the input, and make numbers that B meets of their sums: what one
-core wrote takes another long to read. Where entries are few, they share runs of rows, quarters of the columns and
-blocks of ranks, and `expand` makes these numbers. Sums have one order, whatever else is in the
-step: two chains over the steps of a quarter, then the quarters. Whole numbers meet inputs of 16 bits: their sums are
-exact, a `SPAN` at a time. Step 6 of a request's life.
+It never waits. Weights are read once for all rows of a group; a vector of weights is multiplied by up to 8 rows at a
+time. Threads divide entries in the same way as the input rows that they wrote, and convert sums to the factors of B:
+reading what another core wrote is slow. With few entries, threads divide runs of rows, quarters of the columns and
+blocks of ranks instead, and `expand` converts the sums. Sums have one order, whatever else is in the step: two chains
+over the steps of a quarter, then the quarters. Weights of 8 bits are multiplied by inputs of 16 bits; their sums are
+exact within a `SPAN`. Step 6 of a request's life.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _RUN = 32
 
 VECTOR = 4 * LANES
 
-_SMALLEST = 0x0D800000  # bits of 2^-100: what is all below has a scale of 0
+_SMALLEST = 0x0D800000  # bits of 2^-100: if all values are smaller, their scale is 0
 
 AHEAD = 2048
 """Bytes of weights that are asked for ahead: runs of them are too short for a CPU to see coming. What an adapter's end

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Adapters in a GPU's steps: where their numbers are there, and which rows of a step have which.
+"""LoRA adapters in a GPU's steps: slots of weights on the device, and the map from a step's rows to adapters.
 
-An adapter comes over in one piece of memory when a step first has it, into one of as many slots as a step may have
-adapters; whose turn was longest ago makes room. What is added to a layer's product is the two launches of `triton.py`,
-whose tables never move, so that captured steps find them. What they do not do (tables that are looked up, whole
-matrices in the place of others, several adapters of one row) is done in torch, by steps that are not captured.
+An adapter is copied as one piece of memory when a step first uses it, into one of the LoRA slots; there are as many as
+adapters of a step, and the least recently used one is replaced. Two launches of `triton.py` add adapters to a layer's
+product; their tables have fixed addresses, so that captured steps can use them. What these kernels do not support
+(lookups of tables, matrices that replace others, several adapters of one row) runs in torch, in steps without capture.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _TENSORS = ("a", "b", "bias", "less", "full")
 
 
 class Entries(Protocol):
-    """Which rows of a step have which adapters: the engine's `AdapterRows`."""
+    """Map from a step's rows to adapters: the engine's `AdapterRows`."""
 
     @property
     def rows(self) -> NDArray[np.int64]: ...
@@ -56,19 +56,19 @@ class Entries(Protocol):
 
 
 class DeviceAdapter(TorchAdapter):
-    """An adapter on the host, all of it in one piece that a GPU can fetch.
+    """Adapter in one piece of host memory that a GPU can copy.
 
     Args:
-        found: its changes, by the numbers of their places.
+        found: its changes, by the number of the adapter site.
         dtype: of the model's activations.
-        staged: gives memory of the host.
+        staged: allocates host memory.
 
     Attributes:
         piece: uint8, the memory.
-        plain: whether the launches of `triton.py` do all that it does.
+        plain: whether the kernels of `triton.py` support all its changes.
 
     Raises:
-        AdapterError: it changes experts.
+        AdapterError: the adapter changes experts.
     """
 
     def __init__(
@@ -140,17 +140,17 @@ class _Held:
 
 
 class DeviceAdapters(EagerAdapters):
-    """What layers add to their products on a GPU; work that runs layers says first which rows have which adapters.
+    """Adapters of a GPU's steps. Before layers run, the step's map from rows to adapters is set.
 
     Args:
         stream: where steps run.
-        places: of the model.
+        places: adapter sites of the model.
         dtype: of its activations.
         slots: most adapters of a step.
-        rank: the largest there may be.
+        rank: largest rank of an adapter.
         rows: of the largest captured step.
-        memory: bytes that adapters without a turn may keep.
-        in_flight: steps that the host may be ahead.
+        memory: most bytes of adapters that no step uses now.
+        in_flight: most steps that the host may be ahead.
     """
 
     def __init__(

@@ -32,7 +32,7 @@ from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, c_functio
 
 
 class NumberForm(enum.IntEnum):
-    """In what an adapter is multiplied, by the names of `NumberType`."""
+    """Type in which an adapter is multiplied, by the names of `NumberType`."""
 
     BF16 = 0
     F32 = 1
@@ -40,12 +40,12 @@ class NumberForm(enum.IntEnum):
 
     @property
     def bytes(self) -> int:
-        """Of a number."""
+        """Bytes of an element."""
         return (2, 4, 1)[self]
 
     @property
     def whole(self) -> NumberForm:
-        """In what matrices are multiplied that stand in the model's place, and tables looked up."""
+        """Type of matrices that replace the model's, and of tables that are looked up."""
         return NumberForm.BF16 if self is NumberForm.I8 else self
 
     @property
@@ -148,18 +148,18 @@ def filled_with_zeros(matrix: np.ndarray, rows: int, columns: int) -> np.ndarray
 
 
 class ShrinkArguments(NamedTuple):
-    """The arguments of the operations that multiply inputs by A, or look up their products.
+    """Arguments of the operations that multiply inputs by A, or look up their products.
 
     Attributes:
-        place: number of the place.
-        groups_from: which of the step's numbers counts the groups.
+        place: number of the adapter site.
+        groups_from: which `StepNumber` is the number of groups.
         starts, tables: addresses of int64 [G + 1], where each group's entries begin, and [G], their adapters' tables.
-        x, x_bytes: address of the rows' inputs, float32, and bytes from one to the next; or of numbers to look up.
+        x, x_bytes: address of the rows' inputs, float32, and their row stride in bytes; or of row numbers to look up.
         rows: address of int64: the row of each entry.
-        h, h_bytes: address of the sums, and bytes that an entry has room for.
-        places, top_k, experts: of experts: addresses of int64 [T, k], the places of a token's pairs, and the pairs'
+        h, h_bytes: address of the sums, and bytes of an entry's sums.
+        places, top_k, experts: for experts: addresses of int64 [T, k], the places of a token's pairs, and the pairs'
             experts; k.
-        by_place: whether x has a row for each place.
+        by_place: whether x has a row for each place of a pair.
         done: address of int64, `DONE_BYTES` apart: whether a thread's share is done; see `BeginArguments`.
     """
 
@@ -190,21 +190,21 @@ class BeginArguments(NamedTuple):
 
 
 class ExpandArguments(NamedTuple):
-    """The arguments of the operations that add the sums' products with B to a result.
+    """Arguments of the operations that add the sums' products with B to a result.
 
     Attributes:
         place, groups_from, starts, tables, x, x_bytes, h, h_bytes, rows, places, experts, top_k, done: as in
             `ShrinkArguments`.
         scales: address of the entries' scales, float32.
-        out, row_bytes: address of the result, float32, and bytes from one row to the next.
-        first, columns: columns that are added to, and that the operation within makes, where there is one.
-        base, base_bytes: the model's own products, where they lie apart, and bytes from one row to the next; or 0.
-        rows_from: which of the step's numbers counts their rows.
-        accumulate, bias: whether they are added to the result; address of the product's own bias or 0.
-        numbers: of lookups, the step's.
+        out, row_bytes: address of the result, float32, and its row stride in bytes.
+        first, columns: columns that are added to, and that the nested operation computes, if there is one.
+        base, base_bytes: address of the model's own products, if they are separate, and their row stride; or 0.
+        rows_from: which `StepNumber` is the number of their rows.
+        accumulate, bias: whether the products are added to the result; address of the product's own bias or 0.
+        numbers: address of the step's row numbers, for lookups.
         inputs: K.
-        back: bytes to the row of `shrink`, which stands in the same group of operations; 0 where it is done.
-        beside: as in `LinearArguments`, of the operation within.
+        back: bytes to the row of `shrink`, which is in the same group of operations; 0 if `shrink` is complete.
+        beside: as in `LinearArguments`, of the nested operation.
     """
 
     place: int

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""From an adapter that fits a model to one that is ready for its steps."""
+"""Pack an adapter that matches a model into the memory layout of a backend."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ def pack_adapter(
     compiled: bool,
     packed: Callable[[Changes], Any] | None = None,
 ) -> PackedAdapter:
-    """Brings an adapter to the layout of a backend.
+    """Pack an adapter into the layout of a backend.
 
     Args:
         fitted: the adapter.
-        places: of the model.
-        dtype: in what it is multiplied.
-        compiled: for the compiled CPU operations; else for torch.
-        packed: makes the layout, in place of these.
+        places: adapter sites of the model.
+        dtype: type in which it is multiplied.
+        compiled: for the compiled CPU operations; otherwise for torch.
+        packed: makes another backend's layout instead.
 
     Raises:
-        AdapterError: it changes what cannot be changed here.
+        AdapterError: the adapter changes a matrix that this backend cannot change.
     """
     found = changes_of(fitted, places)
     if packed is not None:
@@ -80,7 +80,7 @@ def packed_adapter(fitted: FittedAdapter, layout: Any, nbytes: int) -> PackedAda
 
 
 def changes_of(fitted: FittedAdapter, places: Places) -> Changes:
-    """What an adapter changes, by the number of each place; errors as of `pack_adapter`."""
+    """Return an adapter's changes by the number of the adapter site; raises the errors of `pack_adapter`."""
     found: dict[int, tuple[Place, dict[str, Delta]]] = {}
     for path, deltas in fitted.deltas.items():
         for name, delta in deltas.items():

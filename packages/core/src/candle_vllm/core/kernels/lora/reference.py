@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What adapters add, in plain torch, literal enough to check by eye: what layers add that run op by op."""
+"""Adapters in plain torch: the readable reference, and what layers that run op by op use."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _SMALLEST = np.finfo(np.float32).tiny  # of a scale
 
 
 def quantised(matrix: NDArray[np.float32], groups: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """Numbers [R, C] as whole ones, and their scales [R, groups].
+    """Quantise a matrix [R, C] to integers with scales [R, groups].
 
-    A group is an equal share of the columns, when they are filled up to a multiple of 8 for each. Its scale is its
-    largest number by 127, rounded up to bfloat16; or 0, with numbers of 0, where that is not a normal float.
+    Groups are equal shares of the columns, padded to a multiple of 8 for each group. A group's scale is its largest
+    element divided by 127, rounded up to bfloat16; or 0, with codes of 0, if that is not a normal float.
     """
     rows, columns = matrix.shape
     size = -(-columns // (8 * groups)) * 8
@@ -39,20 +39,20 @@ def quantised(matrix: NDArray[np.float32], groups: int) -> tuple[NDArray[np.int8
 
 
 def decoded(codes: NDArray[np.int8], scales: NDArray[np.float32]) -> NDArray[np.float32]:
-    """What the two of `quantised` mean."""
+    """Decode the codes and scales of `quantised`."""
     columns, groups = codes.shape[1], scales.shape[1]
     return codes * scales.repeat(-(-columns // (8 * groups)) * 8, 1)[:, :columns]
 
 
 def in_16_bits(x: torch.Tensor, most: float = float(MOST_16)) -> torch.Tensor:
-    """Rows [n, g] as whole numbers of 16 bits times one float32 scale each, the row's largest number by `most`."""
+    """Round rows [n, g] to integers of 16 bits times one float32 scale each: the row's largest element by `most`."""
     largest = x.abs().amax(1, keepdim=True) if x.shape[1] else x.new_zeros(len(x), 1)
     scale = torch.where(largest < 2.0**-100, 0, largest / most)
     return torch.round(x * torch.where(scale == 0, 0, 1 / scale)) * scale
 
 
 def _inputs_in_16_bits(x: torch.Tensor) -> torch.Tensor:
-    """Inputs [n, K] so, in groups of `SPAN` columns of each quarter."""
+    """Round inputs [n, K] as `in_16_bits`, in groups of `SPAN` columns of each quarter."""
     quarter = row_elements(x.shape[1]) // QUARTERS
     groups = [columns.split(SPAN, 1) for columns in x.split(quarter, 1)]
     return torch.cat([in_16_bits(group) for of in groups for group in of], 1)
@@ -175,10 +175,10 @@ class Group:
 
 
 class EagerAdapters:
-    """What layers add to their products; whoever runs a step says which rows have which adapters.
+    """Adapters of layers that run op by op; the caller of a step sets which rows have which adapters.
 
     Attributes:
-        groups: those of the rows that run.
+        groups: groups of the step's rows.
     """
 
     def __init__(self) -> None:

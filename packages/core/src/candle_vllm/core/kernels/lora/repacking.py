@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Adapters whose files differ in nothing but their numbers: packed as one of them was, by copying alone.
+"""Fast packing of adapters whose files differ only in their weights, by a recorded list of copies.
 
-What packing does with an adapter of A and B alone follows from its configuration and from the names and shapes of its
-tensors; it moves numbers and changes none. So one adapter is packed with the places of the numbers in its file instead
-of the numbers themselves, which shows what stands where. All others of its kind are then copied, a few hundred pieces
-outside Python's lock, where fitting and packing them would be work of Python for each tensor. Pieces that are alike, as
-those of most layers are, share what was seen. Whatever is not as it should be (numbers that are not finite) is left to
-`fit_adapter`, which says what it is.
+Packing an adapter that has only A and B depends on its configuration and on the names and shapes of its tensors; it
+moves elements without changing them. So one adapter is packed with indices into its file instead of its elements, which
+records the source of each element. All other adapters of the same kind are then copied in a few hundred pieces without
+the GIL, instead of fitting and packing each tensor in Python. Equal pieces, as those of most layers are, share their
+indices. An adapter with invalid data (elements that are not finite) is left to `fit_adapter`, which raises the error.
 """
 
 from __future__ import annotations
@@ -38,37 +37,37 @@ from candle_vllm.core.loading.tensors import FileTensor
 from candle_vllm.core.quantization.plain import ELEMENTS, read_plain
 from candle_vllm.core.quantization.tensors import StoredTensor
 
-_ADDRESS = 1 << 62  # stands for where the memory begins, in what is to be an address
-_PIECE = 1 << 18  # numbers that are looked at together
-_LARGE = 0x5780  # bits of a bfloat16 from whose size on the sum of many squares might be infinite
+_ADDRESS = 1 << 62  # placeholder of the memory's begin in addresses
+_PIECE = 1 << 18  # elements of a piece
+_LARGE = 0x5780  # bits of a bfloat16; the sum of many squares of such large elements might be infinite
 
 
 class _UnseenError(Exception):
-    """Something is computed, or there is too much of it."""
+    """Packing computes with the elements, or needs too many indices."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Piece:
-    """What stands in a piece of the memory: numbers of the file, counted from one of them, and where there are none."""
+    """Contents of a piece of memory: indices of the file's elements, relative to one of them, and blank positions."""
 
     numbers: NDArray[np.intp]
     blank: NDArray[np.intp]
 
 
 class _Watching(Packing):
-    """Packs places: 1 is that of the file's first number, 0 that of none.
+    """Pack indices instead of elements: index 1 is the file's first element, 0 is no element.
 
     Args:
-        dtype: in what adapters of this kind are multiplied.
-        first: where the numbers begin in the file, in bytes.
-        most: places that may be kept.
-        matrices: of I8, as `cpu_quantise` takes them; places are those of bytes that it writes.
+        dtype: type in which adapters of this kind are multiplied.
+        first: where the elements begin in the file, in bytes.
+        most: most indices that may be kept.
+        matrices: for I8: the matrices for `cpu_quantise`; indices then refer to the bytes that it writes.
 
     Attributes:
         nbytes: of the memory.
-        count: of places that are kept.
-        words: what is told, by where it stands.
-        copies: where a piece stands, the number that its own are counted from, and it.
+        count: number of kept indices.
+        words: arrays of integers and addresses, with their positions in memory.
+        copies: for each piece: its position, the element that its indices are relative to, and the piece.
     """
 
     def __init__(self, dtype: NumberType, first: int, most: int, matrices: NDArray[np.int64]) -> None:

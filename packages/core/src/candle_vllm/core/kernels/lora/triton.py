@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 # pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
-"""What adapters add to a product, on a GPU (step 6 of a request's life): two launches, whatever a step's adapters are.
+"""Add adapters to a product on a GPU (step 6 of a request's life): two launches for any mix of adapters in a step.
 
-Rows come in blocks of one adapter. `shrink` makes h = x A^T of a block, K cut into stretches by its length alone, whose
-sums wait side by side; `expand` adds them in their order, and what the contract says to y, where it stands. Which
-matrices an adapter has is read from a table of addresses, so that a captured step serves every adapter at its own rank:
-a program that a smaller rank has no work for ends at once.
+Rows are in blocks of one adapter. `shrink` computes h = x A^T of a block; K is split into stretches by its length
+alone, whose sums are stored separately. `expand` adds these in order, and adds the contract's terms to y in place. The
+addresses of an adapter's matrices are read from a table, so that a captured step serves every adapter at its own rank:
+a program without work for a smaller rank ends at once.
 
-The adapter's rows are the tall side of a product and tokens the wide side, as in `kernels/linear/triton.py`, and for
-its reason: a row's bits do not depend on the other rows.
+The adapter's rows are the M dimension of a product and tokens the N dimension, as in `kernels/linear/triton.py`, for
+the same reason: a row's bits do not depend on the other rows.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ _STAGES = 3
 
 @dataclass(frozen=True, eq=False)
 class Blocks:
-    """A step's rows that have adapters, on the device; no row twice.
+    """A step's rows with adapters, on the device; each row once.
 
     Attributes:
-        table: int32 [3, blocks]: the slot of a block's adapter, or -1 where it is not used; its first place in `rows`;
-            how many there are.
-        rows: int32 [R] numbers of rows.
-        weights: float32 [R] by what the adapter's part is multiplied.
+        table: int32 [3, blocks]: the LoRA slot of a block, or -1 for an unused block; its first index in `rows`; its
+            number of rows.
+        rows: int32 [R] row numbers.
+        weights: float32 [R] factors of the adapter's part.
         most: rows of a block: 16, or `wide_block`.
     """
 
@@ -60,16 +60,16 @@ class Blocks:
 
 @dataclass(frozen=True, eq=False)
 class Slots:
-    """What the adapters of a step do to the matrices of one layer, which stand side by side; on the device.
+    """Adapters in all LoRA slots for the fused matrices of one layer, on the device.
 
     Attributes:
         addresses: int64 [slots, parts, GPU_FIELDS] of A [r, K'] and c * B [N, r'] in x's type, whose rows are filled up
             to `GPU_COLUMNS` and `GPU_RANKS`, and of c - 1 [N] and bias [N] in fp32.
         ranks: int32 [slots, parts], r.
         scales: float32 [slots, parts].
-        columns: int32 [parts, 2] where a part begins in y, and its N.
+        columns: int32 [parts, 2], the first column of a part in y, and its N.
         widest: the largest N.
-        rank: the largest r there may be.
+        rank: upper bound of r.
     """
 
     addresses: torch.Tensor
@@ -214,7 +214,7 @@ def expand_kernel(
 def add_deltas(
     y: torch.Tensor, x: torch.Tensor, slots: Slots, blocks: Blocks, bias: torch.Tensor | None = None
 ) -> None:
-    """Adds to y what adapters do; see the contract in the package. Two launches; nothing waits.
+    """Add adapters to y; see the contract in the package. Two launches, without waiting.
 
     Args:
         y: [T, sum of N], rows contiguous; changed in place.

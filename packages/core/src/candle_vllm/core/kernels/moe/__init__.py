@@ -1,43 +1,43 @@
 # SPDX-License-Identifier: MIT
-"""Mixture of experts: which experts a token goes to, and what they make of it; step 6 of a request's life.
+"""Mixture of experts: route tokens to experts, compute the experts, combine their results; step 6 of a request's life.
 
 Letters: T tokens, X experts, k experts of a token, E hidden size, F an expert's inner size.
 
 `route`: logits [T, X] of any float dtype. In fp32, the scores are softmax(logits) or sigmoid(logits). The k experts
 with the highest score + bias are chosen, the lowest number first among equals; without a bias the logits themselves
-decide, which have the scores' order and no two of which the arithmetic makes equal. With groups of experts side by
-side, only those in the `top_groups` best groups are candidates; a group's worth is its highest score, or with a bias
-the sum of its two highest. NaN counts as lower than every number. The weights are the scores without the bias, divided
-by their sum where asked, times `scale`, and times a number of each expert where there is one. The experts of a token
-differ and stand in the order in which they were chosen.
+decide: they have the same order as the scores, and rounding makes no two of them equal. With groups of consecutive
+experts, only experts of the `top_groups` best groups are candidates; a group's rank is its highest score, or with a
+bias the sum of its two highest. NaN counts as lower than every number. The weights are the scores without the bias,
+divided by their sum if `renormalise`, times `scale`, and times each expert's `expert_scale` if there is one. The
+experts of a token differ and are in the order in which they were chosen.
 Source: Shazeer et al., 2017, arXiv:1701.06538; DeepSeek-V2, arXiv:2405.04434; DeepSeek-V3, arXiv:2412.19437.
 
-`expert_linear`: a product with a matrix of every expert, [X * N, K], the experts' rows behind each other: a
-`DeviceMatrix` of bfloat16 or float16, of GGUF's blocks, or of small floats in groups; or all of it float32. With an
-activation the matrix has an expert's gate and then its up, [X, 2 N, K], x [T, K] is a row for each token, and what
-comes of it is, for each of its pairs and with e the pair's expert,
+`expert_linear`: a product with the matrices of all experts, [X * N, K], expert by expert: a `DeviceMatrix` of bfloat16
+or float16, of GGUF's blocks, or of small floats in groups; or all of it float32. With an activation the matrix has each
+expert's gate and then its up, [X, 2 N, K], x [T, K] has a row for each token, and the result for each pair of a token t
+and an expert e is
 
     act(gate[e] x[t]) * (up[e] x[t])
 
-gpt-oss's "swiglu_oai" is (up + 1) * gate * sigmoid(1.702 gate), gate at most 7 and up within [-7, 7], in the place of
-act(gate) * up. With "relu2" the matrix has up alone, [X, N, K], and the square of max(up[e] x[t], 0) comes of it;
-with "gelu" the GELU of up[e] x[t].
-Without an activation x is such a result, and so is down[e] x. A bias [X, N] (or [X, 2 N]) is added to
-the products. In which order the results [T * k, N] lie is known to these functions alone, and what belongs to no expert
-is undefined.
+gpt-oss's "swiglu_oai" is (up + 1) * gate * sigmoid(1.702 gate), gate at most 7 and up within [-7, 7], instead of
+act(gate) * up. With "relu2" the matrix has up alone, [X, N, K], and the result is the square of max(up[e] x[t], 0);
+with "gelu" it is the GELU of up[e] x[t].
+Without an activation x is such a result, with a row for each pair, and the result is down[e] x. A bias [X, N] (or
+[X, 2 N]) is added to the products. Only these functions know the order of the results [T * k, N]; results of pairs
+without an expert are undefined.
 
 `combine`: y[t], in new memory, is the sum over j of weights[t, j] times the jth result of token t. The experts of a
-token must differ. A number outside 0 to X - 1 stands for no expert, which adds nothing: the rows that fill up a batch
-need none.
+token must differ. A number outside 0 to X - 1 stands for no expert, which adds nothing: padding rows of a batch have no
+experts.
 
-Sums are fp32; what is rounded to x's dtype is act(gate) * up, an expert's result, and y. Results are added in the order
-of j. With up to `FEW` pairs of token and expert the kernels are others than with more, and with GGUF's numbers they
-round as `kernels/gguf_linear` does, with small floats as `kernels/group_linear`. On either side of that, y[t] depends
-on nothing but token t's own row, weights and experts; with `invariant=True` on both sides alike, to the bit.
+Sums are fp32; act(gate) * up, an expert's result, and y are rounded to x's dtype. Results are added in the order of j.
+Up to `FEW` pairs of token and expert use other kernels than more pairs, and round GGUF blocks as `kernels/gguf_linear`
+does, small floats as `kernels/group_linear`. In either case y[t] depends only on token t's own row, weights and
+experts; with `invariant=True` it has the same bits in both cases.
 
-float32 has no kernels: on a GPU every expert is multiplied with every token in torch, which is slow.
+float32 has no kernels: on a GPU every expert is multiplied by every token in torch, which is slow.
 
-Nothing here waits for the GPU, and what is launched depends on shapes alone, so that a graph may capture it. Tensors on
+Nothing here waits for the GPU, and launches depend on shapes alone, so that CUDA graphs can capture them. Tensors on
 the CPU are computed by `reference.py`, in fp32 up to y.
 """
 
@@ -111,13 +111,13 @@ def expert_linear(
     place: Place | None = None,
     adapters: EagerAdapters | None = None,
 ) -> Any:
-    """The experts' results, a row for each pair; see above.
+    """Compute the experts' results, a row for each pair; see above.
 
     Args:
-        matrices: one; in recorded steps lists of a matrix of every expert, gate's and then up's.
-        pairs: what `route` gave.
-        invariant: few pairs are computed as many are.
-        place, adapters: where adapters join in, and, op by op, what they add.
+        matrices: one matrix of all experts; in recorded steps lists of one matrix per expert, gate's and then up's.
+        pairs: the result of `route`.
+        invariant: use the kernels for many pairs also for few pairs.
+        place, adapters: the adapter site, and, for layers that run op by op, the adapters.
     """
     assert activation is None or activation in get_args(Activation)
     if isinstance(x, (Recorded, RecordedRows)):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a mixture of experts is given: kinds of arguments, and pairs of tokens and experts; inside step 6."""
+"""Arguments of a mixture of experts: routing, pairs of tokens and experts, and operations' arguments; inside step 6."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Activation: TypeAlias = Literal["silu", "gelu_tanh", "swiglu_oai", "relu2", "gel
 
 
 def is_gated(activation: Activation | None) -> bool:
-    """Whether an expert has a gate and an up, of which the activation makes one."""
+    """Whether the activation combines an expert's gate and up projections."""
     return activation not in (None, "relu2", "gelu")
 
 
@@ -42,10 +42,10 @@ class Routing:
     Attributes:
         top_k: k.
         scoring, renormalise, scale: how logits become weights.
-        bias: [X] fp32 or None, an array in recorded steps; takes part in the choice alone (DeepSeek-V3's
+        bias: [X] fp32 or None, an array in recorded steps; only used to choose experts (DeepSeek-V3's
             e_score_correction_bias).
-        expert_scale: [X] fp32 or None, likewise; the weights of each expert are multiplied by its number at the end.
-        groups, top_groups: of experts, and how many of the groups are candidates.
+        expert_scale: [X] fp32 or None, an array in recorded steps; factor of each expert's weights.
+        groups, top_groups: number of groups of experts, and number of groups whose experts are candidates.
     """
 
     top_k: int
@@ -64,9 +64,9 @@ class Pairs:
 
     Attributes:
         weights: [T, k] fp32.
-        experts: [T, k] int32; those of a token differ, and a number outside 0 to X - 1 stands for none.
+        experts: [T, k] int32; the experts of a token differ, and a number outside 0 to X - 1 is no expert.
         count: X.
-        blocks: the pairs in the order of their experts, which the GPU's kernels make when they first want it.
+        blocks: the pairs sorted by expert, which the GPU's kernels compute at their first call.
     """
 
     weights: torch.Tensor
@@ -84,7 +84,7 @@ class Pairs:
         assert 0 < self.count <= MOST_EXPERTS
 
     def among(self, first: int, count: int) -> Pairs:
-        """The same where so many experts from one on are all that there are; the others become none."""
+        """Renumber for a rank that has `count` experts from `first` on; other experts become no expert."""
         return Pairs(self.weights, self.experts - first, count)
 
     @property

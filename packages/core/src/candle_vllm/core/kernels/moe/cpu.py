@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
-"""Mixture of experts as compiled CPU operations: choosing, sorting pairs, the experts' matrices, the weighted sum.
+"""Mixture of experts as compiled CPU operations: routing, sorting of pairs, the experts' matrices, the weighted sum.
 
-A pair is a token and one of its experts; pair t * k + j is token t's jth. Sorted by expert, an expert's pairs stand
-behind each other, in the order of the tokens, each at its **place**. So the rows that an expert multiplies are
-neighbours in the result, and its matrices are read once for all of them.
+A pair is a token and one of its experts; pair t * k + j is token t's jth. Sorted by expert, an expert's pairs are
+consecutive, in the order of the tokens; a pair's index in this order is its **place**. So the rows that an expert
+multiplies are contiguous in the result, and its matrices are read once for all of them.
 
-`experts` multiplies nothing itself: it shares tiles of all asked experts' matrices among the threads (those of a rank's
-rows among the rank's), and calls the
-linear operation of each matrix's own kind for them, with a row of arguments of which it changes the places that all
-kinds have in common. So matrices of any kinds may stand side by side, a row has the bits that the linear layer gives
-it, and with one token only the chosen experts' weights are read.
+`experts` multiplies nothing itself: it divides the tiles of all chosen experts' matrices among the threads (a rank's
+rows among the rank's threads), and calls the linear operation of each matrix's kind for them, with a row of arguments
+in which it changes the fields that all kinds have in common. So matrices may be of different kinds, a row has the same
+bits as from the linear layer, and with one token only the chosen experts' weights are read.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Experts that the CPU computes within the steps of a GPU: step 6.
+"""Experts that the CPU computes within the steps of a GPU (CPU offloading of experts): step 6.
 
-Their matrices lie in main memory as the compiled kernels of the CPU read them. Of each token the GPU sends a layer's
-input and the router's logits, each as one copy into staged memory; the CPU chooses the experts, multiplies, and leaves
-the weighted sums where another copy fetches them. The stream goes on meanwhile with what all tokens share.
+Their matrices are in main memory, in the layout of the CPU's compiled kernels. For all tokens of a step the GPU copies
+a layer's input and the router's logits to staged memory; the CPU routes the tokens, multiplies, and writes the weighted
+sums to staged memory, from where the GPU copies them. Meanwhile the stream computes the shared expert.
 
-The host waits within a step, so that captured work is in pieces there, see `DeviceStream.between`.
+The host waits within a step, so that a captured step is split into several graphs there, see `DeviceStream.between`.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ MOST_ROWS = 512
 
 
 class HostExperts:
-    """The mixtures of a model whose experts are in main memory.
+    """Mixture-of-experts layers of a model whose experts are in main memory.
 
     Args:
         stream: where steps run.
-        layers: what records each; they have one size.
+        layers: recording functions of the layers; all layers have the same size.
         size, experts: E and X.
-        tokens: most of a step.
+        tokens: most tokens of a step.
         dtype: of x.
-        threads, ranks: that compute, see `ThreadTeam`.
+        threads, ranks: of the CPU's team, see `ThreadTeam`.
 
     Attributes:
         layers: what each is called by in a step.

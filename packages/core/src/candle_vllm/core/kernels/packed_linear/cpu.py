@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: MIT
 """The packed linear layer as compiled CPU operations: step 6 of a request's life.
 
-A thread owns a run of tiles. It takes as many of them as stay in the cache, and for these goes through the rows of
+A thread owns a run of tiles. It takes as many tiles as fit into the cache, and multiplies them by the rows of
 activations in panels (`cpu_panel.py`). For each group of a panel the kernel unpacks 8 vectors of codes and multiplies
-each with every row (`cpu_sums.py`), so the codes are read and unpacked once for up to 8 rows. Where registers are
-short, with AMX, and of types that are costly to unpack, a few groups of a tile are unpacked into the first-level cache
-for several panels (`_emit_tall`).
+each by every row (`cpu_sums.py`), so that codes are read and unpacked once for up to 8 rows. On levels with few
+registers, with AMX, and for types that are costly to unpack, a few groups of a tile are unpacked into the first-level
+cache for several panels (`_emit_tall`).
 
-Codes are unsigned; where the weight is scale * (code - zero), the int32 sums start at -zero * sum(x) instead of 0. Some
-levels take codes of 8 bits as signed numbers instead.
-Each variant computes a row by the same operations in the same order (`_add_group`). A thread's tiles are one stream of
-memory, which some CPUs fetch ahead early enough by themselves and others do not: `level.bytes_ahead`.
+Codes are unsigned; for weights scale * (code - zero) the int32 sums start at -zero * sum(x) instead of 0. Some levels
+treat codes of 8 bits as signed instead. Each variant computes a row by the same operations in the same order
+(`_add_group`). A thread's tiles are one stream of memory; some CPUs need software prefetch for it: `level.bytes_ahead`.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
@@ -55,16 +54,16 @@ from candle_vllm.core.kernels.packed_linear.layout import (
 )
 
 UNPACKED = 4
-"""Groups that are unpacked at a time for several panels: these and the panels' share stay in the first-level cache."""
+"""Groups that are unpacked at a time for several panels: these and the panels' share fit the first-level cache."""
 
 UNPACKED_BYTES = (8 + 4) * VECTOR_BYTES  # of a group: its codes, and up to four vectors of scales and minima
 
 CACHED_BYTES = 384 << 10
-"""Weights that one thread goes through again for every block of rows: they stay in its second-level cache."""
+"""Bytes of weights that a thread reads again for every block of rows: they fit into its second-level cache."""
 
 
 def scratch_bytes(isa: Isa, layout: AnyLayout) -> int:
-    """Room for what is unpacked at a time, and its sums: of a panel's rows, with AMX of all."""
+    """Return the bytes of scratch memory for unpacked groups and sums: of a panel's rows, or with AMX of all rows."""
     rows = TALL_ROWS if cpu_sums.takes_squares(isa, layout) else blocks(isa, layout)[0]
     return UNPACKED * (UNPACKED_BYTES + rows * VECTOR_BYTES * GROUP // layout.width)
 
@@ -78,7 +77,7 @@ def _words(e: Emitter, value: int, lanes: int) -> Any:
 
 
 def _field(e: Emitter, words: Any, start: int, target: int, bits: int, lanes: int) -> Any:
-    """The bits from `start` on of each byte, moved to `target`, and nothing else."""
+    """Extract `bits` bits from `start` on of each byte, moved to bit `target`; other bits are 0."""
     if start > target:
         words = e.b.lshr(words, e.constant(I32, start - target, lanes))
     elif start < target:
@@ -89,11 +88,11 @@ def _field(e: Emitter, words: Any, start: int, target: int, bits: int, lanes: in
 def _quad(
     e: Emitter, group: Any, codes: Any, layout: TileLayout, quad: int, isa: Isa = Isa.GENERIC, lanes: int = ROWS
 ) -> Any:
-    """Quad `quad` of group `group` of a block: 4 bytes in each lane, signed where `takes_signed` says so.
+    """Load quad `quad` of group `group` of a block: 4 bytes in each lane, signed if `takes_signed`.
 
-    Of one lane they are code + zero; of 16 what `emit_sums` multiplies.
+    For one lane the bytes are code + zero; for 16 lanes they are the factors of `emit_sums`.
 
-    `codes` is as `_block_of` has it.
+    `codes` is the address that `_block_of` returns.
     """
     if layout.bits == 0:
         return _digit(e, codes, e.b.add(e.b.shl(group, e.int64(3)), e.int64(quad)), lanes)
@@ -109,7 +108,7 @@ def _quad(
 
 
 def _signed_quad(e: Emitter, group: Any, codes: Any, layout: TileLayout, quad: int, isa: Isa) -> Any:
-    """The same of 16 lanes as numbers less their zero, which AMX takes."""
+    """Load a quad of 16 lanes as signed code - zero, the form for AMX."""
     if layout.values is not None:
         numbers = [value & 255 for value in layout.values]
         return look_up(e, [*numbers, *[0] * (16 - len(numbers))], _stored_quad(e, codes, layout, quad, ROWS), isa, ROWS)
@@ -117,7 +116,7 @@ def _signed_quad(e: Emitter, group: Any, codes: Any, layout: TileLayout, quad: i
 
 
 def _less(e: Emitter, words: Any, zero: int) -> Any:
-    """Each byte less a zero."""
+    """Subtract `zero` from each byte."""
     if zero == 0:
         return words
     zeros = e.constant(I8, zero, 4 * ROWS)
@@ -125,7 +124,7 @@ def _less(e: Emitter, words: Any, zero: int) -> Any:
 
 
 def _stored_quad(e: Emitter, codes: Any, layout: TileLayout, quad: int, lanes: int) -> Any:
-    """The same before it is looked up."""
+    """Load a quad of codes, before a lookup in the layout's table of values."""
     bits, kind = layout.bits, vector(I32, lanes)
 
     def words(index: int) -> Any:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Two products of one input, gated and quantised where their sums are made: step 6 of a request's life.
+"""Fuse gate and up projections with gating and quantisation of the result: step 6 of a request's life.
 
-What a feed-forward layer's last matrix reads is made without a float of gate or up in memory. A thread owns a run of
-units, 32 columns of both. For each block of rows it multiplies a few units' tiles of the gate, then those of the other,
-which are two streams of memory, and has their sums in its first-level cache. Every number is made as by the operations
-that do it one behind the other (`packed_linear.cpu`, `activation_quant.cpu`).
+The input of a feed-forward layer's down projection is computed without writing gate or up to memory as floats. A thread
+owns a run of units, 32 columns of both. For each block of rows it multiplies a few units' tiles of the gate, then the
+same units' tiles of up, which are two streams of memory, and keeps their sums in its first-level cache. Every element
+is the same as from the separate operations (`packed_linear.cpu`, `activation_quant.cpu`).
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
@@ -29,7 +29,7 @@ from candle_vllm.core.kernels.packed_linear.cpu_panel import blocks, cut_rows, f
 from candle_vllm.core.kernels.packed_linear.cpu_sums import shape_sums, takes_squares
 from candle_vllm.core.kernels.packed_linear.layout import GROUP, LAYOUTS, ROWS, GatedArguments, PackedKind
 
-_UNITS = 4  # whose sums are kept at a time
+_UNITS = 4  # units whose sums are kept at a time
 
 
 @intrinsic(prefer_literal=True)
@@ -48,10 +48,10 @@ def _gate_rows(
     sums: Any,
     group_bytes: Any,
 ) -> Any:
-    """Gates and quantises `together` rows of a unit, one or four, from row `first` on; those behind `last` are it.
+    """Gate and quantise `together` rows of a unit, one or four, from row `first` on; rows after `last` repeat it.
 
-    `gate` and `other` are the addresses of the sums of two tiles each, `tile_sums` bytes apart; q, scales and sums
-    those of row 0's results, `row_bytes` and `group_bytes` from one row to the next. `prologue` and `together` are
+    `gate` and `other` are the addresses of the sums of two tiles each, `tile_sums` bytes apart. q, scales and sums are
+    the addresses of row 0's results, with row strides of `row_bytes` and `group_bytes`. `prologue` and `together` are
     constants.
     """
     before, count = Prologue(prologue.literal_value), together.literal_value
@@ -80,7 +80,7 @@ def _gate_rows(
 
 
 def make_gated(KIND: int, PROLOGUE: int, ISA: int) -> Any:
-    """The operation of two matrices of a kind."""
+    """Compile the operation for two matrices of a kind."""
     layout, isa = LAYOUTS[PackedKind(KIND)], Isa(ISA)
     FULL, MOST, BLOCK, UNITS = blocks(isa, layout)[0], most_panels(isa, layout), CACHED_BYTES, _UNITS
     PANEL_GROUP, SCRATCH, SQUARES = record_bytes(layout, FULL), scratch_bytes(isa, layout), takes_squares(isa, layout)

@@ -1,24 +1,24 @@
 # SPDX-License-Identifier: MIT
-"""Sampling: logits of a batch to one token per row, where a token stands among the others, and edits of logits.
+"""Sampling: sample one token per row of a batch's logits, compute ranks and log-probabilities, and edit logits.
 
 Contract, with R rows of V logits in float32. The parameters of a row are five float64 numbers, in the order of
-`Control`. The rules of `draw`:
+`Control`. The rules of `draw`, which samples:
 
   - the row's weights are exp((logit - largest logit) / temperature), so that the largest is 1; temperature 0 is greedy:
     the largest logit's id, the lowest among equals;
   - min_p keeps weights of at least `min_p`;
   - top_k keeps every logit that is at least the k-th largest, so ties at the k-th are all kept (as in vLLM);
   - top_p keeps, from the largest weight down and the lowest id first among equals, each token before which the kept
-    mass is still below top_p of the whole (whole: what min_p and top_k left); the first is always kept;
+    mass is still below top_p of the mass that min_p and top_k left; the first is always kept;
   - the token is the first, in order of id, at which the cumulated kept weight exceeds uniform * kept mass. A token of
-    weight 0 is never taken;
+    weight 0 is never sampled;
   - a row's result has the same bits whatever the other rows are.
 
-`reference.py` says the same in torch, for any device; `cpu.py` is compiled and used on the CPU where Numba is;
+`reference.py` does the same in torch, for any device; `cpu.py` is compiled and used on the CPU if Numba is installed;
 `triton.py` is used on GPUs.
 
-The functions that end in `_tensors`, and `note_tokens`, have all arguments and results on the logits' device and never
-wait for it, so that a captured step may hold them. Elsewhere than on a GPU the reference does their work.
+The functions whose names end in `_tensors`, and `note_tokens`, have all arguments and results on the logits' device and
+never wait for it, so that a step with them can be captured. On the CPU the reference implements them.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def compiled() -> bool:
 
 
 def prepare() -> None:
-    """Compiles what the CPU needs, or loads it, so that the first request does not wait for it."""
+    """Compile or load the CPU's sampling functions, so that the first request does not wait for them."""
     if compiled():
         for function in _FUNCTIONS:
             if not is_coming(function[0]):
@@ -82,7 +82,7 @@ def prepare() -> None:
 
 
 def host_rows(logits: Value) -> NDArray[np.float32] | None:
-    """What the compiled functions read: an array, or the memory of a tensor on the CPU; None where they cannot."""
+    """Return logits as an array for the compiled functions: without a copy; None if they cannot read these logits."""
     if not compiled():
         return None
     if isinstance(logits, np.ndarray):
@@ -92,15 +92,15 @@ def host_rows(logits: Value) -> NDArray[np.float32] | None:
 
 
 def draw(logits: Value, controls: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Draws one token per row.
+    """Sample one token per row.
 
     Args:
         logits: [R, V] float32, an array or a tensor on any device, each row contiguous; not changed.
         controls: [R, 5] float64, contiguous, see `Control`.
 
     Returns:
-        [R] int64 ids and [R] float32 largest logits, NaN for a row that holds one. The id of a row whose largest logit
-        is not finite means nothing.
+        [R] int64 ids and [R] float32 largest logits, NaN for a row with a NaN. The id of a row whose largest logit is
+        not finite is undefined.
     """
     assert logits.shape[0] == controls.shape[0]
     host = host_rows(logits)
@@ -118,19 +118,19 @@ def draw(logits: Value, controls: NDArray[np.float64]) -> tuple[NDArray[np.int64
 
 
 class RowDraw:
-    """`draw` of logits that stand in one place, step after step, by the threads of a team.
+    """`draw` for logits in a fixed buffer, by the threads of a team.
 
     Attributes:
-        plan: its row, for a plan that draws from the logits it has made.
-        controls: [most, 5], what the row reads.
-        ids, largest: [most], what it writes; the id of a row whose largest logit is not finite is -1.
+        plan: the plan's row of this operation, for a plan that samples from the logits it has computed.
+        controls: [most, 5] parameters that the operation reads.
+        ids, largest: [most] results; the id of a row whose largest logit is not finite is -1.
 
     Args:
         logits: [most, V], each row contiguous.
-        numbers: of the steps, by `StepNumber`.
+        numbers: the step's numbers, by `StepNumber`.
         team: None for the caller's thread alone.
-        step: the arrays of the step that the logits are of. Each draw makes them those of a next step in which the
-            tokens that were drawn are run, one of each row: the ids are written there, the other numbers counted up.
+        step: arrays of the step that computed the logits. Each call turns them into the next step's, in which each row
+            runs its sampled token: the ids are written there, positions, slots and lengths are incremented.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class RowDraw:
         work_bytes = -(-workspace_bytes(vocabulary) // 64) * 64
         work = np.empty(threads * work_bytes, np.uint8)
         if step is not None:
-            rows = min(rows, len(step.context_lens))  # of the others nothing is drawn
+            rows = min(rows, len(step.context_lens))  # the other rows are not sampled
         self.controls = np.empty((rows, 5))
         self.ids = np.empty(rows, np.int64) if step is None else step.token_ids
         self.largest = np.empty(rows, np.float32)
@@ -166,7 +166,7 @@ class RowDraw:
         self.plan = np.array(plan_row(operation(_DRAW[0]), address_of(numbers), arguments), np.int64)
 
     def __call__(self, controls: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """As `draw`, of the first rows, one for each of `controls`; what it returns is valid until the next call."""
+        """As `draw`, for the first rows, one for each of `controls`; the results are valid until the next call."""
         count = len(controls)
         self.controls[:count] = controls
         self._numbers[StepNumber.LOGIT_ROWS] = count
@@ -178,7 +178,7 @@ class RowDraw:
 
 
 def stand(logits: Value, token_ids: NDArray[np.int64], tops: NDArray[np.int64]) -> Standing:
-    """Where tokens stand among the logits of their rows.
+    """Compute ranks and log-probability offsets of tokens, and each row's largest logits.
 
     Args:
         logits: [R, V] float32, an array or a tensor on the CPU, each row contiguous and with a finite largest value;
@@ -215,13 +215,13 @@ def _stand(logits: NDArray[np.float32], token_ids: NDArray[np.int64], tops: NDAr
 
 
 def _place(array: np.ndarray, size: int | None = None) -> tuple[int, int]:
-    """Where a contiguous array is, and how long."""
+    """Return address and length of a contiguous array."""
     assert array.flags.c_contiguous
     return address_of(array), len(array) if size is None else size
 
 
 def asks(controls: NDArray[np.float64]) -> tuple[bool, bool]:
-    """Whether any row draws at random, and whether any has top_k or top_p: the last arguments of `draw_tensors`."""
+    """Whether a row has a temperature, and whether a row has top_k or top_p: the last arguments of `draw_tensors`."""
     drawn = controls[controls[:, Control.TEMPERATURE] > 0]
     return bool(len(drawn)), bool((drawn[:, Control.TOP_K] > 0).any() or (drawn[:, Control.TOP_P] < 1).any())
 
@@ -238,8 +238,8 @@ def draw_tensors(
         search: False promises that no row has top_k or top_p, which saves some.
 
     Returns:
-        [R] int64 ids and [R] float32 largest logits, NaN for a row that holds one. The id of a row whose largest logit
-        is not finite is 0.
+        [R] int64 ids and [R] float32 largest logits, NaN for a row with a NaN. The id of a row whose largest logit is
+        not finite is 0.
     """
     if on_gpu(logits):
         from candle_vllm.core.kernels.sampling import triton
@@ -280,8 +280,8 @@ def stand_tensors(logits: torch.Tensor, token_ids: torch.Tensor, tops: torch.Ten
 def edit_tensors(logits: torch.Tensor, edits: DeviceEdits) -> None:
     """Edits [R, V] float32 logits in place, without waiting for the device.
 
-    The order is: bias, masks, penalties. What is masked though it is NaN or +inf becomes NaN. The arithmetic of the
-    penalties is float64; a finite logit stays finite or -inf.
+    The order is: bias, masks, penalties. A masked logit that is NaN or +inf becomes NaN. The arithmetic of the
+    penalties is float64; a finite logit stays finite or becomes -inf.
     """
     if on_gpu(logits):
         from candle_vllm.core.kernels.sampling import triton
@@ -299,11 +299,11 @@ def edit_tensors(logits: torch.Tensor, edits: DeviceEdits) -> None:
 
 
 def narrow_tensors(logits: torch.Tensor, rows: torch.Tensor, links: torch.Tensor) -> None:
-    """llama.cpp's chain in place, see `chain.py`, without waiting for the device.
+    """Apply llama.cpp's sampler chain in place, see `chain.py`, without waiting for the device.
 
     Args:
         logits: [R, V] float32, each row contiguous, V up to 524,288.
-        rows: [N] int64, those that go through it.
+        rows: [N] int64, rows with a chain.
         links: [N, 12] float64, contiguous.
     """
     if on_gpu(logits):
@@ -324,10 +324,10 @@ def narrow_tensors(logits: torch.Tensor, rows: torch.Tensor, links: torch.Tensor
 def surprise_tensors(
     logits: torch.Tensor, rows: torch.Tensor, token_ids: torch.Tensor, temperatures: torch.Tensor
 ) -> torch.Tensor:
-    """[N] float64, how many bits tokens were among what the chain has left of their rows; 0 at temperature 0.
+    """Return the surprise of tokens in bits, [N] float64, among the tokens that the chain left; 0 at temperature 0.
 
     Args:
-        logits: [R, V] float32, as they were drawn from.
+        logits: [R, V] float32, from which the tokens were sampled.
         rows: [N] int64.
         token_ids: [N] int64 below V.
         temperatures: [N] float64.
@@ -339,12 +339,12 @@ def surprise_tensors(
 
 
 def note_tokens(counts: torch.Tensor, count_rows: torch.Tensor, token_ids: torch.Tensor) -> None:
-    """Counts one more occurrence of each row's token in the output, in place.
+    """Count one more occurrence of each row's token in the output, in place.
 
     Args:
         counts: [S, V] int32, see `DeviceEdits`.
-        count_rows: [R] int32, all different but for -1, which counts nothing.
-        token_ids: [R] int64; what is below 0 or not below V is not counted.
+        count_rows: [R] int32, all different except -1, for which nothing is counted.
+        token_ids: [R] int64; ids below 0 or from V on are not counted.
     """
     if on_gpu(counts):
         from candle_vllm.core.kernels.sampling import triton

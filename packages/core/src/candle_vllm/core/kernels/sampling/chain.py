@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""llama.cpp's chain: which tokens of a row may be drawn, by samplers that look at more than where a logit stands.
+"""llama.cpp's sampler chain: remove tokens of a row by samplers that depend on the whole distribution.
 
-Contract: a row of V logits in float32, changed in place, and float64 numbers in the order of `Link`. What may not be
-drawn becomes -inf; temperature stays with `draw`, but for a dynamic one. The rules, in this order, each of what the
-ones before it left, with x the logits, p their softmax (without temperature), and ties told apart by their id, the
-lower first:
+Contract: a row of V logits in float32, changed in place, and float64 numbers in the order of `Link`. A removed token
+gets -inf; a fixed temperature is applied by `draw`. The rules, in this order, each for the tokens that the previous
+rules left, with x the logits, p their softmax (without temperature), and equal logits in order of their ids:
 
   - top_n_sigma keeps x of at least max x - n * the standard deviation of all x that are finite (Tang et al.,
     "Top-nsigma", 2024);
@@ -12,18 +11,18 @@ lower first:
   - typical_p keeps tokens whose |-ln p - entropy| is at most the least at which their p sum up to it (Meister et al.,
     "Locally typical sampling", 2022); ties are all kept;
   - top_p and min_p are those of `draw`;
-  - XTC takes away all p of at least the threshold but the last of them, where there are two or more;
+  - XTC removes all tokens with p of at least the threshold except the least likely of them;
   - a dynamic temperature is low + (high - low) * (entropy / ln number of tokens) ** exponent; the row is then
-    (x - max x) / that, to be drawn from at temperature 1. One token alone is left as it is; at a temperature below
-    1e-5 the first of the largest stays;
-  - mirostat looks at p with the temperature. 1 estimates by the 100 likeliest tokens which k gives a surprise of mu
+    (x - max x) / that, to be sampled at temperature 1. A single token is left as it is; at a temperature below 1e-5 the
+    first of the largest stays;
+  - mirostat uses p with the temperature. 1 estimates from the 100 likeliest tokens which k gives a surprise of mu
     (Basu et al., "Mirostat", 2021) and keeps x of at least the k-th largest; 2 keeps tokens of at most mu bits, at
     least the first.
 
 The definitions are those of llama.cpp's samplers of these names, in the order of its default chain. A row whose largest
-logit is not finite is left alone. A row's result has the same bits whatever the other rows are.
+logit is not finite is not changed. A row's result has the same bits whatever the other rows are.
 
-`narrow_in_numpy` says so literally; `cpu_chain.py` is compiled, `triton_chain.py` for GPUs.
+`narrow_in_numpy` is the reference; `cpu_chain.py` is compiled, `triton_chain.py` is for GPUs.
 """
 
 from __future__ import annotations
@@ -41,19 +40,19 @@ from candle_vllm.core.kernels.sampling.contract import chain_bytes
 # The compiled functions, and how many arguments they take.
 CHAIN = ("sampling.cpu_chain:narrow", 4)
 REPEATS = ("sampling.cpu_chain:repeats", 3)
-LIKELIEST = 100  # tokens by which mirostat 1 estimates
+LIKELIEST = 100  # tokens from which mirostat 1 estimates k
 
 
 class Link(enum.IntEnum):
-    """The numbers of a row, [12] float64."""
+    """Parameters of a row, [12] float64."""
 
     TOP_N_SIGMA = 0  # 0 where unused
     TOP_K = 1  # 0 where unused
     TYPICAL_P = 2  # 1 where unused
     TOP_P = 3  # 1 where unused
     MIN_P = 4  # 0 where unused
-    XTC = 5  # the threshold; 1 where it takes nothing away this time
-    TEMPERATURE = 6  # mirostat's; 0 is greedy, which needs none
+    XTC = 5  # the threshold; 1 if nothing is removed for this token
+    TEMPERATURE = 6  # mirostat's; 0 is greedy, which ignores mirostat
     LOW = 7  # of a dynamic temperature
     HIGH = 8  # 0 for a fixed one
     EXPONENT = 9
@@ -62,7 +61,7 @@ class Link(enum.IntEnum):
 
 
 def narrow(row: NDArray[np.float32], numbers: NDArray[np.float64]) -> None:
-    """Applies the chain to a row in place.
+    """Apply the chain to a row in place.
 
     Args:
         row: [V], contiguous.
@@ -76,7 +75,7 @@ def narrow(row: NDArray[np.float32], numbers: NDArray[np.float64]) -> None:
 
 
 def surprise(row: NDArray[np.float32], token_id: int, temperature: float) -> float:
-    """How many bits a token was, among what the chain has left of its row."""
+    """Return the surprise of a token in bits, among the tokens that the chain left of its row."""
     kept = row[row > -np.inf].astype(np.float64)
     if temperature < 1e-5 or len(kept) == 1:
         return 0.0
@@ -86,7 +85,7 @@ def surprise(row: NDArray[np.float32], token_id: int, temperature: float) -> flo
 
 
 def repeats(tokens: NDArray[np.int64]) -> NDArray[np.int64]:
-    """[N - 1] of each place but the last, how many tokens that end there are the same as those that end the text.
+    """Return, for each position but the last, the length of the longest common suffix with the whole text, [N - 1].
 
     These are the lengths of DRY's repetitions. The time is linear in N, whatever the tokens are.
 
@@ -101,7 +100,7 @@ def repeats(tokens: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def z_lengths(text: list[int]) -> list[int]:
-    """Of each place, how long what begins there is the same as the beginning: the reference of `repeats`.
+    """Return, for each position, the length of the longest common prefix with the whole text: reference of `repeats`.
 
     The Z-algorithm (Gusfield, "Algorithms on strings, trees and sequences", 1997).
     """

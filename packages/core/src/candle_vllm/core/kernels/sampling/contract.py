@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What sampling is asked and answers: parameters of rows, where tokens stand, edits of logits."""
+"""Arguments and results of sampling: parameters of rows, ranks of tokens, edits of logits."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class Control(enum.IntEnum):
 
 @dataclass(frozen=True)
 class Standing:
-    """Where one token of each row stands among the logits.
+    """Rank of one token per row, and the likeliest tokens of each row.
 
     Attributes:
-        offsets: [R] float64; the logarithm of a token's probability is its logit less this.
+        offsets: [R] float64; a token's log-probability is its logit minus this offset.
         ranks: [R] int64, 1 for the largest logit; among equals the lower id comes first.
-        top_ids: [R, most] int64, the ids of the largest logits, falling, the lower id first among equals; -1 behind the
-            number that was asked for and for logits of -inf.
+        top_ids: [R, most] int64, the ids of the largest logits, falling, the lower id first among equals; -1 after the
+            requested number of ids, and for logits of -inf.
     """
 
     offsets: NDArray[np.float64]
@@ -44,14 +44,14 @@ class Standing:
 
 @dataclass(frozen=True)
 class DeviceStanding:
-    """As `Standing`, in tensors on the logits' device. A row whose largest logit is not finite has no meaning.
+    """As `Standing`, in tensors on the logits' device. A row whose largest logit is not finite is undefined.
 
     Attributes:
         offsets: [R] float64.
         ranks: [R] int64.
-        logits: [R] float32, those of the tokens.
+        logits: [R] float32, logits of the tokens.
         top_ids: [R, most] int64.
-        top_logits: [R, most] float32; -inf where there is no id.
+        top_logits: [R, most] float32; -inf for an id of -1.
     """
 
     offsets: torch.Tensor
@@ -63,16 +63,16 @@ class DeviceStanding:
 
 @dataclass(frozen=True)
 class DeviceEdits:
-    """What `Adjustment` says, for all rows, in contiguous tensors on the logits' device. None where no row has it.
+    """`Adjustment` of all rows, in contiguous tensors on the logits' device. None for an edit that no row has.
 
     Attributes:
         bias_ids: [R, N] int32, different within a row, -1 where unused.
         bias: [R, N] float32, added to the logits; -inf forbids a token.
-        mask_rows: [R] int32, the row's mask, or -1 for none.
-        masks: [M, ceil(V / 32)] int32, bit i % 32 of word i // 32 is 1 where token i is allowed.
-        count_rows: [R] int32, the row's counts, or -1 for none.
-        counts: [S, V] int32, 0 for a token that was not seen, else 1 and its occurrences in the output.
-        penalties: [R, 3] float64: repetition, frequency, presence; read where a row has counts.
+        mask_rows: [R] int32, index of the row's mask, or -1 without one.
+        masks: [M, ceil(V / 32)] int32, bit i % 32 of word i // 32 is 1 if token i is allowed.
+        count_rows: [R] int32, index of the row's counts, or -1 without counts.
+        counts: [S, V] int32, 0 for a token that did not occur, otherwise 1 plus its occurrences in the output.
+        penalties: [R, 3] float64: repetition, frequency, presence; read for rows with counts.
     """
 
     bias_ids: torch.Tensor | None = None
@@ -86,16 +86,16 @@ class DeviceEdits:
 
 @dataclass(frozen=True)
 class Adjustment:
-    """What is done to a row of logits before a token is chosen, in this order. Ids are below V.
+    """Edits of a row of logits before a token is sampled, in this order. Ids are below V.
 
     Attributes:
-        masked: whether `allowed` and `forbidden` are looked at. A row whose NaN or +inf is masked gets a NaN instead.
+        masked: whether `allowed` and `forbidden` apply. A row whose NaN or +inf is masked gets a NaN instead.
         allowed: rising ids, all others become -inf; None for all.
         forbidden: ids that become -inf.
         bias_ids, bias: ids, and float32 numbers that are added to their logits.
         seen_ids, counts: ids of the prompt or the output, and float32 occurrences in the output.
         penalties: repetition (divides positive logits, multiplies the others), frequency (subtracted per occurrence),
-            presence (subtracted where there is one). The arithmetic is float64; a finite logit stays finite or -inf.
+            presence (subtracted once). The arithmetic is float64; a finite logit stays finite or becomes -inf.
     """
 
     masked: bool
@@ -109,16 +109,16 @@ class Adjustment:
 
 
 class DrawArguments(NamedTuple):
-    """The arguments of the operation that draws; its rows are the step's `StepNumber.LOGIT_ROWS`.
+    """Arguments of the operation that samples; its number of rows is the step's `StepNumber.LOGIT_ROWS`.
 
     Attributes:
         logits, row_bytes: address of the first row, and bytes from one to the next.
         vocabulary: V.
         controls: address of float64 [rows, 5], see `Control`.
         work, work_bytes: address of a workspace for each thread, and bytes from one to the next.
-        chosen, largest: addresses of what is written, int64 and float32 [rows].
-        positions, slots, context_lens: addresses of int64 [rows] that are counted up, for a next step in which each row
-            is the token that was drawn; 0 for none.
+        chosen, largest: addresses of the results, int64 and float32 [rows].
+        positions, slots, context_lens: addresses of int64 [rows] that are incremented for the next step, in which each
+            row runs its sampled token; 0 for no next step.
     """
 
     logits: int

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
-"""llama.cpp's chain on a GPU (step 7 of ten): one program for each row, one launch, nothing sorted, nothing waited for.
+"""llama.cpp's chain on a GPU (step 7 of ten): one launch, one program for each row, without sorting or waiting.
 
-What is left of a row is told by seven numbers, and the row is written once, at the end. A token is left where
+Seven numbers describe which tokens are left, and the row is written once, at the end. A token is left if
 
     key >= floor                            of top_n_sigma and top_k
     |shift - x| as a key <= far             of typical_p
     key > cut, or key = cut and id <= tie   of top_p, min_p and mirostat
     key < roof, or id = stays               of XTC
 
-Masses are integers, as in `triton_rows.py`; sums that are none (entropies, a standard deviation) are float64, and in
-the order of one program. So a row's result has the same bits whatever the other rows are. `chain.py` has the rules.
+Masses are integers, as in `triton_rows.py`; other sums (entropies, a standard deviation) are float64, in the order of
+one program. So a row's result has the same bits whatever the other rows are. `chain.py` has the rules.
 """
 
 from __future__ import annotations

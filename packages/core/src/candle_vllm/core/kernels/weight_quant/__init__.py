@@ -1,24 +1,24 @@
 # SPDX-License-Identifier: MIT
-"""Quantising weights: rows of floats to the blocks of twelve of GGUF's types.
+"""Quantise weights: rows of floats to the blocks of twelve of GGUF's types.
 
-Contract: x float32 [R, C], C a multiple of the type's block, to uint8 [R, C / block * bytes per block], laid out as
-ggml's `ggml-common.h` says. Each block depends on its own numbers alone.
+Contract: x float32 [R, C], C a multiple of the type's block, to uint8 [R, C / block * bytes per block], in the layout
+of ggml's `ggml-common.h`. Each block depends on its own elements alone.
 
-  - q4_0, q5_0, q8_0 take the scale from the number that is farthest from 0, q4_1 and q5_1 scale and minimum from the
-    smallest and the largest; then every number is rounded. Their bytes are those of the `gguf` package.
+  - q4_0, q5_0, q8_0 take the scale from the element that is farthest from 0, q4_1 and q5_1 scale and minimum from the
+    smallest and the largest; then every element is rounded. Their bytes equal those of the `gguf` package.
   - q2_K, q4_K, q5_K search a scale and a minimum for each group of 16 or 32, q3_K and q6_K a scale for each group of
     16: several step sizes are tried, each gives codes, the codes give the scale that fits them best by least squares,
-    and the best of all is kept. Numbers far from 0 weigh more: floor * root mean square + |x|, and floor * mean square
-    + x^2. Then a block's scales are stored as small whole numbers, and every number is rounded with what is stored.
+    and the best scale is kept. An element's weight in the squares grows with its size: floor * root mean square + |x|,
+    and floor * mean square + x^2. Then a block's scales are stored as small integers, and every element is rounded by
+    the stored scale.
+  - iq4_nl, iq4_xs search a scale for each group of 32, and every element becomes the nearest of a table of 16: scales
+    that bring the element farthest from 0 near either end of the table are tried. The weight is mean square + x^2.
 
-  - iq4_nl, iq4_xs search a scale for each group of 32, and every number becomes the nearest of a table of 16: the one
-    that is farthest from 0 is tried about both ends of the table. Numbers weigh mean square + x^2.
+With an importance matrix, the weight of an element of the searched types is importance * root(2 * mean square + x^2)
+instead, with the importance of its column and the mean of its block.
 
-With an importance of the columns, numbers of the searched types weigh importance * root(2 * mean square + x^2) instead,
-the mean being the block's.
-
-`reference.py` says it in numpy; `cpu.py` is compiled, and has the same bytes on every CPU. The method is that of
-llama.cpp's `ggml-quants.c`.
+`reference.py` is the reference in numpy; `cpu.py` is compiled, and gives the same bytes on every CPU. The method is
+that of llama.cpp's `ggml-quants.c`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 
 
 def quantiser(ggml_type: GGMLQuantizationType) -> Quantise:
-    """What quantises blocks: compiled where that can be, else in numpy, which is many times slower."""
+    """Return the function that quantises blocks: compiled if possible, otherwise numpy, which is many times slower."""
     assert ggml_type.name in TYPES
     if not can_compile():
         from candle_vllm.core.kernels.weight_quant import reference

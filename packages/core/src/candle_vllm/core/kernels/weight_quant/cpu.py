@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
-"""Quantising weights as compiled functions, one for each type; they hold no lock and share nothing.
+"""Compiled functions that quantise weights, one for each type; they release the GIL and share no memory.
 
-Letters: N blocks; a batch is what is searched at once, 16 groups: one block of groups of 16, two of groups of 32.
+Letters: N blocks; a batch is 16 groups that are searched at once: one block of groups of 16, two of groups of 32.
 """
 
 from __future__ import annotations
@@ -64,14 +64,14 @@ def _round(value):
 
 @inner
 def _ends(x):
-    """Bits of the smallest and the largest of the 32 numbers at an address."""
+    """Return the bits of the smallest and the largest of the 32 floats at an address."""
     both: Any = cpu_search.ends_of_32(x)
     return np.int32(both & 0xFFFFFFFF), np.int32(both >> 32)
 
 
 @inner
 def _extreme(x, bits):
-    """Bits of the first of the 32 numbers that are farthest from 0."""
+    """Return the bits of the first of the 32 floats that are farthest from 0."""
     low, high = _ends(x)
     below, above = low & _MAGNITUDE, high & _MAGNITUDE
     if low < 0 and (high < 0 or below > above):
@@ -91,7 +91,7 @@ def _fits(bits):
 
 @inner
 def _inverse(d):
-    """1 / d, or 0 where that is beyond a float32; such a scale is stored as 0."""
+    """Return 1 / d, or 0 if that overflows float32; such a scale is stored as 0."""
     return np.float32(0.0) if abs(d) < _SMALLEST else np.float32(np.float32(1.0) / d)
 
 
@@ -101,7 +101,7 @@ def _float(bits):
 
 
 def _make_symmetric(BITS: int) -> Callable[..., Any]:
-    """q4_0 and q5_0: the number farthest from 0 becomes the lowest code."""
+    """Compile q4_0 or q5_0: the element farthest from 0 becomes the lowest code."""
     HALF, BYTES = 1 << (BITS - 1), 2 + 4 * BITS
 
     def quantise(at, to, count, importance, period):
@@ -120,7 +120,7 @@ def _make_symmetric(BITS: int) -> Callable[..., Any]:
 
 
 def _make_offset(BITS: int) -> Callable[..., Any]:
-    """q4_1 and q5_1: the smallest number becomes 0, the largest the highest code."""
+    """Compile q4_1 or q5_1: the smallest element becomes code 0, the largest the highest code."""
     MOST, BYTES = (1 << BITS) - 1, 4 + 4 * BITS
 
     def quantise(at, to, count, importance, period):
@@ -164,7 +164,7 @@ def _q8_0(at, to, count, importance, period):
 
 @inner
 def _transpose(x, bits, groups, size, lanes):
-    """Groups of `size` numbers one after the other to lanes [size, 16]; lanes without a group are zeros."""
+    """Transpose consecutive groups of `size` elements to lanes [size, 16]; lanes without a group are zeros."""
     largest = np.int32(0)
     for i in range(16 * size):
         lanes[i] = np.float32(0.0)
@@ -177,9 +177,9 @@ def _transpose(x, bits, groups, size, lanes):
 
 @inner
 def _weigh_by(importance, period, first, x, groups, size, block, weights):
-    """What the numbers of `groups` groups weigh by the importance of their columns, in the lanes of `_transpose`.
+    """Compute the weights of the elements of `groups` groups by importance, in the lanes of `_transpose`.
 
-    `first` is the number of the block of `block` numbers that they begin with, and `period` how many are in a row.
+    `first` is the number of their first block of `block` elements, and `period` the number of blocks in a row.
     """
     for start in range(0, groups * size, block):
         total = np.float32(0.0)
@@ -194,7 +194,7 @@ def _weigh_by(importance, period, first, x, groups, size, block, weights):
 
 @inner
 def _whole(values, count, most, low, high, whole):
-    """Stores values as whole numbers of the scale that makes `most` of the one farthest from 0; returns it as half."""
+    """Store values as integers times a scale that maps the value farthest from 0 to `most`; return the fp16 scale."""
     extreme = np.float32(0.0)
     for g in range(count):
         if abs(values[g]) > abs(extreme):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
-"""The searches for a group's scale, 16 groups at a time: each lane of the vectors is a group of its own.
+"""Searches for scales of groups, 16 groups at a time: each lane of the vectors is one group.
 
-The arithmetic is that of `reference.py`, in the same order on every CPU: no sum is taken across lanes.
+The arithmetic is that of `reference.py`, in the same order on every CPU: no sum goes across lanes.
 """
 
 from __future__ import annotations
@@ -83,12 +83,12 @@ def store_codes(_: Any, width: Any, x: Any, low: Any, inverse: Any, add: Any, to
 
 @intrinsic(prefer_literal=True)
 def weigh(_: Any, squared: Any, x: Any, count: Any, floor: Any, weights: Any) -> Any:
-    """What the numbers of 16 groups weigh without an importance, see `reference.plain_weights`.
+    """Compute the weights of the elements of 16 groups without an importance matrix, see `reference.plain_weights`.
 
     Args:
-        squared: whether as their squares.
-        x, weights: addresses of float32 [count, 16]: element i of every group stands together.
-        floor: as there.
+        squared: whether weights grow with the square of elements.
+        x, weights: addresses of float32 [count, 16]: element i of all groups is contiguous.
+        floor: as in `reference.plain_weights`.
     """
     i, as_squares = types.int64, bool(squared.literal_value)
 
@@ -117,11 +117,11 @@ def weigh(_: Any, squared: Any, x: Any, count: Any, floor: Any, weights: Any) ->
 def fit_offset(
     _: Any, x: Any, weights: Any, count: Any, most: Any, first: Any, tries: Any, scales: Any, mins: Any
 ) -> Any:
-    """Scale and minimum of 16 groups, see `reference.fit_offset`.
+    """Find scale and minimum of 16 groups, see `reference.fit_offset`.
 
     Args:
-        x, weights: addresses of float32 [count, 16]: element i of every group stands together.
-        most, first, tries: as there; all but the last are float32.
+        x, weights: addresses of float32 [count, 16]: element i of all groups is contiguous.
+        most, first, tries: as in `reference.fit_offset`; `most` and `first` are float32.
         scales, mins: addresses of float32 [16].
     """
     f, i = types.float32, types.int64
@@ -136,7 +136,7 @@ def fit_offset(
 
 @intrinsic
 def fit_scale(_: Any, x: Any, weights: Any, count: Any, half: Any, scales: Any) -> Any:
-    """Scale of 16 groups without an offset, see `reference.fit_scale`; arguments as for `fit_offset`."""
+    """Find the scales of 16 groups without an offset, see `reference.fit_scale`; arguments as for `fit_offset`."""
     signature = types.void(types.int64, types.int64, types.int64, types.float32, types.int64)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
@@ -148,7 +148,7 @@ def fit_scale(_: Any, x: Any, weights: Any, count: Any, half: Any, scales: Any) 
 
 @intrinsic
 def fit_table(_: Any, x: Any, weights: Any, count: Any, scales: Any) -> Any:
-    """Scale of 16 groups whose numbers stand in a table, see `reference.fit_table`; arguments as for `fit_offset`."""
+    """Find the scales of 16 groups with a table of values, see `reference.fit_table`; arguments as for `fit_offset`."""
     signature = types.void(*[types.int64] * 4)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
@@ -228,7 +228,7 @@ class _OffsetSearch:
         return _clamp(self.e, _rounded(self.e, b.fmul(inverse, b.fsub(value, low))), self.zero, self.most)
 
     def _try(self, index: Any, state: list[Any], low: Any, span: Any) -> list[Any]:
-        """One step size: codes, then the scale and minimum that fit them best, kept where the error is smaller."""
+        """Try one step size: codes, then the scale and minimum that fit them best, kept if the error is smaller."""
         e, b, zero = self.e, self.b, self.zero
         best_error, best_scale, best_low = state
         steps = e.splat(b.fmul(b.sitofp(index, F32), ir.Constant(F32, searches.OFFSET_STEP)))
@@ -309,7 +309,7 @@ def _farthest(e: Emitter, x: Any, count: Any) -> list[Any]:
 def _better_scale(
     e: Emitter, x: Any, weights: Any, count: Any, code: Callable[[Any], Any], state: list[Any]
 ) -> list[Any]:
-    """The scale of least weighted squares for the codes of a step size, where it gains more than the one before."""
+    """Fit a scale to the codes of a step size by weighted least squares; keep it if its error is smaller."""
     b, zero = e.b, e.zeros(F32)
 
     def body(value: Any, weight: Any, sums: list[Any]) -> list[Any]:

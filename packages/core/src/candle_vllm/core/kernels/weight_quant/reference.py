@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""The searches of `kernels/weight_quant` in numpy, number for number as the compiled functions.
+"""Searches of `kernels/weight_quant` in numpy, with the same results as the compiled functions, bit for bit.
 
-Shapes: x float32 [G, n], a group in each row; all sums go from a group's first number to its last, in float32.
+Shapes: x float32 [G, n], a group in each row; all sums go from a group's first element to its last, in float32.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def quantised(x: np.ndarray, ggml_type: GGMLQuantizationType, importance: np.nda
 
 
 def weighed(x: np.ndarray, importance: np.ndarray) -> np.ndarray:
-    """What the numbers of blocks weigh by the importance of their columns [C]: the shape of x."""
+    """Compute the weights of blocks' elements, in the shape of x, by the importance [C] of their columns."""
     of_blocks = importance.reshape(-1, x.shape[1])[np.arange(len(x)) * x.shape[1] % importance.size // x.shape[1]]
     square = x * x
     base = F(2) * (_sum(square) / F(x.shape[1]))
@@ -51,7 +51,7 @@ def weighed(x: np.ndarray, importance: np.ndarray) -> np.ndarray:
 
 
 def plain_weights(x: np.ndarray, floor: float, squared: bool) -> np.ndarray:
-    """What the numbers of groups weigh without one, beside a floor that all of a group have."""
+    """Compute the weights of groups' elements without an importance matrix: their size plus the group's floor."""
     square = x * x
     mean = _sum(square) / F(x.shape[1])
     return (F(floor) * (mean if squared else np.sqrt(mean)))[:, None] + (square if squared else np.abs(x))
@@ -61,7 +61,7 @@ def fit_offset(x: np.ndarray, weights: np.ndarray, search: searches.OffsetSearch
     """Scale [G] and minimum [G], the minimum negated: x is about scale * code - minimum.
 
     Steps of 1 / (most + first + 0.1 * t) of the span are tried for t = 0, 1, ...; the codes of each give the scale and
-    minimum of least weighted squares. The plain scale, of most steps, stands where none is better.
+    minimum of least weighted squares. The plain scale, of `most` steps, is kept unless a tried scale is better.
     """
     low = np.minimum(x.min(axis=1), F(0))
     span = x.max(axis=1) - low
@@ -94,7 +94,7 @@ def fit_offset(x: np.ndarray, weights: np.ndarray, search: searches.OffsetSearch
 
 
 def fit_scale(x: np.ndarray, weights: np.ndarray, search: searches.ScaleSearch) -> np.ndarray:
-    """Scale [G]: codes of several step sizes about the plain one give the scale of least weighted squares."""
+    """Find scales [G] by weighted least squares over the codes of several step sizes around the plain one."""
     at = np.abs(x).argmax(axis=1)
     extreme = x[np.arange(len(x)), at]
     gain, best = np.zeros(len(x), F), np.zeros(len(x), F)
@@ -110,7 +110,7 @@ def fit_scale(x: np.ndarray, weights: np.ndarray, search: searches.ScaleSearch) 
 
 
 def fit_table(x: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Scale [G]: the number farthest from 0 about either end of the table gives that of least weighted squares."""
+    """Find scales [G] by weighted least squares: the element farthest from 0 is tried near both ends of the table."""
     at = np.abs(x).argmax(axis=1)
     extreme = x[np.arange(len(x)), at]
     gain, best = np.zeros(len(x), F), np.zeros(len(x), F)
@@ -125,7 +125,7 @@ def fit_table(x: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def _places(x: np.ndarray) -> np.ndarray:
-    """Codes of the nearest numbers of the table."""
+    """Return the codes of the nearest values of the table."""
     found = np.zeros(x.shape, np.uint8)
     for middle in searches.TABLE_MIDDLES:
         found += x >= F(middle)
@@ -144,7 +144,7 @@ def _codes(x: np.ndarray, low: np.ndarray, inverse: np.ndarray, most: np.float32
 
 
 def _whole(values: np.ndarray, most: int, low: int, high: int) -> tuple[np.ndarray, np.ndarray]:
-    """Values [N, groups] as whole numbers, and the float16 [N, 1] that they are multiples of."""
+    """Round values [N, groups] to integers times a float16 scale [N, 1]; return both."""
     at = np.abs(values).argmax(axis=1)[:, None]
     d = (np.take_along_axis(values, at, axis=1) / F(most)).astype(np.float16)
     codes = np.where(d == 0, F(0), np.rint(values / d.astype(F)))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Making quantised blocks of plain rows, in chunks and on several threads, as ggml and its files have them.
+"""Quantise plain rows to ggml's blocks, in chunks and on several threads.
 
 Stands before step 1 of a request's life. What the bytes mean is in `ggml_blocks.py`, how they are found in
 `kernels/weight_quant`.
@@ -35,7 +35,7 @@ SOURCES = ("F32", "BF16", "F16", "F64")
 
 
 def fitting_type(kind: GGMLQuantizationType, columns: int) -> GGMLQuantizationType | None:
-    """The type for rows of a length: `kind`, one of blocks of 32 where its own do not fit, None where nothing does."""
+    """Return the type for rows of a length: `kind` if its blocks fit, otherwise a type with blocks of 32, or None."""
     similar = GGMLQuantizationType.IQ4_NL if kind == GGMLQuantizationType.IQ4_XS else GGMLQuantizationType.Q8_0
     for choice in (kind, similar):
         if columns and columns % ggml.block_layout(choice)[0] == 0:
@@ -50,20 +50,20 @@ def quantise(
     kind: GGMLQuantizationType,
     importance: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Quantises rows; beside the result it takes a few MB.
+    """Quantise rows; besides the result this takes a few MB.
 
     Args:
         raw: plain elements, uint8 [R, bytes per row]; need not be aligned.
         stored: their type, one of `SOURCES`.
         columns: elements of a row, a multiple of the type's block.
         kind: one of the types of `ISQ_TYPES`.
-        importance: of columns, float32 [E, C]; each entry is that of as many rows. None for none.
+        importance: of columns, float32 [E, C]; each entry applies to R / E rows. None without an importance matrix.
 
     Returns:
         The blocks, uint8 [R, bytes per row].
 
     Raises:
-        ValueError: a number is not finite, or beyond 65,504.
+        ValueError: an element is not finite, or beyond 65,504.
     """
     size, width = ggml.block_layout(kind)
     assert columns % size == 0, (columns, kind)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How scales and minima of a group are searched, by type; the numbers that `cpu.py` and `reference.py` share."""
+"""Constants of the searches for scales and minima, by type; shared by `cpu.py` and `reference.py`."""
 
 from __future__ import annotations
 

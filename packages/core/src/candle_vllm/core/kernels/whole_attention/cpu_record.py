@@ -47,7 +47,7 @@ class WholeArguments(NamedTuple):
         thread_bytes: of these, each thread's.
         threads: as many have some.
         bias: address of what a key of the query's own position gets, float32 in the order of query minus key, times
-            log2(e); 0 where there is none.
+            log2(e); 0 without a bias.
         bias_bytes: from one head's to the next; 0 where they share it.
         window: farthest key that a query sees, in tokens.
     """
