@@ -36,6 +36,9 @@ UNSAYABLE = {  # what there is no key for
     "Falcon-1B": "parallel, qkv_bias, output_bias, mlp_bias",
     "Falcon-RW": "slopes, parallel, qkv_bias, output_bias, mlp_bias",
     "Granite SWA bases": "local_rope",
+    "Muse Glimmer bases": "unrotated_layers",
+    "Phi-3.5-MoE long": "mixture",
+    "MiMo V2 biases": "mixture",
     "SmolLM3 windows": "sliding_windows, unrotated_layers",
 }
 LLAMA_CPP = (

@@ -9,6 +9,7 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
+from transformers.models.phimoe.modeling_phimoe import sparsemixer
 
 from candle_vllm.core.kernels.gguf_linear import pack
 from candle_vllm.core.kernels.gguf_linear import reference as gguf_reference
@@ -48,7 +49,7 @@ def chosen_by_hand(
     return experts, [scores[x] for x in experts]
 
 
-@pytest.mark.parametrize("scoring", get_args(Scoring))
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize(("experts", "top_k", "groups", "top_groups"), [(8, 2, 1, 1), (60, 6, 1, 1), (60, 6, 5, 2)])
 def test_routing(scoring: Scoring, biased: bool, experts: int, top_k: int, groups: int, top_groups: int) -> None:
@@ -99,6 +100,16 @@ def test_numbers_that_are_none_give_valid_experts() -> None:
     logits = torch.tensor([[math.nan] * 4, [1.0, math.nan, -math.inf, 2.0]])
     assert route(logits, 4)[1].tolist() == [[0, 1, 2, 3], [3, 0, 1, 2]]
     assert route(logits, 2, bias=torch.zeros(4))[1].tolist() == [[0, 1], [0, 1]]
+
+
+@pytest.mark.parametrize("jitter", [0.01, 0.3])
+def test_sparsemixer_is_that_of_transformers(jitter: float) -> None:
+    logits = random(200, 16)
+    wanted, chosen = sparsemixer(logits, jitter, training=False)
+    weights, experts = route(logits, 2, scoring="sparsemixer", renormalise=False, jitter=jitter)
+    assert torch.equal(experts.long(), chosen)
+    torch.testing.assert_close(weights, wanted)
+    assert (weights < 1).any()
 
 
 def test_routing_that_cannot_be_is_refused() -> None:

@@ -403,6 +403,40 @@ LAGUNA_WIDE = {
     "moe_intermediate_size": 64,
     "shared_expert_intermediate_size": 64,
 }
+# a softer cap than the published one, and scores that are less sharp, which bfloat16 rounds
+MUSE = {
+    "head_dim": 32,
+    "num_hidden_layers": 5,
+    "sliding_window": 16,
+    "final_logit_softcapping": 3.0,
+    "qk_scale_factor": 1.3,
+}
+MUSE_BASES = {"layer_types": FIRST_FULL, "num_hidden_layers": 3, "layer_rope_theta": [1e4, 0, 1e4]}
+PHIMOE = {"hidden_size": 128, "num_local_experts": 6, "attention_bias": True, "lm_head_bias": True}
+PHIMOE_LONG = {
+    "router_jitter_noise": 0.2,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0 + 0.1 * i for i in range(16)],
+        "long_factor": [1.0 + 1.5 * i for i in range(16)],
+        "short_mscale": 1.2,
+        "long_mscale": 1.2,
+        "original_max_position_embeddings": 512,
+    },
+}
+MIMO = {
+    "head_dim": 48,
+    "v_head_dim": 32,
+    "num_key_value_heads": 1,
+    "num_hidden_layers": 3,
+    "layer_types": FIRST_FULL,
+    "sliding_window": 16,
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 64,
+    "routed_scaling_factor": 1.7,
+}
 OLMO3_ROPE = {
     "full_attention": {
         "rope_type": "yarn",
@@ -549,6 +583,8 @@ ROWS: Mapping[str, Row] = {
     "QwQ": Row("qwen2", QWQ, "qwen2", common=False),
     "Phi-2": Row("phi", PHI2, "phi2"),
     "Phi-3": Row("phi3", PHI3, "phi3"),
+    "Phi-3.5-MoE": Row("phimoe", PHIMOE, "phimoe", undecided=0.1, common=False),
+    "Phi-3.5-MoE long": Row("phimoe", PHIMOE | PHIMOE_LONG, undecided=0.1, common=False),
     "Phi-4-mini": Row("phi3", PHI4_MINI, "phi3"),
     "StableLM": Row("stablelm", STABLELM, "stablelm"),
     "StableLM-2": Row("stablelm", STABLELM | {"hidden_size": 128, "use_qkv_bias": True}, "stablelm", common=False),
@@ -596,6 +632,15 @@ ROWS: Mapping[str, Row] = {
     "Apertus biases": Row("apertus", {"attention_bias": True}, "apertus", common=False),
     "Laguna": Row("laguna", LAGUNA, "laguna", undecided=0.1, common=False),
     "Laguna wide gates": Row("laguna", LAGUNA_WIDE, "laguna", undecided=0.1, common=False),
+    "Muse Glimmer": Row("muse_glimmer_text", MUSE, "muse-glimmer", common=False),
+    "Muse Glimmer bases": Row("muse_glimmer_text", MUSE | MUSE_BASES, common=False),
+    "MiMo V2": Row("mimo_v2_flash", MIMO, "mimo2", undecided=0.1, common=False),
+    "MiMo V2 biases": Row(
+        "mimo_v2_flash",
+        MIMO | {"attention_bias": True, "attention_value_scale": None, "n_group": 2, "topk_group": 1},
+        undecided=0.1,
+        common=False,
+    ),
     "MiniMax-M2": Row("minimax_m2", MINIMAX_M2, "minimax-m2", undecided=0.1, common=False),
     "Command R": Row("cohere", COHERE, "command-r", common=False),
     "Command R+": Row("cohere", COHERE | {"use_qk_norm": True, "attention_bias": True}, "command-r", common=False),
@@ -651,6 +696,7 @@ TOWERS: Mapping[str, str] = {
     "Gemma4ForConditionalGeneration": "Gemma4ForCausalLM",
     "Gemma4UnifiedForConditionalGeneration": "Gemma4UnifiedForCausalLM",
     "Mistral3ForConditionalGeneration": "Ministral3ForCausalLM",
+    "MuseGlimmerForConditionalGeneration": "MuseGlimmerForCausalLM",
     "Qwen3_5ForConditionalGeneration": "Qwen3_5ForCausalLM",
     "Qwen3_5MoeForConditionalGeneration": "Qwen3_5MoeForCausalLM",
 }

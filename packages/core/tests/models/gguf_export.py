@@ -552,7 +552,11 @@ def _windows(writer: GGUFWriter, config: Mapping[str, Any]) -> None:
 
 
 def _sinks(tensors: Tensors) -> Tensors:
-    names = {name: f"blk.{name.split('.')[2]}.attn_sinks.weight" for name in tensors if name.endswith(".sinks")}
+    names = {
+        name: f"blk.{name.split('.')[2]}.attn_sinks.weight"
+        for name in tensors
+        if name.endswith((".sinks", "_sink_bias"))
+    }
     return {names.get(name, name): data for name, data in tensors.items()}
 
 
@@ -733,6 +737,43 @@ def _shared_experts(tensors: Tensors) -> Tensors:
     return made
 
 
+def _muse_glimmer(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    """Norms of blocks plus 1, rows in pairs of neighbours, and the factor of queries as the weight of their norm."""
+    _windows(writer, config)
+    writer.add_logit_scale(config["output_multiplier"])
+    writer.add_final_logit_softcapping(config["final_logit_softcapping"])
+    dim, made = config["head_dim"], Tensors()
+    ends = {"self_attn.gate_proj": "attn_gate", "post_attention_layernorm": "post_attention_norm"}
+    ends |= {"pre_feedforward_layernorm": "ffn_norm", "post_feedforward_layernorm": "post_ffw_norm"}
+    for name, data in tensors.items():
+        at, part = f"blk.{[*name.split('.'), '', ''][2]}.", ".".join(name.split(".")[3:-1])
+        data = interleaved(data, dim) if part in ("self_attn.q_proj", "self_attn.k_proj") else data
+        made[f"{at}{ends[part]}.weight" if part in ends else name] = data + 1 if "layernorm" in part else data
+    for layer in range(config["num_hidden_layers"]):
+        made[f"blk.{layer}.attn_q_norm.weight"] = np.full(dim, config["qk_scale_factor"], np.float32)
+        made[f"blk.{layer}.attn_k_norm.weight"] = np.ones(dim, np.float32)
+    return made
+
+
+def _mimo2(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    """Numbers of key-value heads as a list, and a layer behind the last, as files have them for predicting tokens."""
+    local, heads = [kind == "sliding_attention" for kind in config["layer_types"]], config["num_key_value_heads"]
+    layers, full = config["num_hidden_layers"], config["rope_parameters"]["full_attention"]
+    writer.add_nextn_predict_layers(1)
+    writer.add_block_count(layers + 1)
+    writer.add_head_count_kv([heads * (1 + windowed) for windowed in (*local, True)])
+    writer.add_sliding_window(config["sliding_window"])
+    writer.add_sliding_window_pattern([*local, True])
+    writer.add_value_length(config["v_head_dim"])
+    writer.add_float32(f"{writer.arch}.attention.value_scale", config["attention_value_scale"])
+    writer.add_rope_dimension_count(int(config["head_dim"] * full["partial_rotary_factor"]))
+    writer.add_rope_freq_base(full["rope_theta"])
+    writer.add_rope_freq_base_swa(config["rope_parameters"]["sliding_attention"]["rope_theta"])
+    writer.add_expert_weights_scale(config["routed_scaling_factor"])
+    made = _sinks(_experts(writer, config, _shared_experts(tensors)))
+    return {f"blk.{layers}.nextn.enorm.weight": np.ones(config["hidden_size"], np.float32)} | made
+
+
 def _minimax_m2(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
     """The metadata says no way of scoring; experts' names are Mixtral's."""
     writer.add_expert_feed_forward_length(config["intermediate_size"])
@@ -852,6 +893,8 @@ CONVERTERS: Mapping[str, Convert] = {
     "hy_v3": _hy_v3,
     "apertus": _apertus,
     "laguna": _laguna,
+    "mimo2": _mimo2,
+    "muse-glimmer": _muse_glimmer,
     "exaone": _olmo2,
     "internlm2": _llama,
     "olmo2": _olmo2,
@@ -874,6 +917,7 @@ CONVERTERS: Mapping[str, Convert] = {
     "starcoder": _gpt2,
     "phi2": _phi2,
     "phi3": _phi3,
+    "phimoe": lambda writer, config, tensors: _experts(writer, config, tensors),
     "stablelm": _stablelm,
     "smollm3": _smollm3,
     "qwen2moe": _qwen_moe,

@@ -14,8 +14,11 @@ from unittest import mock
 import msgspec
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin
+from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.mistral4 import Mistral4Config, Mistral4ForCausalLM
+from transformers.models.muse_glimmer.configuration_muse_glimmer import MuseGlimmerTextConfig
+from transformers.models.muse_glimmer.modeling_muse_glimmer import MuseGlimmerPreTrainedModel, MuseGlimmerTextModel
 from transformers.utils import logging as transformers_logging
 
 from candle_vllm.core import EngineConfig
@@ -34,6 +37,26 @@ from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.testing.toy_model import TOY_VOCAB_SIZE, write_toy_tokenizer
 
 AutoModelForCausalLM.register(Mistral4Config, Mistral4ForCausalLM, exist_ok=True)  # which transformers left out
+
+
+class MuseGlimmerForCausalLM(MuseGlimmerPreTrainedModel, GenerationMixin):
+    """transformers' text model with the head that its multimodal class has."""
+
+    config_class = MuseGlimmerTextConfig
+
+    def __init__(self, config: MuseGlimmerTextConfig) -> None:
+        super().__init__(config)
+        self.model = MuseGlimmerTextModel(config)
+        self.lm_head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(self, input_ids: torch.Tensor) -> CausalLMOutput:
+        """Scaled and capped logits."""
+        logits, cap = self.lm_head(self.model(input_ids=input_ids)[0]), self.config.final_logit_softcapping
+        return CausalLMOutput(logits=cap * torch.tanh(logits * self.config.output_multiplier / cap))
+
+
+AutoModelForCausalLM.register(MuseGlimmerTextConfig, MuseGlimmerForCausalLM, exist_ok=True)
 
 CPU = torch.device("cpu")
 LENGTH, BLOCK = 70, 16

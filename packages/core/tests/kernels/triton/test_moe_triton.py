@@ -17,7 +17,7 @@ from candle_vllm.core.kernels.gguf_linear.layout import OWN_FORMS
 from candle_vllm.core.kernels.gguf_linear.reference import dequantise
 from candle_vllm.core.kernels.group_linear import GroupMatrix, pack_floats
 from candle_vllm.core.kernels.matrices import TensorMatrix
-from candle_vllm.core.kernels.moe import Activation, Pairs, reference, triton, triton_route, triton_sort
+from candle_vllm.core.kernels.moe import Activation, Pairs, Routing, reference, triton, triton_route, triton_sort
 from candle_vllm.core.kernels.packed_linear.layout import PackedKind
 from candle_vllm.core.kernels.torch_numbers import DTYPES
 from candle_vllm.core.quantization import ggml
@@ -53,9 +53,9 @@ def ratio(got: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 def assert_routed(logits: torch.Tensor, top_k: int, **changed: Any) -> None:
-    options = {"scoring": "softmax", "renormalise": True, "bias": None, "groups": (1, 1), "scale": 1.0, **changed}
-    weights, experts = triton_route.route(logits, top_k, *options.values())
-    wanted, chosen = reference.route(logits, top_k, *options.values())
+    changed["groups"], changed["top_groups"] = changed.pop("groups", (1, 1))
+    weights, experts = triton_route.route(logits, Routing(top_k=top_k, **changed))
+    wanted, chosen = reference.route(logits, Routing(top_k=top_k, **changed))
     assert torch.equal(experts, chosen)
     assert experts.dtype == torch.int32
     assert ratio(weights, wanted) < 1e-5
@@ -84,8 +84,8 @@ def test_routing_among_equals_and_without_numbers(device: torch.device) -> None:
     for bias in (None, torch.zeros(24, device=device)):
         strange = equal.clone()
         strange[0], strange[1, ::2], strange[2, 3:] = math.nan, math.nan, -math.inf
-        weights, experts = triton_route.route(strange, 8, "softmax", True, bias, (1, 1), 1.0)
-        assert torch.equal(experts, reference.route(strange, 8, "softmax", True, bias, (1, 1), 1.0)[1])
+        weights, experts = triton_route.route(strange, Routing(top_k=8, bias=bias))
+        assert torch.equal(experts, reference.route(strange, Routing(top_k=8, bias=bias))[1])
         assert weights[3:].isfinite().all()
 
 
@@ -132,7 +132,7 @@ def problem(
     """x with rows of a wider tensor, matrices, weights and experts."""
     x = random(tokens, hidden + 16)[:, :hidden] if tokens else torch.zeros(0, hidden)
     gate_up, down = random(count, 2 * inner, hidden, seed=1) / 8, random(count, hidden, inner, seed=2) / 8
-    weights, experts = reference.route(random(tokens, count, seed=3), top_k, "softmax", True, None, (1, 1), 1.0)
+    weights, experts = reference.route(random(tokens, count, seed=3), Routing(top_k=top_k))
     x, gate_up, down = (tensor.to(device, dtype) for tensor in (x, gate_up, down))
     return x, gate_up, down, weights.to(device), experts.to(device)
 
@@ -364,7 +364,7 @@ def test_a_row_of_small_floats_does_not_depend_on_the_others(tokens: int, device
 
 def test_no_tokens(device: torch.device) -> None:
     assert run(*problem(0, 4, 2, 64, 32, torch.bfloat16, device))[0].shape == (0, 64)
-    weights, experts = triton_route.route(torch.zeros(0, 8, device=device), 2, "softmax", True, None, (1, 1), 1.0)
+    weights, experts = triton_route.route(torch.zeros(0, 8, device=device), Routing(top_k=2))
     assert weights.shape == experts.shape == (0, 2)
 
 

@@ -13,6 +13,7 @@ from candle_vllm.core.conversion.gguf_layout import BIASES, DIVISORS, Architectu
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.loading.config import ModelConfig
 from candle_vllm.core.models import (
+    apertus,
     deepseek_config,
     ernie4_5,
     gemma3n_config,
@@ -23,9 +24,13 @@ from candle_vllm.core.models import (
     granite_hybrid,
     hunyuan,
     hy_v3,
+    laguna,
     lfm2_config,
+    mimo_v2,
+    muse_glimmer,
     nemotron_h_config,
     phi3,
+    phimoe,
     qwen3_next_config,
     qwen_moe,
 )
@@ -42,14 +47,8 @@ def _mistral3(config: Any) -> Keys:
     )
 
 
-def _stablelm(config: Any) -> Keys:
+def _parallel(config: Any) -> Keys:
     return {"use_parallel_residual": config.parallel}
-
-
-def _granite_swa(config: Any) -> Keys:
-    """Which layers turn; llama.cpp has no gate of what experts share in a tensor of its own."""
-    turns = [layer not in config.unrotated_layers for layer in range(config.num_layers)]
-    return granite.gguf_keys(config) | local_keys(config) | {"attention.rope_pattern": turns}
 
 
 def _cohere(config: Any) -> Keys:
@@ -60,15 +59,6 @@ def _cohere(config: Any) -> Keys:
         raise UnsupportedModelError("llama.cpp's command-r has norms of q and k in models of 64 layers or more alone")
     plain: Keys = {"rope.scaling.type": "none"} if config.rope.kind == "default" else {}
     return plain | {"logit_scale": float(config.logit_scale)} | local_keys(config)
-
-
-def _apertus(config: Any) -> Keys:
-    parts = zip(("alpha_p", "alpha_n", "beta", "eps"), zip(*config.xielu))
-    return {f"xielu.{part}": list(numbers) for part, numbers in parts}
-
-
-def _gpt_neox(config: Any) -> Keys:
-    return {"use_parallel_residual": config.parallel}
 
 
 def _falcon_names(config: Any) -> Sequence[str]:
@@ -84,20 +74,6 @@ def _whole_head_norms(config: Any) -> Keys:
 # ---- experts ---------------------------------------------------------------------------------------------------------
 
 
-def _mixtral(config: Any) -> Keys:
-    return window_keys(config) | count_keys(config.mixture)
-
-
-def _laguna(config: Any) -> Keys:
-    """Numbers of heads are a list."""
-    keys = (
-        hy_v3.gguf_keys(config)
-        | local_keys(config)
-        | {"attention.head_count": [config.heads(n)[0] for n in range(config.num_layers)]}
-    )
-    return keys | ({} if config.local_rope is None else {"rope.dimension_count_swa": config.local_rope.dim})
-
-
 def _gpt_oss(config: Any) -> Keys:
     """llama.cpp wants a window to be named."""
     return {"attention.sliding_window": 0} | window_keys(config) | size_keys(config.mixture)
@@ -110,10 +86,6 @@ def _ungrouped(config: Any) -> Keys:
         if mixture is None or is_grouped(mixture)
         else {"mixture": dataclasses.replace(mixture, groups=1, top_groups=1)}
     )
-
-
-def _query_names(config: Any) -> Sequence[str]:
-    return () if config.q_rank else (".attn_q.",)
 
 
 def _without_next_tokens(config: Any) -> Keys:
@@ -141,14 +113,14 @@ _DEEPSEEK = Architecture(
     more=deepseek_config.gguf_keys,
     otherwise=_without_next_tokens,
     interleaved=True,
-    names=_query_names,
+    names=lambda config: () if config.q_rank else (".attn_q.",),
     log_multiplier=0.1,
 )
 _MISTRAL4 = dataclasses.replace(
     _DEEPSEEK,
     name="mistral4",
     more=lambda config: deepseek_config.gguf_keys(config) | _mistral3(config),
-    names=lambda config: (*_query_names(config), "gate_up_exps"),
+    names=lambda config: (*_DEEPSEEK.names(config), "gate_up_exps"),
 )
 
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
@@ -158,7 +130,12 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "ministral": _LLAMA,
         "ministral3": Architecture(name="mistral3", more=_mistral3, interleaved=True, log_multiplier=1.0, unread=()),
         "internlm3": _LLAMA,
-        "mixtral": Architecture(name="llama", more=_mixtral, interleaved=True, unread=()),
+        "mixtral": Architecture(
+            name="llama",
+            more=lambda config: window_keys(config) | count_keys(config.mixture),
+            interleaved=True,
+            unread=(),
+        ),
         "qwen2": Architecture(name="qwen2", more=window_keys, square=True),
         "qwen2_vl": Architecture(name="qwen2vl", more=axes_keys, square=True),
         "qwen3": Architecture(name="qwen3", more=window_keys),
@@ -183,8 +160,9 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "gemma4_unified_text": _GEMMA4,
         "phi": Architecture(name="phi2", eps=_LAYER_NORM, head=True, square=True, unread=(DIVISORS,)),
         "phi3": Architecture(name="phi3", more=phi3.gguf_keys, names=lambda _: ("attn_qkv",), square=True),
+        "phimoe": Architecture(name="phimoe", more=phimoe.gguf_keys, square=True, head=True, norm=False, unread=()),
         "stablelm": Architecture(
-            name="stablelm", more=_stablelm, otherwise=_whole_head_norms, eps=_LAYER_NORM, head=True, square=True
+            name="stablelm", more=_parallel, otherwise=_whole_head_norms, eps=_LAYER_NORM, head=True, square=True
         ),
         "smollm3": Architecture(name="smollm3", interleaved=True),
         "glm": Architecture(name="chatglm", interleaved=True, square=True),
@@ -200,7 +178,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "granite": Architecture(name="granite", more=granite.gguf_keys, interleaved=True, square=True, unread=()),
         "granitemoe": Architecture(name="granitemoe", more=granite.gguf_keys, interleaved=True, square=True, unread=()),
         "granite_swa": Architecture(
-            name="granite_swa", more=_granite_swa, interleaved=True, square=True, unread=(".ffn_gate_shexp.weight",)
+            name="granite_swa", more=granite.swa_keys, interleaved=True, square=True, unread=(".ffn_gate_shexp.weight",)
         ),
         "granitemoehybrid": Architecture(
             name="granitehybrid", more=granite_hybrid.gguf_keys, interleaved=True, square=True, unread=(".ssm_in.bias",)
@@ -226,13 +204,17 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "hunyuan_v1_dense": Architecture(name="hunyuan-dense"),
         "hunyuan_v1_moe": Architecture(name="hunyuan-moe", more=hunyuan.gguf_keys, norm=True),
         "hy_v3": Architecture(name="hy_v3", more=hy_v3.gguf_keys, otherwise=_ungrouped),
-        "laguna": Architecture(name="laguna", more=_laguna),
+        "laguna": Architecture(name="laguna", more=laguna.gguf_keys),
+        "muse_glimmer_text": Architecture(
+            name="muse-glimmer", more=muse_glimmer.gguf_keys, interleaved=True, head=True
+        ),
+        "mimo_v2_flash": Architecture(name="mimo2", more=mimo_v2.gguf_keys, otherwise=_ungrouped, head=True, norm=True),
         "ernie4_5": Architecture(name="ernie4_5", interleaved=True, unread=(DIVISORS, *BIASES[1:])),
         "ernie4_5_moe": Architecture(name="ernie4_5-moe", more=ernie4_5.gguf_keys, interleaved=True, norm=True),
-        "apertus": Architecture(name="apertus", more=_apertus, head=True, unread=()),
+        "apertus": Architecture(name="apertus", more=apertus.gguf_keys, head=True, unread=()),
         "gpt2": Architecture(name="gpt2", **_FUSED),
         "gpt_bigcode": Architecture(name="starcoder", **_FUSED),
-        "gpt_neox": Architecture(name="gptneox", more=_gpt_neox, head=True, **_FUSED),
+        "gpt_neox": Architecture(name="gptneox", more=_parallel, head=True, **_FUSED),
         "bloom": Architecture(name="bloom", **_FUSED),
         "falcon": Architecture(name="falcon", names=_falcon_names, eps=_LAYER_NORM, square=True),
         "starcoder2": Architecture(

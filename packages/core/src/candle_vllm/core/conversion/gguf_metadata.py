@@ -73,7 +73,11 @@ def _rope(rope: RopeConfig, log_multiplier: float | None) -> Keys:
 
 
 def rope_tensors(config: ModelConfig) -> dict[str, np.ndarray]:
-    """By what each frequency is divided, [R/2], where GGUF has tensors for it: of Llama 3, longrope and Gemma 4."""
+    """By what each frequency is divided, [R/2], where GGUF has tensors for it: of Llama 3, longrope and Gemma 4; and
+    weights of norms of heads [D] that are one number (Muse Glimmer)."""
+    if factor := getattr(config, "query_norm", 0.0):
+        norms = {"q": np.full(config.head_dim, factor, np.float32), "k": np.ones(config.head_dim, np.float32)}
+        return {f"blk.{n}.attn_{part}_norm.weight": norms[part] for n in range(config.num_layers) for part in norms}
     if config.rope.kind == "proportional":  # dividing by so much stands for a frequency of 0
         turns = np.arange(config.rope.dim // 2) < config.rope.rotated // 2
         return {DIVISORS: np.where(turns, config.rope.factor, 1e30).astype(np.float32)}

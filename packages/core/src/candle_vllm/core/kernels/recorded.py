@@ -22,6 +22,9 @@ Activation: TypeAlias = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "relu
 GateKind: TypeAlias = Literal["sigmoid", "silu", "gelu_tanh", "gelu", "softplus"]
 """Of a gate, see `kernels/silu_mul`."""
 
+Floats: TypeAlias = "NDArray[np.float32]"
+Gates: TypeAlias = "tuple[Recorded, Recorded] | None"
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -102,19 +105,23 @@ class Recorded(ABC):
         """See `kernels/side_by_side`."""
 
     @abstractmethod
-    def rms_norm(self, weight: NDArray[np.float32], eps: float) -> Recorded:
+    def first_of_heads(self, size: int) -> Recorded:
+        """See `kernels/side_by_side`."""
+
+    @abstractmethod
+    def rms_norm(self, weight: Floats, eps: float) -> Recorded:
         """See `kernels/rms_norm`."""
 
     @abstractmethod
-    def layer_norm(self, weight: NDArray[np.float32], bias: NDArray[np.float32] | None, eps: float) -> Recorded:
+    def layer_norm(self, weight: Floats, bias: Floats | None, eps: float) -> Recorded:
         """See `kernels/layer_norm`."""
 
     @abstractmethod
-    def rotary(self, cos: NDArray[np.float32], sin: NDArray[np.float32]) -> Recorded:
+    def rotary(self, cos: Floats, sin: Floats) -> Recorded:
         """See `kernels/rotary`."""
 
     @abstractmethod
-    def position_scale(self, table: NDArray[np.float32]) -> Recorded:
+    def position_scale(self, table: Floats) -> Recorded:
         """See `kernels/position_scale`."""
 
     @abstractmethod
@@ -129,37 +136,22 @@ class Recorded(ABC):
 
     @abstractmethod
     def short_conv(
-        self,
-        weight: NDArray[np.float32],
-        bias: NDArray[np.float32] | None,
-        cache: StateCache,
-        *,
-        silu: bool,
-        gates: tuple[Recorded, Recorded] | None,
+        self, weight: Floats, bias: Floats | None, cache: StateCache, *, silu: bool, gates: Gates
     ) -> Recorded:
         """See `kernels/short_conv`; with gates, what this value stands in is changed."""
 
     @abstractmethod
     def delta_rule(
-        self,
-        k: Recorded,
-        v: Recorded,
-        a: Recorded,
-        b: Recorded,
-        gates: DeltaGates,
-        cache: StateCache,
-        *,
-        scale: float,
-        normed: bool,
+        self, *others: Recorded, gates: DeltaGates, cache: StateCache, scale: float, normed: bool
     ) -> Recorded:
-        """See `kernels/delta_rule`; this value is q, and what it and k stand in is changed."""
+        """See `kernels/delta_rule`; this value is q, `others` are k, v, a and b; what q and k stand in is changed."""
 
     @abstractmethod
     def gate_mul(self, kind: GateKind) -> Recorded:
         """See `kernels/silu_mul`."""
 
     @abstractmethod
-    def xielu(self, numbers: NDArray[np.float32]) -> Recorded:
+    def xielu(self, numbers: Floats) -> Recorded:
         """See `models/apertus.py`; this value is changed."""
 
     @abstractmethod
@@ -171,9 +163,7 @@ class Recorded(ABC):
         """See `kernels/activation`."""
 
     @abstractmethod
-    def linear(
-        self, matrices: Sequence[Matrix], bias: NDArray[np.float32] | None, place: Place | None = None
-    ) -> Recorded:
+    def linear(self, matrices: Sequence[Matrix], bias: Floats | None, place: Place | None = None) -> Recorded:
         """See `kernels/packed_linear`, `plain_linear` and `scaled_linear`; the matrices' results stand side by side.
 
         What adapters do at `place` is added, see `kernels/lora`.
@@ -188,7 +178,7 @@ class Recorded(ABC):
         self,
         matrices: Sequence[Sequence[Matrix]],
         pairs: RecordedPairs,
-        bias: NDArray[np.float32] | None,
+        bias: Floats | None,
         activation: moe.Activation | None,
         place: Place | None = None,
     ) -> RecordedRows:
@@ -205,8 +195,8 @@ class Recorded(ABC):
         self,
         heads: int,
         kv_heads: int,
-        turned: tuple[RecordedTokens, NDArray[np.float32], NDArray[np.float32]] | None,
-        near: tuple[NDArray[np.float32] | None, int | None],
+        turned: tuple[RecordedTokens, Floats, Floats] | None,
+        near: tuple[Floats | None, int | None],
     ) -> Recorded:
         """See `kernels/whole_attention`; this value is qkv, and the texts are the step's sequences. `turned` are the
         places, cos and sin by which queries and keys turn, `near` the bias and the window."""
@@ -224,11 +214,11 @@ class Recorded(ABC):
         """The rows whose successor is wanted, for a product alone."""
 
     @abstractmethod
-    def logits(self, bias: NDArray[np.float32] | None, scale: float, cap: float | None) -> Recorded:
+    def logits(self, bias: Floats | None, scale: float, cap: float | None) -> Recorded:
         """The step's scores, of a product of wanted rows: a bias is added, then as `kernels/scale_cap` says."""
 
     @abstractmethod
-    def rows(self, wanted: NDArray[np.int64]) -> NDArray[np.float32]:
+    def rows(self, wanted: NDArray[np.int64]) -> Floats:
         """What some rows were when a step ran last: a copy [len(wanted), width]. Of what the layers gave last only."""
 
 
@@ -240,7 +230,7 @@ class RecordedRows(ABC):
         self,
         matrices: Sequence[Sequence[Matrix]],
         pairs: RecordedPairs,
-        bias: NDArray[np.float32] | None,
+        bias: Floats | None,
         activation: moe.Activation | None,
         place: Place | None = None,
     ) -> RecordedRows:

@@ -39,7 +39,7 @@ class Mixture:
         experts: X, up to `MOST_EXPERTS`.
         top_k: k, experts of a token.
         inner_size: F of an expert.
-        scoring, renormalise, groups, top_groups, scale: see `kernels/moe`.
+        scoring, renormalise, groups, top_groups, scale, jitter: see `kernels/moe`.
         correction: a number of each expert takes part in the choice alone (DeepSeek-V3's e_score_correction_bias).
         expert_scale: the weights of each expert are multiplied by a number of its own.
         activation: of the experts, and where they have no gate of what all tokens share.
@@ -57,6 +57,7 @@ class Mixture:
     groups: int = 1
     top_groups: int = 1
     scale: float = 1.0
+    jitter: float = 0.0
     correction: bool = False
     expert_scale: bool = False
     activation: Activation = "silu"
@@ -91,6 +92,9 @@ class Mixture:
 
 HostLayer: TypeAlias = Callable[[Value, Value, Callable[[], Value] | None], tuple[Value, Value]]
 """Given x, logits, and what else may run meanwhile: the experts' sums, and what that gave."""
+
+
+_SAME = ("top_k", "scoring", "renormalise", "groups", "top_groups", "scale", "jitter")  # fields of a `Routing`
 
 
 class Router:
@@ -213,17 +217,8 @@ class SparseMLP:
         return combine(self.experts(x, pairs), pairs, dtype, shared, gate)
 
     def _routing(self) -> Routing:
-        mixture = self._mixture
-        return Routing(
-            top_k=mixture.top_k,
-            scoring=mixture.scoring,
-            renormalise=mixture.renormalise,
-            bias=self.router.correction,
-            expert_scale=self.router.expert_scale,
-            groups=mixture.groups,
-            top_groups=mixture.top_groups,
-            scale=mixture.scale,
-        )
+        same = {name: getattr(self._mixture, name) for name in _SAME}
+        return Routing(bias=self.router.correction, expert_scale=self.router.expert_scale, **same)
 
 
 def mixtures_of(layers: Sequence[Any]) -> dict[int, SparseMLP]:

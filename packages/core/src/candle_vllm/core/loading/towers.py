@@ -37,6 +37,7 @@ TOWERS: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "ministral3": "Ministral3ForCausalLM",
             "mistral4": "Mistral4ForCausalLM",
         },
+        "MuseGlimmerForConditionalGeneration": {"muse_glimmer_text": "MuseGlimmerForCausalLM"},
         "Qwen2VLForConditionalGeneration": {"qwen2_vl_text": "Qwen2ForCausalLM"},
         "Qwen2_5_VLForConditionalGeneration": {"qwen2_5_vl_text": "Qwen2ForCausalLM"},
         "Qwen3VLForConditionalGeneration": {"qwen3_vl_text": "Qwen3ForCausalLM"},
@@ -133,7 +134,8 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 _CARRIED = ("dtype", "torch_dtype")  # said of the whole model, and meant of the text tower too
 _TEXT = re.compile(r"(?:language_model\.(?=model\.|lm_head\.)|model\.(?:language_model|text_model)\.)(.*)")
 _PARTS = (
-    "vision_(?:tower|model|embedder)|audio_tower|embed_(?:vision|audio)|(?:multi_modal|mm)_projector|connector|visual"
+    "vision_(?:tower|model|embedder|adapter|projection)|audio_tower|embed_(?:vision|audio)"
+    "|(?:multi_modal|mm)_projector|connector|visual"
 )
 _OTHER = re.compile(rf"(?:model\.)?((?:{_PARTS})\..*)")
 

@@ -68,22 +68,15 @@ def completed(config: ApertusConfig, tensors: Mapping[str, StoredTensor]) -> Ape
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> ApertusConfig:
     """Reads GGUF metadata of apertus."""
     shared, output_bias = shared_from_gguf(fields, checkpoint), "blk.0.attn_output.bias" in checkpoint.tensors
-    columns = [_by_layer(Fields(fields.values, fields.path), f"xielu.{part}", shared["num_layers"]) for part in _PARTS]
+    columns = [Fields(fields.values, fields.path).get(f"xielu.{part}", list) for part in _PARTS]
+    if any(len(column) != shared["num_layers"] for column in columns):
+        raise InvalidFileError(f"{fields.path}: the numbers of xIELU are not those of {shared['num_layers']} layers")
     own = {
         "qkv_bias": gguf_has_bias(checkpoint),
         "output_bias": output_bias,
         "xielu": tuple(zip(*columns, strict=True)),
     }
     return ApertusConfig(**shared | own, qk_norm=True)
-
-
-def _by_layer(fields: Fields, key: str, layers: int) -> list[float]:
-    """A number of each layer: a list, or one number for all."""
-    if not isinstance(stored := fields.values.get(key), list):
-        return [fields.get(key, float)] * layers
-    if len(stored) == layers and all(isinstance(number, float) for number in stored):
-        return stored
-    raise InvalidFileError(f"{fields.path}: {key} is {stored!r:.80}, not {layers} numbers")
 
 
 # ---- block and model -------------------------------------------------------------------------------------------------
@@ -140,6 +133,11 @@ WEIGHTS = [
 def ignored(config: ApertusConfig) -> list[str]:
     """As Llama's, and the numbers of xIELU, which the description has."""
     return [*llama.ignored(config), r"model\.layers\.\d+\.mlp\.act_fn\..*"]
+
+
+def gguf_keys(config: ApertusConfig) -> dict[str, Any]:
+    """The numbers of xIELU by layer, whose keys have no prefix."""
+    return {f"xielu.{part}": list(numbers) for part, numbers in zip(_PARTS, zip(*config.xielu))}
 
 
 FAMILY = Family(

@@ -10,12 +10,15 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
+import numpy as np
+
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.loading.config import ModelConfig
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.views import View, chain, qkv_rows
 from candle_vllm.core.loading.weights import Seen, WeightName
+from candle_vllm.core.quantization.tensors import StoredTensor
 
 HF, GG = "model.layers.{i}.", "blk.{i}."
 
@@ -110,3 +113,19 @@ def axes_keys(config: Any) -> dict[str, Any]:
     keys: dict[str, Any] = {"rope.dimension_sections": [config.rope.axes.count(axis) for axis in range(4)]}
     deep = getattr(config, "deep", 0)
     return window_keys(config) | keys | ({"n_deepstack_layers": deep} if deep else {})
+
+
+class RepeatedValues:
+    """A view of rows of values [K * V, ...] as [K * D, ...]: in each head the first rows stand for those that lack."""
+
+    def __call__(self, stored: StoredTensor, config: Any) -> StoredTensor:
+        own, dim = config.value_dim, config.head_dim
+        if not stored.shape or stored.shape[0] % own:
+            return stored  # a wrong shape is named by the loader
+        heads = np.arange(0, stored.shape[0], own)[:, None]
+        return stored.select((heads + np.arange(dim) % own).reshape(-1))
+
+    def undone(self, stored: StoredTensor, config: Any) -> StoredTensor:
+        """The rows that are stored."""
+        heads = np.arange(0, stored.shape[0], config.head_dim)[:, None]
+        return stored.select((heads + np.arange(config.value_dim)).reshape(-1))

@@ -69,6 +69,22 @@ def shared_names(hf: str) -> list[WeightName]:
     ]
 
 
+def sigmoids_from_gguf(fields: Fields, *, shared_size: int = 0) -> Mixture:
+    """Experts that are scored by sigmoids and chosen with a correction, as GGUF metadata describes them."""
+    if (gating := fields.get("expert_gating_func", int, 2)) != 2:
+        raise UnsupportedModelError(f"{fields.path}: expert_gating_func is {gating}; implemented: 2 (sigmoid)")
+    return Mixture(
+        experts=fields.count("expert_count"),
+        top_k=fields.count("expert_used_count"),
+        inner_size=fields.count("expert_feed_forward_length"),
+        scoring="sigmoid",
+        renormalise=fields.get("expert_weights_norm", bool, True),
+        scale=fields.get("expert_weights_scale", float, 0.0) or 1.0,
+        correction=True,
+        shared_size=shared_size,
+    )
+
+
 def sparse_in_gguf(checkpoint: Checkpoint, layers: int) -> frozenset[int]:
     """The layers that have a router."""
     return frozenset(i for i in range(layers) if f"blk.{i}.ffn_gate_inp.weight" in checkpoint.tensors)

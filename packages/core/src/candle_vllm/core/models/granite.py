@@ -19,7 +19,7 @@ from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.views import row_part
 from candle_vllm.core.loading.weights import Seen, WeightName
 from candle_vllm.core.models import llama
-from candle_vllm.core.models.attention_names import GG, HF, gguf_has_bias
+from candle_vllm.core.models.attention_names import GG, HF, gguf_has_bias, local_keys
 from candle_vllm.core.models.experts import count_keys, expert_names, shared_names
 from candle_vllm.core.models.family import Family
 from candle_vllm.core.models.llama import Llama, LlamaConfig
@@ -147,6 +147,12 @@ def gguf_keys(config: Any) -> dict[str, Any]:
         return keys
     shared = config.mixture.shared_size
     return keys | count_keys(config.mixture) | ({"expert_shared_feed_forward_length": shared} if shared else {})
+
+
+def swa_keys(config: Any) -> dict[str, Any]:
+    """The same, and which layers rotate; llama.cpp has no gate of what experts share in a tensor of its own."""
+    rotates = [layer not in config.unrotated_layers for layer in range(config.num_layers)]
+    return gguf_keys(config) | local_keys(config) | {"attention.rope_pattern": rotates}
 
 
 FAMILY = Family(

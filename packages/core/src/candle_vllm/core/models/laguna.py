@@ -9,29 +9,23 @@ correction, as DeepSeek-V3's; a layer that all tokens share is added. Source: Po
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.layers.moe import Mixture
 from candle_vllm.core.loading.config import gguf_windows, layer_windows, shared_from_gguf, shared_from_hf
-from candle_vllm.core.loading.rope import RopeConfig, rope_from_hf, stretched_context
+from candle_vllm.core.loading.rope import RopeConfig
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.weights import WeightName
-from candle_vllm.core.models import llama
-from candle_vllm.core.models.attention_names import GG, HF, gguf_has_bias
-from candle_vllm.core.models.experts import dense_layers, expert_count, expert_names, shared_names
+from candle_vllm.core.models import hy_v3, llama
+from candle_vllm.core.models.attention_names import GG, HF, gguf_has_bias, local_keys
+from candle_vllm.core.models.experts import dense_layers, expert_count, expert_names, shared_names, sigmoids_from_gguf
 from candle_vllm.core.models.family import Family
 from candle_vllm.core.models.llama import Llama, LlamaConfig
-from candle_vllm.core.models.local_layers import by_layer
+from candle_vllm.core.models.local_layers import by_layer, ropes_by_kind
 
 # ---- config ----------------------------------------------------------------------------------------------------------
-
-_ROPES: tuple[tuple[str, Mapping[str, float]], ...] = (  # for a config without it
-    ("full_attention", {"rope_theta": 5e5, "partial_rotary_factor": 0.5}),
-    ("sliding_attention", {"rope_theta": 1e4}),
-)
 
 
 def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
@@ -59,7 +53,7 @@ def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
         "wide_gate": _is_wide(fields),
         "sparse_layers": frozenset(range(dense_layers(fields, layers, 1), layers)),
     }
-    own |= _by_kind(fields, shared, windows)
+    own |= ropes_by_kind(fields, shared["head_dim"], windows, (5e5, 0.5), (1e4, 1.0))
     heads = by_layer(fields, "num_attention_heads_per_layer", layers, shared["num_heads"])
     return _laguna(shared | own, heads, mixture)
 
@@ -72,15 +66,6 @@ def _is_wide(fields: Fields) -> bool:
     if len(set(stored)) != 1 or stored[0] not in kinds:
         raise UnsupportedModelError(f"{fields.path}: gating is {stored!r:.80}; implemented: per-head and per-element")
     return kinds[stored[0]]
-
-
-def _by_kind(fields: Fields, shared: dict[str, Any], windows: tuple[int | None, ...]) -> dict[str, Any]:
-    """The rotary settings of both kinds of layer."""
-    position, stored = fields.count("max_position_embeddings"), fields.section("rope_parameters")
-    kinds = [Fields({"rope_parameters": stored.section(kind).values or usual}, fields.path) for kind, usual in _ROPES]
-    full, local = (rope_from_hf(kind, shared["head_dim"], position) for kind in kinds)
-    own: dict[str, Any] = {"rope": full, "max_position": stretched_context(full, position)}
-    return own | ({"local_rope": local} if any(windows) else {})
 
 
 def _laguna(shared: dict[str, Any], heads: tuple[int, ...], mixture: Mixture) -> LlamaConfig:
@@ -96,8 +81,6 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
     layers, key = fields.count("block_count"), f"{fields.prefix}attention.head_count"
     heads = by_layer(fields, "attention.head_count", layers)
     shared = shared_from_gguf(Fields({**fields.values, key: heads[0]}, fields.path, fields.prefix), checkpoint)
-    if (gating := fields.get("expert_gating_func", int, 2)) != 2:
-        raise UnsupportedModelError(f"{fields.path}: expert_gating_func is {gating}; implemented: 2 (sigmoid)")
     window = fields.get("attention.sliding_window", int, 0) or None
     windows = gguf_windows(fields, layers, window, period=4) if window else (None,) * layers
     local = RopeConfig(
@@ -114,16 +97,7 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
         "wide_gate": gate is not None and gate.shape[0] != heads[0],
         "sparse_layers": frozenset(range(dense, layers)),
     }
-    mixture = Mixture(
-        experts=fields.count("expert_count"),
-        top_k=fields.count("expert_used_count"),
-        inner_size=fields.count("expert_feed_forward_length"),
-        scoring="sigmoid",
-        renormalise=fields.get("expert_weights_norm", bool, True),
-        scale=fields.get("expert_weights_scale", float, 0.0) or 1.0,
-        correction=True,
-        shared_size=fields.count("expert_shared_feed_forward_length"),
-    )
+    mixture = sigmoids_from_gguf(fields, shared_size=fields.count("expert_shared_feed_forward_length"))
     return _laguna(shared | own, heads, mixture)
 
 
@@ -138,6 +112,14 @@ WEIGHTS = [
     *expert_names("mlp.experts", "gate_proj", "up_proj", "down_proj"),
     *(WeightName(old.target, (str(old.hf), str(new.hf)), old.gguf) for old, new in _SHARED),
 ]
+
+
+def gguf_keys(config: LlamaConfig) -> dict[str, Any]:
+    """What GGUF metadata says of a Laguna beyond the usual: numbers of heads are a list."""
+    heads, local = [config.heads(layer)[0] for layer in range(config.num_layers)], config.local_rope
+    keys = hy_v3.gguf_keys(config) | local_keys(config) | {"attention.head_count": heads}
+    return keys | ({} if local is None else {"rope.dimension_count_swa": local.dim})
+
 
 FAMILY = Family(
     hf={"LagunaForCausalLM": "laguna"},

@@ -15,7 +15,8 @@ from typing import Any, ClassVar, TypeAlias
 
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.fields import Fields
-from candle_vllm.core.kernels.recorded import GateKind, Value
+from candle_vllm.core.kernels.recorded import GateKind, Recorded, Value
+from candle_vllm.core.kernels.side_by_side import first_of_heads
 from candle_vllm.core.kernels.silu_mul import gated
 from candle_vllm.core.layers.attention import PagedAttention, StepInput
 from candle_vllm.core.layers.embedding import Embedding
@@ -60,6 +61,8 @@ class LlamaConfig(ModelConfig):
         head_factors: query heads of each layer in multiples of `num_heads` (`laguna.py`); none where each is 1.
         groups: how many of `num_heads` share a key-value head in each layer (`mimo_v2.py`); none where layers agree.
         gate: activation of a gate on what attention gives, of each head, or of each element where `wide_gate`.
+        value_dim: elements of a head of values, where they are fewer than `head_dim` (`mimo_v2.py`); 0 for `head_dim`.
+        value_scale: factor of values.
     """
 
     qkv_bias: bool = False
@@ -82,6 +85,8 @@ class LlamaConfig(ModelConfig):
     groups: tuple[int, ...] = ()
     gate: GateKind | None = None
     wide_gate: bool = False
+    value_dim: int = 0
+    value_scale: float = 1.0
 
     def heads(self, layer: int) -> tuple[int, int]:
         """H and K of a layer; a rank with a part of a group has its key-value head."""
@@ -185,7 +190,8 @@ class Attention:
         self.gate_kind: GateKind | None = config.gate
         gates = heads * dim if config.wide_gate else heads
         self.gate = None if config.gate is None else Linear(config.hidden_size, gates, placement)
-        self.output = Linear(heads * dim, config.hidden_size, placement, bias=config.output_bias)
+        self.value_dim, self.value_scale = config.value_dim or dim, config.value_scale
+        self.output = Linear(heads * self.value_dim, config.hidden_size, placement, bias=config.output_bias)
         widths = self.sizes[:2] if config.whole_norms else (dim, dim)
         norms = [RMSNorm(width, config.norm_eps, placement) if config.qk_norm else None for width in widths]
         self.q_norm: RMSNorm | HeadLayerNorm | None
@@ -207,7 +213,10 @@ class Attention:
             q, k = (part.unflatten(-1, (-1, size)) for part, size in zip(parts, self.sizes[:2]))
             parts = (self.q_norm(q).flatten(1), self.k_norm(k).flatten(1), parts[2])
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)  # [T, H, D], [T, K, D] twice
-        y = self.attend(q, k, v, step).flatten(1)
+        y = self.attend(q, k, v, step)
+        y = y.flatten(1) if self.value_dim == self.head_dim else first_of_heads(y, self.value_dim)
+        if self.value_scale != 1:
+            y = y.scaled(self.value_scale) if isinstance(y, Recorded) else y * self.value_scale
         if self.gate is not None and self.gate_kind is not None:
             y = gated(y, self.gate(x), self.gate_kind)
         return self.output(y)

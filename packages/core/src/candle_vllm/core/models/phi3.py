@@ -48,12 +48,14 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
     position, layers = shared["max_position"], shared["num_layers"]
     if "attention.sliding_window" not in fields and position == 4096 and layers in (32, 40):
         shared["sliding_windows"] = (2047,) * layers  # files of Phi-3-4k from before the key
-    if _LONG in checkpoint.tensors or _SHORT in checkpoint.tensors:
-        shared["rope"] = _longrope(fields, checkpoint, shared["rope"], position)
+    shared["rope"] = with_divisors(fields, checkpoint, shared["rope"], position)
     return LlamaConfig(**shared)
 
 
-def _longrope(fields: Fields, checkpoint: Checkpoint, rope: RopeConfig, position: int) -> RopeConfig:
+def with_divisors(fields: Fields, checkpoint: Checkpoint, rope: RopeConfig, position: int) -> RopeConfig:
+    """The rotary settings with long-rope's factors, where the file has tensors of them."""
+    if _LONG not in checkpoint.tensors and _SHORT not in checkpoint.tensors:
+        return rope
     return dataclasses.replace(
         rope,
         kind="longrope",

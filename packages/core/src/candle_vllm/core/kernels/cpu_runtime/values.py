@@ -37,7 +37,7 @@ from candle_vllm.core.kernels.lora.cpu_record import INPUT_FORM, Joining, record
 from candle_vllm.core.kernels.moe.arguments import is_gated
 from candle_vllm.core.kernels.moe.plan import PROLOGUES, Pairs, Results, record_products, record_route, record_sum
 from candle_vllm.core.kernels.position_scale import PositionScaleArguments, position_scale_operation
-from candle_vllm.core.kernels.recorded import LookUp, Recorded, RecordedRows, RecordedTokens
+from candle_vllm.core.kernels.recorded import Floats, Gates, LookUp, Recorded, RecordedRows, RecordedTokens
 from candle_vllm.core.kernels.rms_norm import (
     HeadNormArguments,
     NormOntoArguments,
@@ -211,13 +211,22 @@ class _Value(Recorded):
         row = CopyArguments(self.address, source.stride, self.width, at, target.stride, rows_from=self.rows_from)
         self.recorder.add(copy_operation(), row)
 
-    def rms_norm(self, weight: NDArray[np.float32], eps: float) -> Recorded:
+    def first_of_heads(self, size: int) -> Recorded:
+        assert self.head_dim is not None
+        heads, source = self.width // self.head_dim, self.buffer
+        made = self.recorder.buffer(heads * size)
+        place = (self.address, source.stride, size, address_of(made.array), made.stride)
+        row = CopyArguments(*place, rows_from=self.rows_from, parts=heads, gap=self.head_dim)
+        self.recorder.add(copy_operation(), row)
+        return _Value(self.recorder, made, 0, made.width, rows_from=self.rows_from)
+
+    def rms_norm(self, weight: Floats, eps: float) -> Recorded:
         if self.head_dim is None:
             assert not isinstance(self, _Prepared), "a norm reads what is made: see `side_by_side`"
             return _Prepared(self, Prologue.NORM, self.width, weight, eps)
         return self._norm_heads(self.head_dim, weight, eps, layer=False)
 
-    def layer_norm(self, weight: NDArray[np.float32], bias: NDArray[np.float32] | None, eps: float) -> Recorded:
+    def layer_norm(self, weight: Floats, bias: Floats | None, eps: float) -> Recorded:
         if self.head_dim is None:
             assert not isinstance(self, _Prepared), "a norm reads what is made: see `side_by_side`"
             both = np.concatenate([weight, np.zeros_like(weight) if bias is None else bias])
@@ -225,7 +234,7 @@ class _Value(Recorded):
         assert bias is None
         return self._norm_heads(self.head_dim, weight, eps, layer=True)
 
-    def _norm_heads(self, head_dim: int, weight: NDArray[np.float32], eps: float, *, layer: bool) -> Recorded:
+    def _norm_heads(self, head_dim: int, weight: Floats, eps: float, *, layer: bool) -> Recorded:
         """In place: nothing else reads these columns."""
         arguments = HeadNormArguments(
             x=self.address,
@@ -240,10 +249,10 @@ class _Value(Recorded):
         self.recorder.add(head_norm_operation(layer), arguments)
         return self
 
-    def rotary(self, cos: NDArray[np.float32], sin: NDArray[np.float32]) -> Recorded:
+    def rotary(self, cos: Floats, sin: Floats) -> Recorded:
         return _Rotated(self, cos, sin)
 
-    def position_scale(self, table: NDArray[np.float32]) -> Recorded:
+    def position_scale(self, table: Floats) -> Recorded:
         assert self.rows_from is StepNumber.TOKENS
         row = PositionScaleArguments(
             x=self.address,
@@ -288,13 +297,7 @@ class _Value(Recorded):
         self.recorder.add(scale_cap_operation(3), row)
 
     def short_conv(
-        self,
-        weight: NDArray[np.float32],
-        bias: NDArray[np.float32] | None,
-        cache: StateCache,
-        *,
-        silu: bool,
-        gates: tuple[Recorded, Recorded] | None,
+        self, weight: Floats, bias: Floats | None, cache: StateCache, *, silu: bool, gates: Gates
     ) -> Recorded:
         assert self.rows_from is StepNumber.TOKENS
         recorder, (channels, taps), out = self.recorder, weight.shape, self.recorder.buffer(self.width)
@@ -320,21 +323,12 @@ class _Value(Recorded):
         return buffer_value(recorder, out)
 
     def delta_rule(
-        self,
-        k: Recorded,
-        v: Recorded,
-        a: Recorded,
-        b: Recorded,
-        gates: DeltaGates,
-        cache: StateCache,
-        *,
-        scale: float,
-        normed: bool,
+        self, *others: Recorded, gates: DeltaGates, cache: StateCache, scale: float, normed: bool
     ) -> Recorded:
         from candle_vllm.core.kernels.delta_rule.cpu_record import Rows, record_delta_rule
 
         assert self.rows_from is StepNumber.TOKENS
-        given = [value for value in (self, k, v, a, b) if isinstance(value, _Value)]
+        given = [value for value in (self, *others) if isinstance(value, _Value)]
         parts = [Rows(value.address, value.buffer.stride, value.width, value.head_dim) for value in given]
         out = self.recorder.buffer(parts[2].width)
         result = Rows(address_of(out.array), out.stride, out.width, parts[2].head_dim)
@@ -353,7 +347,7 @@ class _Value(Recorded):
         source = self.buffer  # made before the gate is
         return self._times(source, kind, gate.buffer.stride, gate.address, self.width // gate.width)
 
-    def xielu(self, numbers: NDArray[np.float32]) -> Recorded:
+    def xielu(self, numbers: Floats) -> Recorded:
         return self._times(self.buffer, "xielu", 0, self.recorder.keep(numbers), 1)
 
     def _times(self, buffer: Buffer, kind: str, gate_stride: int, gate: int, span: int) -> Recorded:
@@ -367,9 +361,7 @@ class _Value(Recorded):
     def activation(self, kind: Activation) -> Recorded:
         return _Prepared(self, Prologue[kind.upper()], self.width)
 
-    def linear(
-        self, matrices: Sequence[Matrix], bias: NDArray[np.float32] | None, place: Place | None = None
-    ) -> Recorded:
+    def linear(self, matrices: Sequence[Matrix], bias: Floats | None, place: Place | None = None) -> Recorded:
         return _Prepared(self, Prologue.NONE, self.width).linear(matrices, bias, place)
 
     def route(self, routing: Routing) -> Pairs:
@@ -380,7 +372,7 @@ class _Value(Recorded):
         self,
         matrices: Sequence[Sequence[Matrix]],
         pairs: Pairs,
-        bias: NDArray[np.float32] | None,
+        bias: Floats | None,
         activation: ExpertActivation | None,
         place: Place | None = None,
     ) -> RecordedRows:
@@ -395,8 +387,8 @@ class _Value(Recorded):
         self,
         heads: int,
         kv_heads: int,
-        turned: tuple[RecordedTokens, NDArray[np.float32], NDArray[np.float32]] | None,
-        near: tuple[NDArray[np.float32] | None, int | None],
+        turned: tuple[RecordedTokens, Floats, Floats] | None,
+        near: tuple[Floats | None, int | None],
     ) -> Recorded:
         from candle_vllm.core.kernels.whole_attention.cpu_record import WholeHeads, record_turn, record_whole_attention
 
@@ -428,11 +420,11 @@ class _Value(Recorded):
     def wanted(self) -> Recorded:
         return _Prepared(self, Prologue.NONE, self.width).wanted()
 
-    def logits(self, bias: NDArray[np.float32] | None, scale: float, cap: float | None) -> Recorded:
+    def logits(self, bias: Floats | None, scale: float, cap: float | None) -> Recorded:
         del bias, scale, cap
         raise AssertionError("logits are a product of wanted rows")
 
-    def rows(self, wanted: NDArray[np.int64]) -> NDArray[np.float32]:
+    def rows(self, wanted: NDArray[np.int64]) -> Floats:
         whole = self.buffer.array.reshape(-1, self.buffer.stride)
         return whole[wanted, self.column : self.column + self.width]
 
@@ -453,7 +445,7 @@ class _Prepared(_Wrapper):
         source: _Value,
         prologue: Prologue,
         columns: int,
-        weight: NDArray[np.float32] | None = None,
+        weight: Floats | None = None,
         eps: float = 0.0,
     ) -> None:
         super().__init__(source, columns)
@@ -475,9 +467,7 @@ class _Prepared(_Wrapper):
             self._forms |= make_forms(self.recorder, new, self._from())
         return self._forms
 
-    def linear(
-        self, matrices: Sequence[Matrix], bias: NDArray[np.float32] | None, place: Place | None = None
-    ) -> Recorded:
+    def linear(self, matrices: Sequence[Matrix], bias: Floats | None, place: Place | None = None) -> Recorded:
         wanted, joins = [matrix.input_form for matrix in matrices], None
         if self.recorder.adapted and place is not None:
             joins = Joining(self.recorder, place, self.rows_from)
@@ -492,7 +482,7 @@ class _Prepared(_Wrapper):
         self,
         matrices: Sequence[Sequence[Matrix]],
         pairs: Pairs,
-        bias: NDArray[np.float32] | None,
+        bias: Floats | None,
         activation: ExpertActivation | None,
         place: Place | None = None,
     ) -> RecordedRows:
@@ -531,7 +521,7 @@ class _Prepared(_Wrapper):
             picked._picked, picked.rows_from = address_of(self.recorder.arrays.logit_rows), StepNumber.LOGIT_ROWS
         return picked
 
-    def rows(self, wanted: NDArray[np.int64]) -> NDArray[np.float32]:
+    def rows(self, wanted: NDArray[np.int64]) -> Floats:
         assert self._prologue is Prologue.NONE or self._prologue.norm, "no model ends with an activation"
         found = self.source.rows(wanted)
         if self._weight is None:
@@ -638,14 +628,14 @@ class _Product(_Pending):
         self,
         recorder: Recorder,
         factors: list[tuple[Matrix, Inputs]],
-        bias: NDArray[np.float32] | None,
+        bias: Floats | None,
         rows_from: StepNumber = StepNumber.TOKENS,
         joins: Joining | None = None,
     ) -> None:
         super().__init__(recorder, sum(matrix.rows for matrix, _ in factors))
         self._factors, self._bias, self.rows_from, self._joins = factors, bias, rows_from, joins
 
-    def logits(self, bias: NDArray[np.float32] | None, scale: float, cap: float | None) -> Recorded:
+    def logits(self, bias: Floats | None, scale: float, cap: float | None) -> Recorded:
         assert self.rows_from is StepNumber.LOGIT_ROWS
         assert bias is None or self._bias is None
         recorder, columns, stride = self.recorder, self.width, row_stride(self.width)
@@ -710,9 +700,7 @@ class _Gated(_Value):
     def buffer(self) -> Buffer:
         raise AssertionError("a gated product is for matrices alone")
 
-    def linear(
-        self, matrices: Sequence[Matrix], bias: NDArray[np.float32] | None, place: Place | None = None
-    ) -> Recorded:
+    def linear(self, matrices: Sequence[Matrix], bias: Floats | None, place: Place | None = None) -> Recorded:
         forms = {matrix.input_form for matrix in matrices}
         if self._prepared is None and forms == {Groups()} and (place is None or not self.recorder.adapted):
             if self._groups is None:
@@ -735,7 +723,7 @@ class _PairRows(RecordedRows):
         self,
         matrices: Sequence[Sequence[Matrix]],
         pairs: Pairs,
-        bias: NDArray[np.float32] | None,
+        bias: Floats | None,
         activation: ExpertActivation | None,
         place: Place | None = None,
     ) -> RecordedRows:
@@ -788,11 +776,11 @@ def _place(value: Recorded | None) -> tuple[int, int]:
 class _Rotated(_Wrapper):
     """Heads that are rotated by position when they are written or attend."""
 
-    def __init__(self, source: _Value, cos: NDArray[np.float32], sin: NDArray[np.float32]) -> None:
+    def __init__(self, source: _Value, cos: Floats, sin: Floats) -> None:
         super().__init__(source, source.width)
         self.tables = (cos, sin)
 
-    def rms_norm(self, weight: NDArray[np.float32], eps: float) -> Recorded:
+    def rms_norm(self, weight: Floats, eps: float) -> Recorded:
         """In place: these heads turn before they are normed."""
         from candle_vllm.core.kernels.whole_attention.cpu_record import WholeHeads, record_turn
 
@@ -816,7 +804,7 @@ def _attend(
     v: _Value | None,
     cache: PagedCache,
     scores: Scores,
-    tables: tuple[NDArray[np.float32], NDArray[np.float32]] | None,
+    tables: tuple[Floats, Floats] | None,
 ) -> Recorded:
     """See `kernels/attention/cpu_record.py`."""
     recorder, dim = q.recorder, q.head_dim

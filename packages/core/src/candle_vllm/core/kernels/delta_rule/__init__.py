@@ -74,7 +74,7 @@ def delta_rule(
         positions: see above.
     """
     if isinstance(q, Recorded):
-        return q.delta_rule(k, v, a, b, gates, cache, scale=scale, normed=normed)
+        return q.delta_rule(k, v, a, b, gates=gates, cache=cache, scale=scale, normed=normed)
     assert rows is not None
     _check(q, k, v, a, b, gates, cache)
     if on_gpu(q):

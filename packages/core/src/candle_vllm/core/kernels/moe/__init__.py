@@ -9,8 +9,10 @@ decide: they have the same order as the scores, and rounding makes no two of the
 experts, only experts of the `top_groups` best groups are candidates; a group's rank is its highest score, or with a
 bias the sum of its two highest. NaN counts as lower than every number. The weights are the scores without the bias,
 divided by their sum if `renormalise`, times `scale`, and times each expert's `expert_scale` if there is one. The
-experts of a token differ and are in the order in which they were chosen.
-Source: Shazeer et al., 2017, arXiv:1701.06538; DeepSeek-V2, arXiv:2405.04434; DeepSeek-V3, arXiv:2412.19437.
+experts of a token differ and are in the order in which they were chosen. With "sparsemixer" (without bias and groups)
+the weight of a chosen logit l is its share of a softmax over l and those logits z, not chosen before, that are near:
+l - z is at most 2 `jitter` max(|z|, l). On a GPU torch computes it. Sources: Shazeer et al., 2017, arXiv:1701.06538;
+DeepSeek-V2, arXiv:2405.04434; DeepSeek-V3, arXiv:2412.19437; Liu et al., 2024, arXiv:2409.12136 (sparsemixer).
 
 `expert_linear`: a product with the matrices of all experts, [X * N, K], expert by expert: a `DeviceMatrix` of bfloat16
 or float16, of GGUF's blocks, or of small floats in groups; or all of it float32. With an activation the matrix has each
@@ -88,13 +90,12 @@ def route(logits: Value, routing: Routing) -> Pairs | RecordedPairs:
     assert routing.scoring in get_args(Scoring)
     from candle_vllm.core.kernels.moe import reference
 
-    choose = reference.route
-    if on_gpu(logits):
+    if on_gpu(logits) and routing.scoring != "sparsemixer":
         from candle_vllm.core.kernels.moe import triton_route
 
-        choose = triton_route.route
-    found = choose(logits, top_k, routing.scoring, routing.renormalise, bias, (groups, top_groups), routing.scale)
-    weights, chosen = found
+        weights, chosen = triton_route.route(logits, routing)
+    else:
+        weights, chosen = reference.route(logits, routing)
     if routing.expert_scale is not None:
         weights = weights * routing.expert_scale[chosen.long()]
     return Pairs(weights, chosen, experts)

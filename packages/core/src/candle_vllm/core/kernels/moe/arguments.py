@@ -32,7 +32,7 @@ def is_gated(activation: Activation | None) -> bool:
     return activation not in (None, "relu2", "gelu")
 
 
-Scoring: TypeAlias = Literal["softmax", "sigmoid"]
+Scoring: TypeAlias = Literal["softmax", "sigmoid", "sparsemixer"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -46,6 +46,7 @@ class Routing:
             e_score_correction_bias).
         expert_scale: [X] fp32 or None, an array in recorded steps; factor of each expert's weights.
         groups, top_groups: number of groups of experts, and number of groups whose experts are candidates.
+        jitter: of sparsemixer.
     """
 
     top_k: int
@@ -56,6 +57,7 @@ class Routing:
     groups: int = 1
     top_groups: int = 1
     scale: float = 1.0
+    jitter: float = 0.0
 
 
 @dataclass(eq=False)
@@ -115,7 +117,7 @@ class RouteArguments(NamedTuple):
         num_experts: X.
         top_k: k.
         groups, top_groups: how many groups of experts there are, and how many of them are candidates.
-        sigmoid, renormalise, scale: how scores become weights; see the contract in the package.
+        scoring, renormalise, scale, jitter: how scores become weights; the first is a number in `Scoring`.
         bias, expert_scale: addresses of float32 [X], or 0.
         experts, weights: addresses of the results, int64 [T, k] and float32 [T, k].
         finished: of int64, 0 between operations.
@@ -129,7 +131,7 @@ class RouteArguments(NamedTuple):
     top_k: int
     groups: int
     top_groups: int
-    sigmoid: int
+    scoring: int
     renormalise: int
     bias: int
     scale: float
@@ -140,6 +142,7 @@ class RouteArguments(NamedTuple):
     token_of: int
     place_of: int
     expert_scale: int = 0
+    jitter: float = 0.0
 
 
 def route_operation() -> int:

@@ -81,6 +81,17 @@ def _score(logits: Any, scores: Any, choice: Any, count: int, sigmoid: int, bias
 
 
 @njit
+def _share_of_near(choice: Any, candidates: Any, best: int, count: int, jitter: float) -> float:
+    """The best logit's share of a softmax over it and the candidates that are near to it."""
+    top, total = float(choice[best]), 1.0
+    for x in range(count):
+        value = float(choice[x])
+        if candidates[x] != 0 and top - value <= 2.0 * jitter * max(abs(value), top):
+            total += math.exp(value - top)
+    return 1.0 / total
+
+
+@njit
 def _keep_groups(choice: Any, candidates: Any, scratch: int, size: int, groups: int, top_groups: int, two: int) -> None:
     """Makes candidates of the members of the best groups. scratch: address of 2 * groups floats."""
     worth, remaining = float32_at(scratch), float32_at(scratch + 4 * groups)
@@ -128,7 +139,7 @@ def route(row, thread, threads):
     memory = stack_bytes(3 * 4 * count + 8 * groups)
     scores, choice, candidates = float32_at(memory), float32_at(memory + 4 * count), float32_at(memory + 8 * count)
     for t in range(tokens * thread // threads, tokens * (thread + 1) // threads):
-        _score(float32_at(given.logits + t * given.stride * 4), scores, choice, count, given.sigmoid, bias)
+        _score(float32_at(given.logits + t * given.stride * 4), scores, choice, count, given.scoring, bias)
         for x in range(count):
             candidates[x] = 1 if groups == 1 else 0
         if groups > 1:
@@ -138,6 +149,8 @@ def route(row, thread, threads):
         for j in range(top_k):
             expert = _best(choice, candidates, count)
             chosen[j] = expert
+            if given.scoring == 2:
+                scores[expert] = _share_of_near(choice, candidates, expert, count, float(given.jitter))
             total += float(scores[expert])
         factor = scale / (total + LEAST_SUM) if given.renormalise != 0 else scale
         for j in range(top_k):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,7 @@ from candle_vllm.core.kernels.activation_rows import InputForm
 from candle_vllm.core.kernels.cpu_runtime.matrices import Inputs, linear_call
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, plan_row
 from candle_vllm.core.kernels.moe import arguments as given
-from candle_vllm.core.kernels.moe.arguments import Activation, Routing
+from candle_vllm.core.kernels.moe.arguments import Activation, Routing, Scoring
 
 if TYPE_CHECKING:
     from candle_vllm.core.kernels.cpu_runtime.recorder import Recorder
@@ -106,7 +106,7 @@ def record_route(recorder: Recorder, logits: tuple[int, int], count: int, routin
         top_k=top_k,
         groups=routing.groups,
         top_groups=routing.top_groups,
-        sigmoid=routing.scoring == "sigmoid",
+        scoring=get_args(Scoring).index(routing.scoring),
         renormalise=routing.renormalise,
         bias=0 if routing.bias is None else recorder.keep(routing.bias),
         scale=routing.scale,
@@ -117,6 +117,7 @@ def record_route(recorder: Recorder, logits: tuple[int, int], count: int, routin
         token_of=address_of(token_of),
         place_of=address_of(places),
         expert_scale=0 if routing.expert_scale is None else recorder.keep(routing.expert_scale),
+        jitter=routing.jitter,
     )
     recorder.add(given.route_operation(), arguments)
     return pairs

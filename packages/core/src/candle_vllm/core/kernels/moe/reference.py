@@ -8,36 +8,41 @@ import torch
 from candle_vllm.core.kernels.lora import Place
 from candle_vllm.core.kernels.lora.reference import EagerAdapters
 from candle_vllm.core.kernels.matrices import DeviceMatrix
-from candle_vllm.core.kernels.moe.arguments import LEAST_SUM, Activation, Pairs, Scoring, is_gated
+from candle_vllm.core.kernels.moe.arguments import LEAST_SUM, Activation, Pairs, Routing, is_gated
 
 
-def route(
-    logits: torch.Tensor,
-    top_k: int,
-    scoring: Scoring,
-    renormalise: bool,
-    bias: torch.Tensor | None,
-    groups: tuple[int, int],
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See the contract in the package; groups: how many there are, and how many are candidates."""
+def route(logits: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, torch.Tensor]:
+    """See the contract in the package: weights and experts [T, k]."""
+    bias, count = routing.bias, routing.groups
     wide = logits.float()
-    scores = torch.softmax(wide, -1) if scoring == "softmax" else torch.sigmoid(wide)
+    scores = torch.softmax(wide, -1) if routing.scoring == "softmax" else torch.sigmoid(wide)
     choice = wide if bias is None else scores + bias.float()
     choice = torch.where(choice.isnan(), -torch.inf, choice)
     candidate = torch.ones_like(choice, dtype=torch.bool)
-    count, wanted = groups
     if count > 1:
         grouped = choice.unflatten(1, (count, -1))
         worth = grouped.topk(1 if bias is None else 2, -1).values.sum(-1)
-        best = _best(worth, torch.ones_like(worth, dtype=torch.bool), wanted)
+        best = _best(worth, torch.ones_like(worth, dtype=torch.bool), routing.top_groups)
         chosen = torch.zeros_like(worth, dtype=torch.bool).scatter(1, best, True)
         candidate = chosen.repeat_interleave(grouped.shape[2], 1)
-    experts = _best(choice, candidate, top_k)
+    experts = _best(choice, candidate, routing.top_k)
     weights = scores.gather(1, experts)
-    if renormalise:
+    if routing.scoring == "sparsemixer":
+        weights = _shares_of_near(choice, experts, routing.jitter)
+    if routing.renormalise:
         weights = weights / (weights.sum(1, keepdim=True) + LEAST_SUM)
-    return weights * scale, experts.to(torch.int32)
+    return weights * routing.scale, experts.to(torch.int32)
+
+
+def _shares_of_near(logits: torch.Tensor, experts: torch.Tensor, jitter: float) -> torch.Tensor:
+    """Each chosen logit's share of a softmax over it and those that are near to it and were not chosen before."""
+    shares: list[torch.Tensor] = []
+    for chosen in experts.split(1, 1):
+        top = logits.gather(1, chosen)
+        far = top - logits > 2 * jitter * torch.maximum(logits.abs(), top)
+        shares.append(1 / (logits - top).exp().masked_fill(far, 0).sum(1))
+        logits = logits.scatter(1, chosen, -torch.inf)
+    return torch.stack(shares, 1)
 
 
 def _best(values: torch.Tensor, candidate: torch.Tensor, count: int) -> torch.Tensor:

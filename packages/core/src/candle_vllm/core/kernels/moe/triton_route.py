@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from candle_vllm.core.kernels.moe.arguments import LEAST_SUM, Scoring
+from candle_vllm.core.kernels.moe.arguments import LEAST_SUM, Routing
 from candle_vllm.core.kernels.triton_build import OPTIONS, Build, next_power_of_2
 
 
@@ -101,16 +101,9 @@ def route_kernel(
     tl.store(experts + token * K + slot, places, mask=slot < K)
 
 
-def route(
-    logits: torch.Tensor,
-    top_k: int,
-    scoring: Scoring,
-    renormalise: bool,
-    bias: torch.Tensor | None,
-    groups: tuple[int, int],
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See the contract in the package; groups: how many there are, and how many are candidates."""
+def route(logits: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, torch.Tensor]:
+    """See the contract in the package: weights and experts [T, k]."""
+    top_k, bias, groups = routing.top_k, routing.bias, (routing.groups, routing.top_groups)
     tokens, count = logits.shape
     assert logits.stride(1) == 1 or count == 1, "the numbers of a row lie behind each other"
     assert logits.dtype in (torch.float32, torch.bfloat16, torch.float16)
@@ -120,8 +113,10 @@ def route(
     weights = torch.empty((tokens, top_k), dtype=torch.float32, device=logits.device)
     experts = torch.empty((tokens, top_k), dtype=torch.int32, device=logits.device)
     if tokens:
-        constants = _constants(count, top_k, groups, scoring == "sigmoid", bias is not None, renormalise)
-        arguments = (logits, bias, weights, experts, logits.stride(0), scale)
+        constants = _constants(
+            count, top_k, groups, routing.scoring == "sigmoid", bias is not None, routing.renormalise
+        )
+        arguments = (logits, bias, weights, experts, logits.stride(0), routing.scale)
         route_kernel[(tokens,)](*arguments, **constants, num_warps=_warps(constants), **OPTIONS)
     return weights, experts
 

@@ -22,6 +22,11 @@ def side_by_side(first: Value, *others: Value) -> Value:
     return reference.side_by_side(first, *others)
 
 
+def first_of_heads(x: Value, size: int) -> Value:
+    """The first `size` columns of each head, [T, H * size] of x [T, H, D]."""
+    return x.first_of_heads(size) if isinstance(x, Recorded) else x[..., :size].flatten(1)
+
+
 class CopyArguments(NamedTuple):
     """The operation's arguments.
 
@@ -30,6 +35,7 @@ class CopyArguments(NamedTuple):
         target: address of the rows that they are copied to, `target_stride` floats apart.
         picked: address of int64 row numbers, of which x is copied; 0 takes rows 0, 1, 2, ...
         rows_from: which of the step's numbers is T.
+        parts, gap: as many runs of columns are copied, whose first columns stand `gap` apart in x.
     """
 
     x: int
@@ -39,6 +45,8 @@ class CopyArguments(NamedTuple):
     target_stride: int
     picked: int = 0
     rows_from: int = StepNumber.TOKENS
+    parts: int = 1
+    gap: int = 0
 
 
 def copy_operation() -> int:

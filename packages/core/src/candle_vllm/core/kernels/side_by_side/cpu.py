@@ -18,5 +18,6 @@ def copy(row, thread, threads):
             source = int64_at(given.picked)[t]
         x = float32_at(given.x + 4 * source * given.stride)
         target = float32_at(given.target + 4 * t * given.target_stride)
-        for column in range(given.columns):
-            target[column] = x[column]
+        for part in range(given.parts):
+            for column in range(given.columns):
+                target[part * given.columns + column] = x[part * given.gap + column]

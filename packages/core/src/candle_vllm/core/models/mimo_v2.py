@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: MIT
+"""MiMo V2 Flash: the Llama wiring (`llama.py`) with values that are shorter than keys, windows with sinks, and experts.
+
+Layers with a window have twice the key-value heads, sinks, and a rotary base of their own. Caches hold values as long
+as keys: the elements that lack repeat the first ones, and are left out of what attention gives. Experts are scored by
+sigmoids and chosen with a correction, as DeepSeek-V3's. Source: Xiaomi, 2026, arXiv:2601.02780.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
+from candle_vllm.core.fields import Fields
+from candle_vllm.core.layers.moe import Mixture
+from candle_vllm.core.loading.config import gguf_windows, layer_windows, shared_from_gguf, shared_from_hf
+from candle_vllm.core.loading.rope import RopeConfig
+from candle_vllm.core.loading.tensors import Checkpoint
+from candle_vllm.core.loading.weights import WeightName
+from candle_vllm.core.models import llama
+from candle_vllm.core.models.attention_names import GG, HF, RepeatedValues, gguf_has_bias, local_keys, projections
+from candle_vllm.core.models.experts import (
+    expert_count,
+    expert_names,
+    sigmoids_from_gguf,
+    size_keys,
+    sparse_in_gguf,
+    without_next_tokens,
+)
+from candle_vllm.core.models.family import Family
+from candle_vllm.core.models.glm4_moe import later_layers
+from candle_vllm.core.models.llama import Llama, LlamaConfig
+from candle_vllm.core.models.local_layers import by_layer, ropes_by_kind
+
+# ---- config ----------------------------------------------------------------------------------------------------------
+
+
+def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
+    """Reads `config.json` of mimo_v2_flash, in transformers' form or with the keys of published files."""
+    fields.choice("hidden_act", "silu", "silu", "swish")
+    if fields.get("add_full_attention_sink_bias", bool, False):
+        raise UnsupportedModelError(f"{fields.path}: sinks in layers without a window are not implemented")
+    plain, eps = dict(fields.values) | {"rope_parameters": {}}, ("rms_norm_eps", "layernorm_epsilon")
+    shared = shared_from_hf(Fields(plain, fields.path), model_type, eps=eps[eps[1] in fields])
+    layers, full = shared["num_layers"], shared["num_kv_heads"]
+    more = fields.get("sliding_window_size", int, None)  # beside the token itself
+    window = fields.count("sliding_window") if more is None else more + 1
+    pattern = fields.get("hybrid_layer_pattern", list, [n > 0 and (n + 1) % 6 > 0 for n in range(layers)])
+    windows = layer_windows(fields, layers, window) or tuple(window if local else None for local in pattern)
+    usual = fields.get("moe_layer_freq", list, [n > 0 for n in range(layers)])
+    kinds = fields.get("mlp_layer_types", list, usual)
+    mixture = Mixture(
+        experts=expert_count(fields, "n_routed_experts", "num_local_experts"),
+        top_k=fields.count("num_experts_per_tok"),
+        inner_size=fields.count("moe_intermediate_size"),
+        scoring="sigmoid",
+        renormalise=fields.get("norm_topk_prob", bool, True),
+        groups=fields.count("n_group", 1),
+        top_groups=fields.count("topk_group", 1),
+        scale=fields.get("routed_scaling_factor", float, 1.0),
+        correction=True,
+    )
+    own = {
+        "sliding_windows": windows,
+        "qkv_bias": fields.get("attention_bias", bool, False),
+        "value_dim": fields.count("v_head_dim"),
+        "value_scale": fields.get("attention_value_scale", float, 1.0),
+        "sparse_layers": frozenset(n for n, kind in enumerate(kinds) if kind not in ("dense", 0)),
+    }
+    share = fields.get("partial_rotary_factor", float, 0.334)
+    bases = (fields.get("rope_theta", float, 5e6), share), (fields.get("swa_rope_theta", float, 1e4), share)
+    own |= ropes_by_kind(fields, shared["head_dim"], windows, *bases)
+    return _mimo(shared | own, (full, fields.count("swa_num_key_value_heads", 2 * full)), mixture)
+
+
+def _mimo(shared: dict[str, Any], heads: tuple[int, int], mixture: Mixture) -> LlamaConfig:
+    """The description; `heads` are key-value heads of layers without and with a window."""
+    count, windows = shared["num_heads"], shared["sliding_windows"]
+    if any(count % each for each in heads) or len(windows) != shared["num_layers"]:
+        raise InvalidFileError(
+            f"{count} heads, {heads} key-value heads and {len(windows)} kinds of layers do not agree"
+        )
+    sinks = frozenset(n for n, window in enumerate(windows) if window is not None)
+    own: dict[str, Any] = {"num_kv_heads": min(heads), "sink_layers": sinks, "attention_sinks": True}
+    own["groups"] = tuple(count // heads[window is not None] for window in windows)
+    return LlamaConfig(**shared | own, mixture=mixture, num_experts=mixture.experts)
+
+
+def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
+    """Reads GGUF metadata of mimo2, where the numbers of key-value heads are a list."""
+    count, key = fields.count("block_count"), f"{fields.prefix}attention.head_count_kv"
+    heads = by_layer(fields, "attention.head_count_kv", count)
+    shared = shared_from_gguf(Fields({**fields.values, key: min(heads)}, fields.path, fields.prefix), checkpoint)
+    layers = without_next_tokens(fields, count)
+    windows = gguf_windows(fields, count, fields.count("attention.sliding_window"), period=6)[:layers]
+    kinds = [{n for n, window in zip(heads, windows) if (window is None) == full} or {min(heads)} for full in (1, 0)]
+    if max(map(len, kinds)) > 1:
+        raise UnsupportedModelError(f"{fields.path}: {key} is {heads!r:.80}, which differs in layers of one kind")
+    theta, position = fields.get("rope.freq_base_swa", float, shared["rope"].theta), fields.count("context_length")
+    own = {
+        "num_layers": layers,
+        "sliding_windows": windows,
+        "qkv_bias": gguf_has_bias(checkpoint),
+        "value_dim": fields.count("attention.value_length"),
+        "value_scale": fields.get("attention.value_scale", float, 0.0) or 1.0,
+        "sparse_layers": sparse_in_gguf(checkpoint, layers),
+        "local_rope": RopeConfig(theta=theta, dim=shared["rope"].dim, original_max_position=position),
+    }
+    return _mimo(shared | own, (min(kinds[0]), min(kinds[1])), sigmoids_from_gguf(fields))
+
+
+# ---- weight names ----------------------------------------------------------------------------------------------------
+
+_VALUES, _SINKS = "layers.{i}.attention.qkv:v.", "layers.{i}.attention.attend:sinks"
+WEIGHTS = [
+    *(line for line in llama.WEIGHTS if not line.target.startswith(_VALUES) and line.target != _SINKS),
+    *(line for line in projections({"v": RepeatedValues()}) if line.target.startswith(_VALUES)),
+    WeightName(_SINKS, (HF + "self_attn.sinks", HF + "self_attn.attention_sink_bias"), GG + "attn_sinks.weight"),
+    WeightName("layers.{i}.mlp.router:weight", HF + "mlp.gate.weight", GG + "ffn_gate_inp.weight"),
+    WeightName("layers.{i}.mlp.router:correction", HF + "mlp.gate.e_score_correction_bias", GG + "exp_probs_b.bias"),
+    *expert_names("mlp.experts", "gate_proj", "up_proj", "down_proj"),
+]
+
+
+def ignored(config: LlamaConfig) -> list[str]:
+    """As Llama's, and layers that predict further tokens."""
+    return [*llama.ignored(config), r"model\.mtp\..*", *later_layers(config.num_layers)]
+
+
+def gguf_keys(config: LlamaConfig) -> dict[str, Any]:
+    """Numbers of key-value heads are a list; llama.cpp has one group of experts, whose weights sum to 1."""
+    assert config.mixture is not None
+    return {
+        **local_keys(config),
+        **size_keys(config.mixture),
+        "attention.head_count_kv": [config.heads(layer)[1] for layer in range(config.num_layers)],
+        "attention.value_length": config.value_dim,
+        "attention.value_scale": float(config.value_scale),
+        "expert_weights_scale": float(config.mixture.scale),
+    }
+
+
+FAMILY = Family(
+    hf={"MiMoV2FlashForCausalLM": "mimo_v2_flash"},
+    gguf=("mimo2",),
+    config_from_hf=config_from_hf,
+    config_from_gguf=config_from_gguf,
+    build=Llama,
+    weights=WEIGHTS,
+    ignored=ignored,
+)

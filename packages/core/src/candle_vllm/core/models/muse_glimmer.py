@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: MIT
+"""Muse Glimmer: the Llama wiring (`llama.py`) with a sigmoid gate on what attention gives, and four norms in a block.
+
+Queries and keys have norms without a weight, and scores a factor. In three of four layers a token sees a window alone;
+the others have no rotary embedding. The embedding is normalised, norms of blocks are stored as distances from 1, and
+logits are scaled and capped. Source: Meta, 2026, the model card.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from candle_vllm.core.errors import UnsupportedModelError
+from candle_vllm.core.fields import Fields
+from candle_vllm.core.kernels.recorded import Value
+from candle_vllm.core.kernels.side_by_side import side_by_side
+from candle_vllm.core.layers.attention import StepInput
+from candle_vllm.core.layers.norm import RMSNorm
+from candle_vllm.core.layers.parameters import Placement
+from candle_vllm.core.layers.rotary import Rotary
+from candle_vllm.core.loading.config import gguf_windows, shared_from_gguf, shared_from_hf
+from candle_vllm.core.loading.tensors import Checkpoint
+from candle_vllm.core.loading.views import plus_one
+from candle_vllm.core.loading.weights import WeightName
+from candle_vllm.core.models import gemma_config, llama
+from candle_vllm.core.models.attention_names import GG, HF
+from candle_vllm.core.models.family import Family
+from candle_vllm.core.models.llama import Attention, Llama, LlamaConfig
+from candle_vllm.core.models.local_layers import local_layers
+from candle_vllm.core.models.olmo2 import full_layers
+
+# ---- config ----------------------------------------------------------------------------------------------------------
+
+# fmt: off
+_USUAL = {  # what published configs leave out: the values of transformers' config class
+    "vocab_size": 202048, "hidden_size": 6656, "intermediate_size": 19968, "num_hidden_layers": 52, "head_dim": 128,
+    "num_attention_heads": 32, "num_key_value_heads": 2, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
+    "sliding_window": 2048,
+}
+# fmt: on
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MuseGlimmerConfig(LlamaConfig):
+    """A Llama's description; the cap of logits, and the epsilon of the norms behind a block's two parts.
+
+    query_norm: the factor of scores beside D^-0.5, which llama.cpp has as the weight of the norm of queries.
+    """
+
+    final_softcap: float
+    post_norm_eps: float
+    query_norm: float
+
+
+def config_from_hf(fields: Fields, model_type: str) -> MuseGlimmerConfig:
+    """Reads `config.json` of muse_glimmer_text."""
+    usual = {fields.prefix + key: value for key, value in _USUAL.items()}
+    fields = Fields(usual | dict(fields.values), fields.path, fields.prefix)
+    fields.choice("hidden_activation", "silu", "silu")
+    shared, own = shared_from_hf(fields, model_type), {"logit_scale": fields.get("output_multiplier", float, 26**-0.5)}
+    last = shared["num_layers"] - 1
+    own |= local_layers(fields, last + 1, shared["rope"], first=last, full_rotates=False)
+    scale, cap = fields.get("qk_scale_factor", float, 3.87), fields.get("final_logit_softcapping", float, 20.0)
+    return _muse(shared | own, scale, cap, fields.get("post_norm_eps", float, 1e-8))
+
+
+def _muse(shared: dict[str, Any], scale: float, cap: float, eps: float = 1e-8) -> MuseGlimmerConfig:
+    own: dict[str, Any] = {"attention_scale": scale * shared["head_dim"] ** -0.5, "gate": "sigmoid", "wide_gate": True}
+    return MuseGlimmerConfig(**shared | own, query_norm=scale, final_softcap=cap, post_norm_eps=eps)
+
+
+def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> MuseGlimmerConfig:
+    """Reads GGUF metadata of muse-glimmer, whose norms of queries have the factor of scores as their weight."""
+    shared, norm = shared_from_gguf(fields, checkpoint), checkpoint.tensors.get("blk.0.attn_q_norm.weight")
+    windows = gguf_windows(fields, shared["num_layers"], fields.count("attention.sliding_window"), period=4)
+    if norm is None or (factors := norm.load()).max() != factors.min():
+        raise UnsupportedModelError(f"{fields.path}: norms of queries with several weights are not implemented")
+    own: dict[str, Any] = {"model_type": "muse_glimmer_text", "sliding_windows": windows, "interleaved_rotary": True}
+    own |= {"unrotated_layers": full_layers(windows), "logit_scale": fields.get("logit_scale", float)}
+    return _muse(shared | own, float(factors[0]), fields.get("final_logit_softcapping", float, 20.0))
+
+
+# ---- block and model -------------------------------------------------------------------------------------------------
+
+
+class Block(llama.Block):
+    """One decoder layer."""
+
+    def __init__(self, config: MuseGlimmerConfig, layer: int, rotary: Rotary, placement: Placement) -> None:
+        super().__init__(config, layer, rotary, placement)
+        norm = (config.hidden_size, config.post_norm_eps, placement)
+        self.attention_post_norm, self.mlp_post_norm = RMSNorm(*norm), RMSNorm(*norm)
+        assert isinstance(self.attention, Attention)
+        attend = self.attention.attend
+        attend.q_norm = attend.k_norm = RMSNorm(config.head_dim, config.norm_eps, placement, weighted=False)
+
+    def __call__(self, x: Value, residual: Value | None, step: StepInput) -> tuple[Value, Value]:
+        normed, residual = self.attention_norm.add(x, residual)
+        normed, residual = self.mlp_norm.add(self.attention_post_norm(self.attention(normed, step)), residual)
+        return self.mlp_post_norm(self.mlp(normed)), residual
+
+
+class MuseGlimmer(Llama):
+    """The decoder: token ids [T] -> hidden states [T, E] -> logits [T, V]."""
+
+    block = Block
+
+    def __init__(self, config: MuseGlimmerConfig, placement: Placement, checkpoint: Checkpoint) -> None:
+        super().__init__(config, placement, checkpoint)
+        self.embed_norm = RMSNorm(config.hidden_size, config.norm_eps, placement, weighted=False)
+        self.scoring.softcap = config.final_softcap
+
+    def start(self, token_ids: Value, step: StepInput) -> Value:
+        """See `DecoderStack.start`."""
+        del step
+        return side_by_side(self.embed_norm(self.embed(token_ids)))
+
+
+# ---- weight names ----------------------------------------------------------------------------------------------------
+
+_NORMS = {
+    "layers.{i}.attention_norm:weight": ("input_layernorm", "attn_norm"),
+    "layers.{i}.attention_post_norm:weight": ("post_attention_layernorm", "post_attention_norm"),
+    "layers.{i}.mlp_norm:weight": ("pre_feedforward_layernorm", "ffn_norm"),
+    "layers.{i}.mlp_post_norm:weight": ("post_feedforward_layernorm", "post_ffw_norm"),
+}
+_GATE = "layers.{i}.attention.gate:weight"
+WEIGHTS = [
+    *(line for line in llama.WEIGHTS if line.target not in (*_NORMS, _GATE)),
+    *(WeightName(to, f"{HF}{hf}.weight", f"{GG}{gguf}.weight", plus_one) for to, (hf, gguf) in _NORMS.items()),
+    WeightName(_GATE, HF + "self_attn.gate_proj.weight", GG + "attn_gate.weight"),
+]
+
+
+def ignored(config: MuseGlimmerConfig) -> list[str]:
+    """As Llama's, and GGUF's norms of heads: the description has the one factor that is their weight."""
+    return [*llama.ignored(config), r"blk\.\d+\.attn_[qk]_norm\.weight"]
+
+
+def gguf_keys(config: MuseGlimmerConfig) -> dict[str, Any]:
+    """What GGUF metadata says of a Muse Glimmer beyond the usual."""
+    return gemma_config.gemma3_keys(config) | {"logit_scale": float(config.logit_scale)}
+
+
+FAMILY = Family(
+    hf={"MuseGlimmerForCausalLM": "muse_glimmer_text"},
+    gguf=("muse-glimmer",),
+    config_from_hf=config_from_hf,
+    config_from_gguf=config_from_gguf,
+    build=MuseGlimmer,
+    weights=WEIGHTS,
+    ignored=ignored,
+)
