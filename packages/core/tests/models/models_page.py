@@ -29,6 +29,7 @@ from packages.core.tests.models.families import (
 PAGE = Path(__file__).parents[4] / "docs" / "models.md"
 BEGIN, END = "<!-- table of families: begin -->", "<!-- table of families: end -->"
 LEFT_OUT = {"mistral4": "Mistral4ForCausalLM", "muse_glimmer_text": "MuseGlimmerForCausalLM"}  # by transformers
+SPELLED = {"PhiMoEForCausalLM": "PhimoeForCausalLM"}  # as published files have it
 COMPILED, TORCH, INTERPRETED, REFERENCE, UNTESTED, NONE = (
     "compiled",
     "torch",
@@ -48,6 +49,7 @@ def rows_by_class() -> dict[str, list[str]]:
     for name, row in ROWS.items():
         named = {**LEFT_OUT, **MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}[row.model_type]
         found[str(named)].append(name)
+    found |= {name: list(found[same]) for name, same in SPELLED.items()}
     renamed = {name: "GlmForCausalLM" if gguf == "chatglm" else "LlamaForCausalLM" for name, gguf in RENAMED.items()}
     for name, text in {**TOWERS, **renamed}.items():
         found[name] = list(found[text])
