@@ -54,7 +54,7 @@ def ropes_by_kind(
         fields: a config with `rope_parameters` by kind of layer, or without.
         head_dim: D.
         windows: of each layer.
-        full, local: base and rotated share of a head of layers without and with a window, where the config has no `rope_parameters`.
+        full, local: base and rotated share of a head, without and with a window, where `rope_parameters` is absent.
     """
     position, stored = fields.count("max_position_embeddings"), fields.section("rope_parameters")
     usual = {"full_attention": full, "sliding_attention": local}
