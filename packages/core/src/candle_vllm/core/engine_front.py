@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""EngineFront: what callers do with an engine, wherever it runs (steps 3 and 10 of a request's life).
+"""EngineFront: the public methods of every engine, wherever it runs (steps 3 and 10 of a request's life).
 
-`InferenceEngine` runs its engine in a thread, `RemoteEngine` in a process of its own. What both share stands here:
-texts become token ids, prompts become requests, pieces become outputs. No torch is imported for it.
+`InferenceEngine` runs its engine in a thread, `RemoteEngine` in a process of its own. Their common part turns texts
+into token ids, prompts into requests, and step outputs into results. It does not import torch.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ _SAMPLING = {"SamplingParams": SamplingParams.__struct_fields__}
 
 
 class Texts(Protocol):
-    """What turns texts into tokens and conversations into texts."""
+    """The tokenizer, the chat template and the image processing of a model."""
 
     @property
     def tokenizer(self) -> Tokenizer: ...
@@ -99,7 +99,7 @@ class EngineFront(ABC):
 
     Attributes:
         config: the engine's settings.
-        image_sources: where pictures of conversations may come from, by those; for adapters over the engine as well.
+        image_sources: where images of conversations may be fetched from, by these settings; also for API adapters.
     """
 
     config: EngineConfig
@@ -111,19 +111,19 @@ class EngineFront(ABC):
 
     @property
     def model_info(self) -> ModelInfo:
-        """Name, architecture, size, context, and the sampling defaults."""
+        """Name, architecture, size, context length, and sampling defaults of the model."""
         return self._info
 
     @property
     def default_sampling_params(self) -> SamplingParams:
-        """SamplingParams with the defaults of the model's files, and ours where those say nothing."""
+        """SamplingParams with the defaults of the model's files, else of this package."""
         return msgspec.convert(self._info.default_sampling, SamplingParams)
 
     def _filled(self, params: SamplingParams | None) -> SamplingParams:
-        """The parameters with the model's defaults in what they leave open.
+        """Return the parameters with the model's defaults for fields that are left out.
 
         Raises:
-            InvalidParameterError: they are none.
+            InvalidParameterError: `params` is no SamplingParams, or is for AsyncLLM only.
         """
         if not isinstance(params, (SamplingParams, type(None))):
             raise _no_params(params)
@@ -135,7 +135,7 @@ class EngineFront(ABC):
 
     @property
     def chat_conventions(self) -> ChatConventions:
-        """How the model was trained to chat: its template and the tokens that structure a conversation."""
+        """The chat format that the model was trained on: its template and the tokens that structure a conversation."""
         loaded = self._require()[1]
         template = None if loaded.template is None else loaded.template.source
         return chat_conventions(loaded.tokenizer, template)
@@ -147,18 +147,18 @@ class EngineFront(ABC):
 
     @abstractmethod
     def add_death_callback(self, callback: Callable[[], None]) -> None:
-        """Calls `callback` once, when the engine dies without being told to; at once where it has."""
+        """Call `callback` once, when the engine dies without `close`; at once if it has died already."""
 
     def stats(self) -> EngineStats:
-        """Counters since the start and gauges of now."""
+        """Return counters since the start and present gauges."""
         return self._working().stats()
 
     @explained()
     def tokenize(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text, by default with the beginning token that the model asks for.
+        """Tokenize a text, by default with special tokens such as BOS.
 
         Raises:
-            PromptTooLongError: the text is longer than any prompt could be; it is refused before work is spent on it.
+            PromptTooLongError: the text has more characters than any prompt can have; it is not tokenized.
         """
         if not isinstance(text, str):
             raise InvalidParameterError(f"the text to tokenize must be a text, not {type(text).__name__}", "prompt")
@@ -178,11 +178,11 @@ class EngineFront(ABC):
 
     @explained()
     def infill(self, prefix: str | Sequence[int], suffix: str) -> InfillPrompt:
-        """A prompt whose answer belongs between `prefix` (a text or its tokens) and `suffix`, and where it ends.
+        """Return a fill-in-the-middle prompt for `prefix` (a text or its tokens) and `suffix`, with its stop tokens.
 
         Raises:
             InvalidParameterError: the model was not trained to fill in the middle.
-            PromptTooLongError: a text is longer than any prompt could be.
+            PromptTooLongError: a text has more characters than any prompt can have.
         """
         tokenizer = self._require()[1].tokenizer
         for text, name in ((prefix, "prompt"), (suffix, "suffix")):
@@ -192,10 +192,10 @@ class EngineFront(ABC):
 
     @explained()
     def detokenize(self, token_ids: Sequence[int], skip_special_tokens: bool = True, *, whole: bool = True) -> str:
-        """Text of token ids; where it is not the `whole`, the beginning of a character at its end is left out.
+        """Detokenize token ids; without `whole`, an incomplete character at the end is left out.
 
         Raises:
-            InvalidParameterError: they are none, or one is not in the vocabulary.
+            InvalidParameterError: `token_ids` is no list of token ids, or one is not in the vocabulary.
         """
         try:
             return self._require()[1].tokenizer.decode(token_ids, skip_special_tokens, whole=whole)
@@ -205,17 +205,17 @@ class EngineFront(ABC):
     def look(
         self, token_ids: Sequence[int], images: Sequence[object], names: Sequence[str] = ()
     ) -> tuple[list[int], tuple[ImageInput, ...]]:
-        """A prompt with what stands for its pictures, and these as the engine takes them; it may run in any thread.
+        """Preprocess the images of a prompt; return the prompt with image tokens, and the images. Thread-safe.
 
         Args:
-            token_ids: the prompt, with the mark that the model's template writes for each picture.
+            token_ids: the prompt, with the token that the model's template writes for each image.
             images: Pillow images, arrays [height, width, 3] of uint8, or the bytes of PNG, JPEG, WebP or GIF files; or
-                what this gave, with its tokens.
-            names: what messages call each, and the fields to blame; "image" where that is not said.
+                images that this method returned, together with its token ids.
+            names: the field of each image, for error messages; "image" by default.
 
         Raises:
-            InvalidParameterError: the model reads text alone, a picture cannot be used, or there are not as many as
-                marks.
+            InvalidParameterError: the model is text-only, an image cannot be used, or the number of images differs
+                from the number of image tokens.
         """
         if images and all(isinstance(image, ImageInput) for image in images):
             return list(token_ids), tuple(images)  # type: ignore[arg-type]
@@ -224,14 +224,14 @@ class EngineFront(ABC):
         return self._sight.look(token_ids, images, names, self._info.max_model_len)
 
     async def fetch_images(self, messages: Sequence[Message]) -> list[Message]:
-        """A conversation whose pictures are all in it, for `achat_stream`; `chat`, `chat_stream` and `achat` do it.
+        """Fetch the images of a conversation, before `achat_stream`; `chat`, `chat_stream` and `achat` do this.
 
-        Pictures at addresses are had as `allowed_media_domains` and `allowed_local_media_path` allow: `https://`,
-        `http://` and `file://`, each checked at every redirect, with 20 MB and 10 seconds each and 64 MB in all.
+        Images at `https://`, `http://` and `file://` URLs are fetched if `allowed_media_domains` and
+        `allowed_local_media_path` allow it, checked at every redirect, with 20 MB and 10 s each and 64 MB in all.
 
         Raises:
-            UnsupportedParameterError: nothing is allowed there.
-            InvalidParameterError: one could not be had, and why.
+            UnsupportedParameterError: the settings allow no images from URLs.
+            InvalidParameterError: an image could not be fetched; the message says why.
         """
         template = self._require()[1].template
         conversation = one_conversation(messages, template, sees=self._sight is not None)
@@ -242,19 +242,19 @@ class EngineFront(ABC):
         return with_files(conversation, await self.image_sources.files(wanted)) if wanted else list(conversation)
 
     def apply_chat_template(self, messages: Sequence[Message], **options: Any) -> str:
-        """The conversation as one prompt text, by the model's own template.
+        """Render the conversation as one prompt text, by the model's own chat template.
 
         Args:
-            messages: dicts with `role` and `content`, as in OpenAI's API: texts or lists of text parts, calls and what
-                answers them. They become what the template wants (`template_messages`).
-            options: `tools`, `documents`, `add_generation_prompt`, `continue_final_message`, anything that the template
-                itself reads (`enable_thinking`, ...), `chat_template` (Jinja source in the place of the model's), and
-                `chat_template_kwargs`: variables that a template may leave unread, for programs that do not know it.
+            messages: dicts with `role` and `content`, as in OpenAI's API: texts or lists of text parts, tool calls and
+                tool results. They are converted to the format of the template (`template_messages`).
+            options: `tools`, `documents`, `add_generation_prompt`, `continue_final_message`, any variable that the
+                template reads (`enable_thinking`, ...), `chat_template` (Jinja source instead of the model's template),
+                and `chat_template_kwargs`: variables that the template need not read.
 
         Raises:
             InvalidParameterError: a message or the template is wrong; the error names its place.
             ChatTemplateError: the model has no template, or it refused the conversation.
-            TypeError: an option is none, and the template does not read it.
+            TypeError: an option is unknown, and the template does not read it.
         """
         return self._rendered("apply_chat_template", messages, options)[0]
 
@@ -264,7 +264,7 @@ class EngineFront(ABC):
         return prompt_texts(method, [conversation], template, options, _SAMPLING)
 
     def _template(self, source: str | None = None) -> ChatTemplate:
-        """The model's template, or what `source` is."""
+        """Return the template of `source`, or else the model's."""
         if not self.model_info.has_chat_template:  # a reward model reads conversations
             self._check_generates()
         texts = self._require()[1]
@@ -283,38 +283,38 @@ class EngineFront(ABC):
     @property
     @abstractmethod
     def is_sleeping(self) -> bool:
-        """Whether it sleeps: requests are refused (`EngineSleepingError`) before all of it is awake."""
+        """Whether the engine sleeps: it refuses requests (`EngineSleepingError`) until all tags are awake."""
 
     @explained()
     def sleep(self, level: int = 1, mode: str = "abort") -> None:
-        """Gives memory back and takes no requests; returns when that is done.
+        """Free memory and refuse requests; return when that is done.
 
         Args:
-            level: 1 gives the memory of the KV cache back, and a GPU's of the weights, which go to the host's. 2 drops
-                the weights as well; they are read from the model's files when it wakes up.
-            mode: "abort" ends what runs or waits, as `abort` does; "wait" lets it end first.
+            level: 1 frees the KV cache, and moves weights from a GPU to host memory. 2 drops the weights; they are read
+                from the model's files at `wake_up`.
+            mode: "abort" ends running and waiting requests, as `abort` does; "wait" lets them end first.
 
-        What prompts began with is forgotten, but for blocks on disk. Adapters stay. An engine that sleeps may be put to
-        sleep at the other level; from 2 it comes back by waking alone.
+        The prefix cache is cleared, except for blocks on disk. Adapters stay. A sleeping engine may be put to sleep at
+        the other level; level 2 is left only by `wake_up`.
 
         Raises:
-            CandleVllmError: this engine cannot sleep so: random weights at level 2, or the CPU of another system than
-                Linux. Nothing has changed then.
-            EngineDeadError: it has stopped.
+            CandleVllmError: this engine cannot sleep at this level: random weights at level 2, or a CPU without Linux.
+                Nothing has changed.
+            EngineDeadError: the engine has stopped.
         """
         check_sleep(level, mode)
         self._sleep(level, mode)
 
     @explained()
     def wake_up(self, tags: Sequence[str] | None = None) -> None:
-        """Fills memory again; answers are what they were before, to the bit. One that is awake stays so.
+        """Fill memory again; later answers equal those before `sleep` bit for bit. Does nothing if it is awake.
 
         Args:
-            tags: "weights", "kv_cache" or both; None is both. Requests are taken once both are awake.
+            tags: "weights", "kv_cache" or both; None is both. Requests are accepted once both are awake.
 
         Raises:
-            CandleVllmError: the weights cannot be read again, or there is too little memory: it sleeps on.
-            EngineDeadError: it has stopped.
+            CandleVllmError: the weights cannot be read again, or there is too little memory: the engine sleeps on.
+            EngineDeadError: the engine has stopped.
         """
         self._wake_up(read_tags(tags))
 
@@ -326,7 +326,7 @@ class EngineFront(ABC):
 
     @abstractmethod
     def reset_prefix_cache(self) -> None:
-        """Forgets what prompts began with: no later request takes anything from the cache that stands in it now.
+        """Clear the prefix cache: no later request uses a block that is cached now.
 
         Raises:
             EngineDeadError: the engine has stopped.
@@ -334,32 +334,32 @@ class EngineFront(ABC):
 
     @abstractmethod
     def abort(self, request_id: str) -> None:
-        """Ends a request before the next step and frees its blocks; unknown ids are ignored."""
+        """End a request before the next step and free its blocks; unknown ids are ignored."""
 
     @abstractmethod
     def check_structured_outputs(self, params: StructuredOutputsParams) -> None:
-        """Checks a form of texts as a request with it would, and keeps what was compiled for that request.
+        """Check structured outputs (a schema or grammar), and cache the compiled grammar for the request.
 
-        The first call of an engine takes a second or two, later ones as long as the form takes to compile; call it in a
-        worker thread where an event loop must go on. Thread-safe.
+        The first call of an engine takes a second or two, later ones as long as the grammar takes to compile; with an
+        event loop, call it in a worker thread. Thread-safe.
 
         Raises:
-            InvalidParameterError: the form is wrong, or something in it is not supported; it is named.
+            InvalidParameterError: the schema or grammar is wrong or not supported; the message names the part.
         """
 
     # ---- adapters ----------------------------------------------------------------------------------------------------
 
     @explained()
     def add_lora(self, lora_request: LoRARequest) -> AdapterInfo:
-        """Makes an adapter known by its name and loads it; waits for that, while requests go on.
+        """Register an adapter under its name and load it; wait for the load, while requests go on.
 
-        Thread-safe, as the three methods behind it are. With `load_inplace` the files are read anew; what runs with the
-        old ones ends with them.
+        Thread-safe, as the next three methods are. With `load_inplace` the files are read again; running requests end
+        with the old ones.
 
         Raises:
-            AdapterError: it cannot be used: its files, or what they ask of the model.
-            InvalidParameterError: adapters are off (`enable_lora`), or the name has other files.
-            EngineOverloadedError: it was not loaded in time: others need the memory.
+            AdapterError: the adapter cannot be used, because of its files or because the model does not fit it.
+            InvalidParameterError: LoRA is off (`enable_lora`), or the name has another path.
+            EngineOverloadedError: it was not loaded in time, because other adapters need the memory.
             EngineDeadError: the engine has stopped.
         """
         if not isinstance(lora_request, LoRARequest):
@@ -369,25 +369,25 @@ class EngineFront(ABC):
 
     @explained()
     def remove_lora(self, lora_name: str) -> bool:
-        """Forgets a name; False where there was none. Requests that were taken go on to their ends.
+        """Remove an adapter; return False if the name is unknown. Accepted requests go on to their ends.
 
         Raises:
-            InvalidParameterError, EngineDeadError: as of `add_lora`.
+            InvalidParameterError, EngineDeadError: see `add_lora`.
         """
         return bool(self._adapters(AdapterCall("remove", AdapterUse(name=lora_name))))
 
     @explained()
     def pin_lora(self, lora_name: str) -> AdapterInfo:
-        """Loads an adapter that is known and keeps it in memory until it is removed. Errors as of `add_lora`."""
+        """Load a known adapter and keep it in memory until it is removed. Raises as `add_lora`."""
         return self._adapters(AdapterCall("pin", AdapterUse(name=lora_name)))[0]
 
     def list_loras(self) -> tuple[AdapterInfo, ...]:
-        """All adapters that are known; none where adapters are off. Errors as of `remove_lora`."""
+        """Return all known adapters; () if LoRA is off. Raises as `remove_lora`."""
         return self._adapters(AdapterCall("list")) if self.config.enable_lora else ()
 
     @abstractmethod
     def _adapters(self, call: AdapterCall) -> tuple[AdapterInfo, ...]:
-        """Has the engine carry out what is asked of its adapters; `remove` gives what was removed."""
+        """Send a call to the engine's adapter store; "remove" returns the removed adapter's name, if it was known."""
 
     # ---- whole answers -----------------------------------------------------------------------------------------------
 
@@ -402,22 +402,22 @@ class EngineFront(ABC):
         add_special_tokens: bool = True,
         lora_request: LoraChoice | Sequence[LoraChoice] = None,
     ) -> list[GenerationOutput]:
-        """Continues every prompt; outputs in the order of the prompts.
+        """Continue every prompt; return the outputs in the order of the prompts.
 
         Args:
             prompts: one prompt or a list; a prompt is a text, a list of token ids, or vLLM's object with `prompt` or
                 `prompt_token_ids`.
-            sampling_params: one for all, or one each. What they leave open is the model's (`default_sampling_params`);
-                16 tokens where they leave `max_tokens` open.
-            use_tqdm: show a progress bar, on a terminal; or what makes one, called as tqdm is.
-            priority: one for all, or one each; lower runs first.
-            add_special_tokens: texts begin with the token that the model asks for.
-            lora_request: the adapter of all prompts (`enable_lora`), pairs of adapters and scales for a mix of them, or
-                one of either, or None, for each prompt. A path that comes with a name is read when it is first used.
+            sampling_params: one for all prompts, or one for each. Fields that are left out have the model's defaults
+                (`default_sampling_params`); `max_tokens` is 16 by default.
+            use_tqdm: show a progress bar, on a terminal; or a function that makes one, called like tqdm.
+            priority: one for all prompts, or one for each; a lower number runs first.
+            add_special_tokens: add the tokenizer's special tokens, such as BOS, to texts.
+            lora_request: the adapter of all prompts (`enable_lora`), pairs of adapters and scales for a mix, or one of
+                these or None for each prompt. A path is read when its name is first used.
 
         Raises:
-            RequestError: a prompt or its parameters are wrong, with its place in a list (`prompts[50]`); nothing has
-                run then.
+            RequestError: a prompt or its parameters are wrong; the message has its place (`prompts[50]`). No prompt was
+                run.
             RequestAbortedError: the engine was closed meanwhile.
             CandleVllmError: the engine failed on a request.
         """
@@ -460,21 +460,21 @@ class EngineFront(ABC):
         lora_request: LoraChoice | Sequence[LoraChoice] = None,
         **options: Any,
     ) -> GenerationOutput | list[GenerationOutput]:
-        """Answers a conversation, or every one of a list; outputs in the order of the conversations.
+        """Answer a conversation, or each of a list; return the outputs in the order of the conversations.
 
-        Where `max_tokens` is left open an answer goes on to the end of the turn, or to that of the context.
+        Without `max_tokens` an answer goes on to the end of the turn, or to the end of the context.
 
         Args:
             messages: the messages of one conversation, or a list of conversations.
-            sampling_params: one for all, or one each, as of `generate`.
-            use_tqdm, priority, lora_request: as of `generate`; a bar is shown for a list.
-            options: as of `apply_chat_template`; `documents`, `tools` and variables are those of all conversations.
+            sampling_params: one for all conversations, or one for each; see `generate`.
+            use_tqdm, priority, lora_request: see `generate`; a progress bar is shown for a list only.
+            options: see `apply_chat_template`; `documents`, `tools` and variables apply to all conversations.
 
         Raises:
-            RequestError: a conversation or its parameters are wrong, with the place of the fault (`messages[2].content:
-                ...`); nothing has run then.
-            TypeError: an option is none, and the template does not read it.
-            RequestAbortedError, CandleVllmError: as of `generate`.
+            RequestError: a conversation or its parameters are wrong; the message has the place (`messages[2].content:
+                ...`). No conversation was run.
+            TypeError: an option is unknown, and the template does not read it.
+            RequestAbortedError, CandleVllmError: see `generate`.
         """
         template = self._template(options.get("chat_template"))
         sees = self._sight is not None
@@ -529,17 +529,17 @@ class EngineFront(ABC):
         use_tqdm: Bar = True,
         lora_request: LoraChoice | Sequence[LoraChoice] = None,
     ) -> list[EmbeddingOutput]:
-        """The vector of every text; outputs in the order of the inputs.
+        """Return the embedding of every text, in the order of the inputs.
 
-        A model that generates text gives vectors as well: its hidden states behind the last norm, pooled.
+        A generative model can embed as well: its hidden states after the last norm are pooled.
 
         Args:
-            inputs: one text or a list; a text may be a list of token ids, or an object as of `generate`.
-            params: how the vectors are made, one for all or one each; None is as the model's files say.
-            use_tqdm, lora_request: as of `generate`.
+            inputs: one text or a list; a text may be a list of token ids, or an object as in `generate`.
+            params: pooling parameters, one for all inputs or one for each; None for the defaults of the model's files.
+            use_tqdm, lora_request: see `generate`.
 
         Raises:
-            RequestError: an input or its parameters are wrong, or the model gives no vectors; nothing has run then.
+            RequestError: an input or its parameters are wrong, or the model cannot embed; no input was run.
             RequestAbortedError: the engine was closed meanwhile.
             CandleVllmError: the engine failed on a text.
         """
@@ -552,26 +552,26 @@ class EngineFront(ABC):
         params: PoolingParams | None = None,
         **call: Unpack[PoolingOptions],
     ) -> list[EmbeddingOutput]:
-        """`embed` in an event loop. Cancelling it aborts what has not been run."""
+        """`embed` in an event loop. Cancelling it aborts the unfinished inputs."""
         return await self._watched("embed", inputs, call, lambda calls: calls.aembed(inputs, params))
 
     @explained()
     def score(
         self, pairs: Sequence[Pair], *, use_tqdm: Bar = True, lora_request: LoraChoice = None
     ) -> list[ScoreOutput]:
-        """How well the two texts of each pair belong together.
+        """Return the similarity of the two texts of each pair.
 
-        A cross-encoder reads both texts at once, and its head's number is the score (brought to 0..1 by a sigmoid where
-        the model's config does not say otherwise). Of other models it is the cosine of the texts' vectors, -1..1.
-        Errors as `embed`.
+        A cross-encoder reads both texts at once, and the output of its head is the score (mapped to 0..1 by a sigmoid,
+        unless the model's config says otherwise). For other models the score is the cosine similarity of the texts'
+        vectors, -1..1. Raises as `embed`.
         """
         return self._pooling(lora_request=lora_request).score(pairs, use_tqdm=use_tqdm)
 
     @explained()
     async def ascore(self, pairs: Sequence[Pair], **call: Unpack[ScoreOptions]) -> list[ScoreOutput]:
-        """`score` in an event loop. Cancelling it aborts what has not been run.
+        """`score` in an event loop. Cancelling it aborts the unfinished pairs.
 
-        Scores of vectors come without token ids, which would repeat a text in each of its pairs.
+        Cosine similarities have no token ids, which would repeat a text in each of its pairs.
         """
         return await self._watched("score", pairs, call, lambda calls: calls.ascore(pairs))
 
@@ -584,7 +584,7 @@ class EngineFront(ABC):
         use_tqdm: Bar = True,
         lora_request: LoraChoice | Sequence[LoraChoice] = None,
     ) -> list[ClassificationOutput]:
-        """How likely each class (`ModelInfo.labels`) of a classifier is for every text; errors as `embed`.
+        """Return the probability of each class (`ModelInfo.labels`) for every text; raises as `embed`.
 
         With `use_activation=False` in `params` the outputs are logits, such as the rewards of a reward model.
         """
@@ -597,13 +597,13 @@ class EngineFront(ABC):
         params: PoolingParams | None = None,
         **call: Unpack[PoolingOptions],
     ) -> list[ClassificationOutput]:
-        """`classify` in an event loop. Cancelling it aborts what has not been run."""
+        """`classify` in an event loop. Cancelling it aborts the unfinished inputs."""
         return await self._watched("classify", inputs, call, lambda calls: calls.aclassify(inputs, params))
 
     async def _watched(
         self, operation: Operation, inputs: Any, call: PoolingOptions | ScoreOptions, run: Callable[[PoolingCalls], Any]
     ) -> Any:
-        """Runs a call and tells its watcher of it."""
+        """Run a call and notify its watcher."""
         call["request_id"] = request_id = call.get("request_id") or uuid.uuid4().hex
         watcher = call.pop("watcher", None)
         info = RequestInfo(request_id, operation, inputs, None, self.detokenize, call.get("lora_request"))
@@ -612,7 +612,7 @@ class EngineFront(ABC):
             answered(outputs)
         return outputs
 
-    # ---- pieces as they come -----------------------------------------------------------------------------------------
+    # ---- streaming ---------------------------------------------------------------------------------------------------
 
     @explained(**_SAMPLING)
     def stream(
@@ -623,14 +623,14 @@ class EngineFront(ABC):
         watcher: RequestWatcher | None = None,
         **call: Unpack[TextOptions],
     ) -> TokenStream:
-        """Submit a prompt and return a stream of its pieces, to iterate over; call it inside an event loop.
+        """Submit a prompt and return a stream of its outputs, to iterate over; call it inside an event loop.
 
         The request is checked and queued before this returns. Closing the iterator, cancelling its consumer or dropping
-        it aborts the request. `watcher` is told of it, and of each piece that the consumer gets.
+        it aborts the request. `watcher` is notified of the request, and of each output that the consumer gets.
 
         Raises:
-            RequestError, EngineOverloadedError, EngineDeadError: the request was not taken.
-            RuntimeError: there is no event loop here.
+            RequestError, EngineOverloadedError, EngineDeadError: the request was refused.
+            RuntimeError: no event loop is running.
         """
         params = self._filled(sampling_params)
         request_id = call.get("request_id")
@@ -651,13 +651,13 @@ class EngineFront(ABC):
         sampling_params: SamplingParams | None = None,
         **call: Unpack[TextOptions],
     ) -> TokenIterator:
-        """`stream` for a program without an event loop: submits a prompt and returns an iterator of its pieces.
+        """`stream` for a program without an event loop: submit a prompt and return an iterator of its outputs.
 
         The request is checked and queued before this returns. Closing the iterator, leaving its `with` block or
         dropping it aborts the request.
 
         Raises:
-            RequestError, EngineOverloadedError, EngineDeadError: the request was not taken.
+            RequestError, EngineOverloadedError, EngineDeadError: the request was refused.
         """
         request = self._request(prompt, sampling_params, **call)
         prepared = self._working().prepare(request)
@@ -673,7 +673,7 @@ class EngineFront(ABC):
         lora_request: LoraChoice = None,
         **options: Any,
     ) -> TokenIterator:
-        """`generate_stream` for one conversation; parameters and `options` as of `chat`."""
+        """`generate_stream` for one conversation; for parameters and `options` see `chat`."""
         prompt = self._chat_prompt(self._rendered("chat_stream", messages, options)[0], messages)
         params = self._chat_params(sampling_params)
         return self.generate_stream(prompt, params, request_id=request_id, priority=priority, lora_request=lora_request)
@@ -688,9 +688,9 @@ class EngineFront(ABC):
         lora_request: LoraChoice = None,
         **options: Any,
     ) -> TokenStream:
-        """`stream` for one conversation, for `async for` in an event loop; parameters and `options` as of `chat`.
+        """`stream` for one conversation, for `async for` in an event loop; for parameters and `options` see `chat`.
 
-        It waits for nothing: messages with pictures at addresses go through `fetch_images` before.
+        It does not fetch images: call `fetch_images` before if messages contain URLs of images.
         """
         prompt = self._seen_prompt(self._rendered("achat_stream", messages, options)[0], messages)
         params = self._chat_params(sampling_params)
@@ -707,7 +707,7 @@ class EngineFront(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Aborts what is running and lets go of everything. Closing twice is fine."""
+        """Abort running requests and free all resources. Closing twice is fine."""
 
     def __enter__(self) -> Self:
         return self
@@ -719,13 +719,13 @@ class EngineFront(ABC):
 
     @abstractmethod
     def _require(self) -> tuple[PreparingEngine, Texts]:
-        """The engine and its texts; raises `EngineDeadError` once it is closed."""
+        """Return the engine and its texts; raises `EngineDeadError` once it is closed."""
 
     def _working(self) -> PreparingEngine:
-        """The engine, in the process where its threads are: a child that was forked off has the memory alone.
+        """Return the engine, if this process has its threads: a forked child has only a copy of the memory.
 
         Raises:
-            EngineDeadError: it is closed, or this is a forked child.
+            EngineDeadError: the engine is closed, or this is a forked child.
         """
         if self._is_elsewhere:
             raise EngineDeadError(
@@ -740,26 +740,26 @@ class EngineFront(ABC):
 
     @abstractmethod
     def _running_thread(self) -> RequestRunner:
-        """What drives the engine, started on first use."""
+        """Return the thread that drives the engine; it is started on first use."""
 
     def _pooling(self, **options: Any) -> PoolingCalls:
         texts = self._require()[1]
         return PoolingCalls(self._working(), self._running_thread, texts.tokenizer, self._info, **options)
 
     def _check_generates(self) -> None:
-        """Refuses work that an encoder cannot do before its input is looked at."""
+        """Refuse to generate with an encoder, before the input is read."""
         if "generate" not in self._info.tasks:
             check_encoder_task(self._info.name, "generate", self._info.tasks)
 
     def _chat_prompt(self, text: str, conversation: Sequence[Message], place: str = "messages") -> Prompt:
-        """`_seen_prompt`, with the pictures that are elsewhere fetched."""
+        """Return `_seen_prompt` after fetching images from URLs."""
         wanted = addresses_of(conversation, place) if self._sight is not None else []
         if wanted:
             conversation = with_files(conversation, self.image_sources.files_now(wanted))
         return self._seen_prompt(text, conversation, place)
 
     def _seen_prompt(self, text: str, conversation: Sequence[Message], place: str = "messages") -> Prompt:
-        """The prompt of a conversation, which has its special tokens already, with its pictures."""
+        """Tokenize the rendered conversation, whose text has its special tokens already, and add its images."""
         prompt = {"prompt": text, "prompt_token_ids": self.tokenize(text, add_special_tokens=False)}
         pictures = pictures_of(conversation, place) if self._sight is not None else []
         return {**prompt, "multi_modal_data": {"image": pictures}} if pictures else prompt
@@ -810,7 +810,7 @@ class EngineFront(ABC):
         priority: int | Sequence[int] = 0,
         lora_request: LoraChoice | Sequence[LoraChoice] = None,
     ) -> list[tuple[GenerationRequest, Sequence[Any]]]:
-        """Requests that were checked; of several prompts the error says which one is wrong, as a place in `field`."""
+        """Make and check the requests; for several prompts, an error names the wrong one as an index of `field`."""
         engine = self._working()
         if params is None or isinstance(params, SamplingParams):
             each: list[SamplingParams | None] = [params] * len(prompts)
@@ -846,7 +846,7 @@ def _running_loop() -> asyncio.AbstractEventLoop:
 
 
 def _each_params(params: Any) -> list[SamplingParams | None]:
-    """One for each prompt, of a list of them."""
+    """Return the parameters of each prompt from an iterable."""
     if isinstance(params, (str, Mapping)) or not isinstance(params, Iterable):
         raise _no_params(params)
     return list(params)
