@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Engines in processes of their own: steps 4 to 9 of a request's life there, the others here.
+"""Engines in processes of their own, which run steps 4 to 9 of a request's life; this process runs the other steps.
 
-No torch is imported for them in this process.
+This process imports no torch for them.
 """
 
 from candle_vllm.core.remote.engine import RemoteEngine

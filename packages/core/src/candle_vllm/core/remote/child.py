@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The engine's process: loads the model, serves it until it is told to end or its parent has gone.
+"""The engine's process: load the model, and serve it until the parent ends the process or has gone.
 
-Started as `python -m candle_vllm.core.remote.child` by `EngineProcess`, which says everything else over the standard
-input. Steps 4 to 9 of a request's life happen here.
+`EngineProcess` starts it as `python -m candle_vllm.core.remote.child` and sends the settings over the standard input.
+Steps 4 to 9 of a request's life run here.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_LOOK_UP = 0.5  # seconds between looks at the parent
-SWITCH_SECONDS = 0.0005  # threads that compile forms give way to the engine's steps ten times sooner
+_LOOK_UP = 0.5  # seconds between checks of the parent
+SWITCH_SECONDS = 0.0005  # a tenth of the default: threads that compile grammars yield to the engine's steps sooner
 
 
 def main() -> int:
-    """Runs an engine; returns the exit status."""
+    """Run an engine; return the exit status."""
     for number in (signal.SIGINT, signal.SIGTERM):  # meant for the parent, which may have answers to finish first
         signal.signal(number, signal.SIG_IGN)
     sys.setswitchinterval(SWITCH_SECONDS)
@@ -61,10 +61,10 @@ def main() -> int:
 
 
 def serve(config: dict[str, Any], control: zmq.Socket[bytes], steps: zmq.Socket[bytes], told: Told) -> int:
-    """Loads the model and answers requests to it; returns the exit status.
+    """Load the model and answer requests to it; return the exit status.
 
-    A process that has failed says so and lives on until its parent ends it: what it said last would else arrive behind
-    the news of its end, and who judges by that would not know why.
+    A process that fails sends its error and waits for the parent to end it: otherwise the parent might notice the
+    process's end before the error arrives.
     """
     try:
         from candle_vllm.core.remote.serving import ChildEngine, Outbox, RequestDesk
@@ -91,7 +91,7 @@ def serve(config: dict[str, Any], control: zmq.Socket[bytes], steps: zmq.Socket[
 
 
 def describe(engine: ChildEngine) -> wire.Ready:
-    """What the parent needs to know of a loaded engine."""
+    """Return the message that describes a loaded engine to the parent."""
     tokenizer, template, pooling, sight = engine.parts
     return wire.Ready(
         info=engine.model_info,
@@ -113,10 +113,10 @@ def describe(engine: ChildEngine) -> wire.Ready:
 
 
 def connected(context: zmq.Context[zmq.Socket[bytes]], kind: bytes, start: Start) -> zmq.Socket[bytes]:
-    """A socket to the parent, which knows it by the token. It is never connected again: a new parent is a stranger."""
+    """Return a socket to the parent, identified by the token. It never reconnects: the parent must not change."""
     end = context.socket(zmq.DEALER)
     set_limits(end)
-    end.setsockopt(zmq.SNDTIMEO, -1)  # a parent that is slow holds the steps up; one that has gone ends this process
+    end.setsockopt(zmq.SNDTIMEO, -1)  # a slow parent delays steps; the end of the parent ends this process
     end.setsockopt(zmq.RECONNECT_IVL, -1)
     end.setsockopt(zmq.ROUTING_ID, kind + start.token)
     end.connect(start.address)
@@ -124,11 +124,11 @@ def connected(context: zmq.Context[zmq.Socket[bytes]], kind: bytes, start: Start
 
 
 class Told:
-    """Whether the parent has said that this process is to end.
+    """The parent's request to end this process.
 
     Attributes:
-        ended: set when it has.
-        bell: rings when it has.
+        ended: set after the request.
+        bell: rung at the request.
     """
 
     def __init__(self) -> None:
@@ -136,15 +136,15 @@ class Told:
         self.bell = Bell()
 
     def tell(self) -> None:
-        """It has."""
+        """Note the request."""
         self.ended.set()
         self.bell.ring()
 
 
 def watch_parent(parent: int, folder: str, tell: Callable[[], None]) -> None:
-    """Waits for the parent's word; where the parent has gone, removes the folder and ends this process at once."""
+    """Wait for the parent's request to end; if the parent has gone, remove the folder and exit at once."""
     while True:
-        # Windows waits for no pipe; there the other end is nobody else's, so it is closed when the parent has gone.
+        # Windows cannot poll a pipe; there only the parent has the other end, which is closed when the parent has gone.
         if sys.platform == "win32" or select.select([sys.stdin.fileno()], [], [], _LOOK_UP)[0]:
             if os.read(sys.stdin.fileno(), 1) == END:
                 tell()

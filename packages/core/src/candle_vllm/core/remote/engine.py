@@ -29,19 +29,19 @@ from candle_vllm.core.vision.prompts import Sight
 
 
 class RemoteEngine(EngineFront):
-    """A model in a process of its own, so that what this process does never holds up a step, nor a step this process.
+    """A model in a process of its own, so that this process never delays a step, nor a step this process.
 
     Args:
         model: a Hugging Face id, a folder, a `.gguf` file, or a whole `EngineConfig`.
-        settings: fields of `EngineConfig`, where `model` is not one.
+        settings: fields of `EngineConfig`, if `model` is not an `EngineConfig`.
 
     Raises:
-        ConfigError, ModelNotFoundError, ModelLoadError: the model cannot be served as asked.
+        ConfigError, ModelNotFoundError, ModelLoadError: the model cannot be served with these settings.
 
-    Tokens and templates are this process's own work: neither waits for the engine. A request that the engine refuses
-    (a form that does not compile) raises when its first piece is awaited. When the process ends, however it ends,
-    everything that waits gets an `EngineDeadError`; only a new `RemoteEngine` can go on. `close` (or leaving the `with`
-    block) ends the process, and it ends with this one.
+    Tokenizing and chat templates run in this process and do not wait for the engine. A request that the engine refuses
+    (its grammar does not compile) raises when its first output is awaited. When the engine's process ends, for any
+    reason, all waiting calls get an `EngineDeadError`; only a new `RemoteEngine` can go on. `close` (or leaving the
+    `with` block) ends the process, and so does the end of this process.
     """
 
     def __init__(self, model: str | Path | EngineConfig, **settings: Unpack[EngineSettings]) -> None:
@@ -52,7 +52,7 @@ class RemoteEngine(EngineFront):
         self._load(config, EngineProcess(config))
 
     def _load(self, config: EngineConfig, process: EngineProcess) -> None:
-        """Waits until a process that was started has loaded its model."""
+        """Wait until a started process has loaded its model."""
         self.config = config
         self._owner = os.getpid()
         try:
@@ -82,19 +82,19 @@ class RemoteEngine(EngineFront):
         return self._texts is not None and self._thread.is_alive and not self._is_elsewhere
 
     def add_death_callback(self, callback: Callable[[], None]) -> None:
-        """Calls `callback` once, when the process ends without being told to; at once where it has.
+        """Call `callback` once, when the process ends without `close`; at once if it has ended already.
 
-        It is called in the thread that reads from the process: it must not wait, and takes itself to an event loop with
-        `call_soon_threadsafe`.
+        It is called in the thread that reads from the process: it must not block, and must use `call_soon_threadsafe`
+        to reach an event loop.
         """
         self._thread.add_death_callback(callback)
 
     def check_structured_outputs(self, params: StructuredOutputsParams) -> None:
-        """See `EngineFront`; waits for the engine's process, which compiles beside its steps.
+        """See `EngineFront`; waits for the engine's process, which compiles while its steps run.
 
         Raises:
-            InvalidParameterError: the form is wrong, or something in it is not supported; it is named.
-            EngineOverloadedError: too many forms wait to be checked, or this one takes too long.
+            InvalidParameterError: the schema or grammar is wrong or not supported; the message names the part.
+            EngineOverloadedError: too many callers wait for checks, or this one takes too long.
             EngineDeadError: the process has ended.
         """
         self._check_generates()
@@ -102,7 +102,7 @@ class RemoteEngine(EngineFront):
         self._thread.check(params)
 
     def abort(self, request_id: str) -> None:
-        """Ends a request and frees its blocks before the next step; unknown ids are ignored."""
+        """End a request and free its blocks before the next step; unknown ids are ignored."""
         self._running_thread().abort(request_id)
 
     def reset_prefix_cache(self) -> None:
@@ -129,7 +129,7 @@ class RemoteEngine(EngineFront):
         return self._thread.call_adapters(call)
 
     def close(self) -> None:
-        """Aborts what is running and ends the process, by force after 10 s. Closing twice is fine."""
+        """Abort running requests and end the process, by force after 10 s. Closing twice is fine."""
         if self._is_elsewhere:  # the process is the parent's
             self._finalizer.detach()
             self._texts = None
@@ -149,7 +149,7 @@ class RemoteEngine(EngineFront):
 
 
 class _Texts:
-    """The model's tokenizer and template, and how it sees, as the child described them."""
+    """The model's tokenizer, template and image processing, as the child described them."""
 
     def __init__(self, ready: Ready, most_images: int) -> None:
         self.tokenizer = _tokenizer(ready.tokenizer)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Fleet: several engine processes with the same model, as one to whoever hands requests over (steps 3 to 10).
+"""Fleet: several engine processes with the same model, used as one engine (steps 3 to 10).
 
-Each replica is a `RemoteEngine` with its own thread here. The fleet chooses where a request goes, keeps what adapters
-all of them have, starts again what has died, and adds their numbers up.
+Each replica is a `RemoteEngine` with a thread of its own in this process. The fleet routes requests, keeps the adapters
+of all replicas the same, restarts replicas that have died, and aggregates statistics.
 """
 
 from __future__ import annotations
@@ -48,18 +48,18 @@ logger = logging.getLogger(__name__)
 MAX_DEATHS: Final = 5
 """Deaths of a replica within `DEATH_WINDOW` seconds, after which it is not started again."""
 DEATH_WINDOW: Final = 300.0
-_PAUSE: Final = 1.0  # seconds before a replica that could not be started is tried again; doubled each time
+_PAUSE: Final = 1.0  # seconds before the next attempt to start a replica; doubled each time
 _CPU_SHARE: Final = 0.4  # kv_fraction's default on the CPU
-_STATES = ("ready", "loading", "cold", "failed")  # of an adapter that replicas have in several, the first counts
+_STATES = ("ready", "loading", "cold", "failed")  # states of an adapter; the first among its replicas' is reported
 
 
 def replica_configs(config: EngineConfig) -> list[EngineConfig]:
-    """The configuration of each replica: its GPUs, or its part of the CPU's threads and of the memory for caches.
+    """Return the configuration of each replica: its GPUs, or its part of the CPU's threads and of the cache memory.
 
-    `kv_cache_memory`, and shares of a GPU, are those of each; on the CPU `kv_fraction` is that of all.
+    `kv_cache_memory`, and the memory share of a GPU, are for each replica; on the CPU `kv_fraction` is for all.
 
     Raises:
-        ConfigError: as of `resolve_ranks`.
+        ConfigError: see `resolve_ranks`.
     """
     config = resolve_ranks(config)
     count, gpus = config.data_parallel_size, means_gpus(config.device)
@@ -83,22 +83,22 @@ def replica_configs(config: EngineConfig) -> list[EngineConfig]:
 
 
 class Replica(RemoteEngine):
-    """One of several engines.
+    """One engine of a fleet.
 
     Args:
-        config: its own.
-        process: which was started with it.
+        config: the replica's configuration.
+        process: the process that was started with it.
 
     Raises:
-        ConfigError, ModelNotFoundError, ModelLoadError: it cannot be loaded.
+        ConfigError, ModelNotFoundError, ModelLoadError: the model cannot be loaded.
     """
 
-    def __init__(self, config: EngineConfig, process: EngineProcess) -> None:  # it is started before, beside others
+    def __init__(self, config: EngineConfig, process: EngineProcess) -> None:  # processes load in parallel
         self._load(config, process)
 
     @property
     def room(self) -> Room:
-        """What it has room for."""
+        """The replica's capacity, for the router."""
         stats = self._link.stats()
         blocks = stats.num_blocks if self.config.enable_prefix_caching else 0
         return Room(blocks, stats.block_size, self.model_info.max_num_seqs)
@@ -117,15 +117,15 @@ class Replica(RemoteEngine):
         self._thread.abort(request_id, sink)
 
     def writer(self, info: ModelInfo) -> RequestWriter:
-        """What checks requests to it and its like."""
+        """Return the writer that checks requests to the fleet."""
         return RequestWriter(info, self._require()[1].tokenizer, self._pooling_plan, self.config.seed)
 
     def follow(self, begun: Callable[[str], None], over: Callable[[str], None]) -> None:
-        """Has its thread tell of requests whose first piece has come, and that have ended. Before the first request."""
+        """Set callbacks for a request's first output and for its end; call it before the first request."""
         self._link.on_begun, self._link.on_over = begun, over
 
     def last_stats(self) -> EngineStats:
-        """What it said last, whether or not it is alive."""
+        """Return the last statistics that the replica sent, even if it has died since."""
         return self._link.stats()
 
     def call(self, call: AdapterCall) -> tuple[AdapterInfo, ...]:
@@ -134,18 +134,18 @@ class Replica(RemoteEngine):
 
 
 class Fleet:
-    """Replicas of one model, all loaded when this returns.
+    """Replicas of one model, all loaded when the constructor returns.
 
     Args:
-        config: of all; see `replica_configs`.
+        config: the configuration of all; see `replica_configs`.
 
     Attributes:
-        info: of the model; sizes are those of all replicas together.
-        texts: the model's tokenizer and template, and how it sees.
-        max_model_len, max_step_tokens: as of an engine; the steps of all.
+        info: information about the model; sizes are those of all replicas together.
+        texts: the model's tokenizer, template and image processing.
+        max_model_len, max_step_tokens: see `Engine`; the steps of all replicas together.
 
     Raises:
-        ConfigError, ModelNotFoundError, ModelLoadError: one of them cannot be loaded.
+        ConfigError, ModelNotFoundError, ModelLoadError: a replica cannot be loaded.
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -160,12 +160,12 @@ class Fleet:
         self._up = [True] * len(self._configs)
         self._starting: dict[threading.Thread, EngineProcess | None] = {}
         self._past: EngineStats | None = None
-        self._changing = threading.RLock()  # adapters and sleep are changed by one call at a time, in all replicas
+        self._changing = threading.RLock()  # serialises changes of adapters and of sleep in all replicas
         self._level = 0
         self._woken: frozenset[str] = frozenset()
         self._added: dict[str, AdapterUse] = {}
         self._pinned: set[str] = set()
-        self._loose: OrderedDict[str, str] = OrderedDict()  # paths that requests alone gave, by name
+        self._loose: OrderedDict[str, str] = OrderedDict()  # paths that only requests have given, by name
         self._replicas = self._load_all()
         infos = [replica.model_info for replica in self._replicas]
         self.max_model_len = min(info.max_model_len for info in infos)
@@ -188,7 +188,7 @@ class Fleet:
             self._watch(number, replica)
 
     def _load_all(self) -> list[Replica]:
-        """Starts all processes, which load side by side, and waits for each."""
+        """Start all processes, which load in parallel, and wait for each."""
         processes: list[EngineProcess] = []
         replicas: list[Replica] = []
         try:
@@ -204,7 +204,7 @@ class Fleet:
             raise
         return replicas
 
-    # ---- what is known -----------------------------------------------------------------------------------------------
+    # ---- state -------------------------------------------------------------------------------------------------------
 
     @property
     def is_alive(self) -> bool:
@@ -217,7 +217,7 @@ class Fleet:
         return [replica.pid for replica in self._replicas]
 
     def stats(self) -> EngineStats:
-        """The sums over all replicas, and the numbers of each."""
+        """Return the statistics aggregated over all replicas, and those of each replica."""
         with self._lock:
             each = [replica.last_stats() if up else None for replica, up in zip(self._replicas, self._up)]
             told = tuple(_of_replica(stats, restarts) for stats, restarts in zip(each, self._restarts))
@@ -226,7 +226,7 @@ class Fleet:
             return replace(combined(alive + past or [_ended(self._replicas[0].last_stats())]), replicas=told)
 
     def add_death_callback(self, callback: Callable[[], None]) -> None:
-        """Calls `callback` once, when no replica is left; at once where none is."""
+        """Call `callback` once, when the last replica has died; at once if no replica is left."""
         with self._lock:
             waits = self._dead is None
             if waits:
@@ -237,7 +237,7 @@ class Fleet:
     # ---- requests ----------------------------------------------------------------------------------------------------
 
     def prepare(self, request: GenerationRequest) -> Sequence[Parcel]:
-        """See `RequestWriter.prepare`; adapters get the paths that any replica can find them by."""
+        """See `RequestWriter.prepare`; adapters get their paths, so that any replica can load them."""
         if request.adapters:
             request = replace(request, adapters=tuple(self._located(use) for use in request.adapters))
         return self._writer.prepare(request)
@@ -262,7 +262,7 @@ class Fleet:
             try:
                 self._replicas[number].submit(prepared, sink)
                 return
-            except EngineDeadError:  # what dies is told a moment later
+            except EngineDeadError:  # the router hears of a death a moment later
                 self._router.over(name)
                 refused.add(number)
             except BaseException:
@@ -281,7 +281,7 @@ class Fleet:
         self._each(RemoteEngine.reset_prefix_cache)
 
     def check_structured_outputs(self, params: StructuredOutputsParams) -> None:
-        """See `RemoteEngine.check_structured_outputs`; one replica is asked."""
+        """See `RemoteEngine.check_structured_outputs`; one replica checks."""
         for replica in self._living():
             try:
                 return replica.check_structured_outputs(params)
@@ -297,7 +297,7 @@ class Fleet:
         return any(replica.is_sleeping for replica in self._living())
 
     def sleep(self, level: int, mode: str) -> None:
-        """See `EngineThread.sleep`; where one cannot sleep, those that could wake up again."""
+        """See `EngineThread.sleep`; if a replica cannot sleep, the others wake up again."""
         with self._changing:
             try:
                 self._each(lambda replica: replica.sleep(level, mode))
@@ -317,12 +317,12 @@ class Fleet:
                 self._level, self._woken = 0, frozenset()
 
     def _hashes(self, request: GenerationRequest) -> list[bytes]:
-        """Of the full blocks of a prompt, as the replicas' own in what they tell apart; see `Sequence.hashes`."""
+        """Return hashes of a prompt's full blocks that distinguish the same prefixes as `Sequence.hashes` does."""
         size = self._block_size
         if not size or len(request.prompt_token_ids) < size:
             return []
         marks: dict[int, bytes] = {}
-        for use in request.adapters:  # from the first block on, though one may begin to act later
+        for use in request.adapters:  # from the first block on, even if an adapter is active only later
             if use.scale:
                 marks[0] = marks.get(0, b"") + use.name.encode() + b"\0" + pack("<d", use.scale)
         if request.images and self.texts.sight is not None:
@@ -336,7 +336,7 @@ class Fleet:
     # ---- adapters ----------------------------------------------------------------------------------------------------
 
     def call_adapters(self, call: AdapterCall) -> tuple[AdapterInfo, ...]:
-        """See `AdapterStore.call`; all replicas carry it out, and one that cannot undoes it in all."""
+        """See `AdapterStore.call`; all replicas carry it out. If one fails to add a new adapter, all remove it."""
         if call.what == "list":
             return _merged(self._each(lambda replica: replica.call(call)))
         assert call.adapter is not None
@@ -368,7 +368,7 @@ class Fleet:
             return infos
 
     def _located(self, use: AdapterUse) -> AdapterUse:
-        """An adapter as every replica finds it: one that a request named with a path is known where that went alone."""
+        """Add the known path to an adapter's use, because only the replica of an earlier request may know the name."""
         if use.load_inplace:
             raise InvalidParameterError(
                 f"load_inplace: the request reaches one of {len(self._replicas)} replicas; have all read the files of "
@@ -393,13 +393,13 @@ class Fleet:
     # ---- life and death ----------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Ends all processes. Closing twice is fine."""
+        """End all processes. Closing twice is fine."""
         with self._lock:
             self._closed.set()
             starting = dict(self._starting)
         for process in starting.values():
             if process is not None:
-                process.kill()  # the rest is its thread's, which waits for it
+                process.kill()  # the starting thread waits for it and cleans up
         with ThreadPoolExecutor(len(self._replicas)) as workers:
             list(workers.map(RemoteEngine.close, self._replicas))
         for thread in starting:
@@ -411,11 +411,11 @@ class Fleet:
             return [replica for replica, up in zip(self._replicas, self._up) if up]
 
     def _each(self, work: Callable[[Replica], Any]) -> list[Any]:
-        """What all living replicas say, side by side; one that dies meanwhile says nothing.
+        """Call `work` for all living replicas in parallel; return the results, without replicas that die meanwhile.
 
         Raises:
-            EngineDeadError: none is left.
-            CandleVllmError: what one of them raised, when all have answered.
+            EngineDeadError: no replica is left.
+            CandleVllmError: the error of a replica, raised when all have answered.
         """
         living = self._living()
         said: list[Any] = []
@@ -433,7 +433,7 @@ class Fleet:
         replica.add_death_callback(lambda: self._died(number))
 
     def _died(self, number: int) -> None:
-        """A replica's process has ended by itself; called in its thread, when its requests have been told."""
+        """Handle the death of a replica's process; called in the replica's thread, after its requests have failed."""
         with self._lock:
             if self._closed.is_set() or not self._up[number]:
                 return
@@ -453,7 +453,7 @@ class Fleet:
             callback()
 
     def _restart(self, number: int) -> None:
-        """Starts a replica again, in a thread of its own, unless it dies too often."""
+        """Restart a replica, in a thread of its own, unless it dies too often."""
         this, deaths = threading.current_thread(), self._deaths[number]
         self._replicas[number].close()
         try:
@@ -485,7 +485,7 @@ class Fleet:
             return
         replica = Replica(self._configs[number], process)
         replica.follow(self._router.begun, self._router.over)
-        with self._changing:  # so that it has what the others have
+        with self._changing:  # gives it the adapters and the sleep level of the others
             for name, use in self._added.items():
                 try:
                     replica.call(AdapterCall("add", use))
@@ -511,16 +511,16 @@ class Fleet:
         logger.info("replica %d is there again", number)
 
 
-# ---- numbers of several ----------------------------------------------------------------------------------------------
+# ---- aggregation -----------------------------------------------------------------------------------------------------
 
 
 def combined(each: Sequence[EngineStats]) -> EngineStats:
-    """Several engines' numbers as one's, as the annotations of `EngineStats` say."""
+    """Aggregate the statistics of several engines, by the annotations of `EngineStats`."""
     return EngineStats(**{name: kind.join([getattr(stats, name) for stats in each]) for name, kind in STATS.items()})
 
 
 def _ended(stats: EngineStats) -> EngineStats:
-    """What an engine had counted when it ended."""
+    """Return the counters of an ended engine, with all gauges at zero."""
     return replace(stats, **{name: type(getattr(stats, name))() for name, kind in STATS.items() if kind.now})
 
 
@@ -532,7 +532,7 @@ def _of_replica(stats: EngineStats | None, restarts: int) -> ReplicaStats:
 
 
 def _merged(each: Iterable[tuple[AdapterInfo, ...]]) -> tuple[AdapterInfo, ...]:
-    """Adapters of several replicas by name, each as the replica tells it that is furthest with it."""
+    """Merge the adapters of several replicas by name; the most advanced state of each adapter counts."""
     best: dict[str, AdapterInfo] = {}
     for info in (info for infos in each for info in infos):
         known = best.get(info.name)

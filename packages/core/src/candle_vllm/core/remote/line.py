@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The line between the processes: the first words to the child, the sockets' limits, and a bell. Both ends use it.
+"""The connection between the processes: the start message, the sockets' limits, and a bell. Both processes use it.
 
-The first words go over the child's standard input: how to reach its parent, and what to load. Nothing of it stands on a
-command line, which others on the machine can read. Before step 1 of a request's life.
+The start message goes over the child's standard input: how to connect to the parent, and what to load. None of this is
+on a command line, which other users of the machine can read. Before step 1 of a request's life.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.remote.wire import MAX_FRAME, MAX_QUEUED, PATIENCE
 from candle_vllm.core.shown import log_style
 
-CONTROL, STEPS = b"c", b"s"  # the child's two sockets: requests and answers, and what its steps make
+CONTROL, STEPS = b"c", b"s"  # the child's two sockets: for requests and answers, for outputs of steps
 END = b"e"
 MAX_START: Final = 1 << 24  # bytes
 TOKEN_BYTES: Final = 32
 
 
 class Bell:
-    """A line to oneself that holds a byte while something is to be looked at; sockets, for Windows waits for no pipe.
+    """Wakes a thread that polls descriptors (self-pipe). It is a socket pair, because Windows cannot poll a pipe.
 
     Attributes:
-        descriptor: readable once it was rung. Clear it before looking at what happened, or a ring may be lost.
+        descriptor: readable after `ring`. Call `clear` before checking what happened, or a ring may be lost.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()  # a stream may be dropped, and so aborted, in the midst of anything
+        self._lock = threading.RLock()  # reentrant: a finaliser may abort a stream at any point
         self._closed = False
         self._read, self._write = socket.socketpair()
         self._read.setblocking(False)
@@ -43,18 +43,18 @@ class Bell:
         self.descriptor = self._read.fileno()
 
     def ring(self) -> None:
-        """Something happened. Thread-safe; nothing happens once it is closed."""
-        with self._lock, contextlib.suppress(BlockingIOError):  # a full line is readable as well
+        """Make the descriptor readable. Thread-safe; does nothing after `close`."""
+        with self._lock, contextlib.suppress(BlockingIOError):  # a full socket is readable as well
             if not self._closed:
                 self._write.send(b"\0")
 
     def clear(self) -> None:
-        """What happened is being looked at."""
+        """Make the descriptor unreadable, before checking what happened."""
         with contextlib.suppress(BlockingIOError):
             self._read.recv(4096)
 
     def close(self) -> None:
-        """Lets go of the line; nobody may wait for it any more. Closing twice is fine."""
+        """Close the sockets; no thread may poll them any more. Closing twice is fine."""
         with self._lock:
             if not self._closed:
                 self._closed = True
@@ -63,13 +63,13 @@ class Bell:
 
 
 class Start(msgspec.Struct, frozen=True, kw_only=True):
-    """The first words, over the child's standard input.
+    """The start message, over the child's standard input.
 
     Attributes:
-        token: what both ends know and nobody else.
-        address: where this process listens.
-        folder: of the sockets, if they are in one; removed by the child where this process has gone without doing so.
-        alive: descriptor that the child keeps open as long as it lives; None where it gets none (Windows).
+        token: secret of the two processes.
+        address: address on which the parent listens.
+        folder: folder of the sockets, if they are in one; the child removes it if the parent has gone.
+        alive: descriptor that the child keeps open as long as it lives; None on Windows.
         log: `log_style()` of the parent.
         config: fields of `EngineConfig`.
     """
@@ -83,10 +83,10 @@ class Start(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def write_start(config: EngineConfig, token: bytes, address: str, folder: str, alive: int | None) -> bytes:
-    """The words, behind their length.
+    """Serialise the start message, prefixed with its length.
 
     Raises:
-        ConfigError: a setting cannot be handed over.
+        ConfigError: a setting cannot be serialised.
     """
     start = Start(token=token, address=address, folder=folder, alive=alive, log=log_style(), config=config.plain())
     try:
@@ -99,10 +99,10 @@ def write_start(config: EngineConfig, token: bytes, address: str, folder: str, a
 
 
 def read_start(descriptor: int) -> Start:
-    """What `write_start` wrote.
+    """Read the start message.
 
     Raises:
-        ValueError: it did not write this.
+        ValueError: the bytes are no start message.
         EOFError: the parent has gone.
     """
     size = int.from_bytes(_read_exactly(descriptor, 4), "little")
@@ -122,7 +122,7 @@ def _read_exactly(descriptor: int, count: int) -> bytes:
 
 
 def set_limits(end: zmq.Socket[bytes]) -> None:
-    """Bounds of every socket: sizes, queues and waits."""
+    """Set the limits of a socket: message size, queue lengths and timeouts."""
     end.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME)
     end.setsockopt(zmq.SNDHWM, MAX_QUEUED)
     end.setsockopt(zmq.RCVHWM, MAX_QUEUED)

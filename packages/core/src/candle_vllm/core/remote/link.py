@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The caller's end of the line: an engine whose steps are run elsewhere, and the thread that drives it (steps 3 to 10).
+"""The caller's end of the connection to an engine in another process, and the thread that drives it (steps 3 to 10).
 
-`RemoteThread` drives a `RemoteLink` as it drives `Engine`: `add` and `abort` send, `step` waits for what comes. Only
-that thread touches the socket.
+`RemoteThread` drives a `RemoteLink` as `EngineThread` drives `Engine`: `add` and `abort` send messages, `step` waits
+for messages. Only that thread uses the socket.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from candle_vllm.core.remote.parcels import Parcel, RequestWriter, write_check
 from candle_vllm.core.remote.process import EngineProcess
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 
-_LOOK_UP = 1000  # ms after which the process is looked at even if nothing was heard
-_MAX_AT_ONCE = 64  # messages that are read before their pieces are handed over
+_LOOK_UP = 1000  # ms without a message after which the process is checked
+_MAX_AT_ONCE = 64  # messages that are read before their outputs are delivered
 
 
 @dataclasses.dataclass
@@ -46,21 +46,21 @@ class _Live:
 
 
 class RemoteLink:
-    """What `EngineThread` needs of an engine, over a socket.
+    """A `StepEngine` whose engine is in another process, over a socket.
 
     Args:
-        process: the child, which has loaded its model.
-        ready: what it said then.
-        writer: checks requests before they are sent.
+        process: the child process, which has loaded its model.
+        ready: the message that it sent then.
+        writer: checks and serialises requests.
 
     Attributes:
         wake: makes `step` return soon; thread-safe.
-        on_refused: called with the request id and the error where the child does not take a request.
-        on_begun, on_over: called with the request id when its first piece has come, and when it has ended anyhow.
+        on_refused: called with the request id and the error if the child refuses a request.
+        on_begun, on_over: called with the request id at its first output, and at its end for any reason.
     """
 
     waits = False
-    has_work = True  # the thread always waits in `step`: for pieces, for requests, and for the end
+    has_work = True  # the thread always waits in `step`: for outputs, requests and the end
 
     def __init__(self, process: EngineProcess, ready: wire.Ready, writer: RequestWriter) -> None:
         self.max_model_len = ready.info.max_model_len
@@ -83,24 +83,24 @@ class RemoteLink:
         self._poller.register(self._bell.descriptor, zmq.POLLIN)
 
     def close(self) -> None:
-        """Lets go of what `wake` needs; the thread must have ended."""
+        """Close the sockets of `wake`; the thread must have ended."""
         self._bell.close()
 
     def stats(self) -> EngineStats:
-        """What the child said last: at most a tenth of a second old, and exact while it has nothing to do."""
+        """Return the child's last statistics: at most 0.1 s old, and exact while it is idle."""
         return self._stats
 
-    # ---- what goes out -----------------------------------------------------------------------------------------------
+    # ---- sending -----------------------------------------------------------------------------------------------------
 
     def add(self, prepared: Sequence[Parcel]) -> None:
-        """Sends a request."""
+        """Send a request."""
         parcel = prepared[0]
         live = _Live(parcel.request, parcel.ticket, set(range(parcel.request.params.n)))
         self._by_ticket[parcel.ticket] = self._by_id[parcel.request.request_id] = live
         self._process.send(parcel.data)
 
     def abort(self, request_id: str) -> list[TokenOutput]:
-        """Tells the child that nobody waits any more; the last pieces are made here, and its own are not read."""
+        """Send an abort to the child; make the last outputs here, and ignore the child's."""
         live = self._by_id.get(request_id)
         if live is None:
             return []
@@ -113,11 +113,11 @@ class RemoteLink:
         ]
 
     def reset_prefix_cache(self) -> None:
-        """Tells the child; messages are read in their order, so that later requests come later."""
+        """Send a reset to the child, which reads it before later requests."""
         self._process.send(wire.encode(wire.Reset()))
 
     def sleep(self, level: int) -> list[TokenOutput]:
-        """The thread asks and waits, for it is not its own that does it."""
+        """Not used: `RemoteThread` sends a message and waits for the answer."""
         raise NotImplementedError
 
     def wake_up(self, tags: Sequence[str]) -> None:
@@ -125,17 +125,17 @@ class RemoteLink:
         raise NotImplementedError
 
     def call(self, number: int, data: bytes, answer: Future[Any]) -> None:
-        """Sends a question; `answer` is set when the child has answered it."""
+        """Send a call; `answer` is set when the child has answered."""
         self._calls[number] = answer
         self._process.send(data)
 
-    # ---- what comes in -----------------------------------------------------------------------------------------------
+    # ---- receiving ---------------------------------------------------------------------------------------------------
 
     def step(self) -> list[TokenOutput]:
-        """Waits until something is heard; the pieces in it, with their callers' request ids.
+        """Wait for messages; return the outputs in them, with the callers' request ids.
 
         Raises:
-            EngineDeadError: the child has ended, or what it says makes no sense.
+            EngineDeadError: the child has ended, or has sent an invalid message.
         """
         events = dict(self._poller.poll(_LOOK_UP))
         if self._bell.descriptor in events:
@@ -185,7 +185,7 @@ class RemoteLink:
 
     def _answer(self, message: wire.Checked | wire.Told) -> None:
         answer = self._calls.pop(message.number, None)
-        if answer is None or not answer.set_running_or_notify_cancel():  # it has waited too long
+        if answer is None or not answer.set_running_or_notify_cancel():  # the caller has timed out
             return
         if message.error is None:
             answer.set_result(message.infos if isinstance(message, wire.Told) else None)
@@ -200,16 +200,16 @@ class RemoteLink:
 
 logger = logging.getLogger(__name__)
 
-CALL_TIMEOUT = 120.0  # seconds that a caller waits for a form to be compiled, or an adapter to be loaded
+CALL_TIMEOUT = 120.0  # seconds that a caller waits for a grammar to be compiled, or an adapter to be loaded
 
 
 class RemoteThread(EngineThread):
-    """Sends requests as they come, reads pieces as they come.
+    """Sends requests to an engine in another process, and delivers its outputs.
 
     Args:
-        link: to the engine, which only this thread touches from now on.
+        link: the connection to the engine, which only this thread uses from now on.
         max_sequences: most live sequences before new requests are refused.
-        on_end: called in this thread when the engine process has ended without being told to.
+        on_end: called in this thread when the engine process has ended without `close`.
     """
 
     def __init__(self, link: RemoteLink, max_sequences: int, on_end: Callable[[], None]) -> None:
@@ -237,21 +237,21 @@ class RemoteThread(EngineThread):
         self._link.wake()
 
     def check(self, params: StructuredOutputsParams) -> None:
-        """Asks the engine whether a form is possible, and waits for the answer.
+        """Have the engine check structured outputs, and wait for the answer.
 
         Raises:
-            InvalidParameterError: it is not.
-            EngineOverloadedError: too many wait already, or it takes too long.
+            InvalidParameterError: the schema or grammar is wrong or not supported.
+            EngineOverloadedError: too many callers wait already, or the check takes too long.
             EngineDeadError: the engine has stopped.
         """
         number = next(self._numbers)
         self._ask(number, write_check(number, params), "a form of texts", "checked")
 
     def call_adapters(self, call: AdapterCall) -> tuple[AdapterInfo, ...]:
-        """Asks the engine's adapters, and waits for the answer.
+        """Send a call to the engine's adapter store, and wait for the answer.
 
         Raises:
-            CandleVllmError: as of `AdapterStore.call`, or as `check`.
+            CandleVllmError: see `AdapterStore.call` and `check`.
         """
         number = next(self._numbers)
         return self._ask(number, wire.encode(wire.Ask(number, call)), "an adapter", "loaded")
@@ -265,7 +265,7 @@ class RemoteThread(EngineThread):
         self._ask(number, wire.encode(wire.Sleep(number, 0, tuple(sorted(tags)))), "the engine", "woken", None)
 
     def _ask(self, number: int, data: bytes, what: str, done: str, patience: float | None = CALL_TIMEOUT) -> Any:
-        """The answer to a question; `what` is to be `done` within so many seconds."""
+        """Send a call and return its answer; an error after `patience` seconds says that `what` is not `done`."""
         answer: Future[Any] = Future()
         with self._wake:
             if self._dead is not None or self._closing:
@@ -287,7 +287,7 @@ class RemoteThread(EngineThread):
         finally:
             with self._wake:
                 self._calls.discard(answer)
-            del answer  # its error holds this frame
+            del answer  # its exception refers to this frame
 
     def add_death_callback(self, callback: Callable[[], None]) -> None:
         """See `RemoteEngine.add_death_callback`."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Checks of a request in the caller's process, and its bytes for the engine's (between steps 3 and 4 of its life).
+"""Check a request in the caller's process, and serialise it for the engine's (between steps 3 and 4 of its life).
 
-Everything that follows from the request, the vocabulary and the context is refused here, before it is sent. What takes
-the engine to know (a form that does not compile) the engine refuses.
+Errors that follow from the request, the vocabulary and the context are raised here, before anything is sent. Other
+errors, such as a grammar that does not compile, are raised by the engine.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from candle_vllm.core.text.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Parcel:
-    """A checked request, ready to be sent."""
+    """A checked request with its serialised message."""
 
     request: GenerationRequest
     ticket: str
@@ -36,12 +36,12 @@ class Parcel:
 
 
 class RequestWriter:
-    """Checks requests to one model and writes them. Thread-safe.
+    """Checks and serialises requests to one model. Thread-safe.
 
     Args:
-        info: what is served.
-        tokenizer: the model's.
-        pooling: how its vectors are made; None of a cross-encoder.
+        info: information about the model.
+        tokenizer: the model's tokenizer.
+        pooling: how vectors are pooled; None for a model that computes its head itself.
         seed: makes requests without a seed reproducible, in order of preparation.
     """
 
@@ -53,7 +53,7 @@ class RequestWriter:
         self._tickets = itertools.count()
 
     def prepare(self, request: GenerationRequest) -> list[Parcel]:
-        """Checks a request; the same parcel stands for each of its sequences.
+        """Check a request; return the same `Parcel` for each of its sequences.
 
         Raises:
             InvalidParameterError, PromptTooLongError: the request cannot be served as it is.
@@ -76,7 +76,7 @@ class RequestWriter:
             self._pooling.plan(request.pooling)
 
     def _checked_params(self, request: GenerationRequest) -> SamplingParams:
-        """The request's parameters with nothing left to chance."""
+        """Check the request's sampling parameters; return them with a seed, so that a result can be reproduced."""
         info, params = self._info, request.params
         if any(not isinstance(each, str) for each in params.logits_processors or ()):
             said = (
@@ -102,16 +102,16 @@ class RequestWriter:
         return params
 
     def _bad_words(self, params: SamplingParams) -> list[list[int]]:
-        """The words as tokens, which is what may be refused of them."""
+        """Tokenize bad words, because `SamplingState` checks their tokens."""
         ids = self._tokenizer.encode_batch(list(params.bad_words or ()), add_special_tokens=False)
         return [word for word in ids if word]
 
 
 def portable(params: StructuredOutputsParams) -> StructuredOutputsParams:
-    """A form whose schema is a text: JSON has numbers that MessagePack has not.
+    """Return structured outputs whose schema is JSON text, because JSON has numbers that MessagePack lacks.
 
     Raises:
-        InvalidParameterError: the schema is no JSON, or too much of it.
+        InvalidParameterError: the schema is not JSON, or is too large.
     """
     changes = {}
     for name in ("json", "structural_tag"):
@@ -125,7 +125,7 @@ def portable(params: StructuredOutputsParams) -> StructuredOutputsParams:
 
 
 def write_check(number: int, params: StructuredOutputsParams) -> bytes:
-    """The question whether a form is possible; errors as `RequestWriter.prepare`."""
+    """Serialise a check of structured outputs; raises as `RequestWriter.prepare`."""
     return _written(Check(number, portable(params)))
 
 

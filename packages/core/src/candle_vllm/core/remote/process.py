@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""EngineProcess: the child that runs an engine, and the socket to it. Before step 1 of a request's life.
+"""EngineProcess: the child process that runs an engine, and the socket to it. Before step 1 of a request's life.
 
-The socket lies in a folder that only this user can enter, on Windows at a port of this machine, and the child is known
-by a token that it read from its standard input: what others say is dropped, and nothing is sent to them. While this
-process lives, so does the other end of that input; while the child lives, so does the other end of `alive`. Each end
-notices by that when the other has gone, however it went.
+The socket is in a folder that only this user can enter; on Windows it is a local port. The child identifies itself by a
+token that it read from its standard input: messages of other processes are dropped, and nothing is sent to them. While
+this process lives, its end of that input stays open; while the child lives, its end of `alive` stays open. So each
+process notices the end of the other, for any reason.
 """
 
 from __future__ import annotations
@@ -44,26 +44,26 @@ from candle_vllm.core.threads import ending
 logger = logging.getLogger(__name__)
 
 CHILD = (sys.executable, "-P", "-m", "candle_vllm.core.remote.child")
-_LONGEST_FOLDER = 80  # bytes; the address of a socket in it may have 107
-_MAX_STRANGERS = 10  # strangers' messages that are logged
+_LONGEST_FOLDER = 80  # bytes; the path of a socket in it may have 107
+_MAX_STRANGERS = 10  # most messages of other processes that are logged
 _LOOK_UP = 1000  # ms
-_LAST_WORDS = 20  # ms that what a child said before it ended may need to get here
+_LAST_WORDS = 20  # ms that the last messages of an ended child may take to arrive
 
 
 class EngineProcess:
-    """A child that loads a model and serves it.
+    """A child process that loads a model and serves it.
 
     Args:
-        config: of its engine.
-        command: what to start.
+        config: the engine's configuration.
+        command: the command to start.
 
     Attributes:
-        socket: to the child, of whoever drives it; not thread-safe.
+        socket: socket to the child, used by one thread; not thread-safe.
         alive: descriptor that becomes readable when the child has ended.
         pid: the child's process id.
 
     Raises:
-        ConfigError: a setting cannot be handed over.
+        ConfigError: a setting cannot be serialised.
     """
 
     def __init__(self, config: EngineConfig, command: Sequence[str] = CHILD) -> None:
@@ -76,7 +76,7 @@ class EngineProcess:
         self._context = zmq.Context()
         self._near, far = socket.socketpair()
         self._near.setblocking(False)
-        given = None if sys.platform == "win32" else far.fileno()  # Windows hands on no socket so
+        given = None if sys.platform == "win32" else far.fileno()  # Windows cannot inherit a socket this way
         try:
             self.socket = self._context.socket(zmq.ROUTER)
             set_limits(self.socket)
@@ -106,12 +106,12 @@ class EngineProcess:
             raise
 
     def greeting(self) -> Ready:
-        """Waits until the child has loaded its model, and passes on how far it is.
+        """Wait until the child has loaded its model, and report the progress.
 
-        A child that says why it could not lives until it is ended, so one that has ended has nothing more to say.
+        A child that fails sends its error and waits to be ended, so a child that has ended sends no more messages.
 
         Raises:
-            ConfigError, ModelNotFoundError, ModelLoadError: it has not; what it said.
+            ConfigError, ModelNotFoundError, ModelLoadError: the child's error.
         """
         poller, reader = zmq.Poller(), Reader(Greeting)
         poller.register(self.socket, zmq.POLLIN)
@@ -137,11 +137,11 @@ class EngineProcess:
                 )
 
     def has_more(self) -> bool:
-        """Whether anything is yet to be read; waits for it a little."""
+        """Return whether a message can be read, after waiting a little."""
         return self.socket.poll(_LAST_WORDS) != 0
 
     def received(self, most: int) -> Iterator[bytes]:
-        """What has come from the child so far, without waiting; what comes from others is dropped."""
+        """Yield messages that have arrived from the child, without waiting; drop messages of other processes."""
         for _ in range(most):
             try:
                 frames = self.socket.recv_multipart(zmq.NOBLOCK)
@@ -155,10 +155,10 @@ class EngineProcess:
                     logger.warning("a message on the engine's socket was not from the engine, and was dropped")
 
     def send(self, data: bytes) -> None:
-        """Sends a message to the child.
+        """Send a message to the child.
 
         Raises:
-            EngineDeadError: it is not there, or takes nothing any more.
+            EngineDeadError: the child has ended, or accepts no message.
         """
         try:
             self.socket.send_multipart((CONTROL + self._token, data))
@@ -168,18 +168,18 @@ class EngineProcess:
             raise EngineDeadError(f"the engine process has ended ({self._fate()})") from None
 
     def check(self) -> None:
-        """Raises `EngineDeadError` where the child has ended."""
+        """Raise `EngineDeadError` if the child has ended."""
         if self._popen.poll() is not None or self._closed_its_end():
             raise EngineDeadError(f"the engine process has ended ({self._fate()})")
 
     def kill(self) -> None:
-        """Ends the child at once, and lets the system forget it. Thread-safe."""
+        """Kill the child and wait for its end. Thread-safe."""
         self._popen.kill()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._popen.wait(PATIENCE)
 
     def close(self, *, kill: bool = False) -> None:
-        """Asks the child to end, waits, kills it where it does not; nothing of it is left. Closing twice is fine."""
+        """Ask the child to end, kill it after a while, and free all resources. Closing twice is fine."""
         with self._ending:
             if self._ended:
                 return
@@ -223,13 +223,13 @@ class EngineProcess:
             return True
 
     def _fate(self) -> str:
-        """How the child ended."""
+        """Return how the child ended, for messages."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._popen.wait(1.0)
         return ending(self._popen.returncode)
 
     def _hold(self, end: socket.socket) -> None:
-        """Keeps the other end of `alive` in the child's place, until it has ended."""
+        """Keep the child's end of `alive` open until the child has ended (Windows)."""
         with end:
             self._popen.wait()
 
@@ -241,7 +241,7 @@ class EngineProcess:
 
 
 def _private_folder() -> str:
-    """A new folder that nobody else can enter, with a path that leaves room for a socket's name; on Windows none."""
+    """Make a folder that only this user can enter, with a path short enough for a socket; "" on Windows."""
     if sys.platform == "win32":
         return ""
     folder = tempfile.mkdtemp(prefix="candle-vllm-")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""ReplicatedEngine: several engines with the same model behind one front, with the methods of `InferenceEngine`."""
+"""ReplicatedEngine: several engines with the same model as one, with the methods of `InferenceEngine`."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from candle_vllm.core.vision.fetching import ImageSources
 
 
 class ReplicatedEngine(EngineFront):
-    """A model in `data_parallel_size` processes, each with a copy of its own; requests go to the one that suits best.
+    """A model in `data_parallel_size` processes (replicas), each with a copy; a router chooses one for each request.
 
     Args:
         model: a Hugging Face id, a folder, a `.gguf` file, or a whole `EngineConfig`.
-        settings: fields of `EngineConfig`, where `model` is not one.
+        settings: fields of `EngineConfig`, if `model` is not an `EngineConfig`.
 
     Raises:
-        ConfigError, ModelNotFoundError, ModelLoadError: the model cannot be served as asked.
+        ConfigError, ModelNotFoundError, ModelLoadError: the model cannot be served with these settings.
 
-    A request goes where the least is to be done before it is answered: where its beginning is in the cache, unless
-    others wait there for longer than it takes to run that beginning elsewhere. Answers do not depend on where they are
-    made, as far as an engine's do not depend on what runs beside them. When a process ends, the requests that it had
-    get an `EngineDeadError`, the others go on, and it is started again; when the last one ends, the engine has ended.
+    A request goes to the replica with the least work before its answer: the one that has its prefix cached, unless
+    waiting there takes longer than computing the prefix elsewhere. Answers do not depend on the replica, as far as
+    answers of one engine do not depend on the rest of the batch. When a process ends, its requests get an
+    `EngineDeadError`, the others go on, and it is restarted; when the last process ends, the engine has ended.
     """
 
     def __init__(self, model: str | Path | EngineConfig, **settings: Unpack[EngineSettings]) -> None:
@@ -48,7 +48,7 @@ class ReplicatedEngine(EngineFront):
 
     @property
     def pids(self) -> list[int]:
-        """Process ids of the replicas; that of one which has died is its last."""
+        """Process ids of the replicas; for a replica that has died, the id of its last process."""
         return self._require()[0].pids
 
     @property
@@ -57,7 +57,7 @@ class ReplicatedEngine(EngineFront):
         return self._fleet is not None and self._fleet.is_alive and not self._is_elsewhere
 
     def add_death_callback(self, callback: Callable[[], None]) -> None:
-        """Calls `callback` once, when the last process has ended without being told to; see `RemoteEngine`."""
+        """Call `callback` once, when the last process has ended without `close`; see `RemoteEngine`."""
         self._require()[0].add_death_callback(callback)
 
     def check_structured_outputs(self, params: StructuredOutputsParams) -> None:
@@ -66,11 +66,11 @@ class ReplicatedEngine(EngineFront):
         self._running_thread().check_structured_outputs(params)
 
     def abort(self, request_id: str) -> None:
-        """Ends a request and frees its blocks before the next step; unknown ids are ignored."""
+        """End a request and free its blocks before the next step; unknown ids are ignored."""
         self._running_thread().abort(request_id)
 
     def reset_prefix_cache(self) -> None:
-        """See `EngineFront`; of all replicas."""
+        """See `EngineFront`; clears the caches of all replicas."""
         self._running_thread().reset_prefix_cache()
 
     @property
@@ -89,7 +89,7 @@ class ReplicatedEngine(EngineFront):
         return self._running_thread().call_adapters(call)
 
     def close(self) -> None:
-        """Aborts what is running and ends the processes, by force after 10 s. Closing twice is fine."""
+        """Abort running requests and end the processes, by force after 10 s. Closing twice is fine."""
         if self._is_elsewhere:  # the processes are the parent's
             self._finalizer.detach()
         else:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Router: which of several engines with the same model gets a request (between steps 3 and 4 of its life).
+"""Router: choose the replica for a request (between steps 3 and 4 of its life).
 
-It knows what it gave to each: the prompts that are still to be run, the sequences that run, and the hashes of the
-blocks that each has lately been given, as many as its cache holds. No engine is asked: what it forgot or had from
-elsewhere is not known here, and costs a prompt that is run once more.
+The router tracks what it has sent to each replica: prompt tokens that are still to be run, running sequences, and the
+hashes of the latest prompt blocks, as many as the replica's cache holds. It asks no engine, so it does not know of
+blocks that an engine has evicted or read from a KV tier; that costs the computation of a prompt once more.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ HELD_SHARE = 0.05
 
 @dataclasses.dataclass(frozen=True)
 class Room:
-    """What a replica has room for.
+    """The capacity of a replica.
 
     Attributes:
-        num_blocks: blocks of its cache; 0 where nothing is found again.
+        num_blocks: blocks of its cache; 0 without prefix caching.
         block_size: tokens of a block.
         max_num_seqs: most sequences in one step.
     """
@@ -39,7 +39,7 @@ class Room:
 
 @dataclasses.dataclass
 class _Given:
-    """A request that a replica has."""
+    """A request that was routed to a replica and has not ended."""
 
     replica: int
     length: int
@@ -48,7 +48,7 @@ class _Given:
 
 
 class _Replica:
-    """What is known of one replica; all of it is gone when its process is."""
+    """Load of one replica, and the blocks that it may have cached."""
 
     def __init__(self, room: Room) -> None:
         self.room = room
@@ -56,24 +56,24 @@ class _Replica:
         self.forget()
 
     def forget(self) -> None:
-        self.to_run = 0  # tokens of prompts
-        self.held = 0  # tokens of prompts that have been run, of sequences that go on
+        self.to_run = 0  # prompt tokens that are not computed yet
+        self.held = 0  # prompt tokens of requests that generate
         self.sequences = 0
-        self.known: OrderedDict[Hashable, None] = OrderedDict()  # least recently given first
+        self.known: OrderedDict[Hashable, None] = OrderedDict()  # block hashes, least recently used first
 
     @property
     def load(self) -> float:
-        """What it has to do, in tokens of prompts."""
+        """The replica's remaining work, in prompt tokens."""
         return self.to_run + SEQUENCE_TOKENS * self.sequences + HELD_SHARE * self.held
 
     def found(self, hashes: Sequence[Hashable]) -> int:
-        """How many of the first blocks it has been given before."""
+        """Return how many of the first blocks were sent to this replica before."""
         known = self.known
         return next((n for n, digest in enumerate(hashes) if digest not in known), len(hashes))
 
     def remember(self, hashes: Sequence[Hashable]) -> None:
         known = self.known
-        for digest in reversed(hashes):  # the tail goes before the head, which other prompts may share
+        for digest in reversed(hashes):  # the tail is dropped before the head, which other prompts may share
             known[digest] = None
             known.move_to_end(digest)
         while len(known) > min(self.room.num_blocks, MAX_INDEX):
@@ -81,15 +81,15 @@ class _Replica:
 
 
 class Router:
-    """Chooses replicas and keeps count of what they have. Thread-safe.
+    """Chooses replicas for requests, and tracks their load. Thread-safe.
 
-    A request goes where the least is to be done before it is answered, in tokens: prompts that wait, sequences that
-    run, and what of its own prompt is not in the cache there. So one with a known beginning stays with its replica
-    until waiting there costs more than running that beginning elsewhere. A replica whose steps are full is passed over
-    while another's are not.
+    A request goes to the replica with the least work before its answer, in tokens: waiting prompts, running sequences,
+    and the part of its own prompt that is not cached there. So a request with a cached prefix stays with its replica
+    until waiting there costs more than computing the prefix elsewhere. A replica with a full batch is skipped while
+    another replica's batch is not full.
 
     Args:
-        rooms: of each replica.
+        rooms: the capacity of each replica.
     """
 
     def __init__(self, rooms: Sequence[Room]) -> None:
@@ -102,7 +102,7 @@ class Router:
 
     @property
     def sequences(self) -> int:
-        """How many sequences all replicas have, waiting or running."""
+        """Number of waiting and running sequences of all replicas."""
         return sum(replica.sequences for replica in self._replicas)
 
     def give(
@@ -113,17 +113,17 @@ class Router:
         sequences: int = 1,
         without: Collection[int] = (),
     ) -> int | None:
-        """Chooses the replica of a request, and counts it there until `over`.
+        """Choose the replica of a request, and count the request there until `over`.
 
         Args:
-            request_id: unique among those that were given and are not over.
-            hashes: of the full blocks of its prompt, each chained over all before it.
+            request_id: unique among the requests that were given and are not over.
+            hashes: hashes of the full blocks of its prompt, each chained over all blocks before it.
             length: tokens of its prompt.
-            sequences: how many answers it asks for.
-            without: replicas that did not take it.
+            sequences: number of answers that it asks for.
+            without: replicas that have refused it.
 
         Returns:
-            its number, or None where none is up.
+            The number of the replica, or None if all replicas are down.
         """
         with self._lock:
             up = [n for n, replica in enumerate(self._replicas) if replica.is_up and n not in without]
@@ -146,12 +146,12 @@ class Router:
             return number
 
     def place_of(self, request_id: str) -> int | None:
-        """The replica that has a request; None where it is over, or was never given."""
+        """Return the replica of a request; None if the request is over or unknown."""
         given = self._given.get(request_id)
         return None if given is None else given.replica
 
     def begun(self, request_id: str) -> None:
-        """A request's first token has come: its prompt has been run."""
+        """Note that a request's first token has arrived, so that its prompt has been run."""
         with self._lock:
             given = self._given.get(request_id)
             if given is not None and given.to_run:
@@ -161,7 +161,7 @@ class Router:
                 given.to_run = 0
 
     def over(self, request_id: str) -> None:
-        """A request has ended, however it did."""
+        """Note that a request has ended, for any reason."""
         with self._lock:
             given = self._given.pop(request_id, None)
             if given is None:
@@ -172,7 +172,7 @@ class Router:
             replica.held -= 0 if given.to_run else given.length
 
     def lost(self, number: int) -> None:
-        """A replica has died: nothing more goes there, and what it had is over."""
+        """Note that a replica has died: no request goes there, and its requests are over."""
         with self._lock:
             replica = self._replicas[number]
             replica.is_up = False
@@ -180,12 +180,12 @@ class Router:
             self._given = {name: given for name, given in self._given.items() if given.replica != number}
 
     def back(self, number: int, room: Room) -> None:
-        """A replica that had died is there again, with an empty cache."""
+        """Note that a replica was restarted, with an empty cache."""
         with self._lock:
             self._replicas[number] = _Replica(room)
 
     def forget_prefixes(self) -> None:
-        """No replica's cache holds anything that a later prompt could begin with."""
+        """Note that the prefix caches of all replicas were cleared."""
         with self._lock:
             for replica in self._replicas:
                 replica.known.clear()

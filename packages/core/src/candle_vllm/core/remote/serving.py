@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""In the engine's process: where requests come in, the engine that serves them, and where pieces go (steps 4 to 9).
+"""In the engine's process: receive requests, run them on the engine, and send outputs (steps 4 to 9).
 
-The desk has one socket and belongs to the process's main thread; the outbox has the other and belongs to the engine's
-thread. What takes long (compiling a form) is done in threads beside both.
+`RequestDesk` has one socket and belongs to the process's main thread; `Outbox` has the other and belongs to the
+engine's thread. Slow work, such as compiling a grammar, is done in other threads.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ STATS_EVERY: Final = 0.1  # seconds
 
 
 class Outbox:
-    """Where the pieces of all requests go: what one step made is sent as one message.
+    """The sink of all requests: sends the outputs of one step as one message.
 
     Args:
-        socket: to the parent; only the engine's thread uses it.
+        socket: socket to the parent process; only the engine's thread uses it.
     """
 
     loop = None
@@ -53,22 +53,22 @@ class Outbox:
         self._sent_at = 0.0
 
     def put(self, item: Delivery) -> None:
-        """Takes one piece; see `Sink`."""
-        if isinstance(item, TokenOutput):  # an engine's end is told by `fail`
+        """Take one output; see `Sink`."""
+        if isinstance(item, TokenOutput):  # the end of the engine is sent by `fail`
             self._pieces.append(item)
 
     def flush(self, engine: StepEngine) -> list[str]:
-        """Sends what there is, with the counters when they are due or the engine comes to rest.
+        """Send the collected outputs, with the statistics when they are due or the engine becomes idle.
 
         Returns:
-            Tickets whose pieces no message can hold; the parent has been told.
+            Tickets whose outputs are too large for a message; the parent has got an error for each.
         """
         pieces, self._pieces = self._pieces, []
         stats = self._due(engine)
         return self._send(pieces, stats) if pieces or stats is not None else []
 
     def fail(self, error: EngineDeadError) -> None:
-        """The engine has failed for good; the parent ends this process once it has read so."""
+        """Send that the engine has failed for good; the parent then ends this process."""
         self._socket.send(wire.encode(wire.Ended(wire.writable(str(error)))))
 
     def _send(self, pieces: list[TokenOutput], stats: EngineStats | None) -> list[str]:
@@ -96,11 +96,11 @@ class Outbox:
         return stats
 
 
-MAX_SEQUENCES: Final = 1 << 20  # the parent keeps the bound that was configured
+MAX_SEQUENCES: Final = 1 << 20  # no limit here: the parent enforces the configured one
 
 
 class ServingThread(EngineThread):
-    """An `EngineThread` whose pieces go to the parent, step by step."""
+    """An `EngineThread` that sends its outputs to the parent process, step by step."""
 
     def __init__(self, engine: StepEngine, outbox: Outbox) -> None:
         self._outbox = outbox
@@ -126,7 +126,7 @@ class ChildEngine(InferenceEngine):
 
     @property
     def parts(self) -> tuple[Tokenizer, ChatTemplate | None, ModelPooling | None, Sight | None]:
-        """What its model brings besides weights."""
+        """The model's tokenizer, chat template, pooling and image processing."""
         loaded = self._require()[1]
         return loaded.tokenizer, loaded.template, loaded.pooling, loaded.sight
 
@@ -156,12 +156,12 @@ _LOOK_UP: Final = 10_000  # ms
 
 
 class RequestDesk:
-    """Takes requests, aborts and questions, and answers those that the engine does not get.
+    """Receives requests, aborts and calls from the parent process, and answers calls and refused requests.
 
     Args:
-        engine: what serves them.
-        outbox: where their pieces go.
-        socket: to the parent; only the thread that calls `turn` uses it.
+        engine: the engine.
+        outbox: the sink of all requests.
+        socket: socket to the parent; only the thread that calls `turn` uses it.
         bell: wakes that thread.
     """
 
@@ -175,15 +175,15 @@ class RequestDesk:
         self._poller.register(bell.descriptor, zmq.POLLIN)
         self._reader = wire.Reader(wire.ToChild)
         self._workers = ThreadPoolExecutor(_WORKERS, "candle-vllm-forms")
-        self._callers = ThreadPoolExecutor(_CALLERS, "candle-vllm-adapter-calls")  # they wait for loads
-        self._preparing: set[str] = set()  # tickets that a worker has
+        self._callers = ThreadPoolExecutor(_CALLERS, "candle-vllm-adapter-calls")  # wait for adapter loads
+        self._preparing: set[str] = set()  # tickets of requests that a worker prepares
         self._done: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
 
     def turn(self) -> None:
-        """Waits for messages or for the bell, and takes care of what is there.
+        """Wait for messages or for the bell, and handle them.
 
         Raises:
-            MalformedMessageError: the parent sent what is no message.
+            MalformedMessageError: the parent sent an invalid message.
         """
         self._poller.poll(_LOOK_UP)
         self._bell.clear()
@@ -197,7 +197,7 @@ class RequestDesk:
             self._take(self._reader.read(data))
 
     def close(self) -> None:
-        """Ends the workers; what they have is not waited for."""
+        """End the workers, without waiting for their work."""
         self._workers.shutdown(wait=False, cancel_futures=True)
         self._callers.shutdown(wait=False, cancel_futures=True)
 
@@ -212,7 +212,7 @@ class RequestDesk:
         elif isinstance(message, wire.Check):
             self._workers.submit(self._check, message.number, message.params)
         elif isinstance(message, wire.Ask):
-            if message.call.what in ("list", "remove"):  # which wait for nothing
+            if message.call.what in ("list", "remove"):  # these do not block
                 self._call(message.number, message.call)
             else:
                 self._callers.submit(self._call, message.number, message.call)
@@ -223,7 +223,7 @@ class RequestDesk:
             self._submit(message.request, self._prepared(message.request))
 
     def _prepared(self, request: GenerationRequest) -> Sequence[Any] | CandleVllmError:
-        """What the engine makes of a request, or why it does not."""
+        """Return the engine's prepared request, or the error."""
         try:
             return self._engine.prepare(request)
         except CandleVllmError as error:
@@ -289,11 +289,11 @@ class RequestDesk:
         except Exception as error:
             logger.exception("adapters could not be asked")
             described = wire.describe_error(CandleVllmError(f"the engine failed: {type(error).__name__}: {error}"))
-        self._engine.thread.wake()  # which tells what has become of the counters
+        self._engine.thread.wake()  # which sends the new statistics
         answer = wire.encode(wire.Told(number, infos, described))
         self._hand_over(lambda: self._socket.send(answer))
 
     def _hand_over(self, work: Callable[[], object]) -> None:
-        """Has something done by the main thread, which alone may use the socket."""
+        """Have work done by the main thread, which alone may use the socket."""
         self._done.put(work)
         self._bell.ring()

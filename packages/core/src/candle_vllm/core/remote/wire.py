@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""What crosses the boundary between the processes, and how it is written: MessagePack, read into typed structs.
+"""Messages between the processes, and their serialisation: MessagePack, decoded into typed structs.
 
-A request is known by its ticket, a number that is never used twice: the caller's request id stays in the caller's
-process, and may be used again as soon as the request is over. Nothing here can name code or a class of its own.
+A request is identified by its ticket, a number that is never used twice: the caller's request id stays in the caller's
+process, and may be used again as soon as the request is over. No message can name code or a class to load.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from candle_vllm.core.vision.prompts import Sighted
 
 MAX_FRAME: Final = 1 << 28  # bytes of a message; log-probabilities of a whole prompt are the largest
 MAX_QUEUED: Final = 10_000  # messages in a socket before its sender waits
-PATIENCE: Final = 10.0  # seconds that this process waits for room in a socket, or for a child to end
+PATIENCE: Final = 10.0  # seconds that this process waits for a full socket, or for a child to end
 
 T = TypeVar("T")
 
 
 class WireError(msgspec.Struct, frozen=True, array_like=True):
-    """One of our errors: its class, its message, and the field or setting that it blames."""
+    """A `CandleVllmError`: its class, its message, and the field or setting that it names."""
 
     kind: str
     message: str
@@ -50,23 +50,23 @@ class Submit(msgspec.Struct, frozen=True, array_like=True, tag="submit"):
 
 
 class Pool(msgspec.Struct, frozen=True, array_like=True, tag="pool"):
-    """A text of which numbers are wanted; its request id is the ticket."""
+    """A text to embed, score or classify; its request id is the ticket."""
 
     request: PoolingRequest
 
 
 class Abort(msgspec.Struct, frozen=True, array_like=True, tag="abort"):
-    """Nobody waits for a request any more."""
+    """Abort a request."""
 
     ticket: str
 
 
 class Reset(msgspec.Struct, frozen=True, array_like=True, tag="reset"):
-    """Forget what prompts began with."""
+    """Clear the prefix cache."""
 
 
 class Sleep(msgspec.Struct, frozen=True, array_like=True, tag="sleep"):
-    """Give memory back at this level; 0 is to fill that of the tags again. Answered by `Checked` with the number."""
+    """Sleep at this level; level 0 wakes the tags up. Answered by `Checked` with the same number."""
 
     number: int
     level: int
@@ -74,14 +74,14 @@ class Sleep(msgspec.Struct, frozen=True, array_like=True, tag="sleep"):
 
 
 class Check(msgspec.Struct, frozen=True, array_like=True, tag="check"):
-    """Is a form of texts possible? Answered by `Checked` with the same number."""
+    """Check structured outputs. Answered by `Checked` with the same number."""
 
     number: int
     params: StructuredOutputsParams
 
 
 class Ask(msgspec.Struct, frozen=True, array_like=True, tag="adapters"):
-    """Something of the adapters is asked by hand. Answered by `Told` with the same number."""
+    """An operator's call to the adapter store. Answered by `Told` with the same number."""
 
     number: int
     call: AdapterCall
@@ -106,13 +106,13 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     """The model is loaded.
 
     Attributes:
-        info: what is served.
-        tokenizer: brought to the rows of the model's embedding table.
-        template: the chat template in use, several by name, or None.
-        pooling: how vectors are made; None of a cross-encoder.
+        info: information about the model.
+        tokenizer: the tokenizer, with its vocabulary extended to the rows of the embedding table.
+        template: the chat template in use, several templates by name, or None.
+        pooling: how vectors are pooled; None for a model that computes its head itself.
         max_step_tokens: most tokens of one step.
-        stats: before the first request.
-        sight: how pictures come to the model; None where it sees none.
+        stats: statistics before the first request.
+        sight: how images become tokens of a prompt; None for a text-only model.
     """
 
     info: ModelInfo
@@ -125,7 +125,7 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
 
 
 class Loading(msgspec.Struct, frozen=True, kw_only=True, tag="loading"):
-    """How far loading is; see `Progress`."""
+    """Progress of loading; see `Progress`."""
 
     what: str
     done: int
@@ -140,21 +140,21 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
 
 
 class Pieces(msgspec.Struct, frozen=True, array_like=True, tag="pieces"):
-    """All that one step had to say, and now and then the counters; request ids are tickets."""
+    """The outputs of one step, and statistics when they are due; request ids are tickets."""
 
     pieces: list[TokenOutput]
     stats: EngineStats | None = None
 
 
 class Refused(msgspec.Struct, frozen=True, array_like=True, tag="refused"):
-    """A request that was not taken."""
+    """A request was refused."""
 
     ticket: str
     error: WireError
 
 
 class Checked(msgspec.Struct, frozen=True, array_like=True, tag="checked"):
-    """The answer to `Check` and to `Sleep`; None is yes, or done."""
+    """The answer to `Check` and to `Sleep`; `error` is None on success."""
 
     number: int
     error: WireError | None = None
@@ -183,11 +183,11 @@ Greeting = Ready | Failed | Loading
 
 
 def encode(message: msgspec.Struct) -> bytes:
-    """A message as bytes.
+    """Serialise a message.
 
     Raises:
-        FrameTooLargeError: it has more than `MAX_FRAME` bytes.
-        TypeError, ValueError, OverflowError: something in it cannot be written.
+        FrameTooLargeError: the message has more than `MAX_FRAME` bytes.
+        TypeError, ValueError, OverflowError: a value in it cannot be serialised.
     """
     data = msgspec.msgpack.encode(message, enc_hook=_plain)
     if len(data) > MAX_FRAME:
@@ -196,16 +196,16 @@ def encode(message: msgspec.Struct) -> bytes:
 
 
 class Reader:
-    """Reads messages of some kinds: of one struct, or of a union of them."""
+    """Decodes messages of one struct, or of a union of structs."""
 
     def __init__(self, kinds: Any) -> None:
         self._decoder = msgspec.msgpack.Decoder(kinds, dec_hook=_numbers)
 
     def read(self, data: bytes) -> Any:
-        """One message.
+        """Decode one message.
 
         Raises:
-            MalformedMessageError: the bytes are no message of these kinds.
+            MalformedMessageError: the bytes are no message of these structs.
         """
         try:
             return self._decoder.decode(data)
@@ -214,18 +214,18 @@ class Reader:
 
 
 class FrameTooLargeError(ValueError):
-    """A message is larger than the other end takes."""
+    """A message is larger than the other process accepts."""
 
 
 class MalformedMessageError(ValueError):
-    """Bytes from the other process are no message."""
+    """Bytes from the other process are not a valid message."""
 
 
 def _plain(value: Any) -> Any:
-    """What stands for a value that MessagePack does not know: `SamplingParams` takes any sequence and mapping."""
+    """Convert a value that MessagePack does not know: `SamplingParams` accepts any sequence and mapping."""
     if isinstance(value, array):
         return value.tobytes()
-    for kind in (str, int, float):  # a subclass, as numpy's float64 is
+    for kind in (str, int, float):  # a subclass, such as numpy's float64
         if isinstance(value, kind):
             return kind(value)
     if isinstance(value, Mapping):
@@ -236,7 +236,7 @@ def _plain(value: Any) -> Any:
 
 
 def _numbers(kind: type[T], value: Any) -> T:
-    """The other direction of `_plain`, for vectors: float32, little-endian."""
+    """Decode a vector that `_plain` has converted: float32, little-endian."""
     if kind is array and isinstance(value, bytes) and len(value) % 4 == 0:
         return array("f", value)  # type: ignore[return-value]
     raise TypeError(f"{type(value).__name__} is no {kind.__name__}")
@@ -246,14 +246,14 @@ def _numbers(kind: type[T], value: Any) -> T:
 
 
 def describe_error(error: CandleVllmError) -> WireError:
-    """An error for the other process; a class that it may not know becomes the nearest that it does."""
+    """Describe an error for the other process, by the nearest base class that the other process knows."""
     kind = next(base.__name__ for base in type(error).__mro__ if base.__name__ in _kinds())
     blamed = getattr(error, "param", None) or getattr(error, "setting", None)
     return WireError(kind, writable(str(error)), None if blamed is None else writable(str(blamed)))
 
 
 def make_error(described: WireError) -> CandleVllmError:
-    """The error that the other process described."""
+    """Make the error that the other process described."""
     kind = _kinds().get(described.kind, CandleVllmError)
     if issubclass(kind, (RequestError, ConfigError)):
         return kind(described.message, described.blamed)
@@ -261,7 +261,7 @@ def make_error(described: WireError) -> CandleVllmError:
 
 
 def writable(text: str) -> str:
-    """A text as UTF-8 can carry it."""
+    """Return a text that UTF-8 can encode, with lone surrogates escaped."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
