@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The keys of an adapter's `adapter_config.json`: each is honoured, has no effect on inference, or is refused by name.
+"""Read an adapter's `adapter_config.json`: each key is applied, has no effect on inference, or is refused by name.
 
 Source: `LoraConfig` of PEFT 0.21.
 """
@@ -51,18 +51,18 @@ _MOST_INVOKING = 256
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
-    """What an adapter says about itself.
+    """Configuration of an adapter.
 
     Attributes:
-        rank: r of a module by its name; None where it is not said.
-        alpha: of a module by its name; 0 means a scale of 1.
+        rank: returns r of a module by its name; None if the configuration does not say it.
+        alpha: returns alpha of a module by its name; 0 means a scale of 1.
         rslora: the scale is alpha / sqrt(r), not alpha / r.
         bias: which biases were trained: "none", "all" or "lora_only".
         dora: magnitudes are stored.
-        tied: what is said of the embedding table holds for a head that is the same matrix.
+        tied: changes of the embedding table also apply to an output layer that shares it.
         trained_tokens: rows of tables that were trained, by the module's name; "" stands for the embedding table.
-        targets: parameters that are no modules, as `target_parameters` names them.
-        architecture: of the base, as GGUF files name it; "" where it is not said.
+        targets: parameters that are no modules, named as in `target_parameters`.
+        architecture: of the base model, as GGUF files name it; "" if unknown.
     """
 
     rank: Callable[[str], int | None]
@@ -76,18 +76,18 @@ class AdapterConfig:
     architecture: str = ""
 
     def scale(self, name: str, rank: int) -> float:
-        """What the product of the module `name` is multiplied by, whose A has `rank` rows."""
+        """Return the scale of the module `name`, whose A has `rank` rows."""
         alpha = self.alpha(name)
         return alpha / (math.sqrt(rank) if self.rslora else rank) if alpha else 1.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReadConfig:
-    """An `adapter_config.json`.
+    """Parsed `adapter_config.json`.
 
     Attributes:
-        config: what the tensors need.
-        effect: the keys that are honoured and their values; two with the same do the same.
+        config: configuration for reading the tensors.
+        effect: the keys with an effect, and their values; files with equal `effect` are equivalent.
         alora, base, notes: as in `StoredAdapter`.
     """
 
@@ -99,7 +99,7 @@ class ReadConfig:
 
 
 def parse_config(data: bytes, path: Path, max_rank: int) -> ReadConfig:
-    """Reads the bytes of a file.
+    """Parse the bytes of a file.
 
     Args:
         data: at most `MAX_CONFIG_BYTES`.
@@ -107,7 +107,7 @@ def parse_config(data: bytes, path: Path, max_rank: int) -> ReadConfig:
         max_rank: the largest r that is allowed.
 
     Raises:
-        AdapterError: a key has a value that cannot be honoured.
+        AdapterError: a key has an unsupported value.
     """
     try:
         values = json.loads(data)
@@ -129,7 +129,7 @@ class _Keys(Fields):
         raise AdapterError(f"{self.path}: {key} is {self.values[key]!r:.80}: {why}")
 
     def flag(self, key: str) -> bool:
-        """A truth value, false where it is absent."""
+        """Return a boolean; False for an absent key."""
         return self.get(key, bool, False)
 
     def pattern(self, key: str, most: int | None) -> Callable[[str], float | None]:
@@ -187,7 +187,7 @@ def _read(keys: _Keys, max_rank: int) -> ReadConfig:
 
 
 def invocation_of(keys: Fields, key: str) -> tuple[int, ...]:
-    """The tokens from which on an adapter acts; none where it always does. Prompts are looked through for them."""
+    """Return the invocation tokens of activated LoRA, which are searched in prompts; empty for other adapters."""
     tokens = keys.token_ids(key)
     if len(tokens) > _MOST_INVOKING:
         raise AdapterError(f"{keys.path}: {key} has {len(tokens)} tokens; {_MOST_INVOKING} are allowed")
@@ -202,7 +202,7 @@ def _choice(keys: _Keys, key: str, default: str, *allowed: str) -> str:
 
 
 def _check_init(keys: _Keys) -> None:
-    """Ways to begin training matter where they take from the base what they give to the adapter."""
+    """Refuse initialisations that also change the base model's weights; others have no effect on inference."""
     value = keys.values.get("init_lora_weights")
     if value is None or isinstance(value, bool) or value in _UNCHANGED_BASE:
         return

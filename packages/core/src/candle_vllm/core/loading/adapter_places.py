@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Where the tensors of an adapter belong: a family's table of names, read for products instead of weights.
+"""Map an adapter's tensors to the layers of a model, by the family's table of weight names.
 
-A table says how a stored matrix W becomes those that the model multiplies: by rows of it, in some order, perhaps after
-turning it. What an adapter adds to W, B A, has its rows in B and its columns in A, so the rows that a view takes of W
-are those that it takes of B. A view is tried on numbered rows, once for each kind of matrix.
-An adapter may bear the names of either format, whatever the model was loaded from; each name is looked at as a file of
-its own format would be.
+A table says how a stored matrix W becomes the matrices that the model multiplies: by selecting rows of it in some
+order, perhaps after a transposition. An adapter adds B A to W, with W's rows in B and its columns in A, so a view
+selects the same rows of B. These are found by applying the view to numbered rows, once for each kind of matrix.
+An adapter may use the names of either format, whichever format the model was loaded from; each name is handled as in a
+file of its own format.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ _TRUNKS = ("model.", "bert.", "roberta.")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Spot:
-    """A matrix of the model, or its bias, that a stored tensor belongs to.
+    """Matrix or bias of the model to which a stored tensor belongs.
 
     Attributes:
         path: of the layer: "layers.0.attention.qkv".
-        prefix: beginning of the part's name: "q."; "gate.3." of an expert.
-        kind: the rest of it: "weight", "bias".
-        shape: that the model wants.
-        view: how the stored tensor is looked at.
-        expert: its number, where the stored tensor is that of all experts.
+        prefix: prefix of the part's name: "q."; "gate.3." for an expert.
+        kind: the rest of the name: "weight", "bias".
+        shape: shape in the model.
+        view: view of the stored tensor.
+        expert: the expert's number, if the stored tensor holds all experts.
     """
 
     path: str
@@ -57,17 +57,17 @@ class Spot:
 
     @property
     def is_matrix(self) -> bool:
-        """It is one that a `Linear` multiplies, or a table."""
+        """Whether it is a matrix of a `Linear`, or a table."""
         return self.kind == "weight" and len(self.shape) == 2
 
 
 class AdapterPlaces:
-    """The places of a model.
+    """Adapter sites of a model, by the names of tensors.
 
     Args:
-        table: the family's names.
-        config: the model's, as it was loaded.
-        shapes: by target, of all parts that the model has.
+        table: the family's table of weight names.
+        config: configuration of the loaded model.
+        shapes: shapes of all parts of the model, by target.
     """
 
     def __init__(self, table: Sequence[WeightName], config: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -107,7 +107,7 @@ class AdapterPlaces:
 
     @functools.cached_property
     def _parameters(self) -> Mapping[str, list[str]]:
-        """Names of tensors of all experts by the module that has them, in the order in which it does."""
+        """Names of tensors of all experts, by the module that holds them, in its order."""
         found: dict[str, list[str]] = {}
         for name, spots in self._hf.items():
             if spots[0].expert is not None and spots[0].kind == "weight":
@@ -115,13 +115,13 @@ class AdapterPlaces:
         return found
 
     def find(self, name: str, format: Format) -> Sequence[Spot]:
-        """The places of a stored tensor; none for a name that no file of this model has."""
+        """Return the spots of a stored tensor; empty for a name that no file of this model has."""
         return self._index(format).get(name, ())
 
     def module(self, name: str) -> tuple[str, Sequence[Spot]]:
-        """A module of Hugging Face's, its name as the table has it, and the places of its matrix or parameter.
+        """Return the name in the table of a Hugging Face module, and the spots of its matrix or parameter.
 
-        A prefix that a trunk lacks or a larger model has more is put right.
+        A prefix that differs, because the base model has no head or is a part of a larger model, is corrected.
         """
         index = self._hf
         for known in _spellings(name):
@@ -131,30 +131,30 @@ class AdapterPlaces:
         return name, ()
 
     def parameters(self, module: str) -> tuple[str, Sequence[str]]:
-        """A module that has tensors of all experts, its name as the table has it, and theirs."""
+        """Return the name in the table of a module with tensors of all experts, and these tensors' names."""
         for known in _spellings(module):
             if known in self._parameters:
                 return known, self._parameters[known]
         return module, ()
 
     def modules(self, format: Format) -> list[str]:
-        """Names of all matrices, for messages and for tests."""
+        """Return the names of all matrices, for messages and tests."""
         return [name for name, spots in self._index(format).items() if spots[0].is_matrix]
 
     def look(self, stored: StoredTensor, spot: Spot, format: Format) -> StoredTensor:
-        """A tensor in the place of the stored one, as the model wants it."""
+        """Apply a spot's view to a stored tensor."""
         return stored if spot.view is None else spot.view(stored, self._configs[format])
 
     def rows(self, spot: Spot, total: int, format: Format) -> np.ndarray:
-        """Which rows of B a place takes, in its order, int64 [N].
+        """Return the rows of B that a spot uses, in its order, int64 [N].
 
         Args:
-            spot: the place.
+            spot: the matrix.
             total: rows of the whole B.
-            format: whose name the tensor bears.
+            format: format of the tensor's name.
 
         Raises:
-            WeightsError: the place is not made of rows of such a matrix.
+            WeightsError: the spot's view does not select rows of such a matrix.
         """
         key = (spot.view, format, total)
         if key not in self._orders:
@@ -165,12 +165,12 @@ class AdapterPlaces:
         return order
 
     def columns(self, spot: Spot, a: StoredTensor, format: Format) -> StoredTensor:
-        """A with its columns as the inputs of a place stand; `format` as of `rows`."""
+        """Return A with its columns in the order of a spot's inputs; `format` as for `rows`."""
         return spot.view(a, self._configs[format]) if isinstance(spot.view, ColumnOrder) else a
 
     def _order(self, spot: Spot, total: int, config: Any) -> np.ndarray | None:
-        """The order of a view; None where what it gives are no rows of what it is given."""
-        if spot.view is None or isinstance(spot.view, ColumnOrder):  # whose columns are A's
+        """Return the row order of a view; None for a view that does not select rows."""
+        if spot.view is None or isinstance(spot.view, ColumnOrder):  # columns are reordered in A
             return np.arange(total)
         upright, turned = np.arange(2 * total).reshape(total, 2), np.arange(2 * total).reshape(2, total)
         seen = _seen(spot.view, upright, config)
@@ -190,7 +190,7 @@ def _seen(view: View, numbers: np.ndarray, config: Any) -> np.ndarray | None:
 
 
 def _spellings(name: str) -> list[str]:
-    """A module's name, then as a text model of its own has it."""
+    """Return a module's name, and its name in a text-only model."""
     found = [name]
     for tower in _TOWERS:
         if name.startswith(tower):

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Reads adapters (LoRA) as files hold them: a PEFT folder, or one GGUF file; nothing here knows the model.
+"""Read LoRA adapters from a PEFT folder or a GGUF file, independent of the model.
 
-A file is read whole before it is looked at: an operator may write to it while a server runs, a mapped file that is cut
-ends the process, and the sum is of what is packed. What an adapter may take is looked at before its weights are; of a
-folder nothing is read but `adapter_config.json` and `adapter_model.safetensors`, and no pickle ever is.
+A file is read completely before it is parsed: an operator may write to it while a server runs, reading past the end of
+a truncated mapped file ends the process, and the digest must be that of the packed bytes. Limits are checked before
+weights are read. Of a folder only `adapter_config.json` and `adapter_model.safetensors` are read, never a pickle.
 Source: PEFT's checkpoint format; `convert_lora_to_gguf.py` and `llama-adapter.cpp` of llama.cpp.
 """
 
@@ -36,17 +36,17 @@ MAX_HEADER_BYTES = 16 << 20
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 _TYPES = {"peft": ("F32", "F16", "BF16"), "gguf": ("F32", "F16", "BF16", "Q8_0")}
 _PREFIX = "base_model.model."
-_MOST_FOLDERS = 1000  # entries of a folder that are looked through for one of a name
+_MOST_FOLDERS = 1000  # most entries of a folder among which an adapter's own folder is searched
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdapterLimits:
-    """What an adapter may take; looked at before its weights are read.
+    """Limits of an adapter, checked before its weights are read.
 
     Attributes:
         max_rank: the largest rank of a matrix.
-        max_bytes: of its weights' file.
-        copied: the file is read into memory, so that whoever writes to it meanwhile does no harm.
+        max_bytes: most bytes of the weights' file.
+        copied: read the file into memory, so that writes to it meanwhile do no harm.
     """
 
     max_rank: int = 256
@@ -56,21 +56,21 @@ class AdapterLimits:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class StoredAdapter:
-    """An adapter as its files hold it.
+    """Adapter in its files.
 
     Attributes:
         path: the folder or the file.
-        format: "peft" or "gguf": whose names the tensors bear.
-        config: what it says about itself.
+        format: "peft" or "gguf", the format of the tensors' names.
+        config: its configuration.
         digest: SHA-256 of the configuration's and the weights' bytes.
-        kind: a sum of all but the weights' numbers, of what matters of the configuration: those of one kind are fitted
-            and packed in the same way. None of a GGUF file.
-        limits: that it was read under.
-        alora: tokens from whose last occurrence on it acts; None: on all of a sequence.
-        base: the model that it was trained for, as the files name it.
-        notes: what an operator should know: keys that nobody here knows, what was not compared.
+        kind: digest of the header and of the configuration's keys with an effect, without the weights: adapters of one
+            kind are fitted and packed in the same way. None for a GGUF file.
+        limits: limits under which it was read.
+        alora: invocation tokens: the adapter acts from their last occurrence on; None for the whole sequence.
+        base: name of the base model in the files.
+        notes: remarks for the operator: unknown keys, values that could not be compared.
         file: the file.
-        header: reads the tensors' names and places.
+        header: reads names and offsets of the tensors.
     """
 
     path: Path
@@ -87,17 +87,17 @@ class StoredAdapter:
 
     @functools.cached_property
     def tensors(self) -> Mapping[str, StoredTensor]:
-        """By name, PEFT's without "base_model.model."; errors as of `read_adapter`, when they are first asked for."""
+        """Tensors by name, PEFT's without "base_model.model."; the first access raises the errors of `read_adapter`."""
         return self.header()
 
     @property
     def data(self) -> NDArray[np.uint8]:
-        """The numbers of a file of a `kind`: what stands behind its header."""
+        """Bytes of the weights in a file with a `kind`: all after its header."""
         begins = 8 + (header_bytes(self.file) or 0)
         return self.file.view(begins, self.file.size - begins)
 
     def close(self) -> None:
-        """Gives the file's memory back; what was read stays valid."""
+        """Release the file's memory; tensors that were read stay valid."""
         self.file.close()
 
     def __enter__(self) -> StoredAdapter:
@@ -108,15 +108,15 @@ class StoredAdapter:
 
 
 def read_adapter(path: Path | str, limits: AdapterLimits = AdapterLimits()) -> StoredAdapter:
-    """Opens an adapter.
+    """Open an adapter.
 
     Args:
         path: a folder that PEFT wrote, or one with a single such folder in it (an adapter's own name), or a GGUF file.
-        limits: what it may take.
+        limits: largest adapter.
 
     Raises:
-        ModelNotFoundError: nothing is there, or no adapter.
-        AdapterError: it is damaged, beyond the limits, or asks for what is not honoured.
+        ModelNotFoundError: the path does not exist, or is no adapter.
+        AdapterError: the adapter is damaged, exceeds the limits, or has unsupported settings.
     """
     stored = open_adapter(path, limits)
     try:
@@ -128,7 +128,7 @@ def read_adapter(path: Path | str, limits: AdapterLimits = AdapterLimits()) -> S
 
 
 def open_adapter(path: Path | str, limits: AdapterLimits = AdapterLimits()) -> StoredAdapter:
-    """As `read_adapter`, but what is wrong with a PEFT file's header is found when its tensors are asked for."""
+    """As `read_adapter`, but errors in a PEFT file's header are raised at the first access to its tensors."""
     path = Path(path)
     if path.is_dir():
         return _read_peft(path, limits)
@@ -194,7 +194,7 @@ def _tensors_of(checkpoint: Checkpoint, path: Path) -> Mapping[str, StoredTensor
 
 
 def _kind(effect: bytes, file: MappedFile) -> bytes | None:
-    """See `StoredAdapter`; None of a file without a header."""
+    """Compute `StoredAdapter.kind`; None for a file without a header."""
     length = header_bytes(file)
     if length is None:
         return None
@@ -204,7 +204,7 @@ def _kind(effect: bytes, file: MappedFile) -> bytes | None:
 
 
 def _folder_of(path: Path) -> Path:
-    """The folder itself, or the one in it: PEFT puts an adapter of another name than "default" there."""
+    """Return the folder, or the only one in it: PEFT writes an adapter of another name than "default" there."""
     if (path / CONFIG_FILE).is_file():
         return path
     try:

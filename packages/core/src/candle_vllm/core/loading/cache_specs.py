@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What each layer of a decoder keeps of a sequence. The engine plans, hands out and moves caches by these alone."""
+"""Cache specs: what each layer of a decoder stores of a sequence. The engine allocates and copies caches by them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class PagedSpec:
     Attributes:
         kv_heads, key_dim: keys [K, D].
         value_dim: values [K, this]; 0 where values are a part of the keys (latent attention).
-        window: positions that a token sees, its own included; None is all.
+        window: positions that a token attends to, its own included; None for all.
     """
 
     kv_heads: int
@@ -27,26 +27,26 @@ class PagedSpec:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """What decides over the memory of a token: K, D and the size of a value."""
+        """K, D and the size of a value, which determine the memory of a token."""
         return self.kv_heads, self.key_dim, self.value_dim
 
     @property
     def elements(self) -> int:
-        """Elements of a token."""
+        """Number of elements of a token."""
         return self.kv_heads * (self.key_dim + self.value_dim)
 
     @property
     def slides(self) -> bool:
-        """Whether pages behind the window may be freed."""
+        """Whether pages outside the window may be freed."""
         return self.window is not None and self.value_dim > 0
 
 
 @dataclasses.dataclass(frozen=True)
 class SharedKVSpec:
-    """The layer reads the keys and values of an earlier layer, and keeps none of its own.
+    """The layer reads the keys and values of an earlier layer, and stores nothing itself.
 
     Attributes:
-        layer: number of the layer that writes them. Where that has a window, the reader has one that is no larger.
+        layer: number of the layer that writes them. If that has a window, the reader's window is no larger.
     """
 
     layer: int
@@ -54,12 +54,12 @@ class SharedKVSpec:
 
 @dataclasses.dataclass(frozen=True)
 class StatePart:
-    """A part of a layer's state, of one kernel.
+    """Part of a layer's state that one kernel uses.
 
     Attributes:
         shape: of a sequence.
-        inputs: numbers of a token that change it. Those of a draft are kept, to be taken in if it is right.
-        exact: float32; else of the type of activations, in which its numbers are given.
+        inputs: elements of a token that update the state. For draft tokens they are kept, and applied on acceptance.
+        exact: float32; otherwise the dtype of activations, which its inputs have.
     """
 
     shape: tuple[int, ...]
@@ -69,10 +69,10 @@ class StatePart:
 
 @dataclasses.dataclass(frozen=True)
 class StateSpec:
-    """A state of fixed size, in slots of the state pool: of a sequence that runs, or a checkpoint.
+    """A state of fixed size, in slots of the state pool: of a running sequence, or of a checkpoint.
 
     Attributes:
-        parts: what it consists of.
+        parts: its parts.
     """
 
     parts: tuple[StatePart, ...]
@@ -80,12 +80,12 @@ class StateSpec:
 
 @dataclasses.dataclass(frozen=True)
 class StateRoom:
-    """How many states there is room for.
+    """Size of the state pool.
 
     Attributes:
         running: slots of running sequences.
-        checkpoints: slots of checkpoints, behind those.
-        drafts: the most drafted tokens of a sequence in a step, whose inputs are kept.
+        checkpoints: slots of checkpoints, after those of running sequences.
+        drafts: most draft tokens of a sequence in a step, whose inputs are kept.
     """
 
     running: int
@@ -94,7 +94,7 @@ class StateRoom:
 
     @property
     def slots(self) -> int:
-        """Slots of running sequences and of checkpoints."""
+        """Number of slots of running sequences and of checkpoints."""
         return self.running + self.checkpoints
 
 
@@ -107,8 +107,8 @@ class WindowRoom:
 
     Attributes:
         window: of these layers, in tokens, the query's own included.
-        rows: most rows of a sequence in the steps that may be under way at once.
-        pages: of each of these layers; page 0 holds nothing.
+        rows: most rows of a sequence in all steps that may overlap.
+        pages: pages of each of these layers; page 0 is unused.
     """
 
     window: int
@@ -124,33 +124,33 @@ CacheSpec: TypeAlias = PagedSpec | SharedKVSpec | StateSpec
 
 
 def paged(specs: Iterable[CacheSpec]) -> list[PagedSpec]:
-    """The specs of the layers that own pages."""
+    """Return the specs of the layers that own pages."""
     return [spec for spec in specs if isinstance(spec, PagedSpec)]
 
 
 def states(specs: Iterable[CacheSpec]) -> list[StateSpec]:
-    """The specs of the layers that keep a state."""
+    """Return the specs of the layers with a state."""
     return [spec for spec in specs if isinstance(spec, StateSpec)]
 
 
 def windows_of(specs: Iterable[CacheSpec]) -> list[int]:
-    """The windows of the layers that have one, each once, in order of size."""
+    """Return the distinct window sizes of the layers, in order of size."""
     return sorted({spec.window for spec in paged(specs) if spec.slides and spec.window is not None})
 
 
 def pool_of(spec: PagedSpec, windows: Sequence[WindowRoom]) -> int | None:
-    """The number of the page pool of the layer with this spec; None where it has a page for each block."""
+    """Return the page pool's number for a layer with this spec; None for a layer with a page for each block."""
     return next((n for n, room in enumerate(windows) if spec.slides and spec.window == room.window), None)
 
 
 def pages_of(spec: PagedSpec, windows: Sequence[WindowRoom], blocks: int) -> int:
-    """Pages of the layer with this spec in a cache of so many blocks."""
+    """Return the pages of a layer with this spec in a cache of `blocks` blocks."""
     pool = pool_of(spec, windows)
     return blocks if pool is None else windows[pool].pages
 
 
 def layer_caches(specs: Sequence[CacheSpec], make: Callable[[int, PagedSpec | StateSpec], Cache]) -> tuple[Cache, ...]:
-    """The cache of each layer.
+    """Make the cache of each layer.
 
     Args:
         specs: of all layers.

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""A model's own description, read once and strictly into frozen dataclasses.
+"""Model configuration, read once and strictly into frozen dataclasses.
 
 `config.json` and GGUF metadata are read through `Fields`, which names the file and the key in every error. Each model
-family turns them into one `ModelConfig`, or into what it derives from that (see `models/`), and nothing later looks at
-the files again.
+family turns them into one `ModelConfig`, or into a subclass of it (see `models/`); the files are not read again.
 """
 
 from __future__ import annotations
@@ -29,10 +28,10 @@ class LatentSizes:
 
     Attributes:
         heads: H.
-        nope: numbers of a query head that do not rotate.
-        rope: R, numbers of a query head, and of the one key of all heads, that rotate.
-        latent: L, numbers of a token's latent vector.
-        value: V, numbers of a head's result.
+        nope: elements of a query head without rotary embedding.
+        rope: R, elements with rotary embedding of a query head, and of the one key of all heads.
+        latent: L, elements of a token's latent vector.
+        value: V, elements of a head's result.
     """
 
     heads: int
@@ -44,7 +43,7 @@ class LatentSizes:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """What the engine and the layers need to know of a decoder.
+    """Configuration of a decoder, for the engine and the layers.
 
     Attributes:
         model_type: Hugging Face's name of the family.
@@ -52,16 +51,16 @@ class ModelConfig:
         intermediate_size: of dense feed-forward layers.
         max_position: longest context, scaling included.
         norm_eps: of every norm.
-        rope: of every layer, or of those that see all positions where a family has two kinds.
-        tie_embeddings: the head is the embedding table.
-        sliding_windows: per layer, how many tokens back a query sees, itself included; None sees all.
-        attention_softcap: of scores, in every layer; None leaves them.
+        rope: of every layer; in a family with two kinds of rotary embedding, of the layers with full attention.
+        tie_embeddings: the output layer shares the embedding table.
+        sliding_windows: per layer, the last tokens to which a query attends, itself included; None for all.
+        attention_softcap: of scores, in every layer; None without a cap.
         attention_sinks: heads have sinks, see `kernels/attention`.
         slopes: ALiBi slope of each head: what a score loses per position of distance; empty without ALiBi.
         num_experts: of a layer of experts; 0 for a model without experts.
-        interleaved_rotary: q and k rows are stored in pairs of neighbours, and are brought to half-split order.
-        has_head: it generates; else it has no head of its own, and gives vectors alone.
-        eos_token_ids: as far as the config names them; the vocabulary may have no such token (-1).
+        interleaved_rotary: q and k rows are stored in interleaved pairs, and are reordered to half-split order.
+        has_head: the model generates text; otherwise it has no output layer, and only computes embeddings.
+        eos_token_ids: ids in the config; -1 for a vocabulary without such a token.
     """
 
     model_type: str
@@ -109,7 +108,7 @@ class ModelConfig:
 
     @property
     def one_at_a_time(self) -> str | None:
-        """Why its state is in no cache of this engine, so that it runs one sequence at a time; None where it is."""
+        """Why the model runs one sequence at a time: its state is in no cache of this engine; None for other models."""
         return None
 
     @property
@@ -119,12 +118,12 @@ class ModelConfig:
 
     @property
     def latent(self) -> LatentSizes | None:
-        """The sizes of latent attention; None where a model has keys and values."""
+        """Sizes of latent attention; None for a model with plain keys and values."""
         return None
 
     @property
     def cache_specs(self) -> tuple[CacheSpec, ...]:
-        """What each layer keeps; a family whose layers differ in more than their windows overrides it."""
+        """Cache spec of each layer; a family whose layers differ in more than their windows overrides this."""
         if self.latent is not None:
             return (PagedSpec(1, self.latent.rope + self.latent.latent, 0),) * self.num_layers
         heads, dim = self.num_kv_heads, self.head_dim
@@ -138,13 +137,13 @@ def shared_from_hf(
     eps: str = "rms_norm_eps",
     names: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """What most families' `config.json` says by the same keys, as arguments of a `ModelConfig`.
+    """Read the keys that most families' `config.json` share, as arguments of a `ModelConfig`.
 
     Args:
         fields: the config.
         model_type: goes into the result.
         eps: key of the norms' epsilon.
-        names: the family's own keys by the usual ones, where they differ ("n_embd" by "hidden_size").
+        names: the family's own keys, by the usual keys that they replace ("n_embd" by "hidden_size").
     """
 
     def key(usual: str) -> str:
@@ -176,11 +175,11 @@ def shared_from_hf(
 def shared_from_gguf(
     fields: Fields, checkpoint: Checkpoint, *, eps: str = "attention.layer_norm_rms_epsilon"
 ) -> dict[str, Any]:
-    """What most architectures' GGUF metadata says by the same keys, as arguments of a `ModelConfig`.
+    """Read the keys that most architectures' GGUF metadata share, as arguments of a `ModelConfig`.
 
     Args:
         fields: the metadata, with the architecture as prefix.
-        checkpoint: its tensors say the size of the vocabulary and whether the head is the embedding table.
+        checkpoint: its tensors give the vocabulary size, and whether the output layer shares the embedding table.
         eps: key of the norms' epsilon.
     """
     hidden, heads = fields.count("embedding_length"), fields.count("attention.head_count")
@@ -206,7 +205,7 @@ def shared_from_gguf(
 
 
 def layer_windows(fields: Fields, layers: int, window: int | None) -> tuple[int | None, ...] | None:
-    """Windows by `layer_types`, which names full or sliding attention for every layer; None where it is absent."""
+    """Return windows by `layer_types`, which names full or sliding attention for each layer; None without this key."""
     if "layer_types" not in fields:
         return None
     kinds = fields.get("layer_types", list)

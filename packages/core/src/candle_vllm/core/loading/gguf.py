@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""Reads GGUF files, v2 and v3, little-endian: metadata and tensor table, every number checked before it is used.
+"""Read GGUF files, v2 and v3, little-endian: metadata and tensor table, every number checked before it is used.
 
-Stands before step 1 of a request's life. No count, length or offset of the file is trusted: each is held against the
-file's size before anything is read or allocated, so that a damaged or hostile file costs an error and no more.
+Used before step 1 of a request's life. No count, length or offset of the file is trusted: each is checked against the
+file's size before anything is read or allocated, so that a damaged or hostile file causes an error and nothing else.
 
 Source: the GGUF specification (ggml/docs/gguf.md) and llama.cpp's naming of split files.
 
-Texts: keys and tensor names must be valid UTF-8. In a single text value bad bytes become U+FFFD. In lists of texts
-they become lone surrogates (`surrogateescape`): some vocabularies hold raw bytes, two tokens must not become one, and
-`text.encode("utf-8", "surrogateescape")` gives the bytes back.
+Strings: keys and tensor names must be valid UTF-8. In a single string value invalid bytes become U+FFFD. In lists of
+strings they become lone surrogates (`surrogateescape`): some vocabularies hold raw bytes, two tokens must not become
+one, and `text.encode("utf-8", "surrogateescape")` restores the bytes.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ _PART_NAME = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.gguf", re.DOTALL)
 
 
 class _Header:
-    """A cursor over the header: reads a value, or says what is wrong with it and where."""
+    """Cursor over the header: reads a value, or raises an error with its offset."""
 
     def __init__(self, file: MappedFile, most: int | None = None) -> None:
         self.file = file
@@ -101,7 +101,7 @@ class _Header:
         return _U64.unpack(self.take(8, what))[0]
 
     def count(self, what: str, smallest: int, most: int) -> int:
-        """A number of things that take at least `smallest` bytes each."""
+        """Read a count of items that take at least `smallest` bytes each."""
         count = self.u64(f"the number of {what}")
         if count > most:
             raise self.error(f"{count} {what}, at most {most} are allowed")
@@ -109,7 +109,7 @@ class _Header:
         return count
 
     def list_of(self, count: int, what: str) -> None:
-        """Counts what is about to become a list, before it is made."""
+        """Count the items of a list before it is created, against the limit."""
         self.items += count
         if self.items > MAX_ITEMS:
             raise self.error(f"with {what} the metadata lists {self.items} values, at most {MAX_ITEMS} are allowed")
@@ -161,7 +161,7 @@ class _Header:
         raise self.error(f"{what} is an array of the unknown value type {type_code}")
 
     def strings(self, count: int, what: str) -> list[str]:
-        """One tight loop: vocabularies have hundreds of thousands of entries."""
+        """Read strings in one tight loop: vocabularies have hundreds of thousands of entries."""
         self.need(count * 8, what)
         self.list_of(count, what)
         buffer, position, end, read_length = self.file.buffer, self.position, self.end, _U64.unpack_from
@@ -184,8 +184,8 @@ class GgufFile:
     Attributes:
         path: the file.
         version: 2 or 3.
-        metadata: texts, numbers, truth values and lists; long arrays of numbers are read-only numpy arrays.
-        types: by key of the metadata, the code of the value's type, and that of an array's elements (else 0).
+        metadata: strings, numbers, booleans and lists; long arrays of numbers are read-only numpy arrays.
+        types: by key of the metadata, the code of the value's type, and of an array's element type (otherwise 0).
         tensors: by name, in the order of the file's table.
         alignment: bytes; every tensor begins at a multiple of it.
         file: the mapping behind the tensors.
@@ -205,16 +205,16 @@ class GgufFile:
 
     @classmethod
     def open(cls, path: Path | str, *, copied: bool = False, max_header: int | None = None) -> GgufFile:
-        """Maps a file, or with `copied` reads it into memory (see `MappedFile`), and reads its header.
+        """Map a file, or with `copied` read it into memory (see `MappedFile`), and read its header.
 
         Args:
             path: of the file.
-            copied: see above.
-            max_header: bytes that the header may have; None is `MAX_HEADER_BYTES`.
+            copied: read the file into memory.
+            max_header: most bytes of the header; None is `MAX_HEADER_BYTES`.
 
         Raises:
-            ModelNotFoundError: there is no such file.
-            InvalidFileError: it is damaged; the message says where.
+            ModelNotFoundError: the file does not exist.
+            InvalidFileError: the file is damaged; the message says where.
             UnsupportedModelError: version 1, big-endian, or a tensor type that this library does not know.
         """
         file = MappedFile(Path(path), copied=copied)
@@ -225,7 +225,7 @@ class GgufFile:
             raise
 
     def close(self) -> None:
-        """Unmaps the file; loaded tensors stay valid."""
+        """Unmap the file; loaded tensors stay valid."""
         self.file.close()
 
 
@@ -244,7 +244,7 @@ def _read_version(header: _Header) -> int:
 
 
 def _read_metadata(header: _Header, count: int, until: str = "") -> dict[str, MetadataValue]:
-    """The entries; with `until`, those before the first whose key begins so."""
+    """Read the metadata; with `until`, only the entries before the first key with this prefix."""
     metadata: dict[str, MetadataValue] = {}
     for index in range(count):
         key = header.name(f"metadata key {index}", MAX_KEY_BYTES)
@@ -259,7 +259,7 @@ def _read_metadata(header: _Header, count: int, until: str = "") -> dict[str, Me
 
 
 def file_kind(path: Path) -> str:
-    """What a GGUF file is, as it says itself: "model", "imatrix", "adapter" or "mmproj".
+    """Return the kind of a GGUF file by its metadata: "model", "imatrix", "adapter" or "mmproj".
 
     Only the metadata before the vocabulary is read. Source: `general.type` of the GGUF specification. Files of old
     tools lack this key and name an architecture of their own.
@@ -279,7 +279,7 @@ def file_kind(path: Path) -> str:
 
 
 def kind_of(metadata: Mapping[str, object]) -> str:
-    """The kind of file that metadata are of: see `file_kind`."""
+    """Return the kind of file by its metadata: see `file_kind`."""
     for key in ("general.architecture", "general.type"):
         if (found := _OTHER_KINDS.get(str(metadata.get(key)))) is not None:
             return found[0]
@@ -287,7 +287,7 @@ def kind_of(metadata: Mapping[str, object]) -> str:
 
 
 def check_kind(metadata: Mapping[str, object], path: Path) -> None:
-    """Raises UnsupportedModelError, with the flag that takes the file, where metadata are not of a model."""
+    """Raise UnsupportedModelError for a file that is no model; the message names the flag that accepts the file."""
     kind = kind_of(metadata)
     if kind != "model":
         what = next(what for name, what in _OTHER_KINDS.values() if name == kind)
@@ -368,9 +368,9 @@ def _check_overlaps(header: _Header, tensors: dict[str, FileTensor]) -> None:
 
 
 def split_names(name: str) -> tuple[str, ...]:
-    """File names of all parts of the model that `name` is a part of: `x-00002-of-00003.gguf` gives three.
+    """Return the file names of all parts of a split model by one of them: `x-00002-of-00003.gguf` gives three.
 
-    A name of another form stands for itself.
+    A name of another form is returned alone.
     """
     match = _PART_NAME.fullmatch(name)
     if match is None or not 1 <= int(match[2]) <= int(match[3]):
@@ -379,11 +379,11 @@ def split_names(name: str) -> tuple[str, ...]:
 
 
 def open_gguf(path: Path | str, *, copied: bool = False, max_header: int | None = None) -> Checkpoint:
-    """Opens a GGUF model: one file, or all the parts of a split one, given any of them.
+    """Open a GGUF model: one file, or all parts of a split model by any of its parts.
 
-    `copied` and `max_header` are as of `GgufFile.open`.
+    `copied` and `max_header` are as for `GgufFile.open`.
 
-    The metadata is that of the first part, which alone has all of it.
+    The metadata is that of the first part, the only part with all of it.
 
     Raises:
         ModelNotFoundError: a file or a part is missing; the message names it.
@@ -405,7 +405,7 @@ def open_gguf(path: Path | str, *, copied: bool = False, max_header: int | None 
             parts.append(GgufFile.open(part, copied=copied, max_header=max_header))
             _check_part(parts[-1], len(parts) - 1, len(paths))
             if len(parts) > 1:
-                parts[-1].metadata.clear()  # of all parts together it would take as much as each of them may
+                parts[-1].metadata.clear()  # to limit the memory of all parts' metadata together
         tensors = _merge(parts)
     except BaseException:
         for part in parts:

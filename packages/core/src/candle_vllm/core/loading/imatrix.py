@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""Importance matrices of llama.cpp: how much each input of a matrix mattered on some texts, for quantising it.
+"""Importance matrices of llama.cpp: the importance of each input of a matrix on some texts, for quantising it.
 
-Stands before step 1 of a request's life. An entry bears the name of a tensor in GGUF files and has, for each column,
-the sum of the squares of what met it; of experts' tensors a row for each expert. Two formats are read:
+Used before step 1 of a request's life. An entry has a tensor's name in GGUF files and, for each column, the sum of the
+squares of the column's inputs; tensors of experts have a row for each expert. Two formats are read:
 
-    GGUF   tensors `NAME.in_sum2` F32 [experts, columns] and `NAME.counts` F32 [experts], how many met them
+    GGUF   tensors `NAME.in_sum2` F32 [experts, columns] and `NAME.counts` F32 [experts], the number of inputs
     .dat   int32 entries; of each int32 length of the name, the name, int32 calls, int32 numbers, float32 numbers
 
-Only the proportions within a row count, so that neither counts nor calls have to be divided by. Source: llama.cpp's
+Only the proportions within a row matter, so that counts and calls are not needed. Source: llama.cpp's
 `tools/imatrix` and `tools/quantize`.
 """
 
@@ -33,11 +33,11 @@ _SUMS, _COUNTS = ".in_sum2", ".counts"
 
 
 class Imatrix:
-    """The entries of a file.
+    """Entries of a file.
 
     Attributes:
         path: the file.
-        entries: by name, float32 numbers, not negative.
+        entries: by name, float32 arrays, not negative.
     """
 
     def __init__(self, path: Path, entries: Mapping[str, np.ndarray]) -> None:
@@ -45,10 +45,10 @@ class Imatrix:
         self.entries: Mapping[str, np.ndarray] = MappingProxyType(dict(entries))
 
     def of(self, name: str, columns: int, experts: int = 1) -> np.ndarray | None:
-        """The importance of a tensor's columns, float32 [experts, columns] about 1; None where there is no entry.
+        """Return the importance of a tensor's columns, float32 [experts, columns] about 1; None without an entry.
 
         Raises:
-            WeightsError: the entry is of another shape.
+            WeightsError: the entry has another shape.
         """
         found = self.entries.get(name)
         if found is None:
@@ -61,11 +61,11 @@ class Imatrix:
             )
         rows = found.reshape(experts, columns).astype(np.float64)
         mean = rows.mean(axis=1, keepdims=True)
-        rows = np.divide(rows, mean, out=np.ones_like(rows), where=mean > 0)  # an expert that nothing met knows nothing
+        rows = np.divide(rows, mean, out=np.ones_like(rows), where=mean > 0)  # 1 for an expert without inputs
         return np.maximum(rows, LEAST).astype(np.float32)
 
     def of_line(self, line: Line, columns: int, experts: int) -> np.ndarray | None:
-        """The same by a line of a family's table for GGUF, float32 [1, columns]; errors as `of`."""
+        """Return the importance by a line of a family's table for GGUF, float32 [1, columns]; errors as `of`."""
         for (written, _), name in zip(line.names, line.spelled, strict=True):
             if line.expert is None or written != name:
                 found = self.of(name, columns)
@@ -78,12 +78,12 @@ class Imatrix:
 
 
 def read_imatrix(path: Path) -> Imatrix:
-    """Reads a file of either format.
+    """Read a file of either format.
 
     Raises:
-        ModelNotFoundError: there is no such file.
-        InvalidFileError: it is damaged, or is neither.
-        ModelLoadError: it cannot be read.
+        ModelNotFoundError: the file does not exist.
+        InvalidFileError: the file is damaged, or has neither format.
+        ModelLoadError: the file cannot be read.
     """
     with closing(MappedFile(path)) as file:
         if file.buffer[:4] != b"GGUF":

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Patterns of module names, as an adapter's rank_pattern and alpha_pattern have them, in time linear in the name.
+"""Match patterns of module names, in an adapter's rank_pattern and alpha_pattern, in time linear in the name.
 
-PEFT takes a key for a regular expression and matches `(.*\\.)?(KEY)$`. An adapter is a stranger's file, so here a
-pattern becomes an automaton: sets of positions, a step for each letter. What regular expressions have beyond letters,
-classes, groups, alternatives and repetitions (looking around, references back) is refused by name.
+PEFT treats a key as a regular expression and matches `(.*\\.)?(KEY)$`. An adapter is an untrusted file, so a pattern
+is compiled to an automaton here: sets of positions, one step for each letter. Features beyond letters, classes, groups,
+alternatives and repetitions (lookaround, backreferences) are refused by name.
 Source: Glushkov, "The abstract theory of automata", 1961.
 """
 
@@ -37,7 +37,7 @@ class NamePattern:
         text: a name, or a regular expression.
 
     Raises:
-        ValueError: it is longer than is allowed, damaged, or has what is not read.
+        ValueError: the pattern is too long, invalid, or has an unsupported feature.
     """
 
     def __init__(self, text: str) -> None:
@@ -51,11 +51,11 @@ class NamePattern:
 
     @property
     def size(self) -> int:
-        """Letters and classes of a regular expression; 0 of a name."""
+        """Number of letters and classes of a regular expression; 0 for a plain name."""
         return len(self._follow)
 
     def matches(self, name: str) -> bool:
-        """Whether the pattern is the name, or its end after a dot."""
+        """Whether the pattern matches the name, or its end after a dot."""
         if self.literal is not None:
             return name == self.literal or name.endswith("." + self.literal)
         active = 0
@@ -121,7 +121,7 @@ class NamePattern:
         return empty, first, last
 
     def _repeats(self, start: int, part: _Part, depth: int) -> Iterator[_Part]:
-        """The parts that an atom is with what says how often it is there, written out."""
+        """Expand an atom with its quantifier into repeated parts."""
         least, most = self._counts()
         if (least, most) == (1, 1):
             yield part
@@ -151,7 +151,7 @@ class NamePattern:
                 found = self._numbers()
             else:
                 return found
-        self._take("?")  # which of several matches is found does not matter
+        self._take("?")  # a lazy quantifier: which of several matches is found does not matter
         if self._text[self._at : self._at + 1] in ("*", "+", "{"):
             raise ValueError(f"what repeats is repeated at character {self._at}")
         return found
@@ -241,11 +241,11 @@ def _bits(number: int) -> Iterator[int]:
 
 
 def first_match(keys: Mapping[str, float], what: Callable[[str], str]) -> Callable[[str], float | None]:
-    """The value of the first key that matches a name; None where none does.
+    """Return a function that gives the value of the first key that matches a name, or None.
 
     Args:
         keys: patterns and values, in order.
-        what: makes a message of what is wrong with a key; it is raised as a `ValueError`.
+        what: formats the error of an invalid key, which is raised as a `ValueError`.
     """
     literal, others = dict[str, tuple[int, float]](), list[tuple[int, NamePattern, float]]()
     positions = 0

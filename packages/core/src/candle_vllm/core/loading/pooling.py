@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""How a model's own vectors are made, by its files (loading, before step 1 of a request).
+"""Read how a model's embeddings are pooled, from its files (loading, before step 1 of a request).
 
 A folder of sentence-transformers names its parts in `modules.json`: the transformer, a pooling (with a `config.json`
-in a folder of its own), and perhaps a normalisation. GGUF has `<architecture>.pooling_type`. A file that says
-something which is not implemented is refused, because every vector would be wrong.
+in its own folder), and perhaps a normalisation. GGUF has `<architecture>.pooling_type`. A file with a setting that is
+not implemented is refused, because every embedding would be wrong.
 """
 
 from __future__ import annotations
@@ -47,17 +47,17 @@ _GGUF_KINDS: Mapping[int, PoolingKind | None] = {0: None, 1: "mean", 2: "cls", 3
 def read_pooling(
     files: ModelFiles, metadata: Mapping[str, Any], size: int, default: PoolingKind, config: Fields | None = None
 ) -> ModelPooling:
-    """How a model's vectors are made.
+    """Read the pooling of a model.
 
     Args:
-        files: the model's.
-        metadata: of a GGUF file; empty for others.
+        files: the model's files.
+        metadata: of a GGUF file; empty for other formats.
         size: of a hidden state.
-        default: the pooling where the files name none.
-        config: `config.json`, where there is one.
+        default: the pooling of files that name no pooling.
+        config: `config.json`, if it exists.
 
     Raises:
-        InvalidFileError, UnsupportedModelError: the files are damaged, or name what is not implemented.
+        InvalidFileError, UnsupportedModelError: the files are damaged, or ask for what is not implemented.
     """
     if files.format == "gguf":
         return ModelPooling(size, _gguf_pooling(files, metadata) or default)
@@ -71,7 +71,7 @@ def read_pooling(
 
 
 def _prompts(path: Path) -> dict[str, str]:
-    """The words before texts that a sentence-transformers folder names."""
+    """Read the prompts (prefixes of texts) of a sentence-transformers folder."""
     found = Fields(read_json(path), path).get("prompts", dict, {}) if path.is_file() else {}
     if len(found) > MAX_PROMPTS or not all(
         isinstance(text, str) and len(name) < 256 and len(text) < MAX_PROMPT for name, text in found.items()
@@ -81,7 +81,7 @@ def _prompts(path: Path) -> dict[str, str]:
 
 
 def longest_text(folder: Path) -> int | None:
-    """The tokens that a sentence-transformers folder says its texts may have; None where it says nothing."""
+    """Return the most tokens of a text by a sentence-transformers folder; None if it has no limit."""
     path = folder / "sentence_bert_config.json"
     return Fields(read_json(path), path).count("max_seq_length", None) if path.is_file() else None
 
@@ -107,9 +107,9 @@ def _matryoshka(config: Fields, size: int) -> tuple[bool, tuple[int, ...]]:
 
 
 def _folder_pooling(path: Path) -> tuple[PoolingKind, bool]:
-    """Pooling and normalisation, in that order behind the transformer.
+    """Read pooling and normalisation, in that order after the transformer.
 
-    Without a pooling each token has a vector, as in PyLate's ColBERT models; SPLADE has one of the vocabulary.
+    Without a pooling each token has an embedding, as in PyLate's ColBERT models; SPLADE's has the vocabulary's size.
     """
     parts = [_part(entry, path) for entry in _read_list(path)]
     kinds = [kind for kind, _ in parts]
@@ -131,7 +131,7 @@ def _folder_pooling(path: Path) -> tuple[PoolingKind, bool]:
 
 
 def dense_layers(files: ModelFiles, checkpoint: Checkpoint) -> tuple[Dense, ...]:
-    """The layers behind the pooling: folders of a sentence-transformers model, or tensors of a GGUF file.
+    """Read the dense layers after the pooling: folders of a sentence-transformers model, or tensors of a GGUF file.
 
     Raises:
         InvalidFileError, UnsupportedModelError: a layer's files are damaged, or its activation is not implemented.
@@ -176,7 +176,7 @@ def _matrix(stored: StoredTensor) -> NDArray[np.float32]:
 
 
 def _part(entry: object, path: Path) -> tuple[str, str]:
-    """Class and folder of one module."""
+    """Return class and folder of one module."""
     kind, folder = (entry.get("type"), entry.get("path")) if isinstance(entry, dict) else (None, None)
     if not isinstance(kind, str) or not isinstance(folder, str) or (folder and not _PART_FOLDER.fullmatch(folder)):
         raise InvalidFileError(

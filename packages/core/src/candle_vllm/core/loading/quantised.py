@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Quantised safetensors: a config's `quantization_config`, and one tensor for a matrix's parts.
+"""Quantised safetensors: read a config's `quantization_config`, and combine a matrix's parts to one tensor.
 
-Stands before step 1 of a request's life. What the parts mean is in `quantization/`, a file for each format. Which
-layers are quantised is seen from what is stored, so that lists of exceptions in a config hold without being read, and a
-layer's own bits or groups (GPTQModel's `dynamic`, several `config_groups`) are taken where its parts fit them. No
-pattern of a config is ever run. Parts that are not used stay in the checkpoint, where the loader names them.
+Used before step 1 of a request's life. `quantization/` has a file for each format. Which layers are quantised follows
+from the stored tensors, so that lists of exceptions in a config are respected without being read, and a layer's own
+bits or groups (GPTQModel's `dynamic`, several `config_groups`) are used if its parts fit them. Patterns in a config are
+never evaluated. Unused parts stay in the checkpoint, where the loader reports them.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ _CODES = (*NUMBERS, "I8", "U8", "I32")
 
 
 def read_quantised(checkpoint: Checkpoint, config: Mapping[str, Any], path: Path) -> Checkpoint:
-    """The checkpoint with quantised layers put together; itself where the config asks for none.
+    """Combine the parts of quantised layers; an unquantised checkpoint is returned as is.
 
     Args:
         checkpoint: of safetensors.
-        config: what `config.json` holds.
-        path: of `config.json`; one of `FILES` may lie beside it.
+        config: contents of `config.json`.
+        path: of `config.json`; one of `FILES` may be in the same folder.
 
     Raises:
-        UnsupportedModelError: a method, format or number of bits that is not implemented; names those that are.
-        InvalidFileError: the config is damaged, or a layer's parts do not go together.
+        UnsupportedModelError: a method, format or number of bits that is not implemented; lists the implemented ones.
+        InvalidFileError: the config is damaged, or a layer's parts do not fit together.
     """
     settings = _settings(config, path)
     if settings is None:
@@ -88,13 +88,13 @@ def read_quantised(checkpoint: Checkpoint, config: Mapping[str, Any], path: Path
 
 
 def _quantises_activations(fields: Fields) -> bool:
-    """Whether a config describes how activations are rounded, once or at each step."""
+    """Whether a config quantises activations, with static or dynamic scales."""
     groups = fields.section("config_groups")
     return "activation_scheme" in fields or any("input_activations" in groups.section(name) for name in groups.values)
 
 
 def _check_plain(tensors: Mapping[str, StoredTensor]) -> None:
-    """Codes without a scale are not plain weights of an odd type."""
+    """Refuse codes without a scale, which would be loaded as plain weights of an odd type."""
     for name, tensor in tensors.items():
         if name.endswith(".weight") and tensor.type_name in _CODES:
             raise InvalidFileError(
@@ -108,12 +108,12 @@ def _names(parts: LayerTensors) -> set[str]:
 
 
 def _settings(config: Mapping[str, Any], path: Path) -> tuple[str, Fields] | None:
-    """The method and its settings."""
+    """Return the method and its settings."""
     fields = Fields(config, path)
     for key in ("quantization_config", "compression_config"):
         if fields.get(key, dict, {}):
             own = fields.section(key)
-            nested = "quantization" in own  # modelopt writes its own file's contents here, or what is in them
+            nested = "quantization" in own  # modelopt writes its own file's contents here, or their inner section
             default = "modelopt" if nested or "quant_algo" in own else ""
             method = own.get("quant_method", str, default or ("compressed-tensors" if "config_groups" in own else ""))
             method, own = method.lower(), own.section("quantization") if nested else own
@@ -132,6 +132,6 @@ def _settings(config: Mapping[str, Any], path: Path) -> tuple[str, Fields] | Non
 
 
 def _is_idle(checkpoint: Checkpoint, name: str) -> bool:
-    """Whether a tensor says how a layer would be quantised that is stored in plain numbers."""
+    """Whether a tensor is a quantisation parameter of a layer that is stored unquantised."""
     layer, _, end = name.rpartition(".")
     return end in ("weight_scale", "weight_zero_point", "weight_g_idx") and is_dense(checkpoint, layer)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The layers that each method of a `quantization_config` stores, and by which scheme.
+"""Find the quantised layers of each method of a `quantization_config`, and their schemes.
 
-Stands before step 1 of a request's life; used by `quantised.py`. A config's settings are read strictly; what each layer
-is by them is checked against its parts.
+Used before step 1 of a request's life, by `quantised.py`. A config's settings are read strictly; each layer's scheme
+is checked against its parts.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Found: TypeAlias = Iterator[tuple[LayerTensors, QuantisedTensor]]
 
 
 def _layers(checkpoint: Checkpoint, *ends: str) -> Iterator[str]:
-    """The layers that have a tensor with one of these ends."""
+    """Return the layers that have a tensor whose name ends with one of these suffixes."""
     seen: set[str] = set()
     for name in checkpoint.tensors:
         end = next((end for end in ends if name.endswith(end)), None)
@@ -43,7 +43,7 @@ def _parts(checkpoint: Checkpoint, layer: str) -> LayerTensors:
 
 
 def _group(fields: Fields, default: int | None = None, key: str = "group_size") -> int:
-    """Inputs in a group; -1 for all."""
+    """Read the number of inputs in a group; -1 for all."""
     known = () if default is None else (default,)
     return -1 if fields.get(key, int, *known) == -1 else fields.count(key, *known)
 
@@ -60,7 +60,7 @@ def _gptq(fields: Fields, checkpoint: Checkpoint) -> Found:
 
 
 def _gptq_layers(fields: Fields, checkpoint: Checkpoint, own: Sequence[Any], *, zeros_less_one: bool) -> Found:
-    """Layers by the config's scheme, or by one of the settings `own` that it gives some of them."""
+    """Read layers by the config's scheme, or by one of the settings `own` that it has for some layers."""
     bits, group = _gptq_bits(fields, None), _group(fields)
     schemes = [GptqScheme(bits, group, zeros_less_one)]
     for values in own:
@@ -71,7 +71,7 @@ def _gptq_layers(fields: Fields, checkpoint: Checkpoint, own: Sequence[Any], *, 
 
 
 def _auto_round(fields: Fields, checkpoint: Checkpoint) -> Found:
-    """AutoRound's checkpoints, in the layouts of others."""
+    """Read AutoRound's checkpoints, which use the layouts of other methods."""
     layout = fields.choice("packing_format", "auto_round:auto_gptq", "auto_round:auto_gptq", "auto_round:auto_awq")
     fields.choice("data_type", "int", "int")
     if layout == "auto_round:auto_awq":
@@ -96,7 +96,7 @@ def _gptq_bits(fields: Fields, default: int | None) -> int:
 def _first_fitting(
     checkpoint: Checkpoint, layer: str, schemes: Sequence[GptqScheme]
 ) -> tuple[LayerTensors, QuantisedTensor]:
-    """A layer by the first scheme that its parts fit; what is wrong by the first one, where they fit none."""
+    """Read a layer by the first scheme that its parts fit; if no scheme fits, raise the first scheme's error."""
     errors: list[InvalidFileError] = []
     for scheme in schemes:
         parts = _parts(checkpoint, layer)
@@ -136,7 +136,7 @@ def _compressed_tensors(fields: Fields, checkpoint: Checkpoint) -> Found:
 
 
 def is_dense(checkpoint: Checkpoint, layer: str) -> bool:
-    """Whether a layer that has scales is stored in plain numbers all the same."""
+    """Whether a layer with scales is stored unquantised nevertheless."""
     weight = checkpoint.tensors.get(f"{layer}.weight")
     return weight is not None and weight.type_name in FLOATS
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Rotary position embedding as a model describes it: `rope_parameters` or `rope_scaling`, and GGUF's `rope.*`."""
+"""Configuration of rotary position embedding: `rope_parameters` or `rope_scaling`, and GGUF's `rope.*`."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from candle_vllm.core.fields import MAX_COUNT, Fields
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeConfig:
-    """Rotary position embedding. Values that cannot be computed with are an `InvalidFileError`.
+    """Rotary position embedding. Invalid values raise `InvalidFileError`.
 
     Attributes:
         theta: base of the frequencies.
         dim: how many of a head's dimensions rotate.
         kind: default, linear, dynamic, llama3, yarn, longrope or proportional.
-        rotated: of kind proportional, how many of the `dim` dimensions rotate; the frequencies of the others are 0.
-        factor: by how much the context is stretched.
+        rotated: for kind proportional, how many of the `dim` dimensions rotate; the other frequencies are 0.
+        factor: factor by which the context is extended.
         original_max_position: context before stretching, in tokens.
         low_freq_factor, high_freq_factor: llama3's band limits, in turns over the original context.
         beta_fast, beta_slow: yarn's band limits, in turns over the original context.
@@ -30,8 +30,8 @@ class RopeConfig:
         query_scale: how much queries grow beyond the original context: see `layers/rotary.py`.
         short_factor, long_factor: longrope's divisors of the frequencies, dim / 2 of them each, for contexts up to
             the original one and for longer ones.
-        axes: of each frequency, whether a token's place in time (0), height (1) or width (2) turns it, dim / 2 of them;
-            none where all are turned by one position.
+        axes: for each of the dim / 2 frequencies, whether a token's time (0), height (1) or width (2) rotates it
+            (M-RoPE); empty if one position rotates all frequencies.
     """
 
     theta: float = 10000.0
@@ -93,7 +93,7 @@ class RopeConfig:
             raise InvalidFileError(f"the rotary {name} is {value}; it must be above {low:g} and at most {high:g}")
 
     def _check_divisors(self, name: str, values: tuple[Any, ...]) -> None:
-        """As a file has them: of any type."""
+        """Check longrope's divisors, which a file may have in any type."""
         if len(values) != self.dim // 2:
             raise InvalidFileError(
                 f"the rotary {name} has {len(values)} numbers; it must have {self.dim // 2}, one for each pair of the "
@@ -107,7 +107,7 @@ class RopeConfig:
 
 
 def rope_from_hf(fields: Fields, head_dim: int, max_position: int) -> RopeConfig:
-    """Reads `rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling` (before)."""
+    """Read `rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling` (earlier versions)."""
     nested = fields.section("rope_parameters") if "rope_parameters" in fields else fields.section("rope_scaling")
     named = {"su": "longrope", "mrope": "default"}
     kind = named.get(name := nested.get("rope_type", str, nested.get("type", str, "default")), name)
@@ -146,15 +146,15 @@ def rope_from_hf(fields: Fields, head_dim: int, max_position: int) -> RopeConfig
 
 
 def _interleaves(name: str) -> bool:
-    """Whether a text model of this name, Hugging Face's or that of GGUF files, takes its axes in turns."""
+    """Whether a text model of this name, in Hugging Face or GGUF files, interleaves the axes of M-RoPE."""
     return name.replace("_", "").startswith(("qwen3vl", "qwen35"))
 
 
 def _axes(fields: Fields, sections: list[Any], dim: int, *, interleaved: bool) -> tuple[int, ...]:
-    """See `RopeConfig`: the first frequencies are turned by time, the next ones by height, and the last by width.
+    """Compute `RopeConfig.axes`: time rotates the first frequencies, height the next ones, and width the last ones.
 
-    Interleaved, every third frequency is height's, from the second on, and width's, from the third on, until each has
-    its number of them; time has the others.
+    If interleaved, height has every third frequency from the second on, and width every third from the third on, until
+    each has its number of frequencies; time has the others.
     Source: Wang et al., 2024, arXiv:2409.12191 (multimodal rotary position embedding); Bai et al., 2025,
     arXiv:2511.21631 (interleaved).
     """
@@ -172,7 +172,7 @@ def _axes(fields: Fields, sections: list[Any], dim: int, *, interleaved: bool) -
 
 
 def _longrope(fields: Fields, nested: Fields, theta: float, dim: int, max_position: int) -> RopeConfig:
-    """Its original context may stand beside `rope_scaling`, as Phi-3 has it; the factor is by how much that grew."""
+    """Read longrope. Its original context may be outside `rope_scaling`, as in Phi-3; the factor is the extension."""
     for key in ("short_mscale", "long_mscale"):
         if key in nested:
             raise UnsupportedModelError(f"{fields.path}: {key} in the rotary settings is not implemented")
@@ -191,7 +191,7 @@ def _longrope(fields: Fields, nested: Fields, theta: float, dim: int, max_positi
 
 
 def rope_from_gguf(fields: Fields, head_dim: int, max_position: int) -> RopeConfig:
-    """Reads `<arch>.rope.*`. Llama 3's scaling is not here: it comes as the tensor `rope_freqs.weight`."""
+    """Read `<arch>.rope.*`. Llama 3's scaling is not included: GGUF files have it as the tensor `rope_freqs.weight`."""
     factor = fields.get("rope.scaling.factor", float, fields.get("rope.scale_linear", float, 0.0)) or 1.0
     name = fields.get("rope.scaling.type", str, "none" if factor == 1 else "linear")  # as llama.cpp reads old files
     kind = "default" if name in ("none", "longrope") else name  # longrope's divisors are tensors: see `models/phi3.py`
@@ -200,7 +200,7 @@ def rope_from_gguf(fields: Fields, head_dim: int, max_position: int) -> RopeConf
     sharpened, multiplier = (
         fields.get(f"rope.scaling.{key}", float, None) for key in ("attn_factor", "yarn_log_multiplier")
     )
-    if sharpened is not None and kind == "yarn" and factor > 1:  # it multiplies what yarn gives
+    if sharpened is not None and kind == "yarn" and factor > 1:  # a factor of yarn's own scale
         sharpened *= 0.1 * math.log(factor) + 1
     dim = fields.get("rope.dimension_count", int, head_dim)
     return RopeConfig(
@@ -222,7 +222,7 @@ def rope_from_gguf(fields: Fields, head_dim: int, max_position: int) -> RopeConf
 
 
 def stretched_context(rope: RopeConfig, max_position: int) -> int:
-    """The context that a scaled rotary embedding reaches; llama3's configs name it themselves."""
+    """Return the context length of a scaled rotary embedding; llama3's configs state it themselves."""
     if rope.kind in ("linear", "dynamic"):
         return int(max_position * rope.factor)
     if rope.kind == "yarn":

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Reads safetensors checkpoints: one file, or the shards of a folder, with headers checked before data is touched.
+"""Read safetensors checkpoints: one file, or the shards of a folder, with headers checked before data is read.
 
-Stands before step 1 of a request's life. The header's JSON is checked against the file's size and against itself:
+Used before step 1 of a request's life. The header's JSON is checked against the file's size and against itself:
 known dtypes, shapes that fill their bytes, and, as the format demands, data without holes or overlaps.
 
 Source: the format section of the safetensors README; the index is that of Hugging Face's sharded checkpoints.
@@ -51,14 +51,14 @@ class _Index(msgspec.Struct, frozen=True):
 
 
 def open_safetensors(source: Path | str, *, copied: bool = False) -> Checkpoint:
-    """Opens a `.safetensors` file, an index file, or a folder with either (see `safetensors_files`).
+    """Open a `.safetensors` file, an index file, or a folder with either (see `safetensors_files`).
 
     With `copied` the files are read into memory: see `MappedFile`.
 
     Raises:
-        ModelNotFoundError: nothing is there, or a shard is missing.
+        ModelNotFoundError: the path does not exist, or a shard is missing.
         InvalidFileError: a header or the index is damaged, or two shards hold the same tensor.
-        UnsupportedModelError: a tensor has a dtype that is not read.
+        UnsupportedModelError: a tensor has an unsupported dtype.
     """
     source = Path(source)
     index = _index_of(source)
@@ -88,22 +88,22 @@ def open_safetensors(source: Path | str, *, copied: bool = False) -> Checkpoint:
 
 
 def read_safetensors(file: MappedFile, max_header: int) -> Checkpoint:
-    """The tensors of one file, whose header may have so many bytes; errors as of `open_safetensors`."""
+    """Read the tensors of one file, whose header has at most `max_header` bytes; errors as `open_safetensors`."""
     tensors, notes = _read_header(file, max_header)
     return Checkpoint(file.path, "safetensors", [file], tensors, notes)
 
 
 def header_bytes(file: MappedFile) -> int | None:
-    """How long a file's header is, behind 8 bytes that say it; None where that cannot be."""
+    """Return the length of a file's header, which its first 8 bytes say; None for an impossible length."""
     length = int.from_bytes(file.buffer[:8], "little")
     return length if file.size >= 8 and length <= min(MAX_HEADER_BYTES, file.size - 8) else None
 
 
 def safetensors_files(source: Path) -> tuple[Path, ...]:
-    """The files of a checkpoint, in order of name.
+    """Return the files of a checkpoint, in order of name.
 
-    A `.safetensors` file stands for itself, an index file for its shards. In a folder it is `model.safetensors`,
-    else the shards of `model.safetensors.index.json`, else every `*.safetensors`.
+    A `.safetensors` file is returned alone, an index file as its shards. In a folder the files are `model.safetensors`,
+    otherwise the shards of `model.safetensors.index.json`, otherwise every `*.safetensors`.
 
     Raises:
         ModelNotFoundError: the folder has no such file, or a file that the index names is missing.
@@ -135,7 +135,7 @@ def _index_of(source: Path) -> Path | None:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    """Tensor name -> shard name; a shard's name is a plain file name, though the file may be a link."""
+    """Return the shard name of each tensor name; a shard's name is a plain file name, but the file may be a link."""
     try:
         size = path.stat().st_size
         if size > MAX_INDEX_BYTES:
@@ -220,7 +220,7 @@ def _place_tensor(file: MappedFile, data_start: int, name: str, entry: _Entry) -
 
 
 def _check_coverage(file: MappedFile, data_start: int, tensors: Mapping[str, FileTensor]) -> None:
-    """No byte of the data may belong to two tensors or to none; a name that is given twice shows here as a hole."""
+    """Check that each byte of the data belongs to exactly one tensor; a duplicate name shows here as a hole."""
     position = data_start
     for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.start, tensor.nbytes)):
         if tensor.start != position:

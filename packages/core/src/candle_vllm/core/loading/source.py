@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Finds a model's files: from a path, a folder or a Hugging Face id to the weights and what lies beside them.
+"""Find a model's files: resolve a path, a folder or a Hugging Face id to weights, configuration and tokenizer files.
 
-Stands before step 1 of a request's life: the first thing that loading a model does. A path never reaches the network;
-only weights, JSON, templates and tokenizer files are downloaded, never code or pickles.
+Used before step 1 of a request's life, as the first action of loading a model. A path never reaches the network; only
+weights, JSON, templates and tokenizer files are downloaded, never code or pickles.
 """
 
 from __future__ import annotations
@@ -41,23 +41,23 @@ USUAL = "Q4_K_M"
 """The type that is taken of a repository with several GGUF models, where none is named."""
 _PART = re.compile(r"[0-9]{1,3}_(?:[A-Za-z]{1,40}/config\.json|Dense/model\.safetensors)")
 _QUANT = re.compile(r"(?:^|[-._])((?:UD-)?(?:I?Q[0-9][0-9A-Z_]*|TQ[0-9]_[0-9]|MXFP4(?:_MOE)?|BF16|F16|F32))$", re.I)
-_LONGEST_QUANT = 64  # characters of a name's end in which a type is looked for
-_LOOKED_AT = 10_000  # names of a folder
+_LONGEST_QUANT = 64  # last characters of a name that are searched for a quantisation type
+_LOOKED_AT = 10_000  # most names of a folder that are read
 LISTED = 20
 """File names that a message lists at most."""
 
 
 class ModelFiles(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a model's files are.
+    """Files of a model.
 
     Attributes:
-        name: what the model is served as unless told otherwise: its id, its folder's name or its file's stem.
-        folder: where the files are.
-        weights: the weight files; all parts or shards, in order. None of a dummy.
+        name: default name under which the model is served: its id, its folder's name or its file's stem.
+        folder: folder of the files.
+        weights: the weight files; all parts or shards, in order. Empty for a dummy.
         format: of the weights.
-        config: `config.json`, where there is one; always for safetensors and dummies.
-        generation_config: `generation_config.json`, where there is one.
-        tokenizer_folder: the folder, if it holds a tokenizer; None where the GGUF file has to have it.
+        config: `config.json` if it exists; always for safetensors and dummies.
+        generation_config: `generation_config.json` if it exists.
+        tokenizer_folder: the folder, if it holds a tokenizer; None if the GGUF file must contain it.
     """
 
     name: str
@@ -79,13 +79,13 @@ def resolve(
     offline: bool = False,
     load_format: LoadFormat = "auto",
 ) -> ModelFiles:
-    """Finds, and where need be downloads, the files of a model.
+    """Find the files of a model, and download them if necessary.
 
     Args:
         model: "demo", the demo model; a `.gguf` file; a folder with `config.json` and safetensors, or with one GGUF
-            model; else a Hugging Face id, `organisation/name`, or `organisation/name:Q4_K_M` for one GGUF file of it.
+            model; otherwise a Hugging Face id, `organisation/name`, or `organisation/name:Q4_K_M` for a GGUF file.
         weight_file: which GGUF file of a folder or repository: a path inside it, a pattern such as `*Q4_K_M*`, or its
-            type alone.
+            quantisation type alone.
         revision: branch, tag or commit of the repository.
         token: access token for the hub; by default the one that `hf auth login` stored.
         cache_dir: where downloads are kept; by default the hub's own cache.
@@ -94,8 +94,8 @@ def resolve(
 
     Raises:
         ConfigError: "dummy" with a GGUF file or with `weight_file`.
-        ModelNotFoundError: there is no such model, or it cannot be fetched; the message says what to do.
-        UnsupportedModelError: the weights are in a format that is not read, such as pickles.
+        ModelNotFoundError: the model does not exist or cannot be downloaded; the message says what to do.
+        UnsupportedModelError: the weights are in an unsupported format, such as pickles.
         InvalidFileError: the index of a sharded checkpoint is damaged.
     """
     if not model.strip() or "\0" in model:
@@ -160,7 +160,7 @@ def _existing(model: str) -> Path | None:
 
 
 def _beside(model: str) -> str:
-    """` (did you mean X?)` for the model that is called most like it, in the same folder or the hub's cache."""
+    """Return ` (did you mean X?)` with the model of the most similar name in the same folder or the hub's cache."""
     path = Path(model).expanduser() if model.startswith("~") else Path(model)
     with suppress(OSError):
         found = itertools.islice(path.parent.iterdir(), _LOOKED_AT)
@@ -171,7 +171,7 @@ def _beside(model: str) -> str:
 
 
 def _in_cache(model: str, cache_dir: Path | None = None) -> str:
-    """The same of the repositories in the hub's cache."""
+    """Return the same hint for repositories in the hub's cache."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     with suppress(OSError):
@@ -195,7 +195,7 @@ def _from_file(path: Path, weight_file: str | None) -> ModelFiles:
 
 
 def _from_folder(folder: Path, name: str, weight_file: str | None, *, subfolders: bool = False) -> ModelFiles:
-    """`subfolders` looks for GGUF files below the folder as well, as a repository's listing does."""
+    """Find the files in a folder; `subfolders` also searches below it for GGUF files, as in a repository's listing."""
     deep = subfolders or weight_file is not None
     files = (path for path in folder.glob("**/*" if deep else "*") if path.is_file())
     names = sorted(path.relative_to(folder).as_posix() for path in files)
@@ -232,14 +232,14 @@ def _files(
 def choose_weights(
     names: Sequence[str], weight_file: str | None, where: str, folder: Path | None = None, *, usual: bool = False
 ) -> tuple[str, ...]:
-    """Which of a folder's files are the weights: the parts of one GGUF model, or () for its safetensors.
+    """Choose the weights among a folder's files: the parts of one GGUF model, or () for its safetensors.
 
     Args:
         names: paths inside the folder, with forward slashes.
         weight_file: see `resolve`.
         where: the folder or repository, for messages.
-        folder: where the files are; None where there are only their names.
-        usual: of several models, the one of type `USUAL` is meant.
+        folder: folder of the files; None if only their names are known.
+        usual: choose the model of type `USUAL` among several.
     """
     top = [name for name in names if "/" not in name]
     if weight_file is None and "config.json" in top and any(name.endswith(".safetensors") for name in top):
@@ -251,7 +251,7 @@ def choose_weights(
         models = _matching(models, weight_file, where)
     elif usual and len(models) > 1 and len(found := of_tag(models, USUAL)) == 1:
         models = {first: models[first] for first in found}
-    elif folder is not None and (own := f"{folder.resolve().name}.gguf") in models:  # as llama.cpp has it
+    elif folder is not None and (own := f"{folder.resolve().name}.gguf") in models:  # llama.cpp's convention
         return models[own]
     if len(models) == 1:
         return next(iter(models.values()))
@@ -270,10 +270,10 @@ def choose_weights(
 
 
 def gguf_models(names: Iterable[str], folder: Path | None = None) -> dict[str, tuple[str, ...]]:
-    """First part -> all parts, of every GGUF model.
+    """Map the first part of every GGUF model to all its parts.
 
-    Vision projectors, importance matrices, adapters and drafts are left out. What a file is stands in it, where
-    `folder` has it; a repository's listing has names alone.
+    Vision projectors, importance matrices, adapters and draft models are left out. A file's kind is read from the file
+    if `folder` is given; for a repository's listing only the name is known.
     """
     models: dict[str, tuple[str, ...]] = {}
     for name in names:
@@ -281,7 +281,7 @@ def gguf_models(names: Iterable[str], folder: Path | None = None) -> dict[str, t
         if path.suffix == ".gguf" and _is_model(path, folder):
             parts = _parts(path)
             models[parts[0]] = parts
-    # Nothing in the file of a draft (multi-token prediction) tells it from its model.
+    # A draft's file (multi-token prediction) has no key that distinguishes it from its model.
     return {
         first: parts for first, parts in models.items() if not PurePosixPath(first).name.startswith("mtp-")
     } or models
@@ -292,7 +292,7 @@ def _parts(path: PurePosixPath) -> tuple[str, ...]:
 
 
 def _is_model(name: PurePosixPath, folder: Path | None) -> bool:
-    with suppress(ModelLoadError, ModelNotFoundError):  # of what cannot be read, the name says what it is
+    with suppress(ModelLoadError, ModelNotFoundError):  # the kind of an unreadable file follows from its name
         if folder is not None:
             return file_kind(folder / name) == "model"
     return re.search(r"mmproj|^imatrix|imatrix\.gguf$", name.name.lower()) is None
@@ -319,14 +319,14 @@ def _matching(models: dict[str, tuple[str, ...]], weight_file: str, where: str) 
 
 
 def tag_of(weight_file: str) -> str:
-    """What tells a GGUF file from others of its repository: its type where its name ends with one, else the name."""
+    """Return the tag of a GGUF file in its repository: the type at the end of its name, otherwise the name."""
     stem = re.sub(r"-00001-of-[0-9]{5}$", "", PurePosixPath(weight_file).name.removesuffix(".gguf"))
     match = _QUANT.search(stem, max(0, len(stem) - _LONGEST_QUANT))
     return match[1] if match else stem
 
 
 def of_tag(models: Iterable[str], tag: str) -> list[str]:
-    """The GGUF models that a tag means: by type or name, in any case; else by a part of the name."""
+    """Return the GGUF models of a tag: by type or name, ignoring case; otherwise by a part of the name."""
     wanted, models = tag.lower(), list(models)
     names = {first: PurePosixPath(first).name.lower() for first in models}
     exact = [first for first in models if wanted in (tag_of(first).lower(), names[first])]
@@ -385,7 +385,7 @@ def _download(
 
 
 def _told_bar(what: str) -> type[Any]:
-    """A class of bars for the hub, which show nothing: how many bytes there are is told as any other progress.
+    """Make a class of invisible progress bars for the hub, which report bytes through `progress`.
 
     The hub has one bar for bytes received, one for bytes written, and updates them in its own threads.
     """
@@ -411,7 +411,7 @@ def _told_bar(what: str) -> type[Any]:
 
 
 def _listing(model: str, revision: str | None, token: str | None) -> list[str] | None:
-    """The repository's files; None when the hub gives no answer."""
+    """List the repository's files; None if the hub does not answer."""
     import huggingface_hub
     from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
@@ -427,7 +427,7 @@ def _listing(model: str, revision: str | None, token: str | None) -> list[str] |
 
 
 def wanted_files(names: Sequence[str], gguf_parts: Sequence[str]) -> list[str]:
-    """What to fetch, as patterns: weights and what lies beside them."""
+    """Return the files to download, as patterns: weights, configuration and tokenizer."""
     top = [name for name in names if "/" not in name]
     if gguf_parts:
         weights = list(gguf_parts)
@@ -441,19 +441,19 @@ def wanted_files(names: Sequence[str], gguf_parts: Sequence[str]) -> list[str]:
 
 
 def _companions(names: Sequence[str]) -> list[str]:
-    """What is fetched beside the weights; the parts of a sentence-transformers model lie in folders of their own."""
+    """Return the files to download besides the weights, also those of a sentence-transformers model's parts."""
     top = [name for name in names if "/" not in name]
     parts = [name for name in names if _PART.fullmatch(name)] if "modules.json" in top else []
     return [name for name in top if any(fnmatch.fnmatchcase(name, pattern) for pattern in COMPANION_PATTERNS)] + parts
 
 
 def _patterns(names: Sequence[str]) -> list[str]:
-    """Patterns that match these names alone."""
+    """Return patterns that match exactly these names."""
     return [name.replace("[", "[[]").replace("*", "[*]").replace("?", "[?]") for name in names]
 
 
 def hub_refusal(model: str, revision: str | None, error: Exception) -> ModelNotFoundError | None:
-    """What the hub's answer means; None when there was no answer."""
+    """Return the error for the hub's answer; None if there was no answer."""
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
     if isinstance(error, GatedRepoError):
@@ -477,7 +477,7 @@ def hub_refusal(model: str, revision: str | None, error: Exception) -> ModelNotF
 
 
 def _cached(model: str, revision: str | None, cache_dir: Path | None, way: str) -> Path:
-    """The folder of what was downloaded before; `way` is what an error says to do."""
+    """Return the folder of earlier downloads; `way` is the advice in an error."""
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A longer context than a model says it has: `yarn_scaling_factor` of the engine's settings."""
+"""Extend a model's context with YaRN: `yarn_scaling_factor` of the engine's settings."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _SCALED_BY_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight")  # of GGU
 
 
 def stretched(config: ModelConfig, factor: float | None, checkpoint: Checkpoint) -> ModelConfig:
-    """The model with YaRN by `factor` over its own context, which becomes that many times as long; None leaves it.
+    """Multiply the model's context length by `factor` with YaRN; None changes nothing.
 
     Raises:
-        ConfigError: the model's rotary positions are scaled already, differ from layer to layer, or would be too many.
+        ConfigError: the rotary embedding is absent, scaled already, or of two kinds, or the context would be too long.
     """
     if factor is None:
         return config
@@ -55,6 +55,6 @@ def stretched(config: ModelConfig, factor: float | None, checkpoint: Checkpoint)
 
 
 def _own_fields(config: ModelConfig) -> list[dataclasses.Field[object]]:
-    """What a family's description has beyond the shared one."""
+    """Return the fields of a family's configuration beyond `ModelConfig`."""
     shared = {field.name for field in dataclasses.fields(ModelConfig)}
     return [field for field in dataclasses.fields(config) if field.name not in shared]

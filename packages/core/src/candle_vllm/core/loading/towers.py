@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The text tower of a multimodal checkpoint: its description, and its tensors' names.
+"""Text model of a multimodal checkpoint: its configuration, and its tensors' names.
 
-Stands before step 1 of a request's life. The tensors of a tower that sees are told apart; `assembly/tower.py` loads
-those of the families that are served, and others' are left where they are.
+Used before step 1 of a request's life. Tensors of vision encoders are separated; `assembly/tower.py` loads them for
+supported families, and other tensors are left in the checkpoint.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 )
 """Keys that published configs leave out of `text_config`, by model_type: the values of transformers' config classes."""
 
-_CARRIED = ("dtype", "torch_dtype")  # said of the whole model, and meant of the text tower too
+_CARRIED = ("dtype", "torch_dtype")  # keys of the whole model that also apply to the text model
 _TEXT = re.compile(r"(?:language_model\.(?=model\.|lm_head\.)|model\.(?:language_model|text_model)\.)(.*)")
 _PARTS = (
     "vision_(?:tower|model|embedder|adapter|projection)|audio_tower|embed_(?:vision|audio)"
@@ -143,18 +143,18 @@ _OTHER = re.compile(rf"(?:model\.)?((?:{_PARTS})\..*)")
 def text_fields(
     architecture: str, config: Mapping[str, Any], path: Path, tensors: Collection[str] | None = None
 ) -> tuple[str, Fields]:
-    """The architecture and the description of a model, or of its text tower, whose keys messages name `text_config.*`.
+    """Return architecture and fields of a model, or of its text model, whose keys messages name `text_config.*`.
 
     Args:
-        architecture: that `config` names.
-        config: what config.json says.
+        architecture: the architecture in `config`.
+        config: contents of config.json.
         path: for messages.
         tensors: names of the checkpoint's tensors, as `text_tensors` returns them: they say whether the text model has
             its own output layer, which configs leave out or state wrongly. None if the names are not known.
 
     Raises:
-        InvalidFileError, UnsupportedModelError: there is no text_config, or it is of another model.
-        WeightsError: the checkpoint has no text tower.
+        InvalidFileError, UnsupportedModelError: text_config is missing, or describes an unsupported model.
+        WeightsError: the checkpoint has no text model.
     """
     if architecture not in TOWERS:
         return architecture, Fields(config, path)
@@ -182,12 +182,12 @@ def text_fields(
 
 
 def split_towers(config: Mapping[str, Any], checkpoint: Checkpoint) -> tuple[Checkpoint, Checkpoint | None]:
-    """The text tower's tensors under a text model's names, and the others', without "model." before them.
+    """Split a checkpoint into the text model's tensors, under a text model's names, and others, without "model.".
 
-    Of any other checkpoint all, as they are.
+    A checkpoint that is not multimodal is returned unchanged.
 
     Raises:
-        InvalidFileError: two tensors would have one name.
+        InvalidFileError: two tensors would get the same name.
     """
     names = config.get("architectures")
     if not isinstance(names, list) or not any(isinstance(name, str) and name in TOWERS for name in names):
@@ -209,7 +209,7 @@ def split_towers(config: Mapping[str, Any], checkpoint: Checkpoint) -> tuple[Che
 
 
 def of_tower(name: str) -> bool:
-    """Whether a tensor, or a module, of a multimodal model is not of its text tower."""
+    """Whether a tensor, or a module, of a multimodal model lies outside its text model."""
     return _OTHER.match(name) is not None
 
 
@@ -218,6 +218,6 @@ def _ids(config: Mapping[str, Any], path: Path) -> tuple[int, ...]:
 
 
 def _tied(parts: Iterable[Fields], tensors: Collection[str] | None) -> bool:
-    """Whether either part of the config says so; where neither says anything, whether no head is stored."""
+    """Whether embeddings are tied by either part of the config; without the key, whether no output layer is stored."""
     said = [part.get("tie_word_embeddings", bool) for part in parts if "tie_word_embeddings" in part]
     return any(said) if said else tensors is None or not any(name.startswith("lm_head.") for name in tensors)

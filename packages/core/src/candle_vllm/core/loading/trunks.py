@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""The head of a decoder: whether it has one, and whether it is the embedding table.
+"""Output layer of a decoder: whether it exists, and whether it shares the embedding table.
 
-Stands before step 1 of a request's life. Many embedding models are published without a head: such a checkpoint was
-saved from the base model, may name that class (`Qwen3Model`), its tensors lack the prefix `model.`, and there is no
-`lm_head`. Of a checkpoint with a head, config.json and the tensors may say different things.
+Used before step 1 of a request's life. Many embedding models are published without an output layer: such a checkpoint
+was saved from the base model, may name that class (`Qwen3Model`), its tensors lack the prefix `model.`, and `lm_head`
+is missing. For a checkpoint with an output layer, config.json and the tensors may contradict each other.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from candle_vllm.core.quantization.tensors import StoredTensor
 logger = logging.getLogger(__name__)
 
 _PREFIX, _HEAD = "model.", "lm_head.weight"
-_COMPARED = 1 << 22  # numbers at a time
+_COMPARED = 1 << 22  # elements that are compared at a time
 _ENDS = ("TextModel", "Model", "ForSequenceClassification", "ForRewardModel")
 SCORES = ("score", "v_head")  # names of heads for scores and classes
 
 
 def decoder_class(name: str, known: Collection[str]) -> str:
-    """The class with a head that a base model's class belongs to, where it is known; else the name itself."""
+    """Return the class with an output layer for a base model's class, if it is known; otherwise the name itself."""
     if name not in known:
         for end in _ENDS:
             whole = f"{name.removesuffix(end)}ForCausalLM"
@@ -39,13 +39,13 @@ def decoder_class(name: str, known: Collection[str]) -> str:
 
 
 def is_headed(names: object) -> bool:
-    """Whether `architectures` of a config.json is one class with a head for scores or classes."""
+    """Whether `architectures` of a config.json is one class with a head for scores or classification."""
     name = names[0] if isinstance(names, list) and len(names) == 1 else None
     return isinstance(name, str) and name.endswith(_ENDS[2:])
 
 
 def prefixed(checkpoint: Checkpoint) -> Checkpoint:
-    """The tensors of a base model under the names that the whole model gives them; of any other checkpoint as is."""
+    """Rename the tensors of a base model as in the model with output layer; other checkpoints stay unchanged."""
     if "embed_tokens.weight" not in checkpoint.tensors:
         return checkpoint
     kept = (_PREFIX, "lm_head.", *(f"{name}." for name in SCORES))
@@ -57,13 +57,13 @@ def prefixed(checkpoint: Checkpoint) -> Checkpoint:
 def without_head(
     name: str, config: ModelConfig, known: Collection[str], tensors: Mapping[str, StoredTensor] | None
 ) -> ModelConfig:
-    """The config of a model that has no head and gives vectors alone; of any other model as is.
+    """Mark the config of an embedding model without an output layer; other configs stay unchanged.
 
     Args:
         name: the class that config.json names.
-        config: what was read by it.
-        known: classes with a head.
-        tensors: what the checkpoint holds, `prefixed`; None where there is nothing to look at.
+        config: the configuration that was read.
+        known: classes with an output layer.
+        tensors: names in the checkpoint, after `prefixed`; None if they are not known.
     """
     headless = tensors is not None and not any(stored.startswith("lm_head.") for stored in tensors)
     bare = tensors is not None and any(tensor.name != stored for stored, tensor in tensors.items())
@@ -73,11 +73,11 @@ def without_head(
 
 
 def head_as_stored(config: ModelConfig, tensors: Mapping[str, StoredTensor] | None, path: Path) -> ModelConfig:
-    """The config with the head that is stored: where `tie_word_embeddings` says otherwise, the tensors win.
+    """Correct the config by the stored output layer: if `tie_word_embeddings` contradicts the tensors, these win.
 
     Args:
-        config: what was read of config.json.
-        tensors: what the checkpoint holds, `prefixed`; None where there is nothing to look at.
+        config: the configuration that was read from config.json.
+        tensors: tensors of the checkpoint, after `prefixed`; None if they are not known.
         path: config.json, for the log.
     """
     head, table = (None if tensors is None else tensors.get(name) for name in (_HEAD, f"{_PREFIX}embed_tokens.weight"))
@@ -94,7 +94,7 @@ def head_as_stored(config: ModelConfig, tensors: Mapping[str, StoredTensor] | No
 
 
 def _equal(one: StoredTensor, other: StoredTensor) -> bool:
-    """Whether two matrices have the same values; some rows at a time, for each may have a gigabyte."""
+    """Whether two matrices have the same values; compared in parts, because each may have a gigabyte."""
     if one.shape != other.shape or one.quantised != other.quantised:
         return False
     step = max(1, _COMPARED // max(1, math.prod(one.shape[1:])))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Views of stored tensors: the rows, experts and orders in which a model wants what a file holds.
+"""Views of stored tensors: select and reorder rows, columns and experts of a file's tensors for a model.
 
-Stands before step 1 of a request's life. A family's table of names says which view a tensor passes on its way
-(`WeightName`). Nothing is read before the view itself is asked; quantised rows stay as they are.
+Used before step 1 of a request's life. A family's table of names assigns views to tensors (`WeightName`). Data is read
+only when the view is read; quantised rows stay quantised.
 Letters: R rows, C columns, X experts, H heads, D head size.
 """
 
@@ -29,7 +29,7 @@ View: TypeAlias = Callable[[StoredTensor, Any], StoredTensor]
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Spare(Viewed):
-    """A tensor that adds nothing, such as a bias of zeros: a model need not have a place for it."""
+    """A tensor without effect, such as a bias of zeros; a model may lack a parameter for it."""
 
     def raw(self) -> np.ndarray:
         return self.source.raw()
@@ -39,7 +39,7 @@ class Spare(Viewed):
 
 
 def spare(stored: StoredTensor) -> Spare:
-    """Marks a tensor as one that adds nothing."""
+    """Mark a tensor as one without effect."""
     return Spare(stored.name, stored.shape, stored.type_name, stored.nbytes, stored)
 
 
@@ -47,14 +47,14 @@ def spare(stored: StoredTensor) -> Spare:
 
 
 def entry(stored: StoredTensor, index: int) -> StoredTensor:
-    """One entry of the outermost dimension: an expert's matrix [R, C] of [X, R, C], or its bias [R] of [X, R]."""
+    """Select an entry of the outermost dimension: an expert's matrix [R, C] of [X, R, C], or its bias [R] of [X, R]."""
     if len(stored.shape) < 2:
         raise WeightsError(f"{stored.path}: tensor {stored.name} has shape {list(stored.shape)}; one more is wanted")
     return dataclasses.replace(stored.rows(index, index + 1), shape=stored.shape[1:])
 
 
 def row_part(index: int, count: int) -> View:
-    """The index-th of `count` equal parts of the rows: gate and up of a fused tensor."""
+    """Select the index-th of `count` equal parts of the rows: gate or up of a fused tensor."""
 
     def view(stored: StoredTensor, config: Any) -> StoredTensor:
         del config
@@ -69,11 +69,11 @@ def row_part(index: int, count: int) -> View:
 
 
 def qkv_rows(part: str, *, grouped: bool = False) -> View:
-    """The rows of "q", "k" or "v" in a matrix or bias that holds all three behind each other; sizes by the config.
+    """Select the rows of "q", "k" or "v" in a fused matrix or bias; sizes by the config.
 
     Args:
-        part: which of them.
-        grouped: they stand behind each other for each key-value head: the heads of q that share it, its k, its v.
+        part: "q", "k" or "v".
+        grouped: rows are grouped by KV head: the query heads that share it, its k, its v.
     """
 
     def view(stored: StoredTensor, config: Any) -> StoredTensor:
@@ -93,7 +93,7 @@ def qkv_rows(part: str, *, grouped: bool = False) -> View:
 
 
 def every_other(first: int) -> View:
-    """Rows first, first + 2, ...: gate or up of a fused tensor in which they alternate."""
+    """Select rows first, first + 2, ...: gate or up of a fused tensor in which they alternate."""
 
     def view(stored: StoredTensor, config: Any) -> StoredTensor:
         del config
@@ -103,10 +103,10 @@ def every_other(first: int) -> View:
 
 
 def half_split(heads: str) -> View:
-    """Query or key rows [H * D, ...] to half-split rotary order, where the config says that they are interleaved.
+    """Reorder query or key rows [H * D, ...] to half-split rotary order, if the config says that they are interleaved.
 
     The pairs of the first `config.rope.dim` rows of every head are rows 2i and 2i + 1 in the file; the kernels rotate
-    rows i and i + dim / 2. Source: the permutation of llama.cpp's converter for Llama, turned back.
+    rows i and i + dim / 2. Source: the inverse of the permutation in llama.cpp's converter for Llama.
 
     Args:
         heads: the config's attribute that counts the heads.
@@ -127,7 +127,7 @@ def half_split(heads: str) -> View:
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class _InColumnOrder(Viewed):
-    """A matrix of blocks whose column i meets number `order[i]` of an input; their bytes are those of the file."""
+    """A matrix of blocks whose column i is multiplied by element `order[i]` of an input; bytes as in the file."""
 
     order: np.ndarray
 
@@ -146,17 +146,17 @@ class _InColumnOrder(Viewed):
 
 
 class ColumnOrder:
-    """A view of a matrix [R, C] whose stored column i meets number `order[i]` of an input.
+    """View of a matrix [R, C] whose stored column i is multiplied by element `order[i]` of an input.
 
     Args:
-        order: gives that of a config, int64 [C].
+        order: computes the order from a config, int64 [C].
     """
 
     def __init__(self, order: Callable[[Any], np.ndarray]) -> None:
         self._order = order
 
     def __call__(self, stored: StoredTensor, config: Any) -> StoredTensor:
-        """The matrix whose columns stand as inputs do; where they do so in the file, as it is."""
+        """Return the matrix with its columns in the order of inputs; unchanged if they are stored in this order."""
         order = self._order(config)
         if stored.shape[1:] != order.shape:
             raise WeightsError(
@@ -170,7 +170,7 @@ class ColumnOrder:
         return computed(stored, stored.shape, lambda values: values[:, np.argsort(order)])
 
     def undone(self, stored: StoredTensor, config: Any) -> StoredTensor:
-        """What is stored of a matrix of plain numbers."""
+        """Return a plain matrix in the stored order of columns."""
         order = self._order(config)
         return computed(stored, stored.shape, lambda values: values[:, order])
 
@@ -180,7 +180,7 @@ class ColumnOrder:
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class _Computed(Viewed):
-    """Plain numbers that a function makes of another tensor's."""
+    """Plain tensor that a function computes from another tensor."""
 
     compute: Callable[[np.ndarray], np.ndarray]
 
@@ -196,13 +196,13 @@ def computed(
     compute: Callable[[np.ndarray], np.ndarray],
     type_name: str | None = None,
 ) -> Viewed:
-    """A tensor that `compute` makes of the stored numbers, which are given to it as `StoredTensor.load` has them.
+    """Make a tensor that `compute` derives from a stored one, in the form that `StoredTensor.load` returns.
 
     Args:
-        stored: the numbers; quantised ones are decoded.
+        stored: the stored tensor; a quantised one is decoded.
         shape: of the result.
-        compute: changes no number's type.
-        type_name: of the numbers; None keeps the stored one, F32 for a quantised tensor.
+        compute: computes the elements without changing their type.
+        type_name: element type; None keeps the stored type, F32 for a quantised tensor.
     """
     name = type_name or stored.dtype or "F32"
     return _Computed(stored.name, shape, name, math.prod(shape) * ELEMENTS[name].itemsize, stored, compute)
@@ -210,10 +210,10 @@ def computed(
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Made(StoredTensor):
-    """A plain tensor that is in no file.
+    """Plain tensor that is in no file.
 
     Attributes:
-        source: the file to blame.
+        source: the file that errors name.
     """
 
     source: Path
@@ -229,10 +229,10 @@ class Made(StoredTensor):
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Constant(Made):
-    """A tensor of given numbers.
+    """Tensor of constant elements.
 
     Attributes:
-        values: the numbers.
+        values: the elements.
     """
 
     values: np.ndarray
@@ -243,19 +243,19 @@ class Constant(Made):
 
 
 def rows_of_bytes(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Numbers of a tensor of `shape` as `StoredTensor.raw` gives them."""
+    """Convert elements of a tensor of `shape` to the form of `StoredTensor.raw`."""
     return np.ascontiguousarray(values).reshape(max(1, math.prod(shape[:-1])), -1).view(np.uint8)
 
 
 def constant(name: str, values: np.ndarray, source: Path) -> StoredTensor:
-    """A float32 tensor of given numbers."""
+    """Make a float32 tensor of constant elements."""
     return Constant(name, values.shape, "F32", 4 * values.size, source, values.astype(np.float32))
 
 
 def parts_of_experts(stored: StoredTensor, count: int) -> list[StoredTensor]:
-    """The matrices [R, C / X] of X = `count` experts in one [R, C], whose columns of one expert are every X-th.
+    """Split one matrix [R, C] into those of X = `count` experts, [R, C / X]; an expert has every X-th column.
 
-    The first that is read puts all in order, once.
+    The first one that is read reorders all, once.
     """
     rows, each = stored.shape[0], stored.shape[1] // count
 
@@ -271,7 +271,7 @@ def parts_of_experts(stored: StoredTensor, count: int) -> list[StoredTensor]:
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class _Given(Viewed):
-    """An entry of an array that several tensors share."""
+    """Entry of an array that several tensors share."""
 
     entries: Callable[[], np.ndarray]
     index: int
@@ -281,13 +281,13 @@ class _Given(Viewed):
 
 
 def plus_one(stored: StoredTensor, config: Any) -> StoredTensor:
-    """Numbers plus 1, in fp32: norms that Hugging Face stores as the distance from 1 (Gemma)."""
+    """Add 1, in fp32: norms that Hugging Face stores as the distance from 1 (Gemma)."""
     del config
     return computed(stored, stored.shape, lambda values: values + np.float32(1), "F32")
 
 
 def transposed(stored: StoredTensor, config: Any) -> StoredTensor:
-    """A plain matrix [R, C] as [C, R]; of [X, R, C] every one."""
+    """Transpose a plain matrix [R, C] to [C, R], or each matrix of [X, R, C]."""
     del config
     if len(stored.shape) < 2:
         return stored  # a wrong shape is named by the loader
@@ -298,7 +298,7 @@ def transposed(stored: StoredTensor, config: Any) -> StoredTensor:
 
 
 def flattened(stored: StoredTensor, config: Any) -> StoredTensor:
-    """Depthwise kernels [C, 1, taps] as [C, taps], which is how GGUF has them."""
+    """Reshape depthwise kernels [C, 1, taps] to [C, taps], the shape in GGUF files."""
     del config
     if len(stored.shape) != 3 or stored.shape[1] != 1:
         return stored  # a wrong shape is named by the loader
@@ -306,7 +306,7 @@ def flattened(stored: StoredTensor, config: Any) -> StoredTensor:
 
 
 def as_row(stored: StoredTensor, config: Any) -> StoredTensor:
-    """Numbers [C] as a matrix [1, C] (GGUF's gate of a shared expert)."""
+    """Reshape a vector [C] to a matrix [1, C] (GGUF's gate of a shared expert)."""
     del config
     if len(stored.shape) != 1:
         return stored
@@ -314,7 +314,7 @@ def as_row(stored: StoredTensor, config: Any) -> StoredTensor:
 
 
 def chain(*views: View) -> View:
-    """Several views, one after the other."""
+    """Compose several views, applied in order."""
 
     def view(stored: StoredTensor, config: Any) -> StoredTensor:
         for each in views:

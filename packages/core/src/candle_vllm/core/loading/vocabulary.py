@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""A model's tokenizer, brought to the rows of its embedding table (loading, before step 3 of a request can run).
+"""Fit a model's tokenizer to the rows of its embedding table (loading, before step 3 of a request).
 
-The two are often of different size. Rows without a token are harmless. A token without a row is not: a plain text would
-become an id that the model cannot take. Tokens that were added to a finished vocabulary (a padding token that someone
-registered and never trained) are taken out, and their text is read as plain text; another token of the vocabulary, or
-one that begins or ends texts, cannot be missed, and the model is refused.
+Their sizes often differ. Rows without a token are harmless. A token without a row is not: a plain text would become an
+id without an embedding. Added tokens without a row (a padding token that was registered and never trained) are removed,
+and their text is tokenized as plain text. A model is refused if another token of the vocabulary, or one that begins or
+ends texts, has no row.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ logger = logging.getLogger(__name__)
 
 
 def fit_tokenizer(tokenizer: Tokenizer, rows: int, source: Path) -> Tokenizer:
-    """A tokenizer whose ids are all below `rows`, and which knows every one of them.
+    """Return a tokenizer that has exactly the ids below `rows`.
 
     Args:
-        tokenizer: as its files describe it; it may be changed.
+        tokenizer: as its files describe it; may be changed.
         rows: of the model's embedding table.
         source: the file or folder of the tokenizer, for messages.
 
     Raises:
-        InvalidFileError: a token that cannot be missed has no row.
+        InvalidFileError: a required token has no row.
     """
     if tokenizer.vocab_size > rows:
         tokenizer = _without_extra_tokens(tokenizer, tokenizer.vocab_size, rows, source)
@@ -43,7 +43,7 @@ def fit_tokenizer(tokenizer: Tokenizer, rows: int, source: Path) -> Tokenizer:
 
 
 def end_tokens(config: ModelConfig, generation: Fields, tokenizer: Tokenizer, source: Path) -> tuple[int, ...]:
-    """Tokens that end a sequence: generation config, config and tokenizer together.
+    """Return the tokens that end a sequence by generation config, config and tokenizer together.
 
     Args:
         config: the model's.
@@ -51,7 +51,7 @@ def end_tokens(config: ModelConfig, generation: Fields, tokenizer: Tokenizer, so
         tokenizer: as `fit_tokenizer` made it.
         source: the file of `config`, for messages.
 
-    An id that the model has no row for can never be sampled: it is left out, and logged.
+    An id without a row can never be sampled: it is left out, and logged.
     """
     found: list[int] = []
     for path, ids in (
@@ -103,7 +103,7 @@ def _framing(tokenizer: Tokenizer) -> list[str]:
 
 
 def _remove_added(backend: Backend, rows: int, source: Path) -> Backend:
-    """A copy without the added tokens from `rows` on; the library has no way to take one out of a live tokenizer."""
+    """Copy without the added tokens from `rows` on; the library cannot remove one from an existing tokenizer."""
     data = json.loads(backend.to_str())
     data["added_tokens"] = [token for token in data["added_tokens"] if token["id"] < rows]
     model = data["model"]

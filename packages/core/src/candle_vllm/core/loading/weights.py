@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Filling a model from a checkpoint through the family's table of weight names.
+"""Load a model's weights from a checkpoint by the family's table of weight names.
 
-The table has one line per tensor: where it goes in the model, its Hugging Face name and its GGUF name, with `{i}` for
-the layer and `{e}` for the expert. Before memory is taken, all that is missing, unexpected or misshapen is named.
+The table has one line per tensor: its parameter in the model, its Hugging Face name and its GGUF name, with `{i}` for
+the layer and `{e}` for the expert. Missing, unexpected and misshapen tensors are reported before memory is allocated.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ from candle_vllm.core.threads import LOADED_PART, LOADING_THREADS, loading_threa
 
 logger = logging.getLogger(__name__)
 
-_PART = re.compile(r":\d+\.")  # in the target of a part of a tensor that is one in GGUF files
+_PART = re.compile(r":\d+\.")  # in the target of a part of a tensor that is not split in GGUF files
 _SHOWN = 64  # names of one kind listed in an error message
 
 
 class Parameter(Protocol):
-    """A place for one stored tensor."""
+    """Parameter that one stored tensor fills."""
 
     @property
     def sections(self) -> int:
-        """Matrices that stand above each other in it, of which a shard has a part of each."""
+        """Matrices that are stacked along the rows; a shard has a part of each of them."""
         ...
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape that the stored tensor must have."""
+        """Required shape of the stored tensor."""
         ...
 
     def fill(self, stored: StoredTensor) -> str | None:
-        """Takes the tensor; returns why a quantised one takes more memory here than it is stored in, for a log."""
+        """Load the tensor; return, for the log, why a quantised one takes more memory than in the file."""
         ...
 
 
 class Loadable(Protocol):
-    """A layer whose weights come in named parameters ("weight", "bias", "q.weight", ...)."""
+    """Layer whose weights are named parameters ("weight", "bias", "q.weight", ...)."""
 
     def parameters(self) -> Mapping[str, Parameter]:
         """Every parameter that must be loaded."""
@@ -55,23 +55,23 @@ class Loadable(Protocol):
 
 @runtime_checkable
 class Finishes(Protocol):
-    """A layer that has something to do once it is filled."""
+    """Layer with a method that runs after its parameters are loaded."""
 
     def finish(self) -> None:
-        """Every parameter is filled."""
+        """Finish the layer: every parameter is loaded."""
         ...
 
 
 Cut: TypeAlias = Callable[[str, StoredTensor], StoredTensor]
-_Job = tuple[StoredTensor, Parameter, str]  # what, where to, and the layer's path
+_Job = tuple[StoredTensor, Parameter, str]  # the tensor, its parameter, and the layer's path
 
 
 class Counted(Protocol):
-    """What a model's config says about its tables: how often lines repeat."""
+    """Config values that determine how often a table's lines repeat."""
 
     @property
     def num_layers(self) -> int:
-        """Of lines with `{i}`."""
+        """Number of layers, for lines with `{i}`."""
         ...
 
     @property
@@ -82,7 +82,7 @@ class Counted(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """A stored name with a view of its own: where alternatives of one line are stored differently (apart, fused)."""
+    """A stored name with its own view, for alternatives of one line that are stored differently (apart, fused)."""
 
     name: str
     view: View
@@ -97,10 +97,10 @@ class WeightName:
 
     Attributes:
         target: attribute path of the layer and the part, "layers.{i}.attention.qkv:q.weight".
-        hf, gguf: the stored name, or several, of which the first that is stored is meant; None where the format has no
-            such tensor. In a line with `{e}` a name without it is that of a tensor of all experts.
-        hf_view, gguf_view: how the stored tensor is looked at, where its name has no view of its own; of all experts'
-            tensor it gets one expert's.
+        hf, gguf: the stored name, or several names, of which the first one that is stored is used; None for a format
+            without the tensor. In a line with `{e}` a name without `{e}` is a tensor of all experts.
+        hf_view, gguf_view: view of the stored tensor, if its name has no view of its own; a tensor of all experts is
+            first reduced to one expert.
     """
 
     target: str
@@ -112,12 +112,12 @@ class WeightName:
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """A line of a table for one layer, expert and format.
+    """Line of a table for one layer, expert and format.
 
     Attributes:
         target: as in `WeightName`, spelled out.
         names: stored names with the view of the tensor, the layer spelled out; empty for a format without the tensor.
-        expert: its number.
+        expert: the expert's number, or None.
     """
 
     target: str
@@ -125,11 +125,11 @@ class Line:
     expert: int | None
 
     def find(self, tensors: Mapping[str, StoredTensor]) -> str | None:
-        """The first name that is stored; what no file holds is named by its target where lines share a tensor."""
+        """Return the first name in `tensors`; a tensor that is in no file is named by its line's target."""
         return next((name for name in (self.target, *map(self._spelled, self.names)) if name in tensors), None)
 
     def look(self, stored: StoredTensor, name: str, config: Counted) -> StoredTensor:
-        """The tensor stored under `name`, as the model wants it."""
+        """Apply the view of `name` to its stored tensor."""
         if name == self.target:
             return stored
         written, view = next(pair for pair in self.names if self._spelled(pair) == name)
@@ -139,12 +139,12 @@ class Line:
 
     @property
     def first(self) -> str:
-        """The name for messages."""
+        """Name for messages."""
         return self._spelled(self.names[0])
 
     @property
     def spelled(self) -> tuple[str, ...]:
-        """The names, the expert spelled out as well."""
+        """Names with layer and expert spelled out."""
         return tuple(map(self._spelled, self.names))
 
     def _spelled(self, name: tuple[str, View | None]) -> str:
@@ -152,7 +152,7 @@ class Line:
 
 
 def beside_gguf(table: Sequence[WeightName], config: Counted) -> Iterator[tuple[Line, Line]]:
-    """Lines of safetensors, each beside that of GGUF; parts of a tensor that is one there have that of the whole."""
+    """Pair each line of safetensors with its line of GGUF; parts of a tensor unsplit in GGUF get the whole's line."""
     both = list(zip(expand(table, config, "safetensors"), expand(table, config, "gguf"), strict=True))
     wholes = {line.target: line for stored_line, line in both if line.names and not stored_line.names}
     for stored_line, line in both:
@@ -167,13 +167,13 @@ def check_weights(
     *,
     ignored: Sequence[str] = (),
 ) -> None:
-    """Compares the model that a config describes with what the checkpoint holds, before memory is taken for it.
+    """Compare the model of a config with the checkpoint, before memory is allocated.
 
-    A config may claim any size. Here the model is one of shapes without memory, so that what is built after this is
-    never larger than what is stored.
+    A config may claim any size. The model is built without memory here (shapes only), so that the model that is
+    allocated later is never larger than the checkpoint.
 
     Args:
-        build: makes the model, of shapes.
+        build: builds the model without memory.
         table, checkpoint, config, ignored: as for `load_weights`.
 
     Raises:
@@ -198,25 +198,25 @@ def load_weights(
     progress: Callable[[int], object] = lambda _: None,
     cut: Cut | None = None,
 ) -> None:
-    """Copies every tensor of `checkpoint` into `model`.
+    """Load every tensor of `checkpoint` into `model`.
 
     Args:
         model: the object whose attribute paths the table names.
-        table: the family's names.
+        table: the family's table of names.
         checkpoint: the stored tensors.
-        config: the model's; views are given it.
-        ignored: patterns of stored names that carry nothing (buffers that old checkpoints saved).
-        progress: called with the bytes of each tensor as it is done.
-        cut: gives what of a tensor, by its target, a shard of the model has.
+        config: the model's config, passed to views.
+        ignored: patterns of stored names without use (buffers that old checkpoints saved).
+        progress: called with the bytes of each tensor when it is loaded.
+        cut: returns a shard's part of a tensor, by its target.
 
     Raises:
-        WeightsError: with all names that do not match.
+        WeightsError: names or shapes differ; the message lists all names that do not match.
     """
     jobs = _match(model, table, checkpoint, config, ignored, cut)
 
     def run(job: _Job, number: int) -> str | None:
         stored, place, _ = job
-        LOADED_PART.set(number)  # in a thread that loads and does nothing else
+        LOADED_PART.set(number)  # in a thread that only loads
         why = place.fill(stored)
         stored.release()
         return why
@@ -251,7 +251,7 @@ def _match(
     ignored: Sequence[str],
     cut: Cut | None = None,
 ) -> list[_Job]:
-    """What goes where, layer by layer; a `WeightsError` where the names or the shapes differ."""
+    """Assign tensors to parameters, layer by layer; raises `WeightsError` if names or shapes differ."""
     jobs: list[_Job] = []
     missing: list[str] = []
     misshapen: list[str] = []
@@ -289,7 +289,7 @@ def _match(
 
 
 def expand(table: Iterable[WeightName], config: Counted, format: str = "safetensors") -> Iterator[Line]:
-    """The lines of a table, those with `{i}` once for each layer, those with `{e}` once for each of its experts."""
+    """Expand a table's lines: `{i}` once for each layer, `{e}` once for each of its experts."""
     for line in table:
         names = line.hf if format == "safetensors" else line.gguf
         usual = line.hf_view if format == "safetensors" else line.gguf_view
@@ -308,7 +308,7 @@ def expand(table: Iterable[WeightName], config: Counted, format: str = "safetens
 
 
 def parameters_of(model: object, table: Iterable[WeightName], config: Counted, format: str) -> Mapping[str, Parameter]:
-    """Every part of a table that the model has, by its target."""
+    """Return the table's parameters that the model has, by their target."""
     known: dict[str, Mapping[str, Parameter]] = {}
     found: dict[str, Parameter] = {}
     for line in expand(table, config, format):
@@ -322,7 +322,7 @@ def parameters_of(model: object, table: Iterable[WeightName], config: Counted, f
 
 
 def places(model: object) -> Callable[[str], bool]:
-    """Whether the model has the part that a line's target names; tables have lines that only some models need."""
+    """Return a predicate: whether the model has a line's target; tables have lines that only some models need."""
     known: dict[str, Mapping[str, Parameter]] = {}
 
     def has(target: str) -> bool:

@@ -59,21 +59,21 @@ class Form:
 
     @property
     def is_spent(self) -> bool:
-        """Lexers were lost so often that no text gets another one: who wants the form compiles it anew."""
+        """Whether lexers were exhausted so often that no text gets another one; then the form is compiled again."""
         return self._seconds > _MOST_RENEWING
 
     def renewed(self, lost: LLMatcher, *, alone: bool) -> tuple[LLMatcher, bool] | None:
-        """Another matcher at the start, in place of one whose lexer is lost, and whether one text has it alone.
+        """Return a new matcher at the start, to replace one with an exhausted lexer, and whether it is used alone.
 
-        The first text that finds a lexer lost has most likely used it up, and gets one for itself, where it can do no
-        harm. All others share a new one.
+        The first text that finds a lexer exhausted has probably exhausted it, and gets its own lexer, where it cannot
+        affect other texts. All other texts share a new one.
 
         Args:
-            lost: of `start`.
-            alone: the text shall get one for itself in any case.
+            lost: the exhausted matcher, from `start`.
+            alone: give the text its own lexer in any case.
 
         Returns:
-            None where renewing took too long already; the engine's steps wait for it.
+            None if renewals already took too long; the engine's steps wait for them.
         """
         if self.is_spent:
             return None
@@ -109,20 +109,20 @@ class Follower:
         self._said: list[int] = []
 
     def copy(self) -> Follower:
-        """For a look ahead: it gets no other lexer."""
+        """Copy for looking ahead; an exhausted lexer of the copy is not replaced."""
         other = copy(self)
         other._form, other._said, other.matcher = None, [], self.matcher.deep_copy()
         return other
 
     def fill_mask(self, bits: NDArray[np.int32]) -> bool:
-        """Writes which tokens may come next, as llguidance does; false where the text cannot go on."""
+        """Write llguidance's mask of the allowed next tokens; False if the text cannot be continued."""
         self.matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
         while self.matcher.is_error() and self._renew():
             self.matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
         return not self.matcher.is_error()
 
     def consume(self, token: int) -> bool:
-        """Goes one token on; false where it may not come, or the text cannot go on behind it."""
+        """Consume a token; False if it is not allowed, or the text cannot be continued after it."""
         while not self.matcher.consume_token(token):
             if not self._renew():
                 return False
@@ -130,7 +130,7 @@ class Follower:
         return True
 
     def rollback(self, count: int) -> None:
-        """Goes back by `count` tokens; a text that could not go on cannot go back either, as its next mask says."""
+        """Go back by `count` tokens; a text in an error cannot go back, which its next mask reports."""
         if count > len(self._said):
             raise ValueError(f"cannot go back by {count} tokens: the text has {len(self._said)}")
         del self._said[len(self._said) - count :]
@@ -138,9 +138,9 @@ class Follower:
             self._renew()
 
     def _renew(self) -> bool:
-        """Whether the lexer was lost and the matcher is one with another lexer, at the same place.
+        """Replace an exhausted lexer, and bring the new matcher to the same position; return whether that succeeded.
 
-        Each token's mask is made again too: it is what has the lexer's fuel filled up.
+        Each token's mask is computed again too, because that refills the lexer's fuel.
         """
         if self._form is None or self.is_alone or not _is_lost(self._start):
             return False
@@ -163,7 +163,7 @@ def _is_lost(start: LLMatcher) -> bool:
 
 
 def cannot_go_on(matcher: LLMatcher) -> InvalidParameterError:
-    """The error of a request whose text has met a limit of its grammar."""
+    """Return the error for a request whose text reached a limit of its grammar."""
     return refused(
         f"the grammar cannot go on here: {shortened(matcher.get_error())}; a simpler form may help, with fewer "
         "alternatives and fewer optional properties"
@@ -171,7 +171,7 @@ def cannot_go_on(matcher: LLMatcher) -> InvalidParameterError:
 
 
 class LlguidanceGrammar:
-    """One text's place in a grammar; see `Grammar`.
+    """Position of one text in a grammar; see `Grammar`.
 
     Args:
         form: of the text.
