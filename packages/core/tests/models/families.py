@@ -435,7 +435,6 @@ MIMO = {
     "n_routed_experts": 6,
     "num_experts_per_tok": 3,
     "moe_intermediate_size": 64,
-    "routed_scaling_factor": 1.7,
 }
 OLMO3_ROPE = {
     "full_attention": {
@@ -637,7 +636,9 @@ ROWS: Mapping[str, Row] = {
     "MiMo V2": Row("mimo_v2_flash", MIMO, "mimo2", undecided=0.1, common=False),
     "MiMo V2 biases": Row(
         "mimo_v2_flash",
-        MIMO | {"attention_bias": True, "attention_value_scale": None, "n_group": 2, "topk_group": 1},
+        MIMO
+        | {"attention_bias": True, "attention_value_scale": None, "n_group": 2, "topk_group": 1}
+        | {"routed_scaling_factor": 1.7},
         undecided=0.1,
         common=False,
     ),

@@ -185,7 +185,7 @@ def _plan(
     if not model.has_head or (files.folder / "modules.json").is_file():
         keys = pooling_keys(files, model.hidden_size, "last")
         metadata |= {f"{row.name}.{key}": value for key, value in keys.items()}
-    if row.name == "phi3":
+    if row.name in ("phi3", "phimoe"):
         metadata["general.name"] = phi3_name(metadata)
     written = {plan.name: plan.stored for plan in plans}
     check_description(other, Checkpoint(files.config, "gguf", (), written, metadata))

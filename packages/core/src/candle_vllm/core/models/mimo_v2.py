@@ -128,7 +128,7 @@ def ignored(config: LlamaConfig) -> list[str]:
 
 
 def gguf_keys(config: LlamaConfig) -> dict[str, Any]:
-    """Numbers of key-value heads are a list; llama.cpp has one group of experts, whose weights sum to 1."""
+    """Numbers of key-value heads are a list; llama.cpp has one group of experts, and reads no scale of weights."""
     assert config.mixture is not None
     return {
         **local_keys(config),
@@ -136,7 +136,6 @@ def gguf_keys(config: LlamaConfig) -> dict[str, Any]:
         "attention.head_count_kv": [config.heads(layer)[1] for layer in range(config.num_layers)],
         "attention.value_length": config.value_dim,
         "attention.value_scale": float(config.value_scale),
-        "expert_weights_scale": float(config.mixture.scale),
     }
 
 
