@@ -83,10 +83,7 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> ApertusConfig:
 
 
 def xielu(x: Value, numbers: Any) -> Value:
-    """beta x + p max(x, 0)^2 + n (expm1(z) - z), z = min(x, 0), in fp32; recorded steps change x in place.
-
-    numbers: p, n and beta, float32 [3].
-    """
+    """beta x + p max(x, 0)^2 + n (expm1(z) - z), z = min(x, 0), of `numbers` p, n and beta; recorded steps change x."""
     if isinstance(x, Recorded):
         return x.xielu(numbers)
     wide, (p, n, beta) = x.float(), numbers

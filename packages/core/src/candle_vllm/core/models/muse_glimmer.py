@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Muse Glimmer: the Llama wiring (`llama.py`) with a sigmoid gate on what attention gives, and four norms in a block.
 
-Queries and keys have norms without a weight, and scores a factor. In three of four layers a token sees a window alone;
-the others have no rotary embedding. The embedding is normalised, norms of blocks are stored as distances from 1, and
-logits are scaled and capped. Source: Meta, 2026, the model card.
+Queries and keys have norms without a weight, and scores a factor. Three of four layers have a window, the others no
+rotary embedding. The embedding is normalised, and logits are scaled and capped. Source: Meta, 2026, the model card.
 """
 
 from __future__ import annotations
