@@ -126,6 +126,34 @@ def test_llama_cpps_prompts_have_images(start: Callable[..., Any]) -> None:
             assert "model does not support multimodal requests" in answer.text
 
 
+def test_a_conversation_with_an_image_has_a_vector(start: Callable[..., Any], tmp_path: Path) -> None:
+    """vLLM's `messages` on `/v1/embeddings`: the vector is that of the prompt which the template writes."""
+    engine = InferenceEngine(str(write_toy_sight(tmp_path)))
+    plain = {"role": "user", "content": "What is it?"}
+    texts = [engine.apply_chat_template(each, add_generation_prompt=False) for each in (OPENAI, [plain])]
+    asked = [{"prompt": texts[0], "multi_modal_data": {"image": PIXELS}}, texts[1]]
+    wanted = [list(each.embedding) for each in engine.embed(asked, use_tqdm=False)]
+    with start(engine).http() as client:
+        for messages, vector in ((OPENAI, wanted[0]), ([plain], wanted[1])):
+            answer = client.post("/v1/embeddings", json={"messages": messages}).json()
+            assert answer["data"][0]["embedding"] == vector
+            assert answer["usage"]["prompt_tokens"] > 0
+        opened = {"messages": OPENAI, "add_generation_prompt": True, "dimensions": None, "encoding_format": "float"}
+        assert client.post("/v1/embeddings", json=opened).json()["data"][0]["embedding"] != wanted[0]
+        for wrong, param in (
+            ({"messages": []}, "messages"),
+            ({"messages": OPENAI, "input": "What is it?"}, "messages"),
+            ({"messages": OPENAI, "input_type": "query"}, "input_type"),
+            (
+                {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+                "messages",
+            ),
+        ):
+            refused = client.post("/v1/embeddings", json=wrong)
+            assert refused.status_code == 400
+            assert refused.json()["error"]["param"].startswith(param)
+
+
 def asked_in_chat(client: Any, engine: PacedEngine) -> Any:
     client.post("/v1/chat/completions", json={"messages": OPENAI})
     return engine.requests[-1].prompt_token_ids

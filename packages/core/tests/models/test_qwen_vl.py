@@ -292,6 +292,24 @@ def test_logits_are_those_of_transformers(tokens: int, eager: bool, folder: Path
     assert np.abs(np.array(ours) - np.array(wanted)).max() < (1e-4 if eager else 0.1)
 
 
+@pytest.mark.one_of_each
+@pytest.mark.parametrize("eager", [True, False])
+def test_vectors_are_those_of_transformers(eager: bool, folder: Path, theirs: Any) -> None:
+    """The last token's state, as embedding models with this class have it; what is shown changes it."""
+    with InferenceEngine(folder, enforce_eager=eager) as engine:
+        asked = [PROMPT, {**PROMPT, "multi_modal_data": {"image": PICTURES[1:3]}}, PROMPTS[-1]]
+        found = engine.embed(asked, use_tqdm=False)
+        again = engine.embed(asked[:1], use_tqdm=False)[0]
+    assert np.abs(np.subtract(again.embedding, found[0].embedding)).max() <= (1e-6 if eager else 0)
+    ids = torch.tensor([found[0].prompt_token_ids])
+    with torch.inference_mode():
+        given = their_pixels(folder, PICTURES[:2]) | {"mm_token_type_ids": (ids == PAD).int()}
+        state = theirs.model(input_ids=ids, **given).last_hidden_state[0, -1].double().numpy()
+    # keys and values are bfloat16 in the compiled steps
+    assert float(np.dot(found[0].embedding, state / np.linalg.norm(state))) > (0.99999 if eager else 0.999)
+    assert float(np.dot(found[0].embedding, found[1].embedding)) < 0.999
+
+
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> list[tuple[int, ...]]:
     """Answers to prompts of one step each, nothing cached."""

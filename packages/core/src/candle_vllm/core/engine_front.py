@@ -744,7 +744,7 @@ class EngineFront(ABC):
 
     def _pooling(self, **options: Any) -> PoolingCalls:
         texts = self._require()[1]
-        return PoolingCalls(self._working(), self._running_thread, texts.tokenizer, self._info, **options)
+        return PoolingCalls(self._working(), self._running_thread, texts.tokenizer, self._info, self.look, **options)
 
     def _check_generates(self) -> None:
         """Refuse to generate with an encoder, before the input is read."""

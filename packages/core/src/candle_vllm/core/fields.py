@@ -110,12 +110,17 @@ class Fields:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of at most 16 MiB."""
-    try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise InvalidFileError(f"{path}: larger than {MAX_CONFIG_BYTES} bytes")
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise InvalidFileError(f"{path}: cannot be read as JSON: {error}") from error
+    value = read_any_json(path)
     if not isinstance(value, dict):
         raise InvalidFileError(f"{path}: holds no JSON object")
     return value
+
+
+def read_any_json(path: Path) -> object:
+    """The same of any JSON value."""
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise InvalidFileError(f"{path}: larger than {MAX_CONFIG_BYTES} bytes")
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise InvalidFileError(f"{path}: cannot be read as JSON: {error}") from error

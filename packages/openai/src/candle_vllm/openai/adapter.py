@@ -46,6 +46,7 @@ from candle_vllm.openai.protocol.completions import Completion, CompletionReques
 from candle_vllm.openai.protocol.embeddings import (
     ClassifiedList,
     ClassifyRequest,
+    EmbeddingChatRequest,
     EmbeddingList,
     EmbeddingRequest,
     Moderation,
@@ -257,7 +258,11 @@ class OpenAIAdapter:
     async def embed(self, request: EmbeddingRequest | Fields) -> EmbeddingList:
         """The vectors of texts. Cancelling it aborts what has not been run."""
         parsed = request if isinstance(request, EmbeddingRequest) else parse_embedding_request(request)
-        return await self._embedding.embed(parsed)
+        if not isinstance(parsed, EmbeddingChatRequest):
+            return await self._embedding.embed(parsed)
+        ready = await self._ready(lambda: read_chat(parse_chat_request(parsed.chat_fields())), bounded=True)
+        prompt, images = ready.prepared.prompt, ready.prepared.images
+        return await self._embedding.embed(parsed, {"prompt_token_ids": prompt, "multi_modal_data": {"image": images}})
 
     async def pool(self, request: PoolingRequest) -> PooledList:
         """The vectors of texts, in vLLM's words."""

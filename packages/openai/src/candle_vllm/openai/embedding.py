@@ -14,6 +14,7 @@ import uuid
 from array import array
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import msgspec
@@ -33,16 +34,15 @@ from candle_vllm.core.errors import (
     RequestError,
 )
 from candle_vllm.core.pooling import PoolingParams
-from candle_vllm.openai.errors import (
-    GenerationFailedError,
-    no_priority,
-)
+from candle_vllm.openai.errors import GenerationFailedError, no_priority
+from candle_vllm.openai.json_body import decode_json
 from candle_vllm.openai.protocol.cohere import INPUT_TYPES, CohereEmbeddings, CohereEmbedRequest, cohere_answer
 from candle_vllm.openai.protocol.embeddings import (
     Classified,
     ClassifiedList,
     ClassifyRequest,
     Embedding,
+    EmbeddingChatRequest,
     EmbeddingList,
     EmbeddingRequest,
     Moderation,
@@ -79,27 +79,16 @@ class EmbeddingEngineLike(Protocol):
 
 def parse_embedding_request(body: bytes | Mapping[str, Any]) -> EmbeddingRequest:
     """A checked request for vectors from the body's bytes or from an object; raises `RequestError`."""
-    return parse_body(EmbeddingRequest, body)
+    value = decode_json(body) if isinstance(body, bytes) else body
+    chat = isinstance(value, Mapping) and value.get("messages") is not None and value.get("input") is None
+    return parse_body(EmbeddingChatRequest if chat else EmbeddingRequest, value if chat else body)
 
 
-def parse_pooling_request(body: bytes | Mapping[str, Any]) -> PoolingRequest:
-    """The same in vLLM's words."""
-    return parse_body(PoolingRequest, body)
-
-
-def parse_classify_request(body: bytes | Mapping[str, Any]) -> ClassifyRequest:
-    """A checked request for classes from the body's bytes or from an object; raises `RequestError`."""
-    return parse_body(ClassifyRequest, body)
-
-
-def parse_score_request(body: bytes | Mapping[str, Any]) -> ScoreRequest:
-    """A checked request for scores from the body's bytes or from an object; raises `RequestError`."""
-    return parse_body(ScoreRequest, body)
-
-
-def parse_rerank_request(body: bytes | Mapping[str, Any]) -> RerankRequest:
-    """A checked request for a ranking from the body's bytes or from an object; raises `RequestError`."""
-    return parse_body(RerankRequest, body)
+parse_pooling_request = partial(parse_body, PoolingRequest)
+parse_classify_request = partial(parse_body, ClassifyRequest)
+parse_score_request = partial(parse_body, ScoreRequest)
+parse_rerank_request = partial(parse_body, RerankRequest)
+"""Checked requests of the other kinds; arguments and errors as of `parse_embedding_request`."""
 
 
 class EmbeddingAdapter:
@@ -128,11 +117,11 @@ class EmbeddingAdapter:
         self._names = ServedNames(names, strict=strict_model_names, adapters=adapters)
         self._allow_priority = allow_priority
 
-    async def embed(self, request: EmbeddingRequest) -> EmbeddingList:
-        """The vectors of the request's texts."""
+    async def embed(self, request: EmbeddingRequest, prompt: Mapping[str, Any] | None = None) -> EmbeddingList:
+        """The vectors of the request's texts, or of `prompt`, which its messages became."""
         self._check(request, "embed")
         name, request_id = self._names.served(request.model), _request_id("embd-", request)
-        outputs = await self._embedded(request, request_id, request.pooling_params())
+        outputs = await self._embedded(request, request_id, request.pooling_params(), prompt=prompt)
         vectors = await self._work.prepare(
             lambda: [_numbers(request, each.embedding, each.vectors) for each in outputs]
         )
@@ -183,14 +172,21 @@ class EmbeddingAdapter:
         return _listed(PooledList, request_id, name, pooled, outputs)
 
     async def _embedded(
-        self, request: EmbeddingRequest, request_id: str, params: PoolingParams, field: str = "input"
+        self,
+        request: EmbeddingRequest,
+        request_id: str,
+        params: PoolingParams,
+        field: str = "input",
+        prompt: Any = None,
     ) -> list[EmbeddingOutput]:
         more = self._more(request, request_id)
-        # Tokenizing many texts takes long enough to hold up every stream on the loop.
-        texts = await self._work.prepare(self._tokens, request, field)
+        if prompt is None:  # tokenizing many texts takes long enough to hold up every stream on the loop
+            texts = prompts = await self._work.prepare(self._tokens, request, field)
+        else:
+            texts, prompts, field = [prompt["prompt_token_ids"]], [prompt], "messages"
         self._check_size(sum(map(len, texts)), len(texts), params.pooling, field)
         with _failures(lambda number, _: f"{field}.{number}", field):
-            return await self._engine.aembed(texts, params, **more)
+            return await self._engine.aembed(prompts, params, **more)
 
     async def _classified(
         self, request: ClassifyRequest | PoolingRequest, request_id: str, params: PoolingParams

@@ -13,12 +13,7 @@ from typing import Any, NamedTuple
 
 from msgspec.structs import replace
 
-from candle_vllm.core.errors import (
-    ConfigError,
-    InvalidParameterError,
-    RequestError,
-    UnsupportedModelError,
-)
+from candle_vllm.core.errors import ConfigError, InvalidParameterError, RequestError, UnsupportedModelError
 from candle_vllm.core.sampling.json_schema import schema_remarks
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.sampling.structured import StructuredOutputsParams

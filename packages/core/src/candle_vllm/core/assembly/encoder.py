@@ -84,8 +84,6 @@ def _load_any_model(
     found = _of_config(files)
     if found is not None and files.format == "dummy":
         raise ConfigError("load_format 'dummy' makes decoders alone: leave it out for an encoder", "load_format")
-    if found is not None:
-        _check_isq(config)
     with collector_paused():
         opened = open_model(files, device)
     found = found or describe_encoder(files, opened)

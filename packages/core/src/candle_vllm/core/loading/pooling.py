@@ -8,7 +8,6 @@ not implemented is refused, because every embedding would be wrong.
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
-from candle_vllm.core.fields import MAX_CONFIG_BYTES, Fields, read_json
+from candle_vllm.core.fields import Fields, read_any_json, read_json
 from candle_vllm.core.loading.safetensors import open_safetensors
 from candle_vllm.core.loading.source import ModelFiles
 from candle_vllm.core.loading.tensors import Checkpoint
@@ -202,12 +201,7 @@ def _pooling_config(path: Path) -> PoolingKind:
 
 
 def _read_list(path: Path) -> list[object]:
-    try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise InvalidFileError(f"{path}: larger than {MAX_CONFIG_BYTES} bytes")
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise InvalidFileError(f"{path}: cannot be read as JSON: {error}") from error
+    value = read_any_json(path)
     if not isinstance(value, list) or len(value) > MAX_MODULES:
         raise InvalidFileError(f"{path}: must hold a list of at most {MAX_MODULES} modules")
     return value

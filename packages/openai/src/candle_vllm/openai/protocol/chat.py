@@ -7,20 +7,12 @@ from typing import Annotated, Any, Literal, Self
 
 import msgspec
 from msgspec import UNSET, UnsetType
-from pydantic import (
-    BeforeValidator,
-    Discriminator,
-    Field,
-    GetJsonSchemaHandler,
-    Tag,
-    field_validator,
-    model_validator,
-)
+from pydantic import BeforeValidator, Discriminator, Field, GetJsonSchemaHandler, Tag, field_validator, model_validator
 from pydantic_core import CoreSchema
 
-from candle_vllm.openai.protocol.fields import MAX_MESSAGES, MAX_PARTS, MAX_TOOLS, WireModel, invalid, unsupported
+from candle_vllm.openai.protocol.fields import MAX_PARTS, MAX_TOOLS, WireModel, invalid, unsupported
 from candle_vllm.openai.protocol.generation import GenerationFields, Logprobs, MaxTokens
-from candle_vllm.openai.protocol.messages import AssistantMessage, Message, check_history
+from candle_vllm.openai.protocol.messages import AssistantMessage, Messages, check_history
 from candle_vllm.openai.protocol.templating import TemplateFields
 from candle_vllm.openai.protocol.tools import (
     AnyTool,
@@ -53,7 +45,6 @@ def _text_modality(value: Any) -> Any:
     return value
 
 
-_Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 Label = Annotated[str, Field(min_length=1, max_length=256)]
 
 
@@ -91,7 +82,7 @@ class ChatCompletionRequest(TemplateFields, GenerationFields):
     `conversation_id` and `resource_id` are labels of the client: the answer repeats them, a stream in its first chunk.
     """
 
-    messages: Annotated[_Messages, BeforeValidator(_conversation), _OrText()]
+    messages: Annotated[Messages, BeforeValidator(_conversation), _OrText()]
     conversation_id: Label | None = None
     resource_id: Label | None = None
     max_tokens: MaxTokens | None = None

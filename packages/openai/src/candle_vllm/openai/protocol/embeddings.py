@@ -12,19 +12,23 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from candle_vllm.core.pooling import MAX_DIMENSIONS, PoolingParams
 from candle_vllm.openai.protocol.fields import CutFields, Refusal, TokenIds, WireModel, invalid, prompt_form
+from candle_vllm.openai.protocol.messages import Messages
 from candle_vllm.openai.protocol.pooling import MAX_INPUTS, POOLING_REFUSED_FIELDS, PoolingFields, PoolingUsage, Words
 from candle_vllm.openai.protocol.score import Texts
+from candle_vllm.openai.protocol.templating import TemplateFields
 from candle_vllm.openai.task import Cut
 
 TaskName = Annotated[str, Field(min_length=1, max_length=64)]
 PoolingName = Literal["mean", "last", "cls", "all", "sparse"]
 
+
+def _without(refused: Mapping[str, Refusal], *names: str) -> dict[str, Refusal]:
+    return {name: refusal for name, refusal in refused.items() if name not in names}
+
+
 EMBEDDING_REFUSED_FIELDS: Mapping[str, Refusal] = {
-    **{
-        name: refusal
-        for name, refusal in POOLING_REFUSED_FIELDS.items()
-        if name not in (*CutFields.model_fields, "truncate")
-    },
+    **_without(POOLING_REFUSED_FIELDS, *CutFields.model_fields, "truncate"),
+    "messages": Refusal("a request has an input or messages"),
     "embed_dtype": Refusal("vectors are float32", ("float32",)),
     "endianness": Refusal("vectors are little-endian", ("native", "little")),
     "output_dtype": Refusal("vectors are float32", ("float", "float32")),
@@ -115,6 +119,29 @@ class EmbeddingRequest(CutFields, PoolingFields):
         )
 
 
+class EmbeddingChatRequest(TemplateFields, EmbeddingRequest):
+    """A conversation, perhaps with images, that becomes one vector, in vLLM's words.
+
+    Attributes:
+        messages: as in a chat request; the template writes no beginning of an answer behind them unless it is asked to.
+        add_special_tokens: around what the template writes; None does not, because templates write them themselves.
+    """
+
+    refused_fields: ClassVar[Mapping[str, Refusal]] = _without(
+        EMBEDDING_REFUSED_FIELDS, "messages", *TemplateFields.model_fields
+    )
+
+    input: None = None  # type: ignore[assignment]
+    input_type: None = None  # type: ignore[assignment]
+    messages: Messages
+
+    def chat_fields(self) -> dict[str, Any]:
+        """The fields that a chat request has too, checked already each for itself."""
+        names = ("model", "messages", "add_special_tokens", *CutFields.model_fields, *TemplateFields.model_fields)
+        opened = bool(self.add_generation_prompt)
+        return {name: getattr(self, name) for name in names} | {"add_generation_prompt": opened, "max_tokens": 1}
+
+
 class ActivationFields(WireModel):
     """Whether a head's logits become probabilities; two names of one field, the second vLLM's older one."""
 
@@ -139,11 +166,7 @@ class ClassifyRequest(ActivationFields, CutFields, PoolingFields):
         add_special_tokens: of texts; None adds them.
     """
 
-    refused_fields: ClassVar[Mapping[str, Refusal]] = {
-        name: refusal
-        for name, refusal in POOLING_REFUSED_FIELDS.items()
-        if name not in ("use_activation", "activation")
-    }
+    refused_fields: ClassVar[Mapping[str, Refusal]] = _without(POOLING_REFUSED_FIELDS, "use_activation", "activation")
 
     input: Input
     add_special_tokens: bool | None = None
@@ -251,11 +274,9 @@ class PoolingRequest(ActivationFields, EmbeddingRequest):
         task: what is made of a text, or of each token; None is what the model does.
     """
 
-    refused_fields: ClassVar[Mapping[str, Refusal]] = {
-        name: refusal
-        for name, refusal in EMBEDDING_REFUSED_FIELDS.items()
-        if name not in ("activation", "use_activation")
-    } | {"messages": Refusal("the texts are the input")}
+    refused_fields: ClassVar[Mapping[str, Refusal]] = _without(
+        EMBEDDING_REFUSED_FIELDS, "activation", "use_activation"
+    ) | {"messages": Refusal("the texts are the input")}
     own_tasks: ClassVar[bool] = True
 
     task: PoolingTask | None = None  # type: ignore[assignment]

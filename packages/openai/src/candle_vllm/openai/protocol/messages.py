@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
+from candle_vllm.openai.protocol import fields
 from candle_vllm.openai.protocol.custom_tools import CustomToolCall, kind_form
 from candle_vllm.openai.protocol.fields import MAX_PARTS, MAX_TOOL_CALLS, Name, Refusal, WireModel, invalid, unsupported
 from candle_vllm.openai.task import Call
@@ -251,6 +252,7 @@ Message = Annotated[
     ),
     BeforeValidator(_not_older),
 ]
+Messages = Annotated[list[Message], Field(min_length=1, max_length=fields.MAX_MESSAGES, fail_fast=True)]
 
 
 def check_history(messages: Sequence[Message]) -> None:

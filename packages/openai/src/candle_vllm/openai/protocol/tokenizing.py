@@ -9,8 +9,8 @@ from typing import Annotated, Any, ClassVar
 import msgspec
 from pydantic import Field
 
-from candle_vllm.openai.protocol.fields import MAX_MESSAGES, MAX_TOOLS, ModelName, Refusal, TokenId, WireModel
-from candle_vllm.openai.protocol.messages import Message
+from candle_vllm.openai.protocol.fields import MAX_TOOLS, ModelName, Refusal, TokenId, WireModel
+from candle_vllm.openai.protocol.messages import Messages
 from candle_vllm.openai.protocol.templating import TemplateFields
 from candle_vllm.openai.protocol.tools import AnyTool
 
@@ -53,7 +53,7 @@ class TokenizeChatRequest(TemplateFields):
     }
 
     model: ModelName | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+    messages: Messages
     tools: Annotated[list[AnyTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None

@@ -14,7 +14,7 @@ from starlette.responses import Response
 from candle_vllm.openai import EmbeddingList, EmbeddingRequest, Ranking, RerankRequest, ScoreList, ScoreRequest
 from candle_vllm.openai.embedding import parse_embedding_request, parse_rerank_request, parse_score_request
 from candle_vllm.openai.protocol.cohere import CohereEmbeddings, CohereEmbedRequest
-from candle_vllm.openai.protocol.embeddings import Moderation, ModerationRequest
+from candle_vllm.openai.protocol.embeddings import EmbeddingChatRequest, Moderation, ModerationRequest
 from candle_vllm.openai.validation import parse_body
 from candle_vllm.server.answering import answer_with
 from candle_vllm.server.openapi.operation import QUEUED, Operation, routing
@@ -23,7 +23,10 @@ router = APIRouter()
 route = routing(router, functools.partial(Operation, tag="vectors and scores", errors=QUEUED))
 
 
-@route("POST /v1/embeddings", body=EmbeddingRequest, example={"input": "The sky is blue."}, answer=EmbeddingList)
+_TEXTS_OR_CHAT = (EmbeddingRequest, EmbeddingChatRequest)
+
+
+@route("POST /v1/embeddings", body=_TEXTS_OR_CHAT, example={"input": "The sky is blue."}, answer=EmbeddingList)
 async def create_embedding(request: Request) -> Response:
     """The vectors of texts."""
     return await answer_with(request, parse_embedding_request, lambda model, wire: model.adapter.embed(wire))

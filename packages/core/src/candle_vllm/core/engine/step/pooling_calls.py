@@ -19,14 +19,15 @@ import numpy as np
 
 from candle_vllm.core.engine.model_info import ModelInfo
 from candle_vllm.core.engine.outputs import ClassificationOutput, EmbeddingOutput, ScoreOutput, TokenOutput
-from candle_vllm.core.engine.requests import LoraChoice, PoolingRequest, each_adapter_uses
+from candle_vllm.core.engine.requests import AdapterUse, LoraChoice, PoolingRequest, each_adapter_uses
 from candle_vllm.core.engine.step.stream import Bar, Entry, Window
 from candle_vllm.core.engine.step.thread import PreparingEngine, RequestRunner
 from candle_vllm.core.engine.step.watching import Apart
 from candle_vllm.core.errors import InvalidParameterError, PromptTooLongError, RequestError
 from candle_vllm.core.pooling import PoolingParams
-from candle_vllm.core.text.prompts import Prompt, as_prompts, read_prompt
+from candle_vllm.core.text.prompts import Prompt, as_prompts, prompt_pictures, read_prompt
 from candle_vllm.core.text.tokenizer import Tokenizer
+from candle_vllm.core.vision.inputs import ImageInput
 
 MAX_TEXT = 1 << 22
 """Characters of a text for an encoder: far more than any holds, for many characters may be one token or none."""
@@ -41,6 +42,7 @@ class PoolingCalls:
         engine: checks and prepares requests.
         thread: returns the thread that drives the engine, started on first use.
         tokenizer, info: the model's tokenizer and information.
+        look: reads the images of a prompt; see `InferenceEngine.look`.
         lora_request: the adapters of all inputs, or of each input.
         request_id, priority, add_special_tokens, apart: see `PoolingOptions`.
     """
@@ -51,6 +53,7 @@ class PoolingCalls:
         thread: Callable[[], RequestRunner],
         tokenizer: Tokenizer,
         info: ModelInfo,
+        look: Callable[[Sequence[int], Sequence[object]], tuple[list[int], tuple[ImageInput, ...]]],
         *,
         lora_request: LoraChoice | Sequence[LoraChoice] = None,
         request_id: str | None = None,
@@ -61,7 +64,7 @@ class PoolingCalls:
         self._engine = engine
         self._thread = thread
         self._tokenizer = tokenizer
-        self._info = info
+        self._info, self._look = info, look
         self._lora_request = lora_request
         self._request_id = request_id or uuid.uuid4().hex
         self._priority = priority
@@ -148,18 +151,13 @@ class PoolingCalls:
         entries = []
         for number, (prompt, one, own) in enumerate(zip(prompts, each, uses, strict=True)):
             with _blaming(number, len(prompts)):
-                text, ids = read_prompt(prompt)
-                ids = self._encode(text or "", self._special) if ids is None else ids
-                request = PoolingRequest(
-                    request_id=_numbered(self._request_id, number, len(prompts)),
-                    prompt=text,
-                    prompt_token_ids=ids,
-                    pooling=one,
-                    task=task,
-                    priority=self._priority,
-                    adapters=own,
-                )
-                entries.append(Entry(request, self._engine.prepare(request)))
+                text, ids = read_prompt(prompt, sees=True)
+                ids, images = self._encode(text or "", self._special) if ids is None else ids, ()
+                if pictures := prompt_pictures(prompt):
+                    ids, images = self._look(ids, pictures)
+                name = _numbered(self._request_id, number, len(prompts))
+                more: dict[str, Any] = {"prompt": text, "pooling": one, "task": task, "images": images}
+                entries.append(self._entry(name, ids, own, **more))
         return entries
 
     def _distinct(self, pairs: Sequence[Pair]) -> list[Entry]:
@@ -172,15 +170,9 @@ class PoolingCalls:
                 if text in entries:
                     continue
                 with _blaming(number, len(pairs), side):
-                    request = PoolingRequest(
-                        request_id=f"{self._request_id}-{len(entries)}",
-                        prompt=text,
-                        prompt_token_ids=self._encode(text, add_special_tokens=True),
-                        pooling=PoolingParams(normalize=self._longest == 1),
-                        priority=self._priority,
-                        adapters=uses,
-                    )
-                    entries[text] = Entry(request, self._engine.prepare(request))
+                    name, ids = f"{self._request_id}-{len(entries)}", self._encode(text, add_special_tokens=True)
+                    params = PoolingParams(normalize=self._longest == 1)
+                    entries[text] = self._entry(name, ids, uses, prompt=text, pooling=params)
         return list(entries.values())
 
     def _pairs(self, pairs: Sequence[Pair]) -> list[Entry]:
@@ -192,16 +184,15 @@ class PoolingCalls:
             with _blaming(number, len(pairs)):
                 self._check_size(sum(map(len, pair)))
                 ids, types = self._tokenizer.encode_pair(*pair)
-                request = PoolingRequest(
-                    request_id=_numbered(self._request_id, number, len(pairs)),
-                    prompt_token_ids=ids,
-                    token_type_ids=types if any(types) else None,
-                    task="score",
-                    priority=self._priority,
-                    adapters=uses,
-                )
-                entries.append(Entry(request, self._engine.prepare(request)))
+                name, kinds = _numbered(self._request_id, number, len(pairs)), types if any(types) else None
+                entries.append(self._entry(name, ids, uses, token_type_ids=kinds, task="score"))
         return entries
+
+    def _entry(self, name: str, ids: list[int], adapters: tuple[AdapterUse, ...], **more: Any) -> Entry:
+        request = PoolingRequest(
+            request_id=name, prompt_token_ids=ids, priority=self._priority, adapters=adapters, **more
+        )
+        return Entry(request, self._engine.prepare(request))
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         self._check_size(len(text) if isinstance(text, str) else 0)
@@ -256,28 +247,20 @@ def _blaming(number: int, count: int, side: int | None = None) -> Iterator[None]
 
 
 def _vectors(entries: Sequence[Entry], pieces: Sequence[TokenOutput]) -> list[EmbeddingOutput]:
-    return [
-        EmbeddingOutput(
-            request_id=entry.request.request_id,
-            embedding=_numbers(piece),
-            prompt_token_ids=tuple(entry.request.prompt_token_ids),
-            num_cached_tokens=piece.num_cached_tokens,
-            vectors=piece.vectors,
-        )
-        for entry, piece in zip(entries, pieces, strict=True)
-    ]
+    return _outputs(EmbeddingOutput, "embedding", entries, pieces, "vectors", "num_cached_tokens")
 
 
 def _classes(entries: Sequence[Entry], pieces: Sequence[TokenOutput]) -> list[ClassificationOutput]:
-    return [
-        ClassificationOutput(
-            request_id=entry.request.request_id,
-            probs=_numbers(piece),
-            prompt_token_ids=tuple(entry.request.prompt_token_ids),
-            vectors=piece.vectors,
-        )
-        for entry, piece in zip(entries, pieces, strict=True)
-    ]
+    return _outputs(ClassificationOutput, "probs", entries, pieces, "vectors")
+
+
+def _outputs(kind: Any, numbers: str, entries: Sequence[Entry], pieces: Sequence[TokenOutput], *same: str) -> list[Any]:
+    made = list[Any]()
+    for entry, piece in zip(entries, pieces, strict=True):
+        name, ids = entry.request.request_id, tuple(entry.request.prompt_token_ids)
+        fields = {numbers: _numbers(piece)} | {each: getattr(piece, each) for each in same}
+        made.append(kind(request_id=name, prompt_token_ids=ids, **fields))
+    return made
 
 
 def _scores(entries: Sequence[Entry], pieces: Sequence[TokenOutput]) -> list[ScoreOutput]:

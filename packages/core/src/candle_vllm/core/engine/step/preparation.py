@@ -245,7 +245,7 @@ class DecoderPreparation(Preparation):
         plan = self._pooling.plan(request.pooling, self._head)
         params = msgspec.structs.replace(request.params, seed=0, skip_reading_prefix_cache=plan.needs_every_position)
         sequence = Sequence(msgspec.structs.replace(request, params=params), 0, order=-1)
-        sequence.entries = self._entries(request)
+        sequence.entries, sequence.images = self._entries(request), tuple(self._placed(request))
         return PooledText(sequence, plan)
 
     def _grammar(self, params: SamplingParams) -> GrammarState | None:

@@ -39,7 +39,8 @@ _CACHED_BYTES = 384 << 10
 _PANELS = 8  # most of a group
 
 _PART = 48
-"""Runs of steps that all panels of a group meet before the next ones: two tiles' are 24 KiB."""
+"""Runs of steps that all panels of a group meet before the next ones: two tiles' are 24 KiB. Half as many without
+AVX-512, where a tile is read twice for each panel and must not leave the first-level cache between."""
 
 
 @intrinsic(prefer_literal=True)
@@ -83,6 +84,7 @@ def _multiply(
 def make_linear(KIND: int, ISA: int) -> Any:
     """The linear operation."""
     PANEL_BYTES = _CACHED_BYTES  # of the panels of a group, which has one at least
+    PART = _PART if Isa(ISA).wide else _PART // 2
 
     def plain_linear(entry: Any, thread: int, threads: int) -> None:
         given = read(LinearArguments, entry)
@@ -114,8 +116,8 @@ def make_linear(KIND: int, ISA: int) -> Any:
                 values = float32_at(sums)
                 for index in range(256 * blocks):
                     values[index] = 0.0
-                for begin in range(0, runs, _PART):
-                    some, part = min(_PART, runs - begin), at + begin * run_bytes
+                for begin in range(0, runs, PART):
+                    some, part = min(PART, runs - begin), at + begin * run_bytes
                     for block in range(blocks):
                         panel, to = panels + block * panel_bytes + begin * 32 * RUN, sums + 1024 * block
                         if width == 2:
