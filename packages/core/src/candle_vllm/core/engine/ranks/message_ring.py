@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""What the first rank tells all others of its machine, written once into memory that they share, whatever their number.
+"""A ring in shared memory over which the first rank broadcasts messages to all ranks of its machine, written once.
 
-Slots in a ring, and for each process a count of those that it has written or read; a message that is longer than a slot
-takes several. Counts are moved by the system alone (a futex), which orders them behind what was written or read before,
-on any processor, and wakes who waits: the first rank wakes one, and whoever was woken wakes two more. Who waits looks
-now and then whether the other end is still there. Only Linux has it; elsewhere each rank is told over its line.
+The ring has slots, and for each process a count of slots that it has written or read; a message that is longer than a
+slot takes several. Counts are changed by futex calls only, which order them after earlier memory accesses on any
+processor, and wake waiting processes: the first rank wakes one, and each woken process wakes two more. A waiting
+process regularly checks whether the other end still exists. Only Linux has futexes; elsewhere connections are used.
 
 Source: futex(2), FUTEX_WAKE_OP; Drepper, Futexes Are Tricky, 2011.
 """
@@ -31,13 +31,13 @@ logger = logging.getLogger(__name__)
 
 SLOTS = 16
 SLOT_BYTES = 1 << 17
-_HEAD = 8  # bytes at the beginning of a slot: of the message, how many it has and how many follow
+_HEAD = 8  # bytes of a slot's header: the message's bytes in this slot, and in later slots
 PIECE = SLOT_BYTES - _HEAD
 """Bytes of a message that a slot has room for."""
-_COUNTS_AT = SLOTS * SLOT_BYTES  # behind the slots
+_COUNTS_AT = SLOTS * SLOT_BYTES  # offset of the counts, after the slots
 _APART = 64  # bytes from one count to the next, so that each has a cache line of its own
-_ALL = 0xFFFFFFFF  # counts begin anew behind it; SLOTS divides their number
-LOOK = 0.1  # seconds after which who waits looks whether the other end is still there
+_ALL = 0xFFFFFFFF  # largest count; counts wrap to 0 after it, and SLOTS divides their number
+LOOK = 0.1  # seconds after which a waiting process checks whether the other end still exists
 _CALLS = {"x86_64": 202, "aarch64": 98, "riscv64": 98, "ppc64le": 221, "s390x": 238}  # futex's number, 64-bit systems
 _WAIT, _WAKE, _WAKE_OP = 0, 1, 5
 _ADD_ONE = 1 << 28 | 1 << 12  # FUTEX_OP_ADD of 1; and wake one more where the count was 0
@@ -51,10 +51,10 @@ class _Time(ctypes.Structure):
 
 
 class _Ring:
-    """Slots and counts as a process has them, and what it asks of the system.
+    """A process's mapping of the slots and counts, and its futex calls.
 
     Args:
-        memory: of the ring.
+        memory: the ring's shared memory.
 
     Raises:
         OSError: this system has no such calls.
@@ -69,13 +69,13 @@ class _Ring:
         self._words = self.bytes.cast("I")
         self._at: int = np.frombuffer(mapped, np.uint8).ctypes.data + _COUNTS_AT
         self._number = number
-        # What waits lets other threads of this process run; what does not keeps them from coming between.
+        # A waiting call releases the GIL; the other calls keep it, so that no other thread runs in between.
         self._waiting, self._calling = ctypes.CDLL(None, use_errno=True).syscall, ctypes.PyDLL(None).syscall
         for each in (self._waiting, self._calling):
             each.argtypes, each.restype = [ctypes.c_long] * 7, ctypes.c_long
 
     def head(self, slot: int) -> tuple[int, int]:
-        """Of a slot: how many bytes of the message it has, and how many follow."""
+        """Return how many bytes of a message a slot has, and how many are in later slots."""
         first = slot * (SLOT_BYTES // 4)
         return self._words[first], self._words[first + 1]
 
@@ -85,33 +85,33 @@ class _Ring:
         self._words[first], self._words[first + 1] = here, more
 
     def count(self, which: int) -> int:
-        """A process's count."""
+        """Return a process's count."""
         return self._words[(_COUNTS_AT + which * _APART) // 4]
 
     def add(self, which: int) -> None:
-        """One more, behind all that this process has read and written; wakes one who waits for it."""
+        """Increment a count, after all earlier reads and writes of this process; wake one process that waits for it."""
         at = self._at + which * _APART
         self._calling(self._number, at, _WAKE_OP, 1, 0, at, _ADD_ONE)
 
     def wake(self, which: int, how_many: int = _EVERYBODY) -> None:
-        """So many who wait for a count, which may not have moved."""
+        """Wake `how_many` processes that wait for a count, even if it has not changed."""
         self._calling(self._number, self._at + which * _APART, _WAKE, how_many, 0, 0, 0)
 
     def has_moved(self, which: int, seen: int, seconds: float) -> bool:
-        """Whether a count is no longer the one that was seen, within so long; what was done before it moved is seen.
+        """Wait until a count differs from `seen`, at most `seconds`; return whether it does.
 
-        A call of the system stands behind reading it, for reading alone keeps no order on some processors.
-        """
+        Memory accesses before the change are visible then: a system call follows the read of the count, because a read
+        alone is no barrier on some processors."""
         wait, at = _Time(int(seconds), int(seconds % 1 * 1e9)), self._at + which * _APART
         if self._waiting(self._number, at, _WAIT, seen, ctypes.addressof(wait), 0, 0):
-            return ctypes.get_errno() == errno.EAGAIN  # it had moved; else the time is over, or a signal came
+            return ctypes.get_errno() == errno.EAGAIN  # changed already; else a timeout or a signal
         moved = self.count(which) != seen
         self.wake(which, 2)  # a barrier as well
         return moved
 
 
 def made_ring(readers: int) -> MessageRing | None:
-    """A ring for so many other ranks; None where the system has none."""
+    """Create a ring for `readers` other ranks; return None if the system does not support it."""
     if sys.platform != "linux":
         return None
     try:
@@ -125,10 +125,10 @@ class MessageRing:
     """The first rank's end of a ring.
 
     Args:
-        readers: the other ranks of this machine, 1 to so many.
+        readers: number of other ranks of this machine, which are numbered from 1.
 
     Attributes:
-        memory: for the other ranks' processes, by its descriptor.
+        memory: the shared memory, whose descriptor the other ranks inherit.
 
     Raises:
         OSError: this system has no such calls.
@@ -138,7 +138,7 @@ class MessageRing:
         self._readers, trial = range(1, readers + 1), readers + 1
         self.memory = sealed_memory(_COUNTS_AT + (trial + 1) * _APART)
         self._writing = threading.Lock()  # steps and adapters have threads of their own
-        self._room_until = SLOTS  # the count at which the slowest may not have read what would be overwritten
+        self._room_until = SLOTS  # count at which the slowest reader may not have read the next slot
         self._ended = False
         try:
             self._ring = _Ring(self.memory)
@@ -150,14 +150,14 @@ class MessageRing:
             raise
 
     def write(self, data: bytes, patience: float) -> None:
-        """Writes an encoded message for all readers; waits for the slowest of them while it is a ring behind.
+        """Write an encoded message for all readers; wait for the slowest reader while the ring is full.
 
         Args:
-            patience: seconds that it may take to read on.
+            patience: seconds that the slowest reader may take.
 
         Raises:
             BrokenPipeError: the ring has ended.
-            TimeoutError: a rank did not read on.
+            TimeoutError: a rank did not read in time.
         """
         ring, left, begin = self._ring, len(data), 0
         with self._writing:
@@ -188,27 +188,27 @@ class MessageRing:
         self._room_until = (number + SLOTS - most) & _ALL
 
     def end(self) -> None:
-        """Nothing more is written, by whoever waits for room either; those who wait look after their lines at once."""
+        """End all writes, also a waiting one; wake waiting readers, which check their connections at once."""
         self._ended = True
         self._ring.wake(0)
         for rank in self._readers:
             self._ring.wake(rank)
 
     def close(self) -> None:
-        """Lets go of the memory's descriptor."""
+        """Close the memory's descriptor."""
         self.memory.close()
 
 
 class RingLine(Line):
-    """A rank's end of a line to the first rank of its machine, by which it is not told; the line's end is the ring's.
+    """A rank's connection to the first rank of its machine: it receives over the ring and sends over the socket.
 
     Args:
-        end: the socket.
-        memory: of the ring.
-        rank: which of its readers this one is.
+        end: the socket; its end is the end of the ring.
+        memory: the ring's shared memory.
+        rank: this rank's number among the readers.
 
     Raises:
-        ValueError: the ring is not for such a rank.
+        ValueError: the ring has no such reader.
     """
 
     def __init__(self, end: socket.socket, memory: BinaryIO, rank: int) -> None:
@@ -218,7 +218,7 @@ class RingLine(Line):
             raise ValueError(f"the ring has no count of rank {rank}")
 
     def receive(self, kind: type[_Message] | Any) -> _Message:
-        """See `Line`; one thread of the rank does."""
+        """See `Line`; only one thread may receive."""
         data, more = self._piece()
         if more:
             pieces, left = [data], more
@@ -232,10 +232,10 @@ class RingLine(Line):
         return decoder(kind).decode(data)
 
     def _piece(self) -> tuple[bytes, int]:
-        """The next slot's bytes, and how many more there are."""
+        """Return the next slot's bytes, and how many bytes of the message are in later slots."""
         ring, number = self._ring, self._ring.count(self._rank)
         while not ring.has_moved(0, number, LOOK):
-            if self._is_over() and not ring.has_moved(0, number, 0):  # what has come can still be received
+            if self._is_over() and not ring.has_moved(0, number, 0):  # arrived messages can still be read
                 raise EOFError("the other end of the line has gone")
         slot = number % SLOTS
         here, more = ring.head(slot)
@@ -247,7 +247,7 @@ class RingLine(Line):
         return data, more
 
     def _is_over(self) -> bool:
-        try:  # select(2) knows no descriptor from 1024 on, and a rank's have the numbers of those of the first one
+        try:  # not select(2), which cannot handle descriptors above 1023, as inherited ones may be
             return not self.socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except BlockingIOError:
             return False

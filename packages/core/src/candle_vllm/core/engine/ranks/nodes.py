@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Several machines: where the ranks of other nodes come in, how they join, and what runs on a node but the first.
+"""Several machines: the listener for ranks of other nodes, how ranks join, and the process on a node but the first.
 
-The first node listens at one address for as long as ranks are missing. Whoever connects proves that it has the key of
-the cluster, and so does the first node; what both say afterwards is signed, frame by frame, by keys of that connection.
-Nothing is hidden, and what Gloo and NCCL send is not even signed: the network between nodes must be private.
+The first node listens at one address as long as ranks are missing. A connecting rank and the first node prove to each
+other that they have the cluster key; afterwards each frame is signed by keys of that connection. Frames are not
+encrypted, and the traffic of Gloo and NCCL is not even signed: the network between nodes must be private.
 """
 
 from __future__ import annotations
@@ -36,25 +36,25 @@ from candle_vllm.core.threads import default_threads, ending
 logger = logging.getLogger(__name__)
 
 RANK = (sys.executable, "-P", "-m", "candle_vllm.core.engine.ranks.rank")
-REFUSED = 2  # exit status of a rank that the first node does not want
+REFUSED = 2  # exit status of a rank that the first node refuses
 OWN = ("model", "weight_file", "revision", "tokenizer", "download_dir", "hf_token", "offline", "device", "threads",
        "prompt_cache_url")  # fmt: skip
 """Settings that are each node's own: where files lie, what computes, secrets. All else is as the first node has it."""
-_PROCESS = secrets.token_bytes(16)  # of this process
+_PROCESS = secrets.token_bytes(16)  # identifies this process
 _MAGIC = b"candle-vllm ranks 1\n"
 _NONCE = 32
 _MOST_HELLO = 1024  # bytes
-_SHAKING = 5.0  # seconds that a handshake may take, all of it
-_AT_ONCE = 64  # connections that have not proved yet that they know the key
-_AGAIN = 1.0  # seconds until a rank asks again whether the first node is there
-_GLANCE = 0.2  # seconds between two looks whether anybody is to come in any more
-_NOTICE = 30.0  # seconds between two lines of the log about who is missing
+_SHAKING = 5.0  # seconds that a whole handshake may take
+_AT_ONCE = 64  # most connections that have not yet proved that they know the key
+_AGAIN = 1.0  # seconds until a rank tries again to connect to the first node
+_GLANCE = 0.2  # seconds between two checks whether the listener is closed
+_NOTICE = 30.0  # seconds between two log lines about missing ranks
 JOINING = 1800.0  # seconds that the first node waits for the others
 _ENDING = 10.0  # seconds that the ranks of a node may take to end
 
 
 class Hello(msgspec.Struct, frozen=True):
-    """Who wants to join; `process` tells it from others that say they are the same rank."""
+    """A rank that wants to join; `process` distinguishes processes that claim the same rank."""
 
     rank: int
     size: int
@@ -66,15 +66,15 @@ class Hello(msgspec.Struct, frozen=True):
 
 
 class Verdict(msgspec.Struct, frozen=True):
-    """Whether it may; "" is yes."""
+    """The answer to `Hello`; a refusal of "" accepts the rank."""
 
     refusal: str
 
 
 class Invitation(msgspec.Struct, frozen=True):
-    """What a rank reads from its standard input, as a line of JSON, to join the first node.
+    """The message that a rank reads from its standard input, as a line of JSON, to join the first node.
 
-    `own` are settings that the first one does not decide; the end of that input ends the rank.
+    `own` are settings that the first node does not decide; the end of that input ends the rank.
     """
 
     host: str
@@ -88,7 +88,7 @@ class Invitation(msgspec.Struct, frozen=True):
 
 
 class Joined(NamedTuple):
-    """A rank of another machine: the line by which it is told, the other one, and where it is."""
+    """A rank of another machine: its line for steps, its side line, and its address."""
 
     line: Line
     side: Line
@@ -96,19 +96,19 @@ class Joined(NamedTuple):
 
 
 class Door:
-    """Where the ranks of other machines come in.
+    """The listener to which ranks of other machines connect.
 
     Args:
-        host, port: where to listen; port 0 is any.
-        key: what who comes in must know.
-        ranks: those that are missing.
-        size, nodes: of the engine.
+        host, port: the address to listen on; port 0 is any free port.
+        key: the cluster key, which connecting ranks must prove to know.
+        ranks: the missing ranks.
+        size, nodes: number of the engine's ranks and nodes.
 
     Attributes:
-        host, port: where it listens.
+        host, port: the address on which it listens.
 
     Raises:
-        ConfigError: nobody can listen there.
+        ConfigError: the address cannot be listened on.
     """
 
     def __init__(self, host: str, port: int, key: str, ranks: range, size: int, nodes: int) -> None:
@@ -122,12 +122,12 @@ class Door:
                 "master_addr is an address of the first node that the others can reach",
                 "master_addr",
             ) from None
-        self._listener.settimeout(_GLANCE)  # not by select(2), which knows no descriptor from 1024 on
+        self._listener.settimeout(_GLANCE)  # not select(2), which cannot handle descriptors above 1023
         self.host, self.port = self._listener.getsockname()[:2]
         self._changed = threading.Condition()
         self._found: dict[int, tuple[bytes, dict[bool, Line]]] = {}
         self._closed = False
-        self._strangers: dict[socket.socket, str] = {}  # and their addresses, who came first at the beginning
+        self._strangers: dict[socket.socket, str] = {}  # unproved connections and their addresses, oldest first
         threading.Thread(target=self._listen, name="candle-vllm-nodes", daemon=True).start()
 
     def _listen(self) -> None:
@@ -141,7 +141,7 @@ class Door:
             except (
                 OSError,
                 RuntimeError,
-            ) as error:  # this process may have no more files or threads, and again at once
+            ) as error:  # out of files or threads, maybe repeatedly
                 if str(error) != said:
                     said = str(error)
                     logger.warning("who wants to join as a rank cannot be let in: %s", said)
@@ -149,7 +149,7 @@ class Door:
         self._listener.close()
 
     def _let_in(self) -> None:
-        """Waits for one and has a thread of its own look who it is."""
+        """Accept a connection, and start a thread for its handshake."""
         connection, (address, *_) = self._listener.accept()
         with self._changed:
             if len(self._strangers) >= _AT_ONCE:
@@ -164,7 +164,7 @@ class Door:
             raise
 
     def _send_one_away(self) -> None:
-        """Of the address with most strangers, whoever came first: a rank with the key is done in a moment."""
+        """Drop the oldest unproved connection of the address with most of them: a rank with the key takes a moment."""
         ((crowd, _),) = collections.Counter(self._strangers.values()).most_common(1)
         first = next(each for each, address in self._strangers.items() if address == crowd)
         del self._strangers[first]
@@ -172,7 +172,7 @@ class Door:
             first.shutdown(socket.SHUT_RDWR)  # its thread closes it
 
     def _is_stranger_no_more(self, connection: socket.socket) -> bool:
-        """False where it was sent away before."""
+        """Remove a connection from the unproved ones; return False if it was dropped before."""
         with self._changed:
             return self._strangers.pop(connection, None) is not None
 
@@ -192,7 +192,7 @@ class Door:
         connection.sendall(_MAGIC + nonce)
         said = _take(connection, until)
         if not hmac.compare_digest(read_exactly(connection, 32, until), _mac(self._key, b"hello", nonce, said)):
-            connection.sendall(_frame(b"") + bytes(32))  # which is no proof: it is not to ask again
+            connection.sendall(_frame(b"") + bytes(32))  # an invalid proof, after which the rank does not try again
             raise ValueError("it does not know the key of this cluster (cluster_key)")
         if not self._is_stranger_no_more(connection):
             raise EOFError("too many others came meanwhile")
@@ -232,11 +232,11 @@ class Door:
         return [rank for rank in self._ranks if len(self._found.get(rank, (b"", {}))[1]) < 2]
 
     def everyone(self) -> dict[int, Joined]:
-        """Waits until all are there; nobody comes in afterwards.
+        """Wait until all ranks have joined; stop listening, and return them.
 
         Raises:
-            EngineDeadError: the door was closed.
-            ConfigError: some did not come.
+            EngineDeadError: the listener was closed.
+            ConfigError: some ranks have not joined in time.
         """
         until = time.monotonic() + JOINING
         with self._changed:
@@ -261,7 +261,7 @@ class Door:
         }
 
     def close(self) -> None:
-        """Nobody comes in any more; who has come and was not asked for is sent away."""
+        """Stop listening, and close connections that `everyone` has not returned."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -271,13 +271,13 @@ class Door:
 
 
 def join(given: IO[bytes]) -> tuple[Line, Line, Invitation]:
-    """A rank of another machine joins the first one: the line by which it is told, its side line, and by what.
+    """Join the first node as a rank of another machine; return the line for steps, the side line and the invitation.
 
     Args:
-        given: where the invitation comes from; the end of it is the end of this process.
+        given: the stream of the invitation; its end ends this process.
 
     Raises:
-        ConfigError: the first node does not want it, or it is not the first node of this cluster.
+        ConfigError: the first node refuses this rank, or is not the first node of this cluster.
     """
     invitation = msgspec.json.decode(given.readline(), type=Invitation)
     threading.Thread(target=_end_with, args=(given,), name="candle-vllm-node", daemon=True).start()
@@ -303,7 +303,7 @@ def _connect(invitation: Invitation, *, side: bool) -> Line:
             continue
         try:
             return _introduce(connection, invitation, side)
-        except (EOFError, OSError) as error:  # of a node that just ends
+        except (EOFError, OSError) as error:  # the first node is just ending
             connection.close()
             logger.info("the first node let this rank go: %s; it asks again", error)
             time.sleep(_AGAIN)
@@ -344,7 +344,7 @@ def _introduce(connection: socket.socket, invitation: Invitation, side: bool) ->
 
 
 def _keys(key: bytes, nonce: bytes | bytearray, hello: bytes | bytearray) -> tuple[bytes, bytes]:
-    """By which the first node signs, and by which the other rank does."""
+    """Return the keys with which the first node signs, and with which the other rank signs."""
     return _mac(key, b"to the rank", nonce, hello), _mac(key, b"to the first", nonce, hello)
 
 
@@ -368,7 +368,7 @@ def _take(connection: socket.socket, until: float | None = None) -> bytearray:
 
 
 def _keep(connection: socket.socket) -> None:
-    """Nothing waits to be sent, and a cut is noticed while a process is too busy to say that it lives."""
+    """Send without delay, and let the system notice a broken link even while a process is too busy for heartbeats."""
     connection.settimeout(None)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -393,12 +393,12 @@ def _listed(ranks: list[int]) -> str:
 
 
 def share_of_threads(asked: int | None, ranks: int) -> int:
-    """Threads of one of so many ranks of this machine: as many as were asked for, or its share of the cores."""
+    """Return the threads of one of `ranks` ranks on this machine: as many as set, or its share of the cores."""
     return asked or max(1, default_threads() // ranks)
 
 
 def rank_device(config: EngineConfig, rank: int) -> dict[str, Any]:
-    """The device of a rank's own among those of its node, on the CPU a share of the threads: settings."""
+    """Return the settings of a rank's own device among those of its node, or of its threads on the CPU."""
     here = config.ranks // config.nnodes
     devices = config.device.split(",")
     if devices == ["cpu"]:
@@ -409,14 +409,14 @@ def rank_device(config: EngineConfig, rank: int) -> dict[str, Any]:
 
 
 def invited(config: EngineConfig, host: str, port: int, key: str, rank: int) -> Invitation:
-    """The invitation of a rank of this node."""
+    """Return the invitation for a rank of this node."""
     plain = config.plain()
     own = {name: plain[name] for name in OWN if plain[name] is not None} | rank_device(config, rank)
     return Invitation(host, port, key, rank, config.ranks, config.nnodes, own, log_style())
 
 
 def start_rank(invitation: Invitation) -> subprocess.Popen[bytes]:
-    """A process of this machine that is to be a rank, and ends with this one."""
+    """Start a process of this machine as a rank; it ends with this process."""
     process = subprocess.Popen((*RANK, "join"), stdin=subprocess.PIPE, start_new_session=True)
     assert process.stdin is not None
     process.stdin.write(msgspec.json.encode(invitation) + b"\n")
@@ -425,12 +425,12 @@ def start_rank(invitation: Invitation) -> subprocess.Popen[bytes]:
 
 
 def run_node(config: EngineConfig) -> int:
-    """Runs the ranks of a node that is not the first, until SIGTERM or Ctrl+C; returns the exit status.
+    """Run the ranks of a node that is not the first, until SIGTERM or Ctrl+C; return the exit status.
 
-    When the first node goes, or any rank, they end, and others wait for the first node to come back.
+    When the first node or any rank ends, all ranks end, and new ones wait for the first node to come back.
 
     Raises:
-        ConfigError: as of `resolve_ranks`.
+        ConfigError: see `resolve_ranks`.
     """
     config = resolve_ranks(config)
     assert config.cluster_key is not None
@@ -451,7 +451,7 @@ def run_node(config: EngineConfig) -> int:
         try:
             while not stopped.wait(0.1) and all(process.poll() is None for process in processes):
                 pass
-            until = time.monotonic() + (0 if stopped.is_set() else _ENDING)  # the others end because one did
+            until = time.monotonic() + (0 if stopped.is_set() else _ENDING)  # when one rank ends, the others end too
             for process in processes:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(max(0.0, until - time.monotonic()))

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""A rank's process: loads its part of the model, and runs its part of every step that the first rank tells it.
+"""A rank's process: load a part of the model, and run that part of every step that the first rank sends.
 
-Started as `python -m candle_vllm.core.engine.ranks.rank LINE,SIDE,RING,MEMORY` by `Ranks`, with the descriptors of its
-lines, which say everything else, of the ring by which ranks of one machine are told, and of the memory in which they
-add up ("" where there is none); or as `... rank join`, with an `Invitation` on its standard input, to be a rank of
-another machine.
+`Ranks` starts it as `python -m candle_vllm.core.engine.ranks.rank LINE,SIDE,RING,MEMORY`, with the descriptors of its
+two connections, of the ring that broadcasts messages within a machine, and of the shared memory in which ranks sum
+("" without one). `... rank join`, with an `Invitation` on the standard input, starts a rank on another machine.
 """
 
 from __future__ import annotations
@@ -43,13 +42,13 @@ from candle_vllm.core.threads import LOADING_THREADS, collect_seldom
 
 logger = logging.getLogger(__name__)
 
-_LATER = 3  # ticks that the first rank has to say of a link that was cut, before this one ends and so says nothing
+_LATER = 3  # additional ticks, so that the first rank notices and reports a broken link before this rank ends
 
 Load: TypeAlias = Callable[[Path], LoadedAdapter]
 
 
 def main(given: str) -> int:
-    """Runs a rank until the line ends; returns the exit status."""
+    """Run a rank until its connection ends; return the exit status."""
     for number in (signal.SIGINT, signal.SIGTERM):  # meant for the first rank, which ends the others
         signal.signal(number, signal.SIG_IGN)
     collect_seldom()
@@ -156,7 +155,7 @@ def _read_blocks(parts: BlockParts, asked: rank_line.ReadBlocks | rank_line.EndR
 def _load_adapters(
     asked: queue.SimpleQueue[rank_line.LoadAdapter], load: Load, batches: rank_line.ToldBatches, line: rank_line.Line
 ) -> None:
-    """Loads what is asked for, in a thread of its own."""
+    """Load adapters, in a thread of its own."""
     while True:
         each = asked.get()
         try:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""What goes over the lines between the first rank and the others: frames of a few types, behind their length.
+"""Messages between the first rank and the others: frames of a few types, prefixed with their length.
 
-Each has two: over the line it is told what to run, in the order of the steps. Over the side line, beside the steps,
-both say that they live, the others read and write the board by which the ranks find each other, and blocks are read.
+Each other rank has two connections. Over its line it gets steps and other work, in order. The side line is outside of
+this order: both ends send heartbeats, ranks use the rendezvous store, and offloaded blocks are read.
 """
 
 from __future__ import annotations
@@ -32,19 +32,18 @@ from candle_vllm.core.kernels.states import StateRows
 
 logger = logging.getLogger(__name__)
 
-MOST_BYTES = 1 << 28  # of a frame
-_PIECE = 1 << 20  # bytes of a frame that are given memory before they have come
-_TAG_BYTES = 16  # behind each frame of a line to another machine
-TICK = 1.0  # seconds between two signs of life
-SILENCE = 8  # ticks without a sign of life after which the other end counts as gone
-_GRACE = 1.0  # seconds that a rank has to end in good order when the first one has gone
-_FINDING = 120.0  # seconds that a rank waits for what another one writes to the board
+MOST_BYTES = 1 << 28  # most bytes of a frame
+_PIECE = 1 << 20  # bytes of a frame that are allocated before they arrive
+_TAG_BYTES = 16  # of the signature after each frame between machines
+TICK = 1.0  # seconds between two heartbeats
+SILENCE = 8  # ticks without a heartbeat after which the other end counts as gone
+_GRACE = 1.0  # seconds that a rank has to end cleanly when the first rank has gone
+_FINDING = 120.0  # seconds that a rank waits for a key of the rendezvous store
 
 
 class Begin(msgspec.Struct, tag=True, frozen=True):
-    """What a rank is: its settings, which one of how many, at which address the others reach it ("": its line's).
-
-    `kept_in_redis`: where, it must know itself, for the address has a password.
+    """The first message to a rank: its settings, its number and the number of all ranks, and its address for the others
+    ("" for that of its line). `kept_in_redis`: blocks are offloaded to Redis; the rank must have the URL itself.
     """
 
     config: dict[str, Any]
@@ -56,11 +55,11 @@ class Begin(msgspec.Struct, tag=True, frozen=True):
 
 
 class Go(msgspec.Struct, tag=True, frozen=True):
-    """All ranks are where this one is; the next thing is done together."""
+    """All ranks have reached this stage of starting; go on."""
 
 
 class Adapters(msgspec.Struct, frozen=True):
-    """Which rows of a step have which adapters: an `AdapterRows` as bytes, and the numbers of its adapters."""
+    """The adapters of a step's rows: an `AdapterRows` as bytes, with the numbers of its adapters."""
 
     rows: bytes
     scales: bytes
@@ -70,7 +69,7 @@ class Adapters(msgspec.Struct, frozen=True):
 
 
 class Seen(msgspec.Struct, frozen=True):
-    """Which rows of a step stand for pictures, and how many numbers each is given, which the first rank has."""
+    """The image rows of a step, and the elements of their vectors, which only the first rank has."""
 
     rows: bytes
     width: int
@@ -85,29 +84,29 @@ class Turned(msgspec.Struct, frozen=True):
 
 
 class LoadAdapter(msgspec.Struct, tag=True, frozen=True):
-    """Load a part of the adapter at a path, beside the steps."""
+    """Load this rank's part of the adapter at a path, while steps run."""
 
     number: int
     path: str
 
 
 class ForgetAdapters(msgspec.Struct, tag=True, frozen=True):
-    """No step has these any more."""
+    """Drop adapters that no later step has."""
 
     numbers: tuple[int, ...]
 
 
 class Pages(msgspec.Struct, tag=True, frozen=True):
-    """Blocks have other pages from the next step on: bytes of int64, of places in `page_of` and what is there now."""
+    """Page table entries that change before the next step: indices into `page_of` and new pages, bytes of int64."""
 
     places: bytes
     pages: bytes
 
 
 class Forward(msgspec.Struct, tag=True, frozen=True):
-    """A step: the arrays of a `Batch` as bytes of int64; no tables where they are those of the step before.
+    """A step: the arrays of a `Batch` as bytes of int64; `tables` is None if they are those of the previous step.
 
-    `states` are the arrays of `StateRows`; None where no layer keeps a state.
+    `states` are the arrays of `StateRows`; None if no layer keeps a state.
     """
 
     tokens: bytes
@@ -124,7 +123,7 @@ class Forward(msgspec.Struct, tag=True, frozen=True):
 
 
 class Next(msgspec.Struct, tag=True, frozen=True):
-    """The step behind the one that was told last, each of whose sequences goes on by one token; see `Batch.begun`."""
+    """A step with the next token of each sequence of the step that was sent last; see `Batch.begun`."""
 
     token_ids: bytes
     begun: tuple[tuple[int, int, int], ...]
@@ -132,47 +131,47 @@ class Next(msgspec.Struct, tag=True, frozen=True):
 
 
 class Land(msgspec.Struct, tag=True, frozen=True):
-    """The step that was begun first: what the last stage made of it comes back to the first one, which has the head."""
+    """Collect the oldest step in flight: its hidden states go from the last stage to the first, which has the head."""
 
 
 class Score(msgspec.Struct, tag=True, frozen=True):
-    """Logits of rows of the last step."""
+    """Compute logits of rows of the last step."""
 
     rows: bytes
 
 
 class Sleep(msgspec.Struct, tag=True, frozen=True):
-    """Give memory back; see `Sleeper`."""
+    """Free memory; see `Sleeper`."""
 
     level: int
 
 
 class WakeUp(msgspec.Struct, tag=True, frozen=True):
-    """Fill it again."""
+    """Fill freed memory again."""
 
     tags: frozenset[str]
 
 
 class KeepBlocks(msgspec.Struct, tag=True, frozen=True):
-    """Write this rank's parts of blocks, whose numbers are bytes of int64, by their hashes; see `BlockParts.offer`."""
+    """Offload this rank's parts of blocks; `blocks` are numbers as bytes of int64. See `BlockParts.offer`."""
 
     blocks: bytes
     digests: tuple[bytes, ...]
 
 
 class BringBlocks(msgspec.Struct, tag=True, frozen=True):
-    """Write the next parts of a reading to the cache, at these blocks; see `BlockParts.bring`."""
+    """Copy the next parts of a reading to these blocks of the cache; see `BlockParts.bring`."""
 
     reading: int
     blocks: bytes
 
 
 class ForgetBlocks(msgspec.Struct, tag=True, frozen=True):
-    """Delete all parts of blocks that are kept."""
+    """Delete all offloaded parts of blocks."""
 
 
 class CloseBlocks(msgspec.Struct, tag=True, frozen=True):
-    """Write what is to be written; the answer is `BlocksClosed`."""
+    """Write the remaining parts of blocks; the answer is `BlocksClosed`."""
 
 
 ToRank: TypeAlias = (
@@ -182,21 +181,21 @@ ToRank: TypeAlias = (
 
 
 class Ready(msgspec.Struct, tag=True, frozen=True):
-    """A rank has come so far: 0 it is there, 1 its weights are, of files with this mark where they are its own."""
+    """A rank has reached a stage: 0 joined, 1 weights loaded, with the hash of its files if they are its own."""
 
     stage: int
     files: str | None = None
 
 
 class Failed(msgspec.Struct, tag=True, frozen=True):
-    """A rank cannot go on; `setting` is which one is to blame, if any."""
+    """A rank cannot go on; `setting` is the setting that caused it, if any."""
 
     message: str
     setting: str | None = None
 
 
 class AdapterLoaded(msgspec.Struct, tag=True, frozen=True):
-    """A rank's part of an adapter is there, of files with this digest; or why it is not."""
+    """A rank's part of an adapter is loaded, from files with this digest; or `failure` says why not."""
 
     number: int
     digest: bytes
@@ -207,18 +206,18 @@ FromRank: TypeAlias = Ready | Failed | AdapterLoaded
 
 
 class Alive(msgspec.Struct, tag=True, frozen=True):
-    """Who sends it lives; both ends do, once a tick."""
+    """Heartbeat, which both ends send once a tick."""
 
 
 class Write(msgspec.Struct, tag=True, frozen=True):
-    """Write to the board."""
+    """Set a key of the rendezvous store."""
 
     key: str
     value: bytes
 
 
 class Read(msgspec.Struct, tag=True, frozen=True):
-    """What is there; once it is, unless `wait` is False."""
+    """Get a key of the rendezvous store; wait until it is set, unless `wait` is False."""
 
     number: int
     key: str
@@ -226,7 +225,7 @@ class Read(msgspec.Struct, tag=True, frozen=True):
 
 
 class Add(msgspec.Struct, tag=True, frozen=True):
-    """Add to a number there; the answer is the sum, in decimal."""
+    """Add to a number in the rendezvous store; the answer is the sum, in decimal."""
 
     number: int
     key: str
@@ -241,21 +240,21 @@ class Found(msgspec.Struct, tag=True, frozen=True):
 
 
 class ReadBlocks(msgspec.Struct, tag=True, frozen=True):
-    """Begin to read parts of blocks, beside the steps; see `BlockParts.read`."""
+    """Begin to read parts of blocks, while steps run; see `BlockParts.read`."""
 
     reading: int
     digests: tuple[bytes, ...]
 
 
 class EndReading(msgspec.Struct, tag=True, frozen=True):
-    """No more of a reading is brought than so many blocks in all; see `BlockParts.end`."""
+    """End a reading after `brought` blocks in all; see `BlockParts.end`."""
 
     reading: int
     brought: int
 
 
 class BlockRead(msgspec.Struct, tag=True, frozen=True):
-    """What became of the next block of a reading; see `BlockParts`."""
+    """The result for the next block of a reading; see `BlockParts`."""
 
     reading: int
     found: bool
@@ -263,7 +262,7 @@ class BlockRead(msgspec.Struct, tag=True, frozen=True):
 
 
 class BlocksClosed(msgspec.Struct, tag=True, frozen=True):
-    """What was to be written is, as far as it can be."""
+    """The remaining parts of blocks are written, as far as possible."""
 
 
 FromSide: TypeAlias = Alive | Write | Read | Add | BlockRead | BlocksClosed
@@ -272,12 +271,12 @@ _Message = TypeVar("_Message")
 
 
 class Line:
-    """One end of a line between the first rank and another one.
+    """One end of a connection between the first rank and another one.
 
     Args:
         end: the socket.
-        keys: by which frames are signed that are sent, and those that come; None within one machine. Frames are
-            counted, so that none can be left out, sent again or changed; they are not hidden.
+        keys: keys that sign sent frames and received frames; None within one machine. Signatures include the frame's
+            number, so no frame can be dropped, repeated or changed; frames are not encrypted.
     """
 
     def __init__(self, end: socket.socket, keys: tuple[bytes, bytes] | None = None) -> None:
@@ -286,21 +285,21 @@ class Line:
         self._sending = threading.Lock()  # steps and adapters have threads of their own
 
     def send(self, message: ToRank | FromRank | FromSide | ToSide) -> None:
-        """Sends a message; OSError where the other end has gone."""
+        """Send a message; raises OSError if the other end has gone."""
         self.send_encoded(encoded(message))
 
     def send_encoded(self, data: bytes) -> None:
-        """Sends a message that `encoded` has made, which may be sent over several lines."""
+        """Send a message from `encoded`, which may be sent over several connections."""
         with self._sending:
             tag = b"" if self._keys is None else _tag(self._keys[0], next(self._sent), data)
             self.socket.sendall(len(data).to_bytes(4, "little") + data + tag)
 
     def receive(self, kind: type[_Message] | Any) -> _Message:
-        """Waits for a message.
+        """Wait for a message.
 
         Raises:
             EOFError: the other end has gone.
-            ValueError: what came is no such message.
+            ValueError: the received bytes are no such message.
         """
         size = int.from_bytes(read_exactly(self.socket, 4), "little")
         if size > MOST_BYTES:
@@ -313,13 +312,13 @@ class Line:
         return decoder(kind).decode(data)
 
     def end(self) -> None:
-        """Ends it at both ends, for whoever waits for it here as well; what has come can still be received."""
+        """Shut the connection down, and end waits for it in this process; arrived messages can still be received."""
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
 
 
 def encoded(message: ToRank | FromRank | FromSide | ToSide) -> bytes:
-    """A message as it is sent; ValueError where it is too long."""
+    """Serialise a message; raises ValueError if it is too long."""
     data = msgspec.msgpack.encode(message)
     if len(data) > MOST_BYTES:
         raise ValueError(f"a message of {len(data)} bytes; at most {MOST_BYTES} are sent")
@@ -328,21 +327,21 @@ def encoded(message: ToRank | FromRank | FromSide | ToSide) -> bytes:
 
 @functools.cache
 def decoder(kind: Any) -> msgspec.msgpack.Decoder[Any]:
-    """What reads messages of a kind, and refuses others; making one takes longer than reading a message."""
+    """Return the decoder for messages of these types; cached, because making one takes longer than decoding."""
     return msgspec.msgpack.Decoder(kind)
 
 
 def read_exactly(end: socket.socket, count: int, until: float | None = None) -> bytearray:
-    """So many bytes; memory is taken as they come.
+    """Read `count` bytes; memory is allocated as they arrive.
 
     Args:
-        end: what is read from.
-        count: bytes.
-        until: by `time.monotonic`, when all of them must be there, however they come.
+        end: the socket.
+        count: number of bytes.
+        until: deadline for all bytes together, by `time.monotonic`.
 
     Raises:
         EOFError: the other end has gone.
-        TimeoutError: they are not there in time.
+        TimeoutError: the bytes have not arrived in time.
     """
     data, done = bytearray(), 0
     while done < count:
@@ -376,7 +375,7 @@ def _tag(key: bytes, number: int, data: bytes | bytearray) -> bytes:
 
 
 class Board:
-    """What ranks write for each other, by names: where they are found; the first rank has it."""
+    """The rendezvous store, by which ranks find each other's addresses: values by key, in the first rank."""
 
     def __init__(self) -> None:
         self._found: dict[str, bytes] = {}
@@ -385,7 +384,7 @@ class Board:
         self._closed = False
 
     def set(self, key: str, value: bytes) -> None:
-        """Writes."""
+        """Set a key."""
         with self._changed:
             self._found[key] = value
             told = self._waiting.pop(key, ())
@@ -394,10 +393,10 @@ class Board:
             each(value)
 
     def get(self, key: str) -> bytes:
-        """Waits until it is there.
+        """Wait until a key is set; return its value.
 
         Raises:
-            EngineDeadError: the ranks are ended.
+            EngineDeadError: the ranks have ended, or the key was not set in time.
         """
         with self._changed:
             there = self._changed.wait_for(lambda: self._closed or key in self._found, _FINDING)
@@ -406,19 +405,19 @@ class Board:
             return self._found[key]
 
     def has(self, key: str) -> bool:
-        """Whether it is there."""
+        """Whether a key is set."""
         with self._changed:
             return key in self._found
 
     def add(self, key: str, amount: int) -> int:
-        """Adds to a number, 0 at first; the sum."""
+        """Add to a number, which is 0 at first; return the sum."""
         with self._changed:
             total = int(self._found.get(key, b"0")) + amount
             self.set(key, str(total).encode())
             return total
 
     def answer(self, asked: Write | Read | Add, side: Line) -> None:
-        """Does what another rank asks for."""
+        """Handle another rank's request."""
         if isinstance(asked, Write):
             self.set(asked.key, asked.value)
             return
@@ -434,25 +433,25 @@ class Board:
         _reply(side, Found(number, found))
 
     def close(self) -> None:
-        """Nobody waits any more."""
+        """End all waits."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
 
 
 def _reply(side: Line, found: Found) -> None:
-    with contextlib.suppress(OSError):  # who asked has gone
+    with contextlib.suppress(OSError):  # the asking rank has gone
         side.send(found)
 
 
 class Side:
-    """A rank's end of its side line: says that it lives, asks for the board, ends the process when the first has gone.
+    """A rank's end of its side line: heartbeats, the rendezvous store, and the end of the process with the first rank.
 
     Args:
         line: the side line.
-        told: the other line, which ends with it.
-        silence: ticks without a sign of life after which the first rank counts as gone; None: only the end of the line
-            says so.
+        told: the rank's line for steps, which is ended with it.
+        silence: ticks without a heartbeat after which the first rank counts as gone; None: only when the connection
+            ends.
     """
 
     def __init__(self, line: Line, told: Line, silence: int | None) -> None:
@@ -461,7 +460,7 @@ class Side:
         self._numbers = itertools.count()
         self._asked: dict[int, queue.SimpleQueue[bytes | None]] = {}
         self._reads: Callable[[ReadBlocks | EndReading], object] | None = None
-        self._early: list[ReadBlocks | EndReading] = []  # said before anybody reads
+        self._early: list[ReadBlocks | EndReading] = []  # messages that arrive before `read_by`
         self._reading = threading.Lock()
         for work in (self._listen, self._beat):
             threading.Thread(target=work, name="candle-vllm-rank-side", daemon=True).start()
@@ -478,12 +477,12 @@ class Side:
                             self._early.append(said)
                         else:
                             self._reads(said)
-        except Exception:  # of who reads: the first rank would wait for blocks, for this one says that it lives
+        except Exception:  # of `_reads`: without an end, the first rank would wait for blocks of this live rank
             logger.exception("a rank ends, since it can no longer be asked for blocks")
         self._end()
 
     def _heard(self) -> ToSide | None:
-        """The next thing that the first rank says; None when it has gone."""
+        """Return the first rank's next message; None when it has gone."""
         try:
             return self._line.receive(ToSide)
         except (EOFError, OSError, ValueError):
@@ -494,14 +493,14 @@ class Side:
             while self._silence is None or self._quiet < self._silence:
                 self._line.send(Alive())
                 time.sleep(TICK)
-                self._quiet += 1  # ticks of this process, for one that was stopped is not to blame the other
+                self._quiet += 1  # in ticks of this process, which may have been stopped itself
         self._end()
 
     def _end(self) -> None:
         self._line.end()
         self._told.end()
         time.sleep(_GRACE)
-        os._exit(0)  # what waits in the midst of a step would wait for ever
+        os._exit(0)  # a thread that waits within a step would wait for ever
 
     def _ask(self, make: Callable[[int], Read | Add]) -> bytes | None:
         number, answer = next(self._numbers), queue.SimpleQueue[bytes | None]()
@@ -513,12 +512,12 @@ class Side:
             raise EngineDeadError("the ranks did not find each other") from None
 
     def tell(self, message: BlockRead | BlocksClosed) -> None:
-        """Tells the first rank, as long as it is there."""
+        """Send to the first rank, unless it has gone."""
         with contextlib.suppress(OSError):
             self._line.send(message)
 
     def read_by(self, reads: Callable[[ReadBlocks | EndReading], object]) -> None:
-        """Who reads blocks, quick to answer; called in the thread that listens, in order."""
+        """Set the function that begins and ends readings of blocks; called in the listening thread, must not block."""
         with self._reading:
             for each in self._early:
                 reads(each)
@@ -543,33 +542,33 @@ class Side:
         return int(self._ask(lambda number: Add(number, key, amount)) or 0)
 
 
-_ONE_ON = np.array([[0], [1], [1], [0]])  # of a token's numbers, see `Batch`
+_ONE_ON = np.array([[0], [1], [1], [0]])  # increments of the planes of `Batch.tokens`
 
 
 class ToldBatches:
-    """Makes batches of what another rank is told; their runs are known to the first rank alone.
+    """Makes a rank's batches from messages; only the first rank has the runs of a batch.
 
     Attributes:
-        adapters: those that are loaded, by their numbers.
+        adapters: loaded adapters, by their numbers.
     """
 
     def __init__(self) -> None:
         self.adapters: dict[int, Any] = {}
         self._tables, self._version = np.zeros((0, 0), np.int64), object()
-        self._width = 0  # of the tables, which may have room for more
+        self._width = 0  # used columns of the tables
         self._last: Batch | None = None
 
     def batch(self, told: Forward | Next) -> Batch:
-        """The step.
+        """Return the batch of a step.
 
         Raises:
-            ValueError: it is the next one, and is not behind any.
+            ValueError: a `Next` does not fit the previous step.
         """
         self._last = batch = self._next(told) if isinstance(told, Next) else self._forward(told)
         return batch
 
     def run(self, runner: ModelRunner, told: ToRank) -> bool:
-        """Has a rank's part run of what is told, where it is one of a step; whether it was."""
+        """Run a rank's part of a message that belongs to a step; return False for any other message."""
         if isinstance(told, Forward | Next):
             runner.forward(self.batch(told), ())
         elif isinstance(told, Pages):
@@ -596,7 +595,7 @@ class ToldBatches:
                 wider[:, :column] = self._tables
                 self._tables = wider
             self._tables[row, column] = block
-            tokens[2, row] = block * (tokens[1, row] // column)  # a block's first token is at column * its size
+            tokens[2, row] = block * (tokens[1, row] // column)  # the block size is position // column
             self._width = max(self._width, column + 1)
             self._version = object()
         return msgspec.structs.replace(
@@ -605,7 +604,7 @@ class ToldBatches:
             context_lens=last.context_lens + 1,
             block_tables=self._tables[:, : self._width],
             tables_version=self._version,
-            embedded=None,  # what goes on writes, and sees nothing behind itself
+            embedded=None,  # a step that goes on only decodes
             ahead=None,
             states=_states(told),
         )
@@ -640,7 +639,7 @@ class ToldBatches:
 
 
 def _find_pages(runner: Any, told: Pages) -> None:
-    """ValueError where the rank has no such blocks."""
+    """Set page table entries; raises ValueError if the rank has no such blocks."""
     places, page_of = as_ints(told.places), runner.page_of.reshape(-1)
     if len(places) and not 0 <= places.min() <= places.max() < len(page_of):
         raise ValueError(f"pages of blocks are told, and there are {len(page_of)} in all pools")
@@ -661,10 +660,10 @@ def _turned(told: Turned) -> TurnedRows:
 
 
 def as_bytes(array: Ints) -> bytes:
-    """Numbers as a message has them."""
+    """Return the elements as int64 bytes, for a message."""
     return np.ascontiguousarray(array, np.int64).tobytes()
 
 
 def as_ints(data: bytes) -> Ints:
-    """What `as_bytes` was given."""
+    """Return the array that `as_bytes` has converted."""
     return np.frombuffer(data, np.int64).copy()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Ranks: processes that each run a part of the model, told every step by the first of them.
+"""Ranks: processes that each run a part of the model; the first rank sends every step to the others.
 
-The first rank is the engine's own process: it schedules, tells the others what to run in one message each, runs its own
-part, and draws. A line that ends, ends the rank at its other end; a rank that ends, ends all others and the engine.
+The first rank is the engine's own process: it schedules, sends each step to the others in one message, runs its own
+part, and samples. If a connection ends, the rank at its other end ends; if a rank ends, all ranks and the engine end.
 """
 
 from __future__ import annotations
@@ -48,27 +48,27 @@ logger = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
 
-PATIENCE = 60.0  # seconds that a rank waits for the others in the midst of a step
+PATIENCE = 60.0  # seconds that a rank waits for the others within a step
 _FATE_SECONDS = 3.0
-_LAST_WORDS = 0.5  # seconds that what a rank says before it ends may take to get here
+_LAST_WORDS = 0.5  # seconds that the last messages of an ended rank may take to arrive
 _ENDING = 5.0  # seconds that a rank may take to end
-_LOADING = 30  # ticks without a sign of life while it loads, where one operation may keep the interpreter for long
-_SECRETS: dict[str, Any] = {"hf_token": None, "cluster_key": None, "prompt_cache_url": None}  # stay on this machine
-_LOOK = 0.1  # seconds between two looks at whether all live
+_LOADING = 30  # ticks without a heartbeat while a rank loads, because one operation may hold the GIL for long
+_SECRETS: dict[str, Any] = {"hf_token": None, "cluster_key": None, "prompt_cache_url": None}  # are not sent
+_LOOK = 0.1  # seconds between two checks of whether all ranks live
 _STOPPED = "Tt"  # states of a process that was stopped, by a signal or a debugger
-_COMPUTES = 0.1  # seconds of CPU time a second, from which a process computes
+_COMPUTES = 0.1  # seconds of CPU time a second above which a process counts as computing
 
 
 class _Other:
-    """Another rank, as the first one sees it.
+    """The first rank's view of another rank.
 
     Attributes:
-        line: by which it is told.
-        side: where it says that it lives.
-        process: where it is one of this machine.
+        line: the connection over which it gets steps.
+        side: the connection over which it sends heartbeats.
+        process: its process; None on another machine.
         where: the address of its machine; "" for this one.
-        quiet: ticks since it last said that it lives, or was seen to compute while it loaded.
-        gone: how it went, once it has.
+        quiet: ticks since its last heartbeat, or since it was seen to compute while it loaded.
+        gone: how it ended; None while it lives.
     """
 
     def __init__(
@@ -80,10 +80,10 @@ class _Other:
         self._computed = 0.0
 
     def limit(self) -> int:
-        """Ticks for which it may be quiet while it loads; none count in which it has computed.
+        """Return the ticks without a heartbeat that are allowed while it loads; ticks of computing do not count.
 
-        Its own signs of life wait for the interpreter, which importing a library or laying out a matrix may keep. The
-        system knows what it does, if it is a process of this machine and there is /proc.
+        Its heartbeats need the GIL, which importing a library or packing a matrix may hold. For a process of this
+        machine, /proc shows whether it computes.
         """
         seen = None if self.process is None else process_state(self.process.pid)
         if seen is None:
@@ -91,31 +91,31 @@ class _Other:
         state, computed = seen
         if (
             computed - self._computed >= _COMPUTES * rank_line.TICK
-        ):  # its threads look for the interpreter from time to time
+        ):  # less CPU time may just be threads that wait for the GIL
             self.quiet = 0
         self._computed = computed
         return rank_line.SILENCE if state in _STOPPED else _LOADING
 
     def fate(self) -> str | None:
-        """How it ended, or None where it lives."""
+        """Return how it ended; None while it lives."""
         if self.gone is None and self.process is not None and self.process.poll() is not None:
             return ending(self.process.returncode)
         return self.gone
 
 
 class Ranks:
-    """The other ranks, as the first one sees them. They load their parts while this process loads its own.
+    """The first rank's view of all other ranks. They load their parts while this process loads its own.
 
     Args:
-        config: of the engine.
+        config: the engine's configuration.
 
     Attributes:
-        config: of this rank.
-        fail: ends the engine that has them; called when one has died.
-        on_blocks: called with what a rank, by its number, says of blocks that are kept; in any thread.
+        config: this rank's configuration.
+        fail: ends the engine; called when a rank has died.
+        on_blocks: called with a rank's number and its message about offloaded blocks; in any thread.
 
     Raises:
-        ConfigError: this system cannot have several ranks.
+        ConfigError: this system cannot run several ranks.
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -142,7 +142,7 @@ class Ranks:
         self._placed: RayRanks | None = None
         self._ring: MessageRing | None = None
         self._memory: BinaryIO | None = None
-        self._settings = config.plain() | {"mmproj": None}  # the first rank alone sees
+        self._settings = config.plain() | {"mmproj": None}  # only the first rank has the vision tower
         try:
             if config.distributed_executor_backend == "ray":
                 from candle_vllm.core.engine.ranks.ray_ranks import RayRanks
@@ -188,11 +188,11 @@ class Ranks:
     def _begin(self, rank: int, other: _Other, own: dict[str, Any], host: str, *, kept_in_redis: bool = False) -> None:
         self._others[rank] = other
         threading.Thread(target=self._attend, args=(rank, other), name="candle-vllm-rank", daemon=True).start()
-        with contextlib.suppress(OSError):  # it has ended, which is noticed
+        with contextlib.suppress(OSError):  # it has ended, which `_watch` notices
             other.line.send(rank_line.Begin(self._settings | own, rank, self.size, host, log_style(), kept_in_redis))
 
     def _attend(self, rank: int, other: _Other) -> None:
-        """Hears what a rank says beside the steps, until it has gone."""
+        """Receive a rank's messages outside of steps, until it has gone."""
         with contextlib.suppress(EOFError, OSError, ValueError):
             while True:
                 said: rank_line.FromSide = other.side.receive(rank_line.FromSide)
@@ -201,12 +201,12 @@ class Ranks:
                     self.on_blocks(rank, said)
                 elif not isinstance(said, rank_line.Alive):
                     self._board.answer(said, other.side)
-        if other.process is None:  # one of this machine is waited for, to say how it ended
+        if other.process is None:  # for a process of this machine, `fate` has its exit status
             other.gone = other.gone or "its connection has ended"
 
     @property
     def collective(self) -> Collective:
-        """What the ranks do together; made when they are all there."""
+        """The collective operations of the ranks; created when all ranks have joined."""
         if self._collective is None:
             if self._door is not None:
                 for rank, (line, side, where) in self._door.everyone().items():
@@ -218,13 +218,13 @@ class Ranks:
         return self._collective
 
     def all_loaded(self, files: Sequence[Path]) -> None:
-        """Waits until every rank has its weights.
+        """Wait until every rank has loaded its weights.
 
         Args:
-            files: from which this one has its own.
+            files: the files from which this rank has loaded its weights.
 
         Raises:
-            CandleVllmError: one cannot have them; what it said.
+            CandleVllmError: a rank cannot load its weights; the rank's error.
         """
         marks = [said.files for said in self._wait(1) if said.files is not None]
         others = [path for path in files if path != self.config.mmproj]
@@ -234,12 +234,12 @@ class Ranks:
             )
 
     def _wait(self, stage: int) -> list[rank_line.Ready]:
-        """Until all have come so far; then they go on together."""
+        """Wait until all ranks have reached a stage of starting, then let them go on together."""
         found: list[rank_line.Ready] = []
         for number, other in self._others.items():
             try:
                 said: rank_line.FromRank = other.line.receive(rank_line.FromRank)
-            except (EOFError, OSError):  # all lines end where one rank has gone, which may be another
+            except (EOFError, OSError):  # all connections end when one rank has gone, maybe another one
                 raise self._said_last() or ModelLoadError(
                     f"{self._failure or self._gone() or f'rank {number} has ended'} while it loaded its part of the "
                     "model; its last words are in the log. Where memory is short, the system kills it"
@@ -253,10 +253,10 @@ class Ranks:
         return found
 
     def tell(self, message: rank_line.ToRank) -> None:
-        """Tells all others: those of this machine by the ring where there is one, each of the rest over its line.
+        """Broadcast to all other ranks: over the shared ring on this machine, if there is one, else over connections.
 
         Raises:
-            EngineDeadError: one of them has gone.
+            EngineDeadError: a rank has gone.
         """
         data = rank_line.encoded(message)
         try:
@@ -271,21 +271,21 @@ class Ranks:
             raise self.dead() from None
 
     def tell_beside(self, message: rank_line.ToSide) -> None:
-        """Tells all others beside the steps; one that has gone hears nothing."""
+        """Broadcast to all other ranks outside of steps; ignore ranks that have gone."""
         for other in self._others.values():
             with contextlib.suppress(OSError):
                 other.side.send(message)
 
     @property
     def is_dead(self) -> bool:
-        """Whether one of them has gone, and all are ended."""
+        """Whether a rank has gone, so that all ranks were ended."""
         return self._failure is not None
 
     def adapters_loaded(self, number: int) -> list[rank_line.AdapterLoaded]:
-        """Waits until the others have loaded an adapter or failed to; one is loaded at a time, by one thread.
+        """Wait until the other ranks have loaded an adapter or failed; one is loaded at a time, by one thread.
 
         Raises:
-            EngineDeadError: one of them has gone.
+            EngineDeadError: a rank has gone.
         """
         found: list[rank_line.AdapterLoaded] = []
         for other in self._others.values():
@@ -300,7 +300,7 @@ class Ranks:
 
     @contextlib.contextmanager
     def starting(self) -> Iterator[None]:
-        """Around making an engine: where that fails, the others are ended, and what one of them said is raised."""
+        """Enclose building an engine: on failure, end the other ranks, and raise a rank's error if there is one."""
         try:
             yield
             self._loading = False
@@ -317,7 +317,7 @@ class Ranks:
         return ModelLoadError(f"the model cannot be divided: {gone}") if isinstance(gone, str) else gone
 
     def _said_last(self) -> ConfigError | None:
-        """What a rank said before it ended, which no one has read yet."""
+        """Return the unread error that a rank sent before it ended."""
         for number, other in self._others.items():
             other.line.socket.settimeout(_LAST_WORDS)
             with contextlib.suppress(EOFError, OSError, ValueError):
@@ -327,10 +327,10 @@ class Ranks:
         return None
 
     def dead(self, here: str = "") -> EngineDeadError:
-        """All are ended, for one has gone; who it was, and how.
+        """End all ranks, because one has gone; return an error that says which rank, and how it ended.
 
         Args:
-            here: how what ranks do together failed in this one, which is told where none of them is known to have gone.
+            here: the failure of a collective operation in this rank, reported if no rank is known to have gone.
         """
         with self._lock:
             if self._failure is None:
@@ -339,7 +339,7 @@ class Ranks:
         return EngineDeadError(f"the engine has stopped: {self._failure}")
 
     def _end(self) -> None:
-        """Ends them at once, and whoever waits for them here."""
+        """End all other ranks at once, and all waits for them in this process."""
         for other in list(self._others.values()):  # some may join meanwhile
             if other.process is not None:
                 other.process.kill()
@@ -356,8 +356,8 @@ class Ranks:
     def _gone(self) -> str | None:
         """Return which rank has ended; None after `_FATE_SECONDS`.
 
-        What the ranks do together fails at once where one has ended, and the report of its end may come later: over a
-        network, and from a machine that is busy.
+        Collective operations fail at once when a rank has ended, but the report of its end may arrive later: over a
+        network, or from a busy machine.
         """
         until = time.monotonic() + _FATE_SECONDS
         while time.monotonic() < until:
@@ -370,7 +370,7 @@ class Ranks:
         return None
 
     def add_death_callback(self, callback: Callable[[], None]) -> None:
-        """Calls it once, when one has died; at once where one has."""
+        """Call `callback` once, when a rank has died; at once if one has died already."""
         with self._lock:
             if self._failure is None:
                 self._callbacks.append(callback)
@@ -378,7 +378,7 @@ class Ranks:
         callback()
 
     def _watch(self) -> None:
-        """Says that this rank lives, and waits until another one has gone."""
+        """Send heartbeats, and wait until another rank has gone."""
         while not self._closing:
             others = list(self._others.values())
             for other in others:
@@ -389,7 +389,7 @@ class Ranks:
                 if self._closing or any(other.fate() is not None for other in others):
                     break
                 time.sleep(_LOOK)
-            for other in others:  # in ticks of this process: where it was stopped, the others are not to blame
+            for other in others:  # counted in ticks of this process, which may have been stopped itself
                 other.quiet += 1
                 limit = other.limit() if self._loading else rank_line.SILENCE
                 if other.gone is None and other.quiet >= limit:
@@ -400,7 +400,7 @@ class Ranks:
 
     def _tell_of_death(self) -> None:
         if self._loading:
-            time.sleep(_LAST_WORDS)  # whoever loads may be told why
+            time.sleep(_LAST_WORDS)  # gives `_wait` time to read the rank's own error
         if self._closing:
             return
         self.fail(self.dead())
@@ -410,7 +410,7 @@ class Ranks:
             callback()
 
     def close(self) -> None:
-        """Ends the other ranks, and waits until they have."""
+        """End the other ranks, and wait until they have ended."""
         self._closing = True
         if self._door is not None:
             self._door.close()
@@ -440,14 +440,14 @@ class Ranks:
 
 
 def _said_by(number: int, other: _Other) -> str:
-    """Before what a rank of another machine says; one of this machine says what this one would."""
+    """Return a prefix for the error of a rank on another machine; "" for this machine, where files are the same."""
     return f"rank {number} at {other.where}: " if other.where else ""
 
 
 def meet(
     rank: int, size: int, device: str, notes: Notes, host: str, stages: int = 1, memory: BinaryIO | None = None
 ) -> ProcessGroup:
-    """The ranks, which find each other by notes; all of them call it. Those of a stage stand beside each other."""
+    """Create the collective operations over the rendezvous store `notes`; all ranks call this."""
     beside = size // stages
     stage, number = divmod(rank, beside)
     line = None
@@ -460,11 +460,11 @@ def meet(
 
 
 class RankedParts:
-    """The parts of blocks that the other ranks keep; see `OtherParts`.
+    """The parts of blocks that the other ranks offload; see `OtherParts`.
 
     Args:
-        ranks: all.
-        tell_pages: tells them where blocks are in their caches, see `RankedRunner`.
+        ranks: the other ranks.
+        tell_pages: broadcasts changed page tables, see `RankedRunner`.
     """
 
     def __init__(self, ranks: Ranks, tell_pages: Callable[[], None]) -> None:
@@ -488,11 +488,11 @@ class RankedParts:
         self._tell(rank_line.KeepBlocks(rank_line.as_bytes(np.array(numbers)), digests))
 
     def read(self, number: int, digests: Sequence[bytes]) -> None:
-        """See `OtherParts`; at once, whatever steps are under way."""
+        """See `OtherParts`; sent at once, outside of steps."""
         self._ranks.tell_beside(rank_line.ReadBlocks(number, tuple(digests)))
 
     def bring(self, number: int, blocks: Sequence[int]) -> None:
-        """See `OtherParts`; between the steps that were told before and those that are told later."""
+        """See `OtherParts`; sent in order with the steps."""
         with contextlib.suppress(EngineDeadError):
             self._tell_pages()
         self._tell(rank_line.BringBlocks(number, rank_line.as_bytes(np.array(blocks))))
@@ -514,7 +514,7 @@ class RankedParts:
         return self._ranks.is_dead or len(self._closed) == self.count
 
     def _tell(self, message: rank_line.ToRank) -> None:
-        with contextlib.suppress(EngineDeadError):  # by which the engine ends anyway
+        with contextlib.suppress(EngineDeadError):  # the engine ends anyway
             self._ranks.tell(message)
 
 
@@ -530,12 +530,12 @@ class _InFlight(NamedTuple):
 
 
 class RankedRunner:
-    """The first rank's runner, which has the others run their parts of each step; see `ModelRunner`.
+    """The first rank's runner, which makes the others run their parts of each step; see `ModelRunner`.
 
-    Whatever fails in a step is the end of the engine: nobody knows where the other ranks are.
+    Any failure in a step ends the engine, because the state of the other ranks is then unknown.
 
     Attributes:
-        own: what runs the first rank's part.
+        own: the runner of the first rank's part.
     """
 
     overlaps = False
@@ -544,7 +544,7 @@ class RankedRunner:
         self.own = self._runner = runner
         self.in_flight = runner.in_flight
         self._ranks = ranks
-        self._numbers: dict[int, int] = {}  # of adapters in memory, by their serial numbers
+        self._numbers: dict[int, int] = {}  # numbers of adapters in memory, by their serial numbers
         self._adapters = itertools.count(1)
         self._forgotten: collections.deque[int] = collections.deque()
         self.fatal = (*runner.fatal, EngineDeadError)
@@ -552,8 +552,8 @@ class RankedRunner:
         self._page_of: Ints = getattr(pages, "page_of", np.zeros((0, 0), np.int64)).reshape(-1)
         self._told_pages = self._page_of.copy()
         self._tables_version: object = None
-        self._told: Batch | None = None  # the step that was told last
-        self._place = 0  # in its first sequence
+        self._told: Batch | None = None  # the step that was sent last
+        self._place = 0  # position of its first row
 
     @property
     def step_memory(self) -> StepMemory | None:
@@ -567,16 +567,16 @@ class RankedRunner:
         self._together(message, lambda: self._runner.forward(batch, states))
 
     def draw(self, states: Sequence[SamplingState]) -> Launched:
-        """See `ModelRunner`. Where several steps are in flight, this one's tokens are drawn when they are taken."""
+        """See `ModelRunner`. With several steps in flight, tokens are sampled only when they are taken."""
         if self.in_flight > 1:
             return _InFlight(self._land, states)
         return self._runner.draw(states)
 
     def land(self) -> None:
-        """See `ModelRunner`; it is part of taking the tokens."""
+        """See `ModelRunner`; done when the tokens are taken."""
 
     def _land(self, states: Sequence[SamplingState]) -> Sequence[Drawn]:
-        """What the step that was begun first draws, once it is over."""
+        """Collect the oldest step in flight, and return its sampled tokens."""
         self._together(rank_line.Land() if self._ranks.config.tensor_parallel_size > 1 else None, self._runner.land)
         return self._runner.draw(states).tokens()
 
@@ -585,7 +585,7 @@ class RankedRunner:
         return self._together(rank_line.Score(rank_line.as_bytes(rows)), lambda: self._runner.score(rows))
 
     def hidden_sum(self, rows: Ints) -> NDArray[np.float64]:
-        """See `ModelRunner`; each rank has the hidden states whole."""
+        """See `ModelRunner`; every rank has the whole hidden states."""
         return self._runner.hidden_sum(rows)
 
     def hidden_rows(self, rows: Ints) -> NDArray[np.float32]:
@@ -594,7 +594,7 @@ class RankedRunner:
         return self._runner.hidden_rows(rows)
 
     def drop_cache(self) -> None:
-        """See `ModelRunner`; the others are told by `sleep`."""
+        """See `ModelRunner`; the other ranks get the call by `sleep`."""
         self._runner.drop_cache()
 
     def restore_cache(self) -> None:
@@ -606,17 +606,17 @@ class RankedRunner:
         self._runner.wake_up()
 
     def load_adapter(self, path: Path) -> int:
-        """Has the others begin to load an adapter; gives its number. In one thread, beside the steps."""
-        self._tell_of_forgotten()  # where no step comes between, others would keep all that were ever loaded
+        """Make the other ranks begin to load an adapter; return its number. In one thread, outside of steps."""
+        self._tell_of_forgotten()  # without steps in between, the others would keep every adapter
         number = next(self._adapters)
         self._ranks.tell(rank_line.LoadAdapter(number, str(path)))
         return number
 
     def adapter_is_loaded(self, number: int, packed: Adapter | None) -> None:
-        """Waits until the others have it; None where the first rank could not load it, and nobody is to have it.
+        """Wait until the other ranks have loaded an adapter; `packed` None: the first rank has failed to load it.
 
         Raises:
-            AdapterError: another rank could not load it, or found others files than this one.
+            AdapterError: another rank could not load it, or found other files than this one.
         """
         found = self._ranks.adapters_loaded(number)
         if packed is not None:
@@ -634,7 +634,7 @@ class RankedRunner:
         self._forgotten.append(self._numbers.pop(serial))
 
     def _tell_of_forgotten(self) -> None:
-        """By the thread of the steps or of the adapters: whatever is yet to be told of a step has not let go of its."""
+        """Send which adapters no step needs any more; a step that is not sent yet keeps its adapters alive."""
         gone = list[int]()
         with contextlib.suppress(IndexError):
             while True:
@@ -654,13 +654,13 @@ class RankedRunner:
         )
 
     def tell_pages(self) -> None:
-        """Tells the others which blocks have other pages than at the last time, before a step or a block needs that."""
+        """Broadcast changed page table entries, before a step or a block copy needs them."""
         if len(changed := np.flatnonzero(self._page_of != self._told_pages)):
             self._told_pages[changed] = self._page_of[changed]
             self._ranks.tell(rank_line.Pages(rank_line.as_bytes(changed), rank_line.as_bytes(self._page_of[changed])))
 
     def sleep(self, asked: int | frozenset[str]) -> None:
-        """Has the others sleep at a level, or wake by tags."""
+        """Make the other ranks sleep at a level, or wake up tags."""
         self._ranks.tell(rank_line.Sleep(asked) if isinstance(asked, int) else rank_line.WakeUp(asked))
 
     def close(self) -> None:
@@ -689,7 +689,7 @@ class RankedRunner:
         if batch.drafted and not isinstance(self._runner, StepwiseRunner):
             from candle_vllm.core.engine.runners.device_inputs import by_rows
 
-            batch = by_rows(batch)  # as the first rank runs it
+            batch = by_rows(batch)  # as the first rank's runner does
         known = batch.tables_version is self._tables_version
         self._tables_version = batch.tables_version
         return rank_line.Forward(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Ranks on the machines of a Ray cluster: Ray finds places, starts them and gives devices; everything else is as ever.
+"""Ranks on the machines of a Ray cluster: Ray schedules and starts them, and assigns their devices.
 
 Source: placement groups and actors of Ray, docs.ray.io.
 """
@@ -23,26 +23,26 @@ from candle_vllm.core.shown import log_style
 
 logger = logging.getLogger(__name__)
 
-_NOTICE = 30.0  # seconds between two lines of the log about places that are not free
+_NOTICE = 30.0  # seconds between two log lines about missing resources
 _SETTING = "distributed_executor_backend"
 
 
 class RankActor:
-    """What Ray starts for a rank: it has the rank's device, and starts a process that joins the first rank."""
+    """The Ray actor of a rank: it holds the rank's device, and starts a process that joins the first rank."""
 
     def device(self) -> str | None:
-        """Which GPU is its own, by its number on its machine; None where it has none."""
+        """Return the number of its GPU on its machine; None without a GPU."""
         import ray
 
         found = ray.get_gpu_ids()
         return str(found[0]) if found else None
 
     def run(self, invitation: bytes, share: int) -> int:
-        """Until the rank ends; its exit status.
+        """Run the rank until it ends; return its exit status.
 
         Args:
-            invitation: of the rank, as JSON.
-            share: how many ranks are on this machine; each takes as many of its cores, if nobody said how many.
+            invitation: the rank's invitation, as JSON.
+            share: number of ranks on this machine, which divide its cores unless the threads are set.
         """
         given = msgspec.json.decode(invitation, type=Invitation)
         if given.own["device"] == "cpu":
@@ -52,17 +52,17 @@ class RankActor:
 
 
 class RayRanks:
-    """Places for the ranks of an engine in a Ray cluster; the first rank's is on the machine of this process.
+    """A Ray placement group for the ranks of an engine; the first rank is on the machine of this process.
 
     Args:
-        config: of the engine.
+        config: the engine's configuration.
 
     Attributes:
-        config: of the first rank.
-        door: where the others come in.
+        config: the first rank's configuration.
+        door: the listener to which the other ranks connect.
 
     Raises:
-        ConfigError: there is no Ray, no cluster, or no place.
+        ConfigError: Ray is not installed, has no cluster, or lacks resources.
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -80,7 +80,7 @@ class RayRanks:
         try:
             self._wait(bundles)
             found: dict[int, str] = placement_group_table(self._group)["bundles_to_node_id"]
-            # Ranks of one machine stand beside each other, for they say most to each other; the first one's first.
+            # Ranks of one machine are consecutive, because they exchange most; the first rank's machine is first.
             order = sorted(found, key=lambda bundle: (bundle != 0, found[bundle] != here, found[bundle], bundle))
             on_each = [found[bundle] for bundle in order]
             actor: Any = ray.remote(RankActor)
@@ -103,7 +103,7 @@ class RayRanks:
             raise
 
     def _wait(self, bundles: list[dict[str, float]]) -> None:
-        """Until all places are free; machines may have to be started first."""
+        """Wait until the placement group is ready; machines may have to be started first."""
         until, ready = time.monotonic() + JOINING, self._group.ready()
         while not self._ray.wait([ready], timeout=min(_NOTICE, max(0.0, until - time.monotonic())))[0]:
             free = {name: self._ray.available_resources().get(name, 0.0) for name in bundles[0]}
@@ -113,7 +113,7 @@ class RayRanks:
             logger.info("waiting for places in the Ray cluster: %s", wanted)
 
     def _with_gpu(self, config: EngineConfig) -> EngineConfig:
-        """The GPU that Ray gave the first rank, by the number that it has in this process."""
+        """Set the first rank's device to the GPU that Ray assigned, by its number in this process."""
         given = self._ray.get(self._actors[0].device.remote())
         seen = os.environ.get("CUDA_VISIBLE_DEVICES")
         if seen is None:
@@ -127,21 +127,21 @@ class RayRanks:
         return dataclasses.replace(config, device=f"cuda:{seen.split(',').index(given)}")
 
     def close(self) -> None:
-        """Gives the places back, and lets nobody in any more."""
+        """Free the placement group, and close the listener."""
         if self.door is not None:
             self.door.close()
         from ray.util.placement_group import remove_placement_group
 
-        with contextlib.suppress(Exception):  # a cluster that has gone has nothing to give back
+        with contextlib.suppress(Exception):  # the cluster may have gone
             for each in self._actors:
                 self._ray.kill(each)
             remove_placement_group(self._group)
 
 
 def _connected() -> Any:
-    """Ray, with a cluster, whose workers run in the environments that the machines have."""
-    # Started by `uv run`, Ray would else send this process's working directory to all of them and make an environment
-    # in it there, which `--no-sync` forbids; then no rank ever comes.
+    """Connect to a Ray cluster, whose workers run in the machines' own environments; return the module `ray`."""
+    # Started by `uv run`, Ray would else send this process's working directory to all machines and create an
+    # environment there, which `--no-sync` forbids; then no rank would ever join.
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     try:
         import ray
