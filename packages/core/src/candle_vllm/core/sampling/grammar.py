@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Grammars: what a backend of structured output implements, and a sequence's place in one (step 7 of ten).
+"""Grammars: interface of structured output backends, and the grammar state of a sequence (step 7 of ten).
 
-A backend knows the vocabulary. A grammar is a place in a text: which tokens may come next there. A mask depends on
-nothing but the tokens before it. So it is begun, in a thread of the backend, as soon as the last of them is known, and
-waited for only when logits are there to be masked.
+A backend knows the vocabulary. A grammar is a position in a text: it says which tokens may come next. A mask depends
+only on the tokens before it. So a thread of the backend begins to compute it as soon as the last token is known, and
+the engine waits for it only when logits are to be masked.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from numpy.typing import NDArray
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 
-_WALK_SECONDS = 0.005  # that others wait at most for masks that may not be needed; answers do not depend on it
-_FEW = 64  # tokens that may come: the beginnings of what must, and some that go on behind it
+_WALK_SECONDS = 0.005  # most delay of other sequences by masks that may not be needed; results do not depend on it
+_FEW = 64  # allowed tokens: with more of them, no next token is forced
 
 
 class Grammar(Protocol):
-    """The grammar of one text, at the place that the text has reached. One thread at a time may use it."""
+    """Grammar of one text, at the text's current position. One thread at a time may use it."""
 
     def fill_mask(self, bits: NDArray[np.int32]) -> None:
-        """Writes which tokens may come next.
+        """Write the mask of the next token.
 
         Args:
-            bits: [ceil(V / 32)] int32, contiguous; bit i % 32 of word i // 32 becomes 1 where token i may come. Where
-                the text may end, these include the end tokens.
+            bits: [ceil(V / 32)] int32, contiguous; bit i % 32 of word i // 32 becomes 1 if token i may come. If the
+                text may end, these include the end tokens.
 
         Raises:
             InvalidParameterError: the grammar needs more time or memory than one token may take.
@@ -40,27 +40,27 @@ class Grammar(Protocol):
         ...
 
     def accept(self, token_id: int) -> bool:
-        """Goes one token on. False where the token may not come; the grammar cannot be used any more then."""
+        """Advance by one token. False if the token may not come; then the grammar cannot be used any more."""
         ...
 
     def fresh(self) -> Grammar:
-        """The same grammar at the start of another text; costs little, and any thread may ask for it at any time."""
+        """Return the same grammar at the start of another text; cheap, and allowed in any thread at any time."""
         ...
 
     def rollback(self, count: int) -> None:
-        """Goes back by the last `count` tokens that were accepted."""
+        """Undo the last `count` accepted tokens."""
         ...
 
     def copy(self) -> Grammar | None:
-        """The same at the same place, for a look ahead; None where that would cost more than it is worth."""
+        """Copy at the same position, for looking ahead; None if a copy would cost more than it saves."""
         ...
 
     def legal(self, token_ids: Sequence[int]) -> int:
-        """How many of these tokens may come behind each other from here, none of them an end. Stays where it is."""
+        """Return how many leading tokens of these may come from here, none of them an end; does not advance."""
         ...
 
     def ff_tokens(self) -> list[int]:
-        """Tokens that must come next, whatever the model says, as the tokenizer writes them; often none."""
+        """Return the forced next tokens, in the tokenizer's own tokenization; often empty."""
         ...
 
     @property
@@ -70,24 +70,24 @@ class Grammar(Protocol):
 
     @property
     def exhausted(self) -> bool:
-        """Whether nothing but the end may follow."""
+        """Whether only the end may follow."""
         ...
 
 
 class GrammarBackend(Protocol):
-    """Makes grammars for one vocabulary. Thread-safe."""
+    """Compiler of grammars for one vocabulary. Thread-safe."""
 
     def compile(self, spec: StructuredOutputsParams) -> Grammar:
-        """The grammar at the start of a text.
+        """Compile a grammar, at the start of a text.
 
         Raises:
-            InvalidParameterError: `spec` is wrong or asks for what cannot be guaranteed.
+            InvalidParameterError: `spec` is invalid, or asks for a form that cannot be guaranteed.
         """
         ...
 
     @property
     def workers(self) -> Executor:
-        """Threads in which masks are filled.
+        """Threads in which masks are computed.
 
         Raises:
             EngineDeadError: the backend was closed.
@@ -96,19 +96,19 @@ class GrammarBackend(Protocol):
 
 
 class GrammarState:
-    """The grammar of one sequence.
+    """Grammar state of one sequence.
 
     Args:
-        backend: makes the grammar.
-        spec: of which form.
+        backend: compiles the grammar.
+        spec: the form.
         vocab_size: V.
-        held_back: end tokens that are allowed only where nothing else is (`ignore_eos`).
-        grammar: of this form, at the start of a text, where it is compiled already.
+        held_back: end tokens that are allowed only if no other token is (`ignore_eos`).
+        grammar: the compiled grammar of this form, at the start of a text; None compiles it.
 
     Attributes:
-        exhausted: nothing but the end may follow.
-        looks_ahead: `look_ahead` finds anything.
-        waits: a mask is begun when `begin` says so, and not behind each token: other things are asked before.
+        exhausted: only the end may follow.
+        looks_ahead: whether `look_ahead` can compute masks.
+        waits: a mask is begun by `begin`, not after each token, because the grammar is queried before.
 
     Raises:
         InvalidParameterError: see `GrammarBackend.compile`.
@@ -123,7 +123,7 @@ class GrammarState:
         grammar: Grammar | None = None,
     ) -> None:
         self._failure: InvalidParameterError | None = None
-        self.exhausted = False  # a grammar of nothing but the empty text is refused
+        self.exhausted = False  # a grammar that allows only the empty text is refused
         self.waits = False
         self._backend = backend
         self._spec = spec
@@ -132,26 +132,26 @@ class GrammarState:
         self._grammar = backend.compile(spec) if grammar is None else grammar
         self.looks_ahead = self._grammar.copy() is not None
         self._bits = np.zeros(-(-vocab_size // 32), np.int32)
-        self._ahead: list[tuple[int, NDArray[np.int32]]] = []  # tokens that may come, and the mask behind each
-        self._is_due = False  # a mask is to be begun
+        self._ahead: list[tuple[int, NDArray[np.int32]]] = []  # expected tokens, and the mask after each
+        self._is_due = False  # whether a mask must be begun
         self._filling: Future[None] = backend.workers.submit(self._fill)
 
     def sibling(self) -> GrammarState:
-        """The same grammar at the start of another text; nothing is compiled or looked up for it."""
+        """Return the same grammar at the start of another text, without compiling again."""
         fresh = self._grammar.fresh()
         return GrammarState(self._backend, self._spec, self._vocab_size, self._held_back, fresh)
 
     def bits(self) -> NDArray[np.int32]:
-        """[ceil(V / 32)] the mask of the next token, valid until the next `accept`; no bit is set after a failure."""
+        """Return the mask [ceil(V / 32)] of the next token, valid until the next `accept`; all 0 after a failure."""
         self._finish()
         return self._bits
 
     def accept(self, token_id: int) -> None:
-        """Takes note of a token and begins the mask of the next one.
+        """Advance by a token and begin the mask of the next one.
 
         Raises:
-            InvalidParameterError: the token was allowed, and the grammar cannot go on behind it.
-            RuntimeError: the grammar has no such token here.
+            InvalidParameterError: the token was allowed, but the grammar cannot continue after it.
+            RuntimeError: the grammar does not allow the token here.
         """
         self._filling.result()
         if not self._grammar.accept(token_id):
@@ -166,27 +166,27 @@ class GrammarState:
             self.begin()
 
     def begin(self) -> None:
-        """Begins the mask of the next token, if that is not begun."""
+        """Begin the mask of the next token, if it has not begun."""
         if self._is_due:
             self._is_due = False
             self._filling = self._backend.workers.submit(self._fill)
 
     def look_ahead(self, token_ids: Sequence[int]) -> None:
-        """Begins that mask, and those behind tokens that may come; see `masks_ahead`. `accept` makes none of these
-        again."""
+        """Begin the next mask, and the masks after expected tokens; see `masks_ahead`. `accept` reuses these
+        masks."""
         self._filling.result()
         self._filling = self._backend.workers.submit(self._walk, token_ids, self._is_due)
         self._is_due = False
 
     def masks_ahead(self) -> list[NDArray[np.int32]]:
-        """Masks as of `bits`: behind the first token that `look_ahead` was told, behind the second, ...; as far as the
-        grammar takes them, goes on behind them, and can say what comes there."""
+        """Return the masks, as of `bits`, after the first token of `look_ahead`, after the second, and so on, as far as
+        the grammar allows the tokens and can compute the masks after them."""
         self._filling.result()
         return [bits for _, bits in self._ahead]
 
     @property
     def failure(self) -> InvalidParameterError | None:
-        """Why there are no more masks, or None."""
+        """Why the grammar has failed, or None."""
         self._finish()
         return self._failure
 
@@ -201,15 +201,15 @@ class GrammarState:
         return None if self.exhausted or self._failure is not None else self._grammar.copy()
 
     def forced(self) -> list[int]:
-        """See `Grammar.ff_tokens`. Waits for no mask that is not begun."""
+        """See `Grammar.ff_tokens`. Does not wait for a mask that has not begun."""
         self._filling.result()
         if self.exhausted or self._failure is not None:
             return []
-        many = not self._is_due and int.from_bytes(self._bits.tobytes()).bit_count() > _FEW  # none must come then
+        many = not self._is_due and int.from_bytes(self._bits.tobytes()).bit_count() > _FEW  # then no token is forced
         return [] if many else self._grammar.ff_tokens()
 
     def rollback(self, count: int) -> None:
-        """Goes back by the last `count` tokens, and begins the mask that there was."""
+        """Undo the last `count` tokens, and begin the mask at that position again."""
         self._filling.result()
         self._grammar.rollback(count)
         self.exhausted, self._failure, self._ahead, self._is_due = False, None, [], True
@@ -217,7 +217,7 @@ class GrammarState:
             self.begin()
 
     def _refusal(self, token_id: int) -> Exception:
-        """Why a token was not taken: it was allowed and met a limit of the grammar, or it should never have come."""
+        """Return the error for a rejected token: it reached a limit of the grammar, or was never allowed."""
         if self._bits.view(np.uint32)[token_id // 32] >> token_id % 32 & 1:
             self._fill()
             if self._failure is not None:
@@ -227,12 +227,12 @@ class GrammarState:
     def _fill(self) -> None:
         try:
             self._fill_mask(self._bits, self._grammar)
-        except InvalidParameterError as error:  # of this sequence; its neighbours are drawn in the same step
+        except InvalidParameterError as error:  # of this sequence only; others are sampled in the same step
             self._failure = error
             self._bits[:] = 0
 
     def _finish(self) -> None:
-        """What is to be made is made."""
+        """Wait for the masks that were begun, and compute the next one if it is due."""
         self._filling.result()
         if self._is_due:
             self._is_due = False
@@ -260,7 +260,7 @@ class GrammarState:
             self._hold_back(bits)
 
     def _hold_back(self, bits: NDArray[np.int32]) -> None:
-        """Takes the end tokens out, unless they are all there is."""
+        """Remove the end tokens from the mask, unless no other token is allowed."""
         others = bits.copy()
         for token in self._held_back:
             others.view(np.uint32)[token // 32] &= np.uint32(~(1 << token % 32) & 0xFFFFFFFF)

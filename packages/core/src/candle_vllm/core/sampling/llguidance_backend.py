@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Grammars by llguidance, over our own tokenizer's bytes (step 7 of ten).
+"""Grammar backend with llguidance, over the tokenizer's token bytes (step 7 of ten).
 
-A vocabulary becomes a trie once, when the first grammar is asked for. Compiled grammars are kept, so that a form that
-is asked for again costs a copy.
+The vocabulary's trie is built once, for the first grammar. Compiled grammars are cached, so that a form that is used
+again costs a copy.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _LONGEST = 60.0  # seconds that the end waits; a forked process has entries of t
 
 
 class LlguidanceBackend:
-    """Compiles grammars; see `GrammarBackend`. Cheap to make: the work is done when the first grammar is asked for.
+    """Compiler of grammars; see `GrammarBackend`. Cheap to construct: the first grammar causes the work.
 
     Args:
         tokenizer: the vocabulary. Ids without bytes are never allowed.
@@ -53,7 +53,7 @@ class LlguidanceBackend:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._eos_ids = tuple(token for token in eos_token_ids if 0 <= token < vocab_size)
-        self._lock = threading.Lock()  # guards what is kept and what is under way
+        self._lock = threading.Lock()  # guards the cache and the running compilations
         self._building = threading.Lock()
         self._compiler: Compiler | None = None
         self._workers: ThreadPoolExecutor | None = None
@@ -102,7 +102,7 @@ class LlguidanceBackend:
         return compiler.grammar(compiled)
 
     def close(self) -> None:
-        """Ends the threads, and lets go of what was compiled."""
+        """End the threads, and release compiled grammars."""
         with self._lock:
             workers, self._workers, self._closed = self._workers, None, True
             self._compiled.clear()
@@ -115,7 +115,7 @@ class LlguidanceBackend:
                 from candle_vllm.core.sampling.llguidance_compiler import Compiler
 
                 compiler = Compiler(TokenTrie(self._tokenizer, self._vocab_size, self._eos_ids), self._open_objects)
-                compiler.compile(StructuredOutputsParams(json_object=True))  # what the first mask makes is made now
+                compiler.compile(StructuredOutputsParams(json_object=True))  # does a first mask's one-time work
                 self._compiler = compiler
             return self._compiler
 
@@ -132,10 +132,10 @@ class LlguidanceBackend:
 
 @contextmanager
 def _awaited_at_the_end() -> Iterator[None]:
-    """Around llguidance's work in whichever thread: Python's end waits for it.
+    """Make the interpreter's shutdown wait for llguidance's work in this thread.
 
-    An interpreter that ends makes threads unwind that want its lock, and what llguidance was built with does not allow
-    that: a daemon thread within it would end the process by signal 11.
+    A shutting-down interpreter unwinds threads that request the GIL, which llguidance's build does not allow: a daemon
+    thread within llguidance would end the process by signal 11.
     """
     work = object()
     with _CHANGED:
@@ -158,7 +158,7 @@ def _await_work() -> None:
 
 
 def _awaited(other: Future[Compiled]) -> Compiled:
-    """What another thread compiles of the same form; its refusal is raised anew, for each thread adds its own trace."""
+    """Wait for the same form in another thread; its error is raised as a new one, as each thread adds its own trace."""
     try:
         return other.result()
     except InvalidParameterError as error:
@@ -166,7 +166,7 @@ def _awaited(other: Future[Compiled]) -> Compiled:
 
 
 def _described(spec: StructuredOutputsParams) -> bytes:
-    """Equal for equal forms; the order of keys matters, for it is that of the text."""
+    """Return the cache key of a form; the order of keys matters, because it is the order in the text."""
     try:
         return msgspec.json.encode(msgspec.structs.asdict(spec), enc_hook=_plain)
     except (TypeError, ValueError, RecursionError) as error:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""From the form that a text must have to llguidance's matcher (step 7 of ten).
+"""Compile the form of a text to llguidance's matcher (step 7 of ten).
 
-A form is a list of named grammars: its own, those that it refers to, one of what stands around it, and before them one
-that has the free text of the reasoning. llguidance decides on bytes alone: it is told not to force the tokenizer's own
-way of cutting a text, which would call back into Python for every mask.
+A form is a list of named grammars: its own, the grammars that it refers to, one for the text around it, and before them
+one for the free text of the reasoning. llguidance decides on bytes alone: it must not force the tokenizer's canonical
+tokenization, which would call back into Python for every mask.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ _NAMES = MappingProxyType({"json": "JSON schema", "json_object": "JSON object", 
 
 
 class Compiled(NamedTuple):
-    """A form for one vocabulary.
+    """Compiled form for one vocabulary.
 
     Attributes:
-        form: as llguidance has it.
+        form: llguidance's matcher.
         size: characters of its description.
-        compared: what must differ in its texts, beside what llguidance holds.
+        compared: array elements that must differ (uniqueItems), which llguidance does not check.
     """
 
     form: Form
@@ -52,14 +52,14 @@ class Compiled(NamedTuple):
 
 
 class Compiler:
-    """Compiles forms for one vocabulary. Thread-safe. `open_objects`: see `Budget`."""
+    """Compiler of forms for one vocabulary. Thread-safe. `open_objects`: see `Budget`."""
 
     def __init__(self, trie: TokenTrie, open_objects: bool = False) -> None:
         self._trie = trie
         self._open_objects = open_objects
 
     def compile(self, spec: StructuredOutputsParams) -> Compiled:
-        """A form at the start of a text.
+        """Compile a form, at the start of a text.
 
         Raises:
             InvalidParameterError: see `GrammarBackend`.
@@ -85,7 +85,7 @@ class Compiler:
         return Compiled(form, len(text) if compared is None else 2 * len(text), compared)
 
     def grammar(self, compiled: Compiled) -> Grammar:
-        """What was compiled, at the start of a text."""
+        """Return a grammar of a compiled form, at the start of a text."""
         grammar = LlguidanceGrammar(compiled.form, self._trie)
         if compiled.compared is None:
             return grammar
@@ -109,7 +109,7 @@ class Compiler:
         return int(piece[2:-2]) if lark.is_token(piece) else mark.encode()
 
     def _are_plain(self, spec: StructuredOutputsParams) -> bool:
-        """Whether the marks of the reasoning are a text or a token each."""
+        """Whether each mark of the reasoning is either a plain text or one token."""
         marks = filter(None, (spec.reasoning_start, spec.reasoning_end))
         return all(len(self._trie.literals.pieces(mark)) == 1 for mark in marks)
 
@@ -117,7 +117,7 @@ class Compiler:
         """Whether any token but an end token may come first.
 
         Raises:
-            InvalidParameterError: the first mask alone takes too much.
+            InvalidParameterError: the first mask alone exceeds llguidance's limits.
         """
         first, bits = matcher.deep_copy(), np.zeros(self._trie.words, np.int32)
         first.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
@@ -129,7 +129,7 @@ class Compiler:
         return bool(others.any())
 
     def _check_whitespace(self, pattern: str) -> None:
-        """Refuses a pattern that matches more than JSON's whitespace: the text would be JSON no more."""
+        """Refuse a pattern that matches more than JSON's whitespace: the text would not be JSON."""
         more = f"start: MORE\nMORE: /{regex_to_lark(pattern, '')}/ & ~/[ \\t\\r\\n]*/"
         check_time("whitespace_pattern", more)
         matcher = LLMatcher(self._trie.ll, more, log_level=0, limits=limits())
@@ -137,7 +137,7 @@ class Compiler:
             raise refused(f"whitespace_pattern is not supported or wrong: {shortened(matcher.get_error())}")
         bits = np.zeros(self._trie.words, np.int32)
         matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
-        if not matcher.is_error():  # it is one where nothing may come
+        if not matcher.is_error():  # a mask with an allowed token
             raise refused("whitespace_pattern may match nothing but spaces, tabs and newlines, as in [ \\n]{0,4}")
 
     def _grammars(self, spec: StructuredOutputsParams, budget: Budget) -> list[lark.Grammar]:
@@ -165,7 +165,7 @@ class Compiler:
         return structural_tag_grammars(spec, "form", self._trie.literals, budget)
 
     def _reasoning(self, start: str | None, end: str) -> list[str]:
-        """Rules of free text up to a mark, white space as models write it there, then the answer."""
+        """Return rules for free text up to a mark, the whitespace that models write there, then the answer."""
         first, *rest = self._trie.literals.pieces(end)
         if lark.is_token(first):  # any tokens but the mark and the ends
             stops = ",".join(map(str, sorted({int(first[2:-2]), *self._trie.eos_ids})))

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""One text's place in a grammar of llguidance (step 7 of ten).
+"""State of one text in a grammar of llguidance (step 7 of ten).
 
-Copies of a matcher share one lexer: what a text makes it work out is there for all, which makes later masks fast. Its
-limits are shared with it. A lexer that has run out is lost for every copy, and llguidance offers no copy with a lexer
-of its own. So a text that finds its lexer lost goes on with another one, into which it is said again (`Form.renewed`).
+Copies of a matcher share one lexer: states that one text computes serve all texts, which makes later masks fast. They
+also share its limits. An exhausted lexer is lost for every copy, and llguidance cannot copy a matcher with a separate
+lexer. So a text whose lexer is exhausted continues with another one, which consumes its tokens again (`Form.renewed`).
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from candle_vllm.core.sampling.token_trie import TokenTrie
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
-_MOST_FORCED = 256  # bytes of what must come that are cut into tokens at a time
-_MOST_RENEWING = 1.0  # seconds that the lexers of a form are compiled for while answers wait
+_MOST_FORCED = 256  # forced bytes that are tokenized at a time
+_MOST_RENEWING = 1.0  # most seconds of compiling a form's lexers again while answers wait
 _RAN_OUT = MappingProxyType(
     {
         "too many expressions": "the text needs more of its regular expressions than one token may take",
@@ -38,20 +38,20 @@ MAX_ERROR = 300  # characters of a message of the compiler
 
 
 class Form:
-    """A compiled form, at the start of a text. Thread-safe.
+    """Compiled form, at the start of a text. Thread-safe.
 
     Args:
-        make: compiles it; gives a matcher at the start of a text.
+        make: compiles the form; returns a matcher at the start of a text.
     """
 
     def __init__(self, make: Callable[[], LLMatcher]) -> None:
         self._make = make
         self._lock = threading.Lock()
-        self._seconds = 0.0  # that renewing took
+        self._seconds = 0.0  # time spent on renewals
         self._start: LLMatcher | None = make()
 
     def start(self) -> LLMatcher:
-        """A matcher at the start, to be copied, with the lexer that all texts share now."""
+        """Return a matcher at the start, to be copied, with the lexer that all texts share now."""
         with self._lock:
             if self._start is None:
                 self._start = self._timed()
@@ -182,7 +182,7 @@ class LlguidanceGrammar:
         self._form = form
         self._text = Follower(form)
         self._trie = trie
-        self._behind_end = 0  # end tokens that were said when the text had ended
+        self._behind_end = 0  # end tokens after the end of the text
 
     def fill_mask(self, bits: NDArray[np.int32]) -> None:
         """See `Grammar`."""
@@ -225,7 +225,7 @@ class LlguidanceGrammar:
         return 0 if self.exhausted or self._text.is_alone else self._text.matcher.validate_tokens(inside)
 
     def ff_tokens(self) -> list[int]:
-        """See `Grammar`. The last is left out where what follows might be cut in another way."""
+        """See `Grammar`. The last token is left out if following text might change the tokenization."""
         if self.exhausted:
             return []
         data = self._text.matcher.compute_ff_bytes()[:_MOST_FORCED]
@@ -246,7 +246,7 @@ class LlguidanceGrammar:
 
 
 def shortened(error: str) -> str:
-    """A message of the compiler in one line, without the text that it quotes."""
+    """Shorten a message of the compiler to one line, without the text that it quotes."""
     if "oneOf constraints are not supported" in error:
         return "oneOf needs options that exclude each other for certain, as by a required const; use anyOf"
     text = error.removesuffix("<non-verbose/>").replace("NoExtensionBias", "no token may come here")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How much work llguidance may have with one form (step 7 of ten)."""
+"""Limits of llguidance's work for one form (step 7 of ten)."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ LLMatcher(LLTokenizer("byte"), sys.stdin.buffer.read().decode(), log_level=0, li
 
 
 def limits() -> LLParserLimits:
-    """What llguidance bounds its work with."""
+    """Return llguidance's own limits."""
     from llguidance import LLParserLimits
 
     return LLParserLimits(**_LIMITS)
 
 
 def check_time(name: str, text: str) -> None:
-    """Refuses grammars that llguidance would compile for too long.
+    """Refuse grammars that llguidance would compile for too long.
 
-    Its limits do not count the first byte of a terminal, where it looks for a text that has two forms at once: large
-    regular expressions of a user's grammar that must hold together. Patterns of a schema stand behind a quote.
+    Its limits do not count work for the first byte of a terminal, where it intersects large regular expressions of a
+    user's grammar. Patterns of a schema follow a quotation mark, so that they are not affected.
     """
     meets = "&" in text or "~" in text
     if meets and (len(text) > _FEW or _COUNTED.search(text)) and not _ends_in_time(text):
@@ -64,9 +64,9 @@ def check_time(name: str, text: str) -> None:
 
 
 def _ends_in_time(text: str) -> bool:
-    """Whether grammars are compiled in bounded time: in a process that can be ended, over single bytes.
+    """Whether grammars are compiled in bounded time, tried in a process that can be killed, over single bytes.
 
-    What the compiler finds wrong it says when it compiles them here; it ends as early as it did there.
+    The compiler's errors are reported when the grammars are compiled in this process.
     """
     if getattr(sys, "frozen", False):  # `sys.executable` is some program, not Python
         return True

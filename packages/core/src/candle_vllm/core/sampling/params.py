@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""SamplingParams: how the tokens of one request are chosen. Field names and meanings are vLLM's."""
+"""SamplingParams: sampling parameters of one request. Field names and meanings are vLLM's."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ DEFAULT_SAMPLING: Mapping[str, float | int] = MappingProxyType(
 
 
 class _Open(float):
-    """A number that nobody gave. There is one of each, copies too, so that encoders leave it out as the default."""
+    """Default of a field that was not given. A copy is the same object, so that encoders leave it out as a default."""
 
     __slots__ = ()
     known: ClassVar[dict[float, _Open]] = {}
@@ -62,7 +62,7 @@ class _OpenCount(int):
 
 
 class RequestOutputKind(enum.IntEnum):
-    """What each output of `AsyncLLM.generate` holds."""
+    """Contents of each output of `AsyncLLM.generate`."""
 
     CUMULATIVE = 0  # everything so far
     DELTA = 1  # what is new
@@ -76,13 +76,13 @@ class SamplingParams(
     forbid_unknown_fields=True,
     omit_defaults=True,
 ):
-    """How the tokens of one request are chosen.
+    """Sampling parameters of one request.
 
-    An engine fills what is left open of temperature, top_p, top_k, min_p and repetition_penalty from its
-    `ModelInfo.default_sampling`; what was given stays, also where it is equal to the value that stands here, and two
-    are equal only where they leave the same open. A field that is set later is checked like one that is given, and an
-    engine keeps a copy, so that a request stays what it was; `msgspec.structs.replace(params, seed=1)` makes others of
-    them. msgspec's encoders leave out what has its default, so that what is open stays so.
+    An engine fills temperature, top_p, top_k, min_p and repetition_penalty from its `ModelInfo.default_sampling` if
+    they were not given. A given value stays, even if it equals the default here; two objects are equal only if the same
+    fields were not given. Assigning a field checks it like the constructor does. An engine keeps a copy, so that later
+    changes do not affect a request; `msgspec.structs.replace(params, seed=1)` makes a changed copy. msgspec's encoders
+    leave out fields with their default, so that fields that were not given stay so.
 
     Attributes:
         n: sequences generated for the prompt, 1 to 128.
@@ -93,60 +93,60 @@ class SamplingParams(
         presence_penalty: subtracted once from the logit of every token already generated, [-2, 2].
         frequency_penalty: subtracted per occurrence in the generated text, [-2, 2].
         repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or output, (0, 100].
-        repeat_last_n: the three penalties look at this many of the last tokens, prompt and output; -1 at all.
-        top_n_sigma: keep logits within so many standard deviations of the largest, up to 100; 0 or less keeps all.
+        repeat_last_n: the three penalties count this many of the last tokens, prompt and output; -1 for all.
+        top_n_sigma: keep logits within this many standard deviations of the largest, up to 100; 0 or less keeps all.
         typical_p: keep the tokens whose surprise is nearest to the expected one, up to this probability, (0, 1].
-        xtc_probability: how often XTC takes away the likeliest tokens, [0, 1].
-        xtc_threshold: where it does, of the tokens at least this likely only the least likely stays, [0, 1]; above 0.5
-            there is never a second one.
-        dynatemp_range: the temperature varies by this much up and down, with the entropy of what is left, [0, 100].
-        dynatemp_exponent: of that entropy's share of the most it can be, [0, 100].
-        mirostat: 1 or 2 keep the text's surprise at `mirostat_tau` by cutting off less likely tokens; 0 does not. It
-            takes the place of what stands open of top_k, top_p, min_p and typical_p.
-        mirostat_tau: the surprise in bits, [0, 100].
-        mirostat_eta: how fast the cut follows what was drawn, [0, 10].
-        dry_multiplier: DRY takes this times `dry_base` ** (length - `dry_allowed_length`) off the logit of a token
-            that would continue a repetition of so many tokens, [0, 1000]; 0 is off.
-        dry_base: see there, [1, 1000].
-        dry_allowed_length: the shortest repetition that counts, 1 to 2 ** 24.
-        dry_penalty_last_n: it looks at this many of the last tokens, prompt and output; -1 at all.
-        dry_sequence_breakers: texts over which no repetition reaches; None for `DRY_BREAKERS`. At most 16, of up to
+        xtc_probability: probability with which XTC removes the likeliest tokens, [0, 1].
+        xtc_threshold: of the tokens that are at least this likely XTC keeps only the least likely one, [0, 1]; no
+            effect above 0.5.
+        dynatemp_range: the temperature varies up and down by this much, with the entropy of the distribution, [0, 100].
+        dynatemp_exponent: exponent of the entropy's ratio to its maximum, [0, 100].
+        mirostat: 1 or 2 keep the text's surprise at `mirostat_tau` by removing less likely tokens; 0 is off. It
+            replaces top_k, top_p, min_p and typical_p if these were not given.
+        mirostat_tau: target surprise in bits, [0, 100].
+        mirostat_eta: learning rate of mirostat, [0, 10].
+        dry_multiplier: DRY subtracts this times `dry_base` ** (length - `dry_allowed_length`) from the logit of a token
+            that would continue a repetition of `length` tokens, [0, 1000]; 0 is off.
+        dry_base: see `dry_multiplier`, [1, 1000].
+        dry_allowed_length: the shortest repetition with a penalty, 1 to 2 ** 24.
+        dry_penalty_last_n: DRY searches this many of the last tokens, prompt and output; -1 for all.
+        dry_sequence_breakers: texts across which no repetition extends; None for `DRY_BREAKERS`. At most 16, of up to
             40 characters.
         logits_processors: functions of the tokens so far, prompt included, and of a row of logits, an array [V] float32
-            that they may change, which return the row to use. They are called in turn for each token, before
-            anything else is done to its logits, in the engine's thread: what they take, every request of the batch
-            waits. Not over HTTP. In the place of a function may stand the name of one that an installed package has
-            in the entry-point group `candle_vllm.logits_processors`; an engine in another process takes names alone.
+            that they may change; they return the row to use. They are called in order for each token, before all other
+            edits of its logits, in the engine's thread, so that all requests of the batch wait for them. Not over HTTP.
+            Instead of a function, the name of one in the entry-point group `candle_vllm.logits_processors` of an
+            installed package is accepted; an engine in another process accepts names only.
         seed: makes the request reproducible whatever else is in the batch; any 64-bit integer.
-        max_tokens: most tokens to generate; None means up to the context length, as `chat` does where it is left open.
-        min_tokens: no end-of-sequence or stop before this many tokens. The form of `structured_outputs` wins: where it
-            leaves nothing but the end, the text ends there, however short it is.
+        max_tokens: most tokens to generate; None means up to the context length, which is also the default of `chat`.
+        min_tokens: no end-of-sequence or stop before this many tokens. `structured_outputs` wins: if it allows only the
+            end, the text ends there, however short it is.
         stop: strings that end the text; not part of the text unless `include_stop_str_in_output`.
-        stop_marks: marks around parts of the text in which stop strings do not count, as thoughts and tool calls.
+        stop_marks: marks around parts of the text in which stop strings are ignored, such as reasoning and tool calls.
         stop_token_ids: token ids that end the sequence, besides the model's own.
         ignore_eos: go on past the model's end-of-sequence tokens.
         include_stop_str_in_output: keep the stop string, or the text of the stop token, in the text.
         skip_special_tokens: leave special tokens out of the text.
-        continues_prompt: the text begins with the character that the end of the prompt begins, where that ends within
-            one; for callers who show prompt and text as one.
-        logprobs: report the log-probability of each chosen token and of this many likeliest ones, 0 to 20.
+        continues_prompt: if the prompt ends within a UTF-8 character, begin the text with this whole character; for
+            callers that show prompt and text as one.
+        logprobs: report the log-probability of each sampled token and of this many likeliest ones, 0 to 20.
         prompt_logprobs: the same for the tokens of the prompt.
         logit_bias: token id -> value added to its logit, [-100, 100].
         allowed_token_ids: only these tokens may be chosen.
         bad_words: texts that must not be produced.
-        structured_outputs: the form that the text must have. Where nothing but the end may follow, the sequence ends
-            with `FinishReason.STOP`, also before `min_tokens` and with `ignore_eos`.
-        thoughts: how many tokens the model may think, and between which marks. Behind as many the closing mark is
-            forced; what `structured_outputs` or `allowed_token_ids` does not take there waits until it does.
-        thinking_token_budget: the same, 0 to 2 ** 24 tokens, between marks that the model's vocabulary has as tokens
+        structured_outputs: the form that the text must have. If only the end may follow, the sequence ends with
+            `FinishReason.STOP`, also before `min_tokens` and with `ignore_eos`.
+        thoughts: budget of reasoning tokens, and the marks around reasoning. After the budget the closing mark is
+            forced, as soon as `structured_outputs` and `allowed_token_ids` allow it.
+        thinking_token_budget: the same budget, 0 to 2 ** 24 tokens, between marks that the vocabulary has as tokens
             (`<think>`); refused for a vocabulary without them. -1 is no limit.
         cache_salt: prefix-cache blocks are shared only between requests with the same salt.
-        skip_reading_prefix_cache: compute the whole prompt even where cached blocks exist.
+        skip_reading_prefix_cache: compute the whole prompt even if cached blocks exist.
         num_speculative_tokens: most draft tokens of a step, 0 to 128, in an engine with speculation; the engine's own
             limit applies too. 0 turns speculation off. The generated tokens stay the same.
         prediction: the text that most of the output will equal, up to 2 ** 20 characters; draft tokens are also taken
             from it. The generated tokens stay the same.
-        output_kind: of `AsyncLLM.generate` alone; elsewhere the method says whether it gives pieces or whole outputs.
+        output_kind: for `AsyncLLM.generate` alone; other methods define whether they return deltas or whole outputs.
     """
 
     n: int = 1
@@ -308,11 +308,11 @@ class SamplingParams(
             raise InvalidParameterError(said, "prediction")
 
     def leaves_open(self, name: str) -> bool:
-        """Whether nobody gave this field."""
+        """Whether this field was not given."""
         return _is_open(getattr(self, name))
 
     def filled(self, defaults: Mapping[str, float | int]) -> SamplingParams:
-        """A copy with `defaults` in the place of what was left open, and plain numbers everywhere.
+        """Return a copy in which `defaults` replace the fields that were not given, with plain numbers everywhere.
 
         Raises:
             InvalidParameterError: a default cannot be used.
@@ -346,18 +346,18 @@ class SamplingParams(
 
     @property
     def greedy(self) -> bool:
-        """True when the likeliest token is always taken."""
+        """Whether the likeliest token is always taken."""
         return self.temperature < 1e-5 and not self.dynatemp_range
 
     @property
     def chained(self) -> bool:
-        """True when the tokens that may be drawn are found by llama.cpp's chain; see `kernels/sampling/chain.py`."""
+        """Whether llama.cpp's sampler chain is used; see `kernels/sampling/chain.py`."""
         cuts = self.top_n_sigma > 0 or self.typical_p < 1 or (self.xtc_probability > 0 and self.xtc_threshold <= 0.5)
         return cuts or self.dynatemp_range > 0 or bool(self.mirostat)
 
 
 def without_cuts(defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Sampling defaults for a request with mirostat, which takes the place of the cuts that it leaves open."""
+    """Return sampling defaults for a request with mirostat, which replaces truncation that was not given."""
     return {name: value for name, value in defaults.items() if name not in _CUTS}
 
 
@@ -411,7 +411,7 @@ def _number(name: str, value: Any, low: float, high: float, *, above_low: bool =
 
 
 def _shown(value: float) -> str:
-    """A number for a message, however long it is."""
+    """Format a number of any length for a message."""
     return f"{value:.20}" if isinstance(value, float) else f"{value:d}" if abs(value) < 10**20 else "a larger number"
 
 
@@ -440,5 +440,5 @@ def _token_ids(name: str, values: Any, most: int) -> None:
 
 @functools.cache
 def installed_processors() -> Mapping[str, Callable[..., Any]]:
-    """Logits processors of installed packages, by the name of the entry point."""
+    """Return the logits processors of installed packages, by the name of the entry point."""
     return {point.name: point.load() for point in entry_points(group="candle_vllm.logits_processors")}

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""What changes logits before a token is chosen: processors, masks, bias, penalties, llama.cpp's chain (step 7 of ten).
+"""Edits of logits before sampling: processors, masks, bias, penalties, llama.cpp's chain (step 7 of ten).
 
-The order: the request's own logits_processors, so that no form or mask can be undone by them; then as in vLLM
+The order: the request's own logits_processors first, so that they cannot undo a mask; then as in vLLM
 structured_outputs, allowed_token_ids, bad_words, min_tokens, logit_bias, repetition_penalty, frequency_penalty,
-presence_penalty; then as in llama.cpp DRY and the chain (`kernels/sampling/chain.py`). Each feature touches only the
-entries it is about, and one that no row uses costs a test per row.
+presence_penalty; then as in llama.cpp DRY and the chain (`kernels/sampling/chain.py`). Each feature changes only the
+entries that it concerns, and a feature that no row uses costs one test per row.
 
 Shapes: R rows, V vocabulary.
 """
@@ -33,12 +33,12 @@ _LIMITS = _limits()  # eight limits as one value, so that they are taken at once
 
 
 def mask_row(row: NDArray[np.float32], bits: NDArray[np.int32]) -> None:
-    """Makes the logits of tokens that are not allowed -inf, in place.
+    """Set the logits of tokens that are not allowed to -inf, in place.
 
     Args:
-        row: [V], contiguous. NaN stays; where +inf was there, the row holds NaN afterwards, so that a broken model
-            never passes for a working one.
-        bits: [ceil(V / 32)], bit i % 32 of word i // 32 is 1 where token i is allowed.
+        row: [V], contiguous. NaN stays; a row with +inf holds NaN afterwards, so that a broken model never passes for a
+            working one.
+        bits: [ceil(V / 32)], bit i % 32 of word i // 32 is 1 if token i is allowed.
     """
     broken = not row.max() < np.inf
     limits = _LIMITS.take(bits.view(np.uint8)).view(np.float32)
@@ -48,7 +48,7 @@ def mask_row(row: NDArray[np.float32], bits: NDArray[np.int32]) -> None:
 
 
 def mask_rows(logits: Value, masks: Mapping[int, NDArray[np.int32]]) -> None:
-    """`mask_row` of some rows [R, V], by their numbers; an array or a tensor on any device."""
+    """Apply `mask_row` to rows of logits [R, V], by row number; an array or a tensor on any device."""
     table = kernels.host_rows(logits)
     if table is not None:
         for row, bits in masks.items():
@@ -63,12 +63,12 @@ _NO_IDS, _NO_COUNTS = np.zeros(0, np.int64), np.zeros(0, np.float32)
 
 
 def apply_processors(logits: Value, states: Sequence[SamplingState]) -> None:
-    """Applies every mask, bias and penalty in place: on the CPU one compiled call for each row that has any.
+    """Apply every mask, bias and penalty in place: on the CPU one compiled call for each row with an edit.
 
     Args:
-        logits: [R, V] float32, an array or a tensor, each row contiguous; elsewhere than on the CPU the whole. A row
-            that held NaN or +inf holds one of them afterwards even where the offending token is masked, so that a
-            broken model never passes for a working one.
+        logits: [R, V] float32, an array or a tensor, each row contiguous; on other devices the whole is contiguous. A
+            row with NaN or +inf holds one of them afterwards even if that token is masked, so that a broken model never
+            passes for a working one.
         states: one per row.
     """
     table = kernels.host_rows(logits)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""StructuredOutputsParams: what form a text must have. The names are vLLM's; `reasoning_*` and `around` are ours.
+"""StructuredOutputsParams: the form of a text. Field names are vLLM's, except `reasoning_*` and `around`.
 
-What can be checked without a vocabulary is checked here; a `GrammarBackend` checks the rest when it compiles.
+This module checks what needs no vocabulary; a `GrammarBackend` checks the rest when it compiles.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _MARKS = ("__dataclass_fields__", "__total__", "__struct_fields__")  # of datacl
 
 
 class HasJsonSchema(Protocol):
-    """A class that says what its objects look like as JSON, as those of pydantic do."""
+    """A class with a JSON schema of its objects, such as pydantic's models."""
 
     def model_json_schema(self) -> Mapping[str, Any]: ...
 
@@ -37,7 +37,7 @@ class HasJsonSchema(Protocol):
 if TYPE_CHECKING:
     Schema = str | Mapping[str, Any] | bool | HasJsonSchema | type
 else:
-    Schema = str | Mapping[str, Any] | bool  # what crosses to another process
+    Schema = str | Mapping[str, Any] | bool  # the types that are sent to another process
 
 
 class StructuredOutputsParams(ExplainedStruct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -49,21 +49,20 @@ class StructuredOutputsParams(ExplainedStruct, frozen=True, kw_only=True, forbid
         json: a JSON schema, as a mapping, as its text, or true for any JSON value. A class of pydantic's, a
             dataclass, a TypedDict or a Struct of msgspec stands for its schema.
         regex: a regular expression in the syntax of Rust's `regex` crate that the whole text matches.
-        choice: the texts of which one is said.
+        choice: texts, one of which is the whole text.
         grammar: a grammar in llguidance's dialect of Lark, or in llama.cpp's GBNF.
         json_object: true for any JSON object.
         structural_tag: tagged parts in free text: vLLM's older form (`structures`, `triggers`), or xgrammar's newer one
             (`type` "structural_tag", `format`), as a mapping or its text.
-        whitespace_pattern: a regular expression of the whitespace that may stand at each place between the tokens of
-            JSON. The default is two spaces at most, or a newline and its indentation: a model cannot go on printing
-            whitespace for ever.
+        whitespace_pattern: a regular expression for whitespace between the tokens of JSON. The default is at most two
+            spaces, or a newline and its indentation, so that a model cannot generate whitespace without end.
         disable_any_whitespace: JSON without whitespace between its tokens.
-        reasoning_start: with `reasoning_end`: the text may begin with this mark (behind whitespace), and what follows
-            up to the end mark is free. Without it the text is inside the reasoning from its start.
-        reasoning_end: the mark up to which anything may be said before the form begins. The name of a special token
+        reasoning_start: with `reasoning_end`: the text may begin with this mark (after whitespace), and the text from
+            there to the end mark is free. Without it the text begins inside the reasoning.
+        reasoning_end: the mark before which the text is free; the form begins after it. The name of a special token
             means that token, in both marks and in the texts of a structural tag.
-        around: a grammar, as `grammar`, of the whole text behind the reasoning, in which `@form` is the form: marks
-            that the model writes around an answer, or tool calls in place of it.
+        around: a grammar, as `grammar`, of the whole text after the reasoning, in which `@form` is the form: marks
+            that the model writes around an answer, or tool calls instead of an answer.
     """
 
     json: Schema | None = None
@@ -107,7 +106,7 @@ class StructuredOutputsParams(ExplainedStruct, frozen=True, kw_only=True, forbid
 
     @property
     def kind(self) -> str:
-        """Which of `KINDS` is given."""
+        """The one of `KINDS` that was given."""
         return next(name for name in KINDS if getattr(self, name) not in (None, *_NOT_ASKED.get(name, ())))
 
     def _check_kinds(self) -> None:
@@ -134,15 +133,15 @@ _NOT_ASKED: Mapping[str, tuple[bool, ...]] = {"json_object": (False,)}
 
 
 def refused(message: str) -> InvalidParameterError:
-    """The error of a request whose form cannot be honoured."""
+    """Return the error for a request whose form is not supported."""
     return InvalidParameterError(f"structured_outputs: {message}", _PARAM)
 
 
 def schema_of(model: Any) -> Mapping[str, Any]:
-    """The JSON schema of a class: one of pydantic's, which is not imported for it, or of another kind with fields.
+    """Return the JSON schema of a class of pydantic (without importing it), or of another kind of class with fields.
 
     Raises:
-        InvalidParameterError: the class has no such schema.
+        InvalidParameterError: the class has no JSON schema.
     """
     pydantics = callable(getattr(model, "model_json_schema", None))
     if not pydantics and not any(hasattr(model, mark) for mark in _MARKS):
@@ -157,10 +156,10 @@ def schema_of(model: Any) -> Mapping[str, Any]:
 
 
 def parsed_json(name: str, value: Schema) -> Any:
-    """A schema or a structural tag as fresh dicts and lists, which the caller may change.
+    """Parse a schema or a structural tag into fresh dicts and lists, which the caller may change.
 
     Raises:
-        InvalidParameterError: no JSON, or too much of it.
+        InvalidParameterError: invalid JSON, or too much of it.
     """
     try:
         text = value if isinstance(value, str) else _json.dumps(value, default=_plain, allow_nan=False)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""How long a model may think: a budget for thoughts, and the tokens that end them when it is spent (step 7 of ten).
+"""Reasoning budget: count a model's reasoning tokens, and force the end of reasoning at a limit (step 7 of ten).
 
-Thoughts stand between two marks of the model's own format. Tokens between them are counted; when there are as many as
-the budget allows, the closing mark is forced, token by token, and the answer goes on behind it. A mark that is the name
-of a special token means that token, as in `StructuredOutputsParams`.
+Reasoning is between two marks of the model's own format. Tokens between them are counted; when the budget is reached,
+the closing mark is forced, token by token, and the answer continues after it. A mark that is the name of a special
+token means that token, as in `StructuredOutputsParams`.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ _SPECIAL = b"\xff"  # begins a special token among bytes of text: UTF-8 has no s
 
 
 class ThoughtBudget(ExplainedStruct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How many tokens of thoughts may be drawn, all thoughts of a text together.
+    """Budget of reasoning tokens for a text.
 
     Attributes:
-        tokens: that many, the marks around thoughts not counted; at 0 thoughts end where they begin.
+        tokens: most reasoning tokens of the text, without the marks; at 0 reasoning ends where it begins.
         marks: opening mark -> the closing mark, which is forced.
-        ends: further marks that end thoughts when the model writes them.
-        opened: the opening mark that the prompt ends with; the text begins within thoughts then.
-        message: what is said before the closing mark where the budget ends thoughts that have begun.
+        ends: further marks that end reasoning when the model writes them.
+        opened: the opening mark at the end of the prompt; the text then begins within reasoning.
+        message: text that is forced before the closing mark if the budget ends reasoning that has begun.
     """
 
     tokens: int
@@ -63,16 +63,16 @@ class ThoughtBudget(ExplainedStruct, frozen=True, kw_only=True, forbid_unknown_f
 def budget_in_tokens(
     tokens: int, encode: Callable[[str], Sequence[int]], prompt: Sequence[int], ends: Collection[int]
 ) -> ThoughtBudget:
-    """A budget between marks that a vocabulary has as single tokens.
+    """Make a budget with marks that a vocabulary has as single tokens.
 
     Args:
-        tokens: how many may be thought.
-        encode: a text's tokens, names of special tokens read as those.
-        prompt: its end says whether the text begins within thoughts.
-        ends: tokens that end a turn; marks before them tell nothing of the turn that follows.
+        tokens: most reasoning tokens.
+        encode: tokenizes a text; names of special tokens become these tokens.
+        prompt: its end says whether the text begins within reasoning.
+        ends: tokens that end a turn; marks before them do not concern the following turn.
 
     Raises:
-        InvalidParameterError: there are no such tokens.
+        InvalidParameterError: the vocabulary has no such tokens.
     """
     ids = {pair: (encode(pair[0]), encode(pair[1])) for pair in THOUGHT_TOKENS}
     found = {pair: (opening[0], end[0]) for pair, (opening, end) in ids.items() if len(opening) == len(end) == 1}
@@ -93,13 +93,13 @@ def _refused(text: str) -> InvalidParameterError:
 
 
 class ThoughtLimit:
-    """A budget for one vocabulary; shared by the texts of a request.
+    """Budget for one vocabulary, shared by the texts of a request.
 
     Args:
-        budget: what is allowed.
-        encode: a text's tokens; the second argument says whether names of special tokens in it mean those.
-        token_bytes: the bytes that a token stands for.
-        special_tokens: by name.
+        budget: the budget.
+        encode: tokenizes a text; the second argument says whether names of special tokens become these tokens.
+        token_bytes: returns a token's bytes.
+        special_tokens: ids by name.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class ThoughtLimit:
         self._token_bytes = token_bytes
 
     def bytes_of(self, token: int) -> bytes:
-        """What a token is in the bytes in which marks are looked for."""
+        """Return a token's bytes in the form in which marks are searched."""
         return self._special.get(token) or self._token_bytes(token)
 
 
@@ -149,14 +149,14 @@ def _written(mark: str, names: Mapping[str, bytes]) -> bytes:
 
 
 class ThoughtCount:
-    """The thoughts of one text so far.
+    """Count of one text's reasoning tokens.
 
     Args:
-        limit: how long they may be.
+        limit: the budget.
 
     Attributes:
-        inside: the next token stands within thoughts.
-        spent: tokens of thoughts, those that were forced not counted.
+        inside: the next token is within reasoning.
+        spent: reasoning tokens, without forced tokens.
     """
 
     def __init__(self, limit: ThoughtLimit) -> None:
@@ -173,16 +173,16 @@ class ThoughtCount:
         self._decide()
 
     def sibling(self) -> ThoughtCount:
-        """The same for another text of the request, at its start."""
+        """Return the count for another text of the request, at its start."""
         return ThoughtCount(self._limit)
 
     @property
     def next_token(self) -> int | None:
-        """The token that must come next, or None where any may."""
+        """The forced next token, or None."""
         return self._forced[0] if self._forced else None
 
     def add(self, token: int) -> None:
-        """Takes note of the next token."""
+        """Count the next token."""
         if self.next_token == token:
             self._forced = self._forced[1:]
             if not self._forced:
@@ -194,7 +194,7 @@ class ThoughtCount:
         self._decide()
 
     def replay(self, tokens: Sequence[int]) -> None:
-        """Goes back to where the text was these tokens."""
+        """Restart the count with these tokens as the text."""
         self._start_over()
         for token in tokens:
             self.add(token)
@@ -232,7 +232,7 @@ class ThoughtCount:
         return len(self._said)
 
     def _decide(self) -> None:
-        """Has the closing mark forced where the budget is spent; as much of it as the model has not written itself."""
+        """Force the closing mark once the budget is spent: the part that the model has not written itself."""
         if not self.inside or self.spent < self._limit.tokens or self._forced:
             return
         closing = self._closing

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""A vocabulary as llguidance wants it: the bytes of every token in a trie, special tokens apart (step 7 of ten).
+"""Vocabulary for llguidance: a trie of every token's bytes, special tokens separate (step 7 of ten).
 
-Made once for a model; it takes a second for 150,000 tokens.
+It is built once per model, which takes a second for 150,000 tokens.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ _SLICES = (
     *(f"{_CHARACTER}{{1,{n}}}" for n in (2, 4, 6, 8, 10, 12, 16, 20, 30)),
     f"{_CHARACTER}+",
 )
-_KEPT = 1024  # texts that grammars left no choice about, each of which is short
+_KEPT = 1024  # cached tokenizations of forced texts, each of which is short
 
 
 class Vocabulary(Protocol):
-    """What a backend needs of a tokenizer."""
+    """Interface of a tokenizer for a grammar backend."""
 
     @property
     def vocab_size(self) -> int:
@@ -38,20 +38,20 @@ class Vocabulary(Protocol):
         ...
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that a token adds to a text; a special token's are its name."""
+        """Return the bytes that a token adds to a text; a special token's are its name."""
         ...
 
     def is_special(self, token_id: int) -> bool:
-        """True for tokens that structure the text and are not part of it."""
+        """Whether a token structures the text and is not part of it."""
         ...
 
     def encode(self, text: str, add_special_tokens: bool = True, *, parse_special: bool = True) -> list[int]:
-        """Token ids of a text."""
+        """Tokenize a text."""
         ...
 
 
 class TokenTrie:
-    """The trie, and what masks need to know of the vocabulary.
+    """The trie, and data of the vocabulary for masks.
 
     Args:
         tokenizer: the vocabulary.
@@ -60,8 +60,8 @@ class TokenTrie:
 
     Attributes:
         ll: the trie.
-        words: int32 words of a mask as llguidance writes it.
-        usable: [ceil(V / 32)] int32, a bit for each token that has bytes or ends a text.
+        words: number of int32 words of llguidance's mask.
+        usable: [ceil(V / 32)] int32, with a bit for each token that has bytes or ends a text.
         tokens: the bytes of each token.
         eos_ids: as given.
     """
@@ -81,23 +81,23 @@ class TokenTrie:
         self.usable = np.packbits(usable, bitorder="little").view(np.int32)
         ends = list(eos_ids) or [vocab_size]
         if not eos_ids:
-            self.tokens.append(b"")  # stands for the end that the model cannot say
+            self.tokens.append(b"")  # stands for an end token if the model has none
         self.words = -(-len(self.tokens) // 32)
         shown = _Shown(tokenizer, self.tokens, sorted(self.special), ends[0])
         self.ll: LLTokenizer = LLTokenizer(TokenizerWrapper(shown), eos_token=ends, slices=list(_SLICES))
 
     def __call__(self, text: str) -> list[int]:
-        """Token ids of a text without special tokens."""
+        """Tokenize a text without special tokens."""
         return self._tokenizer.encode(text, add_special_tokens=False, parse_special=False)
 
     def _as_written(self, data: bytes) -> tuple[int, ...]:
         tokens = self(data.decode("utf-8", "ignore"))[:-1]
         said = b"".join(self.tokens[token] for token in tokens)
-        return tuple(tokens) if data.startswith(said) else ()  # else the tokenizer writes a space of its own
+        return tuple(tokens) if data.startswith(said) else ()  # otherwise the tokenizer has added a space
 
     @cached_property
     def written(self) -> Callable[[bytes], tuple[int, ...]]:
-        """The tokens of a text as the tokenizer writes it, but the last; names of forms come again and are kept."""
+        """Return the tokenizer's tokens of a text without the last one; cached, because a form's names repeat."""
         return lru_cache(_KEPT)(self._as_written)
 
     @cached_property
@@ -109,17 +109,17 @@ class TokenTrie:
 
     @cached_property
     def literals(self) -> Literals:
-        """Texts with the names of special tokens in them."""
+        """Parser of texts that contain names of special tokens."""
         from candle_vllm.core.sampling.lark import Literals
 
         return Literals({self.tokens[token].decode("utf-8", "replace"): token for token in self.special})
 
 
 class _Shown:
-    """What llguidance is shown of a vocabulary, under the names that it looks for.
+    """Vocabulary in the interface that llguidance expects.
 
-    It must not lead to the trie: llguidance keeps it, the trie keeps llguidance's, and the garbage collector cannot see
-    through that, so neither would ever be freed.
+    It must not refer to the trie: llguidance holds this object and the trie holds llguidance's object, a cycle that the
+    garbage collector cannot see, so that neither would be freed.
     """
 
     bos_token_id = None
@@ -131,6 +131,6 @@ class _Shown:
         self.eos_token_id = end
 
     def __call__(self, text: bytes | str) -> list[int]:
-        """llguidance asks for it when it is made; where nothing is forced, never again."""
+        """Tokenize; llguidance calls this during construction, and later only to force tokens."""
         text = text if isinstance(text, str) else text.decode("utf-8", "replace")
         return self._tokenizer.encode(text, add_special_tokens=False, parse_special=False)

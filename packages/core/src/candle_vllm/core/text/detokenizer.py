@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""One sequence's tokens as text, piece by piece (step 9 of a request).
+"""Decode one sequence's tokens incrementally to text (step 9 of a request).
 
-Every token stands for bytes (`Tokenizer.token_bytes`), and text is those bytes as UTF-8. Decoding bytes as they come
-gives the same characters as decoding them all at once, so nothing is ever decoded twice and the pieces add up to
-`Tokenizer.decode` of the whole output, where a character that the end cut off is U+FFFD.
+Every token stands for bytes (`Tokenizer.token_bytes`), and the text is their decoding as UTF-8. Incremental decoding of
+bytes gives the same characters as decoding all at once, so that no token is decoded twice, and the deltas add up to
+`Tokenizer.decode` of the whole output, in which an incomplete character at the end is U+FFFD.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ _MOST_BEGUN = 3  # tokens that can hold the beginning of a character: it has at 
 
 
 class Detokenizer:
-    """Turns the tokens of one sequence into text that is safe to show.
+    """Incremental detokenizer of one sequence, with stop strings.
 
-    Tokenizers of SentencePiece's kind write a space before every word and leave it out at the very start of a text.
-    Whether an output is at the start depends on the prompt: after a prompt with visible text the space is kept
-    (prompt and output then join as in one text), after none, or one of special tokens only, it is left out, and the
-    pieces add up to `tokenizer.decode(output)`.
+    Tokenizers like SentencePiece write a space before every word and omit it at the very start of a text. Whether an
+    output is at the start depends on the prompt: after a prompt with visible text the space is kept (prompt and output
+    then join as in one text); after an empty prompt, or one of special tokens only, it is omitted, and the deltas add
+    up to `tokenizer.decode(output)`.
 
     Attributes:
-        is_plain: the next token's text is all that it shows, if it is one of `Tokenizer.plain_texts`: no stop string
-            may begin in it, no half a character waits, no space is left out.
+        is_plain: a next token in `Tokenizer.plain_texts` yields exactly its own text: no stop string may begin in it,
+            no incomplete character is pending, no space is omitted.
         stopped_by: the stop string that ended the text, or None.
-        special_tokens: (offset, id) of each special token that stands in the text, offsets in characters of the whole
-            text; the caller takes them out. A text that reads like a special token can so be told from one.
+        special_tokens: (offset, id) of each special token in the text, with offsets in characters of the whole text;
+            the caller removes entries. So a special token differs from a text that looks like it.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Detokenizer:
         self._length = 0  # characters decoded
         self.special_tokens: list[tuple[int, int]] = []
         self._decoder = utf8_decoder("replace")
-        self._begun = False  # the decoder holds the beginning of a character
+        self._begun = False  # the decoder holds an incomplete character
         if continues_prompt:
             self._decode(b"".join(map(tokenizer.token_bytes, prompt_token_ids[-_MOST_BEGUN:])))
         self._scanner = StopScanner(()) if stops is None else stops
@@ -62,7 +62,7 @@ class Detokenizer:
         return self._scanner.found
 
     def add(self, token_id: int) -> str:
-        """Takes one token and returns the text that became safe to show; "" once a stop string was found.
+        """Add one token and return the text that can be shown now; "" once a stop string was found.
 
         Raises:
             InvalidParameterError: the vocabulary has no such token.
@@ -91,11 +91,11 @@ class Detokenizer:
         return self._scanner.feed(text, armed=self._num_tokens > self._min_tokens, special=name)
 
     def note_plain(self, text: str) -> None:
-        """Takes note of a plain token's text that was shown without being asked for here."""
+        """Account for a plain token's text that the caller showed without calling `add`."""
         self._length += len(text)
 
     def finish(self) -> str:
-        """Returns what was held back: the sequence has ended. Half a character becomes U+FFFD."""
+        """End the sequence and return the text that was held back. An incomplete character becomes U+FFFD."""
         tail = self._decoder.decode(b"", True)
         shown = self._scanner.feed(tail, armed=self._num_tokens > self._min_tokens)
         return shown + self._scanner.flush()

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Finds stop strings in text that arrives in pieces (step 9 of a request).
+"""Find stop strings in text that arrives in chunks (step 9 of a request).
 
-The stop that counts is the one that is complete first; of several that end at the same character, the longest. What
-is found therefore does not depend on how the text is cut, and only text that may be the beginning of a stop string is
-ever held back.
+The stop string that is complete first wins; of several that end at the same character, the longest. So the result does
+not depend on how the text is split into chunks, and only text that may be the beginning of a stop string is held back.
 
-A caller that reads parts of the text as something else than its answer, thoughts or tool calls, names the marks around
-them (`StopMarks`): there, and in the marks themselves, no stop string is looked for.
+A caller that parses parts of the text as reasoning or tool calls rather than the answer names the marks around them
+(`StopMarks`): within these parts, and in the marks themselves, stop strings are ignored.
 """
 
 from __future__ import annotations
@@ -22,16 +21,16 @@ MAX_MARKS = 1 << 14  # of all states
 
 
 class StopMarks(ExplainedStruct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Where in a text stop strings count: its states, and the marks between them.
+    """State machine of a text's parts, with the marks between them, which says where stop strings count.
 
-    Stop strings are looked for in the state "" only, behind the white space that follows another state. The name of a
+    Stop strings are searched in the state "" only, after the whitespace that follows another state. The name of a
     special token in a mark means that token, as in `ThoughtBudget`.
 
     Attributes:
-        states: state -> mark that ends it -> the state behind that mark. A state without marks lasts to the end.
-        fresh: the same for marks that count only where the text, or its part in the state "", begins.
+        states: state -> mark that ends it -> the state after that mark. A state without marks lasts to the end.
+        fresh: the same for marks that count only at the begin of the text, or of its part in the state "".
         first: the state at the beginning.
-        behind: the prompt ends with another state, so that white space at the beginning belongs to that.
+        behind: the prompt ends in another state, so that whitespace at the beginning belongs to that state.
     """
 
     states: Mapping[str, Mapping[str, str]]
@@ -51,7 +50,7 @@ class StopMarks(ExplainedStruct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class _Prefix:
-    """How much of one literal the text ends with (Knuth, Morris and Pratt): constant time per character."""
+    """Length of a literal's prefix at the end of the text (Knuth, Morris and Pratt): constant time per character."""
 
     __slots__ = ("_borders", "length", "text", "then")
 
@@ -67,7 +66,7 @@ class _Prefix:
             self._borders.append(border + (text[border] == character))
 
     def advance(self, character: str) -> bool:
-        """Takes one character; True when it completes the literal."""
+        """Add one character; True if it completes the literal."""
         length = self.length
         while length and self.text[length] != character:
             length = self._borders[length - 1]
@@ -78,7 +77,7 @@ class _Prefix:
 
 
 class _State:
-    """The literals that are looked for in one state."""
+    """Literals that are searched in one state."""
 
     __slots__ = ("_all", "_begins", "fresh", "marks", "stops")
 
@@ -94,22 +93,22 @@ class _State:
         return not (self._begins.search(text) or any(one.length for one in self._all))
 
     def enter(self) -> None:
-        """Forgets what had begun when the state was left."""
+        """Reset the matches that had begun when the state was left."""
         for one in self._all:
             one.length = 0
 
 
 class StopScanner:
-    """Lets text through until a stop string is complete.
+    """Pass text through until a stop string is complete.
 
     Args:
-        stops: what is looked for.
-        include_stop: the text ends behind the stop string instead of before it.
-        marks: where it counts.
+        stops: the stop strings.
+        include_stop: the text ends after the stop string instead of before it.
+        marks: parts of the text in which stop strings count; None for the whole text.
         special_tokens: names of the vocabulary's special tokens, for the marks.
 
     Attributes:
-        idle: there is nothing to look for.
+        idle: there is no stop string to search.
         found: the stop string that was found, or None.
     """
 
@@ -141,11 +140,11 @@ class StopScanner:
         self._fresh = self._answer.fresh  # those that this part may begin with
 
     def feed(self, text: str, *, armed: bool = True, special: str = "") -> str:
-        """Takes the next text and returns what is safe to show.
+        """Add text and return the text that can be shown now.
 
         Args:
             text: may be the text that a special token stands for.
-            armed: a stop that ends in it counts.
+            armed: a stop string that ends in this text counts.
             special: the name of the special token that `text` is, or that has no text.
         """
         if self.found is not None or self.idle:
@@ -180,7 +179,7 @@ class StopScanner:
         return whole[:safe]
 
     def flush(self) -> str:
-        """Returns what was held back; the text has ended."""
+        """End the text and return what was held back."""
         if self._pending is not None:
             return self._ends(self._held)
         held, self._held = self._held, ""
@@ -188,18 +187,18 @@ class StopScanner:
 
     @property
     def _is_plain(self) -> bool:
-        """Nothing but the literals of the state has to be looked for."""
+        """Whether only the literals of the current state have to be searched."""
         return self._state is not self._answer or not (self._skips or self._fresh)
 
     def _ends(self, whole: str) -> str:
-        """The text before the stop that was found."""
+        """Return the text before the stop string that was found."""
         assert self._pending is not None
         back, stop = self._pending
         self.found, self._held, self._pending = stop, "", None
         return whole[: len(whole) - back - (0 if self._include_stop else len(stop))]
 
     def _advance(self, character: str) -> str | None:
-        """The longest stop string that `character` completes."""
+        """Return the longest stop string that `character` completes."""
         longest: str | None = None
         for prefix in self._answer.stops:
             if prefix.advance(character) and (longest is None or len(prefix.text) > len(longest)):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Words to token ids and back (step 3 of a request; the detokenizer of step 9 reads the token bytes from here)."""
+"""Tokenizer: text to token ids and back (step 3 of a request; the detokenizer of step 9 uses its token bytes)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _MARK = re.compile(r"<[^<>\s]+>|\[[A-Z_/]+\]")
 
 
 class Tokenizer:
-    """A vocabulary with its rules; made by `from_folder` or `from_gguf`, and safe to share between threads.
+    """Tokenizer of a model; made by `from_folder` or `from_gguf`, and safe to share between threads.
 
     Attributes:
         backend: the `tokenizers.Tokenizer` that does the work.
@@ -36,16 +36,16 @@ class Tokenizer:
         bos_token_id: the token that begins a text, or None.
         eos_token_ids: the tokens that end a turn, the vocabulary's own end-of-sequence token first.
         special_tokens: texts of `bos_token`, `eos_token` and every other token that has a name, for templates.
-        chat_template: the template that came with the vocabulary, several by name, or None.
-        response_template: the form of an answer, where the tokenizer's configuration tells it.
+        chat_template: the template in the tokenizer's files, several by name, or None.
+        response_template: the form of an answer by the tokenizer's configuration, or None.
         strips_leading_space: a text starts without the space that its first token carries (SentencePiece).
         longest_token: characters of the longest token text.
         infill: the marks of filling in the middle, or None.
 
     Args:
         backend, bos_token_id, eos_token_ids, special_tokens, chat_template, response_template: as above.
-        named_ids: ids that a file tells by other names than the tokens' own.
-        tokens: every token's text and id, where they are at hand: asking `backend` takes a start's time.
+        named_ids: ids that a file gives under other names than the tokens' own.
+        tokens: every token's text and id, if the caller has them: reading them from `backend` is slow.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Tokenizer:
         self.strips_leading_space: bool = rule.strips_leading_space
         self._convert = rule.convert
         self._bytes: list[bytes | None] = [None] * self.vocab_size
-        self.plain_texts: dict[int, str] = {}  # what `plain_text` has been asked for and found
+        self.plain_texts: dict[int, str] = {}  # cache of `plain_text`
         self.longest_token = max(map(len, tokens), default=1)
         self.infill: InfillMarks | None = infill_marks(tokens.get, named_ids or {})
         self._literal: Backend | None = None
@@ -87,10 +87,10 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: Path) -> Tokenizer:
-        """The tokenizer of a model folder: tokenizer.json, or Kimi's tiktoken.model, and the files beside it.
+        """Load the tokenizer of a model folder: tokenizer.json, or Kimi's tiktoken.model, and the files beside it.
 
         Raises:
-            UnsupportedModelError: the folder has neither, or one with parts that are not supported.
+            UnsupportedModelError: the folder has neither, or the file has unsupported parts.
             InvalidFileError: a file is damaged.
         """
         from candle_vllm.core.text.tokenizer_folder import load_folder
@@ -107,10 +107,10 @@ class Tokenizer:
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, object]) -> Tokenizer:
-        """The tokenizer that a GGUF file carries in its metadata (key -> value; arrays as lists or numpy arrays).
+        """Load the tokenizer in a GGUF file's metadata (key -> value; arrays as lists or numpy arrays).
 
         Raises:
-            InvalidFileError: a key is missing, wrong or at odds with another.
+            InvalidFileError: a key is missing, wrong or contradicts another.
             UnsupportedModelError: a kind of tokenizer that is not implemented.
         """
         vocab = read_gguf_vocab(metadata)
@@ -126,7 +126,7 @@ class Tokenizer:
         )
 
     def cover(self, num_ids: int) -> None:
-        """Makes every id below `num_ids` known, without text where the vocabulary has no token for it.
+        """Extend the vocabulary to all ids below `num_ids`; new ids have no text.
 
         Models often have more rows in their embedding table than their tokenizer has tokens.
         """
@@ -134,13 +134,13 @@ class Tokenizer:
         self.vocab_size = max(self.vocab_size, num_ids)
 
     def encode(self, text: str, add_special_tokens: bool = True, *, parse_special: bool = True) -> list[int]:
-        """Token ids of `text`.
+        """Tokenize `text`.
 
         Args:
-            text: any text that UTF-8 can carry.
-            add_special_tokens: add BOS and EOS where the model wants them; not for rendered chat templates, which
-                write them themselves.
-            parse_special: read the text of a special token in `text` as that token, not as plain words.
+            text: any text that UTF-8 can encode.
+            add_special_tokens: add BOS and EOS if the model uses them; not for rendered chat templates, which contain
+                them.
+            parse_special: the text of a special token in `text` becomes that token rather than plain text.
 
         Raises:
             InvalidParameterError: the text has half a surrogate pair.
@@ -151,7 +151,7 @@ class Tokenizer:
     def encode_batch(
         self, texts: Sequence[str], add_special_tokens: bool = True, *, parse_special: bool = True
     ) -> list[list[int]]:
-        """Token ids of each text, as `encode`."""
+        """Tokenize each text, as `encode`."""
         for text in texts:
             _check_text(text)
         backend = self.backend if parse_special else self._literal_backend()
@@ -160,7 +160,7 @@ class Tokenizer:
         return [encoding.ids for encoding in encoded]
 
     def encode_pair(self, first: str, second: str) -> tuple[list[int], list[int]]:
-        """Token ids of two texts as one input with the model's own separators, and each token's text: 0 or 1.
+        """Tokenize two texts as one input with the model's separators; also return each token's text number, 0 or 1.
 
         Errors as `encode`.
         """
@@ -171,12 +171,12 @@ class Tokenizer:
         return encoding.ids, encoding.type_ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True, *, whole: bool = True) -> str:
-        """The text of `ids`; bytes that are no UTF-8 become U+FFFD.
+        """Decode token ids; invalid UTF-8 becomes U+FFFD.
 
         Args:
-            ids: tokens.
+            ids: token ids.
             skip_special_tokens: leave special tokens out.
-            whole: nothing follows; otherwise the beginning of a character at the end is left out.
+            whole: no token follows; otherwise an incomplete character at the end is left out.
 
         Raises:
             InvalidParameterError: an id outside the vocabulary.
@@ -188,7 +188,7 @@ class Tokenizer:
         return utf8_decoder("replace").decode(data, whole)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that one token adds to a text; a special token's are its name.
+        """Return the bytes that one token adds to a text; a special token's are its name.
 
         Raises:
             InvalidParameterError: an id outside the vocabulary.
@@ -201,7 +201,7 @@ class Tokenizer:
         return data
 
     def plain_text(self, token_id: int) -> str | None:
-        """The text of one token, where that follows from it alone; None of special tokens and of parts of characters.
+        """Return the text of one token; None for special tokens and for parts of characters.
 
         Raises:
             InvalidParameterError: an id outside the vocabulary.
@@ -215,16 +215,16 @@ class Tokenizer:
         return text
 
     def token_text(self, token_id: int) -> str:
-        """One token alone as text; U+FFFD where its bytes are no complete character."""
+        """Decode one token alone; an incomplete character becomes U+FFFD."""
         return self.token_bytes(token_id).decode("utf-8", "replace")
 
     @property
     def special_token_ids(self) -> dict[str, int]:
-        """Name -> id of the tokens that structure the text and are not part of it."""
+        """Ids, by name, of the tokens that structure the text and are not part of it."""
         return {self._literals[index]: index for index in sorted(self._special)}
 
     def is_special(self, token_id: int) -> bool:
-        """True for tokens that structure the text and are not part of it."""
+        """Whether a token structures the text and is not part of it."""
         return token_id in self._special
 
     def _make_bytes(self, token_id: int) -> bytes:
@@ -235,7 +235,7 @@ class Tokenizer:
         return b"" if text is None else self._convert(text)  # None: an id that the vocabulary skips
 
     def _literal_backend(self) -> Backend:
-        """A twin that reads the names of special tokens as plain text; made when first wanted."""
+        """Copy of the backend that reads names of special tokens as plain text; made at the first use."""
         with self._literal_lock:
             if self._literal is None:
                 twin = Backend.from_str(self.backend.to_str())
@@ -264,7 +264,7 @@ def _gguf_eos_ids(vocab: GgufVocab) -> list[int]:
 
 
 def _gguf_chat_template(metadata: Mapping[str, object], bos: str | None) -> ChatTemplateSource | None:
-    """The file's templates; as in llama.cpp, a chat begins with `bos`, the token that the file puts before texts."""
+    """Return the file's templates; as in llama.cpp, a chat begins with `bos`, the file's BOS token for texts."""
     templates: dict[str, str] = {}
     for key, value in metadata.items():
         if key == _CHAT_TEMPLATE or key.startswith(f"{_CHAT_TEMPLATE}."):
