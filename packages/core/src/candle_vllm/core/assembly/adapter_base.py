@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a model is to adapters: the places that they fit, and the weights that run, decoded where they are asked for."""
+"""The base model of adapters: the sites that adapters can change, and the model's weights, decoded on demand."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from candle_vllm.core.quantization import ggml
 from candle_vllm.core.quantization.plain import read_plain
 from candle_vllm.core.quantization.tensors import StoredTensor
 
-_PIECE = 1 << 22  # numbers of a matrix that are decoded at a time
+_PIECE = 1 << 22  # elements of a matrix that are decoded at a time
 
 Weights: TypeAlias = Callable[[str], StoredTensor | None]
 """A part of the model by its target, as it is stored and in the model's order; None where it has none."""
@@ -35,16 +35,16 @@ Weights: TypeAlias = Callable[[str], StoredTensor | None]
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class AdapterBase:
-    """A model that adapters are fitted to.
+    """A base model that adapters are fitted to.
 
     Attributes:
-        name: for messages.
-        config: its description.
-        places: where tensors of adapters belong.
-        shapes: by target, of all that the model has; of the head also where that is the embedding table.
-        architectures: what GGUF files may call it.
-        weights: opens what runs, which is quantised where `isq` has it so.
-        unused: patterns of stored names that the model has and does not compute with.
+        name: the model's name, for messages.
+        config: the model's config.
+        places: maps tensors of adapters to sites of the model.
+        shapes: shapes of all parameters by target; includes the head even if it is the embedding table.
+        architectures: names of the architecture in GGUF files.
+        weights: opens the weights as they are served, quantised if `isq` is set.
+        unused: patterns of stored names that the model does not compute with.
     """
 
     name: str
@@ -57,7 +57,7 @@ class AdapterBase:
 
 
 def adapter_base(files: ModelFiles, config: EngineConfig) -> AdapterBase:
-    """Describes a model by its files, of which the headers are read; errors as `load_model`."""
+    """Describe a base model by the headers of its files; raises as `load_model`."""
     opened = open_model(files, CPU)
     with opened.checkpoint as checkpoint:
         encoder = describe_encoder(files, opened)
@@ -114,21 +114,21 @@ def _shapes(
 
 
 def stored_target(target: str, model: ModelConfig | EncoderConfig) -> str:
-    """What stands for a part of the head in a family's table: the embedding table, and Phi-2's name of the bias."""
+    """Return the target of a head's parameter in a family's table: a tied embedding, and Phi-2's name of the bias."""
     if target == "head:weight" and model.tie_embeddings:
         return "embed:weight"
     return "scorer:bias" if target == "head:bias" else target
 
 
 def _architectures(family: Family, model: ModelConfig) -> tuple[str, ...]:
-    """The one that the model's own file has; of a model of another format those of its family."""
+    """Return the architecture of the model's own GGUF file; for another format, all architectures of its family."""
     if model.model_type in family.gguf:
         return (model.model_type,)
     return family.gguf or ("llama",)  # Mixtral's files bear Llama's name
 
 
 def stored_parts(table: Sequence[WeightName], model: ModelConfig | EncoderConfig, stored: Checkpoint) -> Weights:
-    """The parts of a model in a checkpoint, by its family's table of names."""
+    """Return a function that finds a model's parameters in a checkpoint, by its family's table of names."""
     lines = {line.target: line for line in expand(table, model, stored.format)}
 
     def part(target: str) -> StoredTensor | None:
@@ -143,9 +143,9 @@ def stored_parts(table: Sequence[WeightName], model: ModelConfig | EncoderConfig
 
 
 def decoded(stored: StoredTensor) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    """The rows of a matrix [N, K] in float32, piece by piece: the number of the first, and some of them."""
+    """Decode a matrix [N, K] to float32 in chunks of rows; yield the index of each chunk's first row, and the rows."""
     block, dtype = stored.block_type, stored.dtype
-    if dtype is None and block is None:  # codes that several tensors mean
+    if dtype is None and block is None:  # codes whose meaning is in several tensors
         yield 0, stored.load("F32")
         return
     raw, columns = stored.raw(), stored.shape[-1]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""An adapter's tensors by the modules that they belong to, and what can be done to them without a model."""
+"""An adapter's tensors grouped by module, and operations on them that need no model."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ Parts: TypeAlias = dict[str, StoredTensor]
 
 
 def refuse(stored: StoredAdapter, name: str, why: str) -> NoReturn:
-    """Raises AdapterError for a tensor."""
+    """Raise AdapterError for a tensor."""
     raise AdapterError(f"{stored.path}: tensor {name!r:.300}: {why}")
 
 
 def modules_of(stored: StoredAdapter) -> dict[str, Parts]:
-    """Tensors by the module that they belong to, and by what they are."""
+    """Group an adapter's tensors by module, and by kind."""
     found: defaultdict[str, Parts] = defaultdict(dict)
     for name, tensor in stored.tensors.items():
         plain = name
         for marker in _NAMED:
-            plain = plain.replace(f"{marker}default", marker.rstrip("."))  # as some tools save it
+            plain = plain.replace(f"{marker}default", marker.rstrip("."))  # the form that some tools save
         end, kind = next(((end, kind) for end, kind in _KINDS if plain.endswith(f".{end}")), ("", ""))
         if not kind:
             refuse(stored, name, "it is no part of an adapter that is known here")
@@ -53,9 +53,9 @@ def modules_of(stored: StoredAdapter) -> dict[str, Parts]:
     return dict(found)
 
 
-@np.errstate(over="ignore", invalid="ignore")  # what is infinite is refused
+@np.errstate(over="ignore", invalid="ignore")  # infinite elements are refused below
 def norm_of(stored: StoredAdapter, deltas: Mapping[str, Mapping[str, Delta]]) -> float:
-    """||s B A|| of all: s^2 times the sum of (B^T B) * (A A^T). Numbers that are not finite show here."""
+    """Return the norm of all s B A: the root of the sum of s^2 (B^T B) * (A A^T). Refuse infinite or NaN elements."""
     total, last, products = 0.0, None, np.empty((0, 0))
     for delta in (delta for each in deltas.values() for delta in each.values()):
         if delta.full is not None and not _finite(delta.full):
@@ -75,7 +75,7 @@ def norm_of(stored: StoredAdapter, deltas: Mapping[str, Mapping[str, Delta]]) ->
 
 
 def experts_of(name: str) -> str | None:
-    """The module without its wrappers whose A a tensor is."""
+    """Return the module of a tensor A, without its wrappers; None for any other tensor."""
     module = name.removesuffix(".lora_A.weight")
     if module == name:
         return None
@@ -85,7 +85,7 @@ def experts_of(name: str) -> str | None:
 
 
 def picked(stored: StoredTensor, rows: NDArray[np.int64]) -> StoredTensor:
-    """Rows of B; neighbours stay a part of the file."""
+    """Select rows of B; consecutive rows stay a view of the file."""
     first, last = int(rows[0]), int(rows[-1]) + 1
     if last - first != len(rows) or not np.array_equal(rows, np.arange(first, last)):
         return stored.select(rows)
@@ -93,7 +93,7 @@ def picked(stored: StoredTensor, rows: NDArray[np.int64]) -> StoredTensor:
 
 
 def turned(stored: StoredTensor) -> StoredTensor:
-    """A matrix [R, C] as [C, R]."""
+    """Transpose a matrix."""
     return computed(stored, stored.shape[::-1], lambda values: values.T)
 
 

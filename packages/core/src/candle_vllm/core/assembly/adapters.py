@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Fits an adapter to a model: its tensors become what is done to each matrix, or the adapter is refused by name.
+"""Fit an adapter to a model: its tensors become a `Delta` for each matrix, or an error names a tensor without a site.
 
-Every tensor is used. Matrices that the model has fused, split or in another order get the rows of B that are theirs;
-nothing is copied before it is asked for, but what DoRA needs of the model's own weights is computed here.
+Every tensor is used. If the model fuses, splits or reorders matrices, each gets its own rows of B. Tensors are loaded
+only when they are read, except that DoRA's norms of the model's own weights are computed here.
 """
 
 from __future__ import annotations
@@ -39,25 +39,25 @@ from candle_vllm.core.threads import LOADING_THREADS, loading_threads
 
 _MERGE = "merge it into the model with `candle-vllm quantize --lora` or PEFT's merge_and_unload, and serve that"
 _TABLES = {"embed": "embed:weight", "head": "head:weight"}
-_SCORES = ("head", "score")  # of an encoder
-_LEAST, _MOST = 1e-9, 1e6  # times B A; less would do nothing
-_CANCELLED = 0.01  # of what two parts' squares are together: less is computed of their sum
-_SAMPLE = 64  # rows by which a copy of a table is compared with the base's
+_SCORES = ("head", "score")  # paths of an encoder's head
+_LEAST, _MOST = 1e-9, 1e6  # bounds of the scale of B A; a smaller one has no effect
+_CANCELLED = 0.01  # fraction of the summands below which a squared norm is computed from the summed matrix instead
+_SAMPLE = 64  # rows in which a copy of a table is compared with the base's
 
 
 def fit_adapter(stored: StoredAdapter, base: AdapterBase, *, merging: bool = False) -> FittedAdapter:
-    """Finds the places of an adapter's tensors.
+    """Find the sites of an adapter's tensors.
 
     Args:
-        stored: stays open for as long as the result is read.
-        base: the model.
-        merging: it will be merged, so that norms and whole matrices may be among it: see `conversion/adapters.py`.
+        stored: the adapter; it must stay open as long as the result is read.
+        base: the base model.
+        merging: the adapter will be merged, so it may contain norms and whole matrices: see `conversion/adapters.py`.
 
     Raises:
-        AdapterError: a tensor has no place, a wrong shape or no finite numbers, or asks for what is not served.
+        AdapterError: a tensor has no site, a wrong shape or infinite elements, or needs a feature that is not served.
     """
     with ExitStack() as opened:
-        opened.callback(LOADING_THREADS.reset, LOADING_THREADS.set(loading_threads()))  # the system is asked once
+        opened.callback(LOADING_THREADS.reset, LOADING_THREADS.set(loading_threads()))  # looked up only once
         fit = _Fit(stored, base, opened, merging)
         fit.run()
         return fit.result()
@@ -65,14 +65,14 @@ def fit_adapter(stored: StoredAdapter, base: AdapterBase, *, merging: bool = Fal
 
 @dataclasses.dataclass
 class _Change:
-    """A `Delta` in the making, and DoRA's magnitudes [N]."""
+    """An incomplete `Delta`, with DoRA's magnitudes [N]."""
 
     delta: Delta
     magnitude: NDArray[np.float32] | None = None
 
 
 class _Fit:
-    """One fitting; its methods are in the order in which an adapter's tensors are looked at."""
+    """One fitting; its methods are in the order in which an adapter's tensors are processed."""
 
     def __init__(self, stored: StoredAdapter, base: AdapterBase, opened: ExitStack, merging: bool) -> None:
         self._stored, self._base, self._opened, self._merging = stored, base, opened, merging
@@ -80,10 +80,10 @@ class _Fit:
         self._changes: defaultdict[str, dict[str, _Change]] = defaultdict(dict)
         self._weights: Weights | None = None
         self._notes = list[str]()
-        self._wrapped = Counter(map(experts_of, stored.tensors))  # how many adapters of parameters modules have
+        self._wrapped = Counter(map(experts_of, stored.tensors))  # number of adapted parameters by module
 
     def run(self) -> None:
-        """Looks at every tensor."""
+        """Fit every tensor."""
         if self._stored.format == "gguf" and self._stored.config.architecture not in self._base.architectures:
             raise AdapterError(
                 f"{self._stored.path}: general.architecture is {self._stored.config.architecture!r:.80}; the base "
@@ -107,7 +107,7 @@ class _Fit:
                     change.delta = dataclasses.replace(change.delta, column_scale=scale)
 
     def result(self) -> FittedAdapter:
-        """What was found."""
+        """Return the fitted adapter."""
         deltas = {path: {part: change.delta for part, change in each.items()} for path, each in self._changes.items()}
         if not deltas:
             raise AdapterError(f"{self._stored.path}: nothing of it changes the model")
@@ -151,7 +151,7 @@ class _Fit:
             self._linear(module, parts, spots)
 
     def _check_place(self, tensor: StoredTensor, module: str, spots: Sequence[Spot], *, vectors: bool = False) -> None:
-        """Refuses what is no matrix of the model that is multiplied, nor, where they may be, a vector."""
+        """Refuse a module that is no multiplied matrix of the model; with `vectors`, vectors are accepted too."""
         if not spots:
             self._refuse(tensor.name, f"{self._base.name} has no module {module!r:.200}")
         if any(".attend" in spot.path for spot in spots):
@@ -197,7 +197,7 @@ class _Fit:
             self._put(next(iter(parts.values())), spot, _Change(delta, magnitude))
 
     def _pair(self, module: str, parts: Parts, first: str, second: str) -> tuple[StoredTensor, StoredTensor]:
-        """A and B [.., r]; their ranks agree with each other, the configuration and the limits."""
+        """Return A [r, ..] and B [.., r], after checking their rank against each other, the config and the limits."""
         if first not in parts or second not in parts:
             there = next(iter(parts.values()))
             self._refuse(there.name, f"the other half of {module!r:.200} is missing")
@@ -221,7 +221,7 @@ class _Fit:
         return scale
 
     def _orders(self, tensor: StoredTensor, spots: Sequence[Spot], total: int) -> list[NDArray[np.int64]]:
-        """The rows of B of each place; together they are all of them."""
+        """Return the rows of B for each site; check that the sites together have each row once."""
         try:
             orders = [self._base.places.rows(spot, total, self._format) for spot in spots]
         except WeightsError as error:
@@ -256,7 +256,7 @@ class _Fit:
     # ---- tables ------------------------------------------------------------------------------------------------------
 
     def _table(self, module: str, parts: Parts, spots: Sequence[Spot]) -> None:
-        """An embedding's A [r, V] and B [E, r]: a row of the table is its row of A^T times B^T."""
+        """Fit an embedding's A [r, V] and B [E, r]: the delta of a table row is its row of A^T times B^T."""
         if "magnitude" in parts:
             self._refuse(parts["magnitude"].name, f"DoRA of an embedding table is not served: {_MERGE}")
         if "table a" not in parts or "table b" not in parts:
@@ -272,7 +272,7 @@ class _Fit:
             self._put(a, spot, _Change(Delta(a=turned(b), b=turned(a), scale=scale)))
 
     def _full(self, tensor: StoredTensor, spots: Sequence[Spot]) -> None:
-        """A matrix in the place of the base's: a head or a table."""
+        """Fit a matrix that replaces the base's: a head or a table."""
         for spot in spots:
             is_score = isinstance(self._base.config, EncoderConfig) and spot.path in _SCORES
             if self._merging and spot.path not in _TABLES:
@@ -294,7 +294,7 @@ class _Fit:
             self._put(tensor, spot, _Change(Delta(full=tensor)))
 
     def _replace(self, tensor: StoredTensor, spot: Spot) -> None:
-        """Any part of the base's, looked at as the base's own is."""
+        """Fit any parameter that replaces the base's, in the layout of the base's (merging only)."""
         try:
             seen = self._base.places.look(tensor, spot, self._format)
         except WeightsError as error:
@@ -304,7 +304,7 @@ class _Fit:
         self._put(tensor, spot, _Change(Delta(full=seen)))
 
     def _check_copy(self, tensor: StoredTensor, spots: Sequence[Spot]) -> None:
-        """PEFT saves the base's own table beside an adapter of it: nothing is done with it if it is the base's."""
+        """Check that a table which PEFT saves beside its adapter is the base's own; it is not used otherwise."""
         for spot in spots:
             if tensor.shape != spot.shape:
                 self._refuse(tensor.name, f"its shape is {list(tensor.shape)}, the base's {list(spot.shape)}")
@@ -313,11 +313,11 @@ class _Fit:
             if own is None:
                 continue
             mine, theirs = (side.select(rows).load("F32") for side in (own, tensor))
-            if not np.linalg.norm(mine - theirs) <= 0.1 * np.linalg.norm(theirs):  # quantised ones differ a little
+            if not np.linalg.norm(mine - theirs) <= 0.1 * np.linalg.norm(theirs):  # quantised weights differ a little
                 self._refuse(tensor.name, f"it is the weight of another base than {self._base.name}")
 
     def _tokens(self, module: str, tensor: StoredTensor, spots: Sequence[Spot]) -> None:
-        """Rows of a table that were trained."""
+        """Fit trained rows of a table."""
         said = self._stored.config.trained_tokens
         names = [name for name in said if name and (module == name or module.endswith(f".{name}"))]
         ids = np.array(said[names[0]] if names else said.get("", ()), np.int64)
@@ -336,7 +336,7 @@ class _Fit:
             self._put(tensor, spot, _Change(Delta(rows=(ids, rows))))
 
     def _tie(self) -> None:
-        """A head that is the embedding table has that one's trained tokens, and all else where the adapter says so."""
+        """Apply trained rows of a tied embedding table to the head too, and all its deltas if the adapter says so."""
         if not self._base.config.tie_embeddings or not self._base.config.has_head or "head" in self._changes:
             return
         table = self._changes["embed"].get("") if "embed" in self._changes else None
@@ -351,7 +351,7 @@ class _Fit:
     # ---- experts -----------------------------------------------------------------------------------------------------
 
     def _experts(self, module: str, parts: Parts) -> None:
-        """Tensors of all experts: A [X * r, in] expert by expert, B [out, r * X] rank by rank."""
+        """Fit tensors of all experts: A [X * r, in] expert by expert, B [out, r * X] rank by rank."""
         first = next(iter(parts.values()))
         if set(parts) - {"a", "b"}:
             self._refuse(first.name, "such a part of an adapter of experts is not known here")
@@ -372,7 +372,7 @@ class _Fit:
                 f"{layers} adapters of parameters of {plain!r:.200} are there; target_parameters names "
                 f"{len(names)} that the base has",
             )
-        name = names[len(names) - 1 - depth]  # the first is wrapped first, and innermost
+        name = names[len(names) - 1 - depth]  # the first name is wrapped first, and is innermost
         spots = self._base.places.find(name, "safetensors")
         pattern = plain + name.removeprefix(known)
         if "a" not in parts or "b" not in parts:
@@ -390,7 +390,7 @@ class _Fit:
         self._check_rank(name, a, rank)
         of_a = [a.rows(expert * rank, (expert + 1) * rank) for expert in range(count)]
         of_b = parts_of_experts(b, count)
-        if a.shape[1] != columns and b.shape[0] == columns:  # saved before PEFT told rows of experts from columns
+        if a.shape[1] != columns and b.shape[0] == columns:  # older PEFT confused rows and columns of experts
             of_a, of_b = [turned(part) for part in of_b], [turned(part) for part in of_a]
         scale = self._scale(name, a, rank)
         self._each_expert(a, of_a, of_b, spots, scale)
@@ -416,7 +416,7 @@ class _Fit:
     # ---- GGUF --------------------------------------------------------------------------------------------------------
 
     def _gguf_tensor(self, name: str, parts: Parts) -> None:
-        """`lora_a` and `lora_b` of a tensor of the base's; those of the embedding table are turned."""
+        """Fit `lora_a` and `lora_b` of a tensor of the base's; for the embedding table, A is transposed."""
         first = next(iter(parts.values()))
         if set(parts) - {"a", "b"}:
             self._refuse(first.name, "a GGUF adapter has .lora_a and .lora_b of each tensor alone")
@@ -449,7 +449,7 @@ class _Fit:
     def _column_scale(
         self, path: str, prefix: str, delta: Delta, magnitude: NDArray[np.float32]
     ) -> NDArray[np.float32]:
-        """DoRA's m / ||W + s B A|| of each row."""
+        """Return DoRA's m / ||W + s B A|| of each row."""
         weight = self._part(f"{path}:{prefix}weight")
         assert weight is not None
         assert delta.a is not None
@@ -470,7 +470,7 @@ class _Fit:
     # ---- ends --------------------------------------------------------------------------------------------------------
 
     def _put(self, tensor: StoredTensor, spot: Spot, change: _Change) -> None:
-        """Adds to what is done to a place; a part of it may come but once."""
+        """Add a change to a site; each field of a `Delta` may be set only once."""
         there = self._changes[spot.path].get(spot.prefix)
         if there is None:
             self._changes[spot.path][spot.prefix] = change
@@ -496,9 +496,9 @@ def norms_with(
     turned: NDArray[np.float32],
     across: NDArray[np.float64],
 ) -> NDArray[np.float32]:
-    """||w + b A|| of each of some rows w [n, K], b [n, r]: of their parts' products, where these do not cancel out.
+    """Return ||w + b A|| for rows w [n, K] and b [n, r], from products of the summands.
 
-    So B A, as large as W, is made for the rows alone of which little would be left. turned: A^T. across: A A^T.
+    B A, which is as large as W, is computed only for rows whose summands nearly cancel. turned: A^T. across: A A^T.
     """
     own = np.einsum("nk,nk->n", rows, rows).astype(np.float64)
     added = np.einsum("nr,nr->n", b @ across, b)

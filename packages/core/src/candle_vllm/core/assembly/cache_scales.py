@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Scales of a float8 cache that a checkpoint was calibrated with: found among its tensors, and given to the layers.
+"""Calibrated scales of a float8 KV cache: find them among a checkpoint's tensors, and set them in the layers.
 
-A layer's keys are stored over its scale of keys, its values over that of values (`kernels/kv_write`). The names are
-those that vLLM takes: `k_scale` and `v_scale` of a layer's attention, or of `attn` or the projections in it (ModelOpt),
-`output_scale` of the projections of keys and of values (older compressed-tensors), and `kv_scale` for both at once
-(older still). Where one of the two is stored, it counts for both.
+A layer stores keys divided by its key scale, and values divided by its value scale (`kernels/kv_write`). The names are
+those that vLLM accepts: `k_scale` and `v_scale` of a layer's attention, or of `attn` or the projections in it
+(ModelOpt), `output_scale` of the key and value projections (older compressed-tensors), and `kv_scale` for both (older
+still). If only one of the two is stored, it is used for both.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _NAME = re.compile(
 
 
 def split_cache_scales(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, StoredTensor]]:
-    """A checkpoint without the scales of a cache, and these, by name."""
+    """Return the checkpoint without cache scales, and the cache scales by name."""
     scales = {name: tensor for name, tensor in checkpoint.tensors.items() if _NAME.fullmatch(name)}
     if not scales:
         return checkpoint, {}
@@ -45,17 +45,17 @@ def split_cache_scales(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, St
 def give_cache_scales(
     decoder: object, scales: Mapping[str, StoredTensor], config: Counted, placement: Placement
 ) -> None:
-    """Gives each layer of `decoder` the scales that are stored for it; the others keep those of the step.
+    """Set the stored scales in the layers of `decoder`; layers without stored scales keep the step's.
 
     Raises:
-        InvalidFileError: one is not a single finite number above 0.
+        InvalidFileError: a scale is not a single finite number above 0.
     """
     found: dict[int, dict[str, float]] = {}
     for layer, kind, value in _values(scales):
         found.setdefault(layer, {}).setdefault(kind, value)
     given = 0
     for layer, values in found.items():
-        # Layers behind the last one predict further tokens, and are not loaded.
+        # Layers after the last one are for multi-token prediction, and are not loaded.
         attend = layer_at(decoder, f"layers.{layer}.attention.attend") if layer < config.num_layers else None
         if isinstance(attend, PagedAttention):
             either = next(iter(values.values()))
@@ -66,7 +66,7 @@ def give_cache_scales(
 
 
 def _values(scales: Mapping[str, StoredTensor]) -> Iterator[tuple[int, str, float]]:
-    """Layer, "k" or "v", and the scale; what an older name says comes last."""
+    """Yield layer, "k" or "v", and the scale; scales with older names come last."""
     for name, tensor in sorted(scales.items(), key=lambda item: item[0].endswith((".output_scale", ".kv_scale"))):
         value = tensor.load().flatten().tolist() if math.prod(tensor.shape) == 1 else []
         if not value or not math.isfinite(value[0]) or value[0] <= 0:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""What drafts for a model: a small model, a head, or the model's own layer for further tokens.
+"""Load a draft model, a draft head (EAGLE-3), or the model's own layer for multi-token prediction.
 
-It is loaded behind the one that it drafts for, and refused where it was made for another one, or their words differ.
+It is loaded after the target model, and refused if it was trained for another model or has another vocabulary.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ MOST_UNSHARED = 128
 
 
 def draft_config(config: EngineConfig) -> EngineConfig | None:
-    """The settings that the files of drafts are loaded with; None where there are to be none."""
+    """Return the settings with which the draft model's files are loaded; None without files of a draft model."""
     drafts = draft_settings(config.speculative_config)
     if drafts is None or drafts.model is None:
         return None
@@ -75,10 +75,10 @@ def draft_config(config: EngineConfig) -> EngineConfig | None:
 
 
 def find_draft(config: EngineConfig) -> None:
-    """Finds, and where need be downloads, the files of drafts, before the large model is read.
+    """Find the draft model's files, and download them if needed, before the target model is read.
 
     Raises:
-        ConfigError, ModelNotFoundError: they cannot be had.
+        ConfigError, ModelNotFoundError: the files cannot be found.
     """
     if (drafts := draft_config(config)) is not None:
         with _as_setting(drafts):
@@ -86,7 +86,7 @@ def find_draft(config: EngineConfig) -> None:
 
 
 def describe_draft(config: EngineConfig, target: Described, device: Device) -> Described | DescribedHead | None:
-    """All of what drafts but its weights; None where there is to be nothing. Errors as `load_draft`."""
+    """Load everything of a draft model or head but its weights; None without one. Raises as `load_draft`."""
     settings, drafts = draft_settings(config.speculative_config), draft_config(config)
     if settings is None or settings.method not in WITH_WEIGHTS:
         return None
@@ -101,10 +101,10 @@ def describe_draft(config: EngineConfig, target: Described, device: Device) -> D
 def load_draft(
     config: EngineConfig, target: LoadedModel, device: Device, progress: Callable[[int, int], object]
 ) -> LoadedModel | LoadedHead | None:
-    """What drafts for `target`; None where nothing is to, and on a GPU, where nothing with weights drafts.
+    """Load the draft model or head of `target`; None without one, and on a GPU, where drafts have no weights.
 
     Raises:
-        ConfigError, ModelNotFoundError, ModelLoadError: it cannot be loaded, or has another vocabulary, or was made for
+        ConfigError, ModelNotFoundError, ModelLoadError: it cannot be loaded, has another vocabulary, or was trained for
             another model.
     """
     settings, drafts = draft_settings(config.speculative_config), draft_config(config)
@@ -127,7 +127,7 @@ def load_draft(
 
 
 def open_draft(config: EngineConfig, method: str, device: Device) -> Opened:
-    """Opens the files of drafts; a head's tensors keep their names."""
+    """Open the draft model's files; tensors of a head keep their names."""
     files = model_files(config)
     if method == "draft_model" and _is_head(files):
         raise ConfigError(
@@ -152,7 +152,7 @@ def open_draft(config: EngineConfig, method: str, device: Device) -> Opened:
 
 
 def _is_head(files: ModelFiles) -> bool:
-    """Whether files call themselves an EAGLE head."""
+    """Return whether the files are of an EAGLE head, by their architecture."""
     if files.format == "gguf":
         from candle_vllm.core.loading.gguf import open_gguf
         from candle_vllm.core.models.eagle3 import GGUF_ARCHITECTURE
@@ -171,13 +171,13 @@ def _is_head(files: ModelFiles) -> bool:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DescribedHead:
-    """A head before its weights are read.
+    """A draft head before its weights are read.
 
     Attributes:
-        name, placement, config, guessed, meant: as of `LoadedHead`.
+        name, placement, config, `guessed`, meant: see `LoadedHead`.
         stored: its tensors.
-        weights, ignored: its names, and patterns of those that carry nothing.
-        build: makes it, given where and for which model.
+        weights, ignored: its table of weight names, and patterns of names that are not loaded.
+        build: builds the head, for a placement and a target model.
     """
 
     name: str
@@ -194,7 +194,7 @@ class DescribedHead:
 def describe_head(
     config: EngineConfig, method: str, target: Described | LoadedModel, opened: Opened, device: Device
 ) -> DescribedHead:
-    """All of a head but its weights, which fit it; errors as `load_draft`."""
+    """Load everything of a draft head but its weights, which are checked; raises as `load_draft`."""
     described = config_file(opened.files)
     with naming(described, opened.checkpoint.path):
         found = _describe_eagle3(target, opened) if method == "eagle3" else _describe_next_tokens(target, opened)
@@ -217,7 +217,7 @@ def load_head(
     progress: Callable[[int, int], object],
     whole: EngineConfig,
 ) -> LoadedHead:
-    """The head with its weights; `whole` are the settings of the model that it drafts for. Errors as `load_draft`."""
+    """Load a draft head; `whole` are the settings of the target model. Raises as `load_draft`."""
     if not isinstance(target.decoder, DecoderStack):
         raise ConfigError(
             f"speculative_config: {target.config.model_type} gives no hidden states, which the method {method} needs",
@@ -241,9 +241,9 @@ def load_head(
 
 
 def _whole_tables(config: EngineConfig, target: LoadedModel, found: DescribedHead, device: Device) -> DecoderStack:
-    """A model without layers for a head to share what it lacks with, where ranks have parts of that model's tables.
+    """Load the target's whole tables for a draft head that shares them, if ranks have only parts of the tables.
 
-    Its last norm is there too, and of the tables those alone that the head has none of its own of.
+    The result is the target model without layers: its last norm, and the tables that the head does not have itself.
     """
     head: Any = found.build(SHAPES, target.decoder)
     opened = open_model(model_files(config), device)
@@ -311,7 +311,7 @@ def _describe_eagle3(target: Described | LoadedModel, opened: Opened) -> Describ
 
 
 def _check_fit(target: Described | LoadedModel, name: str, config: Eagle3Config, head: Eagle3) -> None:
-    """Refuses a head that was made for another model."""
+    """Refuse a head that was trained for another model."""
     model, own = target.config, config.hidden_size
     wrong = None
     if config.target_size != model.hidden_size:
@@ -334,7 +334,7 @@ def _check_fit(target: Described | LoadedModel, name: str, config: Eagle3Config,
 
 
 def _tokenizer_of(opened: Opened) -> Tokenizer | None:
-    """A head's own tokenizer, where its files have one."""
+    """Return a head's own tokenizer; None if its files do not have one."""
     if "tokenizer.ggml.tokens" in opened.metadata:
         return Tokenizer.from_gguf(opened.metadata)
     if opened.files.format == "safetensors" and (opened.files.folder / "tokenizer.json").is_file():
@@ -371,9 +371,9 @@ def _describe_next_tokens(target: Described | LoadedModel, opened: Opened) -> De
 
 
 def vocabulary_difference(one: Tokenizer, other: Tokenizer) -> str | None:
-    """How two vocabularies differ, for people; None where each token that both have is the same text in both.
+    """Return how two vocabularies differ, for messages; None if every shared token id has the same text in both.
 
-    Rows without a token do not count, and up to `MOST_UNSHARED` tokens may be missing from one of them.
+    Rows without a token do not count, and up to `MOST_UNSHARED` tokens may be missing from either vocabulary.
     """
     first, second = (
         {index: text for text, index in words.backend.get_vocab(with_added_tokens=True).items()}
@@ -390,7 +390,7 @@ def vocabulary_difference(one: Tokenizer, other: Tokenizer) -> str | None:
 
 @contextmanager
 def _as_setting(drafts: EngineConfig | None) -> Iterator[None]:
-    """Says of errors that drafts are meant: those of a model, or else of the model's own layer."""
+    """Prefix errors with `speculative_config`, and with the draft model's name if it has files of its own."""
     said = "speculative_config" + ("" if drafts is None else f": the model of drafts, {drafts.model!r:.200}")
     try:
         yield

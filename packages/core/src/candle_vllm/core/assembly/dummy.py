@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Random weights for a model of which only `config.json` is there: `load_format="dummy"`.
+"""Random weights for a model of which only `config.json` exists: `load_format="dummy"`.
 
-Stands before step 1 of a request's life. The result is a `Checkpoint` like any other, so that all that follows (which
-kernels run, how much memory there is, what a step takes) is as with the real weights; what it says is noise.
+Before step 1 of a request's life. The result is a `Checkpoint` like any other, so kernels, memory and times of steps
+are those of the real weights; only the generated text is noise.
 
-Matrices are normal numbers with a standard deviation of 0.02, norms are ones and biases zeros, in the type that the
-config names. A tensor's numbers depend on its name and its device, and are made on the device where they will be used,
-in the memory's time.
+Elements of matrices have a normal distribution with standard deviation 0.02, norms are ones and biases zeros, in the
+type that the config names. A tensor's elements depend on its name and its device, and are generated on the device, as
+fast as its memory.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ _NAMES = MappingProxyType({"float32": "F32", "bfloat16": "BF16", "float16": "F16
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DummyTensor(FileTensor):
-    """A tensor that no file holds; `file` is the config that asks for it, and `dtype` is always set.
+    """A tensor that is in no file; `file` is the config, and `dtype` is always set.
 
     Attributes:
-        device: where the numbers are made.
+        device: the device on which the elements are generated.
     """
 
     device: Device
@@ -62,7 +62,7 @@ class DummyTensor(FileTensor):
         return normal(self.shape, self.type_name, self.device, spread, middle, seed=zlib.crc32(self.name.encode()))
 
     def raw(self) -> np.ndarray:
-        """See `StoredTensor.raw`; in memory of its own."""
+        """See `StoredTensor.raw`; generated at each call."""
         made = np.empty(self.numel, ELEMENTS[self.type_name])
         spread, middle = self._distribution()
         generator = np.random.default_rng(zlib.crc32(self.name.encode()))
@@ -73,23 +73,23 @@ class DummyTensor(FileTensor):
         return made.view(np.uint8).reshape(math.prod(self.shape[:-1]), -1)
 
     def _distribution(self) -> tuple[float, float]:
-        """Standard deviation and mean."""
+        """Return standard deviation and mean."""
         if len(self.shape) > 1:
             return STD, 0.0
         return 0.0, 0.0 if self.name.endswith("bias") else 1.0
 
     def release(self) -> None:
-        """There is no file to let go of."""
+        """Do nothing: the tensor is in no file."""
 
 
 def open_dummy(config: Path, device: Device) -> Checkpoint:
-    """The tensors that a model of this config would have, with Hugging Face's names.
+    """Return the tensors that a model of this config would have, with Hugging Face's names.
 
-    Parts of one stored tensor (the experts of a fused one) are tensors of their own, named by their place in the model.
+    Parts of one stored tensor (the experts of a fused one) are separate tensors, named by their target in the model.
 
     Args:
         config: a `config.json`.
-        device: where the tensors will be used.
+        device: the device on which the tensors will be used.
 
     Raises:
         ModelLoadError: the config cannot be read or its model is not implemented, as with real weights; the weights are
@@ -117,7 +117,7 @@ def open_dummy(config: Path, device: Device) -> Checkpoint:
 
 
 def _shapes(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of the model's tensors, found by building it without memory."""
+    """Yield names and shapes of the model's tensors, by building the model without memory."""
     family, config = family_from_hf(read_json(path), path)
     nothing = Checkpoint(path, "safetensors", (), {}, {})
     model = family.build(config, SHAPES, nothing)
@@ -134,13 +134,13 @@ def _shapes(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def _type_name(fields: Fields) -> str:
-    """The type of the weights; configs of transformers 5 call it dtype, older ones torch_dtype."""
+    """Return the type of the weights; configs of transformers 5 call it dtype, older ones torch_dtype."""
     key = "dtype" if "dtype" in fields else "torch_dtype"
     return _NAMES[fields.choice(key, "bfloat16", *_NAMES)]
 
 
 def _check_memory(config: Path, needed: int, device: Device) -> None:
-    """A config may claim any size, and no file bounds it."""
+    """Raise ModelLoadError if the weights exceed the free memory, because a config may claim any size."""
     free = free_memory(device)
     if needed > free:
         raise ModelLoadError(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""From resolved files to an encoder that is ready to run, or to a decoder where the files hold one."""
+"""Load an encoder from resolved files, or a decoder if the files contain a decoder."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoadedEncoder(Loaded):
-    """An encoder with its weights, and the tokens of the longest text."""
+    """An encoder with its weights, and the most tokens of a text."""
 
     encoder: Encoder
     config: EncoderConfig
@@ -64,11 +64,11 @@ def load_any_model(
     again: Sequence[WeightMemory] = (),
     ranks: Collective | None = None,
 ) -> LoadedModel | LoadedEncoder:
-    """Loads `config.model`, whichever kind it is; arguments and errors as `load_model`.
+    """Load `config.model`, a decoder or an encoder; raises as `load_model`.
 
     Args:
-        config, device, progress, ranks: as of `load_model`.
-        again: memories of the same model, whose matrices are written to their places once more.
+        config, device, progress, ranks: see `load_model`.
+        again: memories of the same model, into which its matrices are loaded again.
     """
     with loading(again) as memories:
         loaded = _load_any_model(config, device, progress, ranks)
@@ -104,7 +104,7 @@ def _load_any_model(
 
 
 def describe_encoder(files: ModelFiles, opened: Opened) -> tuple[EncoderFamily, EncoderConfig] | None:
-    """The family of an encoder's files, and what they say of it; None where they hold none."""
+    """Return the family and the config of an encoder's files; None if the files contain no encoder."""
     if files.format != "gguf":
         return _of_config(files)
     with naming(files.weights[0]):
@@ -119,7 +119,7 @@ def _of_config(files: ModelFiles) -> tuple[EncoderFamily, EncoderConfig] | None:
 
 
 def is_encoder(files: ModelFiles) -> bool:
-    """Whether files hold an encoder, by what they say of it."""
+    """Return whether the files contain an encoder, by their config or metadata."""
     with naming(config_file(files)):
         if files.format != "gguf":
             return _of_config(files) is not None
@@ -186,7 +186,7 @@ def _check_isq(config: EngineConfig) -> None:
 
 
 def _longest(config: EngineConfig, files: ModelFiles, model: EncoderConfig) -> int:
-    """The longest text: what was set, else what the model was tuned for, else what it has positions for."""
+    """Return the most tokens of a text: the setting, else the length the model was tuned for, else its positions."""
     if config.max_model_len is None:
         tuned = longest_text(files.folder) if files.format != "gguf" else None
         return min(model.max_position, tuned or model.max_position)

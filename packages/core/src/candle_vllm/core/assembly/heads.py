@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What stands behind the pooling of a model: the head of a classifier or reward model, or layers of its vectors."""
+"""Layers after a model's pooling: the head of a classifier or reward model, or Dense layers of an embedding model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from candle_vllm.core.pooled_head import Dense, PooledHead
 from candle_vllm.core.pooling import ModelPooling, PoolingKind
 from candle_vllm.core.text.tokenizer import Tokenizer
 
-_TABLES = ("lm_head.weight", "model.embed_tokens.weight")  # of rows whose products with a state are logits
+_TABLES = ("lm_head.weight", "model.embed_tokens.weight")  # output matrices, the tied one last
 
 
 def pooling_of(
@@ -29,10 +29,10 @@ def pooling_of(
     kind: PoolingKind,
     tokenizer: Tokenizer,
 ) -> tuple[ModelPooling, PooledHead | None]:
-    """How vectors of `size` elements are made, by `kind` where the files do not say it, and what stands behind.
+    """Return the pooling of hidden states of `size` elements, by default of `kind`, and the layers after it.
 
     Raises:
-        WeightsError: the head that config.json names is missing or misshapen.
+        WeightsError: the head that config.json names is missing, or has a wrong shape.
     """
     config = None if files.config is None else Fields(read_json(files.config), files.config)
     if config is not None and files.format != "gguf" and is_headed(config.values.get("architectures")):
@@ -48,10 +48,10 @@ def pooling_of(
 
 
 def _token_head(fields: Fields, words: list[Any], checkpoint: Checkpoint, tokenizer: Tokenizer) -> PooledHead:
-    """The head of a reranker that answers by logits of tokens, as vLLM's `classifier_from_token` names them.
+    """Return the head of a reranker that scores by logits of tokens, which vLLM's `classifier_from_token` names.
 
-    Of two tokens, such as "no" and "yes", the score is the probability of the second one among both: the sigmoid of the
-    difference of their logits. Of one token it is the sigmoid of its logit.
+    With two tokens, such as "no" and "yes", the score is the probability of the second of the two: the sigmoid of the
+    difference of their logits. With one token it is the sigmoid of its logit.
     """
     ids = [tokenizer.backend.token_to_id(word) if isinstance(word, str) else None for word in words]
     table = next((checkpoint.tensors[name] for name in _TABLES if name in checkpoint.tensors), None)
@@ -69,7 +69,7 @@ def _token_head(fields: Fields, words: list[Any], checkpoint: Checkpoint, tokeni
 
 
 def _score_head(fields: Fields, checkpoint: Checkpoint, size: int) -> PooledHead:
-    """The head of a decoder: one matrix, or two with ReLU between them as reward models of Qwen2 have it."""
+    """Return the head of a decoder: one matrix, or two with ReLU between them, as in Qwen2 reward models."""
     tensors = checkpoint.tensors
     stem = next((stem for stem in SCORES if any(name.startswith(f"{stem}.") for name in tensors)), None)
     if stem is None:

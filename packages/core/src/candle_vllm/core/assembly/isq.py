@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """In-situ quantisation: plain weights become blocks of a GGUF type while they are loaded, one tensor after the other.
 
-Stands before step 1 of a request's life. Every matrix of a family's table is looked at as the model wants it (its views
-come first), then wrapped in a tensor that quantises when it is asked for its bytes. What stays plain: norms and biases,
-the scores of experts, and matrices whose rows fit no block. The embedding table and the head get at least Q6_K, for
-they are looked up and compared row by row, and every token passes both.
+Before step 1 of a request's life. Every matrix of a family's table is converted to the model's layout (by its views),
+then wrapped in a tensor that quantises when its bytes are read. Norms, biases, the router of experts, and matrices
+whose rows fit no block stay plain. The embedding table and the head get at least Q6_K, because every token passes both,
+and they are used row by row.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ _PLAIN = ("positions:", "router:", "shared_gate:", "attend.keys:", "attend.value
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class InSitu(Viewed):
-    """A plain matrix that is quantised when its bytes are asked for.
+    """A plain matrix that is quantised when its bytes are read.
 
     Attributes:
         kind: the type of its blocks.
-        importance: of its columns, see `weight_quant.rows.quantise`.
+        importance: importance of its columns, see `weight_quant.rows.quantise`.
     """
 
     kind: GGMLQuantizationType
     importance: np.ndarray | None = None
 
     def select(self, order: np.ndarray) -> StoredTensor:
-        """See `StoredTensor.select`: no other rows are read and quantised, for each is quantised by itself."""
+        """See `StoredTensor.select`; only these rows are read and quantised, because rows are independent."""
         return self._part(self.source.select(order)) if self._is_plain else Viewed.select(self, order)
 
     def rows(self, first: int, last: int) -> StoredTensor:
@@ -56,7 +56,7 @@ class InSitu(Viewed):
         return self._part(self.source.rows(first, last)) if self._is_plain else Viewed.rows(self, first, last)
 
     def columns(self, first: int, last: int) -> StoredTensor:
-        """See `StoredTensor.columns`: so is each block."""
+        """See `StoredTensor.columns`; only these blocks are quantised, because blocks are independent."""
         self._check_columns(first, last)
         if not self._is_plain:
             return Viewed.columns(self, first, last)
@@ -65,7 +65,7 @@ class InSitu(Viewed):
 
     @property
     def _is_plain(self) -> bool:
-        """Whether rows and columns are those of the source, and all rows have the same importance."""
+        """Whether it has the source's rows and columns, and all rows have the same importance."""
         return self.source.shape == self.shape and (self.importance is None or len(self.importance) == 1)
 
     def _part(self, source: StoredTensor, importance: np.ndarray | None = None) -> InSitu:
@@ -73,10 +73,10 @@ class InSitu(Viewed):
         return in_situ(source, self.kind, importance)
 
     def raw(self) -> np.ndarray:
-        """See `StoredTensor.raw`; made anew at each call.
+        """See `StoredTensor.raw`; quantises at each call.
 
         Raises:
-            WeightsError: a number cannot be quantised.
+            WeightsError: an element cannot be quantised.
         """
         assert self.source.dtype is not None
         try:
@@ -95,19 +95,19 @@ def quantised_in_situ(
     has_place: Callable[[str], bool] = lambda _: True,
     imatrix: Imatrix | None = None,
 ) -> Checkpoint:
-    """The checkpoint with its matrices quantised to a type, under the names of their places in the model.
+    """Return the checkpoint with its matrices quantised to a type, under the names of their targets in the model.
 
     Args:
         name: one of `ISQ_TYPES`.
-        table: the family's names.
-        checkpoint: plain weights; closing either closes both.
-        config: the model's.
-        has_place: says of a line's target whether the model has it: see `loading.weights.places`.
-        imatrix: how much the columns of matrices matter.
+        table: the family's table of weight names.
+        checkpoint: plain weights; closing either checkpoint closes both.
+        config: the model's config.
+        has_place: returns whether the model has a target: see `loading.weights.places`.
+        imatrix: importance of the columns of matrices.
 
     Raises:
         ConfigError: the checkpoint is quantised already.
-        WeightsError: the importance matrix is of another model.
+        WeightsError: the importance matrix belongs to another model.
     """
     check_plain(name, checkpoint)
     tensors, used, counts = dict[str, StoredTensor](), set[str](), Counter[str]()
@@ -130,13 +130,13 @@ def quantised_in_situ(
 
 
 def check_used(imatrix: Imatrix, used: bool) -> None:
-    """Raises WeightsError where no matrix has an entry."""
+    """Raise WeightsError if no matrix has an entry in the importance matrix."""
     if not used:
         raise WeightsError(f"{imatrix.path} has no entry of a matrix that is quantised by it: is it of another model?")
 
 
 def check_plain(name: str, checkpoint: Checkpoint) -> None:
-    """Raises ConfigError for a checkpoint that is not of plain numbers, with what to do instead."""
+    """Raise ConfigError for a checkpoint that is not plain; the message says what to do instead."""
     quantised = next((tensor for tensor in checkpoint.tensors.values() if tensor.dtype is None), None)
     if checkpoint.format == "gguf":
         held = "a GGUF file, whose tensors have their types"
@@ -155,7 +155,7 @@ def check_plain(name: str, checkpoint: Checkpoint) -> None:
 def _matched(
     table: Sequence[WeightName], checkpoint: Checkpoint, config: Counted, has_place: Callable[[str], bool]
 ) -> Iterator[tuple[Line, Line, str, StoredTensor]]:
-    """The lines that the checkpoint has a tensor for, those of GGUF, its name, and it as the model wants it."""
+    """Yield table lines that have a tensor: the line, its line for GGUF, the stored name, and the tensor as loaded."""
     for line, written in beside_gguf(table, config):
         found = line.find(checkpoint.tensors) if line.names and has_place(line.target) else None
         if found is not None:
@@ -163,7 +163,7 @@ def _matched(
 
 
 def chosen_type(kind: GGMLQuantizationType, target: str, stored: StoredTensor) -> GGMLQuantizationType | None:
-    """What a tensor becomes; None where it stays plain."""
+    """Return the type to which a tensor is quantised; None if it stays plain."""
     if stays_plain(target, stored):
         return None
     if _is_table(target) and kind not in _FINE:
@@ -172,14 +172,14 @@ def chosen_type(kind: GGMLQuantizationType, target: str, stored: StoredTensor) -
 
 
 def in_situ(stored: StoredTensor, kind: GGMLQuantizationType, importance: np.ndarray | None = None) -> InSitu:
-    """A plain tensor as one of blocks."""
+    """Wrap a plain tensor as a quantised one."""
     size, width = ggml.block_layout(kind)
     nbytes = math.prod(stored.shape) // size * width
     return InSitu(stored.name, stored.shape, kind.name, nbytes, stored, kind, importance)
 
 
 def stays_plain(target: str, stored: StoredTensor) -> bool:
-    """What is added, scaled or decides between experts: whatever is no matrix of a linear layer."""
+    """Return whether a tensor is not a matrix of a linear layer, or is a router of experts, so that it stays plain."""
     if len(stored.shape) < 2 or stored.dtype not in SOURCES or not target.endswith("weight"):
         return True
     return any(f".{name}" in f".{target}" for name in _PLAIN)
@@ -190,7 +190,7 @@ def _is_table(target: str) -> bool:
 
 
 def _group(wanted: GGMLQuantizationType, chosen: GGMLQuantizationType | None, target: str, stored: StoredTensor) -> str:
-    """The log line that a tensor is counted in."""
+    """Return the log line in which a tensor is counted."""
     if chosen is None:
         return "" if stays_plain(target, stored) else "plain, as their rows fit no block"
     if chosen != wanted and chosen in (GGMLQuantizationType.Q8_0, GGMLQuantizationType.IQ4_NL):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""From resolved files to a model that is ready to run, with its tokenizer and chat template."""
+"""Load a decoder from resolved files, with its tokenizer and chat template."""
 
 from __future__ import annotations
 
@@ -63,25 +63,25 @@ _SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "typical_p", "repeti
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """What comes out of any model's files, beside the model.
+    """Everything besides the model itself that is loaded from a model's files.
 
     Attributes:
         name: the model's name as its source gives it.
-        placement: where its weights are, and whether steps are recorded.
+        placement: device and types of its weights, and whether steps are recorded.
         dtype: the types that matrices are multiplied in, the most frequent first.
         config: its configuration.
-        tokenizer: words to tokens.
-        template: the chat template, where the model has one.
+        tokenizer: the tokenizer.
+        template: the chat template; None without one.
         eos_token_ids: tokens that end a sequence: config, generation config and tokenizer together.
         default_sampling: sampling defaults of the model's generation config; its length of an answer as "max_tokens".
-        pooling: how vectors are made of its hidden states; a cross-encoder that computes its head has none.
-        head: what stands behind the pooling; None where nothing does.
-        quantization: stored tensor types and how many tensors of each, where they are not plain.
-        num_parameters: stored numbers.
+        pooling: how hidden states are pooled; None for a cross-encoder that computes its head itself.
+        head: layers after the pooling; None without such layers.
+        quantization: stored tensor types with the number of tensors of each; None if all are plain.
+        num_parameters: number of stored elements.
         weight_bytes: stored bytes.
-        split: what of it is not on its GPU; None where everything is in one place.
-        files: that its weights and description were read from; none where they are random.
-        memories: where its matrices are in recorded steps, and those of what was loaded with it.
+        split: the part of it that is not on its GPU; None if everything is in one place.
+        files: the files of its weights and config; empty for random weights.
+        memories: memory of its matrices in recorded steps, and of models that were loaded with it.
     """
 
     name: str
@@ -103,26 +103,26 @@ class Loaded:
 
     @property
     def sight(self) -> Sight | None:
-        """How it sees pictures; None where it does not."""
+        """How images become tokens of a prompt; None for a text-only model."""
         return None
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Names of the numbers that its head gives; none where it has no head for scores or classes."""
+        """Names of the outputs of its head; empty without a head for scores or classes."""
         return () if self.head is None else self.head.labels
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoadedHead:
-    """Layers that draft for a model from its hidden states, with their weights.
+    """A draft head: layers that draft from a model's hidden states, with their weights.
 
     Attributes:
-        name: what they were read from.
-        placement: where their weights are.
-        config: their description, as if they were a model of one layer.
+        name: name of its files.
+        placement: device and types of its weights.
+        config: its config, as if it were a model of one layer.
         head: the layers.
-        guessed: tokens that they can guess.
-        meant: the model's token of each of those, [guessed]; None where they are the same.
+        guessed: size of its output vocabulary.
+        meant: the model's token id for each token id of that vocabulary; None if the ids are the same.
         weight_bytes: stored bytes.
     """
 
@@ -137,12 +137,12 @@ class LoadedHead:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoadedModel(Loaded):
-    """A decoder with its weights; the context in `config` is cut to what was asked for.
+    """A decoder with its weights; the context length in `config` is limited by the settings.
 
     Attributes:
-        draft: the model or the head that drafts for it, where one was asked for; the first of several ranks has it.
-        tower: what it sees by, where it has that; the first of several ranks has it.
-        shard: which part of a model it is; None for the whole.
+        draft: its draft model or draft head, if the settings ask for one; only on the first rank.
+        tower: its vision tower, if it has one; only on the first rank.
+        shard: the part of the model that this rank has; None for the whole model.
     """
 
     decoder: Decoder
@@ -153,7 +153,7 @@ class LoadedModel(Loaded):
 
     @property
     def layers(self) -> range:
-        """The numbers of the model's layers that are here."""
+        """The numbers of the model's layers that this rank has."""
         return range(self.config.num_layers) if self.shard is None else self.shard.layers
 
     @property
@@ -162,9 +162,9 @@ class LoadedModel(Loaded):
         return None if self.tower is None else self.tower.sight
 
     def turning(self, tokens: int) -> Rotary | None:
-        """What turns tokens of pictures by three positions, with room for so many in a step; None where nothing does.
+        """Return the rotary embedding for M-RoPE, with table rows for `tokens` image tokens of a step; None without.
 
-        Its tables are made anew: it is asked for before anything knows them.
+        Its tables are allocated anew, so this must be called before a runner uses them.
         """
         elsewhere = self.shard is not None and not self.shard.is_first
         if not self.config.rope.axes or (self.tower is None and not elsewhere):
@@ -191,18 +191,18 @@ def load_model(
     opened: Opened | None = None,
     ranks: Collective | None = None,
 ) -> LoadedModel:
-    """Resolves `config.model`, downloads it where needed, and loads it.
+    """Resolve `config.model`, download it if needed, and load it.
 
     Args:
         config: the engine's settings.
-        device: where to load it.
+        device: the device to load it to.
         progress: called with bytes done and bytes in all.
-        opened: what `open_model` gave, where that was called already; it is closed.
-        ranks: among which the model is divided, where this is one of several.
+        opened: the model from `open_model`, if that was called already; it is closed.
+        ranks: the ranks among which the model is divided; None for a whole model.
 
     Raises:
-        ConfigError: it cannot be divided among so many.
-        ModelNotFoundError: the model names nothing that exists.
+        ConfigError: the model cannot be divided among this number of ranks.
+        ModelNotFoundError: no model has this name.
         ModelLoadError: its files cannot be used; the message names the file.
     """
     opened = opened or open_model(model_files(config), device)
@@ -251,7 +251,7 @@ def load_model(
 
 
 def _exchanges(config: EngineConfig, placement: Placement) -> All2AllBackend:
-    """How tokens come to whole experts; on the CPU, where fewer bytes take no less time, as it is asked for alone."""
+    """Return how tokens are sent to whole experts; "auto" sums on the CPU, where fewer bytes save no time."""
     asked = config.all2all_backend
     if asked == "all_to_all" and placement.invariant:
         raise ConfigError(
@@ -265,13 +265,13 @@ def _exchanges(config: EngineConfig, placement: Placement) -> All2AllBackend:
 
 
 def files_read(config: EngineConfig, files: ModelFiles) -> tuple[Path, ...]:
-    """The files that say what a model computes; none where its weights are random."""
+    """Return the files that determine what a model computes; () for random weights."""
     beside = (files.config, config.mmproj, config.imatrix)
     return (*files.weights, *(path for path in beside if path is not None)) if files.weights else ()
 
 
 def _check_depth(deep: int, model: ModelConfig, described: Path) -> None:
-    """InvalidFileError where a tower adds to more layers than its text model has, or to others than that says."""
+    """Raise InvalidFileError if a tower adds to more layers than the text model has, or to another number of layers."""
     said = getattr(model, "deep", 0)
     if deep > model.num_layers:
         raise InvalidFileError(f"{described}: the tower adds to {deep} layers of a text model of {model.num_layers}")
@@ -280,10 +280,10 @@ def _check_depth(deep: int, model: ModelConfig, described: Path) -> None:
 
 
 def describe_model(config: EngineConfig, device: Device, opened: Opened) -> Described:
-    """All of a model but its weights: it comes first, so that a model that cannot be served is refused early.
+    """Load everything of a model but its weights, so that a model that cannot be served is refused early.
 
     Raises:
-        ConfigError: a longer context was asked for than it has.
+        ConfigError: the settings ask for a longer context than the model has.
         ModelLoadError: its files cannot be used; the message names the file.
     """
     files, checkpoint, metadata = opened.files, opened.checkpoint, opened.metadata
@@ -334,10 +334,10 @@ def describe_model(config: EngineConfig, device: Device, opened: Opened) -> Desc
 
 
 def fit_settings(config: EngineConfig, model: ModelConfig | EncoderConfig) -> EngineConfig:
-    """The settings as a model can have them: layers of transformers run op by op, some of them for one sequence alone.
+    """Adapt the settings to a model: layers of transformers run op by op, and some with only one sequence at a time.
 
     Raises:
-        ConfigError: such a model is to be divided, or to be drafted for where it has a cache of its own.
+        ConfigError: the settings divide a model of transformers, or draft for one with a cache of its own.
     """
     if not isinstance(model, ModelConfig) or model.implementation == "native":
         return config
@@ -361,7 +361,7 @@ def fit_settings(config: EngineConfig, model: ModelConfig | EncoderConfig) -> En
 def describe_family(
     files: ModelFiles, checkpoint: Checkpoint, metadata: Mapping[str, Any], impl: ModelImpl = "auto"
 ) -> tuple[Family, ModelConfig]:
-    """The family of a decoder's files, and what they say of it; `impl` as for `family_from_hf`."""
+    """Return the family and the config of a decoder's files; `impl`: see `family_from_hf`."""
     if files.format == "gguf":
         if impl == "transformers":
             raise ConfigError("model_impl='transformers' reads safetensors alone, not GGUF files", "model_impl")
@@ -383,7 +383,7 @@ def _check_weights(family: Family, config: ModelConfig, checkpoint: Checkpoint) 
 
 
 def as_loaded(config: EngineConfig, family: Family, model: ModelConfig, checkpoint: Checkpoint) -> Checkpoint:
-    """What is loaded of a checkpoint: its tensors as they are stored, or quantised on the way."""
+    """Return a checkpoint as it is loaded: its tensors as they are stored, or quantised in situ (`isq`)."""
     if config.isq is None:
         return checkpoint
     from candle_vllm.core.assembly.isq import quantised_in_situ
@@ -402,7 +402,7 @@ def fill(
     progress: Callable[[int, int], object],
     cut: Cut | None = None,
 ) -> None:
-    """Gives a model its weights, those of a shard by `cut`; `progress` is called with bytes done and bytes in all."""
+    """Load a model's weights, cut to a shard by `cut`; `progress` is called with bytes done and bytes in all."""
     done, total = 0, sum(tensor.nbytes for tensor in checkpoint.tensors.values())
 
     def report(count: int) -> None:
@@ -425,7 +425,7 @@ def _generation_config(files: ModelFiles) -> Fields:
 
 
 def sampling_defaults(generation: Fields) -> dict[str, float | int]:
-    """Sampling defaults; a config that says do_sample false asks for greedy decoding."""
+    """Return the sampling defaults of a generation config; do_sample false means greedy decoding."""
     values: dict[str, Any] = {}
     for key in (key for key in _SAMPLING_KEYS if key in generation):
         value = generation.get(key, float)
@@ -434,7 +434,7 @@ def sampling_defaults(generation: Fields) -> dict[str, float | int]:
     if not generation.get("do_sample", bool, True):
         values["temperature"] = 0.0
     length = generation.values.get("max_new_tokens")
-    if isinstance(length, int) and 0 < length <= MAX_TOKENS:  # anything else never kept a model from being served
+    if isinstance(length, int) and 0 < length <= MAX_TOKENS:  # other values are ignored, as they always were
         values["max_tokens"] = length
     try:
         SamplingParams(**values)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""What of a model is not on its GPU: experts that the CPU computes, and layers whose matrices are read over the bus.
+"""Offload parts of a model from its GPU: experts that the CPU computes, and layers that are read over the bus.
 
-As much as somebody set, or as does not fit.
+The settings say how much, or as much is offloaded as does not fit.
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ _SETTINGS = ("cpu_experts", "cpu_offload_gb", "gpu_layers")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Split:
-    """What of a model on a GPU is in main memory.
+    """The parts of a model on a GPU that are in main memory.
 
     Attributes:
-        experts: the CPU computes those of the first so many layers.
-        host: where their matrices go; None where there are none.
-        layers: the GPU reads the matrices of layers from this one on over the bus.
-        bus: where those are; None where there are none.
-        names: of the stored tensors in main memory.
-        host_bytes: that they take there.
-        bus_bytes: those of the layers.
-        message: the arithmetic, for the log.
+        experts: number of first layers whose experts the CPU computes.
+        host: placement of their matrices; None if the CPU computes no experts.
+        layers: number of the first layer whose matrices the GPU reads over the bus.
+        bus: memory of these matrices; None if no layer is read over the bus.
+        names: names of the stored tensors in main memory.
+        host_bytes: bytes that these tensors take in main memory.
+        bus_bytes: the part of these bytes that is read over the bus.
+        message: the computation of the split, for the log.
     """
 
     experts: int
@@ -67,7 +67,7 @@ class Split:
     message: str
 
     def place(self, decoder: Decoder) -> None:
-        """Says so to the layers of a model that was built, and not filled."""
+        """Apply the split to the layers of a model that is built, before its weights are loaded."""
         model: Any = decoder
         if self.host is not None:
             for number, mixture in mixtures_of(model.layers).items():
@@ -79,23 +79,23 @@ class Split:
 
 
 class _Layers(NamedTuple):
-    """The names of stored tensors by the numbers of their layers: those of experts, and of all other products."""
+    """Names of stored tensors by layer number: matrices of experts, and all other matrices."""
 
     experts: Mapping[int, set[str]]
     rest: Mapping[int, set[str]]
 
     def of(self, number: int, *, experts: bool = True) -> set[str]:
-        """Those of a layer, with its experts or without."""
+        """Return the names of a layer's matrices, with or without its experts."""
         return self.rest.get(number, set()) | (self.experts.get(number, set()) if experts else set())
 
 
 def plan_split(
     config: EngineConfig, device: Device, placement: Placement, family: Family, model: ModelConfig, stored: Checkpoint
 ) -> Split | None:
-    """What goes to main memory; None where everything is in one place.
+    """Plan what is placed in main memory; return None if everything is in one place.
 
     Raises:
-        ConfigError: it was set, and cannot be had with this model.
+        ConfigError: the settings cannot be applied to this model.
     """
     if device.type == "cpu":
         for name in _SETTINGS:
@@ -153,7 +153,7 @@ def plan_split(
 
 
 def _host(config: EngineConfig) -> Placement:
-    """Where experts go that the CPU computes."""
+    """Return the placement of experts that the CPU computes."""
     return Placement(
         CPU,
         "F32",
@@ -180,16 +180,16 @@ def _layers(family: Family, model: ModelConfig, stored: Checkpoint) -> _Layers:
 
 
 def _among(stored: Checkpoint, names: Set[str]) -> Checkpoint:
-    """Some of the tensors."""
+    """Return a checkpoint with only these tensors."""
     return stored.with_tensors({name: stored.tensors[name] for name in names})
 
 
 def _how_many(
     config: EngineConfig, device: Device, placement: Placement, model: ModelConfig, stored: Checkpoint, found: _Layers
 ) -> tuple[int, int, str]:
-    """The experts of how many layers the CPU computes, from which layer on the rest is read over the bus, and why.
+    """Return the number of layers whose experts the CPU computes, the first layer that is read over the bus, and why.
 
-    Where nothing is said of either, as few go as must: experts first, for a token needs a few of them.
+    Without settings, only what does not fit is offloaded: experts first, because a token needs only a few of them.
     """
     last = model.num_layers
     experts, layers, chosen = min(config.cpu_experts or 0, last), last, False
@@ -228,5 +228,5 @@ def _how_many(
 
 
 def _size(placement: Placement, stored: Checkpoint, found: _Layers, number: int, experts: int) -> int:
-    """Bytes of a layer's matrices, without its experts where the CPU computes those."""
+    """Return the bytes of a layer's matrices, without its experts if the CPU computes them."""
     return memory_of(placement, _among(stored, found.of(number, experts=number >= experts)))

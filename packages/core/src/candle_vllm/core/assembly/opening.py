@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Opening a model: from what was asked for to its files, its stored tensors and its tokenizer, before any is loaded."""
+"""Open a model: resolve the setting `model` to files, stored tensors and the tokenizer, before weights are loaded."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-    """A model's files and what is in them.
+    """A model's files and their contents.
 
     Attributes:
         files: the files.
         checkpoint: its stored tensors.
-        metadata: of a GGUF file.
-        cache_scales: of a float8 cache, by name.
-        tower: the tensors of what sees, where that is served.
+        metadata: metadata of a GGUF file; empty for other formats.
+        cache_scales: scales of a float8 cache, by name.
+        tower: the tensors of the vision tower; None without one, or if it is not served.
     """
 
     files: ModelFiles
@@ -47,7 +47,7 @@ class Opened:
 
 
 def model_files(config: EngineConfig) -> ModelFiles:
-    """The files of `config.model`, downloaded where needed; errors as `load_model`."""
+    """Return the files of `config.model`, downloaded if needed; raises as `load_model`."""
     return resolve(
         config.model,
         weight_file=config.weight_file,
@@ -63,13 +63,13 @@ _WORDS_BYTES, _WORD_BYTES = 16 << 20, 1 << 10
 
 
 def config_file(files: ModelFiles) -> Path:
-    """The file that describes the model."""
+    """Return the file that describes the model."""
     return files.weights[0] if files.format == "gguf" else files.config or files.folder
 
 
 @contextmanager
 def naming(source: object, *others: object) -> Iterator[None]:
-    """Puts `source` before the message of a loading error, whoever raised it, unless it names that or `others`."""
+    """Prefix the message of a loading error with `source`, unless it names `source` or one of `others`."""
     try:
         yield
     except ModelLoadError as error:
@@ -79,9 +79,9 @@ def naming(source: object, *others: object) -> Iterator[None]:
 
 
 def open_model(files: ModelFiles, device: Device) -> Opened:
-    """Opens what `model_files` found; errors as `load_model`.
+    """Open the files that `model_files` found; raises as `load_model`.
 
-    Each format's readers are imported with it: a GGUF file, from which most people start, needs none of the others'.
+    The readers of a format are imported only for that format, so that a GGUF file starts quickly.
     """
     with naming(config_file(files)), room_for(f"the file of {files.name}", 0):
         if files.format == "gguf":
@@ -120,18 +120,18 @@ def open_model(files: ModelFiles, device: Device) -> Opened:
 
 
 def open_tokenizer(config: EngineConfig, files: ModelFiles, metadata: Mapping[str, Any], rows: int) -> Tokenizer:
-    """The tokenizer, brought to the `rows` of the embedding table."""
+    """Load the tokenizer, with its vocabulary extended to the `rows` of the embedding table."""
     inside = files.format == "gguf" and config.tokenizer is None
     source = files.weights[0] if inside else config.tokenizer or files.tokenizer_folder or files.folder
-    # Its own library ends the process where memory runs out, so what it takes about is asked for before.
+    # The tokenizers library ends the process if memory runs out, so the estimated memory is checked before.
     with naming(source), room_for(f"the tokenizer of {files.name}", _WORDS_BYTES + rows * _WORD_BYTES):
         tokenizer = Tokenizer.from_gguf(metadata) if inside else Tokenizer.from_folder(source)
         return fit_tokenizer(tokenizer, rows, source)
 
 
 def stored_types(checkpoint: Checkpoint) -> str | None:
-    """Stored types with their counts, most frequent first, where any is not a plain float."""
+    """Return the stored types with their counts, most frequent first; None if all are plain floats."""
     kinds = Counter(tensor.type_name for tensor in checkpoint.tensors.values())
-    if set(kinds) <= {"F32", "F16", "BF16", "F64", "I64"}:  # whole numbers are buffers
+    if set(kinds) <= {"F32", "F16", "BF16", "F64", "I64"}:  # I64 tensors are buffers
         return None
     return ", ".join(f"{kind} x {count}" for kind, count in kinds.most_common())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How a model computes: recorded steps over matrices in their own types where that is possible, torch elsewhere."""
+"""Choose how a model computes: recorded steps with compiled kernels if possible, else torch; and its types."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def resolve_ranks(config: EngineConfig) -> EngineConfig:
     With `enforce_eager` the ranks stay processes, which compute in torch.
 
     Raises:
-        ConfigError: fewer GPUs are named than ranks, the GPU that was asked for cannot be used, or the ranks need a
-            GPU and there is none.
+        ConfigError: the settings name fewer GPUs than ranks, the GPU cannot be used, or the ranks need a GPU and the
+            machine does not have one.
     """
     if config.ranks == 1:
         return config
@@ -64,7 +64,7 @@ def resolve_ranks(config: EngineConfig) -> EngineConfig:
             "device",
         )
     replicas, ray = config.data_parallel_size, config.distributed_executor_backend == "ray"
-    if replicas > 1 or config.node_rank or ray:  # other processes compute, or Ray says where: no GPU is opened here
+    if replicas > 1 or config.node_rank or ray:  # other processes compute, or Ray assigns devices: open no GPU here
         on_gpu = means_gpus(config.device)
     else:
         on_gpu = choose_device(config.device).type == "cuda"
@@ -108,10 +108,10 @@ def resolve_ranks(config: EngineConfig) -> EngineConfig:
 
 
 def choose_placement(config: EngineConfig, device: Device, checkpoint: Checkpoint, model: ModelConfig) -> Placement:
-    """Recorded on the CPU, unless torch was asked for or something stands against it, which a warning says.
+    """Choose recorded steps on the CPU, unless the settings ask for torch or an obstacle, which is logged, requires it.
 
     Raises:
-        ConfigError: the dtype is not one that the GPU's kernels multiply these weights in.
+        ConfigError: the GPU's kernels cannot multiply these weights in this dtype.
     """
     quantised = any(tensor.dtype is None for tensor in checkpoint.tensors.values())
     dtype = device_dtype(config, device)
@@ -140,9 +140,9 @@ def choose_placement(config: EngineConfig, device: Device, checkpoint: Checkpoin
 def encoder_placement(
     config: EngineConfig, device: Device, checkpoint: Checkpoint, obstacle: str | None = None
 ) -> Placement:
-    """The same for an encoder, whose matrices are plain where steps are not recorded; errors as `choose_placement`.
+    """Choose the placement of an encoder, whose matrices are plain in torch; raises as `choose_placement`.
 
-    `obstacle` is why they cannot be, by the model's family.
+    `obstacle` is why the model's family cannot be recorded, if it cannot.
     """
     in_torch = Placement(device, device_dtype(config, device))
     if config.enforce_eager or device.type == "cuda":
@@ -151,7 +151,7 @@ def encoder_placement(
 
 
 def _recorded(config: EngineConfig, in_torch: Placement, obstacle: str | None) -> Placement:
-    """Recorded steps on the CPU, or torch where something stands against them."""
+    """Return the placement with recorded steps on the CPU, or with torch if there is an obstacle."""
     if obstacle is None:
         wanted = plain_kind(config.dtype.upper()) if config.dtype in DTYPES else None
         threads = config.threads or default_threads()
@@ -163,12 +163,12 @@ def _recorded(config: EngineConfig, in_torch: Placement, obstacle: str | None) -
 
 
 def _in_torch(config: EngineConfig, placement: Placement, reason: str) -> Placement:
-    """The placement, for which torch computes on as many threads as `config` says; `reason` is why it does.
+    """Return the placement, after setting torch's threads by `config`; `reason` is why torch computes.
 
     Raises:
         ConfigError: torch is not installed, or CPU ranks are asked for.
     """
-    with_experts = placement.device.type == "cuda" and config.cpu_experts != 0  # which the CPU may compute
+    with_experts = placement.device.type == "cuda" and config.cpu_experts != 0  # the CPU may compute experts
     if config.cpu_ranks is not None and config.cpu_ranks > 1 and not with_experts:
         raise ConfigError(
             f"cpu_ranks={config.cpu_ranks} divides what the compiled CPU kernels do, and {reason}: leave out what "
@@ -181,10 +181,10 @@ def _in_torch(config: EngineConfig, placement: Placement, reason: str) -> Placem
 
 
 def device_dtype(config: EngineConfig, device: Device) -> str:
-    """The type of a model's numbers where no steps are recorded; "auto" is bfloat16 on a GPU that multiplies it.
+    """Return the type of weights and activations in torch; "auto" is bfloat16 on a GPU that supports it.
 
     Raises:
-        ConfigError: bfloat16 on a GPU that does not.
+        ConfigError: the dtype is bfloat16, and the GPU does not support it.
     """
     wanted = DTYPES.get(config.dtype)
     if device.type == "cpu" or wanted in ("F32", "F16"):
@@ -204,7 +204,7 @@ def device_dtype(config: EngineConfig, device: Device) -> str:
 
 
 def _beyond_f16(config: EngineConfig, device: Device, model: str, *, kept: bool) -> str:
-    """What a model computes in for which float16 is too small, and which it would get."""
+    """Return the type for a model that would get float16, but whose activations exceed its range."""
     known = f"activations of {model} are known to leave the range of float16"
     if config.dtype == "f16":
         logger.warning("%s, and answers end in an error where they do: leave dtype out, or set bf16 or f32", known)
@@ -220,7 +220,7 @@ def _beyond_f16(config: EngineConfig, device: Device, model: str, *, kept: bool)
 
 
 def recording_obstacle(checkpoint: Checkpoint, model: ModelConfig, block_size: int) -> str | None:
-    """Why the compiled CPU kernels cannot run a decoder's checkpoint; None if they can."""
+    """Return why the compiled CPU kernels cannot run a decoder's checkpoint; None if they can."""
     obstacle = matrix_obstacle(checkpoint)
     if obstacle is not None:
         return obstacle
@@ -238,7 +238,7 @@ def recording_obstacle(checkpoint: Checkpoint, model: ModelConfig, block_size: i
 
 
 def matrix_obstacle(checkpoint: Checkpoint) -> str | None:
-    """Why the compiled CPU kernels cannot multiply a checkpoint's matrices; None if they can."""
+    """Return why the compiled CPU kernels cannot multiply a checkpoint's matrices; None if they can."""
     from candle_vllm.core.kernels.cpu_runtime.kernel_cache import can_compile
 
     if not can_compile():
@@ -253,7 +253,7 @@ def matrix_obstacle(checkpoint: Checkpoint) -> str | None:
 
 
 def computing_dtype(placement: Placement, checkpoint: Checkpoint) -> str:
-    """The types that matrices are multiplied in, the most frequent first: "bf16", or "int8, f16" of a mixed file."""
+    """Return the types that matrices are multiplied in, most frequent first: "bf16", or "int8, f16" if mixed."""
     if not placement.recorded:
         return placement.dtype.lower()
     counts: Counter[str] = Counter()
@@ -264,7 +264,7 @@ def computing_dtype(placement: Placement, checkpoint: Checkpoint) -> str:
 
 
 def memory_of(placement: Placement, checkpoint: Checkpoint) -> int:
-    """Bytes that the weights take about, once they are loaded; decoded ones take more than they are stored in."""
+    """Estimate the bytes of the loaded weights; decoded weights take more bytes than they are stored in."""
     return sum(_memory_of(placement, tensor) for tensor in checkpoint.tensors.values())
 
 
@@ -272,9 +272,9 @@ def memory_of(placement: Placement, checkpoint: Checkpoint) -> int:
 def room_for_weights(
     name: str, placement: Placement, checkpoint: Checkpoint, elsewhere: Set[str] = frozenset(), host_bytes: int = 0
 ) -> Iterator[None]:
-    """Around loading weights: where memory runs out, a ConfigError says of which, and what would fit.
+    """Enclose loading weights: if memory runs out, a ConfigError says which memory, and what would fit.
 
-    The tensors of names `elsewhere` take so many bytes of main memory, while the rest goes to a GPU.
+    The tensors with names in `elsewhere` take `host_bytes` of main memory, while the rest goes to a GPU.
     """
     on_host = nullcontext()
     if elsewhere:
@@ -296,7 +296,7 @@ def room_for_weights(
 
 def _memory_of(placement: Placement, tensor: StoredTensor) -> int:
     if placement.recorded and tensor.name in TABLES and not isinstance(tensor, Viewed):
-        return 0  # it stays in its file
+        return 0  # the table stays in its mapped file
     if not (placement.recorded or placement.keeps_quantised):
         return tensor.numel * ELEMENTS[placement.dtype].itemsize
     if tensor.dtype is None and not _is_decoded(placement, tensor):
@@ -313,12 +313,12 @@ def _memory_of(placement: Placement, tensor: StoredTensor) -> int:
         return tensor.numel * ELEMENTS[placement.dtype].itemsize
     kind = placement.plain_kind
     if placement.words and kind is None and tensor.dtype == "F16":
-        return tensor.numel * 17 // 8  # with a scale for each 32
+        return tensor.numel * 17 // 8  # int8 with a scale for each 32 elements
     return tensor.numel * ELEMENTS[(tensor.dtype or "BF16") if kind is None else kind.name].itemsize
 
 
 def _is_decoded(placement: Placement, tensor: StoredTensor) -> bool:
-    """Whether no kernel has the tensor's scales; tables, and experts of mixed types, may be decoded besides."""
+    """Return whether no kernel supports the tensor's scales; tables and experts of mixed types may be decoded too."""
     if tensor.span is None:
         return False
     unit = LEAST_SPAN
@@ -336,8 +336,8 @@ def _matrix_dtype(tensor: StoredTensor, wanted: PlainKind | None) -> str:
 
 
 def _has_kernel(matrix: StoredTensor) -> bool:
-    """Whether the compiled kernels multiply a matrix: plain ones of any shape, quantised ones of whole blocks."""
-    columns = matrix.shape[-1]  # those of all experts may be one tensor
+    """Return whether the compiled kernels can multiply a matrix: plain of any shape, or quantised in whole blocks."""
+    columns = matrix.shape[-1]  # the last dimension, because all experts may be one tensor
     if matrix.block_type is None:
         return columns <= MAX_COLUMNS
     layout = LAYOUTS[packed_kind(matrix.block_type)]

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Tensor parallel: what of a model a rank has, and where ranks add up their results.
+"""Tensor parallelism: a rank's part of a model, and the sums over ranks.
 
-A rank's model is the family's own, of fewer heads, narrower feed-forward layers and fewer words; no family knows of it.
-What it gets of each tensor is seen from the shapes of all ranks' models. Where it has some of a matrix's inputs, the
-results are summed over the ranks, once for attention and once for what follows it. Experts may be whole, some on each
-rank (expert parallel): all have all tokens, and what their experts make of them is summed as the rest is; or each rank
-has some of the tokens there, and they are sent to their experts (`kernels/collectives/token_shares.py`).
+A rank's model is the family's own with fewer heads, narrower feed-forward layers and a smaller vocabulary; families
+need no code for it. The part of each tensor follows from the shapes of all ranks' models. If a rank has only some
+inputs of a matrix, the outputs are summed over the ranks, once for attention and once for the feed-forward layer. With
+expert parallelism each rank has some experts whole: either all ranks have all tokens and the experts' outputs are
+summed, or each rank has a share of the tokens and sends them to their experts (`kernels/collectives/token_shares.py`).
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ MOST_RANKS = 64
 
 
 class _Shape(NamedTuple):
-    """Of a parameter, and the matrices that stand above each other in it."""
+    """Shape of a parameter, and the number of matrices that are stacked in its rows."""
 
     sizes: tuple[int, ...]
     sections: int
 
 
 class _Cut(NamedTuple):
-    """What a rank has of a parameter: entries of one dimension, from `first` to `last` of each section."""
+    """A rank's part of a parameter: entries `first` to `last` of one dimension, in each section."""
 
     dimension: int
     first: int
@@ -55,7 +55,7 @@ class _Cut(NamedTuple):
     sections: int
 
     def among(self, total: int) -> NDArray[np.int64]:
-        """Which of the whole's entries they are."""
+        """Return the indices of these entries in the whole dimension."""
         sections = np.arange(self.sections)[:, None] * (total // self.sections)
         return (sections + np.arange(self.first, self.last)).reshape(-1)
 
@@ -65,14 +65,14 @@ class Shard:
     """A rank's part of a model.
 
     Attributes:
-        config: what its own model is built by.
-        cuts: what it has of the parameters that are divided, by their targets in the family's table.
-        collective: the ranks.
-        full: the whole model's description.
-        stage: what it has of the model's layers; None for all.
-        absent: targets of what other ranks have whole, of experts or of heads.
-        exchanges: how tokens come to experts; see `all2all_backend`.
-        tensors: names of what is stored of it.
+        config: config of the rank's own model.
+        cuts: its parts of divided parameters, by target in the family's table.
+        collective: collective operations of the ranks.
+        full: config of the whole model.
+        stage: its layers of the model; None for all layers.
+        absent: targets of parameters that only other ranks have, such as experts.
+        exchanges: how tokens are sent to experts; see `all2all_backend`.
+        tensors: names of its stored tensors.
     """
 
     config: ModelConfig
@@ -86,7 +86,7 @@ class Shard:
 
     @property
     def is_first(self) -> bool:
-        """Whether it is that of the first rank, which alone has what a model sees by and what drafts for it."""
+        """Whether it is the first rank's, which alone has the vision tower and the draft model."""
         return is_first(self.collective)
 
     @property
@@ -95,16 +95,16 @@ class Shard:
         return range(self.full.num_layers) if self.stage is None else self.stage.layers
 
     def stored(self, checkpoint: Checkpoint) -> Checkpoint:
-        """What it reads of a checkpoint."""
+        """Return the checkpoint with only the tensors that this rank loads."""
         if self.stage is None and not self.absent:
             return checkpoint
         return checkpoint.with_tensors({name: checkpoint.tensors[name] for name in self.tensors})
 
     def cut(self, target: str, stored: StoredTensor) -> StoredTensor:
-        """What it has of a tensor.
+        """Return this rank's part of a tensor.
 
         Raises:
-            WeightsError: what is stored together would be cut.
+            WeightsError: the part would split a quantisation block.
         """
         cut = self.cuts.get(target)
         if cut is None:
@@ -114,7 +114,7 @@ class Shard:
         return stored.columns(cut.first, cut.last)
 
     def cut_adapter(self, adapter: FittedAdapter) -> FittedAdapter:
-        """What a rank has of an adapter: of B what it has of outputs, of A what it has of inputs; a bias once."""
+        """Return this rank's part of an adapter: B is cut by outputs, A by inputs; only the first rank adds a bias."""
         found: dict[str, dict[str, Delta]] = {}
         for path, deltas in adapter.deltas.items():
             if self.stage is not None and not self.stage.has(path):
@@ -130,9 +130,9 @@ class Shard:
         return dataclasses.replace(adapter, deltas=found)
 
     def join(self, decoder: Decoder) -> None:
-        """Has the ranks' results added up where each has a part of the inputs; the model's weights are there.
+        """Make layers sum over ranks if each rank has a part of their inputs; the weights must be loaded.
 
-        From then on its words are those of the whole model.
+        From then on the decoder's vocabulary is that of the whole model.
         """
         whole: Any = decoder
         whole.config = dataclasses.replace(self.config, vocab_size=self.full.vocab_size)
@@ -153,7 +153,7 @@ class Shard:
             self._divide_tokens(whole)
 
     def _divide_tokens(self, decoder: Any) -> None:
-        """Has layers with experts divide a step's tokens, where that is asked for or may pay."""
+        """Make layers with experts divide a step's tokens among ranks, if the setting asks for it or it may pay."""
         from candle_vllm.core.kernels.collectives.token_shares import TokenShares, least_step, rows_sent
 
         size, mixture = self.collective.size, getattr(self.full, "mixture")  # noqa: B009 - who has experts has one
@@ -197,18 +197,18 @@ def shard_of(
     apart: bool = False,
     exchanges: All2AllBackend = "allgather_reducescatter",
 ) -> Shard:
-    """A rank's part of a model.
+    """Return a rank's part of a model.
 
     Args:
-        name: the model's, for messages.
-        family, config: what the whole model is built by.
+        name: the model's name, for messages.
+        family, config: family and config of the whole model.
         checkpoint: its tensors.
-        collective: the ranks.
-        apart: experts are whole, some on each rank; else each rank has a part of every one.
-        exchanges: how tokens come to whole experts; where always by exchanges, what all tokens share is whole, too.
+        collective: collective operations of the ranks.
+        apart: whether each rank has some experts whole (expert parallelism), instead of a part of every expert.
+        exchanges: how tokens are sent to whole experts; with "all_to_all" the shared expert is whole on each rank, too.
 
     Raises:
-        ConfigError: it cannot be divided among so many, with the numbers that it can be.
+        ConfigError: the model cannot be divided among this number of ranks; the message has possible numbers.
     """
     size = collective.size
     if apart and getattr(config, "mixture", None) is None:
@@ -256,13 +256,13 @@ def shard_of(
 
 
 def _shapes(family: Family, config: ModelConfig, checkpoint: Checkpoint) -> dict[str, _Shape]:
-    """Of every parameter of a model, by its target."""
+    """Return the shape of every parameter of a model, by target."""
     found = parameters_of(family.build(config, SHAPES, checkpoint), family.weights, config, checkpoint.format)
     return {target: _Shape(tuple(each.shape), each.sections) for target, each in found.items()}
 
 
 def _cut(target: str, whole: _Shape, parts: Sequence[_Shape], rank: int) -> _Cut | None:
-    """What a rank has of a parameter; None for all."""
+    """Return a rank's part of a parameter; None for the whole parameter."""
     differ = [n for n, total in enumerate(whole.sizes) if any(part.sizes[n] != total for part in parts)]
     if not differ:
         return None
@@ -280,15 +280,15 @@ def _cut(target: str, whole: _Shape, parts: Sequence[_Shape], rank: int) -> _Cut
 
 
 class _Units(NamedTuple):
-    """At multiples of what a model may be divided.
+    """The units in which a model's dimensions can be divided.
 
     Attributes:
-        heads: of queries.
-        inner, experts, shared: numbers between the matrices of dense feed-forward layers, of experts, and of what all
-            tokens share.
-        channels: of convolutions.
+        heads: unit of query heads.
+        inner, experts, shared: units of the inner size of dense feed-forward layers, of experts, and of the shared
+            expert.
+        channels: unit of convolution channels.
         apart: see `shard_of`.
-        exchanged: what all tokens share is whole on each rank, which multiplies its own tokens by it.
+        exchanged: whether the shared expert is whole on each rank, which runs it for its own tokens.
     """
 
     heads: int = 1
@@ -301,7 +301,7 @@ class _Units(NamedTuple):
 
     @classmethod
     def of(cls, family: Family, config: ModelConfig, checkpoint: Checkpoint) -> _Units:
-        """What is stored together stays together."""
+        """Find the units in which the stored tensors can be cut."""
         stored = {
             line.target: (line, name)
             for line in expand(family.weights, config, checkpoint.format)
@@ -310,7 +310,7 @@ class _Units(NamedTuple):
         whole = _shapes(family, config, checkpoint)
 
         def unit(count: int, narrow: Callable[[], ModelConfig]) -> int:
-            """How many of `count` stay together, where a model of fewer has fewer columns somewhere."""
+            """Return the smallest unit of `count`, by the columns that are narrower in a narrower model."""
             if count < 2:
                 return 1
             least = 1
@@ -341,13 +341,13 @@ class _Units(NamedTuple):
         )
 
     def _heads(self, config: ModelConfig, size: int) -> int:
-        """Heads of queries that stay together among so many ranks."""
+        """Return the unit of query heads for `size` ranks."""
         if config.latent is not None or size > config.num_kv_heads:
             return self.heads
         return math.lcm(self.heads, config.num_heads // config.num_kv_heads)
 
     def obstacle(self, config: ModelConfig, size: int) -> str | None:
-        """Why it cannot be divided among so many ranks; None where it can."""
+        """Return why the model cannot be divided among `size` ranks; None if it can."""
         heads, kv = config.num_heads, config.num_kv_heads
         if size > 1 and getattr(config, "whole_norms", False):
             return "it has norms of all heads, or means of all numbers of a feed-forward layer at once"
@@ -372,7 +372,7 @@ class _Units(NamedTuple):
         return None
 
     def narrowed(self, config: ModelConfig, rank: int, size: int) -> ModelConfig:
-        """What a rank's model is built by."""
+        """Return the config of a rank's model."""
         shares = [_share(config.num_heads, self._heads(config, size), each, size) for each in range(rank + 1)]
         first, heads = sum(shares[:-1]), shares[-1]
         mixture: Any = getattr(config, "mixture", None)
@@ -402,7 +402,7 @@ class _Units(NamedTuple):
 
 
 def _channels(config: ModelConfig) -> int:
-    """Channels of a model's short convolutions; 0 where it has none."""
+    """Return the channels of a model's short convolutions; 0 without convolutions."""
     return getattr(config, "channels", 0)
 
 
@@ -411,7 +411,7 @@ def _with_channels(config: ModelConfig, channels: int) -> ModelConfig:
 
 
 def _cut_delta(delta: Delta, cut: _Cut, rank: int) -> Delta | None:
-    """What a rank has of what is done to a matrix; None for nothing."""
+    """Return a rank's part of a delta; None if the part is empty."""
     if cut.dimension == 1:
         a = None if delta.a is None else delta.a.columns(cut.first, cut.last)
         bias = None if rank else delta.bias
@@ -426,7 +426,7 @@ def _cut_delta(delta: Delta, cut: _Cut, rank: int) -> Delta | None:
         return None if stored is None else stored.select(cut.among(stored.shape[0]))
 
     rows = delta.rows
-    if rows is not None:  # of a table, by its words
+    if rows is not None:  # of a table, by token id
         mine = (rows[0] >= cut.first) & (rows[0] < cut.last)
         rows = (rows[0][mine] - cut.first, rows[1][mine]) if mine.any() else None
     found = dataclasses.replace(
@@ -442,7 +442,7 @@ def _cut_delta(delta: Delta, cut: _Cut, rank: int) -> Delta | None:
 
 
 def _share(total: int, unit: int, rank: int, size: int) -> int:
-    """How much of `total` a rank has, at multiples of a unit: the first ones have one more where it does not divide."""
+    """Return a rank's share of `total`, in whole units; the first ranks have one unit more if it does not divide."""
     blocks = -(-total // unit)
     each, more = divmod(blocks, size)
     first = rank * each + min(rank, more)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Pipeline parallel: which of a model's layers a stage has.
+"""Pipeline parallelism: divide a model's layers among stages.
 
-A stage's model is the family's own, without the layers of the others; no family knows of it. The first stage has the
-embedding and the head, which may be one table, the last one the last norm: its results go back to the first.
+A stage's model is the family's own without the layers of other stages; families need no code for it. The first stage
+has the embedding and the head, which may be one table; the last has the last norm and returns results to the first.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _LAYER = re.compile(r"layers\.(\d+)\.")
 
 
 class StagePart(NamedTuple):
-    """What a stage has of a model.
+    """A stage's part of a model.
 
     Attributes:
         line: the stages.
         layers: the numbers of its layers.
-        tables: names of the model's parts that are tables of words, which the first stage has.
+        tables: names of the model's embedding tables and head, which only the first stage has.
     """
 
     line: Stages
@@ -39,7 +39,7 @@ class StagePart(NamedTuple):
     tables: frozenset[str]
 
     def has(self, path: str) -> bool:
-        """Whether it has the part of the model that stands there: "layers.3.mlp.down", "embed"."""
+        """Return whether it has the module at a path, such as "layers.3.mlp.down" or "embed"."""
         layer = _LAYER.match(path)
         if layer is not None:
             return int(layer[1]) in self.layers
@@ -49,7 +49,7 @@ class StagePart(NamedTuple):
         return name not in self.tables or self.line.rank == 0
 
     def keep(self, decoder: Decoder, placement: Placement) -> None:
-        """Lets go of what other stages have of a model whose matrices take no memory yet, and joins it to them."""
+        """Remove the modules of other stages from a model whose matrices take no memory yet, and set its `Stage`."""
         assert isinstance(decoder, DecoderStack)
         stack: Any = decoder
         stack.layers = [layer if number in self.layers else None for number, layer in enumerate(decoder.layers)]
@@ -64,16 +64,16 @@ class StagePart(NamedTuple):
 
 
 def stage_of(name: str, family: Family, config: ModelConfig, checkpoint: Checkpoint, line: Stages) -> StagePart:
-    """A stage's part of a model, which is divided so that the stage with most bytes has as few as can be.
+    """Return a stage's part of a model; the division minimises the bytes of the largest stage.
 
     Args:
-        name: the model's, for messages.
-        family, config: what the whole model is built by.
+        name: the model's name, for messages.
+        family, config: family and config of the whole model.
         checkpoint: its tensors.
         line: the stages.
 
     Raises:
-        ConfigError: it has fewer layers than there are to be stages.
+        ConfigError: the model has fewer layers than stages, or its layers cannot be divided.
     """
     if line.size > config.num_layers:
         raise ConfigError(
@@ -109,17 +109,17 @@ def stage_of(name: str, family: Family, config: ModelConfig, checkpoint: Checkpo
 
 
 def divide(layers: Sequence[int], first: int, stages: int) -> list[range]:
-    """Which layers each stage has, at least one each.
+    """Divide layers among stages, at least one for each; return the layers of each stage.
 
     Args:
-        layers: bytes of each.
-        first: bytes that the first stage has besides.
-        stages: how many there are.
+        layers: bytes of each layer.
+        first: additional bytes of the first stage.
+        stages: number of stages.
     """
     sums = [0]
     for size in layers:
         sums.append(sums[-1] + size)
-    # of so many stages that have the layers up to an end: the most bytes of one, the sum of squares, where each ends
+    # By the end of the layers so far: bytes of the largest stage, sum of squared bytes, and the end of each stage.
     best = {end: (first + sums[end], (first + sums[end]) ** 2, (end,)) for end in range(1, len(sums))}
     for stage in range(1, stages):
         best = {

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A model's tower, and how it sees: from a multimodal model's files to what an engine needs beside its decoder."""
+"""Load a multimodal model's vision tower, and its image preprocessing, from the model's files."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ _PROCESSORS = "processor_config.json"  # newer ones have the same under a key of
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoadedTower:
-    """A tower with its weights.
+    """A vision tower with its weights.
 
     Attributes:
         tower: the model.
-        placement: where its weights are.
-        sight: how pictures come to it.
+        placement: device and types of its weights.
+        sight: how images are preprocessed and become tokens of a prompt.
         weight_bytes: stored bytes.
     """
 
@@ -58,17 +58,17 @@ class LoadedTower:
 def load_tower(
     config: EngineConfig, opened: Opened, tokenizer: Tokenizer, text_size: int, text: Placement
 ) -> LoadedTower | None:
-    """The tower of a model that has one; None of any other.
+    """Load the vision tower of a model; return None for a text-only model.
 
     Args:
-        config: the engine's.
+        config: the engine's settings.
         opened: the model's files.
-        tokenizer: its own.
-        text_size: the width of its text model.
-        text: how that computes: a tower is recorded only beside recorded steps, whose threads it has.
+        tokenizer: the model's tokenizer.
+        text_size: hidden size of its text model.
+        text: placement of the text model: a tower is recorded only with recorded steps, whose threads it uses.
 
     Raises:
-        ConfigError: as of `_opened`.
+        ConfigError: see `_opened`.
         ModelLoadError: its files cannot be used.
     """
     with _opened(config, opened, text_size) as found:
@@ -76,9 +76,9 @@ def load_tower(
 
 
 def tower_memory(config: EngineConfig, opened: Opened, text_size: int, text: Placement, threads: int) -> int:
-    """Bytes that a tower will take, its weights and its steps with so many threads; 0 where there is none.
+    """Return the bytes that a tower will take for weights and for encoding with `threads` threads; 0 without a tower.
 
-    The other arguments and what is raised are as of `load_tower`; no weights are read.
+    For the other arguments and the errors see `load_tower`; no weights are read.
     """
     with _opened(config, opened, text_size) as found:
         if found is None:
@@ -89,11 +89,11 @@ def tower_memory(config: EngineConfig, opened: Opened, text_size: int, text: Pla
 
 @contextlib.contextmanager
 def _opened(config: EngineConfig, opened: Opened, text_size: int) -> Iterator[_Found | None]:
-    """What the files say of a tower, for as long as its own one is open.
+    """Yield the family, config, tensors and file of a tower, while its file is open; None for a text-only model.
 
     Raises:
-        ConfigError: there is an `mmproj`, and Pillow is not installed. Without one the model reads text alone then, and
-            a warning says so. Or `mm_processor_kwargs` says what its tower does not know.
+        ConfigError: `mmproj` is set and Pillow is not installed (without `mmproj`, a warning says that the model is
+            text-only then), or `mm_processor_kwargs` has a setting that the tower does not know.
         ModelLoadError: its files cannot be used.
     """
     if config.mmproj is not None and opened.files.format != "gguf":
@@ -123,10 +123,10 @@ def _opened(config: EngineConfig, opened: Opened, text_size: int) -> Iterator[_F
 
 
 def _placed(config: EngineConfig, text: Placement, stored: Checkpoint) -> Placement:
-    """Where a tower's weights are, beside a text model's."""
+    """Return the placement of a tower's weights, given the text model's placement."""
     if not text.recorded:
         return text
-    # Many patches are multiplied at a time: what counts is arithmetic, and not memory as in a text model's steps.
+    # Many patches are multiplied at a time, so arithmetic is the limit, and not memory as in a text model's steps.
     fast = bool(host_isa() & Isa.VNNI)
     return dataclasses.replace(encoder_placement(config, text.device, stored), words=fast)
 
@@ -144,9 +144,9 @@ def _from_folder(opened: Opened, text_size: int, said: Mapping[str, Any] | None)
 
 
 def _quantised(family: TowerFamily, model: TowerConfig, stored: Checkpoint, described: Path) -> _Found:
-    """A tower whose matrices are Q8_0, whatever `isq` makes of the text model; all tokens see a tower's errors.
+    """Quantise a tower to Q8_0, whatever the type of `isq`, because a tower's errors affect all tokens.
 
-    What is added to patches stays as it is.
+    Position embeddings stay plain.
     """
     from candle_vllm.core.assembly.isq import quantised_in_situ
 
@@ -165,8 +165,8 @@ def _from_gguf(stored: Checkpoint, text_size: int, said: Mapping[str, Any] | Non
 def _described(
     family: TowerFamily, said: Mapping[str, Any] | None, read: Callable[[Mapping[str, Any]], TowerConfig]
 ) -> TowerConfig:
-    """What the files say of a tower, and an operator of its pictures; errors of his are a `ConfigError`."""
-    model = read(NOTHING)  # what is wrong in the files is blamed on them
+    """Return a tower's config from its files and `mm_processor_kwargs`; errors in the latter are a `ConfigError`."""
+    model = read(NOTHING)  # errors in the files are raised here
     if not said:
         return model
     unknown = [name for name in _named(said) if name not in family.settings]
@@ -183,7 +183,7 @@ def _described(
 
 
 def _named(said: Mapping[str, Any]) -> Iterator[str]:
-    """The names in it, those within others with a dot."""
+    """Yield the names of settings; nested names have a dot."""
     for name, value in said.items():
         if isinstance(value, Mapping):
             yield from (f"{name}.{inner}" for inner in value)
@@ -219,7 +219,7 @@ def _loaded(
 
 
 def sight_of(parts: Sighted, tokenizer: Tokenizer, most: int) -> Sight:
-    """How a model sees whose tower is known by its `parts`; `most` pictures of a prompt."""
+    """Make the image preprocessing of a model from the `parts` of its tower, for at most `most` images of a prompt."""
     family = tower_family_named(parts.family)
 
     def words(cut: Cut) -> Sequence[int]:

@@ -77,7 +77,7 @@ class BlockStore(Protocol):
         ...
 
     def clear(self) -> None:
-        """Delete all blocks of the store's own fingerprint; from now on none is found."""
+        """Delete all blocks of the store's own fingerprint, which are not found from now on."""
         ...
 
     def close(self) -> None:

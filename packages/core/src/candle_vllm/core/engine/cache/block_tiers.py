@@ -82,7 +82,7 @@ class Places(Protocol):
         ...
 
     def take_in(self, digest: bytes) -> int | None:
-        """Publish a free block or slot that the caller writes at once; return None if none is free."""
+        """Publish a free block or slot that the caller writes at once; return None if all are in use."""
         ...
 
 

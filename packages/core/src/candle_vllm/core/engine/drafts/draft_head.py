@@ -58,7 +58,7 @@ class DraftingHead(DraftModel):
     Args:
         head: runs the layers, in a cache with as many blocks as the target's.
         target: runs the target model.
-        meant: the target's token id for each token id of the head, [guessed]; None if the ids are the same.
+        meant: the target's token id for each token id of the head; None if the ids are the same.
         config, scheduler, words, longest, most_rows, cost: see `DraftModel`; `words` are the rows of the embeddings.
         guessed: size of the head's output vocabulary.
     """

@@ -91,7 +91,7 @@ class Own:
         table: the sequence's block table. Another object means that the sequence was admitted anew.
         done: how many of its tokens have keys and values in the draft model's cache; below 0 if they begin anew.
         full: number of its blocks that the draft model has filled.
-        base, guesses, buckets, rows: the last drafts: length of the sequence before them, the tokens, the probability
+        base, `guesses`, buckets, rows: the last drafts: length of the sequence before them, the tokens, the probability
             bucket of each, and the length of the sequence with the rows written for them.
         hits, expected, tries: fading counts of its draft tokens: accepted, expected to be accepted, all judged.
         idle: consecutive steps in which drafts did not pay.
@@ -374,7 +374,7 @@ class DraftModel:
         return made
 
     def _pays(self, each: Asked, prices: list[float]) -> bool:
-        """Whether further guesses for a sequence are likely to save more than they cost."""
+        """Return whether further draft tokens of a sequence are likely to save more than they cost."""
         left = prices[: each.most - len(each.guesses)]
         return _best(each.chance, self._typical(each.own, each.live), left, each.worth)[2] > 0
 

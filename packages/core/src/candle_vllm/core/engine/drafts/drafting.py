@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 _OPENING = 12  # match length that the beginning of a predicted output counts as
 _COUNTS = (1, 2, 4, 8, 16)  # numbers of draft tokens that are checked to see whether any number pays
 _LEAST_REST, _TIMED = 64, 8  # the fewest steps of a rest, and the steps at its end that are timed
-_PATIENCE = 16  # steps with drafts of which none was worth trying, after which assumed step times are relaxed
+_PATIENCE = 16  # steps with drafts that were not worth trying, after which measured step times are relaxed
 _SLOW = 0.003  # most seconds a step for a sequence's grammar calls; above them the sequence gets no drafts
 _LOOKED = 1024  # prompt and prediction tokens that one step indexes, so that a long text does not delay it
 _SHORT, _MARK_WEIGHT = 2, 1.5  # longest match judged by the token before it, and the tries that its prior counts as

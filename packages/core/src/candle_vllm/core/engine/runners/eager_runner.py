@@ -209,8 +209,8 @@ def layer_caches_of(
 
 
 class StageRunner(EagerRunner):
-    """Runs a pipeline stage of a model. On the first stage, steps are in flight from `forward` to `land`, as many as
-    there are stages; sampling and `score` refer to the step that `land` collected last.
+    """Runs a pipeline stage of a model. On the first stage, steps are in flight from `forward` to `land`, one for each
+    stage; sampling and `score` refer to the step that `land` collected last.
 
     Args:
         decoder: this stage's part of the model.
