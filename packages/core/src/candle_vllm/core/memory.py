@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How much memory there is, how many KV-cache blocks fit, and what to say where something does not."""
+"""Plan memory: available memory, the size of the KV cache, and errors for what does not fit."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ _FOR_STEPS = 64 * MIB
 _FOR_A_SERVER = 128 * MIB
 """What a control group has to leave beside cache and weights, for it ends the process where more is taken: with the
 smallest models a start takes 70 MiB after the cache was planned, and six requests at once 30 more."""
-_SHORT = 96 * MIB  # a library may take so much
+_SHORT = 96 * MIB  # memory that a library may need
 
 
 def _size(count: float) -> str:
-    """Bytes as people read them."""
+    """Format bytes for people."""
     return f"{count / MIB:.0f} MiB" if count >= 10 * MIB else f"{count / 1024:.0f} KiB"
 
 
@@ -54,11 +54,11 @@ class CachePlan:
 
     Attributes:
         num_blocks: blocks in the cache.
-        block_bytes: bytes of one block, keys and values of all layers but those that `windows` have pages for.
+        block_bytes: bytes of one block: keys and values of all layers without a page pool in `windows`.
         max_model_len: longest prompt plus output, in tokens; it always fits.
         message: the arithmetic, for the log.
-        warning: that the model's context was cut, and what all of it takes; empty where it was not.
-        states: how many states of layers there is room for.
+        warning: remark that the model's context was reduced, and what all of it would take; empty otherwise.
+        states: size of the layers' state pool.
         state_bytes: bytes of all of them.
         windows: the page pools of layers with a window, one for each window.
         window_bytes: bytes of all of them.
@@ -80,7 +80,7 @@ class CachePlan:
         return self.num_blocks * self.block_bytes + self.window_bytes
 
     def agreed(self, ranks: Collective) -> CachePlan:
-        """What every rank has room for."""
+        """Return the largest plan that fits every rank."""
         blocks, longest = (ranks.least(number) for number in (self.num_blocks, self.max_model_len))
         room = StateRoom(ranks.least(self.states.running), ranks.least(self.states.checkpoints), self.states.drafts)
         windows = tuple(dataclasses.replace(each, pages=ranks.least(each.pages)) for each in self.windows)
@@ -89,14 +89,14 @@ class CachePlan:
 
 @dataclasses.dataclass(frozen=True)
 class Room:
-    """The memory that there is for a KV cache.
+    """Memory for a KV cache.
 
     Attributes:
-        available: bytes free on the device once the weights are there, and what a step needs is put aside.
-        share: how much of it the cache may take, unless `kv_fraction` says.
-        kept: what was put aside, for the message; may be empty.
-        limit: what somebody set and bounds it, if anything.
-        as_it_fills: a cache takes it only as it fills.
+        available: free bytes on the device after loading the weights, without the reserve for a step.
+        share: fraction of it that the cache may take, unless `kv_fraction` is set.
+        kept: description of the reserve, for the message; may be empty.
+        limit: the user's setting that bounds the memory, if any.
+        as_it_fills: the cache takes memory only as it fills.
         total: bytes of a GPU, used or not; 0 for main memory.
     """
 
@@ -109,12 +109,12 @@ class Room:
 
 
 def main_room(threads: int, share: float, weights: int = 0) -> Room:
-    """The main memory that there is for a KV cache.
+    """Return the main memory for a KV cache.
 
     Args:
-        threads: that will compute; limits of what a process reserves count their stacks.
+        threads: number of computing threads; limits of reserved memory count their stacks.
         share: see `Room`.
-        weights: bytes of those that are not there yet.
+        weights: bytes of weights that are not loaded yet.
     """
     limit = tightest_limit()
     limit = limit._replace(left=max(0, limit.left - weights))
@@ -139,23 +139,23 @@ def plan_cache(
     rows: int = 0,
     pools: int | None = None,
 ) -> CachePlan:
-    """Divides the memory for the KV cache into blocks.
+    """Divide the memory for the KV cache into blocks.
 
     Args:
         config: the engine's settings.
-        model: the model, its context already cut to `config.max_model_len` where that is set.
-        element_bytes: of an element in the cache.
+        model: the model, its context already reduced to `config.max_model_len` if that is set.
+        element_bytes: bytes of an element in the cache.
         sequences: most sequences in one step; the cache never holds more than that many of full length.
-        room: what there is.
-        beside: bytes of one token in another model's cache, which has as many blocks.
-        layers: the numbers of the model's layers that are here; None is all.
-        drafts: the most drafted tokens of a sequence in a step.
-        rows: most tokens of a sequence in the steps under way, where layers with a window may have fewer pages than
-            there are blocks; 0 else.
-        pools: most page pools; None is as many as the layers have windows.
+        room: the available memory.
+        beside: bytes of one token in a draft model's cache, which has the same number of blocks.
+        layers: the numbers of this rank's layers; None for all.
+        drafts: most draft tokens of a sequence in a step.
+        rows: most tokens of a sequence in overlapping steps, if layers with a window may have fewer pages than blocks;
+            otherwise 0.
+        pools: most page pools; None for one pool per window size.
 
     Raises:
-        ConfigError: when the asked-for context does not fit, with values that would.
+        ConfigError: the requested context does not fit; the message suggests values that do.
     """
     refuse_longer(config, model)
     available, share = room.available, config.kv_fraction or room.share
@@ -176,7 +176,7 @@ def plan_cache(
         sequences, budget = room_of_states.running, max(0, budget - state_bytes)
     per_sequence = -(-model.max_position // config.block_size)
     windows, window_bytes = (), 0
-    wanted = windows_of(model.cache_specs)[:pools] if rows else ()  # of all stages: their pools are the same
+    wanted = windows_of(model.cache_specs)[:pools] if rows else ()  # for all pipeline stages, which have the same pools
     while wanted and not windows:
         rooms = [WindowRoom(window, min(rows, model.max_position) + drafts) for window in wanted]
         sizes = [0] * len(rooms)
@@ -231,7 +231,7 @@ def plan_cache(
 
 
 def agreed_plan(make: Callable[[int | None], CachePlan], ranks: Collective | None) -> CachePlan:
-    """The plan that all ranks have room for, given how to make one with so many page pools; None is all of them."""
+    """Return the plan that fits all ranks; `make` computes a plan for a number of page pools, None for all pools."""
     plan = make(None)
     while ranks is not None:
         fewest = ranks.least(len(plan.windows))
@@ -249,10 +249,10 @@ def _plan_windows(
     budget: int,
     per_sequence: int,
 ) -> tuple[WindowRoom, ...]:
-    """How many pages each pool has, in so many bytes; no pool where a page for each block takes no more.
+    """Compute the pages of each pool within `budget` bytes; no pool if a page for each block takes no more memory.
 
-    They have what all sequences can need, and as much again for prefixes that may be found; but one sequence of full
-    length, of `per_sequence` blocks, comes first where its length was set, and else half of the memory is theirs.
+    Pools get the pages that all sequences can need, and as many again for cached prefixes. But one sequence of full
+    length, of `per_sequence` blocks, has priority if its length was set; otherwise pools get half of the memory.
     `sizes` are bytes of a page of each pool, and of a block of the layers without one.
     """
     (pages, block), size, is_set = sizes, config.block_size, config.max_model_len is not None
@@ -276,7 +276,7 @@ def _plan_windows(
 def _plan_states(
     config: EngineConfig, specs: Iterable[CacheSpec], sequences: int, drafts: int, budget: int, longest: int
 ) -> tuple[StateRoom, int, str]:
-    """How many states of layers there is room for in so many bytes, what they take, and how that is said.
+    """Return the size of the state pool within `budget` bytes, its bytes, and a description of it.
 
     `longest` are the tokens of a sequence.
     """
@@ -302,7 +302,7 @@ def _plan_states(
 
 
 def refuse_longer(config: EngineConfig, model: ModelConfig) -> None:
-    """Raises a ConfigError where a longer context was asked for than the model has."""
+    """Raise a ConfigError if the requested context is longer than the model's."""
     if config.max_model_len is not None and config.max_model_len > model.max_position:
         raise ConfigError(
             f"max_model_len {config.max_model_len} is beyond the model's context of {model.max_position} tokens: "
@@ -316,12 +316,12 @@ ElementBytes: TypeAlias = Callable[[int], float]
 
 
 def cache_bytes(specs: Iterable[CacheSpec], tokens: int, element_bytes: ElementBytes) -> int:
-    """Bytes of so many tokens in the cache of layers with these specs."""
+    """Return the bytes of `tokens` tokens in the cache of layers with these specs."""
     return round(tokens * sum(spec.elements * element_bytes(spec.key_dim) for spec in paged(specs)))
 
 
 def device_element_bytes(config: EngineConfig, plain: int) -> ElementBytes:
-    """What a GPU's cache takes; `plain` are the bytes of an element of activations."""
+    """Return the bytes of an element in a GPU's cache; `plain` are the bytes of an element of activations."""
     if config.kv_cache_dtype == "auto":
         return lambda _: plain
     if config.kv_cache_dtype == "fp8":
@@ -332,7 +332,7 @@ def device_element_bytes(config: EngineConfig, plain: int) -> ElementBytes:
 
 
 def _elements(specs: Sequence[PagedSpec], element_bytes: ElementBytes) -> str:
-    """What is kept of a token: keys and values, or only the former; a term for each shape."""
+    """Describe the elements of a token, keys and values or only keys, with a term for each shape."""
     terms: list[str] = []
     for (heads, keys, values), count in Counter(spec.shape for spec in specs).items():
         kept = f"2 x {count} layers x {heads} heads x {keys}"
@@ -345,9 +345,9 @@ def _elements(specs: Sequence[PagedSpec], element_bytes: ElementBytes) -> str:
 def _shrunk_context(
     config: EngineConfig, context: int, affordable: int, block_bytes: int, room: Room, budget: int, beside: int = 0
 ) -> int:
-    """The context that fits, where the caller left it open; otherwise a ConfigError that says what would work.
+    """Return the context that fits, if the user set none; otherwise raise a ConfigError with values that work.
 
-    `beside` are bytes of what the context does not change.
+    `beside` are bytes that do not depend on the context.
     """
     fits = affordable * config.block_size
     needed = -(-context // config.block_size) * block_bytes + beside
@@ -371,24 +371,24 @@ def _shrunk_context(
 
 
 def free_memory(device: Device) -> int:
-    """Bytes that are free on a device."""
+    """Return the free bytes of a device."""
     return available_memory() if device.type == "cpu" else gpu_memory(device)[0]
 
 
 def available_memory() -> int:
-    """Bytes of main memory that this process may still take: the machine's, or what a limit leaves if that is less."""
+    """Return the bytes of main memory that this process may still take, by the machine and by all limits."""
     return tightest_limit().left
 
 
 class Limit(NamedTuple):
-    """What bounds the memory of this process.
+    """Limit of this process's memory.
 
     Attributes:
-        left: bytes that it leaves.
-        name: what it is, for people.
-        allowed: the whole of it; 0 is the machine's memory, which nobody set.
-        unit: bytes of the unit that it is set in, where somebody sets it by a command, `name`; else 0.
-        spare: what it should leave when it is raised.
+        left: bytes that may still be taken.
+        name: name for messages.
+        allowed: the limit in bytes; 0 for the machine's memory, which is no setting.
+        unit: bytes of the unit of the command `name` that sets the limit; 0 for a limit without a command.
+        spare: bytes that a raised limit should leave.
     """
 
     left: int
@@ -398,7 +398,7 @@ class Limit(NamedTuple):
     spare: int = SPARE
 
     def raised_by(self, missing: int) -> str:
-        """What to do where `missing` bytes more are needed."""
+        """Return the advice for raising the limit by `missing` bytes."""
         if self.unit:
             return f"raise it ({self.name} {-(-(self.allowed + missing + self.spare) // self.unit)})"
         if self.allowed:
@@ -407,7 +407,7 @@ class Limit(NamedTuple):
 
 
 def tightest_limit(root: Path = Path("/")) -> Limit:
-    """Of the machine's memory, the limits of this process and those of its control groups, what leaves least."""
+    """Return the tightest of the machine's memory, the limits of this process and those of its control groups."""
     return min((_machine_memory(root), *_process_limits(root), *_group_limits(root)), key=lambda limit: limit.left)
 
 
@@ -431,7 +431,7 @@ class _MemoryStatus(ctypes.Structure):
 
 
 def _free_of_windows() -> int:
-    """Bytes of memory that Windows can give; of one that does not say, 4 GiB are counted on."""
+    """Return the free bytes of memory on Windows; 4 GiB are assumed if the system does not answer."""
     status = _MemoryStatus(size=ctypes.sizeof(_MemoryStatus))
     if sys.platform == "win32" and ctypes.WinDLL("kernel32").GlobalMemoryStatusEx(ctypes.byref(status)):
         return status.free
@@ -439,7 +439,7 @@ def _free_of_windows() -> int:
 
 
 def _process_limits(root: Path) -> Iterator[Limit]:
-    """Limits of addresses and of data (`ulimit -v`, `ulimit -d`), which count what is reserved, used or not."""
+    """Return limits of addresses and data (`ulimit -v`, `ulimit -d`), which count reserved memory, used or not."""
     if sys.platform == "win32":
         return
     import resource
@@ -455,14 +455,14 @@ def _process_limits(root: Path) -> Iterator[Limit]:
 
 
 def _group_limits(root: Path) -> Iterator[Limit]:
-    """Limits of control groups; what files take in memory and nobody has open is not counted as used."""
+    """Return limits of control groups; the page cache of files that are not open does not count as used."""
     for group in control_groups("memory", root):
         for limit, used, cached in (
             ("memory.max", "memory.current", "inactive_file"),
             ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
         ):
             allowed, taken = (read_or_nothing(group / name).strip() for name in (limit, used))
-            if allowed.isdecimal() and taken.isdecimal():  # else "max", or no such group
+            if allowed.isdecimal() and taken.isdecimal():  # otherwise "max", or no such group
                 lines = (line.split() for line in read_or_nothing(group / "memory.stat").splitlines())
                 idle = sum(int(line[1]) for line in lines if len(line) == 2 and line[0] == cached)
                 left = int(allowed) - max(0, int(taken) - idle)
@@ -476,16 +476,16 @@ def _group_limits(root: Path) -> Iterator[Limit]:
 def room_for(
     what: str, size: int, setting: str | None = None, way: Callable[[int], str] | None = None
 ) -> Iterator[None]:
-    """Says in one sentence what did not fit in main memory, and what would help.
+    """Report memory errors within the context as one sentence: what did not fit in main memory, and what would help.
 
     Args:
-        what: takes memory inside, as "the weights of NAME".
-        size: its bytes, as far as known. Where a limit that somebody set leaves less, nothing is tried.
-        setting: field of `EngineConfig` that it depends on.
-        way: what to do beside raising the limit, given the bytes that are left.
+        what: what is allocated, such as "the weights of NAME".
+        size: its bytes, as far as known. If a limit leaves less, the error is raised without trying.
+        setting: field of `EngineConfig` that the size depends on.
+        way: returns advice other than raising the limit, given the bytes that are left.
 
     Raises:
-        NoMemoryError: instead of MemoryError, and of what the system says where it starts no thread or maps no file.
+        NoMemoryError: instead of MemoryError, and of the system's errors when a thread or a mapping cannot be created.
     """
     limit = tightest_limit()
     if limit.allowed and size > limit.left:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What is done while a model loads, and how much of it: told where it happens, heard by whoever shows it."""
+"""Progress of loading a model: reported where the work is done, shown by listeners."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any, NamedTuple, TypeAlias
 
 
 class Progress(NamedTuple):
-    """How far something is.
+    """Progress of one activity.
 
     Attributes:
-        what: is done, as "loading the weights".
-        done, total: how much of it, and of how much; 0 in all where nobody knows.
+        what: the activity, such as "loading the weights".
+        done, total: finished amount and total; the total is 0 if unknown.
         unit: of both, "B" for bytes.
     """
 
@@ -27,7 +27,7 @@ class Progress(NamedTuple):
 
     @property
     def percent(self) -> int | None:
-        """How much is done, in hundredths, rounded down; None where nobody knows."""
+        """Finished percentage, rounded down; None with an unknown total."""
         return min(100, 100 * self.done // self.total) if self.total else None
 
     def __str__(self) -> str:
@@ -45,12 +45,12 @@ _LISTENERS: ContextVar[tuple[Listener, ...]] = ContextVar("_LISTENERS", default=
 
 
 def tell(what: str, done: int = 0, total: int = 0, unit: str = "B") -> None:
-    """Says to all who listen in this context how far something is; see `Progress`."""
+    """Report progress to all listeners of this context; see `Progress`."""
     teller()(Progress(what, done, total, unit))
 
 
 def teller() -> Listener:
-    """Says what it is given to all who listen in this context, from whichever thread it is called."""
+    """Return a function that reports to all listeners of this context, from any thread."""
     listeners = _LISTENERS.get()
 
     def told(progress: Progress) -> None:
@@ -62,7 +62,7 @@ def teller() -> Listener:
 
 @contextmanager
 def heard_by(listener: Listener) -> Iterator[None]:
-    """Inside, the listener hears what is told, beside those that do already."""
+    """Add a listener for progress that is reported within the context."""
     token = _LISTENERS.set((*_LISTENERS.get(), listener))
     try:
         yield
@@ -72,7 +72,7 @@ def heard_by(listener: Listener) -> Iterator[None]:
 
 @contextmanager
 def progress_bar() -> Iterator[None]:
-    """Inside, what is told is shown as a bar, on a terminal, once a second has passed; without a total, as a count."""
+    """Show progress within the context as a bar, on a terminal, after one second; without a total, as a count."""
     if not sys.stderr.isatty():
         yield
         return

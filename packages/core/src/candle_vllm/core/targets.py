@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Where a program may be sent by others: addresses, one parser of URLs, and the operator's list of hosts.
+"""Protection against server-side request forgery: check URLs, hosts and IP addresses that clients name.
 
-The guard of images that are fetched and of webhooks against requests that reach into the network of the server. A URL
-is parsed once, by httpx, and that same object is what is connected to; a name is resolved once, and the address that
-was checked is the one that is used. Every refusal is a `ValueError` that follows the name of what was wrong.
+Used for fetched images and for webhooks. A URL is parsed once, by httpx, and this object is used for the connection; a
+name is resolved once, and the connection goes to the address that was checked. Every refusal is a `ValueError` whose
+text continues the name of the wrong value.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _PRIVATE: Sequence[_Network] = tuple(
         ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "127.0.0.0/8", "::1/128", "fc00::/7"),
     )
 )
-# Not public, or a door to other addresses, though `is_global` lets them pass; and addresses of cloud metadata.
+# Networks that `is_global` accepts although they are not public or lead to other addresses; and cloud metadata.
 _NEVER: Sequence[_Network] = tuple(
     map(
         ipaddress.ip_network,
@@ -47,7 +47,7 @@ _PUBLIC_V6 = ipaddress.ip_network("2000::/3")  # leaves out mapped IPv4 addresse
 
 
 class ForbiddenTarget(ValueError):
-    """Nothing goes there; trying again does not help."""
+    """A target that may not be reached; a retry does not help."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,9 @@ class Target:
     """A parsed URL.
 
     Attributes:
-        url: as httpx will use it.
+        url: httpx's URL object.
         host: name in lower case, or an address without brackets.
-        port: the one in the URL, or the scheme's.
+        port: the URL's port, or the scheme's default.
         trusted: the operator's own, whose address is not checked.
         private: its address may be private or loopback.
     """
@@ -95,7 +95,7 @@ def parse_target(text: str, *, trusted: bool = True) -> Target:
 
 
 def allowed_target(text: str, patterns: Sequence[str], allow_private: bool) -> Target:
-    """A client's URL, when the operator's list has its host and port."""
+    """Parse a client's URL; raises ForbiddenTarget unless its host and port are in the operator's list."""
     target = parse_target(text, trusted=False)
     matching = [pattern for pattern in patterns if _matches(pattern, target)]
     if not matching:
@@ -105,7 +105,7 @@ def allowed_target(text: str, patterns: Sequence[str], allow_private: bool) -> T
 
 
 def check_pattern(pattern: str) -> None:
-    """ValueError unless `pattern` is `name`, `*.name`, an address, or one of them with `:port`."""
+    """Raise ValueError unless `pattern` is `name`, `*.name`, an address, or one of these with `:port`."""
     match = _PATTERN.fullmatch(pattern)
     if match is None or not is_host(match["host"].strip("[]")) or int(match["port"] or 1) > 65535:
         raise ValueError(
@@ -116,10 +116,10 @@ def check_pattern(pattern: str) -> None:
 
 
 async def resolve(target: Target, threads: Executor) -> Sequence[str]:
-    """The addresses to connect to, in order; all are checked unless the target is the operator's own.
+    """Return the addresses to connect to, in order; all are checked unless the target is the operator's own.
 
     Args:
-        threads: where the resolver is asked, so that one that hangs holds up its like alone.
+        threads: where the resolver runs, so that a hanging one only delays other resolutions.
 
     Raises:
         ForbiddenTarget: one of the addresses may not be reached.
@@ -136,7 +136,7 @@ async def resolve(target: Target, threads: Executor) -> Sequence[str]:
 
 
 def is_allowed(text: str, private: bool) -> bool:
-    """Whether an address is public, or private where that is allowed; never link-local, multicast or reserved."""
+    """Whether an address is public, or private if `private`; never link-local, multicast or reserved."""
     try:
         address = ipaddress.ip_address(text)
     except ValueError:  # with a zone, or none at all

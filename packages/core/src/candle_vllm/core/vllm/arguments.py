@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""What vLLM's `LLM`, `EngineArgs` and `AsyncLLM` are made from, as settings of an engine.
+"""Translate the arguments of vLLM's `LLM`, `EngineArgs` and `AsyncLLM` to settings of an engine.
 
-Three kinds of names: those of `EngineConfig`, which mean here what they mean there or are told apart below; those that
-stand in `core/arguments.py` with the values that say what is so anyway; and what is no engine's business but that of
-the defaults of requests. Everything else is refused by name.
+Three kinds of names are accepted: fields of `EngineConfig`, with the same meaning or translated below; names in the
+tables of `core/arguments.py` with values that change nothing; and defaults of requests. Everything else is refused by
+name.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ _GENERATION = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "
 
 @dataclasses.dataclass(frozen=True)
 class Translated:
-    """What vLLM's arguments come to.
+    """Translated arguments of vLLM.
 
     Attributes:
         config: the engine's settings.
-        pooling: how vectors are made where a call does not say it.
-        quantization: what the checkpoint is said to be quantised by; None where nothing was said.
-        generation: defaults of requests in the place of those that the model's files say; None leaves them.
-        sampling: defaults that count before those.
+        pooling: default pooling parameters of a call.
+        quantization: the given quantisation method of the checkpoint; None if not given.
+        generation: defaults of requests that replace those of the model's files; None keeps these.
+        sampling: defaults that override both.
     """
 
     config: EngineConfig
@@ -50,11 +50,11 @@ class Translated:
 
 
 def translated(model: str | Path | EngineConfig, given: Mapping[str, Any]) -> Translated:
-    """vLLM's arguments, and those of `EngineConfig`, as what they mean here.
+    """Translate vLLM's arguments and those of `EngineConfig`.
 
     Raises:
-        ConfigError: a value cannot be used; the error names its argument.
-        TypeError: an argument has no counterpart here, and was not given with a value that changes nothing.
+        ConfigError: an invalid value; the error names its argument.
+        TypeError: an argument without a counterpart, with a value that would change something.
     """
     rest = _with_drafts(given)
     pooling = _pooling_params(rest.pop("pooler_config", None))
@@ -78,16 +78,16 @@ def translated(model: str | Path | EngineConfig, given: Mapping[str, Any]) -> Tr
 
 
 def check_quantization(said: str | None, stored: str | None) -> None:
-    """Refuses a way of quantising that was said of a checkpoint of plain weights.
+    """Refuse a quantisation method for a checkpoint of plain weights.
 
-    Of a quantised one its files say the way, and nothing else is done.
+    For a quantised checkpoint the argument has no effect: its files say the method.
 
     Args:
-        said: vLLM's name of a way.
-        stored: what `ModelInfo.quantization` tells of the checkpoint.
+        said: vLLM's name of a method.
+        stored: `ModelInfo.quantization` of the checkpoint.
 
     Raises:
-        ConfigError: its weights are plain.
+        ConfigError: the checkpoint's weights are plain.
     """
     if said is not None and stored is None:
         raise ConfigError(
@@ -98,7 +98,7 @@ def check_quantization(said: str | None, stored: str | None) -> None:
 
 
 class EngineArgs:
-    """Arguments of `LLM` and `AsyncLLM`, kept for later; `vars` gives what was given.
+    """Stored arguments of `LLM` and `AsyncLLM`; `vars` returns the given ones.
 
     Args:
         model: as of `InferenceEngine`.
@@ -119,7 +119,7 @@ class EngineArgs:
 
     @staticmethod
     def add_cli_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        """Gives a parser one flag for each of the arguments, with none of them set."""
+        """Add a flag for each argument to a parser, without default values."""
         parser.add_argument("--model", default="demo", help=SETTINGS["model"].help)
         for each in SETTINGS.values():
             if each.name != "model":
@@ -135,7 +135,7 @@ class EngineArgs:
 
     @classmethod
     def from_cli_args(cls, args: argparse.Namespace) -> Self:
-        """The arguments that a parser of `add_cli_args` read; what else it read is left there."""
+        """Make `EngineArgs` from the result of a parser with `add_cli_args`; other flags are ignored."""
         known = argparse.ArgumentParser()
         cls.add_cli_args(known)
         names = {action.dest for action in known._actions} - {"help"}
@@ -143,7 +143,7 @@ class EngineArgs:
 
 
 class AsyncEngineArgs(EngineArgs):
-    """`EngineArgs` by the name that programs with an event loop use."""
+    """`EngineArgs` under vLLM's name for programs with an event loop."""
 
 
 def _add_flag(parser: argparse.ArgumentParser, name: str, told: str, switch: bool, read: Callable[[str], Any]) -> None:
@@ -161,7 +161,7 @@ def _reader(name: str) -> Callable[[str], Any]:
 
 
 def _value(text: str) -> Any:
-    """A number where a text is one."""
+    """Convert a text to a number if it is one."""
     try:
         return json.loads(text)
     except ValueError:
@@ -181,7 +181,7 @@ def _by(name: str, names: Mapping[str, str]) -> Callable[[Any], dict[str, Any]]:
 
 
 def _eager(value: Any) -> dict[str, Any]:
-    """vLLM's `enforce_eager` leaves out CUDA graphs; ours decodes the weights as well, for comparison."""
+    """Translate `enforce_eager`: vLLM's only disables CUDA graphs; `EngineConfig`'s also decodes the weights."""
     if not isinstance(value, bool):
         raise ConfigError(f"enforce_eager must be true or false, not {value!r:.60}", "enforce_eager")
     return {"cuda_graphs": False} if value else {}
@@ -200,7 +200,7 @@ def _tokenizer(value: Any) -> dict[str, Any]:
 
 
 def _template(value: Any) -> dict[str, Any]:
-    """A file with a template, or the template itself."""
+    """Read a template from a file, or return the template itself."""
     if value is None:
         return {}
     text = str(value)
@@ -228,7 +228,7 @@ _TRANSLATED: Mapping[str, Callable[[Any], dict[str, Any]]] = {
 
 
 def _with_drafts(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments with vLLM's other names for parts of `speculative_config` in that."""
+    """Move vLLM's separate arguments for parts of `speculative_config` into it."""
     names = {"spec_method": "method", "spec_model": "model", "spec_tokens": "num_speculative_tokens"}
     parts = {ours: given[name] for name, ours in names.items() if given.get(name) is not None}
     rest = {name: value for name, value in given.items() if name not in names}
@@ -236,7 +236,7 @@ def _with_drafts(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _generation(value: Any) -> Mapping[str, Any] | None:
-    """The model's own defaults, none, or those of a folder."""
+    """Translate `generation_config`: the model's own defaults, no defaults, or those of a folder."""
     if value == "auto":
         return None
     if value == "vllm":
@@ -266,7 +266,7 @@ def _overrides(value: Any) -> dict[str, Any]:
 
 
 def _pooling_params(value: Any) -> PoolingParams:
-    """vLLM's `PoolerConfig`, as a dict or an object."""
+    """Translate vLLM's `PoolerConfig`, a dict or an object."""
     if value is None:
         return PoolingParams()
     given = dict(value) if isinstance(value, Mapping) else dict(vars(value))

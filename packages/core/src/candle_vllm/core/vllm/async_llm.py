@@ -41,16 +41,16 @@ from candle_vllm.core.vllm.outputs import (
 
 
 class AsyncLLM:
-    """A model for prompts that come while others are answered, with vLLM's names.
+    """Model for concurrent requests in an event loop, with vLLM's names.
 
     Args:
-        model, arguments: as of `LLM`. Loading holds up the event loop: make it before, or in a worker thread.
+        model, arguments: as for `LLM`. Loading blocks the event loop: construct it before, or in a worker thread.
 
     Attributes:
-        engine: what it runs on.
+        engine: the engine.
 
     Raises:
-        ConfigError, ModelNotFoundError, ModelLoadError, TypeError: as of `LLM`.
+        ConfigError, ModelNotFoundError, ModelLoadError, TypeError: as `LLM`.
     """
 
     def __init__(self, model: str | Path | EngineConfig | EngineFront, **arguments: Any) -> None:
@@ -60,7 +60,7 @@ class AsyncLLM:
 
     @classmethod
     def from_engine_args(cls, engine_args: EngineArgs) -> Self:
-        """An `AsyncLLM` of arguments that were kept."""
+        """Make an `AsyncLLM` from stored arguments."""
         return cls(**vars(engine_args))
 
     @explained(SamplingParams=SamplingParams.__struct_fields__)
@@ -76,20 +76,20 @@ class AsyncLLM:
         priority: int = 0,
         data_parallel_rank: int | None = None,
     ) -> AsyncIterator[RequestOutput]:
-        """Continues a prompt; an output whenever there is more, as `sampling_params.output_kind` says.
+        """Continue a prompt; yield an output for each delta, in the form of `sampling_params.output_kind`.
 
-        Of several sequences (`n`) an output has the one that there is more of, by its index; with `FINAL_ONLY` the one
-        output has all. Leaving the iteration, or cancelling the task, aborts the request.
+        With several sequences (`n`) an output has only the sequence with new text, with its index; with `FINAL_ONLY`
+        the only output has all sequences. Leaving the iteration, or cancelling the task, aborts the request.
 
         Args:
-            request_id: what `abort` knows it by; unique among the requests that are running.
+            request_id: id for `abort`; unique among the running requests.
             priority: lower runs first.
             lora_request: its adapter, or pairs of adapters and scales (`enable_lora`).
             trace_headers, data_parallel_rank: refused.
 
         Raises:
-            RequestError, EngineOverloadedError, EngineDeadError: the request was not taken.
-            CandleVllmError: the engine failed on it.
+            RequestError, EngineOverloadedError, EngineDeadError: the request was refused.
+            CandleVllmError: the engine failed on the request.
         """
         refuse_given(
             "generate",
@@ -130,7 +130,7 @@ class AsyncLLM:
         *,
         pooling_task: str = "embed",
     ) -> AsyncIterator[PoolingRequestOutput[PoolingOutput]]:
-        """The numbers of a text, as the only output. Arguments and errors as of `generate` and of `LLM.encode`."""
+        """Yield the pooled output of a text, once. Arguments and errors as of `generate` and `LLM.encode`."""
         refuse_given("encode", trace_headers=trace_headers or None)
         request_id = request_id or uuid.uuid4().hex
         call: PoolingOptions = {
@@ -151,7 +151,7 @@ class AsyncLLM:
         yield PoolingRequestOutput(made.request_id, data, list(made.prompt_token_ids), made.num_cached_tokens)
 
     async def abort(self, request_id: str | Iterable[str]) -> None:
-        """Ends requests; who iterates over one gets a last output with the finish reason "abort"."""
+        """Abort requests; their iterators yield a last output with the finish reason "abort"."""
         for each in [request_id] if isinstance(request_id, str) else request_id:
             self.engine.abort(each)
 
@@ -161,19 +161,19 @@ class AsyncLLM:
         return True
 
     async def sleep(self, level: int = 1, mode: str = "abort") -> None:
-        """Gives memory back; as `InferenceEngine.sleep`."""
+        """Release memory; as `InferenceEngine.sleep`."""
         await asyncio.to_thread(self.engine.sleep, level, mode)
 
     async def wake_up(self, tags: list[str] | None = None) -> None:
-        """Fills memory again; as `InferenceEngine.wake_up`."""
+        """Load released memory again; as `InferenceEngine.wake_up`."""
         await asyncio.to_thread(self.engine.wake_up, tags)
 
     async def is_sleeping(self) -> bool:
-        """Whether it sleeps."""
+        """Whether the engine sleeps."""
         return self.engine.is_sleeping
 
     async def add_lora(self, lora_request: LoRARequest) -> bool:
-        """Makes an adapter known and loads it; True. Errors as of `InferenceEngine.add_lora`."""
+        """Register and load an adapter; returns True. Errors as `InferenceEngine.add_lora`."""
         await asyncio.to_thread(self.engine.add_lora, lora_request)
         if lora_request.lora_int_id:
             self._adapter_names[lora_request.lora_int_id] = lora_request.lora_name
@@ -185,12 +185,12 @@ class AsyncLLM:
         return name is not None and await asyncio.to_thread(self.engine.remove_lora, name)
 
     async def list_loras(self) -> set[int]:
-        """Numbers of the adapters that were added with one; `engine.list_loras` tells more."""
+        """Return the numbers of the adapters that were added with a number; `engine.list_loras` returns more."""
         known = {each.name for each in await asyncio.to_thread(self.engine.list_loras)}
         return {number for number, name in self._adapter_names.items() if name in known}
 
     async def pin_lora(self, lora_id: int | str) -> bool:
-        """Keeps an adapter in memory; True. Errors as of `InferenceEngine.pin_lora`."""
+        """Pin an adapter in memory; returns True. Errors as `InferenceEngine.pin_lora`."""
         name = self._adapter_names.get(lora_id) if isinstance(lora_id, int) else lora_id
         if name is None:
             raise InvalidParameterError(f"no adapter was added with the number {lora_id}", "lora_id")
@@ -198,22 +198,22 @@ class AsyncLLM:
         return True
 
     async def check_health(self) -> None:
-        """Raises `EngineDeadError` where the engine is closed or has failed for good."""
+        """Raise `EngineDeadError` if the engine is closed or has failed permanently."""
         if not self.engine.is_alive:
             raise EngineDeadError("the engine is closed, or has failed")
 
     @property
     def is_running(self) -> bool:
-        """Whether requests are taken."""
+        """Whether the engine accepts requests."""
         return self.engine.is_alive
 
     @property
     def errored(self) -> bool:
-        """The opposite."""
+        """Whether the engine is closed or has failed."""
         return not self.engine.is_alive
 
     async def get_default_sampling_params(self) -> SamplingParams:
-        """What counts without `sampling_params`, as of `LLM`."""
+        """Return the default sampling parameters, as `LLM`."""
         return self._opened.defaults.sampling_params()
 
     def get_tokenizer(self) -> LlmTokenizer:
@@ -221,16 +221,16 @@ class AsyncLLM:
         return LlmTokenizer(self.engine)
 
     def shutdown(self) -> None:
-        """Aborts what is running and lets go of the model."""
+        """Abort running requests and release the model."""
         self._opened.close()
 
 
 class _Telling:
-    """What is said of a stream's pieces.
+    """Converter of a stream's `TokenOutput`s to vLLM's outputs.
 
     Args:
-        stream: the request's.
-        kind: what an output has: what is new, everything so far, or everything once.
+        stream: the request's stream.
+        kind: contents of an output: deltas, everything so far, or everything once.
         lora_request: the request's adapter.
     """
 
@@ -249,7 +249,7 @@ class _Telling:
         return [] if self._asked else None
 
     def take(self, piece: TokenOutput) -> RequestOutput | None:
-        """The output that a piece makes, if it makes one."""
+        """Return the output for a `TokenOutput`, or None."""
         whole = self._so_far[piece.index]
         if self._kind is RequestOutputKind.DELTA:
             whole = self._so_far[piece.index] = CompletionOutput(piece.index, "", [], logprobs=self._new_logprobs())
@@ -283,7 +283,7 @@ class _Telling:
 
 
 def _copied(given: CompletionOutput) -> CompletionOutput:
-    """Of its own: what was told stays as it was when more comes."""
+    """Copy an output, so that later deltas do not change it."""
     logprobs = None if given.logprobs is None else list(given.logprobs)
     return CompletionOutput(
         given.index, given.text, list(given.token_ids), given.cumulative_logprob, logprobs, given.finish_reason,
