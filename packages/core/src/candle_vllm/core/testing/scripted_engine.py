@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""An engine that says what it is told, for tests of code that uses the engine.
+"""ScriptedEngine: an engine with scripted answers, for tests of code that uses the engine.
 
-`ScriptedEngine` has `InferenceEngine`'s surface and needs no model and no torch. It answers at once, keeps to the same
-contract (`TokenOutput`), and remembers what it was asked.
+`ScriptedEngine` has `InferenceEngine`'s public methods and needs no model and no torch. It answers at once, follows the
+same contract (`TokenOutput`), and records its requests.
 """
 
 from __future__ import annotations
@@ -60,30 +60,30 @@ class ScriptedEngine(ScriptedVectors):
     """An engine that answers every prompt with a script.
 
     Args:
-        script: the answer: a text (a character per step), pieces of one (a piece per step, cut anywhere, as bytes also
-            inside a character), or a function of the prompt's text (without the beginning token) that returns either. A
-            function is called once per sequence, so it can answer each one differently. After the script the end token
-            follows; with `ignore_eos` the script begins again.
+        script: the answer: a text (one character per step), chunks of a text (one chunk per step, split anywhere, as
+            bytes also inside a character), or a function of the prompt's text (without the beginning token) that
+            returns either. A function is called once per sequence, so that answers can differ. After the script the end
+            token follows; with `ignore_eos` the script begins again.
         name, max_model_len, default_sampling, has_chat_template: shown in `model_info`.
-        submit_error: raised by `stream`, as a full queue or a dead engine would.
-        fail_after: after this many pieces of a request, `failure` happens.
+        submit_error: raised by `stream`, like the error of a full queue or a dead engine.
+        fail_after: number of a request's `TokenOutput`s before `failure`.
         failure: an exception is raised by the stream; a text ends every sequence with `FinishReason.ERROR`.
-        failure_kind: whose fault such a text is.
-        num_cached_tokens: what every answer reports.
-        chat_template: what `chat_conventions` shows; the engine renders ChatML whatever it is.
-        special_tokens: names of more special tokens, which a script may have in its text.
+        failure_kind: kind of the error for a text.
+        num_cached_tokens: reported by every answer.
+        chat_template: shown in `chat_conventions`; the engine always renders ChatML.
+        special_tokens: names of further special tokens, which a script may contain.
         architecture: shown in `model_info`.
         sees: accept images; the script does not receive them.
-        tasks: what it does; without "generate" it is an embedding model, with "score" alone a cross-encoder.
-        pause, first_pause: seconds before every piece, and before the first one where that is another.
+        tasks: supported tasks; without "generate" it is an embedding model, with "score" alone a cross-encoder.
+        pause, first_pause: seconds before every `TokenOutput`, and before the first one if that differs.
 
     Attributes:
-        requests: every request taken, in order.
+        requests: every accepted request, in order.
         aborted: ids of requests whose stream was closed before its end.
-        pausing: number of requests that wait before a piece: their time runs.
-        template_calls: every conversation rendered.
+        pausing: number of requests that wait for a `TokenOutput`, whose timeouts run.
+        template_calls: every rendered conversation.
         `pictures`: every image of a request.
-        chat_conventions: as of a model.
+        chat_conventions: conventions like those of a model.
     """
 
     def __init__(
@@ -158,53 +158,53 @@ class ScriptedEngine(ScriptedVectors):
 
     @property
     def model_info(self) -> ModelInfo:
-        """A model of no size with the byte tokenizer's vocabulary."""
+        """Description of a model without parameters, with the byte tokenizer's vocabulary."""
         return self._info
 
     @property
     def is_alive(self) -> bool:
-        """Always: it has nothing to die of."""
+        """Always True: a scripted engine cannot fail."""
         return True
 
     def add_death_callback(self, callback: Callable[[], None]) -> None:
-        """Never calls."""
+        """Ignore the callback: a scripted engine does not die."""
 
     def tokenize(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Bytes as token ids."""
+        """Return bytes as token ids."""
         return self.tokenizer.encode(text, add_special_tokens)
 
     def infill(self, prefix: str | Sequence[int], suffix: str) -> InfillPrompt:
-        """As an engine's, with the marks among its special tokens."""
+        """Make an infill prompt like an engine, with the marks among its special tokens."""
         marks = infill_marks(self.tokenizer.special_tokens.get, {})
         return infill_prompt(self.tokenizer, marks, prefix, suffix)
 
     def detokenize(self, token_ids: Sequence[int], skip_special_tokens: bool = True, *, whole: bool = True) -> str:
-        """Text of token ids."""
+        """Decode token ids."""
         return self.tokenizer.decode(token_ids, skip_special_tokens, whole=whole)
 
     def reset_prefix_cache(self) -> None:
-        """Counts how often it was asked for."""
+        """Count the calls."""
         self.prefix_cache_resets += 1
 
     @property
     def is_sleeping(self) -> bool:
-        """Whether anything of it is asleep."""
+        """Whether a part of the engine sleeps."""
         return bool(self.asleep)
 
     def sleep(self, level: int = 1, mode: str = "abort") -> None:
-        """Takes no requests from now on; those that run go on."""
+        """Refuse new requests; running ones continue."""
         check_sleep(level, mode)
         self.asleep, self.sleep_level = TAGS, level
 
     def wake_up(self, tags: Sequence[str] | None = None) -> None:
-        """Takes requests again, once all of it is awake."""
+        """Accept requests again, once all parts are awake."""
         self.asleep -= read_tags(tags)
         self.sleep_level = self.sleep_level if self.asleep else 0
 
     def look(
         self, token_ids: Sequence[int], images: Sequence[object], names: Sequence[str] = ()
     ) -> tuple[list[int], tuple[ImageInput, ...]]:
-        """The prompt as it is: a scripted engine sees nothing, and keeps what it is shown."""
+        """Return the prompt unchanged and record the images."""
         shown = [picture_of(image, name=name) for image, name in zip(images, names or ["image"] * len(images))]
         self.pictures += shown
         return list(token_ids), tuple(
@@ -213,7 +213,7 @@ class ScriptedEngine(ScriptedVectors):
         )
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
-        """ChatML; tool calls are appended to their message as JSON, other options are only remembered."""
+        """Render ChatML; tool calls are appended to their message as JSON, other options are only recorded."""
         self._check_generates()
         if not self._info.has_chat_template:
             raise ChatTemplateError(f"{self._info.name} has no chat template", "messages")
@@ -225,7 +225,7 @@ class ScriptedEngine(ScriptedVectors):
         return text + ("<|im_start|>assistant\n" if options.get("add_generation_prompt", True) else "")
 
     def check_structured_outputs(self, params: StructuredOutputsParams) -> None:
-        """Compiles the form for bytes as tokens, and raises what the engine would; no script is held to it."""
+        """Compile the form for bytes as tokens, and raise the engine's errors; the form is not applied to scripts."""
         self._grammars.compile(params)
 
     def stream(
@@ -239,7 +239,7 @@ class ScriptedEngine(ScriptedVectors):
         watcher: RequestWatcher | None = None,
         lora_request: Sequence[tuple[LoRARequest, float]] = (),
     ) -> TokenStream:
-        """Checks the request and returns its pieces; raises what the real engine would, or the scripted error."""
+        """Check the request and return its stream; raises the real engine's errors, or the scripted error."""
         params = (sampling_params or SamplingParams()).filled(self._default_sampling)
         request_id = request_id or uuid.uuid4().hex
         text, ids = read_prompt(prompt, sees="image" in self._info.modalities)
@@ -271,7 +271,7 @@ class ScriptedEngine(ScriptedVectors):
         priority: int = 0,
         add_special_tokens: bool = True,
     ) -> GenerationOutput:
-        """The whole answer. Cancelling it aborts the request."""
+        """Return the whole answer. Cancelling aborts the request."""
         return await whole(
             self.stream(
                 prompt, sampling_params, request_id=request_id, priority=priority, add_special_tokens=add_special_tokens
@@ -279,7 +279,7 @@ class ScriptedEngine(ScriptedVectors):
         )
 
     def stats(self) -> EngineStats:
-        """Counts of requests and tokens; there are no blocks."""
+        """Return counts of requests and tokens; a scripted engine has no blocks."""
         return EngineStats(
             num_running=len(self._live),
             num_waiting=0,
@@ -296,26 +296,26 @@ class ScriptedEngine(ScriptedVectors):
         )
 
     def add_lora(self, lora_request: LoRARequest) -> AdapterInfo:
-        """An adapter that is there from now on; its files are not read."""
+        """Register an adapter; its files are not read."""
         name = lora_request.lora_name
         self.adapters[name] = AdapterInfo(name=name, path=lora_request.lora_path, state="ready", rank=8, modules=1)
         return self.adapters[name]
 
     def remove_lora(self, lora_name: str) -> bool:
-        """Whether it was there."""
+        """Remove an adapter; return whether it was registered."""
         return self.adapters.pop(lora_name, None) is not None
 
     def pin_lora(self, lora_name: str) -> AdapterInfo:
-        """One that is there stays."""
+        """Pin a registered adapter."""
         self.adapters[lora_name] = msgspec.structs.replace(self.adapters[lora_name], pinned=True)
         return self.adapters[lora_name]
 
     def list_loras(self) -> tuple[AdapterInfo, ...]:
-        """Those that are there."""
+        """Return the registered adapters."""
         return tuple(self.adapters.values())
 
     def close(self) -> None:
-        """Nothing to let go of."""
+        """Do nothing: a scripted engine has no resources."""
 
     def _check_generates(self) -> None:
         if "generate" not in self._info.tasks:
@@ -359,20 +359,20 @@ class ScriptedEngine(ScriptedVectors):
         )
 
     def note_piece(self, piece: TokenOutput) -> None:
-        """Counts a piece that a stream hands out."""
+        """Count a `TokenOutput` of a stream."""
         self._generated += len(piece.token_ids)
         if piece.finish_reason is not None:
             self._finished[piece.finish_reason] = self._finished.get(piece.finish_reason, 0) + 1
 
     def note_end(self, request_id: str, *, aborted: bool) -> None:
-        """Forgets a request whose stream has ended."""
+        """Remove a request whose stream has ended."""
         self._live.discard(request_id)
         if aborted:
             self.aborted.append(request_id)
 
 
 class ScriptedSink(RequestSink):
-    """Makes the pieces of one request, its sequences in turn, from when they are asked for."""
+    """Producer of one request's `TokenOutput`s, its sequences in turn, from the call of `start` on."""
 
     def __init__(
         self,
@@ -389,7 +389,7 @@ class ScriptedSink(RequestSink):
         self._task: asyncio.Task[None] | None = None
 
     def start(self, receiver: Receiver[TokenOutput]) -> None:
-        """Push to `receiver` what is made from now on."""
+        """Push all further outputs to `receiver`."""
         super().start(receiver)
         if self._unfinished:
             self._task = asyncio.create_task(self._run())

@@ -26,13 +26,13 @@ MAX_BEAMS = MAX_LOGPROBS // 2  # as in vLLM, where nobody raises max_logprobs
 
 
 class BeamSearchParams(ExplainedStruct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How wide and how far to search.
+    """Parameters of a beam search.
 
     Attributes:
         beam_width: w, beams of a prompt, 1 to 10.
-        max_tokens: most tokens behind the prompt.
-        ignore_eos: end tokens are tokens like others.
-        length_penalty: the power of the number of tokens that a sum is divided by, -10 to 10: above 0 long sequences
+        max_tokens: most generated tokens.
+        ignore_eos: end tokens do not complete a sequence.
+        length_penalty: exponent of the number of tokens by which a sum is divided, -10 to 10: above 0 long sequences
             are favoured, at 0 the sum alone counts.
         skip_special_tokens: leave special tokens out of the text.
     """
@@ -63,12 +63,12 @@ class BeamSearchSequence:
 
     Attributes:
         orig_prompt: the prompt, as it was given.
-        tokens: those of the prompt and behind them the continuation's, the end token included.
-        logprobs: for each token of the continuation what the model gave there, by token id.
+        tokens: tokens of the prompt and of the continuation, the end token included.
+        logprobs: the model's log-probabilities for each token of the continuation, by token id.
         cum_logprob: the sum over the continuation.
         text: prompt and continuation.
-        finish_reason: "stop" behind an end token, else "length".
-        stop_reason: always None: no stop strings are looked for.
+        finish_reason: "stop" after an end token, otherwise "length".
+        stop_reason: always None: beam search has no stop strings.
     """
 
     orig_prompt: Prompt
@@ -80,13 +80,13 @@ class BeamSearchSequence:
     stop_reason: int | str | None = None
 
     def score(self, length_penalty: float) -> float:
-        """What sequences are ranked by: the best has the greatest."""
+        """Return the score by which sequences are ranked; higher is better."""
         return self.cum_logprob / max(len(self.logprobs), 1) ** length_penalty
 
 
 @dataclasses.dataclass
 class BeamSearchOutput:
-    """The best sequences of a prompt, the best one first; as many as beams, where there are as many."""
+    """The best sequences of a prompt, at most `beam_width`, the best one first."""
 
     sequences: list[BeamSearchSequence]
 
@@ -99,10 +99,10 @@ class _Search:
         self.complete: list[BeamSearchSequence] = []
         self._params = params
         self._ends = ends
-        self._room = room  # tokens that may follow
+        self._room = room  # most tokens that may follow
 
     def take(self, entries: Sequence[dict[int, Logprob]]) -> None:
-        """Continues every beam by what the model said behind it."""
+        """Extend every beam by the model's likeliest tokens."""
         going: list[BeamSearchSequence] = []
         for beam, entry in zip(self.beams, entries, strict=True):
             for token, said in entry.items():
@@ -124,7 +124,7 @@ class _Search:
             self.beams = []
 
     def result(self, text: Callable[[list[int]], str]) -> BeamSearchOutput:
-        """The best of all."""
+        """Return the best sequences."""
         best = self._best(self.complete)
         for each in best:
             each.text = text(each.tokens)
@@ -146,17 +146,17 @@ def beam_search(
     priority: int | Sequence[int] = 0,
     lora_request: LoraChoice | Sequence[LoraChoice] = None,
 ) -> list[BeamSearchOutput]:
-    """The best continuations of every prompt; outputs in the order of the prompts.
+    """Search the best continuations of every prompt; outputs are in the order of the prompts.
 
-    A step of the search is a request for each beam, whose beginning is in the prefix cache.
+    Each step of the search is a request for each beam, whose tokens so far are in the prefix cache.
 
     Args:
         engine: continues the beams.
         prompts: as of `EngineFront.generate`.
         use_tqdm: show a progress bar of steps.
-        concurrency_limit: prompts that are searched for at a time; None is all of them.
+        concurrency_limit: most prompts that are searched at a time; None for all.
         priority: one for all prompts, or one each.
-        lora_request: as of `EngineFront.generate`; files are not read anew for it.
+        lora_request: as of `EngineFront.generate`; files are not read again for it.
 
     Raises:
         RequestError: a prompt or an argument is wrong.

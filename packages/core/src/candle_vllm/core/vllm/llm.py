@@ -58,12 +58,12 @@ _ABSENT = {
 
 
 class Defaults:
-    """What counts where a call of `LLM` or `AsyncLLM` leaves something open.
+    """Default sampling parameters of `LLM` and `AsyncLLM`.
 
     Args:
-        engine: its model's files say it.
-        generation: what counts in the place of what they say; None leaves that.
-        sampling: values that count before theirs.
+        engine: engine whose model's files have defaults.
+        generation: defaults that replace those of the files; None keeps these.
+        sampling: values that override both.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Defaults:
         self._values: dict[str, Any] = {**own, **(sampling or {})}
 
     def sampling_params(self) -> SamplingParams:
-        """vLLM's defaults, and those of the model before them."""
+        """Return vLLM's defaults, overridden by the model's."""
         return SamplingParams(**self._values).filled({})
 
     def filled(self, params: SamplingParams | None) -> SamplingParams:
@@ -95,11 +95,11 @@ class Defaults:
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-    """What `LLM` and `AsyncLLM` are made of.
+    """Engine and defaults of an `LLM` or `AsyncLLM`.
 
     Attributes:
-        owned: the engine was made here, and goes with its holder.
-        pooling: how vectors are made where a call does not say it.
+        owned: the engine was created here, and is closed with its holder.
+        pooling: default pooling parameters of a call.
     """
 
     engine: EngineFront
@@ -109,7 +109,7 @@ class Opened:
 
     @classmethod
     def of(cls, model: str | Path | EngineConfig | EngineFront, arguments: Mapping[str, Any]) -> Self:
-        """An engine by vLLM's arguments, or around one that is there. Errors as of `LLM`."""
+        """Create an engine by vLLM's arguments, or wrap an existing engine. Errors as `LLM`."""
         if isinstance(model, EngineFront):
             if arguments:
                 raise TypeError(f"an engine that is there takes no arguments: {', '.join(arguments)}")
@@ -121,22 +121,22 @@ class Opened:
         return cls(engine, True, made.pooling, Defaults(engine, made.generation, made.sampling))
 
     def close(self) -> None:
-        """Closes the engine where it was made here."""
+        """Close the engine if it was created here."""
         if self.owned:
             self.engine.close()
 
 
 class LLM:
-    """A model for prompts that are there, with vLLM's names.
+    """Model for offline inference, with vLLM's names.
 
     Args:
-        model: a Hugging Face id, a folder, a `.gguf` file, "demo", an `EngineConfig`, or an engine that is there
-            already and stays its owner's.
-        arguments: vLLM's arguments of the same class, or fields of `EngineConfig`. LIBRARY_API.md says of each whether
-            it is taken, translated or refused. `seed` is 0, as in vLLM.
+        model: a Hugging Face id, a folder, a `.gguf` file, "demo", an `EngineConfig`, or an existing engine, which its
+            owner closes.
+        arguments: arguments of vLLM's `LLM`, or fields of `EngineConfig`. LIBRARY_API.md says whether each is
+            accepted, translated or refused. `seed` is 0, as in vLLM.
 
     Attributes:
-        engine: what it runs on.
+        engine: the engine.
 
     Raises:
         ConfigError, ModelNotFoundError, ModelLoadError: the model cannot be served as asked.
@@ -149,7 +149,7 @@ class LLM:
 
     @classmethod
     def from_engine_args(cls, engine_args: EngineArgs) -> Self:
-        """An `LLM` of arguments that were kept."""
+        """Make an `LLM` from stored arguments."""
         return cls(**vars(engine_args))
 
     # ---- texts -------------------------------------------------------------------------------------------------------
@@ -166,21 +166,21 @@ class LLM:
         tokenization_kwargs: Mapping[str, Any] | None = None,
         mm_processor_kwargs: None = None,
     ) -> list[RequestOutput]:
-        """Continues every prompt; outputs in the order of the prompts.
+        """Continue every prompt; outputs are in the order of the prompts.
 
         Args:
             prompts: one prompt or a list; a prompt is a text, a list of token ids, or an object with `prompt` or
                 `prompt_token_ids`.
             sampling_params: one for all, or one each; None is `get_default_sampling_params()`.
-            use_tqdm: show a progress bar on a terminal, or what makes one.
+            use_tqdm: show a progress bar on a terminal, or a function that makes one.
             lora_request: the adapter of all prompts, or one or None for each (`enable_lora`); pairs of adapters and
-                scales are a mix of them.
+                scales mix adapters.
             priority: one for all, or one each; lower runs first.
             tokenization_kwargs: may have `add_special_tokens`.
             mm_processor_kwargs: refused: images are read as they are, and prepared as the model's files say.
 
         Raises:
-            RequestError: a prompt or its parameters are wrong, with its place in a list; nothing has run then.
+            RequestError: an invalid prompt or parameter, with its index in a list; no prompt has run then.
             CandleVllmError: the engine failed on a request, or was closed meanwhile.
         """
         refuse_given("generate", mm_processor_kwargs=mm_processor_kwargs)
@@ -211,11 +211,11 @@ class LLM:
         tokenization_kwargs: Mapping[str, Any] | None = None,
         mm_processor_kwargs: None = None,
     ) -> list[RequestOutput]:
-        """Answers a conversation, or every one of a list; a list of outputs either way.
+        """Answer a conversation, or every conversation of a list; returns a list of outputs in both cases.
 
         Args:
             messages: the messages of one conversation, or a list of conversations.
-            chat_template: Jinja source in the place of the model's.
+            chat_template: Jinja source that replaces the model's template.
             chat_template_content_format: "auto" or "string": parts of a content are always joined to one text.
             tokenization_kwargs: refused: a template writes the special tokens itself.
 
@@ -253,11 +253,11 @@ class LLM:
         concurrency_limit: int | None = None,
         priority: int | Sequence[int] | None = None,
     ) -> list[BeamSearchOutput]:
-        """The best continuations of every prompt that a search of some width finds. Errors as of `generate`.
+        """Find the best continuations of every prompt by beam search. Errors as `generate`.
 
         Args:
             use_tqdm: show a progress bar of steps.
-            concurrency_limit: prompts that are searched for at a time; None is all of them.
+            concurrency_limit: most prompts that are searched at a time; None for all.
         """
         return beam_search(
             self.engine,
@@ -281,7 +281,7 @@ class LLM:
         lora_request: LoraChoice | Sequence[LoraChoice] = None,
         tokenization_kwargs: Mapping[str, Any] | None = None,
     ) -> list[EmbeddingRequestOutput]:
-        """The vector of every text. A model that generates text gives vectors as well. Errors as of `generate`."""
+        """Compute the embedding of every text; a model that generates text can do this too. Errors as `generate`."""
         refuse_given("embed", tokenization_kwargs=tokenization_kwargs or None)
         outputs = self.engine.embed(
             prompts, self._pooling_params(pooling_params), use_tqdm=use_tqdm, lora_request=lora_request
@@ -307,11 +307,11 @@ class LLM:
         pooling_task: str = "embed",
         tokenization_kwargs: Mapping[str, Any] | None = None,
     ) -> list[PoolingRequestOutput[PoolingOutput]]:
-        """The numbers of every text, as arrays of numpy.
+        """Compute the pooled output of every text, as numpy arrays.
 
         Args:
-            pooling_task: "embed" for vectors, "classify" for those of a classifier; "token_embed" and "token_classify"
-                for one of each token, [tokens, ...].
+            pooling_task: "embed" for embeddings, "classify" for class probabilities; "token_embed" and "token_classify"
+                for the same per token, [tokens, ...].
 
         Raises:
             InvalidParameterError: another task.
@@ -346,7 +346,7 @@ class LLM:
         lora_request: LoraChoice | Sequence[LoraChoice] = None,
         tokenization_kwargs: Mapping[str, Any] | None = None,
     ) -> list[ClassificationRequestOutput]:
-        """How likely each class of a classifier is for every text. Errors as of `generate`."""
+        """Compute the class probabilities of every text with a classifier. Errors as `generate`."""
         refuse_given("classify", tokenization_kwargs=tokenization_kwargs or None)
         return [
             ClassificationRequestOutput(
@@ -368,12 +368,12 @@ class LLM:
         tokenization_kwargs: Mapping[str, Any] | None = None,
         chat_template: None = None,
     ) -> list[ScoringRequestOutput]:
-        """How well texts belong together: one with one, one with each of many, or many with as many others.
+        """Compute similarity scores of pairs of texts: one with one, one with each of many, or many with as many.
 
-        A cross-encoder reads both texts at once; of other models it is the cosine of their vectors.
+        A cross-encoder reads both texts at once; for other models the score is the cosine of their embeddings.
 
         Raises:
-            InvalidParameterError: an input is no text, or there are not as many of one as of the other.
+            InvalidParameterError: an input is no text, or the numbers of texts do not match.
             CandleVllmError: as of `generate`.
         """
         refuse_given("score", tokenization_kwargs=tokenization_kwargs or None)
@@ -396,20 +396,20 @@ class LLM:
     # ---- the rest ----------------------------------------------------------------------------------------------------
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """What counts without `sampling_params`: the model's defaults where its files say some, else vLLM's."""
+        """Return the default sampling parameters: the model's if its files have some, otherwise vLLM's."""
         return self._opened.defaults.sampling_params()
 
     def reset_prefix_cache(self) -> bool:
-        """Forgets what prompts have left in the cache; True, as in vLLM where nothing kept it from that."""
+        """Clear the prefix cache; returns True, as vLLM does on success."""
         self.engine.reset_prefix_cache()
         return True
 
     def sleep(self, level: int = 1, mode: str = "abort") -> None:
-        """Gives memory back; as `InferenceEngine.sleep`."""
+        """Release memory; as `InferenceEngine.sleep`."""
         self.engine.sleep(level, mode)
 
     def wake_up(self, tags: list[str] | None = None) -> None:
-        """Fills memory again; as `InferenceEngine.wake_up`."""
+        """Load released memory again; as `InferenceEngine.wake_up`."""
         self.engine.wake_up(tags)
 
     def get_tokenizer(self) -> LlmTokenizer:
@@ -417,7 +417,7 @@ class LLM:
         return LlmTokenizer(self.engine)
 
     def close(self) -> None:
-        """Lets go of the model and its memory, as dropping the last name of it does."""
+        """Release the model and its memory, as deleting the last reference does."""
         self._opened.close()
 
     def __enter__(self) -> Self:
@@ -449,10 +449,10 @@ class LLM:
 
 
 class LlmTokenizer:
-    """What programs ask of a tokenizer of transformers', answered by an engine's.
+    """An engine's tokenizer with the common methods of transformers' tokenizers.
 
     Args:
-        engine: whose it is.
+        engine: the engine.
     """
 
     def __init__(self, engine: EngineFront) -> None:
@@ -465,16 +465,16 @@ class LlmTokenizer:
         return self.vocab_size
 
     def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        """Token ids of a text as `input_ids`, and an `attention_mask` of ones."""
+        """Tokenize a text to `input_ids`, with an `attention_mask` of ones."""
         ids = self.encode(text, add_special_tokens)
         return {"input_ids": ids, "attention_mask": [1] * len(ids)}
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text."""
+        """Tokenize a text."""
         return self._engine.tokenize(text, add_special_tokens)
 
     def decode(self, token_ids: int | Sequence[int], skip_special_tokens: bool = False) -> str:
-        """The text of token ids."""
+        """Decode token ids."""
         ids = [token_ids] if isinstance(token_ids, int) else list(token_ids)
         return self._engine.detokenize(ids, skip_special_tokens)
 
@@ -485,7 +485,7 @@ class LlmTokenizer:
         add_generation_prompt: bool = False,
         **options: Any,
     ) -> str | list[int]:
-        """A conversation as the model's prompt: its token ids, or its text."""
+        """Render a conversation to the model's prompt: its token ids, or its text."""
         text = self._engine.apply_chat_template(conversation, add_generation_prompt=add_generation_prompt, **options)
         return self._engine.tokenize(text, add_special_tokens=False) if tokenize else text
 
@@ -515,10 +515,10 @@ def adds_special(given: Mapping[str, Any] | None) -> bool:
 
 
 def asks_classes(pooling_task: str, info: ModelInfo) -> bool:
-    """Whether `encode` is asked for the classes of a text or of its tokens, and not for vectors.
+    """Whether `encode` computes classes of a text or of its tokens rather than embeddings.
 
     Raises:
-        InvalidParameterError: for neither, or the model tells no tokens apart, or no texts.
+        InvalidParameterError: an unknown task, or one per token or per text that the model does not support.
     """
     if pooling_task not in ("embed", "token_embed", "classify", "token_classify"):
         raise InvalidParameterError(
@@ -533,7 +533,7 @@ def asks_classes(pooling_task: str, info: ModelInfo) -> bool:
 
 
 def task_params(params: Any, pooling_task: str) -> Any:
-    """The parameters of vectors for a task: of "token_embed", a vector of each token."""
+    """Return the pooling parameters for a task; "token_embed" gives an embedding of each token."""
     if pooling_task != "token_embed":
         return params
     if isinstance(params, (list, tuple)):
@@ -542,13 +542,13 @@ def task_params(params: Any, pooling_task: str) -> Any:
 
 
 def shaped(numbers: Any, vectors: int | None) -> PoolingOutput:
-    """A vector, or vectors that stand behind each other as rows."""
+    """Convert a flat output to one vector, or to `vectors` rows."""
     flat = np.array(numbers, np.float32)
     return PoolingOutput(flat.reshape(vectors, -1) if vectors else flat)
 
 
 def refuse_given(method: str, **given: object) -> None:
-    """Refuses arguments that are there to be refused with a reason."""
+    """Refuse arguments that exist only to be refused with a reason."""
     for name, value in given.items():
         if value is not None:
             said = foreign_names(method).get(name, "there is nothing that it could change here")

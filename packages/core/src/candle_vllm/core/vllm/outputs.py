@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""What vLLM's library gives back, by its names: requests with their texts, vectors, classes or scores.
+"""Output classes of vLLM's library: requests with their texts, embeddings, classes or scores.
 
-The engine's own outputs (`core/engine/outputs.py`) are frozen and hold tuples; these hold what programs written for
-vLLM expect: lists, dicts of log-probabilities by token id, and an output that may not have finished yet.
+The engine's own outputs (`core/engine/outputs.py`) are frozen and hold tuples; these have the form that programs
+written for vLLM expect: lists, dicts of log-probabilities by token id, and outputs that may be unfinished.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Output = TypeVar("Output")
 
 @dataclasses.dataclass
 class Logprob:
-    """The log-probability of one token.
+    """Log-probability of one token.
 
     Attributes:
         logprob: natural logarithm of its probability, before penalties and temperature.
@@ -37,14 +37,14 @@ class Logprob:
 
 @dataclasses.dataclass
 class CompletionOutput:
-    """One sequence of a request: the whole of it, what there is so far, or what is new.
+    """One sequence of a request: all of it, everything so far, or a delta.
 
     Attributes:
         index: which of the request's `n` sequences.
-        cumulative_logprob: sum over the chosen tokens, of the whole sequence so far; None unless `logprobs` were asked
-            for.
-        logprobs: of each token of `token_ids`, by token id: the chosen one and the likeliest ones.
-        finish_reason: "stop", "length" or "abort"; None while it goes on.
+        cumulative_logprob: sum over the sampled tokens of the whole sequence so far; None unless `logprobs` was
+            requested.
+        logprobs: for each token of `token_ids`, by token id: the sampled token and the likeliest tokens.
+        finish_reason: "stop", "length" or "abort"; None for an unfinished sequence.
         stop_reason: the stop string or token id that ended it; None for the model's own end token.
     """
 
@@ -66,11 +66,11 @@ class RequestOutput:
     """A prompt and its sequences.
 
     Attributes:
-        prompt: the text, where one was given.
-        prompt_logprobs: one entry per prompt token when asked for, None for the first.
+        prompt: the text, if one was given.
+        prompt_logprobs: one entry per prompt token if requested, None for the first.
         metrics: the request's times, once it has finished.
         num_cached_tokens: prompt tokens that came from the prefix cache.
-        lora_request: its adapter; None for none, and for a mix of several.
+        lora_request: its adapter; None without one, and for a mix of several.
     """
 
     request_id: str
@@ -86,20 +86,20 @@ class RequestOutput:
 
 @dataclasses.dataclass
 class PoolingOutput:
-    """Numbers of one text, float32: a vector [E], or the probabilities of its classes [L]."""
+    """Pooled output of one text, float32: an embedding [E], or the probabilities of its classes [L]."""
 
     data: NDArray[np.float32]
 
 
 @dataclasses.dataclass(repr=False)
 class EmbeddingOutput:
-    """The vector of one text."""
+    """Embedding of one text."""
 
     embedding: list[float]
 
     @property
     def hidden_size(self) -> int:
-        """Its length."""
+        """Length of the embedding."""
         return len(self.embedding)
 
     def __repr__(self) -> str:
@@ -108,13 +108,13 @@ class EmbeddingOutput:
 
 @dataclasses.dataclass(repr=False)
 class ClassificationOutput:
-    """How likely each class of a classifier is, in the order of its labels."""
+    """Probabilities of a classifier's classes, in the order of its labels."""
 
     probs: list[float]
 
     @property
     def num_classes(self) -> int:
-        """How many there are."""
+        """Number of classes."""
         return len(self.probs)
 
     def __repr__(self) -> str:
@@ -123,14 +123,14 @@ class ClassificationOutput:
 
 @dataclasses.dataclass
 class ScoringOutput:
-    """How well two texts belong together."""
+    """Similarity score of two texts."""
 
     score: float
 
 
 @dataclasses.dataclass
 class PoolingRequestOutput(Generic[Output]):
-    """A text, or a pair of them, and the numbers that were asked of it."""
+    """A text, or a pair of texts, and its pooled output."""
 
     request_id: str
     outputs: Output
@@ -140,7 +140,7 @@ class PoolingRequestOutput(Generic[Output]):
 
 
 class EmbeddingRequestOutput(PoolingRequestOutput[EmbeddingOutput]):
-    """A text and its vector."""
+    """A text and its embedding."""
 
 
 class ClassificationRequestOutput(PoolingRequestOutput[ClassificationOutput]):
@@ -152,7 +152,7 @@ class ScoringRequestOutput(PoolingRequestOutput[ScoringOutput]):
 
 
 def request_output(given: GenerationOutput) -> RequestOutput:
-    """A finished request of the engine's in vLLM's form."""
+    """Convert a finished request of the engine to vLLM's form."""
     return RequestOutput(
         request_id=given.request_id,
         prompt=given.prompt,
@@ -166,12 +166,12 @@ def request_output(given: GenerationOutput) -> RequestOutput:
 
 
 def prompt_logprobs(entries: Iterable[PositionLogprobs | None] | None) -> list[dict[int, Logprob] | None] | None:
-    """Log-probabilities of a prompt, where they were asked for."""
+    """Convert the log-probabilities of a prompt, if they were requested."""
     return None if entries is None else [None if entry is None else by_token(entry) for entry in entries]
 
 
 def by_token(entry: PositionLogprobs) -> dict[int, Logprob]:
-    """The log-probabilities at one position by token id, the chosen token's first."""
+    """Return the log-probabilities at one position by token id, the sampled token first."""
     return {each.token_id: Logprob(each.logprob, each.rank, each.text) for each in (entry.chosen, *entry.top)}
 
 
