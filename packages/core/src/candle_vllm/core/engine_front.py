@@ -107,7 +107,7 @@ class EngineFront(ABC):
     _info: ModelInfo
     _owner: int  # the process that made it
 
-    # ---- what is loaded ----------------------------------------------------------------------------------------------
+    # ---- the loaded model --------------------------------------------------------------------------------------------
 
     @property
     def model_info(self) -> ModelInfo:

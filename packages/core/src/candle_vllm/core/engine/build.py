@@ -218,7 +218,7 @@ def _build_runner(
 
 
 def _require_room_for_images(loaded: LoadedModel, others: int, budget: int) -> None:
-    """Raise ConfigError if a step cannot hold the rows of an undivided image tile beside `others` rows."""
+    """Raise ConfigError if a step cannot hold the rows of an undivided image tile in addition to `others` rows."""
     if loaded.tower is None or not loaded.tower.sight.parts.whole:
         return
     config = loaded.tower.tower.config

@@ -77,7 +77,7 @@ class AdapterAdmission:
         others = [entry for entry in self._running if entry not in entries]
         return frozenset(sorted(others, key=lambda entry: self._running[entry])[:count])
 
-    # ---- what becomes of sequences -----------------------------------------------------------------------------------
+    # ---- changes of sequences ----------------------------------------------------------------------------------------
 
     def waits(self, sequence: Sequence) -> None:
         """Note that a sequence waits, for the first time or again."""

@@ -298,7 +298,7 @@ class AdapterStore:
         """Numbers of known adapters and of adapters in memory, and the bytes of the latter."""
         return len(self._entries), len(self._held), self._bytes
 
-    # ---- what sequences need -----------------------------------------------------------------------------------------
+    # ---- called for sequences ----------------------------------------------------------------------------------------
 
     def expect(self, entries: Entries) -> None:
         """Load the adapters of a request that is about to be queued, after the adapters of waiting sequences.
@@ -362,7 +362,7 @@ class AdapterStore:
                 entry.loaded = None
             self._held.clear()
 
-    # ---- with the lock -----------------------------------------------------------------------------------------------
+    # ---- with the lock held ------------------------------------------------------------------------------------------
 
     def _take(self, name: str, path: str, before: Entry | None) -> Entry:
         """Return the entry for files that must be read; several callers may wait for the same load."""

@@ -92,7 +92,7 @@ class StatePool:
             self.want(sequence, count)
 
     def want(self, sequence: Sequence, count: int) -> None:
-        """Request a checkpoint after `count` blocks of a sequence, of which the last is not scheduled yet."""
+        """Request a checkpoint after `count` blocks of a sequence; the last of them must not be scheduled yet."""
         state = sequence.state
         if state is not None and self.num_checkpoint_slots and count not in state.told:
             bisect.insort(state.wanted, count)

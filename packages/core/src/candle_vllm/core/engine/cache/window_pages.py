@@ -147,10 +147,10 @@ class WindowedBlocks(BlockManager):
                 pool.take(block)
 
     def advance(self, sequence: Sequence, start: int, end: int, spare: int = 0) -> int:
-        """Release the pages behind the windows of a token, and take pages for the positions up to `end`.
+        """Release the pages before the windows of a token, and take pages for the positions up to `end`.
 
         Args:
-            sequence: its run begins at `start`. Blocks that a step under way fills are unpublished and keep their page.
+            sequence: its run begins at `start`. Blocks that a running step fills are unpublished and keep their page.
             start, end: positions; the one at `start` is no draft token, so rejected drafts never need a released page.
             spare: pages that must stay free.
 

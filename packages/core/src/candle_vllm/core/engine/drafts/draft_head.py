@@ -86,7 +86,7 @@ class DraftingHead(DraftModel):
         self._states: NDArray[np.float32] | None = None  # of the target, for the next step
         self._back: dict[LiveSequence, NDArray[np.float32]] = {}  # hidden states of the last step, read by the next
 
-    # ---- what the drafter calls --------------------------------------------------------------------------------------
+    # ---- called by the drafter ---------------------------------------------------------------------------------------
 
     def ran(self, batch: Batch, lives: Sequence[LiveSequence | None]) -> None:
         """Note which rows of a committed target step to read; call `settle` before the target's next step.
@@ -97,7 +97,7 @@ class DraftingHead(DraftModel):
         """
         self._unread = {}
         if self.hopeless:
-            return  # these tokens get no rows; `_start` begins behind them later
+            return  # these tokens get no rows; `_start` begins after them later
         for run, offset, live in zip(batch.runs, batch.query_start.tolist(), lives):
             if live is None:
                 continue
@@ -128,7 +128,7 @@ class DraftingHead(DraftModel):
         self._unread.pop(live, None)
         super().forget(live)
 
-    # ---- what is in its cache ----------------------------------------------------------------------------------------
+    # ---- contents of its cache ---------------------------------------------------------------------------------------
 
     def _begin(self, own: Own, live: LiveSequence) -> None:
         del live

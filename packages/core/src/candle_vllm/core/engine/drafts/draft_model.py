@@ -173,7 +173,7 @@ class DraftModel:
         self._tries = [[_PRIOR] * len(_LIKELY) for _ in range(2)]
         self._common = [(6.0, 8.0), (4.8, 8.0)]  # (accepted, tries) over all buckets
 
-    # ---- what the drafter calls --------------------------------------------------------------------------------------
+    # ---- called by the drafter ---------------------------------------------------------------------------------------
 
     def improve(
         self, offers: Sequence[tuple[LiveSequence, Offer | None]], lives: int, target: Seconds, room: int
@@ -218,7 +218,7 @@ class DraftModel:
         """End the runner's threads."""
         self._runner.close()
 
-    # ---- what pays ---------------------------------------------------------------------------------------------------
+    # ---- costs and gains ---------------------------------------------------------------------------------------------
 
     def _worth_asking(
         self, offers: Sequence[tuple[LiveSequence, Offer | None]], lives: int, target: Seconds, room: int

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from candle_vllm.core.sampling.grammar import GrammarState
 
 _OPENING = 12  # match length that the beginning of a predicted output counts as
-_COUNTS = (1, 2, 4, 8, 16)  # numbers of draft tokens that are checked to see whether any number pays
+_COUNTS = (1, 2, 4, 8, 16)  # numbers of draft tokens for which it is checked whether they can pay
 _LEAST_REST, _TIMED = 64, 8  # the fewest steps of a rest, and the steps at its end that are timed
 _PATIENCE = 16  # steps with drafts that were not worth trying, after which measured step times are relaxed
 _SLOW = 0.003  # most seconds a step for a sequence's grammar calls; above them the sequence gets no drafts
@@ -47,7 +47,7 @@ _FORM = 1  # with a grammar only: length of a match of one token, or of what fol
 
 # Bucket of each match length, and assumed (accepted, tries) of its next token at the start.
 _BUCKETS = (0, 8, 1, 2, 3, 4, 4, 5, 5, 5, *[6] * 6, *[7] * (LONGEST_MATCH - 15))
-# For short matches too low to be tried. Drafts are judged untried as well, so a better acceptance is soon known.
+# Short matches begin too low to be tried. Untried drafts are judged as well, so better acceptance is soon known.
 _PRIOR = ((7.6, 8.0), (0.8, 8.0), (1.2, 8.0), (2.0, 8.0), (3.2, 8.0), (4.4, 8.0), (5.6, 8.0), (6.8, 8.0),
           (4.0, 8.0))  # fmt: skip
 
@@ -149,7 +149,7 @@ class StepTimes:
         self._known = [1 + drafts / (FIXED + lives) for drafts in range(most + 1)]
         self._curve = self._known[:]
         self._plain: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=9))
-        self._drafted: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=5))  # by drafts; 0: behind some
+        self._drafted: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=5))  # by drafts; 0: plain step after
 
     def plain(self, lives: int) -> float:
         """Seconds of a plain step with this number of sequences; 0 before three were measured."""
@@ -221,7 +221,7 @@ class Drafter:
     Args:
         config: speculative decoding settings.
         rows: the most draft tokens of a step.
-        model: proposes draft tokens if it is likelier right than what was found; None without a draft model.
+        model: proposes draft tokens if they are likelier accepted than those found; None without a draft model.
     """
 
     def __init__(self, config: SpeculativeConfig, rows: int, model: DraftModel | None = None) -> None:

@@ -47,7 +47,7 @@ class Text:
         return looked if self._begun is None else looked + self._begun.follow(most - looked)
 
     def find(self, end: Sequence[int], least: int, most: int) -> tuple[int, int]:
-        """Find an earlier occurrence of a text's last tokens: the position behind it, and the length of the match.
+        """Find an earlier occurrence of a text's last tokens; return the index after it and the length of the match.
 
         The longest match is returned, the latest of equally long ones; (0, 0) if no match has `least` tokens. If
         `end` is this text itself, its end does not match itself.

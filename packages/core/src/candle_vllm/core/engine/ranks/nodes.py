@@ -287,7 +287,7 @@ def join(given: IO[bytes]) -> tuple[Line, Line, Invitation]:
 
 def _end_with(given: IO[bytes]) -> None:
     given.read()
-    os._exit(0)  # whatever its threads wait for
+    os._exit(0)  # without waiting for threads
 
 
 def _connect(invitation: Invitation, *, side: bool) -> Line:

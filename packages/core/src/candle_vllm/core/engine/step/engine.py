@@ -125,7 +125,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """True while any sequence is unfinished, or a step is under way."""
+        """True while any sequence is unfinished, or a step is in flight."""
         return bool(self._live) or bool(self._flights)
 
     @property
@@ -446,7 +446,7 @@ class Engine:
         return pieces
 
     def _advance_runs(self, flight: _Flight, drawn: Seq[tuple[Token, ...]]) -> list[TokenOutput]:
-        """Append to each sequence the accepted draft tokens of a step and the token sampled behind them."""
+        """Append to each sequence the accepted draft tokens of a step and the token sampled after them."""
         lives = zip(flight.batch.drawing, flight.lives, drawn, strict=True)
         return [self._advance_run(run, live, tokens) for run, live, tokens in lives if not live.is_over]
 

@@ -120,7 +120,7 @@ class EncoderPreparation(Preparation):
         assert isinstance(request, PoolingRequest)
         check_pooling_request(request, self._config.vocab_size, self.max_model_len)
         kinds = self._config.token_types
-        if kinds == 1:  # it tells no texts of a pair apart, whatever its tokenizer says
+        if kinds == 1:  # the model has no segment embeddings, even if its tokenizer returns token types
             request = msgspec.structs.replace(request, token_type_ids=None)
         if any(not 0 <= kind < kinds for kind in request.token_type_ids or ()):
             raise InvalidParameterError(f"token_type_ids must be 0 to {kinds - 1} for this model", "token_type_ids")
