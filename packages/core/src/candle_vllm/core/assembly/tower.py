@@ -35,7 +35,7 @@ _Found = tuple[TowerFamily, TowerConfig, Checkpoint, Path]
 
 _PROCESSOR = "preprocessor_config.json"
 _MOST_BREAKS = 32  # Gemma has tokens for up to 31
-_PROCESSORS = "processor_config.json"  # newer ones have the same under a key of this
+_PROCESSORS = "processor_config.json"  # newer models have the same settings under the key "image_processor"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from candle_vllm.core.kernels.lora.repacking import Repacking
     from candle_vllm.core.quantization.tensors import StoredTensor
 
-_MOST_PACKED = {"F32": 2, "BF16": 2, "I8": 4}  # bytes of a file for one in memory: F32 becomes narrower
+_MOST_PACKED = {"F32": 2, "BF16": 2, "I8": 4}  # most bytes of a file for each byte in memory: F32 becomes narrower
 MOST_SEEN = 1 << 23  # most element positions that the recorded kinds may contain together
 _MOST_MET = 256  # most kinds that are counted
 

@@ -82,8 +82,8 @@ class DraftingHead(DraftModel):
         self._head, self._target, self._tokens_meant = head, target, meant
         self._drawn_words = guessed
         self._tails: dict[LiveSequence, _Tail] = {}
-        self._unread: dict[LiveSequence, tuple[int, int, int]] = {}  # positions, and the row of the first in the step
-        self._states: NDArray[np.float32] | None = None  # of the target, for the next step
+        self._unread: dict[LiveSequence, tuple[int, int, int]] = {}  # positions (first, end), row in step
+        self._states: NDArray[np.float32] | None = None  # the target's hidden states, for the next step
         self._back: dict[LiveSequence, NDArray[np.float32]] = {}  # hidden states of the last step, read by the next
 
     # ---- called by the drafter ---------------------------------------------------------------------------------------

@@ -95,7 +95,7 @@ class _Record:
         self.text = Text(live.sequence.tokens, prompt)
         self.known = len(live.sequence.tokens)  # length of the sequence when `guess` was judged
         self.guess: _Guess | None = None
-        self.behind: dict[int, int] = {}  # with a grammar: index behind each token's last place in the answer
+        self.behind: dict[int, int] = {}  # with a grammar: index after each token's last place in the answer
         self.fared: dict[int, tuple[float, float]] = {}  # short matches by their `mark`: (accepted, tries)
         self.prediction = prediction
         if prediction is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-SEPARATOR = -1  # between answers of the past; no token
+SEPARATOR = -1  # separates past answers; not a token id
 _CANDIDATES = 12  # earlier occurrences that are compared
 _PAST_TOKENS = 1 << 16  # of each of two generations of past answers
 _ALL = 1 << 62

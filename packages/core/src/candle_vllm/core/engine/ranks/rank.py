@@ -138,7 +138,7 @@ def _loaded(
     runner, sleeper = build_rank(config, loaded, ranks)
     load = None
     if config.enable_lora:
-        load = adapter_loader(config, loaded, runner, config.lora_memory or available_memory())  # the first one counts
+        load = adapter_loader(config, loaded, runner, config.lora_memory or available_memory())  # the first decides
     parts = keep_parts(config, loaded, runner, rank, lambda *said: side.tell(rank_line.BlockRead(*said)))
     if parts is not None:
         side.read_by(functools.partial(_read_blocks, parts))

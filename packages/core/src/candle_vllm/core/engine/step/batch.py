@@ -328,7 +328,7 @@ class BatchBuilder:
         self._version = object()
         self._numbers = np.arange(1)
         self._last: Batch | None = None  # the previous step, if all its sequences decoded
-        self._moving = self._tables  # its positions and slots
+        self._moving = self._tables  # positions and slots of the previous step
 
     def build(self, scheduled: Seq[Run], before: Seq[Run] = (), *, ends_alone: bool = False) -> Batch:
         """Concatenate the scheduled tokens of all sequences.

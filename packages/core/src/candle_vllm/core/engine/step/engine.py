@@ -110,7 +110,7 @@ class Engine:
         self._counts: Counter[str] = Counter()
         self._num_steps = self._num_generated = 0
         self._finished: Counter[str] = Counter()
-        self._waits_since = -1  # `AdapterStore.changes` at which all sequences wait; a step does nothing until it moves
+        self._waits_since = -1  # `AdapterStore.changes` while all sequences wait; steps do nothing until it changes
         self._failures_seen = -1  # failures of adapters that were handled
 
     @property

@@ -156,7 +156,7 @@ class Scheduler:
         if self.adapters is not None:
             self._all_held = None
             self.adapters.ended(sequence)
-            if not self.waiting:  # there may be no step that would tell
+            if not self.waiting:  # no later step may call it
                 self.adapters.look(())
 
     def schedule(self) -> Step:
@@ -642,7 +642,7 @@ class WholeTexts:
             self.adapters.stopped(sequence)
         if self.adapters is not None:
             self.adapters.ended(sequence)
-            if not self.waiting:  # there may be no step that would tell
+            if not self.waiting:  # no later step may call it
                 self.adapters.look(())
 
     def schedule(self) -> Step:

@@ -171,7 +171,7 @@ class RequestSink:
         self._watch = watch
         self._over = False
         self._held = True
-        self._kept = Unread[TokenOutput]()  # while it is held
+        self._kept = Unread[TokenOutput]()  # holds outputs while `_held`
         self._receiver: Receiver[TokenOutput] = self._kept
 
     def put(self, item: Delivery) -> None:
