@@ -4,7 +4,7 @@
     python -m tests.language [PATH ...]     print each: file, line, the phrase with its surroundings
 
 Each pattern stands for a sentence without its noun, or for a word of this project where the field has a term. Code in
-backticks and blocks of code are left out.
+backticks and blocks of code are left out, and so are the names of arguments.
 """
 
 from __future__ import annotations
@@ -48,6 +48,10 @@ PATTERNS = {
 }
 
 
+NAMES = re.compile(r"`[^`]*`|^ *\w+(?:, \w+)*:", re.MULTILINE)
+"""What is left out: code, and the names of arguments and attributes."""
+
+
 class Phrase(NamedTuple):
     """A phrase: its file, the line where its docstring or comment begins, its pattern's name, the words around it."""
 
@@ -65,7 +69,7 @@ def phrases(*roots: Path) -> Iterator[Phrase]:
         )
         for path in found:
             for line, text in _markdown(path) if path.suffix == ".md" else _python(path):
-                flat = " ".join(re.sub(r"`[^`]*`", "``", text).split())
+                flat = " ".join(NAMES.sub("", text).split())
                 for name, pattern in PATTERNS.items():
                     for match in pattern.finditer(flat):
                         around = flat[max(0, match.start() - 80) : match.end() + 40]

@@ -13,8 +13,6 @@ ALLOWED = {
     # The glossary names the words that it translates.
     ("docs/architecture.md", "land (collect results)"),
     ("docs/architecture.md", "guess (draft token)"),
-    # An argument has this name.
-    ("packages/responses/src/candle_vllm/responses/conversation/turn_calls.py", "sight, picture (image)"),
 }
 
 
@@ -42,6 +40,7 @@ def test_no_sentence_leaves_out_its_noun() -> None:
         ('"""None where there is none."""', "it is none"),
         ("x = 1  # those of the others", "those of the others"),
         ('def f():\n    """Several\n    guesses."""', "guess (draft token)"),
+        ('"""Text.\n\n    guess: a number.\n"""', ""),
         ('"""The `guess` of None is none of these; default is None."""', ""),
     ],
 )

@@ -81,7 +81,7 @@ class TokenTrie:
         self.usable = np.packbits(usable, bitorder="little").view(np.int32)
         ends = list(eos_ids) or [vocab_size]
         if not eos_ids:
-            self.tokens.append(b"")  # stands for an end token if the model has none
+            self.tokens.append(b"")  # stands for an end token in a model without one
         self.words = -(-len(self.tokens) // 32)
         shown = _Shown(tokenizer, self.tokens, sorted(self.special), ends[0])
         self.ll: LLTokenizer = LLTokenizer(TokenizerWrapper(shown), eos_token=ends, slices=list(_SLICES))
