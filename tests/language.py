@@ -87,10 +87,9 @@ def _markdown(path: Path) -> Iterator[tuple[int, str]]:
 
 def _python(path: Path) -> Iterator[tuple[int, str]]:
     source = path.read_text()
-    for node in ast.walk(ast.parse(source)):
-        documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-        if documented and (text := ast.get_docstring(node)) is not None:
-            yield node.body[0].lineno, text
+    for node in ast.walk(ast.parse(source)):  # docstrings, of attributes too
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            yield node.lineno, node.value.value
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             yield token.start[0], token.string

@@ -30,7 +30,7 @@ from candle_vllm.core.quantization.tensors import StoredTensor
 _PIECE = 1 << 22  # elements of a matrix that are decoded at a time
 
 Weights: TypeAlias = Callable[[str], StoredTensor | None]
-"""A part of the model by its target, as it is stored and in the model's order; None where it has none."""
+"""A part of the model by its target, as it is stored and in the model's order; None without a stored tensor."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

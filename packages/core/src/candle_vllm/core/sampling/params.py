@@ -388,7 +388,7 @@ _COUNTS: Mapping[str, tuple[int, int]] = MappingProxyType(
     }
 )
 SAMPLER_FIELDS = (*_NUMBERS, *_COUNTS, "dry_sequence_breakers")
-"""The fields of llama.cpp's samplers and of guessing, which have the same names in requests of every API."""
+"""The fields of llama.cpp's samplers and of speculation, which have the same names in requests of every API."""
 
 
 def _is_open(value: object) -> bool:

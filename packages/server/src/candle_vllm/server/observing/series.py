@@ -334,7 +334,7 @@ EVENTS = (
 """What happens to the server rather than to a request in an engine."""
 
 MCP_SERVERS = Series("candle_vllm:mcp_servers", "gauge", ("state",), "MCP servers of the configuration, by state.")
-"""Read when it is asked for; absent where there are none."""
+"""Read when it is asked for; absent without MCP servers."""
 
 HTTP: tuple[Series, ...] = (
     Series("http_requests_total", "counter", ("method", "handler", "status"), "HTTP requests, by route and status."),

@@ -19,10 +19,10 @@ from candle_vllm.server.settings.sources import read_small
 _OURS = re.compile(r"--[\w.-]+(?: [\w:/]+)?(?=[,;]|$)")  # an answer that begins with a flag, and not a sentence
 
 _OBJECTS = ("--speculative-config", "--mm-processor-kwargs")
-"""Flags of ours whose values are objects: `--flag.name VALUE` sets one name."""
+"""Flags whose values are objects: `--flag.name VALUE` sets one name."""
 
 Known = Mapping[str, list[str]]
-"""The commands that each flag of ours belongs to."""
+"""The commands that each flag belongs to."""
 
 
 def translated(command: str, argv: Sequence[str], known: Known) -> tuple[list[str], list[str]]:

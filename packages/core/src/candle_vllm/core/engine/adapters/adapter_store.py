@@ -42,7 +42,7 @@ PATIENCE = 110.0
 """Seconds for which a caller waits for an adapter."""
 MAX_NAMES = 1 << 20
 MAX_LOOSE_NAMES = 10_000
-"""Names that requests alone have given, with a path; those that none has used for longest are forgotten."""
+"""Names that requests alone have given, with a path; the least recently used are forgotten."""
 _SHOWN_NAMES = 10
 _CLOSING = 1.0  # seconds that `close` waits for the loading thread, which a disk may block
 

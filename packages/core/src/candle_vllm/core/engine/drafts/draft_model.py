@@ -36,7 +36,7 @@ from candle_vllm.core.kernels import sampling as kernels
 from candle_vllm.core.kernels.recorded import Value
 
 Offer = tuple[list[int], list[float]]
-"""Guesses, and for each how likely it and all before it are right."""
+"""Draft tokens, and for each how likely it and all before it are right."""
 
 # For draft tokens of every source:
 FADING = 256.0  # tries after which the earlier tries count half

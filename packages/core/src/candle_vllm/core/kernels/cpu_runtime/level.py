@@ -221,7 +221,7 @@ def _flags_of_hwcap() -> frozenset[str]:
 
 
 _MACOS = {"atomics": "LSE", "fphp": "FP16", "asimdhp": "FP16", "asimddp": "DotProd", "i8mm": "I8MM", "bf16": "BF16"}
-"""Apple's names of instructions: hw.optional.arm.FEAT_... Every processor of theirs has NEON."""
+"""Apple's names of instructions: hw.optional.arm.FEAT_... Every Apple processor has NEON."""
 
 
 def _flags_of_macos() -> frozenset[str]:

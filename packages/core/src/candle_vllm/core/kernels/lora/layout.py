@@ -96,8 +96,8 @@ DONE_BYTES = 64
 """A cache line for each thread."""
 
 GPU_FIELDS, GPU_RANKS, GPU_COLUMNS = 4, 16, 16
-"""On a GPU: addresses of a part (A, c * B, c - 1, bias; 0 where there is none), and to what of ranks, in B, and of K,
-in A, rows are filled up with zeros."""
+"""On a GPU: addresses of a part (A, c * B, c - 1, bias; 0 without a bias), and the multiples to which rows are padded
+with zeros: of ranks in B, of K in A."""
 
 
 def most_blocks(rank: int) -> int:
