@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Where adapters join in: the products of a model, each with a number, by the paths that weights are loaded by."""
+"""Adapter sites of a model: number its products, by the paths of their weights."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 
 def number_places(model: object, adapters: EagerAdapters | None = None) -> Mapping[str, tuple[Place, ...]]:
-    """Gives every product of a model a place, and tells them by path; experts have two, "gate" and "up" in the first.
+    """Give every product of a model an adapter site; return sites by path. Experts have two: gate with up, and down.
 
-    "head" is there although the table of "embed" may be the head too; "embed" is looking up alone.
+    "head" is included also if it shares the table of "embed"; "embed" is the lookup alone.
 
     Args:
-        model: of which places are numbered once.
-        adapters: what is added where layers run op by op; None leaves what is there.
+        model: the model, whose sites are numbered once.
+        adapters: adapters of layers that run op by op; None leaves the present ones.
     """
     made: dict[str, tuple[Place, ...]] = {}
     count = 0
@@ -55,7 +55,7 @@ def number_places(model: object, adapters: EagerAdapters | None = None) -> Mappi
 
 
 def linears_in(layers: object) -> Iterator[Linear]:
-    """Every product of layers, but those of routers and heads."""
+    """Return every product of layers, except routers and output layers."""
     for _, layer in _layers(layers, ""):
         if isinstance(layer, Linear):
             yield layer
@@ -64,7 +64,7 @@ def linears_in(layers: object) -> Iterator[Linear]:
 
 
 def _layers(layer: object, path: str) -> Iterator[tuple[str, object]]:
-    """What has matrices, by its path."""
+    """Return the layers with matrices, by path."""
     if isinstance(layer, (Linear, Router, ExpertMLPs, Embedding)):
         yield path, layer
     elif isinstance(layer, (list, tuple)):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Attention over the paged cache, and what a step tells the layers about itself."""
+"""Attention over the paged cache, and `StepInput`, the tensors of a step that all layers use."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _MOST_SLOPES = 4096
 
 
 def alibi_slopes(heads: int) -> tuple[float, ...]:
-    """What a score of each of H heads loses by position: powers of 2^(-8 / n), n the largest power of two up to H.
+    """Return the ALiBi slopes of H heads: powers of 2^(-8 / n), n being the largest power of two up to H.
 
     The heads beyond n have every other slope of 2 n heads. Source: Press et al., 2021, arXiv:2108.12409.
 
@@ -42,13 +42,13 @@ def alibi_slopes(heads: int) -> tuple[float, ...]:
 
 
 class Taps:
-    """What goes into some layers, kept until the next step: sums of a layer's two summands, see `models/stack.py`.
+    """Copies of hidden states before some layers, kept until the next step; see `models/stack.py`.
 
     Args:
-        layers: their numbers, from 0 on; the number of layers is what the last one gives.
+        layers: numbers of these layers, from 0 on; the number of layers means the result of the last one.
 
     Attributes:
-        values: what was kept, by layer: [T, E] each.
+        values: the kept hidden states by layer, [T, E] each.
     """
 
     def __init__(self, layers: Iterable[int]) -> None:
@@ -56,7 +56,7 @@ class Taps:
         self.values: dict[int, Value] = {}
 
     def keep(self, layer: int, x: Value, residual: Value | None) -> tuple[Value, Value | None]:
-        """What goes into a layer, of which a copy is kept where it is wanted."""
+        """Return a layer's input, and keep a copy of its sum for the chosen layers."""
         if layer not in self.layers:
             return x, residual
         total = x if residual is None else residual + x
@@ -65,20 +65,20 @@ class Taps:
 
 
 class GivenRows(Protocol):
-    """Rows of a step that are given, and not looked up in the embedding table.
+    """Rows of a step with given embeddings (of images) instead of rows of the embedding table.
 
     Attributes:
-        vectors: what they are given.
+        vectors: the given embeddings.
     """
 
     vectors: Value
 
     def put(self, x: Value, ranks: Collective | None) -> Value:
-        """x [T, E] with these in their places; of several ranks the first has them, and the others get them here."""
+        """Write the embeddings to their rows of x [T, E]; the first rank sends them to the other ranks."""
         ...
 
     def add(self, layer: int, x: Value, residual: Value | None) -> tuple[Value, Value | None]:
-        """What a layer gave, x [T, E] as two summands, with what is added to these rows behind it.
+        """Add the vectors for these rows to a layer's result, x [T, E] as two summands.
 
         Source: Meng et al., 2024, arXiv:2406.04334 (DeepStack).
         """
@@ -87,27 +87,26 @@ class GivenRows(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class StepInput:
-    """The tensors of one step, as every layer sees them; in a recorded one there are caches and positions alone.
+    """Tensors of one step for all layers; a recorded step has caches and positions alone.
 
     Attributes:
-        positions: [T] int64, each token's position in its sequence, or, of a model that turns tokens of images by three
-            positions, the row of its rotary tables; on a GPU int32. In a recorded step `RecordedTokens`, which a table
-            of positions is read by.
-        slots: [T] int64, where each token's key and value go in the cache; on a GPU int32, -1 for nowhere.
-        rows: which tokens belong together.
+        positions: [T] int64, each token's position in its sequence, or, for a model with M-RoPE, its row of the rotary
+            tables; on a GPU int32. In a recorded step `RecordedTokens`, by which a table of positions is read.
+        slots: [T] int64, the cache slot of each token's key and value; on a GPU int32, -1 for no slot.
+        rows: sequences of the tokens.
         caches: of each layer: a `PagedCache`, or a `StateCache` for each part of its state.
-        cache_scales: of keys and of values, where the caches are float8 and a layer has none of its own; see
+        cache_scales: scales of keys and values for float8 caches of layers without their own scales; see
             `kernels/kv_write`.
-        attend: what computes attention; see `kernels/attention`.
-        taps: keeps what goes into some layers, where that is asked for.
+        attend: attention function; see `kernels/attention`.
+        taps: keeps hidden states before some layers, if these are needed.
         given: rows of image embeddings; None without images.
         may_divide: ranks may divide the tokens among them; see `TokenShares.begin`.
-        narrows: the layer whose attention gives the rows alone whose successor is wanted, in a recorded step; None for
-            none.
-        narrowed: the layer before which the others are left out, where it and all behind it read the keys and values
-            of earlier layers; None for none.
-        layer_inputs: [T, P] of each layer, what it is given beside x; none where a family has no such inputs.
-        states: what layers that keep a state do with it; None where none does, and in a recorded step.
+        narrows: in a recorded step, the layer from whose attention on only rows with a wanted next token are computed;
+            None for all rows.
+        narrowed: the layer before which the other rows are dropped, if it and all later layers read keys and values of
+            earlier layers; None for all rows.
+        layer_inputs: [T, P] for each layer, its input besides x; empty for families without such inputs.
+        states: the step's use of layers' states, see `kernels/states`; None without states, and in a recorded step.
         windowed: slots and rows of each page pool of layers with a `WindowedCache`; empty in a recorded step.
     """
 
@@ -135,20 +134,20 @@ class PagedAttention:
     Args:
         layer: whose cache it uses.
         head_dim: D.
-        rotary: positions; None for a layer whose queries and keys do not turn.
-        q_norm, k_norm: of heads, where the model has them.
-        window: how many positions a token sees, itself included; None is all.
+        rotary: rotary embedding; None for a layer without it.
+        q_norm, k_norm: norms of heads, if the model has them.
+        window: positions that a token attends to, itself included; None for all.
         scale: of scores; None is D^-0.5.
         softcap: of scores.
-        sinks: [H] fp32 on the model's device, to be loaded as the part "sinks": a score more of each head, see
+        sinks: [H] fp32 on the model's device, loaded as the part "sinks": an additional score of each head, see
             `kernels/attention`.
-        slopes: [H] fp32 on the model's device, what a score loses by position of distance (ALiBi).
-        key_bias: [K * D], what the projection adds to keys.
-        causal: tokens of an image do not see each other in this layer, whatever the step says.
-        norms_behind: the norms of heads stand behind the rotation.
+        slopes: [H] fp32 on the model's device, ALiBi slopes.
+        key_bias: [K * D], bias of the key projection.
+        causal: attention is causal in this layer also within images.
+        norms_behind: the norms of heads follow the rotation.
 
     Attributes:
-        cache_scales: of keys and of values, [1] fp32 each, for float8 caches; None for those of the step.
+        cache_scales: of keys and of values, [1] fp32 each, for float8 caches; None for the step's scales.
     """
 
     def __init__(
@@ -180,7 +179,7 @@ class PagedAttention:
         self.cache_scales: tuple[Value, Value] | None = None
 
     def scale_cache(self, keys: float, values: float, placement: Placement) -> None:
-        """Gives the layer scales of its own."""
+        """Set the layer's own cache scales."""
         self.cache_scales = k, v = placement.empty(1), placement.empty(1)
         k[0], v[0] = keys, values
 
@@ -220,9 +219,9 @@ class PagedAttention:
         return step.attend(q, *cache, rows, cache_scales=scales, **scores)
 
     def _common_key(self) -> Value | None:
-        """What all keys of a recorded step have in common, [K * D], where scores may all be moved by as much.
+        """Return the common offset [K * D] of all keys in a recorded step, which shifts all scores equally.
 
-        That is the mean over positions of the bias as rotary turns it: where it turns fast, nothing.
+        It is the mean over positions of the rotated key bias: 0 for dimensions that rotate fast.
         """
         if self.key_bias is None or self.softcap is not None or self.sinks is not None:
             return None

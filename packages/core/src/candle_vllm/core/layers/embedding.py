@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The embedding table and the output head, which may be the same matrix."""
+"""Embedding table and output layer, which may share a matrix."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class Embedding:
         vocab_size, size: V and E.
         placement: where the table lives.
         scale: of rows, not of logits; None is 1.
-        bias: of logits: there is one.
+        bias: whether logits have a bias.
         logit_scale: of logits, the bias included.
-        softcap: c of logits z, which become c tanh(z / c); None leaves them.
-        wide: rows are fp32 whatever the table is.
+        softcap: c of logits z, which become c tanh(z / c); None without a cap.
+        wide: rows are fp32 whatever the table's type is.
 
     Attributes:
-        share: the rows that this rank has of a table that is divided; None where it has all.
-        place: where adapters join in when rows are looked up; when they are multiplied, it is the table's own.
+        share: this rank's rows of a divided table; None if the rank has all rows.
+        place: adapter site of lookups; products have the site of the table's `Linear`.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Embedding:
         return self.rows(token_ids, self.scale)
 
     def rows(self, token_ids: Value, scale: float | None = None) -> Value:
-        """Rows [T, E] times `scale`, whatever the table's own is."""
+        """Look up rows [T, E] times `scale`, which replaces the table's own scale."""
         (matrix,) = self.table.matrices
         if isinstance(token_ids, RecordedTokens):
             return token_ids.embedding(matrix, scale, self.place)
@@ -70,7 +70,7 @@ class Embedding:
         return rows if scale is None else scale_cap_(rows, scale)
 
     def _divided(self, matrix: Any, token_ids: Value, scale: float | None, share: VocabularyShare) -> Value:
-        """Rows that the ranks find each in its own part of the table."""
+        """Look up rows of a table that is divided among ranks."""
         places = token_ids - share.first
         others = (places < 0) | (places >= matrix.rows)
         places = places.masked_fill(others, 0)
@@ -82,9 +82,9 @@ class Embedding:
         return rows if scale is None else scale_cap_(rows, scale)
 
     def logits(self, hidden: Value, out: Value | None = None) -> Value:
-        """Scores [T, V] in fp32 of every token of the vocabulary; into `out` where it is given.
+        """Compute logits [T, V] in fp32, into `out` if it is given.
 
-        Where the table is divided, the next call may overwrite them.
+        With a divided table the next call may overwrite them.
         """
         if isinstance(hidden, Recorded):
             return self.table(hidden.wanted()).logits(self.bias, self.logit_scale, self.softcap)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Linear layers: the one place where a layer's products happen, on every backend and however steps are run.
+"""Linear layers: all matrix products of a model's layers, on every backend, recorded or op by op.
 
-Several stored matrices that read the same input are one product (q, k, v; gate, up). A layer's experts are one `Linear`
-for each of their matrices, and the head is one too.
+Several stored matrices with the same input are one product (q, k, v; gate, up). A layer's experts have one `Linear` for
+each kind of matrix, and the output layer is a `Linear` too.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ class Linear:
     Args:
         in_features: I.
         out_features: O, or the sizes of the named matrices that are stacked into O, in order.
-        bias: whether there is one; that of experts is fp32.
+        bias: whether there is one; experts' biases are fp32.
         placement: where the weights live.
-        kept: whether small floats, and whole numbers in an order of their own, may stay what they are.
-        experts: X, whose parameters are "{name}.{e}.weight"; 0 where every token meets the same matrix.
+        kept: whether small floats, and integer codes with reordered columns, may stay in their stored format.
+        experts: X, whose parameters are "{name}.{e}.weight"; 0 for a layer without experts.
         sections: see `Parameter`.
-        first: the number of the first expert, where others have those before it.
+        first: number of this rank's first expert.
 
     Attributes:
-        pieces: the matrices as they were filled, by the beginnings of their parameters' names.
-        place: where adapters join in; None where they never do.
-        adapters: what they add where layers run op by op; see `number_places`.
-        collective: the ranks over which results are summed, where each has a part of the inputs; None where one has
-            all of them, and for experts, whose results are summed once they are combined.
+        pieces: the loaded matrices, by the prefix of their parameters' names.
+        place: adapter site; None for a layer that adapters cannot change.
+        adapters: adapters of layers that run op by op; see `number_places`.
+        collective: ranks over which results are summed, if each has a part of the inputs; None if this rank has all
+            inputs, and for experts, whose results are summed after they are combined.
     """
 
     def __init__(
@@ -80,24 +80,24 @@ class Linear:
         self._kept_in: HostWeights | None = None
 
     def keep_in(self, memory: HostWeights) -> None:
-        """Its matrices will lie there once they are filled; those of recorded steps are in main memory anyway."""
+        """Keep the matrices in `memory` once they are loaded; in recorded steps they are in main memory anyway."""
         if not self._placement.recorded:
             self._kept_in = memory
 
     def __call__(self, x: Value, pairs: Any = None, activation: Activation | None = None) -> Value:
-        """y; of experts for `pairs`, and where an activation is named act(gate) * up, see `kernels/moe`.
+        """Compute y; for experts, the results of `pairs`, with an activation act(gate) * up, see `kernels/moe`.
 
-        Op by op, x of another type is brought to that of the matrices first, and y has this type.
+        Op by op, x is converted to the type of the matrices first, and y has this type.
 
-        A result comes about in this order, whoever joins in:
+        The order of operations is always:
 
-        1. y = x W^T. Kernels may quantise what they read of x, for themselves.
-        2. An adapter adds its product s (x A^T) B^T to y, of x as it came in here.
-        3. Where W has a part of the inputs only, as a shard, y is summed over the shards.
+        1. y = x W^T. Kernels may quantise x internally.
+        2. An adapter adds its product s (x A^T) B^T to y, with the unquantised x.
+        3. If W is a shard with a part of the inputs, y is summed over the shards.
         4. The bias is added, once; the activation follows.
 
-        The kernels of 1 do 4 while they have the sums, where there are shards those of one rank alone, whose others
-        have biases of 0; for that, 2 is added behind it.
+        The kernels of 1 do 4 while they have the sums; with shards only one rank has the bias, and the other ranks have
+        biases of 0. In this case 2 is added after 4.
         """
         invariant = self._placement.invariant
         if pairs is None:
@@ -112,7 +112,7 @@ class Linear:
         return expert_linear(x, self.matrices, pairs, self.bias, activation=activation, invariant=invariant, **joins)
 
     def number_place(self, number: int, *, lookup: bool = False) -> Place:
-        """What adapters know of it, as place `number` of its model."""
+        """Return the layer's adapter site, with index `number` in its model."""
         parts = {
             prefix: (expert if self._experts else 0, rows.start, rows.stop)
             for prefix, (expert, rows) in self._places.items()
@@ -121,7 +121,7 @@ class Linear:
 
     @cached_property
     def matrices(self) -> list[Any]:
-        """What is multiplied: outside recorded steps what can be one matrix becomes one, and `pieces` is emptied."""
+        """Return the matrices; outside recorded steps, fuse them if possible, and empty `pieces`."""
         pieces = [self.pieces[name] for name in self._places]
         if self._placement.recorded:
             each = len(pieces) // max(1, self._experts)
@@ -143,7 +143,7 @@ class Linear:
             kept_in.take(self.matrices)
 
     def _one(self, pieces: Sequence[DeviceMatrix]) -> DeviceMatrix:
-        """Experts are one matrix: of all rows as they are where all are stored alike, else of plain numbers."""
+        """Fuse all experts to one matrix: in their format if all are stored alike, otherwise decoded."""
         from candle_vllm.core.kernels.matrices import TensorMatrix
 
         kinds = {piece.kind for piece in pieces}
@@ -153,7 +153,7 @@ class Linear:
         return pieces[0].joined(pieces)
 
     def parameters(self) -> Mapping[str, Parameter]:
-        """Every parameter that must be loaded; a shard's has fewer rows or columns, and cuts what it is given."""
+        """Return all parameters; a shard's parameters have fewer rows or columns, and cut the stored tensor."""
         backend = partial(self._placement.backend, groups=self._kept and not self._experts, floats=self._kept)
         found: dict[str, Parameter] = {}
         for prefix, (expert, rows) in self._places.items():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Mixture of experts in the place of a feed-forward layer: router, experts, and what all tokens share."""
+"""Mixture of experts instead of a feed-forward layer: router, experts and shared expert."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mixture:
-    """What a family's config says about its experts. Values that cannot be are an `InvalidFileError`.
+    """Experts of a family's config. Invalid values raise `InvalidFileError`.
 
     Attributes:
         experts: X, up to `MOST_EXPERTS`.
         top_k: k, experts of a token.
         inner_size: F of an expert.
         scoring, renormalise, groups, top_groups, scale, jitter: see `kernels/moe`.
-        correction: a number of each expert takes part in the choice alone (DeepSeek-V3's e_score_correction_bias).
-        expert_scale: the weights of each expert are multiplied by a number of its own.
-        activation: of the experts, and where they have no gate of what all tokens share.
-        router_bias, expert_bias: whether there are biases.
+        correction: a bias of each expert, used only to choose experts (DeepSeek-V3's e_score_correction_bias).
+        expert_scale: each expert's weights are multiplied by its own factor.
+        activation: of the experts; for experts without a gate also of the shared expert.
+        router_bias, expert_bias: whether router and experts have biases.
         shared_size: F of the shared expert, which every token goes through; 0 without one.
-        shared_gate: its result is multiplied by a sigmoid of the token (Qwen2-MoE).
-        first, held: which of the experts are here, so many from one on; None is all from there.
+        shared_gate: the shared expert's result is multiplied by a sigmoid gate of the token (Qwen2-MoE).
+        first, held: this rank's experts: `held` experts from `first` on; None for all from there.
     """
 
     experts: int
@@ -70,7 +70,7 @@ class Mixture:
 
     @property
     def here(self) -> int:
-        """How many experts are here."""
+        """Number of this rank's experts."""
         return self.experts - self.first if self.held is None else self.held
 
     def __post_init__(self) -> None:
@@ -98,7 +98,7 @@ _SAME = ("top_k", "scoring", "renormalise", "groups", "top_groups", "scale", "ji
 
 
 class Router:
-    """Scores of experts: x [T, E] -> logits [T, X], in fp32 whatever the model's other weights are."""
+    """Router: x [T, E] -> logits [T, X], always in fp32."""
 
     def __init__(self, hidden_size: int, mixture: Mixture, placement: Placement) -> None:
         exact = dataclasses.replace(placement, dtype="F32", plain_kind=PlainKind.F32, keeps_quantised=False)
@@ -119,7 +119,7 @@ class Router:
 class ExpertMLPs:
     """The experts' feed-forward layers.
 
-    Parts: gate.{e}.weight [F, E], where they have a gate, up.{e}.weight [F, E] and down.{e}.weight [E, F].
+    Parts: gate.{e}.weight [F, E] for experts with a gate, up.{e}.weight [F, E] and down.{e}.weight [E, F].
     """
 
     def __init__(self, hidden_size: int, mixture: Mixture, placement: Placement) -> None:
@@ -131,7 +131,7 @@ class ExpertMLPs:
         self.down = Linear(inner, {"down": hidden_size}, placement, **options)
 
     def __call__(self, x: Value, pairs: Any) -> Any:
-        """What the experts make of x [T, E], a row for each of the pairs; see `kernels/moe`."""
+        """Compute the experts' results for x [T, E], a row for each of the pairs; see `kernels/moe`."""
         return self.down(self.gate_up(x, pairs, self._activation), pairs)
 
     def finish(self) -> None:
@@ -145,14 +145,14 @@ class ExpertMLPs:
 
 
 class SparseMLP:
-    """Each token x [T, E] goes to k of X experts, and through a layer that all tokens share where there is one.
+    """Mixture-of-experts layer: each token of x [T, E] goes to k of X experts, and to the shared expert, if any.
 
     Attributes:
-        collective: the ranks over which results are summed, where each has a part of every expert, or some of the
-            experts; else None.
-        shares: what sends tokens to the ranks of their experts; None where each rank has all tokens.
-        elsewhere: what computes the experts of steps on a GPU whose matrices are in main memory, see
-            `kernels/moe/host.py`; None where they are with the rest.
+        collective: ranks over which results are summed, if each has a part of every expert, or some of the experts;
+            otherwise None.
+        shares: sends tokens to the ranks of their experts; None if each rank has all tokens.
+        elsewhere: computes experts on the CPU for steps on a GPU, with matrices in main memory, see
+            `kernels/moe/host.py`; None if the experts are on the model's device.
     """
 
     def __init__(self, hidden_size: int, mixture: Mixture, placement: Placement) -> None:
@@ -170,7 +170,7 @@ class SparseMLP:
         self.elsewhere: HostLayer | None = None
 
     def leave_to_host(self, placement: Placement) -> None:
-        """Its experts will be computed by the CPU, in recorded steps; nothing of them may be filled yet."""
+        """Let the CPU compute the experts, in recorded steps; call it before they are loaded."""
         self.experts = ExpertMLPs(self._hidden_size, self._mixture, placement)
         if self.router.correction is not None:
             self.router.correction = placement.empty(self._mixture.experts)
@@ -183,12 +183,12 @@ class SparseMLP:
         return self._hidden_size, self._mixture.experts
 
     def record_experts(self, x: Recorded, logits: Recorded) -> Recorded:
-        """Records what the experts make of x [T, E], which the router gave these logits."""
+        """Record the experts' results for x [T, E] with the router's logits."""
         pairs = route(logits, self._routing())
         return combine(self.experts(x, pairs), pairs, None)
 
     def _with_host(self, elsewhere: HostLayer, x: Value, logits: Value) -> Value:
-        """The same as `__call__`, what all tokens share being computed meanwhile."""
+        """As `__call__`, with the shared expert computed while the CPU computes the experts."""
         if self.shared is None:
             return elsewhere(x, logits, None)[0]
         mlp, gate = self.shared, self.shared_gate
@@ -196,7 +196,7 @@ class SparseMLP:
         return y + shared
 
     def __call__(self, x: Value, routed: Value | None = None) -> Value:
-        """y [T, E] of x [T, E]; the router reads `routed` [T, E], where that is not x."""
+        """Compute y [T, E] of x [T, E]; the router reads `routed` [T, E], or x if that is None."""
         logits = self.router(x if routed is None else routed)
         if self.elsewhere is not None:
             return self._with_host(self.elsewhere, x, logits)
@@ -210,7 +210,7 @@ class SparseMLP:
         return y if self.collective is None else self.collective.sum(y)
 
     def _combined(self, x: Value, pairs: Any, shared: Value | None = None, gate: Value | None = None) -> Value:
-        """What the experts that are here make of x, whose pairs are of all experts; with what all tokens share."""
+        """Combine the results of this rank's experts, for pairs with all experts, and of the shared expert."""
         if self._mixture.here < self._mixture.experts:
             pairs = pairs.among(self._mixture.first, self._mixture.here)
         dtype = None if isinstance(x, Recorded) else x.dtype
@@ -222,6 +222,6 @@ class SparseMLP:
 
 
 def mixtures_of(layers: Sequence[Any]) -> dict[int, SparseMLP]:
-    """Those among a decoder's layers that have experts, by their numbers."""
+    """Return the layers of a decoder that have experts, by their numbers."""
     found = {number: getattr(layer, "mlp", None) for number, layer in enumerate(layers)}
     return {number: mlp for number, mlp in found.items() if isinstance(mlp, SparseMLP)}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What every layer with weights has in common: named parameters that the loader fills from stored tensors."""
+"""Parameters of layers: named weights that the loader fills from stored tensors, and their placement."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ Packed: TypeAlias = tuple[Any, str | None]
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """Where a model's weights live and how it computes.
+    """Device, types and memory of a model's weights.
 
     Attributes:
         device: of tensors.
-        dtype: of matrices and activations where steps are not recorded, by its name in `quantization/plain.py`.
-        weight_memory: where matrices go in the layouts of the compiled CPU kernels, and steps are recorded; None where
-            the layers run op by op in torch.
-        plain_kind: what recorded steps make of plain matrices; None keeps each one's own type.
-        words: recorded steps multiply F16 matrices as whole numbers of 14 bits (`kernels/word_linear`).
-        keeps_quantised: where steps are not recorded, quantised matrices stay as they are stored, in the layouts of
-            the GPU's kernels; else they become plain numbers of `dtype`.
-        invariant: a token's numbers do not depend on what else is in the step, at some cost.
-        shapes_only: there is no memory behind what `empty` gives, and nothing is loaded.
+        dtype: of matrices and activations if steps are not recorded, by its name in `quantization/plain.py`.
+        weight_memory: memory for matrices in the layouts of the compiled CPU kernels, for recorded steps; None if the
+            layers run op by op in torch.
+        plain_kind: type of plain matrices in recorded steps; None keeps the stored types.
+        words: recorded steps multiply F16 matrices as integers of 14 bits (`kernels/word_linear`).
+        keeps_quantised: if steps are not recorded, quantised matrices stay quantised, in the layouts of the GPU's
+            kernels; otherwise they are decoded to `dtype`.
+        invariant: a token's result has the same bits whatever else is in the step, at some cost.
+        shapes_only: `empty` returns shapes without memory, and nothing is loaded.
     """
 
     device: Device
@@ -55,18 +55,18 @@ class Placement:
 
     @property
     def recorded(self) -> bool:
-        """Matrices keep their types, and steps are recorded."""
+        """Whether steps are recorded, with matrices in the layouts of the CPU kernels."""
         return self.weight_memory is not None
 
     @property
     def torch_dtype(self) -> Any:
-        """`dtype` as torch has it."""
+        """`dtype` as torch's type."""
         from candle_vllm.core.kernels.torch_numbers import DTYPES
 
         return DTYPES[self.dtype]
 
     def empty(self, *shape: int, dtype: str = "F32") -> Value:
-        """Memory for numbers that stay plain, as norms and biases: an array where steps are recorded, else a tensor."""
+        """Allocate memory for plain parameters such as norms and biases: an array for recorded steps, or a tensor."""
         if self.shapes_only:
             return np.broadcast_to(np.zeros((), ELEMENTS[dtype]), shape)
         if self.recorded:
@@ -76,7 +76,7 @@ class Placement:
         return empty(shape, dtype, self.device)
 
     def constant(self, numbers: NDArray[np.float32]) -> Value:
-        """Numbers of the host that stay as they are: themselves where steps are recorded, else a tensor."""
+        """Convert a constant array of the host: unchanged for recorded steps, otherwise a tensor."""
         if self.recorded or self.shapes_only:
             return numbers
         from candle_vllm.core.kernels.torch_numbers import tensor_of
@@ -84,11 +84,11 @@ class Placement:
         return tensor_of(numbers, "F32").to(self.device)
 
     def backend(self, *, groups: bool = False, floats: bool = False) -> RecordedBackend | PlainBackend:
-        """What packs a layer's matrices.
+        """Return the backend that packs a layer's matrices.
 
         Args:
-            groups: the layer multiplies whole numbers in groups, and brings its input to an order of the matrix's own.
-            floats: the layer multiplies small floats with scales.
+            groups: the layer supports integer codes in groups, and reorders its input for a matrix.
+            floats: the layer supports small floats with scales.
         """
         if self.weight_memory is not None:
             from candle_vllm.core.kernels.cpu_runtime.backend import RecordedBackend
@@ -106,7 +106,7 @@ SHAPES = Placement(CPU, "F32", shapes_only=True)
 
 
 def on_host(values: Value) -> NDArray[np.float32]:
-    """Numbers of a model as an array; those of the CPU share their memory."""
+    """Convert a parameter to an array; on the CPU they share memory."""
     if isinstance(values, np.ndarray):
         return values
     plain: Any = values
@@ -114,7 +114,7 @@ def on_host(values: Value) -> NDArray[np.float32]:
 
 
 def write_rows(table: Value, first: int, rows: NDArray[np.float32]) -> None:
-    """Writes rows [n, K] of a table that is a `constant`, wherever it is, from row `first` on."""
+    """Write rows [n, K] of a `constant` table, on any device, from row `first` on."""
     if isinstance(table, np.ndarray):
         table[first : first + len(rows)] = rows
         return
@@ -125,7 +125,7 @@ def write_rows(table: Value, first: int, rows: NDArray[np.float32]) -> None:
 
 
 class TensorParameter:
-    """A plain tensor, or array, that stored numbers are copied into."""
+    """Plain tensor or array into which a stored tensor is copied."""
 
     sections = 1
 
@@ -138,7 +138,7 @@ class TensorParameter:
         return tuple(self._tensor.shape)
 
     def fill(self, stored: StoredTensor) -> str | None:
-        """Decodes the tensor and copies it; what goes to a GPU is converted there."""
+        """Decode and copy the tensor; for a GPU it is converted on the device."""
         if isinstance(self._tensor, np.ndarray):
             self._tensor[...] = stored.load("F32")
             return
@@ -148,12 +148,12 @@ class TensorParameter:
 
 
 class MatrixParameter:
-    """A matrix as its backend keeps it, put under `name` of `pieces`.
+    """Matrix in the layout of its backend, stored in `pieces` under `name`.
 
     Args:
-        pieces, name: where the matrix goes.
+        pieces, name: destination of the matrix.
         shape: [N, K].
-        backend: gives what packs it.
+        backend: returns the backend that packs it.
         sections: see `Parameter`.
     """
 
@@ -169,7 +169,7 @@ class MatrixParameter:
         self.shape, self.sections = shape, sections
 
     def fill(self, stored: StoredTensor) -> str | None:
-        """Packs the tensor."""
+        """Pack the tensor."""
         with naming_tensor(stored):
             self._pieces[self._name], why = stored.pack_for(self._backend())
         return why
@@ -177,7 +177,7 @@ class MatrixParameter:
 
 @contextmanager
 def naming_tensor(stored: StoredTensor) -> Iterator[None]:
-    """Puts the tensor before the message of what no kernel can multiply, unless it is named."""
+    """Prefix the error of an unsupported matrix with the tensor's name, unless the message contains it."""
     try:
         yield
     except UnsupportedModelError as error:

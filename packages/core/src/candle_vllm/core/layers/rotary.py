@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Rotary position embedding: the frequencies of every scaling kind, and the tables made of them."""
+"""Rotary position embedding: frequencies of every scaling kind, and tables of cosines and sines."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from candle_vllm.core.quantization.tensors import StoredTensor
 
 
 class Rotary:
-    """Rotates queries and keys by position; one per model, shared by its layers.
+    """Rotary embedding of queries and keys; one per model, shared by its layers.
 
-    With a `query_scale` s of the settings, queries are also multiplied by 1 + s ln(1 + floor(position / original)),
-    where original is the context before stretching: by 1 within it.
+    With a `query_scale` s in `rope`, queries are also multiplied by 1 + s ln(1 + floor(position / original)), where
+    original is the context before its extension: by 1 within it.
 
-    A GGUF file of Llama 3 carries its scaling as divisors of the frequencies; they are the optional part "factors".
+    A GGUF file of Llama 3 has its scaling as divisors of the frequencies; they are the optional part "factors".
 
-    Where the settings have axes, tokens of images are turned by three positions at once. What turns one of these stands
-    in a row of its own behind those of all positions, and is written there for each step (`turn`); of any other token
-    the three are equal, and its row is that of its position.
+    If `rope` has axes (M-RoPE), tokens of images are rotated by three positions. Their cosines and sines are in rows
+    of the tables after the rows of all positions, and are written there for each step (`turn`). For any other token the
+    three positions are equal, and it uses the row of its position.
 
     Args:
-        rope: the scaling.
-        max_position: the context that the frequencies are made for, in tokens.
+        rope: configuration of the rotary embedding.
+        max_position: context for which the frequencies are computed, in tokens.
         placement: where the tables go.
         factors: the checkpoint has divisors of the frequencies.
 
@@ -56,9 +56,9 @@ class Rotary:
         self._positions = self._room = 0
 
     def prepare(self, positions: int) -> None:
-        """Makes the tables for positions below `positions`; larger ones that are there already stay.
+        """Compute the tables for positions below `positions`; larger existing tables stay.
 
-        An engine calls it with the context that it has memory for, which may be far less than `max_position`.
+        An engine calls it with the context that fits its memory, which may be far less than `max_position`.
         """
         assert 0 < positions <= self.max_position
         if self._positions < positions:
@@ -66,14 +66,14 @@ class Rotary:
             self._tables = self._make_tables(positions, self._room)
 
     def make_room(self, tokens: int) -> None:
-        """Makes room for as many tokens of images in a step; what knew the tables before does not know these."""
+        """Allocate rows for `tokens` image tokens of a step; references to earlier tables become invalid."""
         assert len(self._axes)
         self._positions, self._room = self._positions or self.max_position, tokens
         self._tables = self._make_tables(self._positions, tokens)
 
     @property
     def tables(self) -> tuple[Value, Value]:
-        """cos and sin [P, R/2] in fp32; for the whole context where `prepare` was not called."""
+        """cos and sin [P, R/2] in fp32; for the whole context if `prepare` was not called."""
         if self._tables is None:
             self.prepare(self.max_position)
             assert self._tables is not None
@@ -81,14 +81,14 @@ class Rotary:
 
     @property
     def plain_tables(self) -> tuple[Value, Value]:
-        """Those rows of them that are of positions."""
+        """Rows of the tables for positions, without those of image tokens."""
         cos, sin = self.tables
         return cos[: self._positions], sin[: self._positions]
 
     def turn(self, places: NDArray[np.int64]) -> int:
-        """Writes what turns tokens by their places in time, height and width [N, 3]; gives the number of its first row.
+        """Write rows for tokens by their positions in time, height and width [N, 3]; return the first row's number.
 
-        There is room for as many as `make_room` was told; the rows are good until the next call.
+        N is at most the number of tokens for `make_room`; the rows are valid until the next call.
         """
         assert len(places) <= self._room
         for table in self.tables:
@@ -100,22 +100,22 @@ class Rotary:
 
     @property
     def first_turned(self) -> int:
-        """The row of the tables that `turn` writes first."""
+        """Number of the first row that `turn` writes."""
         return self._positions
 
     def sources(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """[N, R/2] the row of the tables that has each number of what turns tokens by their places [N, 3]."""
+        """Return the source row [N, R/2] in the tables of each element that `turn` writes, for positions [N, 3]."""
         return places[:, self._axes]
 
     def turn_there(self, sources: Any) -> None:
-        """`turn` of tables on a GPU, by `sources` there; work."""
+        """As `turn`, for tables on a GPU, by `sources` on the device. Work of the stream."""
         assert len(sources) <= self._room
         for table in self.tables:
             numbers: Any = table
             numbers[self.first_turned : self.first_turned + len(sources)] = numbers.gather(0, sources)
 
     def _make_tables(self, positions: int, room: int) -> tuple[Value, Value]:
-        """The angles are float32, as models are trained with; their cosines and sines are rounded from exact ones."""
+        """Compute the tables: angles are float32, as in training; cosines and sines are rounded from exact values."""
         constant = self._placement.constant
         frequencies = self._frequencies if self._factors is None else self._frequencies / self._factors
         if self._growth and positions > self._original:
@@ -129,18 +129,18 @@ class Rotary:
         return cos, sin
 
     def scaled(self, q: Value, positions: Value) -> Value:
-        """Queries [T, H, D] times their position's factor; as they are where it is 1 everywhere."""
+        """Multiply queries [T, H, D] by their position's factor; unchanged without a `query_scale`."""
         if self._growth == 0 or len(self.plain_tables[0]) <= self._original:
             return q
         assert self._query_factors is not None, "they are made with the tables"
         return position_scale(q, positions, self._query_factors)
 
     def queries(self, q: Value, positions: Value) -> Value:
-        """Queries [T, H, D], rotated."""
+        """Rotate queries [T, H, D]."""
         return rotary(q, positions, *self.tables)
 
     def __call__(self, q: Value, k: Value, positions: Value) -> tuple[Value, Value]:
-        """Both rotated: q [T, H, D], k [T, K, D]."""
+        """Rotate q [T, H, D] and k [T, K, D]."""
         return rotary_pair(q, k, positions, *self.tables)
 
     def parameters(self) -> Mapping[str, Parameter]:
@@ -151,7 +151,7 @@ class Rotary:
 
 
 class _Factors(TensorParameter):
-    """Divisors of the frequencies, checked as they come."""
+    """Parameter of the frequencies' divisors, checked when it is loaded."""
 
     def __init__(self, factors: np.ndarray, frequencies: np.ndarray, max_position: int) -> None:
         super().__init__(factors)
@@ -160,7 +160,7 @@ class _Factors(TensorParameter):
         self._max_position = max_position
 
     def fill(self, stored: StoredTensor) -> str | None:
-        """Copies the tensor."""
+        """Copy the tensor."""
         why = super().fill(stored)
         with np.errstate(all="ignore"):
             frequencies = self._frequencies / self._factors
@@ -170,13 +170,13 @@ class _Factors(TensorParameter):
 
 @np.errstate(all="ignore")
 def _check_angles(frequencies: np.ndarray, max_position: int, source: str) -> None:
-    """Cosines and sines are finite where the largest angles are."""
+    """Check that the largest angles are finite, and so cosines and sines."""
     if not ((frequencies >= 0).all() and np.isfinite(frequencies * np.float32(max_position)).all()):
         raise InvalidFileError(f"{source} gives rotary frequencies that are negative, infinite or not a number")
 
 
 def attention_scale(rope: RopeConfig) -> float:
-    """The factor on cos and sin: yarn's 0.1 ln(factor) + 1, divided by what scores get instead; longrope's; else 1."""
+    """Return the factor of cos and sin: yarn's 0.1 ln(factor) + 1 without the scores' part; longrope's; otherwise 1."""
     if rope.kind not in ("yarn", "longrope"):
         return 1.0
     if rope.attention_factor is not None:
@@ -189,18 +189,18 @@ def attention_scale(rope: RopeConfig) -> float:
 
 
 def yarn_scale(factor: float, mscale: float = 1.0) -> float:
-    """0.1 mscale ln(factor) + 1, by which a context that is stretched by `factor` sharpens attention."""
+    """Return 0.1 mscale ln(factor) + 1, yarn's attention factor for a context extended by `factor`."""
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 @np.errstate(all="ignore")  # what is not finite is refused where it is used
 def inverse_frequencies(rope: RopeConfig, max_position: int) -> np.ndarray:
-    """Angle per position [R/2] in fp32, for a context of `max_position` tokens.
+    """Return the angle per position [R/2] in fp32, for a context of `max_position` tokens.
 
-    Sources: linear, kaiokendev 2023; dynamic (NTK-aware), bloc97 2023, taken at the longest context from the start, so
-    that cached keys stay valid as a sequence grows; llama3, Meta's reference code; yarn, Peng et al., arXiv:2309.00071;
-    longrope, Ding et al., arXiv:2402.13753: the divisors for long texts where `max_position` is beyond the original
-    context, else those for short ones, again once and for all texts.
+    Sources: linear, kaiokendev 2023; dynamic (NTK-aware), bloc97 2023, always for the longest context, so that cached
+    keys stay valid as a sequence grows; llama3, Meta's reference code; yarn, Peng et al., arXiv:2309.00071; longrope,
+    Ding et al., arXiv:2402.13753: the divisors for long texts if `max_position` is beyond the original context,
+    otherwise those for short texts, the same for all texts.
     """
     theta = rope.theta
     if rope.kind == "dynamic" and max_position > rope.original_max_position:
@@ -224,14 +224,14 @@ def inverse_frequencies(rope: RopeConfig, max_position: int) -> np.ndarray:
 
 
 def _llama3(plain: np.ndarray, rope: RopeConfig) -> np.ndarray:
-    """Slow dimensions are stretched, fast ones kept, those between blended."""
+    """Interpolate slow dimensions, keep fast ones, and blend those between."""
     turns = rope.original_max_position * plain / (2 * math.pi)
     keep = ((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)).clip(0, 1)
     return keep * plain + (1 - keep) * plain / rope.factor
 
 
 def _yarn(plain: np.ndarray, rope: RopeConfig) -> np.ndarray:
-    """Dimensions that turn more than beta_fast times are kept, fewer than beta_slow stretched, between on a ramp."""
+    """Keep dimensions with over beta_fast rotations, interpolate those below beta_slow, and ramp between."""
 
     def dimension(turns: float) -> float:
         return rope.dim * math.log(rope.original_max_position / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))

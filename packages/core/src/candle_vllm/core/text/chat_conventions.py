@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How a model was trained to chat, as its files say it; what reads its answers is chosen by this."""
+"""Chat conventions of a model, from its files; they determine the parser of its answers."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class ChatConventions(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         chat_template: the template in use, several by name, or None.
         special_tokens: name -> id of the tokens that structure a text and are no part of it.
-        mark_ids: name -> id of the tokens that a model writes as marks, though they are text.
+        mark_ids: name -> id of the tokens that a model writes as marks, although they are text.
         token_names: texts of `bos_token`, `eos_token` and so on, for templates.
-        response_template: what the tokenizer's configuration says about the form of an answer (transformers 5.13).
+        response_template: form of an answer in the tokenizer's configuration (transformers 5.13).
     """
 
     chat_template: ChatTemplateSource | None = None
@@ -30,7 +30,7 @@ class ChatConventions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def chat_conventions(tokenizer: Tokenizer, chat_template: ChatTemplateSource | None) -> ChatConventions:
-    """The conventions of a tokenizer, with the template that is used in place of its own."""
+    """Return a tokenizer's conventions, with the template that replaces its own."""
     return ChatConventions(
         chat_template=chat_template,
         special_tokens=tokenizer.special_token_ids,

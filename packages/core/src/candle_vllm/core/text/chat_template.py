@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""A conversation as the text that the model was trained on (step 3 of a request).
+"""Render conversations with a model's chat template (step 3 of a request).
 
 The rules are those of transformers' `apply_chat_template`, so that a template renders here as it does there. Templates
-come with model files: they run in a sandbox with limits (`template_sandbox`), and whatever goes wrong in one is a
+come with model files: they run in a sandbox with limits (`template_sandbox`), and any error in one is a
 `ChatTemplateError` of the request that used it.
 """
 
@@ -29,15 +29,15 @@ Message = Mapping[str, Any]
 
 
 class ChatTemplate:
-    """The chat template of a model: one text, or several by name.
+    """Chat template of a model: one text, or several by name.
 
     "tool_use" is used when tools are given, "rag" when documents are, otherwise "default".
 
     Attributes:
         supports_tools: the template reads `tools`.
-        source: as given.
-        roles: that messages are asked for.
-        words: keys of messages and parts that it may look at, and every other text in its code.
+        source: the template's text, or texts by name.
+        roles: roles that the template compares messages with.
+        words: keys of messages and parts that the template may read, and every other text in its code.
 
     Raises:
         UnsupportedModelError: a template is too long or has a syntax error.
@@ -49,7 +49,7 @@ class ChatTemplate:
         self._special_tokens = dict(special_tokens)
         self._templates: dict[str, Any] = {}
         self.supports_tools = "tool_use" in self._sources
-        self._reads: dict[str, set[str]] = {}  # variables that each template looks at
+        self._reads: dict[str, set[str]] = {}  # variables that each template reads
         self.roles, self.words = set[str](), set[str]()
         sandbox = Sandbox()
         for name, text in self._sources.items():
@@ -57,7 +57,7 @@ class ChatTemplate:
 
     @property
     def variables(self) -> set[str]:
-        """What the template looks at, of whatever it is given."""
+        """Variables that the template reads."""
         return set().union(*self._reads.values())
 
     def render(
@@ -70,19 +70,19 @@ class ChatTemplate:
         continue_final_message: bool = False,
         **kwargs: Any,
     ) -> str:
-        """The prompt for a conversation.
+        """Render the prompt of a conversation.
 
         Args:
-            messages: objects with `role` and `content` and whatever else the template reads; left as they are.
+            messages: objects with `role`, `content` and other keys that the template reads; not changed.
             tools: function descriptions as JSON schema objects.
             documents: objects with `title` and `text`.
-            add_generation_prompt: end with the words that open the assistant's answer.
-            continue_final_message: leave the last message open, for the model to go on with it.
+            add_generation_prompt: end with the text that opens the assistant's answer.
+            continue_final_message: leave the last message open, for the model to continue it.
             kwargs: further variables of the template.
 
         Raises:
-            InvalidParameterError: an argument is of the wrong kind, or the last two flags are both set.
-            ChatTemplateError: the template refused the conversation, failed, or went beyond its limits.
+            InvalidParameterError: an argument has the wrong type, or both flags are set.
+            ChatTemplateError: the template refused the conversation, failed, or exceeded its limits.
         """
         if continue_final_message and add_generation_prompt:
             raise InvalidParameterError(
@@ -176,7 +176,7 @@ class ChatTemplate:
             raise ChatTemplateError(f"the model's chat template was stopped: {error}", "messages") from None
         except TemplateError as error:
             raise ChatTemplateError(f"the model's chat template refused the messages: {error}", "messages") from None
-        except Exception as error:  # whatever a template does wrong is its own error, never the server's
+        except Exception as error:  # any exception is the template's error, never the server's
             reason = f"{type(error).__name__}: {error}"
             raise ChatTemplateError(f"the model's chat template failed: {reason:.500}", "messages") from error
         finally:
@@ -184,7 +184,7 @@ class ChatTemplate:
 
 
 def _whole_characters(text: str) -> str:
-    """The text without halves of surrogate pairs, which no tokenizer takes; escapes in JSON can hold them."""
+    """Replace halves of surrogate pairs, which no tokenizer accepts; JSON escapes can contain them."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -193,7 +193,7 @@ def _whole_characters(text: str) -> str:
 
 
 def _is_role(side: nodes.Node) -> bool:
-    """Whether a side of a comparison is a message's role."""
+    """Whether one side of a comparison is a message's role."""
     while isinstance(side, nodes.Filter) and side.node is not None:
         side = side.node
     if isinstance(side, nodes.Getitem):
@@ -204,7 +204,7 @@ def _is_role(side: nodes.Node) -> bool:
 
 
 def _conversation(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """A copy for the template: plain data, and reasoning under each name in use.
+    """Copy messages for the template: plain data, with reasoning under every name in use.
 
     Keys without a value are left out except `content`: some templates test whether it is None.
     """
@@ -228,7 +228,7 @@ def _objects(name: str, values: object) -> list[dict[str, Any]]:
 
 
 def _plain(name: str, value: Any, depth: int = 0) -> Any:
-    """A deep copy of JSON-like data; nothing with methods of its own reaches a template."""
+    """Copy JSON-like data deeply; no object with its own methods reaches a template."""
     if depth > MAX_DEPTH:
         raise InvalidParameterError(f"{name} is nested more than {MAX_DEPTH} deep", name)
     if value is None or isinstance(value, bool):
@@ -247,7 +247,7 @@ def _plain(name: str, value: Any, depth: int = 0) -> Any:
 
 
 def _mark_ending(conversation: list[dict[str, Any]], template: str) -> str:
-    """Puts a tag behind the last message's text and returns that text."""
+    """Append a tag to the last message's text and return that text."""
     last = conversation[-1]
     content = last.get("content")
     if isinstance(content, list):
@@ -273,5 +273,5 @@ def _cut_at_tag(text: str, ending: str) -> str:
             "continue_final_message",
         )
     place = text.rindex(tag)
-    # A template that trims the message has also eaten the tag's last space; then the text before it is trimmed too.
+    # If the template trims messages, the tag's last space is missing; then the text before the tag is trimmed too.
     return text[:place] if text[place : place + len(_TAG)] == _TAG else text[:place].rstrip()

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""A `tokenizers.Tokenizer` rebuilt from a GGUF vocabulary (loading, before step 3 of a request can run).
+"""Build a `tokenizers.Tokenizer` from a GGUF vocabulary (loading, before step 3 of a request can run).
 
-Four kinds of model, each rebuilt so that the ids are llama.cpp's:
+Each kind of model gives the same token ids as llama.cpp:
 
-- gpt2: byte-pair merges over GPT-2's byte alphabet, after a cut named by `tokenizer.ggml.pre`;
-- gemma4: byte-pair merges over UTF-8 with U+2581 for spaces and <0xNN> for what is missing;
-- llama: SentencePiece's byte-pair model. Its merges are not stored, but every token that is the sum of two tokens is
-  one, and its score is its rank;
+- gpt2: byte-pair merges over GPT-2's byte alphabet, after the pre-tokenizer in `tokenizer.ggml.pre`;
+- gemma4: byte-pair merges over UTF-8 with U+2581 for spaces and <0xNN> for missing characters;
+- llama: SentencePiece's byte-pair model. Its merges are not stored, but every token that is the concatenation of two
+  tokens is a merge, and its score is its rank;
 - t5: SentencePiece's unigram model;
 - bert: WordPiece. The file writes a word's first piece with U+2581 and the others bare.
 """
@@ -28,10 +28,10 @@ _LONGEST_WORD = 100  # WordPiece's search is quadratic in the length of a word; 
 
 
 def build_backend(vocab: gguf_vocab.GgufVocab) -> Tokenizer:
-    """The tokenizer of a checked vocabulary.
+    """Build the tokenizer of a checked vocabulary.
 
     Raises:
-        InvalidFileError: the parts do not make a working tokenizer.
+        InvalidFileError: the vocabulary does not make a working tokenizer.
     """
     builders = {"gpt2": _byte_level, "gemma4": _raw_bpe, "llama": _spm, "t5": _unigram, "bert": _wordpiece}
     build = builders["gemma4" if vocab.model == "gpt2" and not vocab.pre.byte_level else vocab.model]
@@ -55,7 +55,7 @@ def build_backend(vocab: gguf_vocab.GgufVocab) -> Tokenizer:
 
 @contextmanager
 def refusing_panics(what: str) -> Iterator[None]:
-    """Turns whatever the tokenizers library raises on bad data, its panics included, into an InvalidFileError."""
+    """Convert any exception of the tokenizers library on bad data, its panics included, to an InvalidFileError."""
     try:
         yield
     except BaseException as error:
@@ -68,7 +68,7 @@ def refusing_panics(what: str) -> Iterator[None]:
 
 
 def marked_texts(vocab: gguf_vocab.GgufVocab) -> dict[str, int]:
-    """Text -> id of every token but `</s>` where that is the HTML tag: Qwen's vocabulary has it as plain text."""
+    """Return text -> id of all tokens except `</s>` as the HTML tag: Qwen's vocabulary has it as plain text."""
     html = vocab.numbers.get("</s>")
     if html is None or vocab.types[html] != gguf_vocab.NORMAL:
         return vocab.numbers
@@ -76,7 +76,7 @@ def marked_texts(vocab: gguf_vocab.GgufVocab) -> dict[str, int]:
 
 
 def _special_ids(vocab: gguf_vocab.GgufVocab, marked: set[int]) -> set[int]:
-    """Ids that are hidden from the text: control and unknown tokens, and whatever ends a turn."""
+    """Return the ids that are hidden from the text: control and unknown tokens, and tokens that end a turn."""
     hidden = {index for index in marked if vocab.types[index] != gguf_vocab.USER_DEFINED}
     texts = marked_texts(vocab)
     ends = end_of_turn_ids(texts)
@@ -96,7 +96,7 @@ def _added(vocab: gguf_vocab.GgufVocab, ids: set[int], *, special: bool) -> list
 
 
 def _frame(backend: Tokenizer, vocab: gguf_vocab.GgufVocab) -> None:
-    """BOS before and EOS behind a prompt, as the file asks; before a pair BOS once, as BERT's and llama.cpp's."""
+    """Set BOS before and EOS after a prompt by the file; a pair has one BOS, as in BERT and llama.cpp."""
     before = [vocab.ids["bos"]] if vocab.add_bos else []
     behind = [vocab.ids["eos"]] if vocab.add_eos else []
     if before or behind:
@@ -107,7 +107,7 @@ def _frame(backend: Tokenizer, vocab: gguf_vocab.GgufVocab) -> None:
 def set_frame(
     backend: Tokenizer, before: list[tuple[str, int]], behind: list[tuple[str, int]], *, again: bool = True
 ) -> None:
-    """Makes `backend` put the (text, id) pairs of `before` and `behind` around every prompt.
+    """Make `backend` put the (text, id) pairs of `before` and `behind` around every prompt.
 
     With `again`, as transformers does, the second text of a pair has `before` too.
     """
@@ -132,7 +132,7 @@ def _byte_level(vocab: gguf_vocab.GgufVocab) -> Tokenizer:
 
 
 def byte_level(backend: Tokenizer, pre: PreTokenizer) -> None:
-    """Makes `backend` cut text as `pre` says, and spell bytes in GPT-2's alphabet."""
+    """Make `backend` pre-tokenize as `pre`, and spell bytes in GPT-2's alphabet."""
     splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in pre.patterns]
     letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, letters])
@@ -162,7 +162,7 @@ def _spm(vocab: gguf_vocab.GgufVocab) -> Tokenizer:
 
 
 def _merges_by_score(vocab: gguf_vocab.GgufVocab, ids: dict[str, int]) -> list[tuple[str, str]]:
-    """Every way to make a token of two others, the likeliest token first; equal ones in order of id."""
+    """Return all pairs of tokens whose concatenation is a token, the likeliest token first, ties in order of id."""
     mergeable = (gguf_vocab.NORMAL, gguf_vocab.USER_DEFINED, gguf_vocab.UNUSED)
     types, scores = vocab.types, vocab.scores
     parts = {text for text, index in ids.items() if types[index] in mergeable}
@@ -192,8 +192,8 @@ def _spm_decoder(vocab: gguf_vocab.GgufVocab) -> decoders.Decoder:
 
 
 def _unigram(vocab: gguf_vocab.GgufVocab) -> Tokenizer:
-    # The model has no types of its own: a hidden token scored like a word could be read out of plain text, so
-    # everything but words gets a score that no segmentation can afford.
+    # The unigram model has no token types: a hidden token with a word's score could result from plain text, so
+    # everything except words gets a score that no segmentation chooses.
     unaffordable = min(vocab.scores) - 1000.0
     usable = (gguf_vocab.NORMAL, gguf_vocab.USER_DEFINED, gguf_vocab.UNUSED)
     pieces = [

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The vocabulary that a GGUF file carries, checked and typed (loading, before step 3 of a request can run).
+"""Read and check the vocabulary of a GGUF file (loading, before step 3 of a request can run).
 
-Metadata comes from a file that anyone may have written: every key is checked for type, length and range here, so
-that what follows may trust it. Keys: the GGUF specification, section "Tokenizer"; defaults: llama.cpp.
+Metadata comes from an untrusted file: every key is checked for type, length and range here, so that later code may
+trust it. Keys: the GGUF specification, section "Tokenizer"; defaults: llama.cpp.
 """
 
 from __future__ import annotations
@@ -58,21 +58,21 @@ _ID_NAMES = (
 
 @dataclass(frozen=True, eq=False)
 class GgufVocab:
-    """A GGUF vocabulary whose parts agree with each other.
+    """Vocabulary of a GGUF file, with consistent parts.
 
     Attributes:
         model: kind of tokenizer, one of SUPPORTED_MODELS.
-        tokens: one text per id, no two alike and none empty.
+        tokens: one text per id, all different and not empty.
         numbers: the id of each text.
         types: one of the token types per id.
         scores: log-probability per id; empty for a file without scores.
         merges: pairs of texts, the first merges first; `check_merges` says whether both and their sum are tokens.
         ids: special token ids by name ("bos", "eos", "unknown", ...).
-        pre: how text is cut into words; for byte-pair models.
-        add_bos, add_eos: put BOS before, EOS behind a prompt.
+        pre: pre-tokenizer, for byte-pair models.
+        add_bos, add_eos: put BOS before, EOS after a prompt.
         add_space_prefix: text starts with a space that the caller did not write.
         charsmap: SentencePiece's precompiled normalisation, or empty.
-        general_name: `general.name`, lower case; some rules hang on it.
+        general_name: `general.name`, lower case; some rules depend on it.
     """
 
     model: str
@@ -94,10 +94,10 @@ class GgufVocab:
 
 
 def read_gguf_vocab(metadata: Mapping[str, object]) -> GgufVocab:
-    """Checks the tokenizer keys of a GGUF file's metadata.
+    """Check the tokenizer keys of a GGUF file's metadata.
 
     Raises:
-        InvalidFileError: a key is missing, of the wrong type, or at odds with another; the message names it.
+        InvalidFileError: a key is missing, has the wrong type, or contradicts another; the message names it.
         UnsupportedModelError: the file asks for a kind of tokenizer that is not implemented.
     """
     reader = _Reader(metadata)
@@ -203,7 +203,7 @@ def _texts(key: str, values: list[Any]) -> None:
 
 
 def _name_wrong_text(key: str, values: list[Any]) -> None:
-    """Goes through them one by one, which takes longer than all that is done with them."""
+    """Find the invalid text for the error, one by one: too slow for valid vocabularies."""
     for index, value in enumerate(values):
         if type(value) is not str:
             raise InvalidFileError(f"{PREFIX}{key}[{index}] must be a string, not {type(value).__name__}")
@@ -261,16 +261,16 @@ def _read_merges(reader: _Reader) -> list[tuple[str, str]]:
 
 
 def _halves(line: str) -> tuple[str, str]:
-    """The two parts of a merge whose first part begins with a space."""
+    """Split a merge whose first part begins with a space."""
     left, _, right = line[1:].partition(" ")
     return " " + left, right
 
 
 def check_merges(vocab: GgufVocab) -> None:
-    """Says which merge the tokenizer cannot have taken, where it took them not: going through them takes a while.
+    """Find the invalid merge after the tokenizer refused the merges; checking all merges is slow.
 
     Raises:
-        InvalidFileError: one is not two tokens whose sum is a token.
+        InvalidFileError: a merge is not two tokens whose concatenation is a token.
     """
     for index, (left, right) in enumerate(vocab.merges):
         if not right:

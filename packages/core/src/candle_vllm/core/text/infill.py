@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Filling in the middle: the marks by which a vocabulary tells that its model was trained to, and prompts with them.
+"""Fill-in-the-middle: find a vocabulary's infill marks, and make prompts with them.
 
-A model that was trained on it reads what stands before and behind a gap, each behind its mark, and goes on with what
-belongs into the gap. There is no standard: marks and order are the model makers', told by the names of tokens, or by
-ids in a GGUF file.
+A model trained for it reads the prefix and the suffix of a gap, each after its mark, and continues with the text of the
+gap. There is no standard: marks and order differ between models, and are found by the names of tokens, or by ids in a
+GGUF file.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from candle_vllm.core.errors import InvalidParameterError
 
 
 class InfillMarks(NamedTuple):
-    """The marks of one vocabulary.
+    """Infill marks of one vocabulary.
 
     Attributes:
-        prefix, suffix: tokens before what stands before and behind the gap.
-        middle: the token behind both, where the answer begins; None where it begins behind the text itself.
-        suffix_first: what stands behind the gap comes first.
-        ends: tokens that no text into a gap has: at each of them it ends.
+        prefix, suffix: tokens before the text before the gap, and before the text after it.
+        middle: token after both, where the answer begins; None if the answer follows the text directly.
+        suffix_first: the suffix comes first in the prompt.
+        ends: tokens that end the answer.
     """
 
     prefix: int
@@ -32,7 +32,7 @@ class InfillMarks(NamedTuple):
 
 
 class InfillPrompt(NamedTuple):
-    """What the model is given, and the tokens at which its answer ends besides its own."""
+    """Infill prompt, and the tokens that end its answer besides the model's own end tokens."""
 
     token_ids: tuple[int, ...]
     stop_token_ids: tuple[int, ...]
@@ -65,11 +65,11 @@ GGUF_NAMES = ("fim_pre", "fim_suf", "fim_mid", "prefix", "suffix", "middle")
 
 
 def infill_marks(token_id: Callable[[str], int | None], named: Mapping[str, int]) -> InfillMarks | None:
-    """The marks of a vocabulary; None where its model was not trained to fill in.
+    """Find the infill marks of a vocabulary; None for a model without infill training.
 
     Args:
-        token_id: of a token's text.
-        named: ids that a GGUF file tells, by `GGUF_NAMES` and other names.
+        token_id: returns the id of a token's text.
+        named: ids in a GGUF file, by `GGUF_NAMES` and other names.
     """
     found = next(filter(None, (_by_names(one, token_id) for one in _KNOWN)), None) or _told(named)
     if found is None:
@@ -108,12 +108,12 @@ class _Tokenizer(Protocol):
 def infill_prompt(
     tokenizer: _Tokenizer, marks: InfillMarks | None, prefix: str | Sequence[int], suffix: str
 ) -> InfillPrompt:
-    """A prompt whose answer belongs between `prefix` (a text or its tokens) and `suffix`.
+    """Make a prompt whose answer belongs between `prefix` (a text or its tokens) and `suffix`.
 
     Names of special tokens in the texts are plain text.
 
     Raises:
-        InvalidParameterError: the model was not trained to fill in.
+        InvalidParameterError: the model has no infill marks.
     """
     if marks is None:
         raise InvalidParameterError(
@@ -135,7 +135,7 @@ def infill_prompt(
 
 
 def _continued(tokenizer: _Tokenizer, text: str) -> list[int]:
-    """Tokens of a text that goes on, without the space that some tokenizers write before every text."""
+    """Tokenize a text that continues another one, without the space that some tokenizers write before every text."""
     alone = tokenizer.encode(text, False, parse_special=False)
     if not alone or not tokenizer.token_bytes(alone[0]).startswith(b" ") or text.startswith(" "):
         return alone

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""How text is cut into words before byte-pair merging: one entry per `tokenizer.ggml.pre` (step 3 of a request).
+"""Pre-tokenizers: how text is split into words before byte-pair merging, by `tokenizer.ggml.pre` (step 3 of a request).
 
-GGUF stores the name of the cut, not the cut itself. Each entry lists regular expressions that are applied one after
-another, each to the pieces that the one before left; matches and what lies between them become pieces of their own.
-The names and which of them share a cut are llama.cpp's; where the model's own tokenizer.json is known, its
-expression is used. Syntax: Oniguruma, as in the `tokenizers` package.
+GGUF stores the pre-tokenizer's name, not its rules. Each entry lists regular expressions that are applied in order,
+each to the pieces of the previous one; matches and the text between them become separate pieces. The names, and which
+names share an entry, are those of llama.cpp; if the model's own tokenizer.json is known, its expression is used.
+Syntax: Oniguruma, as in the `tokenizers` package.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from types import MappingProxyType
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """One cut.
+    """Pre-tokenizer of one kind of vocabulary.
 
     Attributes:
         patterns: expressions, applied in order.
-        ignore_merges: a piece that is itself a token is taken whole, whatever the merges would make of it.
-        add_bos: whether prompts start with BOS when the file does not say.
+        ignore_merges: a piece that is a token becomes this token, without merges.
+        add_bos: whether prompts start with BOS if the file does not say it.
         byte_level: tokens are spelled in GPT-2's byte alphabet; otherwise in UTF-8 with U+2581 for a space.
     """
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a caller of the library may pass as prompts and messages, and what a template gets of these (steps 1 and 3)."""
+"""Check prompts and messages of library callers, and convert them for chat templates (steps 1 and 3)."""
 
 from __future__ import annotations
 
@@ -56,15 +56,15 @@ _PROMPT_KEYS = {
 
 
 def read_prompt(prompt: Any, *, sees: bool = False) -> tuple[str | None, list[int] | None]:
-    """A prompt's text and its token ids, one of which may be missing.
+    """Return a prompt's text and its token ids, one of which may be missing.
 
     Args:
         prompt: a text, a list of token ids (a numpy array as well), or vLLM's objects with `prompt`, with
             `prompt_token_ids`, or with both, where the ids count.
-        sees: these may have `multi_modal_data`, see `prompt_pictures`.
+        sees: objects may have `multi_modal_data`, see `prompt_pictures`.
 
     Raises:
-        InvalidParameterError: it is something else.
+        InvalidParameterError: another type of prompt.
     """
     if isinstance(prompt, str):
         return prompt, None
@@ -104,7 +104,7 @@ def prompt_pictures(prompt: Any) -> list[Any]:
 
 
 def as_token_ids(prompt: Any) -> list[int]:
-    """A prompt of token ids as a list; anything with whole numbers in it will do, a numpy array as well."""
+    """Convert a prompt of token ids to a list; any iterable of integers is accepted, such as a numpy array."""
     if type(prompt) in (list, tuple) and set(map(type, prompt)) <= {int}:
         return list(prompt)  # no Python loop over a million ids, for which a server's other requests would wait
     try:
@@ -116,7 +116,7 @@ def as_token_ids(prompt: Any) -> list[int]:
 
 
 def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt or several as a list."""
+    """Return one prompt, or several, as a list."""
     if isinstance(prompts, (str, Mapping)):
         return [prompts]
     if isinstance(prompts, (bytes, bytearray)) or not isinstance(prompts, Iterable):
@@ -150,7 +150,7 @@ def as_conversations(
 
 
 def one_conversation(messages: Any, template: ChatTemplate | None = None, *, sees: bool = False) -> list[Message]:
-    """`as_conversations` where one is taken."""
+    """Check one conversation, as `as_conversations`."""
     conversations, several = as_conversations(messages, template, sees=sees)
     if several:
         raise InvalidParameterError("messages: must be one conversation, not a list of them", "messages")
@@ -214,7 +214,7 @@ def prompt_texts(
         raise InvalidParameterError(
             f"chat_template_kwargs has {min(twice)!r:.60}, which is an argument of its own", "chat_template_kwargs"
         )
-    # Whoever renders sees what is in the prompt, and may hold answers to tools that are not.
+    # A caller of `apply_chat_template` sees that the prompt lacks tools, and may still constrain answers to calls.
     if options.get("tools") and not template.supports_tools and method != "apply_chat_template":
         raise ChatTemplateError("the chat template does not read tools, so the model would not see them", "tools")
     made, needs = [template_messages(each) for each in conversations], needs_of(template)
@@ -227,12 +227,12 @@ def prompt_texts(
 
 @lru_cache(maxsize=4)
 def needs_of(template: ChatTemplate) -> TemplateNeeds:
-    """`template_needs`, found out once."""
+    """Return `template_needs` of a template, computed once."""
     return template_needs(TemplateProbe(template))
 
 
 def _texts(content: Any) -> list[str] | None:
-    """What a content says; None where there are parts that only the template knows."""
+    """Return the texts of a content; None if it has parts that only the template knows."""
     if content is None:
         return [""]
     if isinstance(content, str):
@@ -350,7 +350,7 @@ def _check_message(place: str, message: Any, template: ChatTemplate | None, sees
 
 
 def _check_keys(place: str, given: Mapping[Any, Any], known: tuple[str, ...], words: set[str], what: str) -> None:
-    """Refuses keys that no template would see; clients send answers back with empty ones."""
+    """Refuse keys that no template reads, unless they are empty: clients send answers back with empty keys."""
     for key, value in given.items():
         if key not in known and key not in words and value is not None and value != []:
             name = str(key)[:60]

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""What a chat template can write, and how it wants messages: seen in small conversations that are rendered through it,
-when a model is loaded.
+"""Find out what a chat template supports, by rendering small conversations when a model is loaded, and adapt messages.
 
-The one list of that, for every API: what a template cannot write is rewritten (`fit`, `fit_tools`), so that it is
-neither refused nor lost, and one conversation gives one prompt however it is spelt.
+All APIs use the result: messages that a template cannot write are rewritten (`fit`, `fit_tools`), so that nothing is
+refused or lost, and equal conversations give equal prompts in every API.
 """
 
 from __future__ import annotations
@@ -65,11 +64,11 @@ _HALF_MARK = re.compile(r"(?:<[^<>\n]*|\[[^\[\]\n]*)\Z")
 
 @dataclasses.dataclass(frozen=True)
 class Written:
-    """What a template makes of an assistant's message.
+    """Rendering of an assistant's message.
 
     Attributes:
-        head: the text before it, as far as a prompt for an answer has it too.
-        text: the message, and what the template puts behind it.
+        head: the text before it that a prompt for an answer has too.
+        text: the message, and the template's text after it.
     """
 
     head: str
@@ -77,9 +76,9 @@ class Written:
 
 
 class TemplateProbe:
-    """A chat template to be asked.
+    """Chat template that is tested by rendering.
 
-    A template that takes too long is asked no more, and has then refused.
+    A template that takes too long is not rendered again; this counts as a refusal.
     """
 
     def __init__(self, template: ChatTemplate) -> None:
@@ -89,12 +88,12 @@ class TemplateProbe:
 
     @property
     def prompt(self) -> str | None:
-        """A prompt with a tool in it; None where the template refuses it."""
+        """Render a prompt with a tool; None if the template refuses it."""
         return self._prompts[True]
 
     @property
     def plain_prompt(self) -> str | None:
-        """The prompt without tools."""
+        """Render the prompt without tools."""
         return self._prompts[False]
 
     def calls(
@@ -106,35 +105,35 @@ class TemplateProbe:
         content: str | None = "",
         thoughts: str | None = None,
     ) -> Written | None:
-        """A message that calls the tool once for each of the arguments; None where the template refuses it."""
+        """Render a message with one call for each of the arguments; None if the template refuses it."""
         message = _calling(arguments, as_text, ids, content)
         if thoughts is not None:
             message["reasoning_content"] = thoughts
         return self._written(message)
 
     def thinking(self) -> Written | None:
-        """A message with thoughts and content."""
+        """Render a message with reasoning and content."""
         return self._written({"role": "assistant", "content": CONTENT, "reasoning_content": THOUGHTS})
 
     def writes(
         self, messages: Sequence[Mapping[str, Any]], *words: str, tools: Sequence[Mapping[str, Any]] | None = None
     ) -> bool:
-        """Whether a conversation is rendered, with these words in it."""
+        """Whether a conversation can be rendered, and its prompt contains these words."""
         text = self._render(messages, tools)
         return text is not None and all(word in text for word in words)
 
     def keeps_order(self, messages: Sequence[Mapping[str, Any]]) -> bool:
         """Whether the texts of these messages, which are all different, are rendered in their order.
 
-        A template that gathers system messages at its head changes the prompt's beginning with each new one, and
-        nothing of the conversation is found in the prefix cache.
+        A template that collects system messages at its head changes the prompt's beginning with each new one, so that
+        the prefix cache cannot be used.
         """
         text = self._render(messages, _TOOLS if self._prompts[False] is None else None)
         places = [-1 if text is None else text.find(one["content"]) for one in messages]
         return -1 not in places and places == sorted(places)
 
     def wants_parts(self) -> bool:
-        """Whether a text is written only where it is a part of a content."""
+        """Whether the template only writes texts that are parts of a content."""
         plain = self._prompts[False]
         if plain is not None and str(_ASK["content"]) in plain:
             return False
@@ -160,11 +159,11 @@ class TemplateProbe:
 
 
 def split(prompt: str, text: str) -> Written:
-    """Where in the rendering of a conversation the part begins that a model writes after `prompt`."""
+    """Split the rendering of a conversation where the model's answer to `prompt` begins."""
     pairs = enumerate(zip(prompt, text))
     size = next((place for place, (one, other) in pairs if one != other), min(len(prompt), len(text)))
     head = text[:size]
-    if size < len(prompt):  # they part within the prompt's last words: not within a mark
+    if size < len(prompt):  # they differ within the prompt's last words; never split within a mark
         head = _HALF_MARK.sub("", head)
         rest = text[len(head) :]
         last = next((end for end in range(_MOST_LAST, 0, -1) if prompt.endswith(rest[:end])), 0)
@@ -192,7 +191,7 @@ _CITY, _OTHER_CITY = str(ARGUMENTS["city"]), str(OTHER_ARGUMENTS["city"])
 
 @dataclasses.dataclass(frozen=True)
 class TemplateNeeds:
-    """What a chat template can write. By default it writes everything; `fit` and `fit_tools` rewrite the rest.
+    """Features of a chat template. By default all are supported; `fit` and `fit_tools` rewrite the others.
 
     Attributes:
         writes_tools: the prompt contains the tools that a request offers.
@@ -245,9 +244,9 @@ class TemplateNeeds:
 
 
 def template_needs(probe: TemplateProbe) -> TemplateNeeds:
-    """Finds out what a template can write; about twenty renderings of small conversations.
+    """Find a template's features by about twenty renderings of small conversations.
 
-    Of one that does not even write what a user says, nothing can be found out this way.
+    If a template does not even write a user's message, nothing can be found this way.
     """
     as_parts = probe.wants_parts()
     prompts = [text for text in (probe.prompt, probe.plain_prompt) if text is not None]
@@ -261,7 +260,7 @@ def _message(role: str, text: Any) -> dict[str, Any]:
 
 
 def _of_roles(probe: TemplateProbe) -> dict[str, bool]:
-    """What is written of messages without calls."""
+    """Test messages without calls."""
     first, late, last = (_message("system", text) for text in ("Be kind.", "Be brief.", "Be exact."))
     answer, more = _message("assistant", CONTENT), _message("user", "Thanks.")
     tools = _TOOLS if probe.plain_prompt is None else None
@@ -280,7 +279,7 @@ def _of_roles(probe: TemplateProbe) -> dict[str, bool]:
 
 
 def _of_tools(probe: TemplateProbe) -> dict[str, bool]:
-    """What is written of tools."""
+    """Test tools."""
     shown = probe.prompt is not None and NAME in probe.prompt
 
     def takes(schema: Mapping[str, Any]) -> bool:
@@ -296,7 +295,7 @@ def _of_tools(probe: TemplateProbe) -> dict[str, bool]:
 
 
 def _of_calls(probe: TemplateProbe) -> dict[str, bool]:
-    """What is written of calls and results."""
+    """Test calls and results."""
     content: str | None = ""
     if (as_text := _as_text(probe, content)) is None:
         content = None
@@ -330,7 +329,7 @@ def _of_calls(probe: TemplateProbe) -> dict[str, bool]:
 
 
 def _as_text(probe: TemplateProbe, content: str | None) -> bool | None:
-    """How arguments must be given beside a content; None where calls are not written either way."""
+    """Whether arguments must be JSON text beside a content; None if calls are written in neither form."""
     given = probe.calls(content=content)
     if given is not None and _CITY in given.text and f"{{'{next(iter(ARGUMENTS))}'" not in given.text:
         return False
@@ -341,7 +340,7 @@ def _as_text(probe: TemplateProbe, content: str | None) -> bool | None:
 
 
 def fit_tools(tools: Sequence[Mapping[str, Any]], needs: TemplateNeeds) -> list[dict[str, Any]]:
-    """Tools as a template can write them; what fits already stays."""
+    """Rewrite tools to a form that the template supports; supported ones stay."""
     made = list[dict[str, Any]]()
     for tool in tools:
         tool = dict(tool)
@@ -359,7 +358,7 @@ def fit_tools(tools: Sequence[Mapping[str, Any]], needs: TemplateNeeds) -> list[
 
 
 def _simple(schema: Any, needs: TemplateNeeds, depth: int = 0) -> Any:
-    """A schema without what macros of templates stumble over."""
+    """Simplify a schema to the keywords that macros of templates support."""
     if not isinstance(schema, Mapping) or depth > MAX_DEPTH:
         return schema if needs.odd_schemas else {}
     made = dict(schema)
@@ -387,9 +386,9 @@ def _simple(schema: Any, needs: TemplateNeeds, depth: int = 0) -> Any:
 
 
 def fit(rendered: list[dict[str, Any]], needs: TemplateNeeds) -> None:
-    """Changes messages, in place, to what a template can write; what fits already stays, and nothing is lost.
+    """Rewrite messages, in place, to a form that the template supports; supported ones stay, and nothing is lost.
 
-    Neighbours of one role become one message, as Anthropic's and Ollama's APIs have it: models know roles in turn.
+    Consecutive messages of one role become one, as in Anthropic's and Ollama's APIs: models expect alternating roles.
     """
     messages = _in_turn([_as_said(message, needs) for message in _late_as_user(rendered, needs)], needs)
     last = messages[-1]["role"] if messages else None
@@ -414,7 +413,7 @@ def fit(rendered: list[dict[str, Any]], needs: TemplateNeeds) -> None:
 
 
 def _as_said(message: dict[str, Any], needs: TemplateNeeds) -> dict[str, Any]:
-    """Calls and results as text, where the template does not write them."""
+    """Convert calls and results to text, if the template does not write them."""
     if message["role"] == "tool" and not needs.writes_results:
         content = _joined("<tool_response>", _joined(message.get("content"), "</tool_response>"))
         return {"role": "user", "content": content}
@@ -428,7 +427,7 @@ def _as_said(message: dict[str, Any], needs: TemplateNeeds) -> dict[str, Any]:
 
 
 def _late_as_user(messages: Sequence[dict[str, Any]], needs: TemplateNeeds) -> Iterator[dict[str, Any]]:
-    """System messages behind others as text of the user, where the template does not write them."""
+    """Convert later system messages to text of the user, if the template does not write them."""
     begun = False
     for message in messages:
         begun = begun or message["role"] != "system"
@@ -440,7 +439,7 @@ def _late_as_user(messages: Sequence[dict[str, Any]], needs: TemplateNeeds) -> I
 
 
 def _in_turn(messages: Iterable[dict[str, Any]], needs: TemplateNeeds) -> list[dict[str, Any]]:
-    """Neighbours of one role as one message."""
+    """Merge consecutive messages of one role."""
     made = list[dict[str, Any]]()
     for message in messages:
         role, content = message["role"], message.get("content")
@@ -458,7 +457,7 @@ def _in_turn(messages: Iterable[dict[str, Any]], needs: TemplateNeeds) -> list[d
 
 
 def _one_of(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    """Two messages of one role as one."""
+    """Merge two messages of one role."""
     made = {**second, **first, "content": _joined(first.get("content"), second.get("content"))}
     thoughts = [one[name] for one in (first, second) for name in _REASONING if one.get(name)]
     if thoughts:
@@ -469,7 +468,7 @@ def _one_of(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, An
 
 
 def _joined(first: Any, second: Any, between: str = "\n") -> Any:
-    """Two contents as one: texts, or lists where one of the two is a list of parts."""
+    """Join two contents: to a text, or to a list if one of the two is a list of parts."""
     if isinstance(first, (list, tuple)) or isinstance(second, (list, tuple)):
         return [*_parts(first), *_parts(second)]
     return between.join(filter(None, (first, second)))
@@ -480,7 +479,7 @@ def _parts(content: Any) -> Sequence[Any]:
 
 
 def _with_calls(messages: Sequence[dict[str, Any]], needs: TemplateNeeds) -> list[dict[str, Any]]:
-    """Messages with as many calls as the template writes, each with its results, and content where it is written."""
+    """Split messages so that each has as many calls as the template supports, with its results and content."""
     made = list[dict[str, Any]]()
     left = list(reversed(messages))
     while left:
@@ -506,12 +505,12 @@ def _with_calls(messages: Sequence[dict[str, Any]], needs: TemplateNeeds) -> lis
 
 
 def _say(content: Any, made: list[dict[str, Any]], left: list[dict[str, Any]], needs: TemplateNeeds) -> None:
-    """Adds what is said beside calls, before them; where only one answer may speak in a turn, to that one.
+    """Add the content beside calls as a message before them; if a turn may have only one such message, to that one.
 
     Args:
-        content: what is said.
+        content: the content.
         made: the messages before.
-        left: those behind, the next one last.
+        left: the messages after, the next one last.
         needs: of the template.
     """
     if needs.roles_in_turn:
@@ -544,7 +543,7 @@ def _fitting_call(call: Mapping[str, Any], needs: TemplateNeeds) -> dict[str, An
 
 
 def _as_object(arguments: Any) -> dict[str, Any]:
-    """Arguments that are no object as one: of a text, what it holds, also where it was cut off; else under one key."""
+    """Convert arguments to an object: parse a text, also a truncated one; other values go under one key."""
     if isinstance(arguments, str):
         for text in (arguments, *_closed(arguments)):
             try:
@@ -557,7 +556,7 @@ def _as_object(arguments: Any) -> dict[str, Any]:
 
 
 def _closed(text: str) -> Iterator[str]:
-    """Ways to go on with a JSON text that was cut off."""
+    """Return completions of a truncated JSON text."""
     closing, quoted, escaped = list[str](), False, False
     for character in text:
         if quoted:
@@ -583,7 +582,7 @@ def _closed(text: str) -> Iterator[str]:
 
 
 def short_id(given: str) -> str:
-    """Nine letters and digits for an id: itself where it is so already, else always the same ones."""
+    """Return an id of nine letters and digits: the id itself if it has this form, otherwise a hash of it."""
     if _SHORT_ID.fullmatch(given):
         return given
     return hashlib.blake2s(given.encode(), digest_size=8).hexdigest()[:9]

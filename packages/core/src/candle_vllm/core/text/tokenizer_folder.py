@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""A tokenizer from a Hugging Face model folder (loading, before step 3 of a request can run).
+"""Load a tokenizer from a Hugging Face model folder (loading, before step 3 of a request can run).
 
 tokenizer.json holds the vocabulary and its rules; without it SentencePiece's tokenizer.model does (sentencepiece.py).
-tokenizer_config.json, special_tokens_map.json and added_tokens.json say which tokens are special and which play which
-part (docs/models.md says which file wins); the chat template stands in one of four places, the newest first:
+tokenizer_config.json, special_tokens_map.json and added_tokens.json say which tokens are special and the roles of
+tokens (docs/models.md says which file wins). The chat template is in one of four places, the newest first:
 chat_template.jinja with additional_chat_templates/, chat_template.json, tokenizer_config.json. generation_config.json
 belongs to the model, not to the tokenizer: loading/model.py reads it.
 """
@@ -34,15 +34,15 @@ MAX_TOKENIZER_FILE = 256 << 20  # bytes
 MAX_SMALL_FILE = 32 << 20
 MAX_NAMED_TEMPLATES = 64
 MAX_RANK = 1 << 22
-MAX_RANKED_BYTES = 512  # of a token in a tiktoken file; every cut of each is tried
-_RESERVED = 256  # ids behind the ranks of a tiktoken file
+MAX_RANKED_BYTES = 512  # of a token in a tiktoken file; every split of each is tried
+_RESERVED = 256  # ids after the ranks of a tiktoken file
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _FLAGS = ("lstrip", "rstrip", "normalized", "single_word", "special")
 
 
 @dataclass
 class FolderParts:
-    """What a folder says about its tokenizer; see `Tokenizer` for the fields."""
+    """Contents of a folder's tokenizer files; see `Tokenizer` for the fields."""
 
     backend: Backend
     bos_token_id: int | None = None
@@ -78,7 +78,7 @@ def _response_template(config: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _load_backend(folder: Path, config: dict[str, Any]) -> tuple[Backend, dict[str, str]]:
-    """The tokenizer of tokenizer.json, or of tokenizer.model with the names that this gives to tokens."""
+    """Load tokenizer.json, or tokenizer.model; also return the names that tokenizer.model gives to tokens."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         if (folder / "tiktoken.model").is_file():
@@ -98,17 +98,17 @@ def _load_backend(folder: Path, config: dict[str, Any]) -> tuple[Backend, dict[s
     _check_size(path, MAX_TOKENIZER_FILE)
     with refusing_panics(str(path)):
         backend = Backend.from_file(str(path))
-    # A file saved in the middle of training may ask for both; a prompt is never cut or filled up here.
+    # A file saved during training may enable truncation and padding, which are never used here.
     backend.no_truncation()
     backend.no_padding()
     return backend, {}
 
 
 def _from_tiktoken(folder: Path, config: dict[str, Any]) -> Backend:
-    """The tokenizer of tiktoken.model, as Kimi K2.5 has it: a line for each token, its bytes in base64 and its rank.
+    """Load tiktoken.model of Kimi K2.5: a line for each token, its bytes in base64 and its rank.
 
-    Two neighbours become the token of the lowest rank that is the sum of any two; so every cut of a token is a merge.
-    The ids behind the ranks are those of tokenizer_config.json, or reserved. Source: Kimi's `TikTokenTokenizer`.
+    Of all adjacent pairs, the one that forms the token of lowest rank is merged; so every split of a token is a merge.
+    The ids after the ranks are those of tokenizer_config.json, or reserved. Source: Kimi's `TikTokenTokenizer`.
     """
     path = folder / "tiktoken.model"
     if config.get("tokenizer_class") != "TikTokenTokenizer":
@@ -138,7 +138,7 @@ def _from_tiktoken(folder: Path, config: dict[str, Any]) -> Backend:
 
 
 def _read_ranks(path: Path) -> dict[bytes, int]:
-    """Tokens and their ranks, checked: every byte is a token, and no two are alike."""
+    """Read tokens and ranks; check that every byte is a token, and that all tokens differ."""
     ranks = dict[bytes, int]()
     for number, line in enumerate((_read_text(path) or "").splitlines(), 1):
         text, _, rank = line.partition(" ")
@@ -188,10 +188,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _special_tokens(config: dict[str, Any], folder: Path) -> tuple[dict[str, Any], list[Any]]:
-    """The tokens that have a name (`bos_token`, every other key that ends in `_token`), and the nameless special ones.
+    """Return the tokens with a name (`bos_token`, every other key that ends in `_token`), and other special tokens.
 
     Each is a text or an object with `content`. Which of two files wins is transformers' rule: tokenizer_config.json
-    where it has `added_tokens_decoder`, else special_tokens_map.json.
+    if it has `added_tokens_decoder`, otherwise special_tokens_map.json.
     """
     paths = [folder / "tokenizer_config.json", folder / "special_tokens_map.json"]
     files = [(config, paths[0]), (_read_json(paths[1]), paths[1])]
@@ -211,7 +211,7 @@ def _special_tokens(config: dict[str, Any], folder: Path) -> tuple[dict[str, Any
 
 
 def _text(value: Any, name: str, path: Path) -> str | None:
-    """The text of a token under the key `name`; None where `value` is no token."""
+    """Return the text of a token under the key `name`; None if `value` is no token."""
     value = _content(value)
     if value is not None and not isinstance(value, str):
         if name in _NAMES:
@@ -225,9 +225,9 @@ def _content(value: Any) -> Any:
 
 
 def _add_tokens(backend: Backend, config: dict[str, Any], special: list[Any], folder: Path) -> None:
-    """Adds the tokens that the files beside tokenizer.json know, and sets the flags that these give to its own.
+    """Add the tokens of the other files to those of tokenizer.json, and set the flags of all tokens.
 
-    A token is special where any file says so, and special tokens are found in the text as it is written.
+    A token is special if any file says so, and special tokens are found in the text before normalisation.
     """
     path = folder / "tokenizer_config.json"
     before = {token.content: token for token in backend.get_added_tokens_decoder().values()}
@@ -236,7 +236,7 @@ def _add_tokens(backend: Backend, config: dict[str, Any], special: list[Any], fo
     for _, token in configured:
         text = token.content
         if text in before and config.get("added_tokens_decoder") is None:
-            continue  # tokenizer.json knows more of a token than added_tokens.json
+            continue  # tokenizer.json has more flags of a token than added_tokens.json
         wanted[text] = _with(token, special=token.special or (text in before and before[text].special))
     for value in special:
         text = _content(value)
@@ -283,16 +283,16 @@ def _with(token: AddedToken, **flags: bool) -> AddedToken:
 
 
 def _torn(backend: Backend, text: str) -> bool:
-    """Whether a normalised token is not found behind a letter: Llama 2's normaliser puts a space before it."""
+    """Whether a normalised token is not found after a letter: Llama 2's normaliser puts a space before it."""
     rule = backend.normalizer
     return rule is not None and not rule.normalize_str(f"a{text}").endswith(rule.normalize_str(text))
 
 
 def _frame(backend: Backend, config: dict[str, Any], names: dict[str, str], path: Path) -> None:
-    """Changes the frame of tokenizer.json on the sides of which add_bos_token and add_eos_token say something else.
+    """Change the tokens around a prompt in tokenizer.json where add_bos_token and add_eos_token contradict it.
 
-    A key that is absent, or whose token has no name, says nothing. True adds the token on a side that is empty; false
-    takes away a side that has the token. A side of other tokens stays.
+    A key that is absent, or whose token has no name, has no effect. True adds the token on a side without tokens; false
+    removes the token from its side. A side with other tokens stays.
     """
     sides = _sides(backend)
     if sides is None:
@@ -317,7 +317,7 @@ def _frame(backend: Backend, config: dict[str, Any], names: dict[str, str], path
 
 
 def _sides(backend: Backend) -> list[list[str]] | None:
-    """The tokens that tokenizer.json puts before and behind a text; None where its rule is not one such template."""
+    """Return the tokens that tokenizer.json puts before and after a text; None for a rule of another kind."""
     rule = backend.post_processor
     state = None if rule is None else msgspec.json.decode(rule.__getstate__())
     steps = [] if state is None else state.get("processors", [state])
@@ -360,7 +360,7 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | dict[str, str]
 
 
 def _named_templates(value: object, folder: Path) -> dict[str, str]:
-    """A template, or a list of objects with `name` and `template`."""
+    """Read a template, or a list of objects with `name` and `template`."""
     if value is None:
         return {}
     entries = [{"name": "default", "template": value}] if isinstance(value, str) else value
