@@ -13,7 +13,7 @@ from candle_vllm.core.kernels.cpu_runtime.recorder import Recorder, StepLimits
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.kernels.cpu_runtime.values import buffer_of, buffer_value
 from candle_vllm.core.kernels.rms_norm import rms_norm
-from candle_vllm.core.kernels.side_by_side import side_by_side
+from candle_vllm.core.kernels.side_by_side import first_of_heads, side_by_side
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -42,3 +42,25 @@ def test_the_operation_makes_what_the_reference_makes(threads: int, widths: tupl
     np.testing.assert_allclose(arrays[-1][:rows, copied : made.width], wanted[:, copied:], rtol=1e-5)
     assert np.isnan(arrays[-1][rows:]).all()
     assert np.isnan(arrays[-1][:, made.width :]).all()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("heads", "dim", "size"), [(1, 3, 1), (5, 48, 32)])
+def test_first_columns_of_heads(threads: int, heads: int, dim: int, size: int) -> None:
+    """The compiled copy and the one in torch are those columns, and nothing beside them is written."""
+    limits = StepLimits(tokens=9, sequences=1, logit_rows=1, table_width=1, block_size=16, threads=threads)
+    recorder, rng, rows = Recorder(limits, host_isa()), np.random.default_rng(1), 7
+    buffer = recorder.buffer(heads * dim)
+    made = buffer_of(first_of_heads(buffer_value(recorder, buffer).unflatten(-1, (-1, dim)), size))
+    given, found = (each.array.reshape(-1, each.stride) for each in (buffer, made))
+    given[:], found[:] = rng.standard_normal(given.shape), np.nan
+    recorder.arrays.numbers[StepNumber.TOKENS] = rows
+    team = ThreadTeam(threads)
+    team.run(np.array(recorder.plan, np.int64), recorder.num_rows)
+    team.close()
+    values = given[:rows, : heads * dim].reshape(rows, heads, dim)
+    wanted = values[:, :, :size].reshape(rows, -1)
+    assert np.array_equal(found[:rows, : heads * size], wanted)
+    assert np.array_equal(first_of_heads(torch.from_numpy(values), size).numpy(), wanted)
+    assert np.isnan(found[rows:]).all()
+    assert np.isnan(found[:, heads * size :]).all()

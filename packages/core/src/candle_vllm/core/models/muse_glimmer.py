@@ -42,10 +42,8 @@ _USUAL = {  # what published configs leave out: the values of transformers' conf
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MuseGlimmerConfig(LlamaConfig):
-    """A Llama's description; the cap of logits, and the epsilon of the norms behind a block's two parts.
-
-    query_norm: the factor of scores beside D^-0.5, which llama.cpp has as the weight of the norm of queries.
-    """
+    """A Llama's description; the cap of logits, the epsilon of norms behind a block's two parts, and the factor of
+    scores beside D^-0.5, which is the weight of the norm of queries in GGUF files."""
 
     final_softcap: float
     post_norm_eps: float
