@@ -36,8 +36,8 @@ class ModelRunner(Protocol):
     """Whether a step may be launched before the tokens of the one before are taken."""
 
     in_flight: int
-    """Steps of disjoint sequences that may be under way at once; above 1 a step's tokens are sampled when they are collected,
-    and its rows may be read from then on."""
+    """Steps of disjoint sequences that may be under way at once; above 1 a step's tokens are sampled when they are
+    collected, and its rows may be read from then on."""
 
     fatal: tuple[type[Exception], ...]
     """Errors after which nothing that is on the device can be trusted."""
