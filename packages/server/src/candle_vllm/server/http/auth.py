@@ -227,7 +227,6 @@ class OriginMiddleware:
         return self._allowed.fullmatch(origin) is not None or _is_own(scope, origin)
 
 
-_LONGEST_HOST = 300  # characters; a name has at most 253, and a port
 
 
 class HostMiddleware:
