@@ -30,6 +30,7 @@ UNSAYABLE = {  # what there is no key for
     "OLMo 2 biases": "qkv_bias, output_bias",
     "Gemma-4 biases": "attention_bias",
     "Gemma-2 scale": "query_scale",
+    "Llama-4 chunks": "sliding_windows, qkv_bias, output_bias, unrotated_layers, same_length, temperature",
     "Ministral": "sliding_windows",
     "DeepSeek-V3 halves": "rope",
     "GPT-2 scales": "activation, scales",

@@ -408,7 +408,7 @@ def test_instruction_sets(teams: dict[int, ThreadTeam], isa: Isa, window: int) -
     check(Model(isa=isa, window=window), teams[2], [700, 90], [30, 1])
 
 
-@pytest.mark.parametrize("window", [1, 2, 15, 16, 17, 100, 600, 5000])
+@pytest.mark.parametrize("window", [1, 2, 15, 16, 17, 100, 600, 5000, -1, -17, -64, -129, -5000])
 def test_windows(teams: dict[int, ThreadTeam], window: int) -> None:
     check(Model(window=window, heads=6, kv_heads=2), teams[2], [1, 700, 650, 131, 17], [1, 1, 150, 131, 2])
 
@@ -421,7 +421,7 @@ def looking_ahead(count: int, spans: list[tuple[int, int]]) -> np.ndarray:
     return ahead
 
 
-@pytest.mark.parametrize("window", [0, 5, 60])
+@pytest.mark.parametrize("window", [0, 5, 60, -48])
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("kinds", [(CacheKind.BF16, CacheKind.BF16), (CacheKind.Q8_0, CacheKind.Q8_0)])
 def test_tokens_of_a_picture_see_each_other(
@@ -462,7 +462,7 @@ def test_a_picture_has_the_same_bits_whatever_else_is_in_the_step(teams: dict[in
 @settings(max_examples=25, deadline=None)
 @given(
     rows=st.lists(st.tuples(st.integers(1, 400), st.integers(1, 90)), min_size=1, max_size=6),
-    window=st.sampled_from([0, 0, 33, 128]),
+    window=st.sampled_from([0, 0, 33, 128, -96]),
     threads=st.sampled_from([1, 2, 3]),
     block=st.sampled_from([16, 32, 64, 128]),
     seed=st.integers(0, 99),
@@ -484,7 +484,7 @@ def test_large_scores_and_equal_values(teams: dict[int, ThreadTeam]) -> None:
     assert (got - qkv[:, None, -model.dim :]).abs().max() < 3e-6
 
 
-@pytest.mark.parametrize(("kv_heads", "window"), [(1, 0), (3, 0), (3, 70)])
+@pytest.mark.parametrize(("kv_heads", "window"), [(1, 0), (3, 0), (3, 70), (3, -70)])
 def test_same_bits_however_it_is_computed(teams: dict[int, ThreadTeam], kv_heads: int, window: int) -> None:
     """A token decoded alone, in a batch, as the last of a chunk, on one thread or more: equal to the bit."""
     contexts = 1100

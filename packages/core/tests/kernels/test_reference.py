@@ -149,7 +149,7 @@ def test_kv_write_touches_its_slots_only() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("window", [None, 1, 5, 64])
+@pytest.mark.parametrize("window", [None, 1, 5, 64, -1, -7])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (5, 1)])
 def test_attention_sees_what_it_may_and_nothing_else(
     dtype: torch.dtype, window: int | None, heads: int, kv_heads: int
@@ -183,6 +183,7 @@ def test_attention_sees_what_it_may_and_nothing_else(
         for i in range(queries[row]):
             position = context - queries[row] + i
             first = 0 if window is None else max(0, position - window + 1)
+            first = position - position % -window if window is not None and window < 0 else first
             for head in range(heads):
                 k = keys[row][first : position + 1, head // (heads // kv_heads)].double()
                 v = values[row][first : position + 1, head // (heads // kv_heads)].double()

@@ -158,6 +158,19 @@ GEMMA3N = {
 GEMMA3N_OWN = {"altup_num_inputs": 3, "altup_active_idx": 1, "altup_correct_scale": False, "num_kv_shared_layers": 0}
 GEMMA3N_OWN |= {"activation_sparsity_pattern": None, "layer_types": None, "attention_bias": True}
 
+# chunks of 16 tokens, and queries that grow from position 23 on
+LLAMA4 = {
+    "rope_parameters": LLAMA3 | {"high_freq_factor": 1.0},
+    "head_dim": 32,
+    "num_hidden_layers": 4,
+    "intermediate_size": 64,
+    "intermediate_size_mlp": 96,
+    "num_local_experts": 6,
+    "interleave_moe_layer_step": 2,
+}
+LLAMA4_CHUNKS = {"attention_chunk_size": 16, "floor_scale": 24, "attn_scale": 0.3, "interleave_moe_layer_step": 1}
+LLAMA4_CHUNKS |= {"no_rope_layers": [1, 0, 1], "num_hidden_layers": 3, "use_qk_norm": False, "attention_bias": True}
+
 MIXTRAL = {"num_local_experts": 6, "num_experts_per_tok": 4}
 QWEN_MOE = {
     "num_experts": 6,
@@ -514,6 +527,8 @@ ROWS: Mapping[str, Row] = {
     ),
     "Gemma-3": Row("gemma3_text", GEMMA3, "gemma3"),
     "Gemma-3 stretched": Row("gemma3_text", GEMMA3 | {"rope_parameters": GEMMA3_ROPE}, "gemma3", common=False),
+    "Llama-4": Row("llama4_text", LLAMA4, "llama4", undecided=0.1),
+    "Llama-4 chunks": Row("llama4_text", LLAMA4 | LLAMA4_CHUNKS, undecided=0.1),
     "Gemma-3n": Row("gemma3n_text", GEMMA3N, "gemma3n"),
     "Gemma-3n own keys": Row("gemma3n_text", GEMMA3N | GEMMA3N_OWN, common=False),
     "Gemma-4": Row("gemma4_text", GEMMA4_31B, "gemma4"),
@@ -696,6 +711,7 @@ TOWERS: Mapping[str, str] = {
     "Gemma3nForConditionalGeneration": "Gemma3nForCausalLM",
     "Gemma4ForConditionalGeneration": "Gemma4ForCausalLM",
     "Gemma4UnifiedForConditionalGeneration": "Gemma4UnifiedForCausalLM",
+    "Llama4ForConditionalGeneration": "Llama4ForCausalLM",
     "Mistral3ForConditionalGeneration": "Ministral3ForCausalLM",
     "MuseGlimmerForConditionalGeneration": "MuseGlimmerForCausalLM",
     "Qwen3_5ForConditionalGeneration": "Qwen3_5ForCausalLM",

@@ -148,7 +148,7 @@ def _llama3_factors(rope: Mapping[str, Any], dim: int) -> np.ndarray:
         length = 2 * np.pi / frequency
         if length < high:
             factors.append(1.0)
-        elif length > low:
+        elif length > low or low == high:
             factors.append(rope["factor"])
         else:
             smooth = (rope["original_max_position_embeddings"] / length - rope["low_freq_factor"]) / (
@@ -210,6 +210,26 @@ def _gemma4(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> 
         scale = next((layer + new for old, new in scales.items() if name.endswith(old)), None)
         parts = name.endswith(("layer_scalar", "experts.gate_up_proj", "experts.down_proj"))
         made[scale or (f"{name}.weight" if parts else name)] = data
+    return made
+
+
+def _llama4(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    """Gate and up apart, rows being outputs; q and k are in pairs of neighbours already."""
+    writer.add_feed_forward_length(config["intermediate_size_mlp"])
+    writer.add_expert_count(config["num_local_experts"])
+    writer.add_expert_used_count(config["num_experts_per_tok"])
+    writer.add_expert_feed_forward_length(config["intermediate_size"])
+    writer.add_interleave_moe_layer_step(config["interleave_moe_layer_step"])
+    made = {"rope_freqs.weight": _llama3_factors(config["rope_parameters"], config["head_dim"])}
+    for name, data in tensors.items():
+        start, found, part = name.partition(".experts.")
+        if not found:
+            made[name] = data
+        elif part == "down_proj":
+            made[f"{name}.weight"] = data.swapaxes(1, 2)
+        else:
+            parts = zip(("gate", "up"), np.split(data.swapaxes(1, 2), 2, axis=1))
+            made |= {f"{start}.experts.{each}_proj.weight": half for each, half in parts}
     return made
 
 
@@ -941,6 +961,7 @@ CONVERTERS: Mapping[str, Convert] = {
     "gemma2": _gemma,
     "gemma3": _gemma,
     "gemma3n": _gemma3n,
+    "llama4": _llama4,
     "gemma4": _gemma4,
     "glm4": _glm4,
     "chatglm": _chatglm,

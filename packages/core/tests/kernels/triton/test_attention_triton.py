@@ -121,7 +121,7 @@ def test_block_sizes(device: torch.device, size: int, dim: int) -> None:
 
 
 @pytest.mark.one_of_each
-@pytest.mark.parametrize("window", [1, 5, 64, 1000])
+@pytest.mark.parametrize("window", [1, 5, 64, 1000, -1, -30])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_window_and_soft_cap(device: torch.device, window: int, softcap: float | None) -> None:
     step = make_step(device, (200, 300, 150, 140), (1, 1, 150, 30), heads=4, kv_heads=2, dim=32, dtype=torch.float16)
@@ -271,7 +271,7 @@ def test_every_code_is_read_exactly(device: torch.device, dtype: torch.dtype, ki
     assert torch.equal(got.float().cpu(), values.view(1, 16, 16))
 
 
-@pytest.mark.parametrize("window", few([None, 70], 70))
+@pytest.mark.parametrize("window", few([None, 70, -70], 70))
 def test_a_sequence_does_not_notice_its_neighbours(device: torch.device, window: int | None) -> None:
     """The same sequences alone and in company, elsewhere in the cache: the same bits."""
     shape = {"heads": 4, "kv_heads": 2, "dim": 32, "dtype": torch.bfloat16}
@@ -283,7 +283,7 @@ def test_a_sequence_does_not_notice_its_neighbours(device: torch.device, window:
         assert torch.equal(run(alone, window=window), got[start : start + count]), row
 
 
-@pytest.mark.parametrize("window", few([None, 33], 33))
+@pytest.mark.parametrize("window", few([None, 33, -33], 33))
 def test_chunks_do_not_change_a_prompt(device: torch.device, window: int | None) -> None:
     shape = {"heads": 4, "kv_heads": 2, "dim": 32, "dtype": torch.bfloat16}
     whole = run(make_step(device, (150,), (150,), **shape), window=window)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -14,18 +14,23 @@ from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.loading.config import ModelConfig
 from candle_vllm.core.models import (
     apertus,
+    cohere,
     deepseek_config,
     ernie4_5,
+    falcon,
     gemma3n_config,
     gemma4_config,
     gemma_config,
     glm4_moe,
+    gpt_oss,
     granite,
     granite_hybrid,
     hunyuan,
     hy_v3,
     laguna,
     lfm2_config,
+    llama,
+    llama4_config,
     mimo_v2,
     muse_glimmer,
     nemotron_h_config,
@@ -33,64 +38,14 @@ from candle_vllm.core.models import (
     phimoe,
     qwen3_next_config,
     qwen_moe,
+    stablelm,
 )
 from candle_vllm.core.models.attention_names import axes_keys, local_keys, window_keys
-from candle_vllm.core.models.experts import count_keys, is_grouped, sigmoid_keys, size_keys
-
-# ---- dense -----------------------------------------------------------------------------------------------------------
-
-
-def _mistral3(config: Any) -> Keys:
-    """Queries that grow with their position."""
-    return window_keys(config) | (
-        {"attention.temperature_scale": config.rope.query_scale} if config.rope.query_scale else {}
-    )
+from candle_vllm.core.models.experts import count_keys, sigmoid_keys, ungrouped
 
 
 def _parallel(config: Any) -> Keys:
     return {"use_parallel_residual": config.parallel}
-
-
-def _cohere(config: Any) -> Keys:
-    """llama.cpp takes the embedding table for the head, and has norms of heads from 64 layers on."""
-    if not config.tie_embeddings:
-        raise UnsupportedModelError("llama.cpp's command-r and cohere2 have no head beside the embedding table")
-    if config.model_type == "cohere" and config.head_norms != (config.num_layers >= 64):
-        raise UnsupportedModelError("llama.cpp's command-r has norms of q and k in models of 64 layers or more alone")
-    plain: Keys = {"rope.scaling.type": "none"} if config.rope.kind == "default" else {}
-    return plain | {"logit_scale": float(config.logit_scale)} | local_keys(config)
-
-
-def _falcon_names(config: Any) -> Sequence[str]:
-    """A block's only norm is the first."""
-    return ("attn_qkv.", "attn_norm.") if config.shared_norm else ("attn_qkv.",)
-
-
-def _whole_head_norms(config: Any) -> Keys:
-    """The norms of a layer's heads are one tensor."""
-    return {"head_norms": "none" if config.head_norms == "none" else "whole"}
-
-
-# ---- experts ---------------------------------------------------------------------------------------------------------
-
-
-def _gpt_oss(config: Any) -> Keys:
-    """llama.cpp wants a window to be named."""
-    return {"attention.sliding_window": 0} | window_keys(config) | size_keys(config.mixture)
-
-
-def _ungrouped(config: Any) -> Keys:
-    mixture = config.mixture
-    return (
-        {}
-        if mixture is None or is_grouped(mixture)
-        else {"mixture": dataclasses.replace(mixture, groups=1, top_groups=1)}
-    )
-
-
-def _without_next_tokens(config: Any) -> Keys:
-    """Layers that predict further tokens are left out."""
-    return _ungrouped(config) | {"extra_layers": 0}
 
 
 # ---- the rows --------------------------------------------------------------------------------------------------------
@@ -99,19 +54,14 @@ _LAYER_NORM = "attention.layer_norm_epsilon"
 _PROJECTED = (".ssm_in.bias", ".ssm_out.bias")
 _CONVOLVED = (DIVISORS, *(f".shortconv.{part}.bias" for part in ("in_proj", "conv", "out_proj")))
 _LLAMA = Architecture(name="llama", more=window_keys, interleaved=True, unread=())
-_GLM4_MOE = Architecture(name="glm4moe", more=glm4_moe.gguf_keys, otherwise=_ungrouped)
+_GLM4_MOE = Architecture(name="glm4moe", more=glm4_moe.gguf_keys, otherwise=ungrouped)
 _OLMO2 = Architecture(name="olmo2", more=local_keys, head=True, square=True)
-_GEMMA3N = Architecture(
-    name="gemma3n",
-    more=gemma3n_config.gguf_keys,
-    otherwise=lambda config: {"input_rows": config.vocab_size},
-)
 _GEMMA4 = Architecture(name="gemma4", more=gemma4_config.gguf_keys, unread=(), names=lambda _: ("gate_up_exps",))
 _FUSED = {"names": lambda _: ("attn_qkv",), "eps": _LAYER_NORM, "square": True, "unread": (DIVISORS,)}
 _DEEPSEEK = Architecture(
     name="deepseek2",
     more=deepseek_config.gguf_keys,
-    otherwise=_without_next_tokens,
+    otherwise=deepseek_config.without_further_layers,
     interleaved=True,
     names=lambda config: () if config.q_rank else (".attn_q.",),
     log_multiplier=0.1,
@@ -119,7 +69,7 @@ _DEEPSEEK = Architecture(
 _MISTRAL4 = dataclasses.replace(
     _DEEPSEEK,
     name="mistral4",
-    more=lambda config: deepseek_config.gguf_keys(config) | _mistral3(config),
+    more=lambda config: deepseek_config.gguf_keys(config) | llama.mistral3_keys(config),
     names=lambda config: (*_DEEPSEEK.names(config), "gate_up_exps"),
 )
 
@@ -128,8 +78,11 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "llama": _LLAMA,
         "mistral": _LLAMA,
         "ministral": _LLAMA,
-        "ministral3": Architecture(name="mistral3", more=_mistral3, interleaved=True, log_multiplier=1.0, unread=()),
+        "ministral3": Architecture(
+            name="mistral3", more=llama.mistral3_keys, interleaved=True, log_multiplier=1.0, unread=()
+        ),
         "internlm3": _LLAMA,
+        "llama4_text": Architecture(name="llama4", more=llama4_config.gguf_keys, interleaved=True, unread=()),
         "mixtral": Architecture(
             name="llama",
             more=lambda config: window_keys(config) | count_keys(config.mixture),
@@ -155,21 +108,28 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "gemma": Architecture(name="gemma"),
         "gemma2": Architecture(name="gemma2", more=gemma_config.gemma2_keys),
         "gemma3_text": Architecture(name="gemma3", more=gemma_config.gemma3_keys),
-        "gemma3n_text": _GEMMA3N,
+        "gemma3n_text": Architecture(
+            name="gemma3n", more=gemma3n_config.gguf_keys, otherwise=lambda config: {"input_rows": config.vocab_size}
+        ),
         "gemma4_text": _GEMMA4,
         "gemma4_unified_text": _GEMMA4,
         "phi": Architecture(name="phi2", eps=_LAYER_NORM, head=True, square=True, unread=(DIVISORS,)),
         "phi3": Architecture(name="phi3", more=phi3.gguf_keys, names=lambda _: ("attn_qkv",), square=True),
         "phimoe": Architecture(name="phimoe", more=phimoe.gguf_keys, square=True, head=True, norm=False, unread=()),
         "stablelm": Architecture(
-            name="stablelm", more=_parallel, otherwise=_whole_head_norms, eps=_LAYER_NORM, head=True, square=True
+            name="stablelm",
+            more=_parallel,
+            otherwise=stablelm.whole_head_norms,
+            eps=_LAYER_NORM,
+            head=True,
+            square=True,
         ),
         "smollm3": Architecture(name="smollm3", interleaved=True),
         "glm": Architecture(name="chatglm", interleaved=True, square=True),
         "glm4": Architecture(name="glm4", interleaved=True),
         "solar_open": _GLM4_MOE,
         "glm4_moe": _GLM4_MOE,
-        "gpt_oss": Architecture(name="gpt-oss", more=_gpt_oss, head=True, unread=(DIVISORS,)),
+        "gpt_oss": Architecture(name="gpt-oss", more=gpt_oss.gguf_keys, head=True, unread=(DIVISORS,)),
         "deepseek_v2": _DEEPSEEK,
         "deepseek_v3": _DEEPSEEK,
         "glm4_moe_lite": _DEEPSEEK,
@@ -185,7 +145,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         ),
         **{
             name: Architecture(
-                name=name, more=nemotron_h_config.gguf_keys, eps=_LAYER_NORM, otherwise=_ungrouped, unread=_PROJECTED
+                name=name, more=nemotron_h_config.gguf_keys, eps=_LAYER_NORM, otherwise=ungrouped, unread=_PROJECTED
             )
             for name in ("nemotron_h", "nemotron_h_moe")
         },
@@ -197,18 +157,18 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
             name="olmoe", more=lambda config: count_keys(config.mixture), head=True, square=True, norm=False
         ),
         "minimax_m2": Architecture(name="minimax-m2", more=sigmoid_keys, head=True, norm=True),
-        "cohere": Architecture(name="command-r", more=_cohere, eps=_LAYER_NORM, interleaved=True, square=True),
-        "cohere2": Architecture(name="cohere2", more=_cohere, eps=_LAYER_NORM, interleaved=True, square=True),
+        "cohere": Architecture(name="command-r", more=cohere.gguf_keys, eps=_LAYER_NORM, interleaved=True, square=True),
+        "cohere2": Architecture(name="cohere2", more=cohere.gguf_keys, eps=_LAYER_NORM, interleaved=True, square=True),
         "exaone": Architecture(name="exaone", unread=BIASES),
         "internlm2": Architecture(name="internlm2", interleaved=True, square=True),
         "hunyuan_v1_dense": Architecture(name="hunyuan-dense"),
         "hunyuan_v1_moe": Architecture(name="hunyuan-moe", more=hunyuan.gguf_keys, norm=True),
-        "hy_v3": Architecture(name="hy_v3", more=hy_v3.gguf_keys, otherwise=_ungrouped),
+        "hy_v3": Architecture(name="hy_v3", more=hy_v3.gguf_keys, otherwise=ungrouped),
         "laguna": Architecture(name="laguna", more=laguna.gguf_keys),
         "muse_glimmer_text": Architecture(
             name="muse-glimmer", more=muse_glimmer.gguf_keys, interleaved=True, head=True
         ),
-        "mimo_v2_flash": Architecture(name="mimo2", more=mimo_v2.gguf_keys, otherwise=_ungrouped, head=True, norm=True),
+        "mimo_v2_flash": Architecture(name="mimo2", more=mimo_v2.gguf_keys, otherwise=ungrouped, head=True, norm=True),
         "ernie4_5": Architecture(name="ernie4_5", interleaved=True, unread=(DIVISORS, *BIASES[1:])),
         "ernie4_5_moe": Architecture(name="ernie4_5-moe", more=ernie4_5.gguf_keys, interleaved=True, norm=True),
         "apertus": Architecture(name="apertus", more=apertus.gguf_keys, head=True, unread=()),
@@ -216,7 +176,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "gpt_bigcode": Architecture(name="starcoder", **_FUSED),
         "gpt_neox": Architecture(name="gptneox", more=_parallel, head=True, **_FUSED),
         "bloom": Architecture(name="bloom", **_FUSED),
-        "falcon": Architecture(name="falcon", names=_falcon_names, eps=_LAYER_NORM, square=True),
+        "falcon": Architecture(name="falcon", names=falcon.gguf_names, eps=_LAYER_NORM, square=True),
         "starcoder2": Architecture(
             name="starcoder2", more=window_keys, eps=_LAYER_NORM, square=True, unread=(DIVISORS,)
         ),

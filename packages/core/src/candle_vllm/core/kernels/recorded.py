@@ -174,6 +174,10 @@ class Recorded(ABC):
         """See `kernels/moe`; this value is the logits."""
 
     @abstractmethod
+    def weighted(self, pairs: RecordedPairs) -> tuple[Recorded, RecordedPairs]:
+        """See `kernels/moe`."""
+
+    @abstractmethod
     def expert_linear(
         self,
         matrices: Sequence[Sequence[Matrix]],

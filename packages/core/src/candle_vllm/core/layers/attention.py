@@ -136,7 +136,7 @@ class PagedAttention:
         head_dim: D.
         rotary: rotary embedding; None for a layer without it.
         q_norm, k_norm: norms of heads, if the model has them.
-        window: positions that a token attends to, itself included; None for all.
+        window: positions that a token attends to, itself included; -n for a chunk of n tokens; None for all.
         scale: of scores; None is D^-0.5.
         softcap: of scores.
         sinks: [H] fp32 on the model's device, loaded as the part "sinks": an additional score of each head, see

@@ -19,6 +19,7 @@ from candle_vllm.core.kernels.moe import (
     gated_rows,
     is_gated,
     route,
+    weighted,
 )
 from candle_vllm.core.kernels.plain_linear import PlainKind
 from candle_vllm.core.kernels.recorded import Recorded, Value
@@ -42,6 +43,7 @@ class Mixture:
         scoring, renormalise, groups, top_groups, scale, jitter: see `kernels/moe`.
         correction: a bias of each expert, used only to choose experts (DeepSeek-V3's e_score_correction_bias).
         expert_scale: each expert's weights are multiplied by its own factor.
+        scales_input: the weight of a token's only expert multiplies the expert's input, not its result (Llama 4).
         activation: of the experts; for experts without a gate also of the shared expert.
         router_bias, expert_bias: whether router and experts have biases.
         shared_size: F of the shared expert, which every token goes through; 0 without one.
@@ -60,6 +62,7 @@ class Mixture:
     jitter: float = 0.0
     correction: bool = False
     expert_scale: bool = False
+    scales_input: bool = False
     activation: Activation = "silu"
     router_bias: bool = False
     expert_bias: bool = False
@@ -202,12 +205,17 @@ class SparseMLP:
             return self._with_host(self.elsewhere, x, logits)
         shared = None if self.shared is None else self.shared(x)
         gate = None if self.shared_gate is None else self.shared_gate(x)
-        pairs = route(logits, self._routing())
+        x, pairs = self._routed(x, logits)
         if self.shares is not None:
             y = self.shares.experts(x, pairs, self._combined)
             return y if shared is None else y + gated_rows(shared, gate)
         y = self._combined(x, pairs, shared, gate)
         return y if self.collective is None else self.collective.sum(y)
+
+    def _routed(self, x: Value, logits: Value) -> tuple[Value, Any]:
+        """What experts read [T, E], and the pairs of tokens and experts."""
+        pairs = route(logits, self._routing())
+        return weighted(x, pairs) if self._mixture.scales_input else (x, pairs)
 
     def _combined(self, x: Value, pairs: Any, shared: Value | None = None, gate: Value | None = None) -> Value:
         """Combine the results of this rank's experts, for pairs with all experts, and of the shared expert."""

@@ -226,7 +226,7 @@ def inverse_frequencies(rope: RopeConfig, max_position: int) -> np.ndarray:
 def _llama3(plain: np.ndarray, rope: RopeConfig) -> np.ndarray:
     """Interpolate slow dimensions, keep fast ones, and blend those between."""
     turns = rope.original_max_position * plain / (2 * math.pi)
-    keep = ((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)).clip(0, 1)
+    keep = ((turns - rope.low_freq_factor) / max(rope.high_freq_factor - rope.low_freq_factor, 1e-9)).clip(0, 1)
     return keep * plain + (1 - keep) * plain / rope.factor
 
 

@@ -9,9 +9,11 @@ alone, and the others have no rotary embedding. Source: Cohere, 2025, arXiv:2504
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
+from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.layers.attention import StepInput
@@ -25,7 +27,7 @@ from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.views import ColumnOrder
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models import llama
-from candle_vllm.core.models.attention_names import gguf_has_bias
+from candle_vllm.core.models.attention_names import gguf_has_bias, local_keys
 from candle_vllm.core.models.family import Family
 from candle_vllm.core.models.llama import Attention, LlamaConfig
 from candle_vllm.core.models.olmo2 import full_layers, windows_from_hf
@@ -138,6 +140,17 @@ def _own(line: WeightName) -> WeightName:
 
 
 WEIGHTS = [_own(line) for line in llama.WEIGHTS if line.target != _TO + "mlp_norm:weight"]
+
+
+def gguf_keys(config: Any) -> dict[str, Any]:
+    """llama.cpp takes the embedding table for the head, and has norms of heads from 64 layers on."""
+    if not config.tie_embeddings:
+        raise UnsupportedModelError("llama.cpp's command-r and cohere2 have no head beside the embedding table")
+    if config.model_type == "cohere" and config.head_norms != (config.num_layers >= 64):
+        raise UnsupportedModelError("llama.cpp's command-r has norms of q and k in models of 64 layers or more alone")
+    plain: dict[str, Any] = {"rope.scaling.type": "none"} if config.rope.kind == "default" else {}
+    return plain | {"logit_scale": float(config.logit_scale)} | local_keys(config)
+
 
 FAMILY = Family(
     hf={"CohereForCausalLM": "cohere", "Cohere2ForCausalLM": "cohere2"},

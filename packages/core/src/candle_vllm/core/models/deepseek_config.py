@@ -13,7 +13,7 @@ from candle_vllm.core.layers.rotary import yarn_scale
 from candle_vllm.core.loading.config import MAX_LAYERS, LatentSizes, ModelConfig, shared_from_gguf, shared_from_hf
 from candle_vllm.core.loading.rope import rope_from_hf, stretched_context
 from candle_vllm.core.loading.tensors import Checkpoint
-from candle_vllm.core.models.experts import dense_layers, routed_keys, without_next_tokens
+from candle_vllm.core.models.experts import dense_layers, routed_keys, ungrouped, without_next_tokens
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -226,3 +226,8 @@ def gguf_keys(config: Any) -> dict[str, Any]:
     if config.mixture is None:
         return keys | {"expert_feed_forward_length": config.intermediate_size, "expert_shared_count": 0}
     return keys | routed_keys(config.mixture)
+
+
+def without_further_layers(config: Any) -> dict[str, Any]:
+    """Layers that predict further tokens are left out."""
+    return ungrouped(config) | {"extra_layers": 0}

@@ -7,6 +7,7 @@ rows first). GGUF: one tensor of all experts for gate, up and down, or, in old f
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
@@ -136,3 +137,13 @@ def routed_keys(mixture: Mixture) -> dict[str, Any]:
 def is_grouped(mixture: Mixture) -> bool:
     """Whether groups take part in the choice: llama.cpp takes no file whose groups are all chosen."""
     return mixture.top_groups < mixture.groups
+
+
+def ungrouped(config: Any) -> dict[str, Any]:
+    """Groups of which all are chosen are none."""
+    mixture = config.mixture
+    return (
+        {}
+        if mixture is None or is_grouped(mixture)
+        else {"mixture": dataclasses.replace(mixture, groups=1, top_groups=1)}
+    )

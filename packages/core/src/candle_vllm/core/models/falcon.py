@@ -7,6 +7,9 @@ for each group. Source: Almazrouei et al., 2023, arXiv:2311.16867.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.layers.attention import alibi_slopes
 from candle_vllm.core.loading.config import shared_from_gguf, shared_from_hf
@@ -91,6 +94,11 @@ WEIGHTS = [
     *pair("norm:", "transformer.ln_f", "output_norm"),
     WeightName("head:weight", "lm_head.weight", "output.weight"),
 ]
+
+
+def gguf_names(config: Any) -> Sequence[str]:
+    """A block's only norm is the first."""
+    return ("attn_qkv.", "attn_norm.") if config.shared_norm else ("attn_qkv.",)
 
 
 FAMILY = Family(

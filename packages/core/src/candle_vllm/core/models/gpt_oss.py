@@ -25,8 +25,8 @@ from candle_vllm.core.loading.config import ModelConfig, layer_windows, shared_f
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.views import chain, every_other, transposed
 from candle_vllm.core.loading.weights import WeightName
-from candle_vllm.core.models.attention_names import GG, HF, gguf_has_bias, projections
-from candle_vllm.core.models.experts import expert_count
+from candle_vllm.core.models.attention_names import GG, HF, gguf_has_bias, projections, window_keys
+from candle_vllm.core.models.experts import expert_count, size_keys
 from candle_vllm.core.models.family import Family
 from candle_vllm.core.models.stack import DecoderStack
 from candle_vllm.core.quantization.tensors import StoredTensor
@@ -198,6 +198,11 @@ WEIGHTS = [
 def ignored(config: GptOssConfig) -> list[str]:
     """Stored names that carry nothing: the second copy of a tied head."""
     return [r"lm_head\.weight"] if config.tie_embeddings else []
+
+
+def gguf_keys(config: Any) -> dict[str, Any]:
+    """llama.cpp wants a window to be named."""
+    return {"attention.sliding_window": 0} | window_keys(config) | size_keys(config.mixture)
 
 
 FAMILY = Family(

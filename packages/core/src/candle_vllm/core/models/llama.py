@@ -33,7 +33,7 @@ from candle_vllm.core.loading.rope import RopeConfig
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.views import half_split
 from candle_vllm.core.loading.weights import Parameter, WeightName
-from candle_vllm.core.models.attention_names import gguf_has_bias, projections
+from candle_vllm.core.models.attention_names import gguf_has_bias, projections, window_keys
 from candle_vllm.core.models.family import Family
 from candle_vllm.core.models.stack import DecoderStack
 
@@ -327,6 +327,13 @@ def ignored(config: ModelConfig) -> list[str]:
     """Stored names that carry nothing: buffers of old converters, a second copy of a tied head, layers for drafts."""
     buffers = [r".*rotary_emb\.inv_freq", r".*\.attn_rot_embd\.weight", r"mtp\..*"]
     return [*buffers, r"lm_head\.weight"] if config.tie_embeddings else buffers
+
+
+def mistral3_keys(config: Any) -> dict[str, Any]:
+    """Queries that grow with their position."""
+    return window_keys(config) | (
+        {"attention.temperature_scale": config.rope.query_scale} if config.rope.query_scale else {}
+    )
 
 
 FAMILY = Family(

@@ -35,6 +35,7 @@ FAMILIES = (
     "glm4",
     "chatglm",
     "mixtral",
+    "llama4",
     "qwen_moe",
     "glm4_moe",
     "qwen3_next",

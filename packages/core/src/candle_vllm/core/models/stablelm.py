@@ -10,7 +10,7 @@ Shapes: T tokens, H heads, K key-value heads, D head size, E hidden, V vocabular
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.fields import Fields
@@ -172,6 +172,11 @@ WEIGHTS = [
     *_pair("norm:", "model.norm", "output_norm"),
     WeightName("head:weight", "lm_head.weight", "output.weight"),
 ]
+
+
+def whole_head_norms(config: Any) -> dict[str, Any]:
+    """The norms of a layer's heads are one tensor."""
+    return {"head_norms": "none" if config.head_norms == "none" else "whole"}
 
 
 FAMILY = Family(

@@ -230,6 +230,7 @@ def _needs(config: EngineConfig, loaded: LoadedModel) -> AttentionNeeds:
         head_dim=max(spec.key_dim for spec in paged(model.cache_specs)),
         block_size=config.block_size,
         windows=any(window is not None for window in model.sliding_windows),
+        chunks=getattr(model, "chunked", False),
         soft_caps=model.attention_softcap is not None,
         sinks=model.attention_sinks,
         slopes=bool(model.slopes),

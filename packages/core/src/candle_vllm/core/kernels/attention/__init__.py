@@ -3,12 +3,13 @@
 
 Contract: q [T, H, D]; key_cache and value_cache [B, S, K, D] of q's dtype, already holding the new tokens' keys and
 values; H is a multiple of K, and query head h reads KV head h // (H / K). `rows` says which tokens belong to which
-sequence and where its blocks are. The token at position p attends to positions 0..p, or, with a window w, only to
-p - w + 1..p. With a soft cap c, a score s becomes c * tanh(s / c) before it is masked. With sinks [H] fp32, each head's
-sink joins its softmax as one more score, uncapped and never masked, whose probability is multiplied by no value. With
-slopes [H] fp32 (ALiBi), a head's slope times the distance of query and key is subtracted from a score after the soft
-cap. If `rows` says so, on the CPU alone, a token also attends to later positions: tokens of an image attend to each
-other. Scores and sums are fp32. y [T, H, D] has q's dtype, in new memory.
+sequence and where its blocks are. The token at position p attends to positions 0..p, or, with a window w, only to p - w
++ 1..p; a window -w is a chunk, and the token sees floor(p / w) w..p. With a soft cap c, a score s becomes c * tanh(s /
+c) before it is masked. With sinks [H] fp32, each head's sink joins its softmax as one more score, uncapped and never
+masked, whose probability is multiplied by no value. With slopes [H] fp32 (ALiBi), a head's slope times the distance of
+query and key is subtracted from a score after the soft cap. If `rows` says so, on the CPU alone, a token also attends
+to later positions: tokens of an image attend to each other. Scores and sums are fp32. y [T, H, D] has q's dtype, in new
+memory.
 
 A cache of float8_e4m3fn, as `kernels/kv_write` writes it, needs `cache_scales`: one scale for keys and one for values,
 [1] float32 each, by which its elements are multiplied. A cache with one scale per row is [B, S, K, D + 4], see

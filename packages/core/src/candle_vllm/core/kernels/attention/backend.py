@@ -40,7 +40,7 @@ class AttentionNeeds:
         dtype: of queries, and of the cache but for float8.
         head_dim: elements of a head, the largest if layers differ.
         block_size: tokens of a block.
-        windows: whether a layer has a sliding window.
+        windows, chunks: whether a layer has a sliding window, or one that is a chunk of the context.
         soft_caps: whether a layer caps its scores.
         sinks: whether a layer's heads have sinks.
         slopes: whether a layer's scores fall with distance (ALiBi).
@@ -53,6 +53,7 @@ class AttentionNeeds:
     head_dim: int
     block_size: int
     windows: bool = False
+    chunks: bool = False
     soft_caps: bool = False
     sinks: bool = False
     slopes: bool = False
@@ -89,8 +90,8 @@ def flash_refusal(needs: AttentionNeeds) -> str | None:
         return f"FlashAttention computes f16 and bf16, not {needs.dtype}"
     if needs.sinks:
         return "FlashAttention has no attention sinks"
-    if needs.slopes:
-        return "FlashAttention is not used with ALiBi"
+    if needs.slopes or needs.chunks:
+        return "FlashAttention is not used with ALiBi, nor within chunks"
     if needs.cache_dtype != "auto":
         return f"FlashAttention does not read a cache of {needs.cache_dtype} beside queries of another type"
     if torch.version.hip is not None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import Any
 
 import torch
 
@@ -84,16 +85,8 @@ def attend_by_reference(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     rows: DeviceRows,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    cache_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
-    sinks: torch.Tensor | None = None,
-    slopes: torch.Tensor | None = None,
+    **options: Any,
 ) -> torch.Tensor:
-    options = {"scale": scale, "window": window, "softcap": softcap, "cache_scales": cache_scales}
-    options |= {"sinks": sinks, "slopes": slopes}
     return reference.paged_attention(q, key_cache, value_cache, rows.on_host(), **options)
 
 

@@ -28,7 +28,9 @@ chunk_of = njit(inline="always")(cpu_cache.chunk_of)
 
 @njit(inline="always")
 def first_seen(position: int, window: int) -> int:
-    """Return the first position that a token attends to; `window` is 0 without a sliding window."""
+    """The first position that a token sees; window 0 is none, below 0 it is a chunk."""
+    if window < 0:
+        return position // -window * -window
     return max(0, position - window + 1) if window > 0 else 0
 
 
@@ -43,7 +45,7 @@ def total_cost(starts, contexts, sequences: int, window: int) -> int:
 
 @njit(inline="always")
 def cost(tokens: int, context: int, window: int) -> int:
-    return tokens * (min(context, tokens + window) if window > 0 else context)
+    return tokens * (min(context, tokens + abs(window)) if window != 0 else context)
 
 
 @njit(inline="always")

@@ -167,7 +167,10 @@ def _seen_keys(e: Emitter, position: Any, last: Any, start: Any, window: Any) ->
         return b.select(b.icmp_signed(">", value, zero), value, zero)
 
     own, end = (b.add(b.sub(place, start), one) for place in (position, last))
-    first = b.select(b.icmp_signed(">", window, zero), not_negative(b.sub(own, window)), zero)
+    chunked = b.icmp_signed("<", window, zero)
+    chunk = b.srem(position, b.select(chunked, b.neg(window), one))  # places of the own chunk before the row's
+    first = b.select(chunked, b.sub(b.sub(position, chunk), start), b.sub(own, window))
+    first = b.select(b.icmp_signed("!=", window, zero), not_negative(first), zero)
     return tuple(e.splat(b.trunc(value, I32)) for value in (first, not_negative(b.sub(end, first))))
 
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -39,7 +39,7 @@ def paged_attention(
             for cache in (key_cache, value_cache)
         )
         if window is not None:  # what no row sees may be no number
-            v[:, : max(0, context - (end - start) - window + 1)] = 0
+            v[:, : max(0, first_seen(context - (end - start), window))] = 0
         if cache_scales is not None:
             k, v = k * cache_scales[0], v * cache_scales[1]
         for first in range(start, end, _QUERIES):
@@ -49,6 +49,11 @@ def paged_attention(
                 q[first:last], k, v, context - (end - first), scale, window, softcap, sinks, slopes, ahead
             )
     return out
+
+
+def first_seen(position: Any, window: int) -> Any:
+    """The first position that a token at `position` sees, or none before it where that is below 0."""
+    return position // -window * -window if window < 0 else position - window + 1
 
 
 def blocks_of(cache: torch.Tensor, tables: torch.Tensor, dim: int) -> torch.Tensor:
@@ -82,7 +87,7 @@ def _attend(
         scores.sub_(lost.flatten(1, 2))
     hidden = seen > (at if ahead is None else at + ahead)
     if window is not None:
-        hidden |= seen <= at - window
+        hidden |= seen < first_seen(at, window)
     scores.view(kv_heads, heads // kv_heads, queries, context).masked_fill_(hidden, float("-inf"))
     if sinks is None:
         weights = scores.softmax(-1)

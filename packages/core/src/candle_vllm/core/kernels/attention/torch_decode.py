@@ -9,7 +9,7 @@ context, and what fills is masked. Prompts go through the reference.
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -27,19 +27,11 @@ def paged_attention(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     rows: AttentionRows,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    cache_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
-    sinks: torch.Tensor | None = None,
-    slopes: torch.Tensor | None = None,
+    **options: Any,
 ) -> torch.Tensor:
     """See the contract in the package."""
     starts, counts = rows.query_start, [end - start for start, end in itertools.pairwise(rows.query_start)]
     single = [row for row, count in enumerate(counts) if count == 1 and rows.context_lens[row]]
-    options = {"scale": scale, "window": window, "softcap": softcap, "cache_scales": cache_scales}
-    options |= {"sinks": sinks, "slopes": slopes}
     if len(single) < 2:
         return reference.paged_attention(q, key_cache, value_cache, rows, **options)
     size, kv_heads, dim = *key_cache.shape[1:3], q.shape[2]
@@ -75,11 +67,11 @@ def _attend(
     contexts: torch.Tensor,
     *,
     scale: float,
-    window: int | None,
-    softcap: float | None,
-    cache_scales: tuple[torch.Tensor, torch.Tensor] | None,
-    sinks: torch.Tensor | None,
-    slopes: torch.Tensor | None,
+    window: int | None = None,
+    softcap: float | None = None,
+    cache_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
+    sinks: torch.Tensor | None = None,
+    slopes: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """q [R, H, D], one for each sequence; tables [R, blocks], contexts [R]; returns [R, H, D]."""
     count, heads, dim = q.shape
@@ -89,7 +81,7 @@ def _attend(
     hidden = at >= contexts[:, None]  # [R, C]
     tables = tables.masked_fill(hidden[:, ::size], 0)  # the tail of a table may hold anything
     if window is not None:
-        hidden |= at < contexts[:, None] - window
+        hidden |= at < reference.first_seen(contexts[:, None] - 1, window)
     k = reference.blocks_of(key_cache, tables, dim).flatten(1, 2).permute(0, 2, 3, 1).float()  # [R, K, D, C]
     v = reference.blocks_of(value_cache, tables, dim).flatten(1, 2).float()
     v = v.masked_fill_(hidden[:, :, None, None], 0)  # may be no number there

@@ -42,7 +42,7 @@ def paged_attention(
             assert of_heads.is_contiguous()
             assert of_heads.device == q.device
     assert scale > 0
-    assert window is None or window > 0
+    assert window != 0
     assert softcap is None or softcap > 0
     out = torch.empty(tokens, heads, dim, dtype=q.dtype, device=q.device)
     n = rows.decodes

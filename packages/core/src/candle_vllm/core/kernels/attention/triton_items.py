@@ -22,11 +22,17 @@ LISTED = 32  # sequences whose items are listed together
 
 
 @triton.jit
+def first_seen(position, WINDOW: tl.constexpr):
+    """The first position that a token sees; below 0, the window is its chunk."""
+    return tl.maximum(position, 0) // -WINDOW * -WINDOW if WINDOW < 0 else tl.maximum(position - WINDOW + 1, 0)
+
+
+@triton.jit
 def split_keys(context, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr):
     """How a context is cut: the first key's position, keys of a split, and the number of splits, 0 without context."""
     begin = context * 0
     if WINDOW:
-        begin = tl.maximum(context - WINDOW, 0) // BLOCK_N * BLOCK_N
+        begin = first_seen(context - 1, WINDOW) // BLOCK_N * BLOCK_N
     keys = tl.maximum(tl.cdiv(context - begin, SPLITS), CHUNK)
     keys = tl.cdiv(keys, BLOCK_N) * BLOCK_N
     return begin, keys, tl.cdiv(context - begin, keys)

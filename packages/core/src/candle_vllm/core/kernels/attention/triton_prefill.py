@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from candle_vllm.core.kernels.attention.triton_items import first_seen
 from candle_vllm.core.kernels.attention.triton_tiles import (
     as_queries,
     attend_tile,
@@ -203,8 +204,8 @@ def prefill_kernel(
         unmasked = 0
         whole = (first + 1) // BLOCK_N * BLOCK_N  # every row sees the keys before this one, apart from a window
         if WINDOW:
-            begin = tl.maximum(first - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
-            unmasked = tl.minimum(tl.cdiv(tl.maximum(last - WINDOW + 1, 0), BLOCK_N) * BLOCK_N, whole)
+            begin = first_seen(first, WINDOW) // BLOCK_N * BLOCK_N
+            unmasked = tl.minimum(tl.cdiv(first_seen(last, WINDOW), BLOCK_N) * BLOCK_N, whole)
 
         factor = scale
         out_factor = 1.0

@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from candle_vllm.core.kernels.attention.triton_items import first_seen
 from candle_vllm.core.kernels.kv_write.triton import scales_place
 
 
@@ -179,7 +180,7 @@ def weigh_tile(
         keys = first + tl.arange(0, k.shape[0])
         seen = keys[None, :] <= positions[:, None]
         if WINDOW:
-            seen = seen & (keys[None, :] > positions[:, None] - WINDOW)
+            seen = seen & (keys[None, :] >= first_seen(positions, WINDOW)[:, None])
         scores = tl.where(seen, scores, float("-inf"))
     new_tops = tl.maximum(tops, tl.max(scores, 1))
     base = tl.where(new_tops == float("-inf"), 0.0, new_tops) * factor

@@ -12,6 +12,7 @@ and fails at once.
 
 from __future__ import annotations
 
+import dataclasses
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -187,7 +188,7 @@ class _Value(Recorded):
         buffer.version += 1
         return _Value(self.recorder, buffer, 0, self.width, rows_from=counted)
 
-    def beside(self, *others: Recorded) -> Recorded:
+    def beside(self, *others: Recorded) -> _Value:
         parts = [part for part in (self, *others) if isinstance(part, _Value)]
         assert len(parts) == len(others) + 1
         made, column = self.recorder.buffer(sum(part.width for part in parts)), 0
@@ -367,6 +368,15 @@ class _Value(Recorded):
     def route(self, routing: Routing) -> Pairs:
         assert self.rows_from is StepNumber.TOKENS
         return record_route(self.recorder, (self.address, self.buffer.stride), self.width, routing)
+
+    def weighted(self, pairs: Pairs) -> tuple[Recorded, Pairs]:
+        assert pairs.top_k == 1
+        made, recorder = self.beside(), self.recorder
+        numbers, ones, table = recorder.row_numbers(1), np.ones(recorder.limits.tokens, np.float32), pairs.weights
+        row = PositionScaleArguments(made.address, made.buffer.stride, made.width, *map(address_of, (numbers, table)))
+        recorder.add(position_scale_operation(), row)
+        recorder.keep_array(ones)
+        return made, dataclasses.replace(pairs, weights=ones)
 
     def expert_linear(
         self,

@@ -46,6 +46,7 @@ the CPU are computed by `reference.py`, in fp32 up to y.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, get_args
 
 from candle_vllm.core.kernels.dispatch import on_gpu
@@ -71,6 +72,7 @@ __all__ = [
     "gated_rows",
     "is_gated",
     "route",
+    "weighted",
 ]
 
 
@@ -99,6 +101,14 @@ def route(logits: Value, routing: Routing) -> Pairs | RecordedPairs:
     if routing.expert_scale is not None:
         weights = weights * routing.expert_scale[chosen.long()]
     return Pairs(weights, chosen, experts)
+
+
+def weighted(x: Value, pairs: Any) -> tuple[Value, Any]:
+    """x [T, E] times the weight of each token's only expert, in new memory, and pairs whose weights are 1."""
+    if isinstance(x, Recorded):
+        return x.weighted(pairs)
+    assert pairs.weights.shape[1] == 1
+    return (x.float() * pairs.weights).to(x.dtype), replace(pairs, weights=pairs.weights.new_ones(pairs.weights.shape))
 
 
 def expert_linear(

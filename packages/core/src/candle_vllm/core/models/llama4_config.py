@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: MIT
+"""What config.json and GGUF metadata say about a Llama 4, as `llama4.py` wants it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
+from candle_vllm.core.fields import Fields
+from candle_vllm.core.layers.moe import Mixture
+from candle_vllm.core.loading.config import shared_from_gguf, shared_from_hf
+from candle_vllm.core.loading.tensors import Checkpoint
+from candle_vllm.core.models.experts import size_keys, sparse_in_gguf
+from candle_vllm.core.models.llama import LlamaConfig
+
+_CHUNK, _TEMPERATURE = 8192, (8192, 0.1)  # of published models; GGUF files say neither
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Llama4Config(LlamaConfig):
+    """The description of a Llama 4. `sliding_windows` are the chunks.
+
+    Attributes:
+        chunked: some layers attend within chunks, see `AttentionNeeds`.
+        same_length: heads of q and k have a norm without a weight in layers with rotary positions.
+        temperature: L and s: queries of layers without positions are multiplied by 1 + s ln(1 + floor((p + 1) / L)),
+            p their position; None leaves them.
+    """
+
+    chunked: ClassVar[bool] = True
+    same_length: bool = True
+    temperature: tuple[int, float] | None = None
+
+
+def config_from_hf(fields: Fields, model_type: str) -> Llama4Config:
+    """Reads `config.json` of llama4_text."""
+    fields.choice("hidden_act", "silu", "silu")
+    shared = shared_from_hf(fields, model_type)
+    layers, inner = shared["num_layers"], shared["intermediate_size"]
+    turned = fields.get("no_rope_layers", list, []) or [(n + 1) % 4 for n in range(layers)]
+    kinds = fields.get("layer_types", list, ["chunked_attention" if each else "full_attention" for each in turned])
+    step = fields.count("interleave_moe_layer_step", 1)
+    sparse = frozenset(fields.get("moe_layers", list, range(step - 1, layers, step)))
+    if len(kinds) != layers or len(turned) < layers or not {*kinds} <= {"chunked_attention", "full_attention"}:
+        raise InvalidFileError(f"{fields.path}: layer_types and no_rope_layers must describe {layers} layers")
+    if not sparse <= {*range(layers)}:
+        raise InvalidFileError(f"{fields.path}: moe_layers names layers that are not there")
+    chunk, scaled = fields.get("attention_chunk_size", int, _CHUNK), fields.get("attn_temperature_tuning", bool, True)
+    own = {
+        "intermediate_size": fields.count("intermediate_size_mlp", 16384),
+        "sliding_windows": tuple(chunk if kind == "chunked_attention" else None for kind in kinds),
+        "unrotated_layers": frozenset(layer for layer in range(layers) if not turned[layer]),
+        "qkv_bias": fields.get("attention_bias", bool, False),
+        "output_bias": fields.get("attention_bias", bool, False),
+        "same_length": fields.get("use_qk_norm", bool, True),
+        "temperature": (fields.count("floor_scale", 8192), fields.get("attn_scale", float, 0.1)) if scaled else None,
+    }
+    top = fields.count("num_experts_per_tok", 1)
+    return _config(fields, shared | own, sparse, (fields.count("num_local_experts"), top, inner))
+
+
+def _config(
+    fields: Fields, values: dict[str, Any], sparse: frozenset[int], sizes: tuple[int, int, int]
+) -> Llama4Config:
+    """With so many experts, of which a token has so many, of such a width, in some layers."""
+    count, top, inner = sizes
+    if top != 1:
+        raise UnsupportedModelError(f"{fields.path}: a token has {top} experts; with scaled inputs it may have one")
+    mixture = Mixture(
+        experts=count,
+        top_k=1,
+        inner_size=inner,
+        scoring="sigmoid",
+        renormalise=False,
+        scales_input=True,
+        shared_size=inner,
+    )
+    own = {"num_experts": count, "mixture": mixture, "sparse_layers": sparse, "interleaved_rotary": True}
+    return Llama4Config(**values | own)
+
+
+def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> Llama4Config:
+    """Reads GGUF metadata of llama4, which leaves to the reader what all published models have in common."""
+    shared, count = shared_from_gguf(fields, checkpoint), fields.count("expert_count")
+    layers, chunked = shared["num_layers"], fields.get("attention.sliding_window", int, _CHUNK) > 0
+    full = {layer for layer in range(layers) if (layer + 1) % 4 == 0}
+    own = {
+        "sliding_windows": tuple(None if layer in full or not chunked else _CHUNK for layer in range(layers)),
+        "unrotated_layers": frozenset(full if chunked else ()),
+        "same_length": count != 128,  # Maverick's
+        "temperature": _TEMPERATURE,
+    }
+    sizes = count, fields.count("expert_used_count"), fields.count("expert_feed_forward_length")
+    return _config(fields, shared | own, sparse_in_gguf(checkpoint, layers), sizes)
+
+
+def gguf_keys(config: Llama4Config) -> dict[str, Any]:
+    """What GGUF metadata says of a Llama 4 beyond the usual."""
+    assert config.mixture is not None
+    step = config.num_layers // max(1, len(config.sparse_layers))
+    if config.sparse_layers != frozenset(range(step - 1, config.num_layers, step)):
+        raise UnsupportedModelError("llama.cpp's llama4 has experts in every layer, or in every nth")
+    return size_keys(config.mixture) | {"interleave_moe_layer_step": step}
