@@ -4,11 +4,11 @@
 
 A tile is 16 key positions of one KV head. Keys lie in strips of W positions, W = min(S, 64): a strip is [D/2, W, 2]
 bfloat16, so that one 64-byte load is the same pair of dimensions of the 16 keys of a tile, and a strip of 64 is read
-from its beginning to its end: memory read in another order is slower by half, for the processor fetches ahead only what
-goes on in sequence. Values are [8, D, 2] for a tile: one load is 16 dimensions of a pair of keys.
+sequentially: another order is slower by half, because the hardware prefetcher only follows sequential reads. Values are
+[8, D, 2] for a tile: one load is 16 dimensions of a pair of keys.
 
-D is any even number from 16 to 512. Where it is no multiple of 16, the last 16 dimensions of a row are computed as one
-vector, which repeats some of the vector before it.
+D is any even number from 16 to 512. If it is not a multiple of 16, the last 16 dimensions of a row are computed as one
+vector, which overlaps the previous vector.
 
 A partial result of one query row over some keys is `partial_floats(D)` floats: the unnormalised sum of values, then,
 from `state_at(D)` on, the maximum m of the scores and the sum s of exp2(score - m); the rest is padding. Each row's
@@ -44,17 +44,17 @@ _BLOCKS = 5  # most vectors of a row's dimensions whose sums are held in registe
 
 
 def in_floats(isa: int) -> bool:
-    """Whether bfloat16 is widened and multiplied as float32, for want of an instruction for its products."""
+    """Whether bfloat16 is widened and multiplied as float32, because the CPU has no instruction for its products."""
     return not Isa(isa).bf16
 
 
 def vectors_at_once(isa: Isa, rows: int) -> int:
-    """How many vectors of sums of each row registers hold: of 16 numbers, which are two registers of AVX2."""
+    """Return how many vectors of 16 sums per row fit into registers; a vector is two registers of AVX2."""
     return TILES if isa.wide else max(TILES // rows, 1)
 
 
 def vector_starts(head_dim: int) -> list[int]:
-    """Where the vectors of 16 dimensions begin that make up a row."""
+    """Return where the vectors of 16 dimensions of a row begin."""
     return [min(start, head_dim - LANES) for start in range(0, head_dim, LANES)]
 
 
@@ -160,7 +160,7 @@ def _add_product(e: Emitter, total: Any, x: list[Any], y: list[Any], isa: Isa) -
 
 
 def _seen_keys(e: Emitter, position: Any, last: Any, start: Any, window: Any) -> tuple[Any, Any]:
-    """First and count of the keys from `start` to `last` that a row at `position` sees, as <16 x i32>."""
+    """Return first and count of the keys from `start` to `last` that a row at `position` attends to, <16 x i32>."""
     b, zero, one = e.b, e.int64(0), e.int64(1)
 
     def not_negative(value: Any) -> Any:
@@ -318,11 +318,11 @@ def value_tiles(
     kind: Any,
     isa: Any,
 ) -> Any:
-    """The values of the first `keys` keys of some tiles, weighted by the rows' probabilities, into partial results.
+    """Add the values of the first `keys` keys, weighted by the rows' probabilities, to partial results.
 
-    `tiles` is the address of the tiles' addresses, `coming` that of as many which, if quantised, are asked for
-    meanwhile (or the same); `rows`, `dim`, `kind` and `isa` are constants. What a kind but bfloat16 has in the place of
-    the scores are its probabilities, and that of these is free.
+    `tiles` is the address of the tiles' addresses, `coming` that of as many tiles which, if quantised, are prefetched
+    meanwhile (or the same); `rows`, `dim`, `kind` and `isa` are constants. For quantised kinds the probabilities are in
+    the memory of the scores, and the memory of the probabilities is free.
     """
     signature = types.void(*[types.int64] * 6, rows, dim, kind, isa)
     m, d, features = rows.literal_value, dim.literal_value, Isa(isa.literal_value)
@@ -340,7 +340,7 @@ def value_tiles(
 
 @intrinsic
 def cap_scores(_: Any, scores: Any, tiles: Any, cap: Any) -> Any:
-    """A row's scores of some tiles, soft-capped: cap * tanh(score / cap)."""
+    """Soft-cap a row's scores of some tiles: cap * tanh(score / cap)."""
     signature = types.void(types.int64, types.int64, types.float32)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
@@ -360,7 +360,7 @@ def cap_scores(_: Any, scores: Any, tiles: Any, cap: Any) -> Any:
 
 @intrinsic(prefer_literal=True)
 def fall_with_distance(_: Any, scores: Any, tiles: Any, slope: Any, distance: Any) -> Any:
-    """A row's scores of some tiles less distance times the slope at an address; that of the first key is `distance`."""
+    """Subtract the slope at an address times distances from a row's scores; the first key's is `distance`."""
     signature = types.void(*[types.int64] * 4)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
@@ -398,7 +398,7 @@ def clear_partial(_: Any, partial: Any, dim: Any) -> Any:
 
 
 def _shares(e: Emitter, old_top: Any, new_top: Any) -> tuple[Any, Any]:
-    """By how much what was summed below two maxima is multiplied below the larger of them."""
+    """Return the factors that rescale sums relative to two maxima to the larger maximum."""
     b, one = e.b, e.constant(F32, 1.0)
     difference = b.fsub(old_top, new_top)
     power = emit_exp2(e, b.fneg(e.call("llvm.fabs.v16f32", vector(F32), [difference])))
@@ -408,7 +408,7 @@ def _shares(e: Emitter, old_top: Any, new_top: Any) -> tuple[Any, Any]:
 
 @intrinsic(prefer_literal=True)
 def merge_partial(_: Any, state: Any, partial: Any, dim: Any) -> Any:
-    """Adds the partial result of later keys to that of earlier ones. One without keys changes nothing."""
+    """Merge the partial result of later keys into that of earlier keys. A result without keys changes nothing."""
     signature = types.void(types.int64, types.int64, dim)
     end = state_at(dim.literal_value)
 
@@ -434,7 +434,7 @@ def merge_partial(_: Any, state: Any, partial: Any, dim: Any) -> Any:
 
 @intrinsic(prefer_literal=True)
 def add_sink(_: Any, state: Any, sink: Any, dim: Any) -> Any:
-    """A score without a value, at the address `sink`, joins a row's sum of probabilities."""
+    """Add a sink, a score without a value at the address `sink`, to a row's sum of probabilities."""
     signature = types.void(types.int64, types.int64, dim)
     end = state_at(dim.literal_value)
 
@@ -453,7 +453,7 @@ def add_sink(_: Any, state: Any, sink: Any, dim: Any) -> Any:
 
 @intrinsic(prefer_literal=True)
 def finish_partial(_: Any, partial: Any, out: Any, dim: Any) -> Any:
-    """The attention's result: the sum of values over the sum of probabilities."""
+    """Write attention's result: the sum of values divided by the sum of probabilities."""
     signature = types.void(types.int64, types.int64, dim)
     d = dim.literal_value
 
@@ -469,7 +469,7 @@ def finish_partial(_: Any, partial: Any, out: Any, dim: Any) -> Any:
 
 @intrinsic(prefer_literal=True)
 def copy_query(_: Any, to: Any, source: Any, dim: Any, wide: Any) -> Any:
-    """Copies a row of 2 D bytes; `wide` says whether as float32, from bfloat16."""
+    """Copy a row of 2 D bytes; with `wide` convert bfloat16 to float32."""
     signature = types.void(types.int64, types.int64, dim, wide)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How stored matrices become those of recorded steps; `kernels/backends.py` has the other backends.
+"""Pack stored matrices for recorded steps; `kernels/backends.py` has the other backends.
 
 Used at load, before step 1 of a request's life.
 """
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class RecordedBackend:
-    """The compiled kernels of the CPU.
+    """Backend of the CPU's compiled kernels.
 
     Attributes:
-        memory: where matrices go.
-        kind: what plain ones become; None keeps each one's own type.
-        groups: whether the layer brings its input to an order of the matrix's own.
-        floats_kept: whether the layer multiplies small floats with scales; else they come decoded.
-        words: F16 matrices become whole numbers of 14 bits.
+        memory: memory of the matrices.
+        kind: type of plain matrices; None keeps the stored types.
+        groups: whether the layer reorders its input for a matrix.
+        floats_kept: whether the layer supports small floats with scales; otherwise they are decoded.
+        words: F16 matrices become integers of 14 bits.
     """
 
     memory: WeightMemory

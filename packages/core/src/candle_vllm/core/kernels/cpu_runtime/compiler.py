@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""From a Python function to machine code, by Numba and LLVM; imported only where something has to be compiled."""
+"""Compile Python functions to machine code with Numba and LLVM; imported only if something must be compiled."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from candle_vllm.core.kernels.cpu_runtime.machine_code import ENTRY
 
 
 def compile_function(function: Callable[..., None], level: Level) -> bytes:
-    """An object file (ELF under Linux) whose symbol `ENTRY` is the function, as C sees it.
+    """Compile to an object file (ELF on Linux) whose symbol `ENTRY` is the function with C's calling convention.
 
-    All parameters are int64, and nothing is returned. There are no errors of Python's: a division by zero gives what
-    the hardware gives, and what is raised only ends the function.
+    All parameters are int64, and nothing is returned. There are no Python errors: a division by zero gives the
+    hardware's result, and an exception only ends the function.
 
     Args:
         function: may close over integers only.
@@ -34,7 +34,7 @@ def compile_function(function: Callable[..., None], level: Level) -> bytes:
 
 
 def assembly(function: Callable[..., None], level: Level) -> str:
-    """The assembly of what `compile_function` makes."""
+    """Return the assembly of the code that `compile_function` compiles."""
     return target_machine(level).emit_assembly(_compiled(function, level))
 
 
@@ -105,5 +105,5 @@ def load_object(made: bytes) -> int:
 
 @cache
 def _engines() -> list[Any]:
-    """What holds the code for the life of the process."""
+    """Return LLVM's engines, which hold the code for the life of the process."""
     return []

@@ -2,10 +2,9 @@
 # pyright: reportCallIssue=false
 """Vector code for the CPU kernels, emitted as LLVM IR through Numba's `@intrinsic`.
 
-Vectors are 16 lanes of 32 bits (512 bits). A CPU with shorter registers gets the same code split by LLVM; only dot
-products and shuffles have instructions of their own, used where `Isa` says that the CPU has them, in as many parts as a
-register has lanes less. Every lane is computed in the same order on every path, so integer results are equal to the
-bit.
+Vectors are 16 lanes of 32 bits (512 bits). For a CPU with shorter registers LLVM splits the same code; only dot
+products and shuffles use special instructions, if `Isa` has them, on several smaller vectors. Every lane is computed in
+the same order on every path, so that integer results are equal bit for bit.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ def vector(element: ir.Type, lanes: int = LANES) -> ir.VectorType:
 
 
 class Emitter:
-    """A builder with the handful of vector operations that the kernels are made of.
+    """LLVM IR builder with the vector operations of the kernels.
 
     Addresses are 64-bit integers; loads and stores need no alignment.
     """
@@ -89,9 +88,9 @@ class Emitter:
         instruction.align = 1
 
     def made_here(self, value: Any, isa: Isa) -> Any:
-        """The same vector, which is made before what is so marked behind it.
+        """Return the vector, with a mark that it is computed before later marked vectors.
 
-        LLVM orders a long block as if there were more registers than there are, and then keeps numbers on the stack.
+        LLVM schedules a long block as if it had more registers than exist, and then spills values to the stack.
         """
         size, register = (128, "w") if isa & Isa.NEON else (512 if isa.wide else 256, "x")
         found = []

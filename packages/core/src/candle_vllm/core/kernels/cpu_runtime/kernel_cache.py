@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Where compiled kernels are kept on disk, under which names, and when they may be trusted.
+"""Cache of compiled kernels on disk: their file names, and when they may be trusted.
 
-A kernel is kept in the folder of its CPU level, in a file that is named by the operation, its constants and a key: a
-hash of the sources that the machine code is made from (`sources`). A change of one module so makes only those kernels
-again that depend on it, and several versions of a kernel lie side by side.
+A kernel is stored in the folder of its CPU level, in a file that is named by the operation, its constants and a key: a
+hash of the sources of the machine code (`sources`). So a change of one module recompiles only those kernels that depend
+on it, and several versions of a kernel can be in the folder.
 """
 
 from __future__ import annotations
@@ -78,22 +78,22 @@ def kernel_cache() -> Path | None:
 
 
 def has_compiler() -> bool:
-    """Whether code that does not travel can be made."""
+    """Whether kernels that are not precompiled can be compiled."""
     return importlib.util.find_spec("numba") is not None
 
 
 @cache
 def can_compile() -> bool:
-    """Whether there is machine code for this CPU, or what makes it."""
+    """Whether precompiled code for this CPU, or a compiler, is available."""
     return importlib.util.find_spec("numba") is not None or _travelling().is_dir()
 
 
 def is_first_start() -> bool:
-    """Whether several kernels have to be compiled: of those that were asked for at the last such start, as noted.
+    """Whether several kernels must be compiled, by the note of the kernels that the last such start requested.
 
-    A start that finds no note is the first of all. What has to be compiled is known only when a plan has been recorded,
-    which takes too long for every start. Another version that shares the folder may have noted kernels that this one
-    does not have: they do not count.
+    Without a note this is the first start. The needed kernels are known only after a plan was recorded, which would
+    take too long at every start. Noted kernels of another version that shares the folder, which this version does not
+    have, do not count.
     """
     folder = None if importlib.util.find_spec("numba") is None or _travelling().is_dir() else kernel_cache()
     if folder is None:
@@ -110,7 +110,7 @@ def _is_missing_here(name: str) -> bool:
 
 
 def note_asked(names: Iterable[str]) -> None:
-    """Notes for `is_first_start` which functions a start asks for."""
+    """Note the functions that a start requests, for `is_first_start`."""
     folder = kernel_cache()
     if folder is not None:
         keep(folder / _ASKED, "\n".join(names).encode())
@@ -126,9 +126,9 @@ def is_missing(name: str) -> bool:
 
 
 def compiled_address(name: str, make: Callable[[], Callable[..., None]]) -> int:
-    """The address of a compiled function: of precompiled code, or of code kept on disk, or of code made now.
+    """Return the address of a compiled function: precompiled, from the cache on disk, or compiled now.
 
-    A damaged file costs a warning and the time to compile again, and so does a full disk.
+    A damaged file or a full disk costs a warning and the time to compile again.
 
     Args:
         name: "folder.module.function" below `kernels`, then the constants: what names the file beside the key.
@@ -249,7 +249,7 @@ def _read(path: Path, *, used: bool = False) -> bytes | None:
 
 
 def kept_name(name: str, level: Level) -> str:
-    """The name of the file of a compiled function; see `compiled_address`."""
+    """Return the file name of a compiled function; see `compiled_address`."""
     folder, module, *_ = name.split(".")
     return f"{name}.{_key(f'{folder}.{module}', level)}"
 
@@ -418,7 +418,7 @@ def keep_imports(modules: Iterable[str], folder: Path) -> None:
 
 @cache
 def fingerprint(level: Level) -> str:
-    """A hash of the sources of all CPU kernels and of a level: what values in an offloaded KV block depend on."""
+    """Return a hash of the sources of all CPU kernels and of a level, on which values of offloaded KV blocks depend."""
     digest = hashlib.sha256()
     for path in sorted((CORE / "kernels").glob("*/*.py")):
         if not path.name.startswith("triton"):  # the GPU's, which nothing compiled here calls
@@ -431,12 +431,12 @@ def fingerprint(level: Level) -> str:
 
 
 def _own_folder(root: Path, folder: Path) -> tuple[Path, bool]:
-    """Makes `folder`, for this user alone, where it does not exist; returns it, and whether it is new.
+    """Create `folder` for this user alone, if it does not exist; return it, and whether it is new.
 
-    What is there is run, so nobody else may be able to put anything there.
+    Its files are executed, so that no other user may be able to write there.
 
     Raises:
-        OSError: it cannot be made or written, or another user can write to it or to a folder above, up to `root`.
+        OSError: it cannot be created or written, or another user can write to it or to a folder above, up to `root`.
     """
     root.parent.mkdir(parents=True, exist_ok=True)
     new = not folder.exists()
@@ -461,11 +461,11 @@ def _check_owner(path: Path) -> None:
 
 
 def _drop_old(folder: Path) -> None:
-    """Deletes versions of kernels in a level's folder: of each kernel all but the few that were used last.
+    """Delete old versions of kernels in a level's folder: of each kernel all but the few that were used last.
 
-    What was used within a day stays in any case, so that who changes between versions or branches finds all of them. A
-    process that still runs a deleted kernel has its code in memory. Links are not followed. Folders in which earlier
-    versions of this package kept all kernels of a version go a month after their last use.
+    Files that were used within a day stay in any case, for users who switch between versions or branches. A process
+    that still runs a deleted kernel has its code in memory. Links are not followed. Folders of earlier versions of this
+    package, with all kernels of a version, are deleted a month after their last use.
     """
     versions, day_ago = defaultdict[str, list[tuple[float, Path]]](list), time.time() - _DAY
     with suppress(OSError):  # another process may be doing the same

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""What this CPU can do: the vectors and instructions that kernels use, and the level for which they are compiled.
+"""Instruction sets of this CPU, and the level for which kernels are compiled.
 
-Machine code is made for few levels instead of for every model of CPU, so that what one machine compiled runs on all of
-its level. The level is found when it is first asked for; `choose_level` takes a lower one instead.
+Machine code is compiled for a few levels instead of for every CPU model, so that code from one machine runs on all
+machines of the level. The level is detected at its first use; `choose_level` selects a lower one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LANES = 16
 
 
 class Isa(enum.IntFlag):
-    """Instructions beyond the common ground; forced in tests by passing another set."""
+    """Instruction sets beyond the baseline; tests pass other sets."""
 
     GENERIC = 0
     VNNI = 1  # AVX512-VNNI: 64 products of 8 bits, summed by fours
@@ -51,14 +51,14 @@ class Isa(enum.IntFlag):
 
 
 class Level(NamedTuple):
-    """A common ground of CPUs.
+    """Instruction set level of CPUs.
 
     Attributes:
-        name: in names of folders, and as a setting.
-        machine: what Python calls the architecture under Linux.
-        cpu: what LLVM calls a CPU that has these instructions and few others.
-        isa: what of them the kernels ask for by name.
-        flags: by which Linux names them.
+        name: name in folders and settings.
+        machine: Python's name of the architecture on Linux.
+        cpu: LLVM's name of a CPU with these instructions and few others.
+        isa: instruction sets that the kernels use explicitly.
+        flags: Linux's names of the instruction sets.
         features: instructions that no `cpu` has without many others, in LLVM's spelling: "+avxvnni".
     """
 
@@ -113,21 +113,21 @@ LEVELS = (
 
 
 def host_level() -> Level:
-    """The level that kernels are compiled for: what was chosen, else the most able of this CPU."""
+    """Return the level that kernels are compiled for: the chosen one, otherwise the highest of this CPU."""
     return next(iter(_chosen()), None) or best_level()
 
 
 @cache
 def best_level() -> Level:
-    """The most able level of this CPU; where it is none of `LEVELS`, one of its own, whose `cpu` is LLVM's name."""
+    """Return the highest level of this CPU; without one in `LEVELS`, its own level with LLVM's name of the CPU."""
     return level_of(host_flags()) or _native()
 
 
 def choose_level(name: str | None) -> None:
-    """Has kernels compiled for a level by name from now on, in this process; None is as it was.
+    """Compile kernels for the named level from now on, in this process; None changes nothing.
 
     Raises:
-        ConfigError: this CPU has not got all of its instructions.
+        ConfigError: this CPU lacks instructions of the level.
     """
     if name is None:
         return
@@ -164,10 +164,10 @@ def level_of(flags: frozenset[str], named: str = "") -> Level | None:
 
 @cache
 def bytes_ahead() -> int:
-    """How far ahead of a stream of quantised weights the kernels ask for it; at 0 they leave that to the CPU.
+    """Return the prefetch distance of the kernels for quantised weights, in bytes; 0 leaves prefetching to the CPU.
 
-    A Xeon with AMX fetches one stream too late by itself: with this a product of Q4_1 takes seven tenths of the time,
-    of one row and of eight. On Zen 4 a single row becomes slower.
+    The hardware prefetcher of a Xeon with AMX is too late for one stream: with software prefetch a product of Q4_1
+    takes seven tenths of the time, for one row and for eight. On Zen 4 a single row becomes slower.
     """
     return 2048 if "GenuineIntel" in _cpu_facts("vendor_id") else 0
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""What depends on how a matrix is stored while a step is recorded: making the form of its input, and its operations.
+"""Record products by the format of a matrix: the form of its input, and its operations.
 
-Matrices of all kinds may stand side by side in one product; each form of their common input is made once.
+Matrices of all kinds may be fused in one product; each form of their common input is computed once.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ _KERNELS: Mapping[type, Any] = MappingProxyType(
 
 @dataclasses.dataclass(frozen=True)
 class InputRows:
-    """What an input is made from.
+    """Source of an input.
 
     Attributes:
         x, stride: address of float32 rows, and floats from one to the next.
-        columns: K, behind the prologue.
-        prologue: what is computed on the way.
+        columns: K, after the prologue.
+        prologue: computation that is fused with the conversion.
         weight, eps: of a norm; the weight's address.
         picked, rows_from: which rows: addresses as in `QuantiseArguments`.
     """
@@ -65,7 +65,7 @@ class InputRows:
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """An input in one form: the arguments by which operations find it, and the memory behind them."""
+    """An input in one form: the arguments of operations that read it, and its memory."""
 
     arguments: Mapping[str, int]
     arrays: tuple[np.ndarray, ...]
@@ -74,7 +74,7 @@ class Inputs:
 def make_forms(
     recorder: Recorder, forms: Sequence[InputForm], source: InputRows, *, copies: int = 1, barrier: bool = True
 ) -> dict[InputForm, Inputs]:
-    """Records the making of an input in several forms, all different, behind which threads meet once, if at all."""
+    """Record the computation of an input in several different forms, with at most one barrier after it."""
     made: dict[InputForm, Inputs] = {}
     rows = next((form for form in forms if isinstance(form, RowForm)), None)
     if recorder.adapted and rows is not None and Groups() in forms:  # in one go: adapters read what is not quantised
@@ -162,7 +162,7 @@ def gate_products(
     prologue: Prologue,
     rows_from: StepNumber,
 ) -> Inputs | None:
-    """Records two products of one input, gated, in groups; None where no operation does all of it."""
+    """Record two products of one input, gated, in groups; None if no fused operation exists."""
     if len(factors) != 2:
         return None
     (gate, inputs), (other, same) = factors
@@ -192,7 +192,7 @@ def gate_products(
 
 
 def read_rows(recorder: Recorder, matrix: Matrix, *, token_ids: int, out: int, out_stride: int) -> None:
-    """Records the reading of a table's rows; see `embedding_arguments`."""
+    """Record a lookup of a table's rows; see `embedding_arguments`."""
     assert matrix.input_form in (Groups(), *RowForm), "a table's rows are read in the order in which they lie"
     recorder.keep_matrix(matrix)
     operation = _KERNELS[type(matrix)].embedding_rows_operation(matrix.kind)  # small floats are decoded at load

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """CPU ranks: groups of a team's threads, one for each NUMA node, and memory on the node of the rank that reads it.
 
-Threads have numbers; a rank has those from one to another, and an operation's pieces follow each other in the order of
-threads. So the rows that a rank multiplies are the same in every step, and so are the pages that they lie on.
+A rank has consecutive threads, and an operation's pieces are in the order of threads. So a rank multiplies the same
+rows, on the same pages of memory, in every step.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ PAGE = mmap.PAGESIZE
 
 
 class CpuRank(NamedTuple):
-    """A group of threads.
+    """Group of threads.
 
     Attributes:
-        cpus: on which they run.
-        nodes: whose CPUs these are.
-        memory: nodes from which its pages come.
+        cpus: CPUs on which the threads run.
+        nodes: NUMA nodes of these CPUs.
+        memory: nodes of the group's memory pages.
     """
 
     cpus: frozenset[int]
@@ -77,11 +77,11 @@ _PREFERRED, _INTERLEAVE = 1, 3
 
 @dataclasses.dataclass(frozen=True)
 class CpuRanks:
-    """How a team's threads are divided, two ranks at least.
+    """Division of a team's threads into at least two ranks.
 
     Attributes:
         each: the ranks.
-        starts: each one's first thread, and behind the last one how many threads there are.
+        starts: first thread of each rank, and at the end the number of threads.
         bind: see `bind_pages`.
     """
 
@@ -96,24 +96,24 @@ class CpuRanks:
 
     @functools.cached_property
     def nodes(self) -> tuple[int, ...]:
-        """All nodes that have memory of ranks."""
+        """All nodes with memory of ranks."""
         return tuple(sorted({node for rank in self.each for node in rank.memory}))
 
     @property
     def apart(self) -> bool:
-        """Whether the ranks' memory is not all the same; else nothing is placed."""
+        """Whether the ranks' memory differs; otherwise no memory is placed."""
         return len({rank.memory for rank in self.each}) > 1
 
     def of_thread(self, thread: int) -> int:
-        """A thread's rank."""
+        """Return a thread's rank."""
         return next(rank for rank, end in enumerate(self.starts[1:]) if thread < end)
 
     def borders(self, units: int) -> list[int]:
-        """Where each rank's units begin, of so many that threads share, and how many there are."""
+        """Return where each rank's units begin, of `units` that threads divide, and at the end their number."""
         return [units * start // self.threads for start in self.starts]
 
     def divides(self, heads: int) -> bool:
-        """Whether each rank can have as many of so many heads as it has of the threads, and has one."""
+        """Whether `heads` heads can be divided among ranks in proportion to threads, with at least one head each."""
         shares = self.borders(heads)
         exact = all(heads * start % self.threads == 0 for start in self.starts)
         return exact and all(first < last for first, last in itertools.pairwise(shares))
@@ -178,12 +178,12 @@ def _say_refused(error: int) -> None:
 def plan_ranks(
     asked: int | None, threads: int, cpus: frozenset[int] | None = None, root: Path = Path("/")
 ) -> CpuRanks | None:
-    """Divides threads among the nodes whose CPUs this process may use; None where all are one rank.
+    """Divide threads among the nodes whose CPUs this process may use; None for a single rank.
 
-    Fewer ranks than nodes have neighbouring ones together, those of a socket first; more share a node's CPUs.
+    Fewer ranks than nodes combine adjacent nodes, first those of a socket; more ranks than nodes share a node's CPUs.
 
     Args:
-        asked: how many; None for one for each node, and no more than threads.
+        asked: number of ranks; None for one per node, at most as many as threads.
         threads: of the team.
         cpus: which may be used; None asks the system.
         root: where the file system begins.

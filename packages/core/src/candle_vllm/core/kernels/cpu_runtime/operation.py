@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Operations: compiled functions that a plan calls by address, named here and compiled only where they are not kept.
+"""Operations: compiled functions that a plan calls by address, compiled only if they are not in the cache.
 
 An operation is `op(row, thread, threads)`. `row` is its row of the plan, int64 numbers: [0] its own address, [1] flags
 and the row's length in bytes (shifted by 8), [2] the address of the step's numbers (`StepNumber`), from [3] on its
@@ -7,8 +7,8 @@ arguments: addresses and sizes. Every thread of the team calls it with its own n
 waits.
 
 **Arguments** are declared once for each operation, as a named tuple whose fields are `int`, or `float` for a float32.
-The one who records makes the tuple, `plan_row` writes it down, and the operation reads it by `primitives.read`: for the
-compiler a field is the number at its place.
+The recorder makes the tuple, `plan_row` writes it to the row, and the operation reads it by `primitives.read`: for the
+compiler a field is an element of the row.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ from candle_vllm.core.threads import collector_paused
 
 NUMBERS = 2  # where a row has the address of the step's numbers
 FIRST_ARGUMENT = 3
-BARRIER = 1  # flag: every thread waits for the others behind this operation
+BARRIER = 1  # flag: every thread waits for the others after this operation
 RUNS_BYTES = 4096
 """Of a list of memory that will be read soon, see `tiles.py`."""
 IS_X86 = int(platform.machine().lower() in ("x86_64", "amd64", "i686"))
 
 
 class StepNumber(enum.IntEnum):
-    """Where a step's own numbers stand in the array that every operation can read."""
+    """Index of each of a step's own numbers in the array that every operation can read."""
 
     TOKENS = 0  # T
     SEQUENCES = 1  # R
@@ -63,14 +63,14 @@ class StepNumber(enum.IntEnum):
 
 
 def operation(code: str, *constants: int) -> int:
-    """The address of an operation, compiled or from what is kept; it is valid for the life of the process.
+    """Return the address of an operation, from the cache or compiled; it is valid for the life of the process.
 
     Args:
-        code: where its Python is: "folder.module:name", below `kernels`. The module is imported only to be compiled.
-        constants: what the named function makes the operation from; without any, it is the operation itself.
+        code: its Python function: "folder.module:name", below `kernels`. The module is imported only to be compiled.
+        constants: arguments of the function that makes the operation; without any, the function is the operation.
 
     Raises:
-        ConfigError: it has to be compiled, and Numba is not installed.
+        ConfigError: it must be compiled, and Numba is not installed.
     """
     asked = _ASKED.get()
     if asked is None:
@@ -85,10 +85,10 @@ def _address(code: str, *constants: int) -> int:
 
 
 def use_level(name: str | None) -> None:
-    """Compiles operations for a level by name from now on, in this process; None changes nothing.
+    """Compile operations for the named level from now on, in this process; None changes nothing.
 
     Raises:
-        ConfigError: this CPU has not got all of its instructions.
+        ConfigError: this CPU lacks instructions of the level.
     """
     before = host_level()
     choose_level(name)
@@ -102,14 +102,14 @@ _ASKED: ContextVar[list[_Named] | None] = ContextVar("_ASKED", default=None)
 
 
 def compile_first(ask: Callable[[], object], later: Sequence[str] = ()) -> None:
-    """Compiles missing operations in two processes, at the first start with these sources; see `is_first_start`.
+    """Compile missing operations in two processes, at the first start with these sources; see `is_first_start`.
 
-    They take what is missing from both ends, so that one is compiled twice at most. A second process that cannot be
-    started, or fails, is not missed. At other starts it compiles what of `later` an earlier one did not live to see.
+    They take missing operations from both ends, so that at most one is compiled twice. A second process that cannot be
+    started, or fails, is optional. At later starts it compiles the rest of `later` that an earlier process did not.
 
     Args:
-        ask: asks for them as usual, but gets 0 for every address.
-        later: what is not waited for: the second process goes on with it. See `is_coming`.
+        ask: requests operations as usual, but gets 0 for every address.
+        later: operations that nobody waits for: the second process compiles them afterwards. See `is_coming`.
     """
     if getattr(sys, "frozen", False):  # `sys.executable` is some program, not Python
         return
@@ -138,7 +138,7 @@ def compile_first(ask: Callable[[], object], later: Sequence[str] = ()) -> None:
 
 
 def _ask_missing(ask: Callable[[], object]) -> list[_Named]:
-    """Notes what is asked for; returns what of it is missing."""
+    """Note the requested operations; return the missing ones."""
     token = _ASKED.set(asked := list[_Named]())
     try:
         ask()
@@ -211,13 +211,13 @@ def field_kinds(declared: type[tuple[Any, ...]]) -> list[bool]:
 def plan_row(
     operation: int, numbers: int, arguments: tuple[Any, ...], *, barrier: bool = False, inner: Sequence[int] = ()
 ) -> list[int]:
-    """A row of a plan.
+    """Make a row of a plan.
 
     Args:
         operation: its address.
         numbers: address of the step's numbers.
         arguments: the operation's named tuple.
-        barrier: whether all threads wait for each other behind it.
+        barrier: whether all threads wait for each other after it.
         inner: a row that the operation calls itself.
     """
     kinds = field_kinds(type(arguments))
@@ -226,12 +226,12 @@ def plan_row(
 
 
 def slot(declared: type[tuple[Any, ...]], name: str) -> int:
-    """Where a field stands in a row, for what changes a row."""
+    """Return the index of a field in a row, for code that changes rows."""
     return FIRST_ARGUMENT + getattr(declared, "_fields").index(name)  # noqa: B009 - as above
 
 
 def address_of(array: np.ndarray) -> int:
-    """Where an array's data begins."""
+    """Return the address of an array's data."""
     return array.ctypes.data
 
 
@@ -268,18 +268,18 @@ class LinearArguments(NamedTuple):
         rows_from: which of the step's numbers is T.
         weights, tile_bytes: address of the tiles, and bytes from one to the next.
         outputs: N.
-        length: of a tile along K, in what the kind counts.
-        out, row_bytes: address of the first column of the result that is written, bytes from one row to the next.
+        length: of a tile along K, in units of the kind.
+        out, row_bytes: address of the first written column of the result, and its row stride in bytes.
         bias: address of float32 [N], or 0.
-        accumulate: add to what stands in the result.
+        accumulate: add to the result instead of overwriting it.
         picked: address of int64 row numbers of the activations; 0 takes rows 0, 1, 2, ...
-        x: address of the activations, in the form that the kind multiplies.
-        x_bytes: from one of their rows to the next, where they are plain: a multiple of 64, and zero behind K.
-        scales, sums: addresses of these of quantised activations.
-        span: turns of a span, of small floats.
-        ahead: how many bytes of quantised weights are asked for before they are read.
-        beside: address of what each thread asks for meanwhile, for something else, `RUNS_BYTES` apart; or 0.
-            Quantised weights heed it.
+        x: address of the activations, in the input form of the kind.
+        x_bytes: row stride of plain activations: a multiple of 64, with zeros after K.
+        scales, sums: addresses of scales and sums of quantised activations.
+        span: turns of a span, for small floats.
+        ahead: prefetch distance of quantised weights, in bytes.
+        beside: address of lists of other memory that each thread prefetches meanwhile, `RUNS_BYTES` apart; or 0. Only
+            products of quantised weights use it.
     """
 
     rows_from: int

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""What a recorded CPU step is written to: the rows of its plan, and the memory behind them.
+"""Recorder: the rows of a recorded CPU step's plan, and their memory.
 
-- **Memory.** Values live in float32 buffers of the largest step's size. A buffer whose value is no longer referred to
-  is used again, because operations run in the order in which they were recorded.
-- **Barriers.** Operations that only read what others read (q, k and v of one input) run without waiting in between.
+- **Memory.** Values are in float32 buffers of the largest step's size. A buffer whose value is no longer referenced is
+  reused, because operations run in the order in which they were recorded.
+- **Barriers.** Operations that only share inputs (q, k and v of one input) run without a barrier between them.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class StepLimits:
-    """The largest step that a plan can run.
+    """Size of the largest step that a plan can run.
 
     Attributes:
         tokens, sequences: T and R.
-        logit_rows: rows whose logits are made at once.
+        logit_rows: most rows with logits.
         table_width: blocks of the longest sequence.
         block_size: positions in a block.
         threads: of the team that runs it.
@@ -71,13 +71,13 @@ class StepLimits:
 
 
 class StepArrays:
-    """The numbers of a step, at fixed addresses, which are filled before each run.
+    """Arrays of a step's inputs, at fixed addresses, which are filled before each run.
 
     Attributes:
-        wanted_start: where the logit rows of each sequence begin among all of them, and where the last one's end.
-        moved_on: they are those of a step that runs the tokens which the last run drew, one of each of its sequences.
-        turns: [tokens] how far behind its position's row that of a token is in rotary tables; None where no plan looks.
-        states: what the step does with states, see `kernels/states.py`; of no rows where no layer keeps one.
+        wanted_start: where the logit rows of each sequence begin among all logit rows, and where the last one's end.
+        moved_on: the arrays already describe the next step, which runs the last step's sampled tokens.
+        turns: [tokens] distance from a position's row to the token's row in rotary tables; None if no plan needs it.
+        states: the step's use of states, see `kernels/states.py`; without rows if no layer has a state.
         page_tables, page_slots: block tables and slots of each pool of layers that have fewer pages than blocks.
     """
 
@@ -101,12 +101,12 @@ class StepArrays:
 
 
 class EntryArrays:
-    """Which rows of a step have which adapters: entries in groups, one for each adapter, at fixed addresses.
+    """Map from a step's rows to adapters: entries in groups, one for each adapter, at fixed addresses.
 
     Attributes:
-        rows, scales: of each entry, the row of what is added to, and how much.
+        rows, scales: row and adapter scale of each entry.
         starts: where each group's entries begin, and where the last one's end.
-        tables: address of each group's adapter's table.
+        tables: address of the table of each group's adapter.
     """
 
     def __init__(self, entries: int) -> None:
@@ -115,7 +115,7 @@ class EntryArrays:
 
 
 class Adapted(enum.IntEnum):
-    """What of adapters a plan has in it: nothing, or what they add; to the model's own products apart, for DoRA."""
+    """Adapters in a plan: none, additions to products, or additions to separate copies of products (for DoRA)."""
 
     NOT = 0
     ADDED = 1
@@ -123,7 +123,7 @@ class Adapted(enum.IntEnum):
 
 
 class Recorder:
-    """Collects the rows of a plan and owns the memory behind it.
+    """Recorder of a plan's rows; owns the plan's memory.
 
     Args:
         limits: the largest step.
@@ -152,7 +152,7 @@ class Recorder:
         self.ranks = 0 if limits.ranks is None else self._rank_table(limits.ranks)
 
     def begin(self, adapted: Adapted) -> None:
-        """Begins another plan, which has the same memory: one of them runs at a time."""
+        """Begin another plan that shares the memory: only one of the plans runs at a time."""
         self.plan, self.ends, self.num_rows, self.adapted = [], [], 0, adapted
 
     def add(
@@ -163,7 +163,7 @@ class Recorder:
         barrier: bool = True,
         inner: tuple[int, tuple[Any, ...]] | None = None,
     ) -> None:
-        """Appends one operation, with the named tuple of its arguments, and the operation that it calls itself."""
+        """Append an operation with the named tuple of its arguments, and the nested operation that it calls."""
         numbers = address_of(self.arrays.numbers)
         within = () if inner is None else plan_row(inner[0], numbers, inner[1])
         self.plan += plan_row(operation, numbers, arguments, barrier=barrier, inner=within)
@@ -171,7 +171,7 @@ class Recorder:
         self.num_rows += 1
 
     def pick_rows(self, rows: tuple[int, int], width: int, to: tuple[int, int]) -> None:
-        """Appends the copying of those rows whose logits are wanted, of `width` words.
+        """Append a copy of the rows whose logits are wanted, of `width` words.
 
         Args:
             rows, width: address of all, and words from one to the next.
@@ -181,7 +181,7 @@ class Recorder:
         self.add(copy_operation(), CopyArguments(*rows, width, *to, picked=picked, rows_from=rows_from))
 
     def state_arguments(self, cache: StateCache) -> dict[str, int]:
-        """What operations that keep a state have as arguments.
+        """Return the common arguments of operations with a state.
 
         states, slot_bytes: address of the states, and bytes from one slot to the next.
         kept, kept_bytes, kept_row_bytes: address of kept rows, bytes from one slot's and from one row to the next.
@@ -200,7 +200,7 @@ class Recorder:
         }
 
     def keep(self, numbers: NDArray[np.float32]) -> int:
-        """Address of float32 numbers that must live as long as the plan."""
+        """Return the address of a float32 array that lives as long as the plan."""
         return self.keep_array(np.ascontiguousarray(numbers, np.float32))
 
     def keep_matrix(self, matrix: Matrix) -> None:
@@ -213,7 +213,7 @@ class Recorder:
         return address_of(array)
 
     def memory(self, width: int, dtype: type = np.float32) -> np.ndarray:
-        """Rows [tokens, width] on a 64-byte boundary, used again once nothing refers to the returned array."""
+        """Allocate rows [tokens, width] on a 64-byte boundary, reused once nothing refers to the returned array."""
         pool = self._free[width, dtype]
         base = pool.pop() if pool else self._allocate(self.limits.tokens * width, dtype)
         view = base[:]
@@ -231,13 +231,13 @@ class Recorder:
         return Buffer(array, width, stride)
 
     def looked_up(self, rows: LookUp, numbers: NDArray[np.int64], width: int) -> Buffer:
-        """Where the rows of a step's numbers will stand, in all plans; `look_up` puts them there."""
+        """Return memory, the same in all plans, for table rows of a step's numbers; `look_up` fills it."""
         if rows not in self._look_ups:
             self._look_ups[rows] = numbers, self.buffer(width)
         return self._look_ups[rows][1]
 
     def look_up(self) -> None:
-        """Looks up the rows of a step's numbers, before it runs."""
+        """Look up the table rows of a step's numbers, before the step runs."""
         for rows, (numbers, buffer) in self._look_ups.items():
             count = self.arrays.numbers[StepNumber.TOKENS]
             buffer.rows[:count] = rows(numbers[:count])
@@ -250,7 +250,7 @@ class Recorder:
         return self._row_numbers
 
     def scratch(self, size: int) -> int:
-        """Address of at least `size` bytes that hold nothing from one operation pair to the next."""
+        """Return the address of at least `size` bytes of scratch memory, not preserved between pairs of operations."""
         if self._scratch is None or self._scratch.nbytes < size:
             self._scratch = self._allocate(size, np.uint8)
         return address_of(self._scratch)
@@ -280,7 +280,7 @@ class Recorder:
 
 
 def aligned(count: int, dtype: type) -> np.ndarray:
-    """Zeros at a multiple of 64 bytes; the system hands out the memory as it is first touched."""
+    """Allocate zeros at a multiple of 64 bytes; the system provides the memory when it is first touched."""
     size = count * np.dtype(dtype).itemsize
     raw = np.zeros(size + 64, np.uint8)
     start = -address_of(raw) % 64
@@ -288,10 +288,10 @@ def aligned(count: int, dtype: type) -> np.ndarray:
 
 
 def row_stride(width: int) -> int:
-    """Floats from one row to the next: whole cache lines, and an odd number of them.
+    """Return the row stride in floats: an odd number of whole cache lines.
 
-    Kernels write the same columns of several rows. With rows a power of two apart, these all fall into the same few
-    places of the processor's cache and drive each other out: a head of 49,152 tokens took 1.6 times as long.
+    Kernels write the same columns of several rows. With a stride of a power of two these map to the same few cache sets
+    and evict each other: an output layer of 49,152 tokens took 1.6 times as long.
     """
     return (-(-width // 16) | 1) * 16
 

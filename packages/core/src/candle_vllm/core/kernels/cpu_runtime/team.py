@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""The threads that run a plan: one pool for the whole step, which share the pieces of its operations.
+"""Thread team: one pool of threads for a whole plan, which divide the pieces of its operations.
 
-A step enters the pool once. Threads that wait spin for microseconds, between steps for a fraction of a millisecond, and
-then sleep; one that the system does not let run is waited for only where it is in the midst of a piece (`walk.py`). The
-caller's thread is number 0. Nothing here holds Python's lock while a plan runs.
+A step enters the pool once. Waiting threads spin for microseconds, between steps for a fraction of a millisecond, and
+then sleep. A thread that the system does not schedule is waited for only if it has begun a piece (`walk.py`). The
+caller's thread is number 0. The GIL is released while a plan runs.
 """
 
 from __future__ import annotations
@@ -64,13 +64,13 @@ class ThreadTeam:
     """A fixed number of threads that run plans together.
 
     Args:
-        threads: how many, the caller's included; more than there are CPUs are slower, and no less right.
+        threads: number of threads, the caller's included; more threads than CPUs are slower, but correct.
         ranks: how they are divided. Helpers run on their rank's CPUs, and the caller on the first rank's from its first
             plan on, unless it is the process' main thread, whose children would be bound, too.
-        kept_plans: how many plans are run in turns, at least.
+        kept_plans: least number of plans that may alternate.
 
     Raises:
-        ConfigError: the system does not start so many.
+        ConfigError: the system cannot start that many threads.
     """
 
     def __init__(self, threads: int, ranks: CpuRanks | None = None, *, kept_plans: int = 0) -> None:
@@ -102,7 +102,7 @@ class ThreadTeam:
         self._start()
 
     def run(self, plan: np.ndarray, rows: int) -> None:
-        """Runs a plan: `rows` operations behind each other in an int64 array. One caller at a time."""
+        """Run a plan: `rows` consecutive operations in an int64 array. One caller at a time."""
         if self.ranks is not None:
             self._bind_caller()
         known = self._plans.get(id(plan))
@@ -113,9 +113,9 @@ class ThreadTeam:
         self._take_part(known[1], rows, self._shared, 0, self.threads)
 
     def run_parts(self, plan: np.ndarray, first: int, last: int, parts: int) -> None:
-        """Runs the parts `first`..`last` of the first operation of a plan, of so many that follow each other.
+        """Run the parts `first`..`last` of the first operation of a plan, of `parts` consecutive parts.
 
-        It is done as by that many times the threads, a team of them at a time, so that its numbers are the same.
+        It runs as with that many times the threads, a team of them at a time, so that its results are the same.
         """
         if self._parts is None:
             given = PartArguments(0, 0, 0, 1)
@@ -124,7 +124,7 @@ class ThreadTeam:
         self.run(self._parts, 1)
 
     def close(self) -> None:
-        """Ends the helpers and waits for them; of a team that is dropped they end by themselves."""
+        """End the helpers and wait for them; the helpers of a garbage-collected team end by themselves."""
         self._finalizer.detach()
         self._word(STOP).value = 1
         self._take_part(0, 0, self._shared, 0, self.threads)  # a job without rows, which wakes them
@@ -144,7 +144,7 @@ class ThreadTeam:
             logger.info("%d CPU ranks: %s", len(self.ranks.each), self.ranks)
 
     def _cpus_of(self, thread: int) -> frozenset[int]:
-        """Where a thread runs; nothing for anywhere."""
+        """Return the CPUs of a thread; empty for any CPU."""
         return frozenset() if self.ranks is None else self.ranks.each[self.ranks.of_thread(thread)].cpus
 
     def _bind_caller(self) -> None:
@@ -157,7 +157,7 @@ class ThreadTeam:
         return ctypes.c_int64.from_address(self._shared + offset)
 
     def _forget_plans(self) -> None:
-        """Lets go of plans, once no helper that was late looks at their rows any more."""
+        """Release plans once no late helper reads their rows any more."""
         while any(self._word(WORKERS + number * WORKER_BYTES + INSIDE).value for number in range(1, self.threads)):
             time.sleep(0.0005)
         self._plans.clear()
@@ -208,7 +208,7 @@ def _help(
     threads: int,
     cpus: frozenset[int],
 ) -> None:
-    """A helper's life; what it sleeps in stays as long as it."""
+    """Main function of a helper thread, which keeps its semaphore's memory alive."""
     del memory  # the thread has it
     if cpus:
         _run_on(cpus)
@@ -216,7 +216,7 @@ def _help(
 
 
 def _run_on(cpus: frozenset[int]) -> None:
-    """Keeps this thread on some CPUs, where the system lets it."""
+    """Bind this thread to CPUs, if the system allows it."""
     if sys.platform == "linux":
         with suppress(OSError):
             os.sched_setaffinity(0, cpus)
@@ -234,7 +234,7 @@ def _end(take_part: Callable[..., object], memory: np.ndarray, shared: int, thre
 
 
 class Semaphores(NamedTuple):
-    """How a system lets a thread sleep until another one wakes it.
+    """The system's semaphores, by which a thread sleeps until another one wakes it.
 
     Attributes:
         wait, post: addresses of C functions, which are called as wait(semaphore, -1, 0) and post(semaphore, 1, 0).

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""Machine code that travels with the package, so that a machine of a common level needs neither Numba nor time.
+"""Precompiled kernels, shipped with the package, so that a machine of a common level needs neither Numba nor time.
 
     python -m candle_vllm.core.kernels.cpu_runtime.travelling
 
 writes it beside the sources, for all of `level.LEVELS`, each in a process of its own that compiles for that level,
-whatever this machine is, and says how far it is. It takes about a minute and a half for each. What is not in the list
-below is compiled where it is first needed. A kernel's file is named by a hash of the kernel's sources
-(`kernel_cache.sources`): after a change nothing looks for the files of the kernels that depend on the changed module,
-and the others match as before. All are made again before wheels are built.
+whatever this machine is, and reports progress. It takes about a minute and a half for each. Kernels that are not in the
+list below are compiled at their first use. A kernel's file is named by a hash of the kernel's sources
+(`kernel_cache.sources`): after a change the files of kernels that depend on the changed module are not used any more,
+and the others match as before. All are compiled again before wheels are built.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ CONVOLUTIONS = ((3, 0, 1), (4, 1, 0))  # taps, SiLU, gates: LFM2's, and those of
 
 
 def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """What travels, for CPUs with these instructions, as `operation` is asked for it: code and constants."""
+    """Return the precompiled kernels for CPUs with these instructions, as arguments of `operation`."""
     for code in (
         "collectives.cpu:add_up",
         "collectives.cpu:stand_together",
@@ -126,7 +126,7 @@ def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def keep_here(named: Sequence[str]) -> None:
-    """Compiles operations for this machine, as far as they are not kept: code and constants, with commas between."""
+    """Compile operations for this machine that are not in the cache: code and constants, separated by commas."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     folder = kernel_cache.kernel_cache()
     with collector_paused():
@@ -138,7 +138,7 @@ def keep_here(named: Sequence[str]) -> None:
 
 
 def _end_with_parent() -> None:
-    """Ends the process at the end of its standard input, whose other end goes with who started it."""
+    """End the process at the end of its standard input, which closes when its parent ends."""
     while os.read(0, 64):
         pass
     os._exit(1)
@@ -160,7 +160,7 @@ def write(level: Level, folder: Path) -> None:
 
 
 def main(given: Sequence[str] | None = None) -> None:
-    """Writes the code of all levels, or of those that are named."""
+    """Write the code of all levels, or of the named ones."""
     parser = argparse.ArgumentParser(prog="travelling", description="compile the CPU kernels that travel in the wheel")
     parser.add_argument("levels", nargs="*", metavar="LEVEL", help=", ".join(level.name for level in LEVELS))
     parser.add_argument("--into", type=Path, default=kernel_cache.TRAVELLING, help="another folder than the package's")

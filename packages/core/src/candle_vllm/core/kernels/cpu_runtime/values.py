@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Recording a step on the CPU: the layers run once on values of this module, and each kernel adds rows to a plan.
+"""Record a step on the CPU: the layers run once on values of this module, and each kernel adds rows to a plan.
 
-Nothing is computed while recording. **Fusion** is decided on the way: a norm, a gate and an activation are not computed
-when they are met but together with the form in which matrices want their input (`matrices.py`); a matrix's result is
-added to the residual, or to another's result, where it is made; a norm of it is added to the residual so too. What is
-added to a norm makes the norm a value of its own first.
+Nothing is computed while recording. **Fusion** is decided lazily: a norm, a gate or an activation is computed together
+with the input form of the matrices that read it (`matrices.py`); a matrix's result is added directly to the residual,
+or to another product, and so is a norm of it. Adding something to a norm first computes the norm as a separate value.
 
-A value remembers the state of its buffer; using it after the buffer was overwritten is an error of the model's code
+A value records the version of its buffer; using it after the buffer was overwritten is an error in the model's code,
 and fails at once.
 """
 
@@ -65,25 +64,25 @@ if TYPE_CHECKING:
 
 
 def step_tokens(recorder: Recorder, numbers: NDArray[np.int64] | None = None) -> RecordedTokens:
-    """The step's token ids, to begin a recording with, or others of the recorder's `numbers` of tokens."""
+    """Return the step's token ids, with which a recording begins, or others of the recorder's `numbers` of tokens."""
     return _Tokens(recorder, recorder.arrays.token_ids if numbers is None else numbers)
 
 
 def buffer_of(value: Recorded) -> Buffer:
-    """Where a value stands when the plan has come to it; makes it, if it was not made yet."""
+    """Return a value's buffer; records the computation of a pending value."""
     assert isinstance(value, _Value)
     assert (value.column, value.width) == (0, value.buffer.width)
     return value.buffer
 
 
 def put_value(value: Recorded, target: Buffer) -> None:
-    """Makes a value that was not made yet in `target`."""
+    """Record the computation of a pending value into `target`."""
     assert isinstance(value, _Pending)
     value.emit(target, accumulate=False)
 
 
 def buffer_value(recorder: Recorder, buffer: Buffer) -> Recorded:
-    """What stands in a buffer when the step begins (or will stand there, by rows already in the plan), whole rows."""
+    """Return a buffer's contents at the begin of the step (or by rows already in the plan) as a value, whole rows."""
     return _Value(recorder, buffer, 0, buffer.width)
 
 
@@ -102,8 +101,8 @@ class _Value(Recorded):
     """Columns of a buffer; with `head_dim` they are heads.
 
     Attributes:
-        rows_from: which of the step's numbers is its number of rows. With LOGIT_ROWS it has those alone whose logits
-            are wanted, one behind the other.
+        rows_from: which `StepNumber` is its number of rows. With LOGIT_ROWS it has only the rows whose logits are
+            wanted, consecutively.
     """
 
     def __init__(
@@ -125,13 +124,13 @@ class _Value(Recorded):
 
     @property
     def buffer(self) -> Buffer:
-        """The buffer, which must still hold this value."""
+        """Buffer of the value; fails if the buffer was overwritten."""
         assert self._buffer.version == self._version, "a recorded value was used after it was overwritten"
         return self._buffer
 
     @property
     def address(self) -> int:
-        """Where the first row begins."""
+        """Address of the first row."""
         return address_of(self.buffer.array) + 4 * self.column
 
     def split(self, sizes: Sequence[int], dim: int) -> list[Recorded]:
@@ -440,7 +439,7 @@ class _Value(Recorded):
 
 
 class _Wrapper(_Value):
-    """A value that is computed together with what uses it; `source` is what it is computed from."""
+    """A value that is computed together with its consumer; `source` is its input."""
 
     def __init__(self, source: _Value, width: int) -> None:
         super().__init__(source.recorder, source.buffer, source.column, width, source.head_dim, source.rows_from)
@@ -448,7 +447,7 @@ class _Wrapper(_Value):
 
 
 class _Prepared(_Wrapper):
-    """The input of matrices: norm or gate, and each form that one of them wants, made once when first wanted."""
+    """Input of matrices: a norm or gate, and each needed input form, computed once at its first use."""
 
     def __init__(
         self,
@@ -552,7 +551,7 @@ class _Prepared(_Wrapper):
 
 
 class _Pending(_Value):
-    """A value that is not yet made: it goes to a buffer of its own, or onto a residual, with what was added to it."""
+    """A value that is not computed yet: into its own buffer, or added to a residual, with further summands."""
 
     def __init__(self, recorder: Recorder, width: int) -> None:
         super().__init__(recorder, Buffer(np.empty(0, np.float32), width, 0), 0, width)
@@ -575,7 +574,7 @@ class _Pending(_Value):
         return self
 
     def emit(self, target: Buffer, *, accumulate: bool) -> None:
-        """Writes the operations that put the value into `target`."""
+        """Record the operations that compute the value into `target`."""
         assert not self._made
         assert target.width == self.width, "a result can only be added to one of its width"
         self._made = True
@@ -619,7 +618,7 @@ class _TableRows(_Pending):
 
 
 class _LookedUp(_Pending):
-    """Rows that stand in a buffer of their own when a step begins."""
+    """Rows that are in their own buffer when a step begins."""
 
     def __init__(self, recorder: Recorder, given: Buffer) -> None:
         super().__init__(recorder, given.width)
@@ -632,7 +631,7 @@ class _LookedUp(_Pending):
 
 
 class _Product(_Pending):
-    """The result of matrices side by side."""
+    """Result of fused matrices."""
 
     def __init__(
         self,
@@ -697,7 +696,7 @@ class _Product(_Pending):
 
 
 class _Gated(_Value):
-    """A product that is gated, which need not be made itself where one operation does both."""
+    """A gated product, which is not computed separately if one operation does both."""
 
     def __init__(self, product: _Product, factors: Sequence[tuple[Matrix, Inputs]], prologue: Prologue) -> None:
         buffer = Buffer(np.empty(0, np.float32), product.width // 2, 0)
@@ -723,7 +722,7 @@ class _Gated(_Value):
 
 
 class _PairRows(RecordedRows):
-    """What experts' matrices made; with an activation, gate and up that meet where the next matrices read them."""
+    """Results of experts' matrices; with an activation, gate and up, which the next matrices' input form combines."""
 
     def __init__(self, recorder: Recorder, results: Results, activation: ExpertActivation | None) -> None:
         self._recorder, self._results = recorder, results
@@ -763,7 +762,7 @@ class _PairRows(RecordedRows):
 
 
 class _Mixture(_Pending):
-    """The weighted sum of experts' results, and of what is shared by all tokens."""
+    """Weighted sum of experts' results, and of the shared expert."""
 
     def __init__(self, recorder: Recorder, results: Results, shared: Recorded | None, gate: Recorded | None) -> None:
         super().__init__(recorder, results.width)

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
-"""The compiled side of the thread team: walking a plan, sharing its pieces, waiting, and a helper's life.
+"""Compiled code of the thread team: run a plan, divide its pieces, wait, and a helper's main loop.
 
-**Pieces.** A row is done in as many pieces as there are threads, and piece n is thread n's, unless another one has
-nothing left to do and finds it free: a thread that does not run because the machine is busy is waited for only where it
-holds a piece. Of another rank (`numa.py`), whose weights are far away, pieces are taken only when they have been free
-for long. A piece is taken by counting up its owner's claim, which carries the row's number. Rows are numbered through
-the team's life, so that a thread that comes back late finds higher numbers and can take nothing of an old row.
+**Pieces.** A row is divided into one piece per thread. Piece n belongs to thread n, but a thread without work may take
+a free piece of another thread: a thread that is not scheduled on a busy machine is waited for only if it has begun a
+piece. Pieces of another rank (`numa.py`), whose weights are far away, are taken only after they have been free for
+long. A piece is claimed by incrementing its owner's claim, which contains the row's number. Rows are numbered over the
+team's life, so that a late thread finds higher numbers and cannot claim a piece of an old row.
 
-**Groups.** Rows up to a barrier are a group. Threads count the pieces that they have done into DONE, once in each; who
-completes it opens the next one by counting GROUPS up. A piece that is taken keeps its group, so the job, from ending
-until it is done. A thread that is late walks through what is over, or leaves when the whole job is.
+**Groups.** Rows up to a barrier are a group. Threads add the number of pieces that they have done to DONE, once per
+group; the thread that completes it opens the next group by incrementing GROUPS. A claimed piece keeps its group, and so
+the job, from ending until it is done. A late thread skips groups that have ended, or leaves when the whole job has.
 
-**Waiting** is a short spin and then sleep; nobody yields. A thread that yields gives up its turn, one that sleeps keeps
-what it is owed and is back at once, so that threads which wait for each other come to run at the same time.
+**Waiting** is a short spin, then sleep, never a yield. A yielding thread loses its time slice; a sleeping thread keeps
+its scheduler credit and resumes at once, so that threads that wait for each other run at the same time.
 
 All arguments are int64. `team.py` starts the threads and owns the memory.
 """
@@ -70,7 +70,7 @@ _IDLE_SPINS = 20_000  # the same between steps: some 0.2 ms
 
 @njit(inline="always")
 def _await_change(shared: int, thread: int, word: int, seen: int, spins: int) -> None:
-    """Waits until `word` is no longer `seen`: spins, then sleeps until `_wake`."""
+    """Wait until `word` differs from `seen`: spin, then sleep until `_wake`."""
     for _ in range(spins):
         if load_acquire(word) != seen:
             return
@@ -87,7 +87,7 @@ def _await_change(shared: int, thread: int, word: int, seen: int, spins: int) ->
 
 @njit(inline="always")
 def _wake(shared: int, threads: int) -> None:
-    """Wakes those that sleep; no system call where nobody does."""
+    """Wake sleeping threads; no system call if no thread sleeps."""
     if load_acquire(shared + SLEEPERS) != 0:
         for thread in range(threads):
             at = shared + WORKERS + thread * WORKER_BYTES
@@ -114,7 +114,7 @@ def _claim(word: int, number: int, count: int) -> int:
 
 @njit(inline="always")
 def _do_share(at: int, number: int, shared: int, owner: int, threads: int) -> int:
-    """Does what is left of a thread's share of a row; returns how many pieces that was."""
+    """Run the unclaimed pieces of a thread's share of a row; return their number."""
     if _claim(shared + WORKERS + owner * WORKER_BYTES + CLAIM, number, 1) < 0:
         return 0
     call_operation(int64_at(at)[0], at, owner, threads)
@@ -137,7 +137,7 @@ def _do_some(at: int, number: int, rows: int, shared: int, first: int, count: in
 def _do_others(
     at: int, number: int, rows: int, group: int, shared: int, thread: int, threads: int, patience: int
 ) -> int:
-    """Does what other threads have left of a group of rows; returns how many pieces that was."""
+    """Run unclaimed pieces of other threads in a group of rows; return their number."""
     rank = shared + WORKERS + thread * WORKER_BYTES + RANK
     first, count = load_acquire(rank), load_acquire(rank + 8)
     done = _do_some(at, number, rows, shared, first, count, thread - first + 1, threads)
@@ -152,15 +152,15 @@ def _do_others(
 
 @njit(inline="always")
 def _completes(shared: int, done: int, total: int) -> bool:
-    """Counts pieces as done; whether they were the last of the group."""
+    """Count pieces as done; return whether they were the last of the group."""
     return done != 0 and fetch_add(shared + DONE, done) + done == total
 
 
 @njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 def _walk(job: int, plan: int, rows: int, number: int, group: int, shared: int, thread: int, threads: int) -> None:
-    """Runs the operations of a plan in order; a row begins with the address and the length of its arguments.
+    """Run the operations of a plan in order; a row begins with the address and the length of its arguments.
 
-    `number` and `group` are those of the first row.
+    `number` and `group` belong to the first row.
     """
     at = begin = plan
     first, done, patience = 0, 0, _PATIENCE

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false
-"""Groups of the types whose weights stand in a grid, as vector code: what `cpu.py` multiplies; step 6 of a request.
+"""Vector code that decodes groups of the types with a grid of weights, for `cpu.py`; step 6 of a request.
 
-What an index stands for is two bytes, one for its first and one for its other weights, in which each weight has a few
-bits that say which of the type's sizes it has. They are looked up for all indices of a group at once, from tables in
-registers where the CPU has instructions for that (VBMI), else gathered; those of two neighbours make a word
-(`GridLayout.order`). Its signs are put between the sizes, and a shuffle makes 128 + weight, unsigned, of each nibble.
-IQ1, whose list is long and has no signs, is gathered index by index: a word of eight nibbles for each.
+An index stands for two bytes, one for its first and one for its other weights, in which a few bits of each weight
+select one of the type's magnitudes. They are looked up for all indices of a group at once, from tables in registers if
+the CPU has VBMI, otherwise gathered; two adjacent indices make a word (`GridLayout.order`). Signs are inserted between
+the magnitudes, and a shuffle converts each nibble to 128 + weight, unsigned. IQ1, whose grid is long and has no signs,
+is gathered index by index: a word of eight nibbles for each.
 
-Where lists would be gathered for every product, they are gathered once, while a matrix is packed: `make_codes` turns
-tiles of grids into tiles of codes (`layout.py`).
+If every product would have to gather, the grid is gathered once, while a matrix is packed: `make_codes` converts tiles
+of grids to tiles of codes (`layout.py`).
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
-"""Panels of activations for the packed linear layer: rows side by side, in the order in which the kernel reads them.
+"""Panels of activations for the packed linear layer: interleaved rows in the order in which the kernel reads them.
 
-A panel has 16, 8, 4 or 1 rows; one that is not full repeats its last row, and the repetitions are not written. For each
-group of 32 numbers it has a record: the rows' int8 numbers, then their scales, then what is needed of their sums. Where
-registers are short a panel has 4 rows, and where AMX multiplies 16. There, and where weights are costly to unpack, a
-tile is unpacked once for the panels of up to 32 rows (`cpu.py`).
+A panel has 16, 8, 4 or 1 rows; a panel with fewer rows repeats its last row, and the repetitions' results are not
+written. For each group of 32 columns it has a record: the rows' int8 codes, then their scales, then values derived from
+their sums. On levels with few registers a panel has 4 rows, with AMX 16. In both cases, and if weights are costly to
+unpack, a tile is unpacked once for the panels of up to 32 rows (`cpu.py`).
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ PANEL_BYTES = 192 << 10
 
 
 def blocks(isa: Isa, layout: AnyLayout) -> tuple[int, ...]:
-    """Rows that a panel may have, most first."""
+    """Return the possible numbers of rows of a panel, the largest first."""
     return (16, 8, 4, 1) if takes_squares(isa, layout) else (8, 4, 1) if isa.wide else (4, 1)
 
 
 def most_panels(isa: Isa, layout: AnyLayout) -> int:
-    """How many full panels are multiplied in one turn, at most: several where to unpack for each would be slower."""
+    """Return the most full panels that share one unpacking: several if unpacking for each would be slower."""
     costly = isinstance(layout, GridLayout) or layout.bits == 0
     return TALL_ROWS // blocks(isa, layout)[0] if costly or takes_squares(isa, layout) or not isa.wide else 1
 
 
 @njit
 def cut_rows(left: int, groups: int, full: int, most: int, group_bytes: int) -> tuple[int, int]:
-    """Rows of a panel, and how many panels a turn takes of the rows that are left.
+    """Return the rows of the next panels, and their number, for the remaining rows.
 
     `full` are the rows of a full panel, `group_bytes` its bytes for a group, and `most` is `most_panels`.
     """
@@ -62,7 +62,7 @@ def cut_rows(left: int, groups: int, full: int, most: int, group_bytes: int) -> 
 
 
 def _panel_sums(layout: AnyLayout) -> int:
-    """Numbers per row and group in a panel that say what the sums are."""
+    """Return the number of values per row and group that are derived from sums."""
     return 1 if layout.width == GROUP or layout.paired else 2
 
 
@@ -72,7 +72,7 @@ def record_bytes(layout: AnyLayout, block: int) -> int:
 
 
 def _sums(e: Emitter, x: Any, layout: AnyLayout, isa: Isa) -> list[Any]:
-    """What the panel keeps of the sum of 32 int8 numbers, given as <32 x i8>: for each half, or for the whole.
+    """Compute the panel's values of the sum of 32 int8 codes, given as <32 x i8>: for each half, or for the whole.
 
     Sums times the minima are floats, or a pair of integers; sums times the code of weight 0 are integers below zero.
     """
@@ -136,7 +136,7 @@ def _emit_row(e: Emitter, layout: AnyLayout, isa: Isa, count: int, given: Any) -
 def fill_row(
     _: Any, kind: Any, isa: Any, block: Any, panel: Any, row: Any, xq: Any, xs: Any, xsum: Any, groups: Any
 ) -> Any:
-    """Copies one row of activations into a panel of `block` rows, one of `blocks`."""
+    """Copy one row of activations into a panel of `block` rows, one of `blocks`."""
     layout, features = LAYOUTS[PackedKind(kind.literal_value)], Isa(isa.literal_value)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:

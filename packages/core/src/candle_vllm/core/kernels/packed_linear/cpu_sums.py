@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: MIT
-"""The sums of a group of packed weights, in the instructions of each level: codes times activations, all of them exact.
+"""Exact integer sums of a group of packed weights, codes times activations, in the instructions of each level.
 
 - VNNI, AVX-VNNI: four products of an unsigned and a signed byte are added to 32 bits by one instruction.
 - AVX2, AVX-512: pairs of products are added up in 16 bits (vpmaddubsw), which saturate. A code has at most 6 bits, or
-  is taken as a signed number's size, at most 128, times the activation with that number's sign; the activation is at
-  most 127. As many quads are added in 16 bits as stay below 2^15 whatever the numbers are, and then widened; where the
-  numbers have a zero among them, all of a scale (`are_centred`).
-- NEON: products of signed bytes in 16 bits (smull), summed as far as that holds; DOTPROD: four of them to 32 bits, with
+  its magnitude, at most 128, is multiplied by the activation with the code's sign; an activation is at most 127. As
+  many quads are added in 16 bits as stay below 2^15 for any values, and then widened; if the values have a zero, all
+  quads of a scale (`are_centred`).
+- NEON: products of signed bytes in 16 bits (smull), summed as long as they fit; DOTPROD: four of them to 32 bits, with
   one activation for all rows of the tile (sdot by element); I8MM: two rows of weights times two of activations (smmla),
-  for which a panel has the rows of activations in pairs, eight bytes in turns.
+  for which a panel interleaves pairs of rows of activations, eight bytes each.
 
-A code of eight bits is signed for all of these: its zero is subtracted, and sums begin at 0. So are numbers that are
-looked up, where they span more than 127 steps (IQ4, and grids). Others are steps from the lowest (`Steps`), which need
-neither a sign nor, where they are as far apart as their codes, to be looked up.
+A code of eight bits is signed for all of these: its zero is subtracted, and sums begin at 0. So are values of tables
+that span more than 127 steps (IQ4, and grids). Other tables are steps from the lowest value (`Steps`), which need no
+sign, and no lookup if they are as far apart as their codes.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _SUMS, _ACTIVATIONS, _CODES = range(3)  # AMX's registers
 
 
 class Steps(NamedTuple):
-    """Numbers that codes stand for, as lowest + step * `numbers`, of which none passes 127."""
+    """Values of a table as lowest + step * `numbers`, where `numbers` are at most 127."""
 
     numbers: tuple[int, ...]
     step: int
@@ -47,13 +47,13 @@ class Steps(NamedTuple):
 
     @property
     def are_codes(self) -> bool:
-        """Whether nothing has to be looked up."""
+        """Whether codes need no lookup."""
         return self.numbers == tuple(range(len(self.numbers)))
 
 
 @cache
 def steps(layout: AnyLayout) -> Steps | None:
-    """Of a layout whose codes are looked up; None for one of others, or with numbers that are too far apart."""
+    """Return the steps of a layout with a table of values; None without a table, or if its values are too far apart."""
     if isinstance(layout, GridLayout) or layout.values is None:
         return None
     lowest = min(layout.values)
@@ -63,13 +63,13 @@ def steps(layout: AnyLayout) -> Steps | None:
 
 
 def zero_of(layout: AnyLayout) -> int:
-    """How much less the numbers are than what is multiplied, where that has no sign."""
+    """Return the difference between the unsigned factors and the weights' integer values."""
     found = steps(layout)
     return -found.lowest if found else layout.zero
 
 
 def largest_code(layout: AnyLayout) -> int:
-    """The largest size of a code's number; above 63 it is a signed one."""
+    """Return the largest magnitude of a code's value; above 63 the value is signed."""
     if isinstance(layout, GridLayout):
         return 128 if layout.name.startswith("IQ1") else int(np.abs(numbers(layout.name)).max())
     if found := steps(layout):
@@ -80,7 +80,7 @@ def largest_code(layout: AnyLayout) -> int:
 
 
 def takes_signed(isa: Isa, layout: AnyLayout) -> bool:
-    """Whether codes are multiplied as signed numbers, less their zero."""
+    """Whether codes are multiplied as signed integers, with their zero subtracted."""
     if isa & _UNSIGNED or not isa & (Isa.AVX2 | Isa.AVX512 | Isa.NEON):
         return False
     if isinstance(layout, GridLayout):
@@ -89,9 +89,9 @@ def takes_signed(isa: Isa, layout: AnyLayout) -> bool:
 
 
 def are_centred(isa: Isa, layout: AnyLayout) -> bool:
-    """Whether all sums of numbers under one scale are made in 16 bits, beginning at the zeros' share of them.
+    """Whether all products of one scale are summed in 16 bits, beginning with the zeros' part of the sum.
 
-    They may pass 2^15 on the way, which does no harm: in the end they are those of the numbers less their zero.
+    Intermediate sums may wrap at 2^15, which is harmless: the final sums are those of the values minus their zero.
     """
     if isa & (_UNSIGNED | Isa.NEON) or not isa & (Isa.AVX2 | Isa.AVX512) or layout.minimum or takes_signed(isa, layout):
         return False
@@ -112,7 +112,7 @@ def in_pairs(isa: Isa, block: int) -> bool:
 
 
 class Inputs:
-    """A group's record in a panel of activations.
+    """Record of a group in a panel of activations.
 
     Args:
         e, isa, layout: of the code.
@@ -164,14 +164,14 @@ def emit_sums(
     rows: Sequence[int],
     begin: int,
 ) -> list[Any]:
-    """Sums of the numbers of codes times activations, <16 x i32> for each row.
+    """Emit the sums of the codes' values times activations, <16 x i32> for each row.
 
     Args:
         inputs: the group's activations.
         codes: codes(quad) emits them, <16 x i32>, signed where `takes_signed` says so.
-        quads: which are summed.
-        rows: of which rows of the panel.
-        begin: the index of `Inputs.begins` at which sums begin; 0 for nothing.
+        quads: quads that are summed.
+        rows: rows of the panel.
+        begin: the index in `Inputs.begins` of the initial sums; 0 for 0.
     """
     e, found = inputs.e, steps(inputs.layout)
     if found and found.step > 1:
@@ -324,7 +324,7 @@ def _by_matrices(
 
 
 def takes_squares(isa: Isa, layout: AnyLayout) -> bool:
-    """Whether panels of 16 rows are multiplied by AMX: where a group has one scale, since half of one takes as long."""
+    """Whether AMX multiplies panels of 16 rows: only for one scale per group, as half a group would take as long."""
     return bool(isa & Isa.AMX) and layout.width == GROUP
 
 

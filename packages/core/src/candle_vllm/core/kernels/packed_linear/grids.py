@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The types whose weights stand in a grid: IQ1, IQ2 and IQ3. How they lie in memory, and the way there from a file.
+"""Layouts of the types with a grid of weights, IQ1, IQ2 and IQ3, and their packing from a file.
 
-Stands beside `layout.py`, inside step 6 of a request's life. An index chooses four or eight neighbouring weights at
-once from a list that ggml's authors found to be good; a bit for each weight is its sign. A block is 256 weights of 16
-rows:
+Like `layout.py` a part of step 6 of a request's life. An index selects four or eight consecutive weights at once from a
+list (grid) of ggml's authors; a bit for each weight is its sign. A block is 256 weights of 16 rows:
 
     head    super-scale f16[16]; IQ3_S: then 4 x u8[16], the scales of two groups in each; IQ1_M: 4 x u16[16] instead,
             which hold four scales of 3 bits and 4 bits of the super-scale
@@ -41,18 +40,18 @@ HIGH_BITS: Mapping[str, int] = MappingProxyType({"IQ1_S": 3, "IQ1_M": 4, "IQ2_XS
 
 @dataclass(frozen=True)
 class GridLayout:
-    """Facts of such a kind.
+    """Properties of a layout with a grid.
 
     Attributes:
         name: of the type.
         span: weights of an index.
         width: weights that share a scale, 32 or 16.
-        unit: what the smallest scale is of the super-scale.
+        unit: the smallest scale as a multiple of the super-scale.
         signs: bytes of a group's signs in a row: 4 or none.
         parity: whether the file has seven of eight signs.
         high: bytes above the indices.
-        scales: bytes of a group's scales that stand by themselves.
-        head: bytes of a row in front of its groups.
+        scales: bytes of a group's separate scales.
+        head: bytes of a row before its groups.
     """
 
     name: str
@@ -74,7 +73,7 @@ class GridLayout:
 
     @property
     def head_bytes(self) -> int:
-        """Bytes in front of a block's groups."""
+        """Bytes before a block's groups."""
         return ROWS * self.head
 
     @property
@@ -138,7 +137,7 @@ FORMATS = {
 
 @cache
 def numbers(name: str) -> np.ndarray:
-    """The list of a type: whole numbers, int16 [entries, 4 or 8]. IQ1's -1, 0 and 1 are eight times as large."""
+    """Return the grid of a type: integers, int16 [entries, 4 or 8]. IQ1's -1, 0 and 1 are multiplied by eight."""
     import gguf
 
     kind = getattr(gguf.quants, name)
@@ -203,7 +202,7 @@ def split(blocks: np.ndarray, layout: GridLayout) -> Iterable[tuple[int, np.ndar
 
 
 def store(blocks: np.ndarray, layout: GridLayout, tiles: np.ndarray) -> None:
-    """Writes rows of blocks, uint8 [R, B, bytes], to their tiles, uint8 [R / 16, bytes]."""
+    """Write rows of blocks, uint8 [R, B, bytes], to their tiles, uint8 [R / 16, bytes]."""
     whole = tiles.reshape(len(tiles), -1, layout.block_bytes)
     for at, part in split(blocks, layout):
         size = ROWS * part.itemsize
@@ -245,11 +244,11 @@ def _left_out(words: np.ndarray) -> np.ndarray:
 
 
 class GridParts(NamedTuple):
-    """What blocks are made of.
+    """Parts of blocks.
 
     Attributes:
-        indices: whole numbers [..., 8, 32 / span], of the list.
-        flags: [..., 8, 32], 0 or 1: whether a weight is negated, or in IQ1, whether its eighth is taken off.
+        indices: integers [..., 8, 32 / span], indices in the grid.
+        flags: [..., 8, 32], 0 or 1: whether a weight is negated, or, in IQ1, whether its eighth is subtracted.
         scales: [..., 8, 32 / width], odd.
         supers: [...], the bits of the super-scales.
     """
@@ -333,7 +332,7 @@ def codes(name: str) -> np.ndarray:
 
 
 def dequantise(data: np.ndarray, layout: GridLayout) -> np.ndarray:
-    """The weights of tiles, uint8 [tiles, bytes], as float32 [16 * tiles, K]: ggml's numbers, to the bit."""
+    """Decode the weights of tiles, uint8 [tiles, bytes], to float32 [16 * tiles, K], bit for bit as ggml."""
     blocks = data.reshape(len(data), -1, layout.block_bytes)
     groups = blocks[..., layout.head_bytes :].reshape(*blocks.shape[:2], GROUPS, layout.code_bytes)
     parts = {}

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""How packed weights lie in memory: what `pack.py` writes, and `cpu.py` and `reference.py` read.
+"""Memory layouts of packed weights, which `pack.py` writes, and `cpu.py` and `reference.py` read.
 
-Stands inside step 6 of a request's life. 16 rows are a **tile**. A tile is a run of **blocks** along K, each with its
-scales (the head) in front of its codes, so that a thread reads its tiles as one stream. The simple types have blocks of
-one group (32 weights of each row), the K-quants blocks of eight groups with one super-scale.
+Part of step 6 of a request's life. 16 rows are a **tile**. A tile is a run of **blocks** along K, each with its scales
+(the head) before its codes, so that a thread reads its tiles as one stream. The simple types have blocks of one group
+(32 weights of each row), the K-quants blocks of eight groups with one super-scale.
 
     simple head   scale f16[16]  (minimum f16[16])           blocks of eight groups in TQ1_0, TQ2_0; four in Q1_0
                   scale f32[16]                              Q8_K, a block of eight groups
@@ -28,17 +28,15 @@ A group's codes are vectors of 64 bytes, 4 bytes for each of the 16 rows. **Quad
     trits         of a block's 64 quads, vector i holds those from 5i on: bytes are ceil(256 / 243 * their digits to the
                   base of 3), the first highest, as in TQ1_0                               (13 vectors for eight groups)
 
-More than one of these stand behind each other, high bits first: the kernel then reads them in the order in which they
-lie, which the CPU's prefetching needs (with the fifth bits behind the nibbles, Q5_1 was read a third slower). A code is
-unsigned; a weight is scale * (code - zero) for the types without a minimum, else scale * code + minimum. IQ4_NL,
-IQ4_XS, MXFP4 and NVFP4 have a table of 16 numbers, in which a code is looked up first; there a weight is scale *
-number.
+Several of these are stored in order, high bits first: the kernel then reads memory sequentially, which the hardware
+prefetcher needs (with the fifth bits after the nibbles, reading Q5_1 was a third slower). A code is unsigned; a weight
+is scale * (code - zero) for the types without a minimum, otherwise scale * code + minimum. IQ4_NL, IQ4_XS, MXFP4 and
+NVFP4 have a table of 16 values, in which a code is looked up first; there a weight is scale * value.
 
-The other IQ types have two layouts. `grids.py` tells of the file's own form, which is multiplied where the CPU looks up
-64 bytes at once (VBMI). Elsewhere their lists would be gathered, which takes several times as long as reading the
-weights does: there a weight becomes, while it is packed, the code of its number among the 16 (IQ3) or 6 that its type
-has (`*_CODES`: K-quant heads whose super-scale times the type's unit is an f32, and scales 2 * scale + 1 are i8). Both
-forms give the same bits.
+The other IQ types have two layouts. `grids.py` has the file's own form, which is used if the CPU can look up 64 bytes
+at once (VBMI). Other CPUs would gather from the types' lists, which takes several times as long as reading the weights:
+there a weight is packed as the code of its value among the 16 (IQ3) or 6 values of its type (`*_CODES`: K-quant heads
+whose super-scale times the type's unit is an f32, and scales 2 * scale + 1 are i8). Both forms give the same bits.
 """
 
 from __future__ import annotations
@@ -77,7 +75,7 @@ _FLOAT_BYTES: Mapping[Float, int] = MappingProxyType({"f16": 2, "f32": 4, "e8m0"
 
 
 class PackedKind(enum.IntEnum):
-    """The packed layouts, by the ggml type whose numbers they keep exactly."""
+    """Packed layouts, by the ggml type whose weights they hold exactly."""
 
     Q4_0 = 0
     Q4_1 = 1
@@ -114,15 +112,15 @@ class PackedKind(enum.IntEnum):
 
     @property
     def type(self) -> GGMLQuantizationType:
-        """That type."""
+        """The ggml type."""
         return GGMLQuantizationType[self.name.removesuffix("_CODES")]
 
 
 def packed_kind(ggml_type: GGMLQuantizationType) -> PackedKind:
-    """The layout that keeps a tensor type in the file's form, or 8 bits for a type without one.
+    """Return the layout for a tensor type in the file's form, or the 8-bit layout for a type without one.
 
     Raises:
-        UnsupportedModelError: the type is not quantised, or nothing decodes it.
+        UnsupportedModelError: the type is not quantised, or cannot be decoded.
     """
     if ggml_type in ggml.PLAIN_TYPES:
         raise UnsupportedModelError(f"{ggml_type.name} is not a quantised type; its matrices are read as they are")
@@ -133,13 +131,13 @@ def packed_kind(ggml_type: GGMLQuantizationType) -> PackedKind:
 
 
 def host_kind(ggml_type: GGMLQuantizationType) -> PackedKind:
-    """The layout that a tensor type is packed in for this CPU, at the level that kernels are compiled for.
+    """Return the layout of a tensor type for this CPU, at the level that kernels are compiled for.
 
     Raises:
         UnsupportedModelError: as `packed_kind`.
     """
     kind = packed_kind(ggml_type)
-    if kind in RARE and not has_compiler():  # the code of 8 bits travels
+    if kind in RARE and not has_compiler():  # the 8-bit kernel is precompiled
         return PackedKind.Q8_0
     if kind.name in FORMATS and not host_isa() & Isa.VBMI:
         return PackedKind[f"{kind.name}_CODES"]
@@ -148,16 +146,16 @@ def host_kind(ggml_type: GGMLQuantizationType) -> PackedKind:
 
 @dataclass(frozen=True)
 class TileLayout:
-    """Facts of a kind.
+    """Properties of a layout.
 
     Attributes:
-        bits: of a code; 0 where codes are digits to the base of 3.
+        bits: of a code; 0 for codes that are digits in base 3.
         width: weights that share a scale, 32 or 16.
         minimum: whether a minimum is added to the scaled code.
         nested: whether scales are small integers times a super-scale.
         groups: in a block, a power of two.
-        zero: the code of weight 0 where there is no minimum; where codes are looked up, what is added to their numbers.
-        values: the number of each code, where it is not the code itself less a zero.
+        zero: the code of weight 0 for types without a minimum; for a table of values, the offset added to its values.
+        values: the table of values for codes; None if a value is the code minus zero.
         float: how scales are stored.
     """
 
@@ -172,12 +170,12 @@ class TileLayout:
 
     @property
     def paired(self) -> bool:
-        """Whether the scales of a row's two halves stand side by side, to be multiplied as pairs of 16 bits."""
+        """Whether the scales of a row's two halves are adjacent, to be multiplied as pairs of 16 bits."""
         return self.width < GROUP and self.minimum
 
     @property
     def lone(self) -> bool:
-        """Whether a group of a nested kind has one small scale and nothing else."""
+        """Whether a group of a nested kind has only one small scale."""
         return self.nested and self.width == GROUP and not self.minimum
 
     @property
@@ -193,12 +191,12 @@ class TileLayout:
 
     @property
     def head_bytes(self) -> int:
-        """Bytes in front of a block's codes."""
+        """Bytes before a block's codes."""
         return self.floats_bytes + self.groups * self.small_bytes
 
     @property
     def code_bytes(self) -> int:
-        """Bytes of a group's codes; 0 where those of a block cannot be told apart."""
+        """Bytes of a group's codes; 0 if the groups of a block share bytes."""
         return self.bits * VECTOR_BYTES
 
     @property
@@ -253,9 +251,9 @@ class PackedMatrix:
         rows: N, outputs.
         columns: K, inputs.
         kind: the layout.
-        data: uint8 [tiles, bytes of a tile], contiguous, starting at a multiple of 64 bytes. The rows that fill up the
-            last tile are zero.
-        order: which number of an input meets each column, int64 [K]; None where they stand as the input does.
+        data: uint8 [tiles, bytes of a tile], contiguous, starting at a multiple of 64 bytes. Padding rows of the last
+            tile are zero.
+        order: the input element of each column, int64 [K]; None for the input's own order.
     """
 
     rows: int
@@ -266,7 +264,7 @@ class PackedMatrix:
 
     @property
     def layout(self) -> AnyLayout:
-        """Facts of the kind."""
+        """Properties of the layout."""
         return LAYOUTS[self.kind]
 
     @property
@@ -291,15 +289,15 @@ class PackedMatrix:
 
 
 def linear_operation(kind: PackedKind, isa: Isa) -> int:
-    """Address of the compiled linear operation of a kind."""
+    """Return the address of the compiled linear operation of a kind."""
     return operation.operation("packed_linear.cpu:make_linear", kind, isa)
 
 
 class GatedArguments(NamedTuple):
-    """The arguments of an operation that gates one product with another and quantises what comes of it.
+    """Arguments of an operation that gates one product with another and quantises the result.
 
     Attributes:
-        rows_from: which of the step's numbers is T.
+        rows_from: which `StepNumber` is T.
         gate, other: addresses of the tiles of two matrices of one kind and shape.
         tile_bytes: from one tile to the next.
         outputs: N of each, a multiple of 32.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""GGUF bytes to the packed layout, in numpy: done once, at load, before step 1 of a request's life.
+"""Pack GGUF blocks into the packed layout, in numpy, at load, before step 1 of a request's life.
 
-A chunk of rows is taken apart (`split.py`) and its parts are written with 16 rows side by side. Chunks are shared among
-threads that never wait for each other.
+A chunk of rows is split into its parts (`split.py`), which are written with 16 rows interleaved. Chunks are divided
+among threads that never wait for each other.
 """
 
 from __future__ import annotations
@@ -50,24 +50,24 @@ def pack(
     memory: WeightMemory | None = None,
     kind: PackedKind | None = None,
 ) -> PackedMatrix:
-    """Packs a quantised matrix.
+    """Pack a quantised matrix.
 
-    Every type keeps its numbers exactly, at its own size; IQ1 to IQ3 take more on most CPUs (`layout.py`). Only where
-    a kernel would have to be compiled and Numba is not installed, numbers are decoded and rounded to 8 bits with a
-    scale for each 32 weights (an error of at most 0.4 % of a group's largest weight, against the several per cent that
-    such types have themselves), which a log line says; MXFP4 then becomes Q5_0 without loss.
+    Weights stay exact and keep their size; IQ1 to IQ3 take more memory on most CPUs (`layout.py`). Only if a kernel
+    would have to be compiled and Numba is not installed, weights are decoded and rounded to 8 bits with a scale for
+    each 32 weights (an error of at most 0.4 % of a group's largest weight, compared with several per cent of such types
+    themselves), which is logged; MXFP4 then becomes Q5_0 without loss.
 
     Args:
         raw: the tensor's bytes, uint8, contiguous; need not be aligned.
-        ggml_type: how they are stored.
+        ggml_type: their type.
         rows: N; the rows stay in their order.
         columns: K, at most 65,536.
-        memory: where the result goes; a model's matrices should share one. None takes memory of its own.
+        memory: memory of the result, which a model's matrices should share. None allocates separate memory.
         kind: a layout of the type; None takes `host_kind`.
 
     Raises:
         UnsupportedModelError: no kernel multiplies such a matrix.
-        ValueError: `raw` is not as long as the shape says.
+        ValueError: the length of `raw` does not match the shape.
     """
     kind = kind or host_kind(ggml_type)
     size, width = ggml.block_layout(ggml_type)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The packed linear layer in plain numpy, literal enough to check by eye: step 6, and what the tests compare with."""
+"""The packed linear layer in plain numpy: the readable reference of step 6, with which tests compare."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Blocks of ggml's types as the parts of the packed layout: numpy, used at load by `pack.py`.
+"""Split blocks of ggml's types into the parts of the packed layout, in numpy; used at load by `pack.py`.
 
-What stands where in a block is told in `quantization/ggml_blocks.py`. What has to be worked on is brought into
-**planes**, uint32 [words, B, R]: every step then works on long contiguous runs, four bytes at a time. Bits that the
-file has as the layout wants them are not touched. Shapes: B blocks of a row, R rows, G groups of a block.
+`quantization/ggml_blocks.py` describes the contents of a block. Data that must be converted is brought into **planes**,
+uint32 [words, B, R]: every operation then works on long contiguous runs, four bytes at a time. Data that is already in
+the layout's form is copied unchanged. Shapes: B blocks of a row, R rows, G groups of a block.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from candle_vllm.core.quantization.ggml_blocks import (
 
 
 class ChunkCodes(NamedTuple):
-    """What a chunk is made of; `small` are the sub-scales of K-quants."""
+    """Parts of a chunk; `small` are the sub-scales of K-quants."""
 
     codes: np.ndarray  # uint32 [G, vectors, B, R]; [1, vectors of a block, B, R] of digits
     floats: list[np.ndarray]  # uint8 to uint32 [B, R] each, bits of floats
