@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The errors for arguments that do not exist: the nearest name, and for names of other libraries ours.
+"""Errors for unknown arguments: suggest the closest name, or the equivalent of another library's name.
 
 The names of other libraries are rows of `foreign_names.md`, under the class, "Arguments of methods" or "Imports".
 """
@@ -34,7 +34,7 @@ def foreign_names(owner: str) -> Mapping[str, str]:
 
 
 def says_what_is_so(owner: str, name: str, value: object) -> bool:
-    """Whether a name that `owner` lacks was given with a value by which nothing would change."""
+    """Whether an unknown name of `owner` was given with a value that changes nothing."""
     agreeing = _agreeing(owner).get(name, ())
     return any(type(value) is type(each) and value == each for each in agreeing)
 
@@ -45,13 +45,13 @@ def _agreeing(owner: str) -> Mapping[str, Sequence[object]]:
 
 
 def unknown_name(owner: str, name: str, known: Iterable[str], within: Mapping[str, Iterable[str]] | None = None) -> str:
-    """What is said to somebody who gave `owner` an argument that it does not have.
+    """Return the error text for an unknown argument of `owner`.
 
     Args:
         owner: a class or a method.
-        name: what was given.
-        known: what `owner` takes.
-        within: the fields of what `owner` takes, by the class; perhaps it is one of them.
+        name: the unknown name.
+        known: arguments of `owner`.
+        within: fields of classes that `owner` accepts, by class, which may have the name.
     """
     known = list(known)
     head = f"{owner} has no argument {name[:60]!r}"
@@ -69,15 +69,15 @@ def unknown_name(owner: str, name: str, known: Iterable[str], within: Mapping[st
 
 
 def missing_name(module: str, name: str, known: Iterable[str]) -> Exception:
-    """What a package's `__getattr__` raises for a name that it does not have.
+    """Return the exception of a package's `__getattr__` for an unknown name.
 
-    Python forgets what an `AttributeError` says when it turns it into the failure of `from module import name`. Where
-    a hint can be given, that statement, which looks for the name by a function of importlib first, gets its own.
+    For `from module import name` Python discards the text of an `AttributeError`. If there is a hint, that statement,
+    which first looks the name up in a function of importlib, gets its own exception.
 
     Args:
         module: the package.
-        name: what was looked for.
-        known: the names that it has.
+        name: the unknown name.
+        known: the package's names.
     """
     known = list(known)
     ours = next((row[2] for row in foreign_tables()["Imports"] if name in row[0].split()), None)
@@ -90,9 +90,9 @@ def missing_name(module: str, name: str, known: Iterable[str]) -> Exception:
 
 
 class _Explaining(type):
-    """Makes objects of a class, and explains an argument that the class does not have."""
+    """Metaclass whose classes explain unknown arguments, and ignore those with values that change nothing."""
 
-    if not TYPE_CHECKING:  # the class's own signature is what is checked
+    if not TYPE_CHECKING:  # type checkers see the class's own signature
 
         def __call__(cls, *arguments: Any, **named: Any) -> Any:
             try:
@@ -115,7 +115,7 @@ class _Explaining(type):
 
 
 class ExplainedSettings(metaclass=_Explaining):
-    """A base of dataclasses that explains arguments which they do not have."""
+    """Base of dataclasses that explains unknown arguments."""
 
 
 class _ExplainingStruct(_Explaining, msgspec.StructMeta):
@@ -123,14 +123,14 @@ class _ExplainingStruct(_Explaining, msgspec.StructMeta):
 
 
 class ExplainedStruct(ShownStruct, metaclass=_ExplainingStruct, frozen=True):
-    """A base of structs that explains arguments which they do not have."""
+    """Base of structs that explains unknown arguments."""
 
 
 def explained(**within: Iterable[str]) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Makes a method explain arguments which it does not have.
+    """Return a decorator that makes a method explain unknown arguments.
 
     Args:
-        within: the fields of what it takes, by the class.
+        within: fields of classes that the method accepts, by class.
     """
 
     def decorate(method: Callable[P, R]) -> Callable[P, R]:
@@ -157,7 +157,7 @@ def explained(**within: Iterable[str]) -> Callable[[Callable[P, R]], Callable[P,
 
 
 def _names(method: Callable[..., Any]) -> list[str]:
-    """The arguments of a method, those of a TypedDict that it unpacks among them."""
+    """Return the arguments of a method, including those of a TypedDict that it unpacks."""
     names = []
     for name, parameter in inspect.signature(method).parameters.items():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
@@ -168,7 +168,7 @@ def _names(method: Callable[..., Any]) -> list[str]:
 
 
 def _is_call_error(method: Callable[..., Any], arguments: tuple[Any, ...], named: Mapping[str, Any]) -> bool:
-    """Whether a method cannot be called with these, whatever it does with them."""
+    """Whether a method's signature does not accept these arguments."""
     try:
         inspect.signature(method).bind(*arguments, **named)
     except TypeError:
@@ -183,17 +183,17 @@ def refuse_lost(
     variables: Iterable[str],
     within: Mapping[str, Iterable[str]],
 ) -> None:
-    """Refuses variables that a template does not read: they would be lost.
+    """Refuse variables that a template does not read, because they would have no effect.
 
     Args:
-        owner: the method that takes them.
+        owner: the method that accepts them.
         given: their names.
         known: arguments of the method.
         variables: what the template reads.
         within: as for `unknown_name`.
 
     Raises:
-        TypeError: one is lost.
+        TypeError: the template does not read a variable.
     """
     taken = {*known, *variables}
     for name in given:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The one table of other programs' names, `foreign_names.md`: flags, commands, variables and library arguments."""
+"""Read `foreign_names.md`, the table of other programs' names: flags, commands, variables and library arguments."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Row = Sequence[str]
 
 @functools.cache
 def foreign_tables() -> Mapping[str, Sequence[Row]]:
-    """The rows of each table by the table's heading; a row is the texts of its cells."""
+    """Return the rows of each table, by the table's heading; a row is the texts of its cells."""
     tables: dict[str, list[Row]] = {}
     rows: list[Row] = []
     for line in Path(__file__).with_suffix(".md").read_text(encoding="utf-8").splitlines():
@@ -26,5 +26,5 @@ def foreign_tables() -> Mapping[str, Sequence[Row]]:
 
 
 def flags_of(program: str) -> Sequence[str]:
-    """The flags of a program, as far as people write them."""
+    """Return the flags of a program, in the forms that users write."""
     return next(row[1].split() for row in foreign_tables()["Flags by program"] if row[0] == program)

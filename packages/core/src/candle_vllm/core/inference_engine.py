@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""InferenceEngine: the library's front door. Loads a model, owns the engine thread, and takes prompts."""
+"""InferenceEngine: the library's main class. It loads a model, owns the engine thread, and accepts prompts."""
 
 from __future__ import annotations
 
@@ -40,24 +40,24 @@ from candle_vllm.core.vision.fetching import ImageSources
 
 logger = logging.getLogger(__name__)
 
-_LOADING = 1.0  # seconds for which a step waits for adapters where there is nothing else to do
+_LOADING = 1.0  # seconds for which a step without other work waits for adapters
 
 
 class InferenceEngine(EngineFront):
-    """A loaded model that continues prompts, many at a time.
+    """Inference engine with a loaded model, which continues many prompts concurrently.
 
     Args:
-        model: a Hugging Face id, a folder, a `.gguf` file, "demo", or a whole `EngineConfig`.
-        on_progress: called while the weights are loaded, with bytes done and bytes in all; None shows a bar on a
+        model: a Hugging Face id, a folder, a `.gguf` file, "demo", or an `EngineConfig`.
+        on_progress: called while the weights are loaded, with loaded bytes and all bytes; None shows a bar on a
             terminal.
-        settings: fields of `EngineConfig`, where `model` is not one.
+        settings: fields of `EngineConfig`, unless `model` is an `EngineConfig`.
 
     Raises:
-        ConfigError, ModelNotFoundError, ModelLoadError: the model cannot be served as asked.
+        ConfigError, ModelNotFoundError, ModelLoadError: the model cannot be served with these settings.
 
-    The engine runs in a thread of its own from the first request on. `close` (or leaving the `with` block) ends the
-    thread and lets go of the memory. For a loop of your own use `add_request`, `step` and `abort` instead; an engine is
-    driven one way or the other, not both.
+    The engine runs in its own thread from the first request on. `close` (or leaving the `with` block) ends the thread
+    and releases the memory. For your own loop use `add_request`, `step` and `abort` instead; one engine cannot be
+    driven in both ways.
     """
 
     def __init__(
@@ -101,19 +101,19 @@ class InferenceEngine(EngineFront):
             self._engine: Engine | None = build_engine(config, loaded, ranks)
         self._thread: EngineThread | None = None
         self._manual, self._ranks = False, ranks
-        self._ended: list[TokenOutput] = []  # pieces of requests that were aborted between steps
+        self._ended: list[TokenOutput] = []  # last outputs of requests that were aborted between steps
         self._lock = threading.Lock()  # guards how the engine is driven
         self._finalizer = weakref.finalize(self, _shut_down, None, self._engine, self._owner)
         self._info = model_info(loaded, self._engine)
 
     @property
     def is_alive(self) -> bool:
-        """False once the engine is closed or has failed for good."""
+        """Whether the engine is neither closed nor permanently failed."""
         alive = self._engine is not None and (self._thread is None or self._thread.is_alive)
         return alive and not self._is_elsewhere
 
     def add_death_callback(self, callback: Callable[[], None]) -> None:
-        """Calls `callback` once, from another thread, when one of several ranks has died; at once where it has.
+        """Call `callback` once, from another thread, when one of several ranks dies; at once if one is already dead.
 
         An engine of one rank in this process does not die by itself.
         """
@@ -135,7 +135,7 @@ class InferenceEngine(EngineFront):
         sampling_params: SamplingParams | None = None,
         **call: Unpack[TextOptions],
     ) -> str:
-        """Queues a prompt for `step`; returns its request id."""
+        """Queue a prompt for `step`; return its request id."""
         engine = self._own_loop()
         request = self._request(prompt, sampling_params, **call)
         if engine.is_sleeping:
@@ -144,10 +144,10 @@ class InferenceEngine(EngineFront):
         return request.request_id
 
     def step(self) -> list[TokenOutput]:
-        """Runs one step of the requests added with `add_request`; an empty list when there is nothing to do.
+        """Run one step of the requests added with `add_request`; return an empty list without work.
 
-        The last pieces of requests that were aborted since the step before come first. On a GPU a step launches the
-        next one before it waits, so the pieces are those of the step that was launched before it.
+        The last outputs of requests that were aborted since the previous step come first. On a GPU a step launches the
+        next one before it waits, so that the outputs belong to the step that was launched before.
         """
         engine = self._own_loop()
         if not self._ended:
@@ -157,12 +157,12 @@ class InferenceEngine(EngineFront):
 
     @property
     def has_unfinished_requests(self) -> bool:
-        """True while `step` has something to do."""
+        """Whether `step` has work."""
         self._working()
         return bool(self._ended) or self._require()[0].has_work
 
     def abort(self, request_id: str) -> None:
-        """Ends a request before the next step and frees its blocks; unknown ids are ignored."""
+        """End a request before the next step and free its blocks; unknown ids are ignored."""
         self._working()
         if self._thread is not None:
             self._thread.abort(request_id)
@@ -208,8 +208,8 @@ class InferenceEngine(EngineFront):
     # ---- lifetime ----------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Aborts what is running, ends the thread, and lets go of model and cache. Closing twice is fine."""
-        if self._is_elsewhere:  # where nobody may hold the lock, and the threads are not
+        """Abort running requests, end the thread, and release model and cache. Closing twice is allowed."""
+        if self._is_elsewhere:  # in a forked process, which lacks the threads and must not wait for the lock
             self._finalizer.detach()
             self._engine = self._loaded = self._thread = None
             return

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""What a setting may hold: one class for each sort of value, for the engine's settings and for a server's.
+"""Types of settings: one class for each type of value, for the engine's settings and a server's.
 
-Programs pass typed values to `EngineConfig`, which reads them by `taken`; people write texts on command lines, in
-environments and in files, which are read by `from_text`, or by `check` where a file has typed values. An invalid value
-is a `ValueError`. Its text continues a name and a value if `taken` raised it, and otherwise a name alone.
+`EngineConfig` reads typed values of programs by `taken`. Texts of command lines, environment variables and files are
+read by `from_text`, typed values of files by `check`. An invalid value raises a `ValueError`, whose text continues a
+name and a value if `taken` raised it, and otherwise a name alone.
 """
 
 from __future__ import annotations
@@ -36,34 +36,34 @@ _MAX_FREE_TEXT = 1 << 20
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """` (did you mean X?)` for the known name that is closest, or an empty text."""
+    """Return ` (did you mean X?)` for the closest known name, or an empty text."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" (did you mean {close[0]}?)" if close else ""
 
 
 class Kind(Protocol):
-    """How one sort of value is read and checked."""
+    """Type of a setting, which reads and checks values."""
 
     def from_text(self, text: str) -> Any:
-        """The value that `text` means; ValueError when it means none."""
+        """Parse a text; raises ValueError for an invalid one."""
         ...
 
     def check(self, value: Any) -> Any:
-        """The value itself when it is allowed; ValueError otherwise."""
+        """Return an allowed value; raises ValueError otherwise."""
         ...
 
 
 class EngineKind(Kind, Protocol):
-    """A kind that the engine has settings of."""
+    """Type of an engine's settings."""
 
     def taken(self, value: Any) -> Any:
-        """The value as the engine has it; a ValueError whose text says of the value what it is not."""
+        """Convert a typed value to the engine's form; the ValueError says what the value is not."""
         ...
 
 
 @dataclass(frozen=True)
 class Text:
-    """A text; where people write it, one that is not empty, without control characters."""
+    """A text; from command lines and files not empty, and without control characters."""
 
     most: int = _MAX_TEXT
 
@@ -87,7 +87,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Hosts:
-    """Hosts that others may send this program to, with commas between them; see `targets.check_pattern`."""
+    """Hosts, separated by commas, to which clients' URLs may lead; see `targets.check_pattern`."""
 
     most: int = 512
 
@@ -110,7 +110,7 @@ class Hosts:
 
 @dataclass(frozen=True)
 class FreeText:
-    """What a person writes for the model: anything but nothing (or that too), line ends and blanks included."""
+    """Free text for the model of `least` to `most` characters, line breaks and spaces included."""
 
     most: int = _MAX_FREE_TEXT
     least: int = 1
@@ -146,7 +146,7 @@ class Secret:
 
 @dataclass(frozen=True)
 class FilePath:
-    """A path of this machine; where people write it, `~` is the home folder."""
+    """A path of this machine; in texts `~` is the home folder."""
 
     def taken(self, value: Any) -> Path:
         if not isinstance(value, (str, Path)) or value == "":
@@ -166,8 +166,8 @@ class FilePath:
 class Integer:
     """A whole number in a range. Sizes may end in k, m, g, t (powers of 1000) or K, M, G, T (powers of 1024).
 
-    Where it may be `auto`, people may write that, or -1, for None: that nobody says it. Where it counts parts of a
-    `whole`, they may write `all`, which is `high`.
+    If `auto` is allowed, the texts "auto" and "-1" mean None: not set. If the number counts parts of a `whole`, the
+    text "all" means `high`.
     """
 
     low: int
@@ -210,7 +210,7 @@ class Integer:
 
 @dataclass(frozen=True)
 class Number:
-    """A number in a range; `open_low` and `open_high` leave the ends out, and `said` tells a program so."""
+    """A number in a range; `open_low` and `open_high` exclude the ends, `said` describes the range in errors."""
 
     low: float
     high: float
@@ -265,7 +265,7 @@ class Boolean:
 
 @dataclass(frozen=True)
 class JsonObject:
-    """An object of JSON; what may stand in it is told by whoever reads it."""
+    """A JSON object; the code that uses it checks its contents."""
 
     most: int = 1 << 16
 
@@ -317,7 +317,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class QuantisedType(Choice):
-    """The name of a type to quantise to, however it is spelled; the mixtures of llama.cpp (q4_k_m) are no types."""
+    """Name of a quantisation type, in any spelling; llama.cpp's mixtures (q4_k_m) are not types."""
 
     def taken(self, value: Any) -> str:
         name = Text().taken(value).strip().lower()
@@ -330,7 +330,7 @@ class QuantisedType(Choice):
 
 @dataclass(frozen=True)
 class Device:
-    """`auto`, `cpu`, `cuda`, `cuda:N`, or N alone for a CUDA device; where `several`, also a list of GPUs."""
+    """`auto`, `cpu`, `cuda`, `cuda:N`, or N alone for a CUDA device; with `several` also a list of GPUs."""
 
     several: bool = False
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How objects and addresses are written out: short, for a person at a prompt or in a log, and without secrets."""
+"""Format objects and URLs for people and logs: short, and without secrets."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 import msgspec
 
-_MOST = 6  # entries that are written out
+_MOST = 6  # most entries of a list that are shown
 HIDDEN = "***"
 MAX_MESSAGE = 8_192  # characters of a record of the log that has no fields
 FIELDS = "candle_vllm_fields"  # attribute of a record that has them
@@ -46,14 +46,14 @@ _CUT = re.compile(r"(?!localhost)\w+:\d+")  # a user and the beginning of a pass
 
 
 def without_secrets(text: str, *, alone: bool = False) -> str:
-    """Return `text` with the addresses in it reduced to scheme, host and path.
+    """Return `text` with its URLs reduced to scheme, host and path.
 
-    User, password, query and fragment are left out. Of an address whose port is no number, as where a password is cut
-    or holds a slash, only the scheme stays.
+    User, password, query and fragment are left out. If the port is no number, as in a URL whose password is truncated
+    or contains a slash, only the scheme stays.
 
     Args:
         text: a message, or a value.
-        alone: an address ends where the text does, or at a quotation mark; otherwise it ends at a blank too.
+        alone: a URL ends at the end of the text or at a quotation mark; otherwise it also ends at a space.
     """
     address, slashless = _ADDRESSES[alone]
     text = address.sub(_bare, text) if "/" in text or "\\" in text else text
@@ -70,10 +70,10 @@ def _bare(found: re.Match[str]) -> str:
 
 
 def start_logging(level: int | str, **given: Any) -> None:
-    """Set the log of this process up, as `logging.basicConfig` does; no record has the secrets of addresses.
+    """Set up the log of this process, as `logging.basicConfig` does; records never contain secrets of URLs.
 
-    They are taken out where records are made, because libraries have handlers of their own. The loggers of HTTP
-    connections write targets and whole heads at level debug, so they only warn.
+    Secrets are removed when records are created, because libraries have their own handlers. The loggers of HTTP
+    connections write targets and whole headers at level debug, so they are limited to warnings.
     """
     logging.basicConfig(level=level, force=True, **given)
     logging.setLogRecordFactory(_record)
@@ -82,7 +82,7 @@ def start_logging(level: int | str, **given: Any) -> None:
 
 
 def start_child_logging(name: str, log: tuple[int, bool]) -> None:
-    """Set the log of a process of the engine up; `log` is its parent's `log_style()`, and its lines say `name`."""
+    """Set up the log of an engine's child process; `log` is the parent's `log_style()`, and lines contain `name`."""
     level, as_json = log
     start_logging(level, format=f"%(asctime)s %(levelname)s {name}: %(name)s: %(message)s")
     for handler in logging.getLogger().handlers if as_json else ():
@@ -90,16 +90,16 @@ def start_child_logging(name: str, log: tuple[int, bool]) -> None:
 
 
 def log_style() -> tuple[int, bool]:
-    """The level of this process's log, and whether its lines are JSON: for the processes that it starts."""
+    """Return the level of this process's log, and whether its lines are JSON, for child processes."""
     as_json = any(isinstance(handler.formatter, JsonFormatter) for handler in logging.getLogger().handlers)
     return logging.getLogger("candle_vllm").getEffectiveLevel(), as_json
 
 
 class JsonFormatter(logging.Formatter):
-    """Every record of the log as one JSON object on one line; the fields of a record that has some stand apart.
+    """Formatter of log records as one JSON object per line, with a record's fields as separate keys.
 
     Args:
-        process: name of the process where it is not the first one, the field `process`.
+        process: name of a child process, which becomes the field `process`.
     """
 
     def __init__(self, process: str | None = None) -> None:
@@ -107,7 +107,7 @@ class JsonFormatter(logging.Formatter):
         self._process = process
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line of one record."""
+        """Format one record as a line."""
         when = datetime.datetime.fromtimestamp(record.created, datetime.UTC)
         line: dict[str, Any] = {
             "time": when.isoformat(timespec="milliseconds"),
@@ -125,7 +125,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def cut(message: str) -> str:
-    """A message of bounded length: some hold names that a client, a model or an MCP server wrote."""
+    """Truncate a message: some contain names from a client, a model or an MCP server."""
     more = len(message) - MAX_MESSAGE
     return message if more <= 0 else f"{message[:MAX_MESSAGE]}... ({more} more characters)"
 
@@ -150,7 +150,7 @@ _FORMATTER = logging.Formatter()
 
 
 class _Short(reprlib.Repr):
-    """Writes values out: texts without their middle, of lists and vectors the beginning and how many there are."""
+    """Short representation of values: texts without their middle; lists and vectors by their beginning and length."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -183,10 +183,10 @@ _SHORT = _Short()
 
 
 class ShownStruct(msgspec.Struct, frozen=True):
-    """A base of structs that writes out what differs from the defaults, in a line or two.
+    """Base of structs whose representation shows the fields that differ from the defaults, in a line or two.
 
     Attributes:
-        unshown: fields that are left out always.
+        unshown: fields that are never shown.
     """
 
     unshown: ClassVar[frozenset[str]] = frozenset()

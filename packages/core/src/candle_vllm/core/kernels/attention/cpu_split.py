@@ -28,7 +28,7 @@ chunk_of = njit(inline="always")(cpu_cache.chunk_of)
 
 @njit(inline="always")
 def first_seen(position: int, window: int) -> int:
-    """The first position that a token sees; window 0 is none, below 0 it is a chunk."""
+    """Return the first position that a token attends to: `window` is 0 without a window, negative for chunks."""
     if window < 0:
         return position // -window * -window
     return max(0, position - window + 1) if window > 0 else 0
