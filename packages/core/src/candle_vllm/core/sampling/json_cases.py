@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""JSON schemas in the keywords that llguidance has: what others say is said by cases.
+"""Rewrite JSON schemas to the keywords that llguidance supports; other keywords become alternatives.
 
-`if`, `dependentRequired` and their like are alternatives; `contains` is one for each place where the match may be;
-`oneOf` is an `anyOf` of schemas that exclude each other, where it has to be by the opposites of the others
-(`json_opposites`). What is written so takes the same values, or is refused by the keyword's name; where it takes fewer,
-a remark says so. What such a keyword asks for comes behind the schema that it stands in, so that the order of the
-properties stays.
+`if`, `dependentRequired` and similar keywords become alternatives; `contains` becomes one for each index of the match;
+`oneOf` becomes an `anyOf` of schemas that exclude each other, if necessary by the opposites of the other schemas
+(`json_opposites`). The result accepts the same values, or the schema is refused by the keyword's name; if the result
+accepts fewer values, a remark says so. Constraints of such a keyword follow the schema that contains it, so that the
+order of the properties is kept.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ class _Written(str):
 
 
 def in_known_keywords(root: Schema, remarks: Remarks, *, may_compare: bool = False) -> tuple[Schema, bool]:
-    """The schema in llguidance's keywords, its references as `#`, `#/$defs/...` or `#/definitions/...`.
+    """Return the schema in llguidance's keywords, with references `#`, `#/$defs/...` or `#/definitions/...`.
 
     Args:
-        root: as `json.loads` gives it.
-        remarks: get what the user should know.
-        may_compare: elements of arrays may be compared while they are written; given back is whether they must be.
+        root: the result of `json.loads`.
+        remarks: collects remarks for the user.
+        may_compare: array elements may be compared during generation; also returned is whether they must be.
 
     Raises:
-        InvalidParameterError: it is wrong, or something cannot be guaranteed.
+        InvalidParameterError: the schema is invalid, or a constraint cannot be guaranteed.
     """
     cases = _Cases(root, remarks, may_compare)
     return cases.run(), cases.compared
@@ -78,7 +78,7 @@ class _Cases:
         return found | defined
 
     def schema(self, schema: Any, at: At) -> Schema | bool:
-        """A schema and what is inside it, in known keywords."""
+        """Rewrite a schema and its subschemas in known keywords."""
         if isinstance(schema, bool):
             return schema
         if not isinstance(schema, dict):
@@ -115,7 +115,7 @@ class _Cases:
         return found
 
     def own(self, schema: Schema, at: At) -> Schema:
-        """A copy that may be changed, of the right shape, in today's dialect."""
+        """Return a mutable copy of a checked schema, in the current dialect."""
         found = dict(schema)
         modernise(found, at.place, self.remarks)
         check_shape(found, at.place)
@@ -123,7 +123,7 @@ class _Cases:
         return found
 
     def known(self, schema: Schema, at: At) -> Schema:
-        """What llguidance knows stays, in its order."""
+        """Keep the keywords that llguidance supports, in their order."""
         found: Schema = {}
         for name, value in schema.items():
             if name == "$ref":
@@ -144,7 +144,7 @@ class _Cases:
         return self.definition(self.references.resolve(value, at.base, at.place))
 
     def definition(self, target: Target, opposed: tuple[str, str] | None = None) -> _Written:
-        """A reference to what a `$ref` points to, or, for the sake of a keyword, to its opposite."""
+        """Return a reference to the target of a `$ref`, or to its opposite if a keyword needs that."""
         key = target.pointer if opposed is None else f"not {target.pointer}"
         if key not in self.names:
             taken = {"$defs": self.root.get("$defs"), "definitions": self.root.get("definitions")}
@@ -158,7 +158,7 @@ class _Cases:
         return self.names[key]
 
     def opposed(self, schema: Any, keyword: str, types: frozenset[str], at: At) -> Schema | bool:
-        """What the schema does not take, in any keywords."""
+        """Return the opposite of a schema, in any keywords."""
         asking = at.asking or (keyword, at.place)
         if isinstance(schema, bool):
             return not schema

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Objects of JSON schemas that name properties and do not mention others are closed, as xgrammar and llama.cpp do.
+"""Close objects of JSON schemas that have properties but do not mention other keys, as xgrammar and llama.cpp do.
 
-A weak model that may write other keys invents some until its limit.
+A weak model that may write other keys invents keys until its token limit.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""One JSON schema as it was sent: the spelling of its draft, the shape of its keywords, what in it says nothing.
+"""Dialects of JSON schemas: rewrite older drafts, check the shapes of keywords, and report keywords without effect.
 
-A schema is read as draft 2020-12; what older drafts spell differently (`definitions`, a list as `items`, a boolean
-`exclusiveMinimum`) means what it meant there. Keywords and formats that nobody holds are annotations, as the
-specification says; a remark names those that look like a misspelt one.
+A schema is read as draft 2020-12; older spellings (`definitions`, a list as `items`, a boolean `exclusiveMinimum`) keep
+their meaning. Unknown keywords and formats that are not enforced are annotations, as in the specification; a remark
+names those that resemble a known one.
 
-llguidance's own dates let the 29th of February pass in every year, and a leap second at any minute, so they are written
-out: a leap second is the last one of a day of UTC, which other zones, each some quarters of an hour away, have at other
-times.
+llguidance's own dates accept the 29th of February in every year, and a leap second at any minute, so the formats are
+defined here: a leap second is the last second of a day in UTC, which other time zones, with offsets of quarters of an
+hour, have at other times.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ _HELD = (*FORMATS, *_COMPILED)
 
 
 class Remarks:
-    """What a user should know of a schema that is followed, in the order in which it was found."""
+    """Remarks for the user on a schema that is accepted, in the order in which they were found."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
@@ -110,10 +110,10 @@ class Remarks:
 
 
 def modernise(schema: dict[str, Any], place: str, remarks: Remarks) -> None:
-    """Rewrites the keywords of one schema, not of those inside it, in place.
+    """Rewrite the keywords of one schema in place, without its subschemas.
 
     Raises:
-        InvalidParameterError: a dialect that is not known, a keyword that nobody follows, or two spellings at once.
+        InvalidParameterError: an unknown dialect, an unsupported keyword, or two spellings at once.
     """
     draft = schema.pop("$schema", None)
     if draft is not None and not (isinstance(draft, str) and any(known in draft for known in _DRAFTS)):
@@ -135,7 +135,7 @@ def modernise(schema: dict[str, Any], place: str, remarks: Remarks) -> None:
 
 
 def check_shape(schema: dict[str, Any], place: str) -> None:
-    """Refuses values that the keywords of one schema cannot have, those of schemas inside it left out.
+    """Refuse invalid values of the keywords of one schema, without its subschemas.
 
     Raises:
         InvalidParameterError: with the keyword's name.

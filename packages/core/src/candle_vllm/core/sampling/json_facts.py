@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What is certain about a JSON schema without compiling it: types, values, and which schemas exclude each other."""
+"""Facts about JSON schemas without compiling them: types, values, and which schemas exclude each other."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def _is_number(value: Any) -> bool:
 
 
 class Facts:
-    """Answers for the schemas of one document. What is not certain is False or None; so is what takes too long.
+    """Facts about the schemas of one document. Uncertain answers are False or None; so are those that take too long.
 
     Args:
         references: of the document.

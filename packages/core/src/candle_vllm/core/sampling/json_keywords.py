@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""The keywords that llguidance lacks, each in others: alternatives, and schemas that must hold too (see `json_cases`).
+"""Rewrite keywords that llguidance lacks as alternatives and additional schemas (see `json_cases`).
 
-Every function gets the schema that the keyword stands in, which it may change, and gives what must hold beside it.
+Every function gets the schema that contains the keyword, which it may change, and returns the additional schemas.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a `$ref` of a JSON schema points to: places, anchors and ids of the same document.
+"""Resolve the `$ref`s of JSON schemas to pointers, anchors and ids of the same document.
 
 Nothing is fetched: a reference to another document is refused.
 """
@@ -21,7 +21,7 @@ NAMED_PARTS = ("properties", "patternProperties", "dependentSchemas", "dependenc
 
 
 class Target(NamedTuple):
-    """What a reference points to.
+    """Target of a reference.
 
     Attributes:
         pointer: where it is in the document, or a name that no place has.
@@ -67,10 +67,10 @@ class References:
         return self._bases.get(id(schema), outer)
 
     def resolve(self, reference: Any, base: str, place: str) -> Target:
-        """What a `$ref` at `place` points to.
+        """Return the target of a `$ref` at `place`.
 
         Raises:
-            InvalidParameterError: nothing, or something in another document.
+            InvalidParameterError: the target does not exist, or is in another document.
         """
         if not isinstance(reference, str):
             raise _elsewhere(reference, place)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""JSON schemas before they are compiled: what cannot be guaranteed is refused by name, and what would explode, too.
+"""Check JSON schemas before they are compiled: refuse constraints that cannot be guaranteed, or are too costly.
 
-A schema is first said in llguidance's own keywords (`json_cases`). Here is decided what those may ask for: numbers that
-are rounded, keys that could be spelt in two ways or appear twice, and schemas whose compilation takes time or memory
-without bound or overflows the stack. Every number is a measured one: each limit alone costs a second at most.
+A schema is first rewritten in llguidance's keywords (`json_cases`). This module checks their values: numbers that are
+rounded, keys that could be spelled in two ways or appear twice, and schemas whose compilation takes unbounded time or
+memory or overflows the stack. All limits are measured: each limit alone costs a second at most.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ _ESCAPED = "\b\t\n\f\r"
 
 
 class Budget:
-    """What all schemas of one form may have together: twice what one may.
+    """Budget of all schemas of one form together: twice the limits of one schema.
 
     Attributes:
         counts: of what, and how many.
         multiples: every multipleOf without its decimal point, added up.
-        may_compare: whoever follows the text compares elements of arrays that shall differ.
-        compared: and must, for no grammar says that they do.
+        may_compare: array elements that must differ may be compared during generation.
+        compared: they must be compared, because the grammar does not ensure that they differ.
         open_objects: objects may have keys that their schemas do not mention; see `close_objects`.
     """
 
@@ -72,12 +72,12 @@ class Budget:
 
 
 class Compilable(NamedTuple):
-    """A schema that may be compiled.
+    """Schema that can be compiled.
 
     Attributes:
         schema: in llguidance's keywords.
         any_escape: whether texts may have `\\u`: any character, or a control character where a pattern holds them.
-        remarks: what the user should know.
+        remarks: remarks for the user.
         compared: see `Budget`.
     """
 
@@ -88,19 +88,19 @@ class Compilable(NamedTuple):
 
 
 def checked_schema(schema: Any, budget: Budget | None = None) -> dict[str, Any]:
-    """A schema as it may be compiled; see `compilable_schema`."""
+    """Return a schema that can be compiled; see `compilable_schema`."""
     return compilable_schema(schema, budget).schema
 
 
 def compilable_schema(schema: Any, budget: Budget | None = None) -> Compilable:
-    """What is compiled for a schema.
+    """Check a schema and rewrite it for compilation.
 
     Args:
-        schema: as `json.loads` gives it.
-        budget: of all schemas of one form; None where this is the only one.
+        schema: the result of `json.loads`.
+        budget: of all schemas of one form; None for a single schema.
 
     Raises:
-        InvalidParameterError: the schema is wrong, not supported, too large, or has no finite instance.
+        InvalidParameterError: the schema is invalid, not supported, too large, or has no finite instance.
     """
     if schema is True:
         schema = {}
@@ -117,7 +117,7 @@ def compilable_schema(schema: Any, budget: Budget | None = None) -> Compilable:
 
 
 def schema_remarks(schema: Schema) -> list[str]:
-    """What the user of a schema should know that is followed; raises what `compilable_schema` raises."""
+    """Return the remarks on an accepted schema; raises the errors of `compilable_schema`."""
     return compilable_schema(parsed_json("json", schema), Budget(may_compare=True)).remarks
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Pieces of grammars in llguidance's dialect of Lark: quoted texts, special tokens, and a user's own grammar.
+"""Parts of grammars in llguidance's dialect of Lark: quoted texts, special tokens, and a user's own grammar.
 
-A user's grammar is looked through before it is compiled: options that would be passed over or that break what the
-engine promises are refused by name, JSON schemas in it are checked as any other, and its shape is bounded.
+A user's grammar is checked before it is compiled: options that would be ignored, or that break the engine's guarantees,
+are refused by name, JSON schemas in it are checked like others, and its size is limited.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MAX_MEETING = 16  # `&` of a terminal and of those inside it: every one may doub
 
 
 class LarkShape:
-    """Takes the tokens of a grammar in their order."""
+    """Shape of a grammar, collected from its tokens in order."""
 
     def __init__(self) -> None:
         self._refers: dict[str, set[str]] = {"": set()}
@@ -69,7 +69,7 @@ class LarkShape:
             self._lengths.pop()
 
     def check(self) -> None:
-        """Refuses a grammar that is too deep, or has too many expressions that must hold together."""
+        """Refuse a grammar that is nested too deeply, or intersects too many expressions."""
         depth: dict[str, int] = {}
         meeting: dict[str, int] = {}
         group: dict[str, int] = {}
@@ -155,7 +155,7 @@ Grammar = dict[str, Any]
 
 
 def quoted(text: str) -> str:
-    """A text as a string of Lark."""
+    """Quote a text as a string of Lark."""
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\x7f")
 
 
@@ -187,7 +187,7 @@ def is_token(piece: str) -> bool:
 
 
 def json_grammar(name: str, schema: Any, spec: StructuredOutputsParams, budget: Budget) -> Grammar:
-    """The grammar of a JSON schema, which may be changed.
+    """Return the grammar of a JSON schema, which may be changed.
 
     Args:
         name: of the grammar.
@@ -202,15 +202,15 @@ def json_grammar(name: str, schema: Any, spec: StructuredOutputsParams, budget: 
 
 
 def choice_grammar(name: str, choices: Sequence[str]) -> Grammar:
-    """The grammar of one of some texts."""
+    """Return the grammar of a choice of texts."""
     return {"name": name, "lark_grammar": "start: CHOICE\nCHOICE: " + " | ".join(map(quoted, choices))}
 
 
 def user_grammar(name: str, text: str, spec: StructuredOutputsParams, budget: Budget) -> Grammar:
-    """A user's grammar, Lark or GBNF.
+    """Check a user's grammar, Lark or GBNF.
 
     Raises:
-        InvalidParameterError: it cannot be read, or has what is not supported.
+        InvalidParameterError: the grammar cannot be parsed, or uses unsupported features.
     """
     if _IS_LARK.search(text) is None:
         text = _from_gbnf(text)

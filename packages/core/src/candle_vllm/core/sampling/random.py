@@ -2,15 +2,15 @@
 """Counter-based random numbers: one uniform per (seed, sequence, position), with no state to save (step 7 of ten).
 
 Philox4x32-10 of Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC'11). Its output is
-a pure function of a 128-bit counter and a 64-bit key, so a request's draws do not depend on the rest of the batch, on
-preemption, or on how prompts are cut into chunks. The counter's layout, which is part of the promise that a seed
-gives the same text:
+a pure function of a 128-bit counter and a 64-bit key, so that a request's random numbers do not depend on the rest of
+the batch, on preemption, or on how prompts are split into chunks. The counter's layout, which is part of the guarantee
+that a seed gives the same text:
 
     key      seed mod 2**64, low word first
     counter  [position, sequence index, 1 where the seed is negative else 0, stream]
 
-The sign has a word of its own because -1 and 2**64 - 1 are different seeds that share a key. Stream 0 draws tokens,
-stream 1 is XTC's: whether it takes something away at a position.
+The sign has its own word because -1 and 2**64 - 1 are different seeds that share a key. Stream 0 samples tokens, stream
+1 decides whether XTC removes tokens at a position.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _SHIFT = np.uint64(32)
 
 
 def fresh_seed() -> int:
-    """64 bits from the operating system, for a request that names no seed."""
+    """Return 64 random bits of the operating system, for a request without a seed."""
     return secrets.randbits(64)
 
 
 def seed_words(seed: int, index: int) -> tuple[int, int, int, int]:
-    """The words of one sequence that do not change: (key low, key high, sequence index, sign).
+    """Return the constant words of one sequence: (key low, key high, sequence index, sign).
 
     Args:
         seed: -2**63 to 2**64 - 1.

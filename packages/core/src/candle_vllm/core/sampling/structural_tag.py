@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Structural tags: free text with parts in a given form between marks, as grammars (vLLM's and xgrammar's wire forms).
+"""Structural tags: grammars of free text with parts in a given form between marks (forms of vLLM and xgrammar).
 
-The older form has `structures` (`begin`, `schema`, `end`) that begin wherever one of `triggers` appears; the newer one
-is a tree of formats. Free text is read lazily up to a mark, so that a mark always ends it.
+The older form has `structures` (`begin`, `schema`, `end`) that begin wherever one of `triggers` appears; the newer form
+is a tree of formats. Free text is matched lazily up to a mark, so that a mark always ends it.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ _FIELDS: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
 def structural_tag_grammars(
     spec: StructuredOutputsParams, name: str, literals: Literals, budget: Budget
 ) -> list[Grammar]:
-    """The grammars of `spec.structural_tag`, the first of which is called `name`.
+    """Return the grammars of `spec.structural_tag`; the first one is called `name`.
 
     Raises:
-        InvalidParameterError: the tag is wrong, or has a form that is not supported.
+        InvalidParameterError: the tag is invalid, or has an unsupported form.
     """
     assert spec.structural_tag is not None
     tag = parsed_json("structural_tag", spec.structural_tag)
@@ -71,7 +71,7 @@ def _newer(tag: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Writer:
-    """Writes rules of one grammar, and the grammars that these refer to."""
+    """Writer of one grammar's rules, and of the grammars that they refer to."""
 
     def __init__(self, spec: StructuredOutputsParams, name: str, literals: Literals, budget: Budget) -> None:
         self._spec = spec

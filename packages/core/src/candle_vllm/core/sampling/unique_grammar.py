@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A grammar of llguidance beside arrays that say nothing twice (step 7 of ten); see `unique_items`."""
+"""Grammar of llguidance with arrays of unique elements (step 7 of ten); see `unique_items`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Mark = bytes | int
 
 
 class Compared(NamedTuple):
-    """What must differ in the texts of a form.
+    """Array elements that must differ in the texts of a form.
 
     Attributes:
         sites: of its schema.
