@@ -19,7 +19,7 @@ import pytest
 
 from candle_vllm.core import EngineConfig, InferenceEngine, memory
 from candle_vllm.core.errors import ConfigError, NoMemoryError
-from candle_vllm.core.loading.cache_specs import PagedSpec
+from candle_vllm.core.loading.cache_specs import PagedSpec, SharedKVSpec
 from candle_vllm.core.loading.config import ModelConfig
 from candle_vllm.core.loading.tensors import MappedFile
 from candle_vllm.core.memory import (
@@ -334,8 +334,19 @@ def _gemma(layers: int, heads: int, window: int, max_position: int = 32768) -> M
     return SimpleNamespace(max_position=max_position, num_layers=layers, cache_specs=tuple(specs))  # type: ignore[return-value]
 
 
+def _gemma4() -> ModelConfig:
+    """As E4B: 24 layers with keys of their own, every sixth of which sees all tokens, and 18 that read those."""
+    own = [PagedSpec(2, 256, 256, 512), PagedSpec(2, 512, 512)]
+    specs = [own[(layer + 1) % 6 == 0] for layer in range(24)] + [SharedKVSpec(22), SharedKVSpec(23)] * 9
+    return SimpleNamespace(max_position=32768, num_layers=42, cache_specs=tuple(specs))  # type: ignore[return-value]
+
+
+E4B = _gemma4()
+
+
 @pytest.mark.parametrize(
-    ("model", "all_pages", "windows"), [(_gemma(26, 1, 512), 832, 178), (_gemma(34, 4, 1024), 4352, 1024)]
+    ("model", "all_pages", "windows"),
+    [(_gemma(26, 1, 512), 832, 166), (_gemma(34, 4, 1024), 4352, 959), (E4B, 1792, 582)],
 )
 def test_layers_with_a_window_take_what_it_sees(model: ModelConfig, all_pages: int, windows: int) -> None:
     config = EngineConfig(model="m", max_num_seqs=1)

@@ -251,16 +251,16 @@ def _plan_windows(
 ) -> tuple[WindowRoom, ...]:
     """Compute the pages of each pool within `budget` bytes; no pool if a page for each block takes no more memory.
 
-    Pools get the pages that all sequences can need, and as many again for cached prefixes. But one sequence of full
-    length, of `per_sequence` blocks, has priority if its length was set; otherwise pools get half of the memory.
+    Pools get the pages that all sequences see and write, and those that they see once more for cached prefixes. But
+    one sequence of full length, `per_sequence` blocks, has priority if its length was set; else pools get half.
     `sizes` are bytes of a page of each pool, and of a block of the layers without one.
     """
     (pages, block), size, is_set = sizes, config.block_size, config.max_model_len is not None
     most, least, wanted = per_sequence * sequences, list[int](), list[int]()
     for room in rooms:
         least.append(min(per_sequence, room.blocks(size)))
-        running = sequences * min(per_sequence, room.blocks(size, 1)) + -(-room.rows // size)
-        wanted.append(min(most, max(least[-1], running * (1 + config.enable_prefix_caching))))
+        seen = sequences * min(per_sequence, room.blocks(size, 1)) * (1 + config.enable_prefix_caching)
+        wanted.append(min(most, max(least[-1], seen + -(-room.rows // size))))
     low, high = (sum(page * count for page, count in zip(pages, counts)) for counts in (least, wanted))
     given = max(low if is_set else max(low, budget // 2), budget - per_sequence * block - sum(pages))
     share = 1.0 if given >= high else max(0.0, (given - low) / (high - low))

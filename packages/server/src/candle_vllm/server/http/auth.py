@@ -227,8 +227,6 @@ class OriginMiddleware:
         return self._allowed.fullmatch(origin) is not None or _is_own(scope, origin)
 
 
-
-
 class HostMiddleware:
     """Refuses requests (403) to a name that may be anybody's, for a page whose own name is made to lead here.
 
