@@ -140,7 +140,7 @@ def is_grouped(mixture: Mixture) -> bool:
 
 
 def ungrouped(config: Any) -> dict[str, Any]:
-    """Groups of which all are chosen are none."""
+    """Groups that are all chosen limit nothing."""
     mixture = config.mixture
     return (
         {}
