@@ -20,7 +20,7 @@ from types import CodeType, FunctionType, ModuleType
 import pytest
 
 from candle_vllm.core.kernels.cpu_runtime import kernel_cache, travelling
-from candle_vllm.core.kernels.cpu_runtime.kernel_cache import CORE, kept_name, parse_imports, sources
+from candle_vllm.core.kernels.cpu_runtime.kernel_cache import CORE, code_hash, kept_name, parse_imports, sources
 from candle_vllm.core.kernels.cpu_runtime.level import Isa, host_level
 from candle_vllm.core.kernels.cpu_runtime.operation import named_function
 
@@ -139,6 +139,20 @@ def test_a_change_of_one_kernel_leaves_most_others_alone(copy: Path) -> None:
     # Numbers of the file formats stand in the code of products.
     assert {"packed_linear.cpu", "weight_quant.cpu"} <= expected[f"{PACKAGE}.quantization.ggml_types"]
     assert not expected[f"{PACKAGE}.config"]  # where every new option would make all kernels again
+
+
+def test_prose_changes_no_key() -> None:
+    code = b'"""Doc."""\nX = "# no comment"\ndef f(a):  # why\n    """Doc\n\n    # of f."""\n    # more\n    return a'
+    bare = b'"""Other."""\n"""Of X."""\nX = "# no comment"  # \xc3\xa4\ndef f(a):\n    """x"""\n    return a'
+    assert code_hash(code) == code_hash(bare)
+    for before, after in (
+        (b"# no comment", b"# a text"), (b"return a", b"return -a"), (b'    return', b'    x = """\n"""\n    return'),
+        (b'"""Doc."""', b'"""Doc."""; Y = 1'), (b'    """Doc\n\n    # of f."""\n', b'    if a: """Doc"""\n'),
+    ):  # fmt: skip
+        assert before in code
+        assert code_hash(code.replace(before, after)) != code_hash(code)
+    assert code_hash(b'X = """a\n\nb"""\n') != code_hash(b'X = """a\nb"""\n')
+    assert code_hash(b"X = '\xc3\xa4'  # a\n") == code_hash(b"X = '\xc3\xa4'\n")
 
 
 # ---- and a third: what really runs -----------------------------------------------------------------------------------
@@ -382,6 +396,8 @@ def test_a_changed_kernel_is_compiled_anew_and_no_other(copy: Path, tmp_path: Pa
     path = copy / "kernels" / "position_scale" / "cpu.py"
     text = path.read_bytes()
     path.write_bytes(text + b"\n# changed\n")
+    assert compiled() == []
+    path.write_bytes(text + b"\nCHANGED = 1\n")
     assert compiled() == ["position_scale"]
     path.write_bytes(text)  # and whoever goes back to another branch finds its kernels
     assert compiled() == []

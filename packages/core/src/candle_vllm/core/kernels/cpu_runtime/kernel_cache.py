@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib.util
+import io
 import json
 import logging
 import os
@@ -20,6 +21,7 @@ import stat
 import sys
 import threading
 import time
+import tokenize
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -49,6 +51,7 @@ _MAGIC = b"candle-vllm code 1\n"
 _OBJECT = b"\x7fELF"
 _PACKAGE = "candle_vllm.core"
 _IMPORTS, _ASKED = "imports", "asked"
+_CODE = ""  # the entry of a module's hash among its imports, which have names
 _MOST_IMPORTS = 1024
 _KEPT_VERSIONS = 4
 _DAY = 24 * 3600
@@ -270,7 +273,7 @@ def _key(module: str, level: Level) -> str:
 
 
 def sources(module: str, core: Path = CORE) -> dict[str, str]:
-    """Hashes of all sources that a kernel's machine code depends on, by module.
+    """Hashes of all sources that a kernel's machine code depends on, by module; of their code alone (`code_hash`).
 
     They are the kernel's own module, this module with the compiler that it calls, and every module of
     `candle_vllm.core` that these import, directly or through others. Modules outside `kernels` count, because generated
@@ -319,7 +322,7 @@ def _is_package(path: Path) -> bool:
 
 @cache
 def _source(core: Path, module: str) -> tuple[str, list[str]]:
-    """The hash of a module's source, and the modules of `candle_vllm.core` that the module imports.
+    """The hash of a module's code, and the modules of `candle_vllm.core` that the module imports.
 
     The hash of a file that changed after this process began is of use to this process alone: some modules may have been
     imported before the change and others after it, so what is compiled from them fits no other process.
@@ -328,9 +331,10 @@ def _source(core: Path, module: str) -> tuple[str, list[str]]:
     assert path is not None
     with path.open("rb") as file:
         text, info = file.read(), os.fstat(file.fileno())
-    digest, imported = hashlib.sha256(text).hexdigest(), list[str]()
+    imported, imports = list[str](), dict(_imports(text))
+    [digest] = imports.pop(_CODE)
     package = module if _is_package(path) else module.rpartition(".")[0]
-    for base, names in _imports(text, digest).items():
+    for base, names in imports.items():
         base = importlib.util.resolve_name(base, package)
         found = _source_path(core, base)
         of_package = [f"{base}.{name}" for name in names] if found is not None and _is_package(found) else []
@@ -339,18 +343,18 @@ def _source(core: Path, module: str) -> tuple[str, list[str]]:
     return (f"{digest} {os.getpid()} {_BEGUN}" if changed > _BEGUN else digest), imported
 
 
-def _imports(text: bytes, digest: str) -> _Imports:
-    """What a source imports, as noted about a file with the same hash, else from its syntax tree.
+def _imports(text: bytes) -> _Imports:
+    """What a source imports, and its `code_hash`, as noted about a file with the same hash, else from its syntax tree.
 
     Without the notes a start would parse some 60 files, which takes a quarter of a second (November 2026).
     """
-    mark = _mark(digest)
+    mark = _mark(text)
     if mark in (known := _known_imports(TRAVELLING / _IMPORTS)) or mark in (known := _parsed()):
         return known[mark]
     path = _imports_path()
     if path is not None and mark in (known := _known_imports(path)):
         return known[mark]
-    return _parsed().setdefault(mark, parse_imports(text))
+    return _parsed().setdefault(mark, {_CODE: [code_hash(text)], **parse_imports(text)})
 
 
 def _imports_path() -> Path | None:
@@ -359,14 +363,37 @@ def _imports_path() -> Path | None:
     return None if folder is None else folder.parent / _IMPORTS
 
 
-def _mark(digest: str) -> str:
+def _mark(text: bytes) -> str:
     """What the imports of a file are noted under: its hash, and the hash of this module, which reads them."""
-    return digest[:32] + _own_hash()
+    return hashlib.sha256(text).hexdigest()[:32] + _own_hash()
 
 
 @cache
 def _own_hash() -> str:
     return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
+
+
+def code_hash(text: bytes) -> str:
+    """Hash of a source without comments, docstrings and empty lines, which change no machine code.
+
+    It is the same for every version of Python, so that precompiled kernels fit them all.
+    """
+    rows, inside = text.split(b"\n"), set[int]()
+    for token in tokenize.tokenize(io.BytesIO(text).readline):
+        if token.type == tokenize.COMMENT:
+            row, start = token.start[0] - 1, len(token.line[: token.start[1]].encode())
+            rows[row] = rows[row][:start].rstrip()
+    nodes = [*ast.walk(ast.parse(text))]
+    for node in nodes:
+        if isinstance(node, ast.Constant | ast.JoinedStr):
+            inside.update(range(node.lineno, node.end_lineno or 0))  # a string's empty lines are its own
+    for node in nodes:
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            first, end = node.lineno - 1, node.end_lineno or node.lineno
+            if not rows[first][: node.col_offset].strip() and not rows[end - 1][node.end_col_offset :].strip():
+                rows[first:end] = [b""] * (end - first)
+                inside.difference_update(range(first, end))
+    return hashlib.sha256(b"\n".join(row for at, row in enumerate(rows) if row or at in inside)).hexdigest()
 
 
 def parse_imports(text: bytes) -> _Imports:
@@ -412,7 +439,7 @@ def keep_imports(modules: Iterable[str], folder: Path) -> None:
         for name in sources(module):
             if (path := _source_path(CORE, name)) is not None:
                 text = path.read_bytes()
-                found[_mark(hashlib.sha256(text).hexdigest())] = parse_imports(text)
+                found[_mark(text)] = {_CODE: [code_hash(text)], **parse_imports(text)}
     keep(folder / _IMPORTS, json.dumps(found).encode())
 
 
