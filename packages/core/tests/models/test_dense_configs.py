@@ -157,7 +157,6 @@ def test_a_wrong_config_names_file_and_key(
     ("name", "change", "message"),
     [
         ("phi3", {"architectures": ["Phi3SmallForCausalLM"]}, "architecture 'Phi3SmallForCausalLM' is not implemented"),
-        ("phi3", {"architectures": ["PhiMoEForCausalLM"]}, "architecture 'PhiMoEForCausalLM' is not implemented"),
         ("phi3", {"hidden_act": "gelu"}, "hidden_act is 'gelu'; implemented: silu"),
         ("phi3", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope_type is 'linear'; Phi-3 has"),
         ("longrope", {"rope_parameters": LONGROPE | {"long_mscale": 1.2}}, "long_mscale in the rotary settings"),
