@@ -198,8 +198,10 @@ def shared(folder: Path) -> Any:
 
 def test_a_mark_without_a_picture_is_a_token(shared: InferenceEngine) -> None:
     assert shared.generate("<image>", GREEDY, use_tqdm=False)[0].outputs[0].token_ids
-    with pytest.raises(InvalidParameterError, match="text alone is read"):
-        shared.embed({"prompt": "<image>", "multi_modal_data": {"image": PICTURES[0]}}, use_tqdm=False)
+    shown = {"prompt": "<image>", "multi_modal_data": {"image": PICTURES[0]}}
+    text, image = (shared.embed(prompt, use_tqdm=False)[0].embedding for prompt in ("<image>", shown))
+    assert len(text) == len(image)
+    assert text != image
 
 
 def test_without_pillow_a_model_reads_text_alone_and_says_so(
