@@ -40,7 +40,7 @@ def longrope(**changes: Any) -> RopeConfig:
         ({"original_max_position": 0}, "before stretching is 0"),
         ({"original_max_position": -5}, "before stretching is -5"),
         ({"kind": "llama3", "low_freq_factor": 0.0}, "low_freq_factor is 0"),
-        ({"kind": "llama3", "low_freq_factor": 5.0}, "high_freq_factor is 4.0: below low_freq_factor"),
+        ({"kind": "llama3", "low_freq_factor": 5.0}, "high_freq_factor is 4.0; it must be between 5.0 and 1e6"),
         ({"kind": "yarn", "beta_fast": 0.0}, "beta_fast is 0"),
         ({"kind": "yarn", "beta_slow": -1.0}, "beta_slow is -1"),
         ({"kind": "yarn", "beta_slow": 33.0}, "beta_fast is 32.0; it must be beta_slow, 33, to 1e6"),

@@ -81,7 +81,7 @@ def parse_embedding_request(body: bytes | Mapping[str, Any]) -> EmbeddingRequest
     """A checked request for vectors from the body's bytes or from an object; raises `RequestError`."""
     value = decode_json(body) if isinstance(body, bytes) else body
     chat = isinstance(value, Mapping) and value.get("messages") is not None and value.get("input") is None
-    return parse_body(EmbeddingChatRequest if chat else EmbeddingRequest, value if chat else body)
+    return parse_body(EmbeddingChatRequest if chat else EmbeddingRequest, value if isinstance(value, Mapping) else body)
 
 
 parse_pooling_request = partial(parse_body, PoolingRequest)

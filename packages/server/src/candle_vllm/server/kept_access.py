@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the routes of kept responses and conversations share: whose they are, their queries, and their refusals.
+"""What the routes of kept responses and conversations share: whose they are, their queries, and their events.
 
 Step 1 of a request's life; nothing is generated here.
 """

@@ -145,7 +145,7 @@ def stored_parts(table: Sequence[WeightName], model: ModelConfig | EncoderConfig
 def decoded(stored: StoredTensor) -> Iterator[tuple[int, NDArray[np.float32]]]:
     """Decode a matrix [N, K] to float32 in chunks of rows; yield the index of each chunk's first row, and the rows."""
     block, dtype = stored.block_type, stored.dtype
-    if dtype is None and block is None:  # codes whose meaning is in several tensors
+    if dtype is None and block is None:  # a format such as GPTQ, whose codes and scales are separate tensors
         yield 0, stored.load("F32")
         return
     raw, columns = stored.raw(), stored.shape[-1]

@@ -39,8 +39,10 @@ _FEWER = "take a model with fewer bits"
 DTYPES = {"f32": "F32", "bf16": "BF16", "f16": "F16"}
 """The settings of a type, and their names in `quantization/plain.py`."""
 
-_GEMMAS = {f"gemma{kind}" for kind in ("2", "3", "3_text", "3n", "3n_text", "4", "4_text", "4_unified_text")}
-_BEYOND_F16 = frozenset({*_GEMMAS, "glm4"})
+_BEYOND_F16 = frozenset({
+    "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text", "gemma4", "gemma4_text", "gemma4_unified_text",
+    "glm4",
+})  # fmt: skip
 """Models whose activations leave the range of float16: vLLM refuses it for them, transformers found it of Gemma 3."""
 
 

@@ -350,7 +350,7 @@ class _Units(NamedTuple):
         """Return why the model cannot be divided among `size` ranks; None if it can."""
         heads, kv = config.num_heads, config.num_kv_heads
         if size > 1 and getattr(config, "whole_norms", False):
-            return "it has norms of all heads, or means of all numbers of a feed-forward layer at once"
+            return "a norm or a threshold of it is computed from all heads, or from the whole feed-forward layer"
         if config.latent is None and size > kv and (size % kv or heads % size or heads // size % self.heads):
             return f"{kv} key-value heads and {heads} heads cannot be shared by them alike"
         mixture: Any = getattr(config, "mixture", None)

@@ -54,7 +54,7 @@ def describe(config: ModelConfig, row: Architecture) -> Keys:
 
 
 def _rope(rope: RopeConfig, log_multiplier: float | None) -> Keys:
-    """The scalings of Llama 3 and of longrope are tensors (`rope_tensors`)."""
+    """The scalings of Llama 3 and of longrope are tensors (`computed_tensors`)."""
     keys: Keys = {"rope.freq_base": float(rope.theta), "rope.dimension_count": rope.dim}
     if rope.kind in ("linear", "yarn"):
         keys |= {"rope.scaling.type": rope.kind, "rope.scaling.factor": float(rope.factor)}
@@ -72,9 +72,10 @@ def _rope(rope: RopeConfig, log_multiplier: float | None) -> Keys:
     return keys
 
 
-def rope_tensors(config: ModelConfig) -> dict[str, np.ndarray]:
-    """By what each frequency is divided, [R/2], where GGUF has tensors for it: of Llama 3, longrope and Gemma 4; and
-    weights of norms of heads [D] that are one number (Muse Glimmer)."""
+def computed_tensors(config: ModelConfig) -> dict[str, np.ndarray]:
+    """Tensors that GGUF wants and the checkpoint does not have: divisors of the rotary frequencies [R/2] (Llama 3,
+    longrope, Gemma 4), and weights [D] of the norms of queries and keys that the config has as a number (Muse Glimmer).
+    """
     if factor := getattr(config, "query_norm", 0.0):
         norms = {"q": np.full(config.head_dim, factor, np.float32), "k": np.ones(config.head_dim, np.float32)}
         return {f"blk.{n}.attn_{part}_norm.weight": norms[part] for n in range(config.num_layers) for part in norms}
@@ -120,7 +121,7 @@ def check_description(config: ModelConfig, written: Checkpoint) -> None:
         UnsupportedModelError: they say another one; the message names the settings.
     """
     _, found = family_from_gguf(written.metadata, written)
-    divisors = rope_tensors(config).get(DIVISORS)
+    divisors = computed_tensors(config).get(DIVISORS)
     different = [
         field.name
         for field in dataclasses.fields(config)

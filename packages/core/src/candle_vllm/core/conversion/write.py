@@ -22,7 +22,7 @@ from candle_vllm.core.conversion.adapters import Uses, merge
 from candle_vllm.core.conversion.gguf_architectures import architecture
 from candle_vllm.core.conversion.gguf_encoder import check_encoder, describe_encoder, encoder_tensors
 from candle_vllm.core.conversion.gguf_file import PlannedTensor, Progress, write_file
-from candle_vllm.core.conversion.gguf_metadata import check_description, describe, pooling_keys, rope_tensors
+from candle_vllm.core.conversion.gguf_metadata import check_description, computed_tensors, describe, pooling_keys
 from candle_vllm.core.conversion.gguf_tensors import gguf_tensors
 from candle_vllm.core.conversion.gguf_tokenizer import phi3_name, tokenizer_metadata
 from candle_vllm.core.devices import CPU
@@ -176,7 +176,7 @@ def _plan(
     found = list(gguf_tensors(table, checkpoint, model, other, has_place, row.names(model)))
     if model.tie_embeddings and not other.tie_embeddings:
         found += [("output.weight", "head:weight", stored) for _, target, stored in found if target == "embed:weight"]
-    for name, divisors in rope_tensors(model).items():
+    for name, divisors in computed_tensors(model).items():
         found.append((name, "rotary:factors", constant(name, divisors, files.config)))
     plans = [PlannedTensor(name, stored, _kind(config, name, target, stored)) for name, target, stored in found]
     if config.imatrix is not None:

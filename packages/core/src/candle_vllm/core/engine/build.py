@@ -532,7 +532,7 @@ def _runner_on_cpu(
     `adapters` are fields of `StepLimits`; `beside` is the runner of the target model.
     """
     placement, blocks = loaded.placement, plan.num_blocks
-    windows = plan.windows if beside is None else ()  # a draft model has a page for each block
+    windows = plan.windows if beside is None else ()  # a draft model keeps a page for each block, also behind windows
     model = loaded.head if isinstance(loaded, LoadedHead) else loaded.decoder
     model.prepare(min(plan.max_model_len, loaded.config.max_position))
     turning = loaded.turning(budget) if isinstance(loaded, LoadedModel) else None

@@ -72,7 +72,8 @@ class RopeConfig:
         if self.kind == "llama3":
             self._check("low_freq_factor", self.low_freq_factor, 0, 1e6)
             if not self.low_freq_factor <= self.high_freq_factor <= 1e6:  # Llama 4's are equal
-                raise InvalidFileError(f"the rotary high_freq_factor is {self.high_freq_factor}: below low_freq_factor")
+                low, high = self.low_freq_factor, self.high_freq_factor
+                raise InvalidFileError(f"the rotary high_freq_factor is {high}; it must be between {low} and 1e6")
         if self.kind == "yarn":
             self._check("beta_slow", self.beta_slow, 0, 1e6)
             if not self.beta_slow <= self.beta_fast <= 1e6:  # Kimi-K2's are equal

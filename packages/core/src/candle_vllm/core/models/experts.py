@@ -18,6 +18,8 @@ from candle_vllm.core.loading.views import View, chain, row_part
 from candle_vllm.core.loading.weights import Seen, WeightName
 from candle_vllm.core.models.attention_names import GG, HF
 
+_GATING = {"softmax": 1, "sigmoid": 2}
+
 
 def expert_names(hf: str, *names: str, upright: View | None = None) -> list[WeightName]:
     """The experts' matrices.
@@ -70,18 +72,38 @@ def shared_names(hf: str) -> list[WeightName]:
     ]
 
 
-def sigmoids_from_gguf(fields: Fields, *, shared_size: int = 0) -> Mixture:
-    """Experts that are scored by sigmoids and chosen with a correction, as GGUF metadata describes them."""
-    if (gating := fields.get("expert_gating_func", int, 2)) != 2:
-        raise UnsupportedModelError(f"{fields.path}: expert_gating_func is {gating}; implemented: 2 (sigmoid)")
+def sigmoids_from_hf(fields: Fields, *, shared_size: int = 0) -> Mixture:
+    """Experts that are scored by sigmoids and chosen in groups with a correction, as GLM's config.json says."""
+    return Mixture(
+        experts=expert_count(fields, "n_routed_experts", "num_local_experts"),
+        top_k=fields.count("num_experts_per_tok"),
+        inner_size=fields.count("moe_intermediate_size"),
+        scoring="sigmoid",
+        renormalise=fields.get("norm_topk_prob", bool, True),
+        groups=fields.count("n_group", 1),
+        top_groups=fields.count("topk_group", 1),
+        scale=fields.get("routed_scaling_factor", float, 1.0),
+        correction=True,
+        shared_size=shared_size,
+    )
+
+
+def sigmoids_from_gguf(fields: Fields, *, shared_size: int = 0, correction: bool = True) -> Mixture:
+    """Experts that are scored by sigmoids and chosen in groups, as GGUF metadata describes them."""
+    sigmoid = _GATING["sigmoid"]
+    if (gating := fields.get("expert_gating_func", int, sigmoid)) != sigmoid:
+        key = f"{fields.prefix}expert_gating_func"
+        raise UnsupportedModelError(f"{fields.path}: {key} is {gating}; implemented: {sigmoid} (sigmoid)")
     return Mixture(
         experts=fields.count("expert_count"),
         top_k=fields.count("expert_used_count"),
         inner_size=fields.count("expert_feed_forward_length"),
         scoring="sigmoid",
         renormalise=fields.get("expert_weights_norm", bool, True),
-        scale=fields.get("expert_weights_scale", float, 0.0) or 1.0,
-        correction=True,
+        groups=fields.count("expert_group_count", 1),
+        top_groups=fields.count("expert_group_used_count", 1),
+        scale=fields.get("expert_weights_scale", float, 0.0) or 1.0,  # llama.cpp writes 0 for a model without a scale
+        correction=correction,
         shared_size=shared_size,
     )
 
@@ -102,8 +124,6 @@ def without_next_tokens(fields: Fields, layers: int) -> int:
 
 
 # ---- what is written to GGUF -----------------------------------------------------------------------------------------
-
-_GATING = {"softmax": 1, "sigmoid": 2}
 
 
 def count_keys(mixture: Mixture) -> dict[str, Any]:

@@ -16,8 +16,9 @@ from candle_vllm.core.fields import Fields
 from candle_vllm.core.loading.config import gguf_windows, layer_windows, shared_from_gguf, shared_from_hf
 from candle_vllm.core.loading.rope import RopeConfig
 from candle_vllm.core.loading.tensors import Checkpoint
-from candle_vllm.core.models.gemma4_config import Gemma4Config, by_layer, groups_of, sources_of
+from candle_vllm.core.models.gemma4_config import Gemma4Config, groups_of, sources_of
 from candle_vllm.core.models.gemma_config import ROUNDED, gemma3_keys, layer_rope
+from candle_vllm.core.models.local_layers import by_layer
 from candle_vllm.core.quantization.plain import rounded
 
 MOST_STREAMS = 8

@@ -18,6 +18,7 @@ from candle_vllm.core.loading.rope import RopeConfig, rope_from_hf
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.models.experts import size_keys, sparse_in_gguf
 from candle_vllm.core.models.gemma_config import ROUNDED, gemma3_keys
+from candle_vllm.core.models.local_layers import by_layer
 from candle_vllm.core.quantization.plain import rounded
 
 _PERIOD = 6  # every sixth layer sees all positions, where a config does not list the layers
@@ -247,16 +248,6 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> Gemma4Config:
         "sparse_layers": sparse_in_gguf(checkpoint, layers),
     }
     return Gemma4Config(**shared | own)
-
-
-def by_layer(fields: Fields, key: str, layers: int) -> tuple[int, ...]:
-    """A count of each layer: a list, or one number for all."""
-    stored = fields.values.get(fields.prefix + key)
-    if not isinstance(stored, list):
-        return (fields.count(key),) * layers
-    if len(stored) != layers or not all(type(each) is int and 0 < each <= MAX_COUNT for each in stored):
-        raise InvalidFileError(f"{fields.path}: {fields.prefix}{key} is {stored!r:.80}, not {layers} counts")
-    return tuple(stored)
 
 
 def gguf_keys(config: Gemma4Config) -> dict[str, Any]:

@@ -10,9 +10,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.fields import Fields
-from candle_vllm.core.layers.moe import Mixture
 from candle_vllm.core.loading.config import shared_from_gguf, shared_from_hf
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.weights import WeightName
@@ -21,10 +19,11 @@ from candle_vllm.core.models.attention_names import gguf_has_bias
 from candle_vllm.core.models.experts import (
     GG,
     HF,
-    expert_count,
     expert_names,
     routed_keys,
     shared_names,
+    sigmoids_from_gguf,
+    sigmoids_from_hf,
     sparse_in_gguf,
     without_next_tokens,
 )
@@ -32,8 +31,6 @@ from candle_vllm.core.models.family import Family
 from candle_vllm.core.models.llama import Llama, LlamaConfig
 
 # ---- config ----------------------------------------------------------------------------------------------------------
-
-_SIGMOID = 2  # in GGUF's metadata
 
 
 def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
@@ -45,18 +42,7 @@ def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
     shared = shared_from_hf(Fields(usual | dict(fields.values), fields.path), model_type)
     layers, dense = shared["num_layers"], fields.get("first_k_dense_replace", int, 0 if solar else 1)
     shared_experts = fields.get("n_shared_experts", int, 1)
-    mixture = Mixture(
-        experts=expert_count(fields, "n_routed_experts", "num_local_experts"),
-        top_k=fields.count("num_experts_per_tok"),
-        inner_size=inner,
-        scoring="sigmoid",
-        renormalise=fields.get("norm_topk_prob", bool, True),
-        groups=fields.count("n_group", 1),
-        top_groups=fields.count("topk_group", 1),
-        scale=fields.get("routed_scaling_factor", float, 1.0),
-        correction=True,
-        shared_size=inner * shared_experts,
-    )
+    mixture = sigmoids_from_hf(fields, shared_size=inner * shared_experts)
     return LlamaConfig(
         **shared
         | {
@@ -74,21 +60,10 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
     shared, tensors = shared_from_gguf(fields, checkpoint), checkpoint.tensors
     layers = without_next_tokens(fields, shared["num_layers"])
     shared |= {"num_layers": layers, "sliding_windows": shared["sliding_windows"][:layers]}
-    if (gating := fields.get("expert_gating_func", int, _SIGMOID)) != _SIGMOID:
-        key = f"{fields.prefix}expert_gating_func"
-        raise UnsupportedModelError(f"{fields.path}: {key} is {gating}; implemented: {_SIGMOID} (sigmoid)")
-    inner = fields.count("expert_feed_forward_length")
-    mixture = Mixture(
-        experts=fields.count("expert_count"),
-        top_k=fields.count("expert_used_count"),
-        inner_size=inner,
-        scoring="sigmoid",
-        renormalise=fields.get("expert_weights_norm", bool, True),
-        groups=fields.count("expert_group_count", 1),
-        top_groups=fields.count("expert_group_used_count", 1),
-        scale=fields.get("expert_weights_scale", float, 0.0) or 1.0,  # 0 is llama.cpp's word for none
+    mixture = sigmoids_from_gguf(
+        fields,
+        shared_size=fields.count("expert_feed_forward_length") * fields.get("expert_shared_count", int, 0),
         correction=any(name.endswith("exp_probs_b.bias") for name in tensors),
-        shared_size=inner * fields.get("expert_shared_count", int, 0),
     )
     return LlamaConfig(
         **shared,

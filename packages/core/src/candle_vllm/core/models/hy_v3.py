@@ -22,6 +22,7 @@ from candle_vllm.core.models.experts import (
     expert_count,
     expert_names,
     shared_names,
+    sigmoids_from_gguf,
     sparse_in_gguf,
     without_next_tokens,
 )
@@ -30,8 +31,6 @@ from candle_vllm.core.models.glm4_moe import ignored
 from candle_vllm.core.models.llama import Llama, LlamaConfig
 
 # ---- config ----------------------------------------------------------------------------------------------------------
-
-_SIGMOID = 2  # in GGUF's metadata
 
 
 def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
@@ -62,20 +61,8 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
     shared = shared_from_gguf(fields, checkpoint)
     layers = without_next_tokens(fields, shared["num_layers"])
     shared |= {"num_layers": layers, "sliding_windows": shared["sliding_windows"][:layers]}
-    if (gating := fields.get("expert_gating_func", int, _SIGMOID)) != _SIGMOID:
-        key = f"{fields.prefix}expert_gating_func"
-        raise UnsupportedModelError(f"{fields.path}: {key} is {gating}; implemented: {_SIGMOID} (sigmoid)")
-    inner = fields.count("expert_feed_forward_length")
-    mixture = Mixture(
-        experts=fields.count("expert_count"),
-        top_k=fields.count("expert_used_count"),
-        inner_size=inner,
-        scoring="sigmoid",
-        renormalise=fields.get("expert_weights_norm", bool, True),
-        scale=fields.get("expert_weights_scale", float, 0.0) or 1.0,
-        correction=True,
-        shared_size=fields.count("expert_shared_feed_forward_length", inner),
-    )
+    shared_size = fields.count("expert_shared_feed_forward_length", fields.count("expert_feed_forward_length"))
+    mixture = sigmoids_from_gguf(fields, shared_size=shared_size)
     own: dict[str, Any] = {
         "qkv_bias": gguf_has_bias(checkpoint),
         "output_bias": "blk.0.attn_output.bias" in checkpoint.tensors,

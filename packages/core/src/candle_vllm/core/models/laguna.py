@@ -54,7 +54,7 @@ def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
         "sparse_layers": frozenset(range(dense_layers(fields, layers, 1), layers)),
     }
     own |= ropes_by_kind(fields, shared["head_dim"], windows, (5e5, 0.5), (1e4, 1.0))
-    heads = by_layer(fields, "num_attention_heads_per_layer", layers, shared["num_heads"])
+    heads = by_layer(fields, "num_attention_heads_per_layer", layers, shared["num_heads"], further=True)
     return _laguna(shared | own, heads, mixture)
 
 
@@ -79,7 +79,7 @@ def _laguna(shared: dict[str, Any], heads: tuple[int, ...], mixture: Mixture) ->
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
     """Reads GGUF metadata of laguna, where the numbers of heads are a list."""
     layers, key = fields.count("block_count"), f"{fields.prefix}attention.head_count"
-    heads = by_layer(fields, "attention.head_count", layers)
+    heads = by_layer(fields, "attention.head_count", layers, further=True)
     shared = shared_from_gguf(Fields({**fields.values, key: heads[0]}, fields.path, fields.prefix), checkpoint)
     window = fields.get("attention.sliding_window", int, 0) or None
     windows = gguf_windows(fields, layers, window, period=4) if window else (None,) * layers

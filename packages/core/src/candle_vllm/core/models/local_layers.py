@@ -67,11 +67,12 @@ def ropes_by_kind(
     return own | ({"local_rope": ropes[1]} if any(windows) else {})
 
 
-def by_layer(fields: Fields, key: str, layers: int, *default: int) -> tuple[int, ...]:
-    """A count of each layer: a list, or one number for all."""
+def by_layer(fields: Fields, key: str, layers: int, *default: int, further: bool = False) -> tuple[int, ...]:
+    """Read a count for each layer: a list, or one number for all; `further` allows counts of layers behind them."""
     stored = fields.values.get(fields.prefix + key)
     if not isinstance(stored, list):
         return (fields.count(key, *default),) * layers
-    if len(stored) < layers or not all(type(each) is int and 0 < each <= MAX_COUNT for each in stored[:layers]):
+    fits = len(stored) == layers or (further and len(stored) > layers)
+    if not fits or not all(type(each) is int and 0 < each <= MAX_COUNT for each in stored[:layers]):
         raise InvalidFileError(f"{fields.path}: {fields.prefix}{key} is {stored!r:.80}, not {layers} counts")
     return tuple(stored[:layers])

@@ -20,9 +20,9 @@ from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models import llama
 from candle_vllm.core.models.attention_names import GG, HF, RepeatedValues, gguf_has_bias, local_keys, projections
 from candle_vllm.core.models.experts import (
-    expert_count,
     expert_names,
     sigmoids_from_gguf,
+    sigmoids_from_hf,
     size_keys,
     sparse_in_gguf,
     without_next_tokens,
@@ -49,17 +49,7 @@ def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
     windows = layer_windows(fields, layers, window) or tuple(window if local else None for local in pattern)
     usual = fields.get("moe_layer_freq", list, [n > 0 for n in range(layers)])
     kinds = fields.get("mlp_layer_types", list, usual)
-    mixture = Mixture(
-        experts=expert_count(fields, "n_routed_experts", "num_local_experts"),
-        top_k=fields.count("num_experts_per_tok"),
-        inner_size=fields.count("moe_intermediate_size"),
-        scoring="sigmoid",
-        renormalise=fields.get("norm_topk_prob", bool, True),
-        groups=fields.count("n_group", 1),
-        top_groups=fields.count("topk_group", 1),
-        scale=fields.get("routed_scaling_factor", float, 1.0),
-        correction=True,
-    )
+    mixture = sigmoids_from_hf(fields)
     own = {
         "sliding_windows": windows,
         "qkv_bias": fields.get("attention_bias", bool, False),
@@ -89,7 +79,7 @@ def _mimo(shared: dict[str, Any], heads: tuple[int, int], mixture: Mixture) -> L
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
     """Reads GGUF metadata of mimo2, where the numbers of key-value heads are a list."""
     count, key = fields.count("block_count"), f"{fields.prefix}attention.head_count_kv"
-    heads = by_layer(fields, "attention.head_count_kv", count)
+    heads = by_layer(fields, "attention.head_count_kv", count, further=True)
     shared = shared_from_gguf(Fields({**fields.values, key: min(heads)}, fields.path, fields.prefix), checkpoint)
     layers = without_next_tokens(fields, count)
     windows = gguf_windows(fields, count, fields.count("attention.sliding_window"), period=6)[:layers]

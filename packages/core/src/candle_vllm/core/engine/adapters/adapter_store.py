@@ -326,7 +326,7 @@ class AdapterStore:
         with self._change:
             packed = []
             for entry, scale in entries:
-                if entry.loaded is None:  # evicted meanwhile
+                if entry.loaded is None:  # another thread evicted the adapter
                     return None
                 packed.append((entry.loaded.packed, scale))
             for entry, _ in entries:

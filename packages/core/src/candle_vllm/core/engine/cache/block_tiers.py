@@ -313,7 +313,7 @@ class BlockParts:
     def _tell_in_order(self, number: int, reading: _PartsRead) -> None:
         while not reading.is_over and reading.told in reading.done:
             data, failed = reading.done[reading.told]
-            if data is None:  # later blocks are of no use without it
+            if data is None:  # a prefix ends at its first missing block
                 self.num_failed += failed
                 self._finish(reading)
             else:

@@ -104,7 +104,7 @@ class Pages(msgspec.Struct, tag=True, frozen=True):
 
 
 class Forward(msgspec.Struct, tag=True, frozen=True):
-    """A step: the arrays of a `Batch` as bytes of int64; `tables` is None if they are those of the previous step.
+    """A step: the arrays of a `Batch` as bytes of int64; `tables` is None if the block tables have not changed.
 
     `states` are the arrays of `StateRows`; None if no layer keeps a state.
     """

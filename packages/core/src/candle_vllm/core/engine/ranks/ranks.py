@@ -201,7 +201,7 @@ class Ranks:
                     self.on_blocks(rank, said)
                 elif not isinstance(said, rank_line.Alive):
                     self._board.answer(said, other.side)
-        if other.process is None:  # for a process of this machine, `fate` has its exit status
+        if other.process is None:  # a rank on another machine: no exit status can be read
             other.gone = other.gone or "its connection has ended"
 
     @property

@@ -515,7 +515,7 @@ class Engine:
         failed, first = [], batch.num_decodes
         for run, offset in zip(batch.runs[first:], batch.query_start[first:].tolist()):
             live = self._live.get(run.sequence)
-            if live is None:  # it ended when the previous step was committed
+            if live is None:  # the sequence ended when the previous step was committed
                 continue
             live.scheduled(began)
             try:

@@ -99,6 +99,22 @@ def emit_quick_gelu(e: Emitter, x: Any) -> Any:
     return emit_sigmoid_times(e, x, e.b.fmul(x, e.constant(F32, 1.702)))
 
 
+def emit_softplus(e: Emitter, x: Any) -> Any:
+    """log(1 + exp(x)) of 16 floats: the larger of x and 0, and log(1 + u) with u = exp(-|x|), at most 1.
+
+    With s = u / (2 + u), at most 1/3, that is 2 s (1 + s^2 / 3 + s^4 / 5 + ...).
+    """
+    b = e.b
+    power = emit_exp(e, b.fneg(_absolute(e, x)))
+    s = b.fdiv(power, b.fadd(power, e.constant(F32, 2.0)))
+    square = b.fmul(s, s)
+    series = e.constant(F32, 1 / 15)
+    for odd in (13, 11, 9, 7, 5, 3, 1):
+        series = e.fma(series, square, e.constant(F32, 1 / odd))
+    above = b.select(b.fcmp_ordered(">", x, e.zeros(F32)), x, e.zeros(F32))
+    return e.fma(b.fadd(s, s), series, above)
+
+
 def emit_relu(e: Emitter, x: Any) -> Any:
     """max(x, 0)."""
     return e.b.select(e.b.fcmp_ordered("<", x, e.zeros(F32)), e.zeros(F32), x)

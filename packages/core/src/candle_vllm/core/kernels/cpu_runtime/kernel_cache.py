@@ -354,7 +354,11 @@ def _imports(text: bytes) -> _Imports:
     path = _imports_path()
     if path is not None and mark in (known := _known_imports(path)):
         return known[mark]
-    return _parsed().setdefault(mark, {_CODE: [code_hash(text)], **parse_imports(text)})
+    return _parsed().setdefault(mark, _note(text))
+
+
+def _note(text: bytes) -> _Imports:
+    return {_CODE: [code_hash(text)], **parse_imports(text)}
 
 
 def _imports_path() -> Path | None:
@@ -439,7 +443,7 @@ def keep_imports(modules: Iterable[str], folder: Path) -> None:
         for name in sources(module):
             if (path := _source_path(CORE, name)) is not None:
                 text = path.read_bytes()
-                found[_mark(text)] = {_CODE: [code_hash(text)], **parse_imports(text)}
+                found[_mark(text)] = _note(text)
     keep(folder / _IMPORTS, json.dumps(found).encode())
 
 

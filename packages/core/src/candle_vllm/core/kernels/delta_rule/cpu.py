@@ -30,7 +30,7 @@ from candle_vllm.core.kernels.cpu_runtime.emit_columns import (
     load_columns,
     store_columns,
 )
-from candle_vllm.core.kernels.cpu_runtime.emit_functions import emit_exp
+from candle_vllm.core.kernels.cpu_runtime.emit_functions import emit_exp, emit_softplus
 from candle_vllm.core.kernels.cpu_runtime.level import LANES
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber
 from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, int64_at, read, step_number
@@ -73,23 +73,6 @@ def _scale_row(_: Any, x: Any, count: Any, normed: Any, scale: Any) -> Any:
         return context.get_dummy_value()
 
     return signature, code
-
-
-def emit_softplus(e: Emitter, x: Any) -> Any:
-    """log(1 + exp(x)) of 16 floats: the larger of x and 0, and log(1 + u) with u = exp(-|x|), at most 1.
-
-    With s = u / (2 + u), at most 1/3, that is 2 s (1 + s^2 / 3 + s^4 / 5 + ...).
-    """
-    b = e.b
-    size = e.call("llvm.fabs.v16f32", vector(F32), [x])
-    power = emit_exp(e, b.fneg(size))
-    s = b.fdiv(power, b.fadd(power, e.constant(F32, 2.0)))
-    square = b.fmul(s, s)
-    series = e.constant(F32, 1 / 15)
-    for odd in (13, 11, 9, 7, 5, 3, 1):
-        series = e.fma(series, square, e.constant(F32, 1 / odd))
-    above = b.select(b.fcmp_ordered(">", x, e.zeros(F32)), x, e.zeros(F32))
-    return e.fma(b.fadd(s, s), series, above)
 
 
 @intrinsic

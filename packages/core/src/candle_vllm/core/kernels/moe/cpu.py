@@ -64,7 +64,7 @@ def _best(values: Any, candidates: Any, count: int) -> int:
 
 
 @njit
-def _score(logits: Any, scores: Any, choice: Any, count: int, sigmoid: int, bias: int) -> None:
+def _score(logits: Any, scores: Any, choice: Any, count: int, scoring: int, bias: int) -> None:
     """A token's scores, and the numbers by which experts are chosen; computed in float64, kept in float32."""
     added = float32_at(bias)
     largest = -math.inf
@@ -72,11 +72,11 @@ def _score(logits: Any, scores: Any, choice: Any, count: int, sigmoid: int, bias
         largest = max(largest, _number(float(logits[x])))
     total = 0.0
     for x in range(count):
-        if sigmoid == 0:
+        if scoring == 0:
             total += math.exp(float(logits[x]) - largest)
     for x in range(count):
         value = float(logits[x])
-        scores[x] = math.exp(value - largest) / total if sigmoid == 0 else 1.0 / (1.0 + math.exp(-value))
+        scores[x] = math.exp(value - largest) / total if scoring == 0 else 1.0 / (1.0 + math.exp(-value))
         choice[x] = _number(logits[x]) if bias == 0 else _number(scores[x] + added[x])
 
 

@@ -17,11 +17,11 @@ from candle_vllm.core.kernels.cpu_runtime.emit_functions import (
     emit_relu,
     emit_sigmoid_times,
     emit_silu,
+    emit_softplus,
     emit_tanh,
 )
 from candle_vllm.core.kernels.cpu_runtime.level import LANES
 from candle_vllm.core.kernels.cpu_runtime.primitives import int64_at, read, step_number
-from candle_vllm.core.kernels.delta_rule.cpu import emit_softplus
 from candle_vllm.core.kernels.silu_mul import GatedRowsArguments
 
 _ACTS = (None, emit_silu, emit_gelu_tanh, emit_softplus)  # None is the sigmoid
@@ -85,7 +85,7 @@ def make_gated_rows(KIND: int, SPREAD: int) -> Callable[..., None]:
             at, gate = given.x + 4 * (t * given.stride + first), given.gate + 4 * of_gate * given.gate_stride
             if SPREAD == 1:
                 gate += 4 * part
-            elif KIND < 4:
+            elif KIND != _XIELU:
                 gate += 4 * first
             _gate_columns(at, gate, min(size * count, columns - first), KIND, SPREAD)
             unit += count
