@@ -85,7 +85,7 @@ def test_ranks_give_the_logits_of_one(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["OLMo Hybrid", "Gemma-3n"])
 def test_means_of_what_ranks_divide_are_refused(name: str, tmp_path: Path) -> None:
     write_tiny(tmp_path, ROWS[name].model_type, **ROWS[name].config)
-    with pytest.raises(ConfigError, match=r"norms of all heads, .* at once\. Set tensor_parallel_size to one of 1"):
+    with pytest.raises(ConfigError, match=r"computed from all heads, .*\. Set tensor_parallel_size to one of 1"):
         logits_of(tmp_path, 2, [LENGTH])
 
 
