@@ -125,7 +125,8 @@ class StepTimes:
 
     Times of plain steps are in seconds, by the number of sequences. Times of steps with drafts are in units of a
     plain step with as many sequences. Each time is the lower median of the last few measured, so one slow step
-    changes nothing. A number of drafts that seems too slow and is not tried is assumed to get faster over time.
+    changes nothing, and the first two with a number of drafts change little. A number of drafts that seems too slow and
+    is not tried is assumed to get faster over time.
 
     Args:
         lives: number of sequences of the class.
@@ -143,6 +144,7 @@ class StepTimes:
     BOUNDS = -8.0, 4.0  # of the balance, so that it can follow a change of the text
     UNPLAIN = 64  # steps with drafts after which two plain steps are timed again
     LONGEST = 8.0  # most that one step counts, in plain steps
+    FEW = 1.05  # most that the first two steps with a number of drafts change its time
 
     def __init__(self, lives: int, most: int) -> None:
         self.balance, self.leaving = 1.0, self.LEAVING
@@ -180,7 +182,8 @@ class StepTimes:
         if not drafts:
             self.leaving = max(0.0, usual - 1)
             return
-        change = min(max(usual / self(drafts), 0.7), 1.4) - 1
+        step = 1.4 if len(seen) > 2 else self.FEW
+        change = min(max(usual / self(drafts), 1 / step), step) - 1
         for near in range(1, min(len(self._curve), drafts + 8)):
             time, known = self._curve[near] * (1 + change / (1 + 0.5 * abs(near - drafts))), self._known[near]
             self._curve[near] = min(max(time, 0.25 * known), self.LONGEST * known)
