@@ -127,7 +127,7 @@ def message() -> None:
             times[way].append((built - began, time.perf_counter() - began))
             begins[way].append(built)
             scheduler.launched(step)
-            scheduler.settle(step)
+            scheduler.commit(step)
             for run in step:
                 run.sequence.append(7)
     for end in ended:

@@ -566,10 +566,10 @@ def dripping_archive(target: Target) -> None:
 def door_of_nodes(target: Target) -> None:
     """64 strangers at the door of the nodes, each a byte every second: a rank with the key has to come in all the same.
     It is the library's door, in this process: no server with several nodes is needed for it."""
-    from candle_vllm.core.engine.ranks.nodes import Door, Invitation, _connect
+    from candle_vllm.core.engine.ranks.nodes import Invitation, RankListener, _connect
 
     key = "a key that all of the nodes know"
-    door = Door("127.0.0.1", 0, key, range(1, 2), 2, 2)
+    door = RankListener("127.0.0.1", 0, key, range(1, 2), 2, 2)
     invitation = Invitation(door.host, door.port, key, 1, 2, 2, {}, (20, False))
     strangers = [socket.create_connection((door.host, door.port), 5) for _ in range(64)]
     for stranger in strangers:

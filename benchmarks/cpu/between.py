@@ -67,7 +67,7 @@ def clocks_of(engine: Engine) -> dict[str, Clock]:
     runner: Any = engine.runner
     runner.team.run = clocks["plan"].around(runner.team.run)
     runner.draw = clocks["draw"].around(runner.draw)
-    engine._settle = clocks["settle"].around(engine._settle)
+    engine._commit = clocks["settle"].around(engine._commit)
     return clocks
 
 

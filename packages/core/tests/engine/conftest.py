@@ -22,12 +22,12 @@ def _guesses_succeed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
     failures, guess = list[dict[type[Exception], str]](), Engine._guess
 
     def noted(engine: Engine, *given: Any) -> None:
-        before = len(engine.guess_failures)
+        before = len(engine.draft_failures)
         guess(engine, *given)
-        if len(engine.guess_failures) > before:
-            failures.append(dict(engine.guess_failures))
+        if len(engine.draft_failures) > before:
+            failures.append(dict(engine.draft_failures))
 
-    monkeypatch.setattr(Engine, "_guess", noted)
+    monkeypatch.setattr(Engine, "_propose_drafts", noted)
     yield
     if "failing_guesses" not in request.fixturenames:
         assert failures == []

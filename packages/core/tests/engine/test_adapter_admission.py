@@ -63,7 +63,7 @@ class Pretended:
         items = self.scheduler.schedule()
         ended = []
         self.scheduler.launched(items)
-        self.scheduler.settle(items)
+        self.scheduler.commit(items)
         for item in items:
             sequence = item.sequence
             assert len(sequence.adapters) == len(sequence.entries)

@@ -372,7 +372,7 @@ def test_whatever_is_asked_of_a_store_its_bounds_and_leases_hold(
     store._begin = lambda: None  # type: ignore[method-assign]  # no thread
     leases: list[tuple[Entries, tuple[object, ...]]] = []
 
-    def settle() -> None:
+    def commit() -> None:
         while True:
             with store._change:
                 entry = store._next()
@@ -393,7 +393,7 @@ def test_whatever_is_asked_of_a_store_its_bounds_and_leases_hold(
             assert isinstance(what, list)
             entries = tuple((store.find(use(name)), 1.0) for name in what)
             store.want(entry for entry, _ in entries)
-            settle()
+            commit()
             packed = store.lease(entries)
             assert (packed is None) == any(entry.state != "ready" for entry, _ in entries)
             if packed is not None:
@@ -407,7 +407,7 @@ def test_whatever_is_asked_of_a_store_its_bounds_and_leases_hold(
             store.remove(str(what))
         elif kind == "anew":
             store.want([store.find(use(str(what), inplace=True))])
-        settle()
+        commit()
         known, held, nbytes = store.numbers
         in_use = {entry for entries, _ in leases for entry, _ in entries}
         assert held <= max(most, len(in_use))

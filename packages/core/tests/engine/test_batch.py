@@ -12,7 +12,7 @@ import pytest
 
 from candle_vllm.core import SamplingParams
 from candle_vllm.core.engine.cache.block_manager import BlockManager
-from candle_vllm.core.engine.ranks.rank_line import Forward, Next, ToldBatches, ToRank, as_bytes, decoder, encoded
+from candle_vllm.core.engine.ranks.rank_line import Forward, Next, ReceivedBatches, ToRank, as_bytes, decoder, encoded
 from candle_vllm.core.engine.ranks.ranks import RankedRunner
 from candle_vllm.core.engine.requests import GenerationRequest
 from candle_vllm.core.engine.step import batch as batch_module
@@ -25,7 +25,7 @@ SIZE = 4
 
 def written_out(scheduled: list[Run], before: list[Run]) -> dict[str, list[int]]:
     """The numbers of a step, one token after the other."""
-    found: dict[str, list[int]] = {name: [] for name in ("token_ids", "positions", "slots", "sources", "drawn_rows")}
+    found: dict[str, list[int]] = {name: [] for name in ("token_ids", "positions", "slots", "sources", "sampled_rows")}
     drawn = {item.sequence: place for place, item in enumerate(before)}
     for item in scheduled:
         for at in range(item.start, item.start + item.count):
@@ -35,7 +35,7 @@ def written_out(scheduled: list[Run], before: list[Run]) -> dict[str, list[int]]
             found["positions"].append(at)
             found["slots"].append(item.sequence.block_table[at // SIZE] * SIZE + at % SIZE)
         if item.wanted:
-            found["drawn_rows"].append(len(found["positions"]) - 1)
+            found["sampled_rows"].append(len(found["positions"]) - 1)
     return found
 
 
@@ -59,7 +59,7 @@ class Told:
 
     def __init__(self) -> None:
         self._ranks: Any = RankedRunner(self, None)  # type: ignore[arg-type]
-        self._batches, self._versions = ToldBatches(), (object(), object())
+        self._batches, self._versions = ReceivedBatches(), (object(), object())
         self.next = self.whole = 0
 
     def hears(self, batch: Batch) -> None:
@@ -68,7 +68,7 @@ class Told:
         self.next += isinstance(message, Next)
         self.whole += batch.goes_on and isinstance(message, Forward)
         made = self._batches.batch(message)
-        for name in ("tokens", "query_start", "context_lens", "drawn_rows"):
+        for name in ("tokens", "query_start", "context_lens", "sampled_rows"):
             np.testing.assert_array_equal(getattr(made, name), getattr(batch, name), name)
         used = np.arange(batch.block_tables.shape[1]) * SIZE < batch.context_lens[:, None]
         np.testing.assert_array_equal(made.block_tables * used, batch.block_tables * used)
@@ -115,7 +115,7 @@ def test_any_run_of_steps(overlapping: bool) -> None:
             landing = flight if overlapping else scheduled
             flight = scheduled
             if landing:
-                scheduler.settle(landing)
+                scheduler.commit(landing)
             for item in landing or ():
                 if item.wanted and item.sequence in ends:
                     item.sequence.append(rng.randrange(9))
@@ -145,7 +145,7 @@ def test_any_run_of_steps(overlapping: bool) -> None:
     ],
 )
 def test_a_step_that_cannot_go_on_is_refused(before: tuple[int, ...], told: Next, said: str) -> None:
-    batches = ToldBatches()
+    batches = ReceivedBatches()
     if before:
         count = len(before)
         rows, starts, contexts, tables = (
@@ -166,7 +166,7 @@ def test_tables_that_stay_say_so() -> None:
         scheduled = scheduler.schedule()
         versions.append(builder.build(scheduled).tables_version)
         scheduler.launched(scheduled)
-        scheduler.settle(scheduled)
+        scheduler.commit(scheduled)
         for item in scheduled:
             item.sequence.append(7)
     same = [one is other for one, other in itertools.pairwise(versions)]
@@ -192,11 +192,11 @@ def test_a_few_rows_are_laid_out_as_many_are(monkeypatch: pytest.MonkeyPatch) ->
         for few in (0, 1000):
             monkeypatch.setattr(batch_module, "_FEW", few)
             batch = BatchBuilder(SIZE).build(scheduled)
-            names = ("tokens", "query_start", "context_lens", "drawn_rows", "block_tables")
+            names = ("tokens", "query_start", "context_lens", "sampled_rows", "block_tables")
             made.append({name: getattr(batch, name).tolist() for name in names})
         assert made[0] == made[1], case
         tokens = [token for run in scheduled for token in (*run.sequence.tokens, *run.drafts)[run.start :][: run.count]]
         assert made[0]["tokens"][0] == tokens
         rows = [row for run in scheduled for row in range(run.count - run.wanted, run.count)]
         starts = [start for run, start in zip(scheduled, made[0]["query_start"]) for _ in range(run.wanted)]
-        assert made[0]["drawn_rows"] == [start + row for start, row in zip(starts, rows)]
+        assert made[0]["sampled_rows"] == [start + row for start, row in zip(starts, rows)]

@@ -27,7 +27,7 @@ from candle_vllm.core.engine.cache import block_tiers as kept_blocks
 from candle_vllm.core.engine.cache import redis_blocks
 from candle_vllm.core.engine.cache.block_manager import BlockManager
 from candle_vllm.core.engine.cache.block_stores import BlockError, BlockFolder, BlockStore, Bytes, HostBlocks, Tiers
-from candle_vllm.core.engine.cache.block_tiers import KeptBlocks
+from candle_vllm.core.engine.cache.block_tiers import OffloadedBlocks
 from candle_vllm.core.engine.cache.redis_blocks import RedisBlocks
 from candle_vllm.core.engine.requests import GenerationRequest
 from candle_vllm.core.engine.runners.device_inputs import DeviceLimits
@@ -177,7 +177,7 @@ def on_a_device(loaded: LoadedModel, store: BlockStore, graphs: bool) -> Engine:
     runner = DeviceRunner(loaded.decoder, limits, stream, torch.float32, finite_cache=True, graphs=graphs)
     runner.allocate(16)
     blocks = BlockManager(16, SIZE)
-    kept = KeptBlocks(store, runner, blocks)
+    kept = OffloadedBlocks(store, runner, blocks)
     return Engine(runner, Scheduler(blocks, 4, 64, kept=kept), preparation_for(loaded, 192), kept=kept)
 
 

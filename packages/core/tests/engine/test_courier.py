@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from candle_vllm.core.engine.step.thread import BATCH, Courier
+from candle_vllm.core.engine.step.thread import BATCH, OutputQueue
 
 
 class Noting:
@@ -25,7 +25,7 @@ async def test_each_sink_gets_its_items_in_order_and_first_ones_go_before() -> N
     log: list[tuple[int, Any]] = []
     sinks = [Noting(number, log) for number in range(5 * BATCH)]
     late = Noting(-1, log)
-    courier = Courier(asyncio.get_running_loop())
+    courier = OutputQueue(asyncio.get_running_loop())
     courier.send([(sink, 0) for sink in sinks], ())  # type: ignore[misc]
     courier.send((), [(sink, 1) for sink in sinks])  # type: ignore[misc]
     await asyncio.sleep(0)
@@ -42,7 +42,7 @@ async def test_each_sink_gets_its_items_in_order_and_first_ones_go_before() -> N
 
 async def test_the_loop_turns_between_two_batches() -> None:
     log: list[tuple[int, Any]] = []
-    courier = Courier(asyncio.get_running_loop())
+    courier = OutputQueue(asyncio.get_running_loop())
     sink = Noting(0, log)
     courier.send((), [(sink, number) for number in range(10 * BATCH)])  # type: ignore[misc]
     seen: list[int] = []
@@ -55,4 +55,4 @@ async def test_the_loop_turns_between_two_batches() -> None:
 async def test_a_closed_loop_is_no_failure() -> None:
     loop = asyncio.new_event_loop()
     loop.close()
-    Courier(loop).send((), [(Noting(0, []), 0)])  # type: ignore[misc]
+    OutputQueue(loop).send((), [(Noting(0, []), 0)])  # type: ignore[misc]

@@ -219,7 +219,7 @@ def test_steps_overlap(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> 
     engine.add(engine.prepare(asked([words])[1]))
     assert len(engine.step()) == 1
     assert len(engine.step()) == 2, "nothing is drawn twice and nothing is left out"
-    landing, ahead = engine._land, []
+    landing, ahead = engine._collect, []
 
     def watched() -> Any:
         under_way, given = bool(engine._flights), stream.pending
@@ -228,7 +228,7 @@ def test_steps_overlap(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> 
             ahead.append((given, stream.pending))
         return pieces
 
-    monkeypatch.setattr(engine, "_land", watched)
+    monkeypatch.setattr(engine, "_collect", watched)
     while engine.has_work:
         engine.step()
     behind = [left for _, left in ahead]

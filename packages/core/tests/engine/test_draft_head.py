@@ -94,7 +94,7 @@ def watched(engine: InferenceEngine) -> Seen:
         found = inner(batch, ready)
         for each, row in zip(ready, found):
             numbers = torch.as_tensor(row).float().numpy().copy()
-            seen.append((tuple(each.live.sequence.tokens), tuple(each.guesses), numbers))
+            seen.append((tuple(each.live.sequence.tokens), tuple(each.candidates), numbers))
         return found
 
     model._logits = logits  # type: ignore[method-assign]
@@ -144,14 +144,14 @@ def eagle3_reference(folder: Path, config: dict[str, Any], weights: Weights) -> 
     table = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
     ids = weights["d2t"] + torch.arange(len(weights["d2t"]))
 
-    def last(tokens: tuple[int, ...], guesses: tuple[int, ...]) -> torch.Tensor:
+    def last(tokens: tuple[int, ...], candidates: tuple[int, ...]) -> torch.Tensor:
         states, _ = model_states(folder, list(tokens[:-1]))
         fused = eagle3_fused(config, weights, [states[layer] for layer in config["eagle_aux_hidden_state_layer_ids"]])
         given = list(tokens[1:])
         logits, back = eagle3_rows(config, weights, table, fused, given)
-        for guess in guesses:
-            assert guess in ids
-            fused, given = torch.cat([fused, back[-1:]]), [*given, guess]
+        for continuation in candidates:
+            assert continuation in ids
+            fused, given = torch.cat([fused, back[-1:]]), [*given, continuation]
             logits, back = eagle3_rows(config, weights, table, fused, given)
         return logits[-1]
 
@@ -172,8 +172,8 @@ def test_eagle3_says_what_its_definition_says(folder: Path, tmp_path: Path, vari
         engine.generate([list(b"a text that is longer than the room of a step"), list(b"short")], asked, use_tqdm=False)
     chosen = [seen[0], *random.Random(1).sample(seen, 5), max(seen, key=lambda each: len(each[1]))]
     assert len(chosen[-1][1]) == 3
-    for tokens, guesses, row in chosen:
-        assert apart(row, wanted(tokens, guesses)) < (1e-4 if eager else 2e-2)
+    for tokens, candidates, row in chosen:
+        assert apart(row, wanted(tokens, candidates)) < (1e-4 if eager else 2e-2)
 
 
 def test_other_forms_of_a_head_are_the_same_head(folder: Path, head: Path, tmp_path: Path) -> None:
@@ -201,9 +201,9 @@ def test_other_forms_of_a_head_are_the_same_head(folder: Path, head: Path, tmp_p
         with loaded(folder, {"method": "eagle3", "model": str(path)}, enforce_eager=True) as engine:
             seen = watched(engine)
             engine.generate([list(b"one of two")], SamplingParams(temperature=0.0, max_tokens=6), use_tqdm=False)
-        rows.append([(guesses, row) for _, guesses, row in seen])
+        rows.append([(candidates, row) for _, candidates, row in seen])
     for others in rows[1:]:
-        assert [guesses for guesses, _ in others] == [guesses for guesses, _ in rows[0]]
+        assert [candidates for candidates, _ in others] == [candidates for candidates, _ in rows[0]]
         for (_, row), (_, first) in zip(others, rows[0]):
             np.testing.assert_allclose(row, first, rtol=1e-4, atol=1e-5)
 
@@ -236,7 +236,7 @@ def test_layers_for_further_tokens_say_what_their_definition_says(tmp_path: Path
         engine.generate([list(b"a text that is longer than the room of a step"), list(b"short")], asked, use_tqdm=False)
     chosen = [seen[0], *random.Random(1).sample(seen, 3), max(seen, key=lambda each: len(each[1]))]
     assert len(chosen[-1][1]) == 3
-    errors = [apart(row, layer.last(tokens, guesses)) for tokens, guesses, row in chosen]
+    errors = [apart(row, layer.last(tokens, candidates)) for tokens, candidates, row in chosen]
     assert (
         max(errors) < 1e-4 if eager else np.median(errors) < 3e-2
     )  # between experts that are alike, others are chosen
@@ -258,7 +258,7 @@ def test_a_gguf_file_has_the_same_layer(tmp_path: Path, name: str, architecture:
         with loaded(path, {"method": "mtp"}, enforce_eager=True) as engine:
             seen = watched(engine)
             engine.generate([list(b"one of two")], SamplingParams(temperature=0.0, max_tokens=5), use_tqdm=False)
-            assert max(apart(row, layer.last(tokens, guesses)) for tokens, guesses, row in seen) < 1e-4
+            assert max(apart(row, layer.last(tokens, candidates)) for tokens, candidates, row in seen) < 1e-4
             bytes_of.append(engine.model_info.weight_bytes)
         with loaded(path, None, enforce_eager=True) as engine:
             bytes_of[-1] -= engine.model_info.weight_bytes
@@ -392,7 +392,7 @@ def scripted(
     drafter = Drafter(config, 8, model)
     drafter.times = same_times
     if moods is not None:  # what is not guessed for now and then is not read in such steps
-        model.settle = lambda: _settled(model, hopeless=moods.random() < 0.2)  # type: ignore[method-assign]
+        model.commit = lambda: _settled(model, hopeless=moods.random() < 0.2)  # type: ignore[method-assign]
     return (
         Engine(target, scheduler, DecoderPreparation(words, (258,), words.vocab_size, 80, seed=0), drafter),
         drafter,
@@ -402,7 +402,7 @@ def scripted(
 
 def _settled(model: DraftingHead, *, hopeless: bool) -> None:
     model.hopeless = hopeless
-    DraftingHead.settle(model)
+    DraftingHead.commit(model)
 
 
 @settings(max_examples=40, deadline=None)
@@ -468,7 +468,7 @@ def test_a_random_head_changes_no_answer(
         assert not model._owns
         assert not model._tails
         assert not model._unread
-    assert "nothing is guessed" not in caplog.text
+    assert "no drafts for a step" not in caplog.text
 
 
 def adapted_answers(folder: Path, method: dict[str, Any] | None, *, eager: bool) -> tuple[list[list[int]], int]:
@@ -518,7 +518,7 @@ def test_adapters_change_what_a_head_reads_and_nothing_in_it(
     assert found == plain
     assert tried > 30
     assert found[0] == found[2] != found[1]
-    assert "nothing is guessed" not in caplog.text
+    assert "no drafts for a step" not in caplog.text
 
 
 def write_counting(folder: Path, words: int = 48, **overrides: Any) -> Path:

@@ -76,7 +76,7 @@ def test_a_head_drafts(folder: Path, right: list[Any], tmp_path: Path) -> None:
                 engine.wake_up()
             seen = watched(engine)
             engine.generate(TEXTS, GREEDY, use_tqdm=False)
-            assert max(len(guesses) for _, guesses, _ in seen) == 3
+            assert max(len(candidates) for _, candidates, _ in seen) == 3
             assert max(apart(row, wanted(*given)) for *given, row in random.Random(1).sample(seen, 6)) < 1e-4
 
 

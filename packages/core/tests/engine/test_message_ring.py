@@ -21,7 +21,7 @@ import pytest
 
 from candle_vllm.core.engine.ranks import message_ring
 from candle_vllm.core.engine.ranks.message_ring import PIECE, SLOT_BYTES, SLOTS, MessageRing, RingLine, made_ring
-from candle_vllm.core.engine.ranks.rank_line import Go, Land, Line, Next, Ready, Score, Sleep, ToRank, encoded
+from candle_vllm.core.engine.ranks.rank_line import Collect, Go, Line, Next, Ready, Score, Sleep, ToRank, encoded
 from candle_vllm.core.engine.ranks.ranks import Ranks, _Other
 from tests.waiting import PATIENCE, wait_for
 
@@ -112,7 +112,7 @@ def test_all_read_all_in_order_however_slow_and_long(others: Callable[[int], Oth
     told = others(7)
     sizes = [*SIZES, *[random.Random(1).choice(SIZES[:5]) for _ in range(3 * SLOTS)], LONG, 0, *SIZES]
     messages: list[Any] = [sized(size, number) for number, size in enumerate(sizes)]
-    messages[3:3] = [Land(), Go(), Sleep(2)]
+    messages[3:3] = [Collect(), Go(), Sleep(2)]
 
     def read(line: RingLine) -> bool:
         for message in messages:
@@ -171,8 +171,8 @@ def test_who_waits_when_it_ends_goes_on_at_once(who: str, others: Callable[[int]
     told = others(1)
     with ThreadPoolExecutor(1) as pool:
         if who == "writer":
-            told.tell(*[Land()] * SLOTS)
-            waiting = pool.submit(told.tell, Land())
+            told.tell(*[Collect()] * SLOTS)
+            waiting = pool.submit(told.tell, Collect())
         else:
             waiting = pool.submit(told.far[0].receive, ToRank)
         time.sleep(0.05)
@@ -182,7 +182,7 @@ def test_who_waits_when_it_ends_goes_on_at_once(who: str, others: Callable[[int]
         with pytest.raises(BrokenPipeError if who == "writer" else EOFError):
             waiting.result()
     with pytest.raises(BrokenPipeError):
-        told.tell(Land())
+        told.tell(Collect())
 
 
 def test_what_was_told_before_the_end_is_read(others: Callable[[int], Others]) -> None:
@@ -206,8 +206,8 @@ def test_a_rank_of_a_process_with_many_files_waits(others: Callable[[int], Other
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(line.receive, ToRank)
         time.sleep(2.5 * message_ring.LOOK)
-        told.tell(Land())
-        assert waiting.result(PATIENCE) == Land()
+        told.tell(Collect())
+        assert waiting.result(PATIENCE) == Collect()
         waiting = pool.submit(line.receive, ToRank)
         told.near[0].socket.close()
         with pytest.raises(EOFError):
@@ -264,7 +264,7 @@ def test_each_is_told_in_one_way(others: Callable[[int], Others]) -> None:
 
 def test_what_is_no_message_is_refused(others: Callable[[int], Others]) -> None:
     told = others(1)
-    told.tell(Land())
+    told.tell(Collect())
     with pytest.raises(msgspec.ValidationError, match="Invalid value 'Land'"):
         told.far[0].receive(Go)
     ring = told.ring._ring

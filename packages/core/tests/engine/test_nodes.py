@@ -27,7 +27,7 @@ import pytest
 
 from candle_vllm.core import EngineConfig, InferenceEngine
 from candle_vllm.core.engine.ranks import nodes, rank_line
-from candle_vllm.core.engine.ranks.nodes import Door, Invitation, _connect
+from candle_vllm.core.engine.ranks.nodes import Invitation, RankListener, _connect
 from candle_vllm.core.engine.ranks.rank_line import Go, Line, Ready, Score
 from candle_vllm.core.errors import ConfigError, EngineDeadError, ModelLoadError
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
@@ -346,13 +346,13 @@ def test_what_a_node_was_started_with_is_checked() -> None:
 
 
 @pytest.fixture
-def door() -> Iterator[Door]:
-    found = Door("127.0.0.1", 0, KEY, range(1, 2), 2, 2)
+def door() -> Iterator[RankListener]:
+    found = RankListener("127.0.0.1", 0, KEY, range(1, 2), 2, 2)
     yield found
     found.close()
 
 
-def invitation(door: Door, **other: Any) -> Invitation:
+def invitation(door: RankListener, **other: Any) -> Invitation:
     return msgspec.structs.replace(Invitation(door.host, door.port, KEY, 1, 2, 2, {}, (20, False)), **other)
 
 
@@ -363,7 +363,7 @@ def test_a_rank_joins_a_process_with_many_files() -> None:
     with contextlib.ExitStack() as stack:
         for _ in range(1100):
             stack.callback(os.close, os.open(os.devnull, os.O_RDONLY))
-        door = Door("127.0.0.1", 0, KEY, range(1, 2), 2, 2)
+        door = RankListener("127.0.0.1", 0, KEY, range(1, 2), 2, 2)
         stack.callback(door.close)
         assert door._listener.fileno() >= 1024
         far = [_connect(invitation(door), side=side) for side in (False, True)]
@@ -388,7 +388,7 @@ class Full:
         self.listener.close()
 
 
-def test_a_rank_joins_when_files_may_be_opened_again(door: Door, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_rank_joins_when_files_may_be_opened_again(door: RankListener, caplog: pytest.LogCaptureFixture) -> None:
     full = Full(door._listener)
     door._listener = full  # pyright: ignore[reportAttributeAccessIssue]
     far = [_connect(invitation(door), side=side) for side in (False, True)]
@@ -424,7 +424,7 @@ def test_a_rank_whose_reader_fails_ends(
             each.socket.close()
 
 
-def test_a_rank_joins_by_two_lines(door: Door) -> None:
+def test_a_rank_joins_by_two_lines(door: RankListener) -> None:
     far, far_side = (_connect(invitation(door), side=side) for side in (False, True))
     joined = door.everyone()[1]
     joined.line.send(Go())
@@ -436,7 +436,7 @@ def test_a_rank_joins_by_two_lines(door: Door) -> None:
         end.socket.close()
 
 
-def is_closed(door: Door) -> bool:
+def is_closed(door: RankListener) -> bool:
     try:
         socket.create_connection((door.host, door.port), 5).close()
     except OSError:
@@ -445,7 +445,7 @@ def is_closed(door: Door) -> bool:
 
 
 def test_a_rank_that_was_started_again_takes_the_place_of_the_first(
-    door: Door, monkeypatch: pytest.MonkeyPatch
+    door: RankListener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Lines of two processes are never put together."""
     old = _connect(invitation(door), side=True)
@@ -469,19 +469,19 @@ def test_a_rank_that_was_started_again_takes_the_place_of_the_first(
         ({"nodes": 3}, "same nnodes"),
     ],
 )
-def test_who_may_not_join(door: Door, other: dict[str, Any], match: str) -> None:
+def test_who_may_not_join(door: RankListener, other: dict[str, Any], match: str) -> None:
     with pytest.raises(ConfigError, match=match):
         _connect(invitation(door, **other), side=False)
 
 
-def test_another_version_may_not_join(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_version_may_not_join(door: RankListener, monkeypatch: pytest.MonkeyPatch) -> None:
     found = iter(["0.0.1", nodes.version("candle-vllm-core"), nodes.version("candle-vllm-core")])
     monkeypatch.setattr(nodes, "version", lambda _: next(found))
     with pytest.raises(ConfigError, match=r"it has version 0\.0\.1"):
         _connect(invitation(door), side=False)
 
 
-def test_a_first_node_that_does_not_know_the_key_is_not_believed(door: Door) -> None:
+def test_a_first_node_that_does_not_know_the_key_is_not_believed(door: RankListener) -> None:
     """Somebody who listens in its place, and says yes to everything."""
     with socket.create_server(("127.0.0.1", 0)) as impostor:
 
@@ -497,7 +497,7 @@ def test_a_first_node_that_does_not_know_the_key_is_not_believed(door: Door) -> 
             _connect(invitation(door, port=impostor.getsockname()[1]), side=False)
 
 
-def test_strangers_hurt_nobody(door: Door) -> None:
+def test_strangers_hurt_nobody(door: RankListener) -> None:
     """Silence, noise and a flood of connections; then the rank joins as ever."""
     ends = [socket.create_connection((door.host, door.port)) for _ in range(8)]
     for number, end in enumerate(ends):
@@ -509,7 +509,7 @@ def test_strangers_hurt_nobody(door: Door) -> None:
         end.close()
 
 
-def test_strangers_that_drip_keep_no_rank_out(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_strangers_that_drip_keep_no_rank_out(door: RankListener, monkeypatch: pytest.MonkeyPatch) -> None:
     """They hold all places, and the time of each is far from over."""
     monkeypatch.setattr(nodes, "_SHAKING", 600.0)
     ends, over = list[socket.socket](), threading.Event()
@@ -535,7 +535,7 @@ def test_strangers_that_drip_keep_no_rank_out(door: Door, monkeypatch: pytest.Mo
         end.close()
 
 
-def test_who_makes_room_at_the_door(door: Door) -> None:
+def test_who_makes_room_at_the_door(door: RankListener) -> None:
     """The first of the address with most places, so that many of one address take nothing from another."""
     pairs = [socket.socketpair() for _ in range(5)]
     for (end, _), address in zip(pairs, ("one", "many", "many", "two", "many"), strict=True):
@@ -555,7 +555,9 @@ def test_who_makes_room_at_the_door(door: Door) -> None:
 
 
 @pytest.mark.parametrize("who", ["first", "rank"])
-def test_a_handshake_has_one_deadline_however_it_drips(door: Door, monkeypatch: pytest.MonkeyPatch, who: str) -> None:
+def test_a_handshake_has_one_deadline_however_it_drips(
+    door: RankListener, monkeypatch: pytest.MonkeyPatch, who: str
+) -> None:
     monkeypatch.setattr(nodes, "_SHAKING", 0.3)
     near, far = socket.socketpair()
     over, sent = threading.Event(), [0]

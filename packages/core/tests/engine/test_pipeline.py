@@ -75,13 +75,13 @@ def test_steps_are_in_flight_of_disjoint_sequences(staged: InferenceEngine, monk
     """A sequence that decodes is in one step at most; half of those that run are in each."""
     engine, seen = staged._engine, list[list[set[int]]]()
     assert engine is not None
-    landed = engine._land
+    landed = engine._collect
 
-    def land() -> Any:
+    def collect() -> Any:
         seen.append([{id(run.sequence) for run in flight.step if run.wanted} for flight in engine._flights])
         return landed()
 
-    monkeypatch.setattr(engine, "_land", land)
+    monkeypatch.setattr(engine, "_collect", collect)
     assert all(len(output.outputs[0].token_ids) == 24 for output in staged.generate(["a"] * 8, GREEDY))
     full = [flights for flights in seen if len(flights) == 2]
     assert len(full) > 0.8 * len(seen)

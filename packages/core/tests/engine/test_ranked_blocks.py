@@ -19,7 +19,7 @@ from candle_vllm.core import EngineConfig, InferenceEngine, SamplingParams
 from candle_vllm.core.engine.cache import block_tiers as kept_blocks
 from candle_vllm.core.engine.cache.block_manager import BlockManager
 from candle_vllm.core.engine.cache.block_stores import BlockError, Bytes, HostBlocks
-from candle_vllm.core.engine.cache.block_tiers import BlockParts, KeptBlocks
+from candle_vllm.core.engine.cache.block_tiers import BlockParts, OffloadedBlocks
 from candle_vllm.core.engine.stats import EngineStats
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 from tests.waiting import Clock, wait_for
@@ -50,7 +50,7 @@ class Kept:
         return tuple(self.engine.generate([given], params, use_tqdm=False)[0].outputs[0].token_ids)
 
     @property
-    def store(self) -> KeptBlocks:
+    def store(self) -> OffloadedBlocks:
         assert self.engine._engine is not None
         assert self.engine._engine.kept is not None
         return self.engine._engine.kept
@@ -370,7 +370,7 @@ def test_whatever_ranks_lack_and_however_late_they_are(seed: int) -> None:
     """Sequences that begin, wait, give up and take each other's blocks: what is found is right in every rank."""
     chance, lines, own = random.Random(seed), Lines(1 + seed % 2, seed), Cache()
     blocks = BlockManager(10, 1)
-    kept = KeptBlocks(Shaky(seed + 100), own, blocks, lines)
+    kept = OffloadedBlocks(Shaky(seed + 100), own, blocks, lines)
     chains = [[bytes([chain, n]) * 16 for n in range(6)] for chain in range(8)]
     waiting: dict[object, list[bytes]] = {}
     found = 0

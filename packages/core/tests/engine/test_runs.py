@@ -77,7 +77,7 @@ class ScriptedModel(StepwiseRunner):
         for run in batch.drawing:
             self.several += run.wanted > 1
             rows += [self.logits([*run.sequence.tokens, *run.drafts[:place]]) for place in range(run.wanted)]
-        assert len(rows) == len(batch.drawn_rows)
+        assert len(rows) == len(batch.sampled_rows)
         for run, first in zip(batch.runs, batch.query_start.tolist(), strict=False):
             ids = [*run.sequence.tokens, *run.drafts][run.start : run.start + run.count]
             assert batch.token_ids[first : first + run.count].tolist() == ids

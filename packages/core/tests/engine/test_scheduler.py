@@ -33,7 +33,7 @@ def run_step(engine: Scheduler, next_token: int = 7) -> list[tuple[str, int, int
     items = engine.schedule()
     for item in items:
         engine.launched([item])
-        engine.settle([item])
+        engine.commit([item])
     for item in items:
         if item.wanted:
             item.sequence.append(next_token)
@@ -145,7 +145,7 @@ def test_nobody_overtakes_a_preempted_sequence_whose_token_is_on_its_way() -> No
     for item in engine.schedule():
         engine.launched([item])
     for item in first:
-        engine.settle([item])
+        engine.commit([item])
         item.sequence.append(7)
     engine.add(make([7] * 3, 2))
     # Both need a fifth block and one is free: the second gives its four back, while its token is on its way.
@@ -225,7 +225,7 @@ def test_every_request_ends_and_no_block_is_lost_or_written_while_shared(
             assert not set(written) & set(others), "a block is written while another sequence holds it"
         for item in items:
             engine.launched([item])
-            engine.settle([item])
+            engine.commit([item])
             if item.wanted:
                 item.sequence.append(rng.randrange(2))
                 params = item.sequence.request.params
@@ -272,7 +272,7 @@ def test_any_load_ends_where_steps_overlap(seed: int, seqs: int, size: int, repr
             assert not set(written) & set(others), "a block is written while another sequence holds it"
             engine.launched([item])
         for item in flight:
-            engine.settle([item])
+            engine.commit([item])
             if item.wanted and item.sequence in alive:
                 item.sequence.append(rng.randrange(2))
                 if len(item.sequence.tokens) == item.sequence.max_length or rng.random() < 0.1:
@@ -330,7 +330,7 @@ def same_steps(rng: random.Random, size: int, overlapping: bool) -> tuple[int, i
             engine.launched(step)
         landing, flight = (flight, steps) if overlapping else (steps, [])
         for engine, step in zip(engines, landing):
-            engine.settle(step.filling)
+            engine.commit(step.filling)
         drawn = {run.sequence.order: rng.randrange(2) for run in (landing[0] if landing else ()) if run.wanted}
         leaving = [number for number in alive if rng.random() < 0.01]
         for at, engine in enumerate(engines):

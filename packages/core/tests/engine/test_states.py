@@ -59,7 +59,7 @@ class Pretended:
         for run in runs:
             if run.wanted:
                 run.sequence.num_ahead -= 1
-        scheduler.settle([run for run in runs if not run.drafts])
+        scheduler.commit([run for run in runs if not run.drafts])
         for run in runs:
             if run.wanted:
                 self._draw(run)
@@ -104,7 +104,7 @@ class Pretended:
         for token in more[: sequence.max_length - len(sequence.tokens)]:
             sequence.append(token)
         if run.drafts:
-            self.scheduler.settle_drafts(run)
+            self.scheduler.commit_drafts(run)
         if len(sequence.tokens) == sequence.max_length:
             self.scheduler.remove(sequence)
 

@@ -76,7 +76,7 @@ class Pretended:
         for run in runs:
             if run.wanted:
                 run.sequence.num_ahead -= 1
-        scheduler.settle([run for run in runs if not run.drafts])
+        scheduler.commit([run for run in runs if not run.drafts])
         for run in runs:
             if run.wanted:
                 self._draw(run)
@@ -115,7 +115,7 @@ class Pretended:
         for token in more[: sequence.max_length - len(sequence.tokens)]:
             sequence.append(token)
         if run.drafts:
-            self.scheduler.settle_drafts(run)
+            self.scheduler.commit_drafts(run)
         if len(sequence.tokens) == sequence.max_length:
             self.scheduler.remove(sequence)
 
@@ -290,8 +290,8 @@ def test_what_a_step_under_way_fills_has_its_pages_when_it_is_published() -> Non
         model._run(flights[-1])
         model.scheduler.launched(flights[-1])
         if len(flights) > 1:
-            model.scheduler.settle(flights.pop(0))
-    model.scheduler.settle(flights.pop())
+            model.scheduler.commit(flights.pop(0))
+    model.scheduler.commit(flights.pop())
     assert offered == sequence.block_table.tolist()
 
 

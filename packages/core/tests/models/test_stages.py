@@ -40,7 +40,7 @@ class Steps(StageRunner):
 
     def forward(self, batch: Any, states: Any) -> None:
         super().forward(batch, states)
-        self.land()
+        self.collect()
 
     def score(self, rows: Any) -> torch.Tensor:
         found = super().score(rows)

@@ -18,7 +18,7 @@ from candle_vllm.core.engine.outputs import FinishReason, PositionLogprobs, Requ
 from candle_vllm.core.engine.requests import GenerationRequest
 from candle_vllm.core.engine.stats import EngineStats
 from candle_vllm.core.errors import CandleVllmError, ConfigError, InvalidParameterError, RequestError
-from candle_vllm.core.remote import parcels, wire
+from candle_vllm.core.remote import payloads, wire
 from candle_vllm.core.remote.serving import Outbox
 from candle_vllm.core.remote.wire import (
     Check,
@@ -181,5 +181,5 @@ def test_images_that_are_too_many_for_a_message_are_named(monkeypatch: pytest.Mo
     image = ImageInput(key=bytes(32), tiles=bytes(3 * 400), shape=(1, 20, 20))
     request = GenerationRequest(request_id="1", prompt_token_ids=(1,), params=SamplingParams(), images=(image, image))
     with pytest.raises(InvalidParameterError, match="image: prepared, the 2 images of the request take") as caught:
-        parcels._written(Submit(request))
+        payloads._written(Submit(request))
     assert caught.value.param == "image"

@@ -216,7 +216,7 @@ def main() -> None:
     jit.JITFunction.run = lambda kernel, *args, **options: watch.run(kernel, *args, **options)  # type: ignore[method-assign]
     other_threads_and_errors(watch)
     dispatch.interpreted = lambda: True  # type: ignore[assignment]  # tensors on the CPU go to Triton
-    device_sampler.DrawnRows.tokens = drawn  # type: ignore[method-assign]
+    device_sampler.SampledRows.tokens = drawn  # type: ignore[method-assign]
     folder, device = Path(tempfile.mkdtemp()), torch.device("cpu")
     sizes = {"head_dim": 64, "hidden_size": 256, "intermediate_size": 512}
     others = {"attn_v": "Q8_0", "ffn_down": "F16"}
@@ -227,7 +227,7 @@ def main() -> None:
             serve(load(path, device, change), watch, captured_prompts)
 
 
-def drawn(rows: device_sampler.DrawnRows) -> list[Token]:
+def drawn(rows: device_sampler.SampledRows) -> list[Token]:
     rows._mark.wait()
     return [5] * rows._rows
 

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from candle_vllm.core.engine.outputs import GUESS_COUNTS, FinishReason, PositionLogprobs, TokenOutput
+from candle_vllm.core.engine.outputs import DRAFT_COUNTS, FinishReason, PositionLogprobs, TokenOutput
 from candle_vllm.core.errors import RequestAbortedError, RequestError
 from candle_vllm.openai.errors import GenerationFailedError
 from candle_vllm.openai.events import Begun, CallBegun, CallText, Ended, Event, Head, Reason, Text, Thought, Usage
@@ -172,7 +172,7 @@ class TokenCounts:
         if (times := piece.metrics) is not None:
             self._prompt_ms = _longer(self._prompt_ms, times.first_scheduled_time, times.first_token_time)
             self._completion_ms = _longer(self._completion_ms, times.first_token_time, times.finished_time)
-            for name in GUESS_COUNTS:
+            for name in DRAFT_COUNTS:
                 self._guesses[name] += getattr(times, name)
 
     def usage(self, *, final: bool, reasoning: int | None = None) -> Usage:

@@ -174,7 +174,7 @@ class DescribedHead:
     """A draft head before its weights are read.
 
     Attributes:
-        name, placement, config, `guessed`, meant: see `LoadedHead`.
+        name, placement, config, `vocab_size`, meant: see `LoadedHead`.
         stored: its tensors.
         weights, ignored: its table of weight names, and patterns of names that are not loaded.
         build: builds the head, for a placement and a target model.
@@ -183,7 +183,7 @@ class DescribedHead:
     name: str
     placement: Placement
     config: ModelConfig
-    guessed: int
+    vocab_size: int
     meant: NDArray[np.int64] | None
     stored: Checkpoint
     weights: Sequence[WeightName]
@@ -234,7 +234,7 @@ def load_head(
         placement=found.placement,
         config=found.config,
         head=head,
-        guessed=found.guessed,
+        vocab_size=found.vocab_size,
         meant=found.meant,
         weight_bytes=sum(tensor.nbytes for tensor in stored.tensors.values()),
     )
@@ -301,8 +301,8 @@ def _describe_eagle3(target: Described | LoadedModel, opened: Opened) -> Describ
         name=files.name,
         placement=SHAPES,
         config=config,
-        guessed=config.draft_vocab_size,
-        meant=eagle3.guessed_tokens(config, stored, model.vocab_size),
+        vocab_size=config.draft_vocab_size,
+        meant=eagle3.draft_token_ids(config, stored, model.vocab_size),
         stored=stored,
         weights=eagle3.WEIGHTS,
         ignored=eagle3.IGNORED,
@@ -361,7 +361,7 @@ def _describe_next_tokens(target: Described | LoadedModel, opened: Opened) -> De
         name=opened.files.name,
         placement=SHAPES,
         config=config,
-        guessed=model.vocab_size,
+        vocab_size=model.vocab_size,
         meant=None,
         stored=stored,
         weights=names,

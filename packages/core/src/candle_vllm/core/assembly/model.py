@@ -53,7 +53,7 @@ from candle_vllm.core.sampling.params import MAX_TOKENS, SamplingParams
 from candle_vllm.core.text.chat_template import ChatTemplate
 from candle_vllm.core.text.tokenizer import Tokenizer
 from candle_vllm.core.threads import collector_paused
-from candle_vllm.core.vision.prompts import Sight
+from candle_vllm.core.vision.prompts import VisionInput
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ class Loaded:
     memories: tuple[WeightMemory, ...] = ()
 
     @property
-    def sight(self) -> Sight | None:
+    def vision_input(self) -> VisionInput | None:
         """How images become tokens of a prompt; None for a text-only model."""
         return None
 
@@ -121,7 +121,7 @@ class LoadedHead:
         placement: device and types of its weights.
         config: its config, as if it were a model of one layer.
         head: the layers.
-        guessed: size of its output vocabulary.
+        vocab_size: size of its output vocabulary.
         meant: the model's token id for each token id of that vocabulary; None if the ids are the same.
         weight_bytes: stored bytes.
     """
@@ -130,7 +130,7 @@ class LoadedHead:
     placement: Placement
     config: ModelConfig
     head: DraftHead
-    guessed: int
+    vocab_size: int
     meant: NDArray[np.int64] | None
     weight_bytes: int
 
@@ -157,9 +157,9 @@ class LoadedModel(Loaded):
         return range(self.config.num_layers) if self.shard is None else self.shard.layers
 
     @property
-    def sight(self) -> Sight | None:
+    def vision_input(self) -> VisionInput | None:
         """See `Loaded`."""
-        return None if self.tower is None else self.tower.sight
+        return None if self.tower is None else self.tower.vision_input
 
     def turning(self, tokens: int) -> Rotary | None:
         """Return the rotary embedding for M-RoPE, with table rows for `tokens` image tokens of a step; None without.
@@ -236,7 +236,7 @@ def load_model(
         tower = None
         if shard is None or shard.is_first:
             tower = load_tower(config, opened, model.tokenizer, model.config.hidden_size, placement)
-        if tower is not None and tower.sight.parts.turned and not model.config.rope.axes:
+        if tower is not None and tower.vision_input.parts.turned and not model.config.rope.axes:
             raise InvalidFileError(
                 f"{config_file(files)}: the sections of rotary positions are missing (mrope_section, in GGUF files "
                 "rope.dimension_sections), by which images have their places"

@@ -26,7 +26,7 @@ from candle_vllm.core.models.registry import tower_family, tower_family_from_ggu
 from candle_vllm.core.text.tokenizer import Tokenizer
 from candle_vllm.core.vision.pictures import require_pillow
 from candle_vllm.core.vision.preprocessing import NOTHING, Cut
-from candle_vllm.core.vision.prompts import Sight, Sighted
+from candle_vllm.core.vision.prompts import VisionDescription, VisionInput
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class LoadedTower:
 
     tower: Tower
     placement: Placement
-    sight: Sight
+    vision_input: VisionInput
     weight_bytes: int
 
 
@@ -213,12 +213,12 @@ def _loaded(
     mark, asks = (_token(token, tokenizer, described) for token in (family.mark, family.asks or family.mark))
     seen: dict[str, Any] = {"whole": model.whole, "turned": family.turned, "blank": model.blank}
     seen |= {"written": family.written or family.asks or family.mark}
-    parts = Sighted(family=family.name, rule=model.rule, mark=mark, asks=asks, cell=model.cell_pixels, **seen)
-    sight = sight_of(parts, tokenizer, config.max_images)
-    return LoadedTower(tower=tower, placement=placement, sight=sight, weight_bytes=nbytes)
+    parts = VisionDescription(family=family.name, rule=model.rule, mark=mark, asks=asks, cell=model.cell_pixels, **seen)
+    vision_input = vision_input_of(parts, tokenizer, config.max_images)
+    return LoadedTower(tower=tower, placement=placement, vision_input=vision_input, weight_bytes=nbytes)
 
 
-def sight_of(parts: Sighted, tokenizer: Tokenizer, most: int) -> Sight:
+def vision_input_of(parts: VisionDescription, tokenizer: Tokenizer, most: int) -> VisionInput:
     """Make the image preprocessing of a model from the `parts` of its tower, for at most `most` images of a prompt."""
     family = tower_family_named(parts.family)
 
@@ -226,11 +226,11 @@ def sight_of(parts: Sighted, tokenizer: Tokenizer, most: int) -> Sight:
         said = family.words_around(cut, cut.cells(parts.cell))
         return tokenizer.encode(said, add_special_tokens=False, parse_special=True)
 
-    return Sight(parts, words, _breaks(tokenizer), most=most)
+    return VisionInput(parts, words, _breaks(tokenizer), most=most)
 
 
 def _breaks(tokenizer: Tokenizer) -> dict[int, int]:
-    """See `Sight.breaks`."""
+    """See `VisionInput.breaks`."""
     found: dict[int, int] = {}
     for count in range(1, _MOST_BREAKS + 1):
         ids = tokenizer.encode("\n" * count, add_special_tokens=False)

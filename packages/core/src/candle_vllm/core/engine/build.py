@@ -141,7 +141,9 @@ def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder, rank
         store = adapter_store(config, loaded, runner, most, plan)
         admission = AdapterAdmission(store, most, patience=sequences)
     images = None if loaded.tower is None else _image_store(loaded.tower, runner)
-    others = RankedParts(ranks, runner.tell_pages) if isinstance(runner, RankedRunner) and ranks is not None else None
+    others = (
+        RankedParts(ranks, runner.broadcast_pages) if isinstance(runner, RankedRunner) and ranks is not None else None
+    )
     pool = _state_pool(config, plan)
     kept = keep_blocks(config, loaded, own, blocks, draft is not None, others, pool)
     scheduler = Scheduler(
@@ -219,7 +221,7 @@ def _build_runner(
 
 def _require_room_for_images(loaded: LoadedModel, others: int, budget: int) -> None:
     """Raise ConfigError if a step cannot hold the rows of an undivided image tile in addition to `others` rows."""
-    if loaded.tower is None or not loaded.tower.sight.parts.whole:
+    if loaded.tower is None or not loaded.tower.vision_input.parts.whole:
         return
     config = loaded.tower.tower.config
     needed = others + config.patches // config.cell**2
@@ -252,7 +254,7 @@ def _draft_rows(drafts: SpeculativeConfig, sequences: int, budget: int) -> int:
     """Return the most draft tokens of a step, in which every sequence also has a row of its own."""
     if budget == sequences:
         raise ConfigError(
-            f"speculative_config: max_num_batched_tokens {budget} has no rows for guesses beside max_num_seqs "
+            f"speculative_config: max_num_batched_tokens {budget} has no rows for draft tokens beside max_num_seqs "
             f"{sequences}: set max_num_batched_tokens={sequences + drafts.num_speculative_tokens}",
             "speculative_config",
         )
@@ -279,7 +281,7 @@ def _draft_model(
         return DraftModel(runner, drafts, scheduler, words, longest, rows, cost)
     assert isinstance(target, (StepwiseRunner, RankedRunner))
     head: Any = runner
-    return DraftingHead(head, target, draft.meant, drafts, scheduler, words, longest, rows, cost, draft.guessed)
+    return DraftingHead(head, target, draft.meant, drafts, scheduler, words, longest, rows, cost, draft.vocab_size)
 
 
 def step_size(config: EngineConfig, device: Device, longest: int = 0) -> tuple[int, int]:
@@ -332,7 +334,7 @@ def preparation_for(
         head=loaded.head,
         seed=seed,
         adapters=adapters,
-        images=None if loaded.tower is None else loaded.tower.sight,
+        images=None if loaded.tower is None else loaded.tower.vision_input,
         open_objects=open_objects,
     )
 
@@ -564,7 +566,7 @@ def _runner_on_cpu(
         table_width=-(-plan.max_model_len // config.block_size),
         block_size=config.block_size,
         **_threads(config, loaded.placement),
-        ahead=isinstance(loaded, LoadedModel) and loaded.sight is not None and loaded.sight.parts.whole,
+        ahead=isinstance(loaded, LoadedModel) and loaded.vision_input is not None and loaded.vision_input.parts.whole,
         **adapters,
     )
     team = beside.team if isinstance(beside, RecordedRunner) else None
@@ -639,9 +641,9 @@ def model_info(loaded: LoadedModel | LoadedEncoder, engine: Engine) -> ModelInfo
         default_sampling=sampling if generates else {},
         model_sampling=loaded.default_sampling if generates else {},
         tasks=("generate", *vectors) if generates else vectors,
-        modalities=("text",) if loaded.sight is None else ("text", "image"),
-        max_images=0 if loaded.sight is None else loaded.sight.most,
-        image_text="" if loaded.sight is None else loaded.sight.parts.written,
+        modalities=("text",) if loaded.vision_input is None else ("text", "image"),
+        max_images=0 if loaded.vision_input is None else loaded.vision_input.most,
+        image_text="" if loaded.vision_input is None else loaded.vision_input.parts.written,
         labels=labels,
         embedding_size=0 if loaded.pooling is None or labels else loaded.pooling.length(loaded.pooling.pooling),
         pooling="" if loaded.pooling is None else loaded.pooling.pooling,

@@ -231,7 +231,7 @@ class OutputCollector:
         )
 
 
-GUESS_COUNTS = ("draft_tokens", "accepted_draft_tokens", "predicted_tokens", "accepted_predicted_tokens")
+DRAFT_COUNTS = ("draft_tokens", "accepted_draft_tokens", "predicted_tokens", "accepted_predicted_tokens")
 """What `RequestMetrics` counts, and the sequences of a request add up to."""
 
 
@@ -240,7 +240,7 @@ def _of_all(known: Sequence[RequestMetrics]) -> RequestMetrics | None:
     if len(known) < 2:
         return known[0] if known else None
     last = max(known, key=lambda metrics: metrics.finished_time or 0.0)
-    return msgspec.structs.replace(last, **{name: sum(getattr(each, name) for each in known) for name in GUESS_COUNTS})
+    return msgspec.structs.replace(last, **{name: sum(getattr(each, name) for each in known) for name in DRAFT_COUNTS})
 
 
 def _completion(index: int, pieces: Sequence[TokenOutput]) -> CompletionOutput:

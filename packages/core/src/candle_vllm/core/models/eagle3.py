@@ -267,10 +267,10 @@ WEIGHTS = [
     WeightName("own_head:weight", "lm_head.weight", "output.weight"),
 ]
 IGNORED = (r"(model\.)?(d2t|t2d)", r".*rotary_emb\.inv_freq", r"mask_hidden", r"verifier_.*")
-"""What carries nothing here: the words, which are read by `guessed_tokens`, and what only training or others need."""
+"""What carries nothing here: the words, which are read by `draft_token_ids`, and what only training or others need."""
 
 
-def guessed_tokens(config: Eagle3Config, checkpoint: Checkpoint, tokens: int) -> NDArray[np.int64] | None:
+def draft_token_ids(config: Eagle3Config, checkpoint: Checkpoint, tokens: int) -> NDArray[np.int64] | None:
     """The model's token of each of the head's, int64 [draft vocabulary]; None where they are the same.
 
     Args:

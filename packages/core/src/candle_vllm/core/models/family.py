@@ -121,7 +121,7 @@ class TowerConfig:
         learned: of the side of a table of positions that the host looks up; 0 without such a table.
         deep: layers whose results become embeddings too, which are added behind the first layers of the text model.
         whole: the embeddings of a tile see each other in the text model, those behind them too.
-        blank: see `Sighted.blank`.
+        blank: see `VisionDescription.blank`.
     """
 
     hidden_size: int

@@ -49,7 +49,7 @@ def main() -> int:
     start_child_logging("engine process", start.log)
     told = Told()
     watch = threading.Thread(
-        target=watch_parent, args=(parent, start.folder, told.tell), name="candle-vllm-parent", daemon=True
+        target=watch_parent, args=(parent, start.folder, told.note), name="candle-vllm-parent", daemon=True
     )
     watch.start()
     with (
@@ -92,7 +92,7 @@ def serve(config: dict[str, Any], control: zmq.Socket[bytes], steps: zmq.Socket[
 
 def describe(engine: ChildEngine) -> wire.Ready:
     """Return the message that describes a loaded engine to the parent."""
-    tokenizer, template, pooling, sight = engine.parts
+    tokenizer, template, pooling, vision_input = engine.parts
     return wire.Ready(
         info=engine.model_info,
         tokenizer=wire.TokenizerParts(
@@ -108,7 +108,7 @@ def describe(engine: ChildEngine) -> wire.Ready:
         pooling=pooling,
         max_step_tokens=engine.max_step_tokens,
         stats=engine.stats(),
-        sight=None if sight is None else sight.parts,
+        vision_input=None if vision_input is None else vision_input.parts,
     )
 
 
@@ -135,19 +135,19 @@ class Told:
         self.ended = threading.Event()
         self.bell = Bell()
 
-    def tell(self) -> None:
+    def note(self) -> None:
         """Note the request."""
         self.ended.set()
         self.bell.ring()
 
 
-def watch_parent(parent: int, folder: str, tell: Callable[[], None]) -> None:
+def watch_parent(parent: int, folder: str, note: Callable[[], None]) -> None:
     """Wait for the parent's request to end; if the parent has gone, remove the folder and exit at once."""
     while True:
         # Windows cannot poll a pipe; there only the parent has the other end, which is closed when the parent has gone.
         if sys.platform == "win32" or select.select([sys.stdin.fileno()], [], [], _LOOK_UP)[0]:
             if os.read(sys.stdin.fileno(), 1) == END:
-                tell()
+                note()
                 return
             break
         if os.getppid() != parent:

@@ -18,14 +18,14 @@ from candle_vllm.core.engine.model_info import AdapterInfo
 from candle_vllm.core.engine_front import EngineFront
 from candle_vllm.core.errors import ConfigError, EngineDeadError
 from candle_vllm.core.remote.link import RemoteLink, RemoteThread
-from candle_vllm.core.remote.parcels import RequestWriter
+from candle_vllm.core.remote.payloads import RequestWriter
 from candle_vllm.core.remote.process import EngineProcess
 from candle_vllm.core.remote.wire import Ready, TokenizerParts
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.text.chat_template import ChatTemplate
 from candle_vllm.core.text.tokenizer import Tokenizer
 from candle_vllm.core.vision.fetching import ImageSources
-from candle_vllm.core.vision.prompts import Sight
+from candle_vllm.core.vision.prompts import VisionInput
 
 
 class RemoteEngine(EngineFront):
@@ -154,11 +154,11 @@ class _Texts:
     def __init__(self, ready: Ready, most_images: int) -> None:
         self.tokenizer = _tokenizer(ready.tokenizer)
         self.template = None if ready.template is None else ChatTemplate(ready.template, self.tokenizer.special_tokens)
-        self.sight: Sight | None = None
-        if ready.sight is not None:
-            from candle_vllm.core.assembly.tower import sight_of
+        self.vision_input: VisionInput | None = None
+        if ready.vision_input is not None:
+            from candle_vllm.core.assembly.tower import vision_input_of
 
-            self.sight = sight_of(ready.sight, self.tokenizer, most_images)
+            self.vision_input = vision_input_of(ready.vision_input, self.tokenizer, most_images)
 
 
 def _tokenizer(parts: TokenizerParts) -> Tokenizer:

@@ -37,7 +37,7 @@ from candle_vllm.core.errors import (
     InvalidParameterError,
 )
 from candle_vllm.core.remote.engine import RemoteEngine
-from candle_vllm.core.remote.parcels import Parcel, RequestWriter
+from candle_vllm.core.remote.payloads import Payload, RequestWriter
 from candle_vllm.core.remote.process import EngineProcess
 from candle_vllm.core.remote.routing import Room, Router
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
@@ -108,7 +108,7 @@ class Replica(RemoteEngine):
         """Most tokens of one step."""
         return self._link.max_step_tokens
 
-    def submit(self, prepared: Sequence[Parcel], sink: Sink) -> None:
+    def submit(self, prepared: Sequence[Payload], sink: Sink) -> None:
         """See `EngineThread.submit`."""
         self._running_thread().submit(prepared, sink)
 
@@ -236,13 +236,13 @@ class Fleet:
 
     # ---- requests ----------------------------------------------------------------------------------------------------
 
-    def prepare(self, request: GenerationRequest) -> Sequence[Parcel]:
+    def prepare(self, request: GenerationRequest) -> Sequence[Payload]:
         """See `RequestWriter.prepare`; adapters get their paths, so that any replica can load them."""
         if request.adapters:
             request = replace(request, adapters=tuple(self._located(use) for use in request.adapters))
         return self._writer.prepare(request)
 
-    def submit(self, prepared: Sequence[Parcel], sink: Sink) -> None:
+    def submit(self, prepared: Sequence[Payload], sink: Sink) -> None:
         """See `EngineThread.submit`; the router chooses the replica."""
         request = prepared[0].request
         name, count = request.request_id, len(prepared)
@@ -325,9 +325,9 @@ class Fleet:
         for use in request.adapters:  # from the first block on, even if an adapter is active only later
             if use.scale:
                 marks[0] = marks.get(0, b"") + use.name.encode() + b"\0" + pack("<d", use.scale)
-        if request.images and self.texts.sight is not None:
+        if request.images and self.texts.vision_input is not None:
             for image, places in zip(
-                request.images, self.texts.sight.places(request.prompt_token_ids, request.images), strict=True
+                request.images, self.texts.vision_input.places(request.prompt_token_ids, request.images), strict=True
             ):
                 for block, mark in PlacedImage(image, places.tolist()).marks(size):
                     marks[block] = marks.get(block, b"") + mark

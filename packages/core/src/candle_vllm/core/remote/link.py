@@ -27,7 +27,7 @@ from candle_vllm.core.engine.step.thread import EngineThread, Prepared, Sink
 from candle_vllm.core.errors import CandleVllmError, EngineDeadError, EngineOverloadedError
 from candle_vllm.core.remote import wire
 from candle_vllm.core.remote.line import Bell
-from candle_vllm.core.remote.parcels import Parcel, RequestWriter, write_check
+from candle_vllm.core.remote.payloads import Payload, RequestWriter, write_check
 from candle_vllm.core.remote.process import EngineProcess
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 
@@ -92,12 +92,12 @@ class RemoteLink:
 
     # ---- sending -----------------------------------------------------------------------------------------------------
 
-    def add(self, prepared: Sequence[Parcel]) -> None:
+    def add(self, prepared: Sequence[Payload]) -> None:
         """Send a request."""
-        parcel = prepared[0]
-        live = _Live(parcel.request, parcel.ticket, set(range(parcel.request.params.n)))
-        self._by_ticket[parcel.ticket] = self._by_id[parcel.request.request_id] = live
-        self._process.send(parcel.data)
+        payload = prepared[0]
+        live = _Live(payload.request, payload.ticket, set(range(payload.request.params.n)))
+        self._by_ticket[payload.ticket] = self._by_id[payload.request.request_id] = live
+        self._process.send(payload.data)
 
     def abort(self, request_id: str) -> list[TokenOutput]:
         """Send an abort to the child; make the last outputs here, and ignore the child's."""

@@ -32,7 +32,7 @@ from candle_vllm.core.remote.line import Bell
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.text.chat_template import ChatTemplate
 from candle_vllm.core.text.tokenizer import Tokenizer
-from candle_vllm.core.vision.prompts import Sight
+from candle_vllm.core.vision.prompts import VisionInput
 
 STATS_EVERY: Final = 0.1  # seconds
 
@@ -125,10 +125,10 @@ class ChildEngine(InferenceEngine):
         self.thread = self._running_thread()
 
     @property
-    def parts(self) -> tuple[Tokenizer, ChatTemplate | None, ModelPooling | None, Sight | None]:
+    def parts(self) -> tuple[Tokenizer, ChatTemplate | None, ModelPooling | None, VisionInput | None]:
         """The model's tokenizer, chat template, pooling and image processing."""
         loaded = self._require()[1]
-        return loaded.tokenizer, loaded.template, loaded.pooling, loaded.sight
+        return loaded.tokenizer, loaded.template, loaded.pooling, loaded.vision_input
 
     @property
     def max_step_tokens(self) -> int:

@@ -23,7 +23,7 @@ from candle_vllm.core.errors import CandleVllmError, ConfigError, RequestError
 from candle_vllm.core.pooling import ModelPooling
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.text.tokenizer import ChatTemplateSource
-from candle_vllm.core.vision.prompts import Sighted
+from candle_vllm.core.vision.prompts import VisionDescription
 
 MAX_FRAME: Final = 1 << 28  # bytes of a message; log-probabilities of a whole prompt are the largest
 MAX_QUEUED: Final = 10_000  # messages in a socket before its sender waits
@@ -121,7 +121,7 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     pooling: ModelPooling | None
     max_step_tokens: int
     stats: EngineStats
-    sight: Sighted | None = None
+    vision_input: VisionDescription | None = None
 
 
 class Loading(msgspec.Struct, frozen=True, kw_only=True, tag="loading"):

@@ -23,7 +23,7 @@ from candle_vllm.core.kernels.device_stream import DeviceStream, Mark, Sent, Wor
 from candle_vllm.core.kernels.sampling.contract import DeviceEdits
 from candle_vllm.core.sampling.device_edits import HostEdits, Narrowing, OccurrenceTable, has_edits, on_host
 from candle_vllm.core.sampling.rare_edits import process_row
-from candle_vllm.core.sampling.sampler import LogprobRow, SampledToken, Token, drawn_tokens
+from candle_vllm.core.sampling.sampler import LogprobRow, SampledToken, Token, sampled_tokens
 from candle_vllm.core.sampling.state import SamplingState
 
 _PIECES = 2  # most steps whose results are being copied to the host
@@ -59,7 +59,9 @@ class DeviceSampler:
         self._turn = 0
         self._occurrences = OccurrenceTable(stream, vocabulary)
 
-    def launch(self, states: Sequence[SamplingState], asks: tuple[bool, bool], padded: int | None = None) -> DrawnRows:
+    def launch(
+        self, states: Sequence[SamplingState], asks: tuple[bool, bool], padded: int | None = None
+    ) -> SampledRows:
         """Launch sampling of the first len(states) rows; earlier work of the stream writes their logits and controls.
 
         Args:
@@ -176,11 +178,11 @@ class DeviceSampler:
 
     def _landed(
         self, states: Sequence[SamplingState], logprobs: StandingRows | None, surprises: Surprises | None
-    ) -> DrawnRows:
+    ) -> SampledRows:
         self._turn = (self._turn + 1) % _PIECES
         landing, result = self._landings[self._turn], self._result
         self._stream.run(lambda: copy(landing, result))
-        return DrawnRows(self._stream.mark(), self._landed_there[self._turn], states, logprobs, surprises)
+        return SampledRows(self._stream.mark(), self._landed_there[self._turn], states, logprobs, surprises)
 
 
 class StandingRows:
@@ -250,7 +252,7 @@ class Surprises:
             state.note_surprise(bits, position)
 
 
-class DrawnRows:
+class SampledRows:
     """Sampled tokens that are being copied to the host; see `engine/model_runner.Launched`."""
 
     def __init__(
@@ -262,7 +264,7 @@ class DrawnRows:
         surprises: Surprises | None,
     ) -> None:
         self._mark = mark
-        self._landing = landing
+        self._collecting = landing
         self._rows = len(states)
         self._processed = [(row, state) for row, state in enumerate(states) if state.params.logits_processors]
         self._logprobs = logprobs
@@ -271,8 +273,8 @@ class DrawnRows:
     def tokens(self) -> list[Token]:
         """Wait for the step and return one token per row."""
         self._mark.wait()
-        ids, largest = (part[: self._rows].tolist() for part in self._landing)
-        drawn = drawn_tokens(ids, largest)
+        ids, largest = (part[: self._rows].tolist() for part in self._collecting)
+        drawn = sampled_tokens(ids, largest)
         for row, state in self._processed:
             if state.failure is not None:
                 drawn[row] = SampledToken(-1, error=state.failure, by_request=True)

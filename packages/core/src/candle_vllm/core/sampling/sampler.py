@@ -138,7 +138,7 @@ Draw = Callable[[Any, NDArray[np.float64]], tuple[NDArray[np.int64], NDArray[np.
 Token: TypeAlias = int | SampledToken
 """A sampled token: a plain id if it has neither log-probabilities nor an error."""
 
-Drawn: TypeAlias = Token | tuple[Token, ...]
+SampledTokens: TypeAlias = Token | tuple[Token, ...]
 """Result of one run of a sequence: one token, or, in a step with drafts, the accepted tokens and the next one. Only the
 last token can have an error."""
 
@@ -168,7 +168,7 @@ class Sampler:
         if device.type == "cpu":
             kernels.prepare()
 
-    def only_draws(self, states: Sequence[SamplingState], *, goes_on: bool) -> bool:
+    def only_samples(self, states: Sequence[SamplingState], *, goes_on: bool) -> bool:
         """Whether the rows need neither edits nor log-probabilities; if so, write their parameters to `controls`.
 
         Args:
@@ -177,12 +177,12 @@ class Sampler:
         """
         if not goes_on:
             self._rows_of(states)
-        elif self._rows.only_draws:
+        elif self._rows.only_samples:
             self._rows.go_on()
-        return self._rows.only_draws
+        return self._rows.only_samples
 
-    def only_draws_runs(self, states: Sequence[SamplingState], drafts: Sequence[Sequence[int]]) -> bool:
-        """As `only_draws`, for the rows of `sample_runs`; their parameters are written to `run_controls`."""
+    def only_samples_runs(self, states: Sequence[SamplingState], drafts: Sequence[Sequence[int]]) -> bool:
+        """As `only_samples`, for the rows of `sample_runs`; their parameters are written to `run_controls`."""
         if self._run_controls is None or not _at_once(states) or any(state.only_masks for state in states):
             return False
         controls = run_controls(states, drafts)
@@ -217,9 +217,9 @@ class Sampler:
             if rows.may_edit:
                 apply_processors(logits, states)
             ids, largest = self._draw(logits, rows.controls)
-            tokens = drawn_tokens(ids.tolist(), largest.tolist())
+            tokens = sampled_tokens(ids.tolist(), largest.tolist())
             if rows.settling:
-                settle_drawn(tokens, logits, rows.settling, states)
+                commit_sampled(tokens, logits, rows.settling, states)
             if raw is not None:
                 _add_logprobs(tokens, raw, rows.asking, states)
             return tokens
@@ -237,7 +237,7 @@ class Sampler:
             drafts: draft tokens of each sequence: the inputs of its rows after the first.
         """
         if _at_once(states):
-            return self._draw_runs(logits, states, drafts)
+            return self._sample_runs(logits, states, drafts)
         if any(state.grammar is not None and own for state, own in zip(states, drafts, strict=True)):
             return self._sample_apart(logits, states, drafts)
         return self._sample_in_turn(logits, states, drafts)
@@ -279,12 +279,12 @@ class Sampler:
             group = [run for run, each in enumerate(apart) if each is at_once]
             rows = [row for run in group for row in range(first[run], first[run + 1])]
             mine = [states[run] for run in group], [drafts[run] for run in group]
-            sample = self._draw_runs if at_once else self._sample_in_turn
+            sample = self._sample_runs if at_once else self._sample_in_turn
             for run, tokens in zip(group, sample(logits[rows], *mine) if group else (), strict=True):
                 drawn[run] = tokens
         return drawn
 
-    def _draw_runs(
+    def _sample_runs(
         self, logits: Value, states: Sequence[SamplingState], drafts: Sequence[Sequence[int]]
     ) -> list[tuple[Token, ...]]:
         """As `sample_runs`, for sequences whose logits only a grammar edits: all rows at once."""
@@ -292,7 +292,7 @@ class Sampler:
             logits = _in_one_piece(logits)
             counted = _mask_runs(logits, states, drafts)
             ids, largest = self._draw(logits, np.array(run_controls(states, drafts)))
-            return right_runs(drawn_tokens(ids.tolist(), largest.tolist()), drafts, counted)
+            return right_runs(sampled_tokens(ids.tolist(), largest.tolist()), drafts, counted)
 
     @staticmethod
     def look_ahead(states: Sequence[SamplingState], drafts: Sequence[Sequence[int]]) -> None:
@@ -389,7 +389,7 @@ class _Rows:
         vocab_size: V of all rows.
         asking: rows with log-probabilities.
         may_edit: a row may have masks, bias or penalties.
-        settling: rows that need `settle_drawn` after a token was sampled.
+        settling: rows that need `commit_sampled` after a token was sampled.
         only_draws: no row has log-probabilities or edits.
         controls: [R, 5] parameters at the current positions.
 
@@ -406,7 +406,7 @@ class _Rows:
         self.asking = [row for row, state in enumerate(states) if state.params.logprobs is not None]
         self.may_edit = any(state.may_edit for state in states)
         self.settling = [row for row, state in enumerate(states) if settles(state)]
-        self.only_draws = not (self.asking or self.may_edit)
+        self.only_samples = not (self.asking or self.may_edit)
         self.controls = controls(states)
         if place is not None:
             place[: len(states)] = self.controls
@@ -457,19 +457,19 @@ def controls(states: Sequence[SamplingState]) -> NDArray[np.float64]:
     return np.array([(*state.controls, 0.5 if state.params.greedy else state.uniform()) for state in states])
 
 
-def drawn_tokens(token_ids: Sequence[int], largest: Sequence[float]) -> list[Token]:
+def sampled_tokens(token_ids: Sequence[int], largest: Sequence[float]) -> list[Token]:
     """Return the sampled tokens, or an error for a row whose largest logit is not finite."""
     if math.isfinite(sum(largest)):  # as all of them are then
         return list(token_ids)
-    return [_drawn_token(token, peak) for token, peak in zip(token_ids, largest, strict=True)]
+    return [_sampled_token(token, peak) for token, peak in zip(token_ids, largest, strict=True)]
 
 
 def settles(state: SamplingState) -> bool:
-    """Whether a sequence needs `settle_drawn` after each sampled token."""
+    """Whether a sequence needs `commit_sampled` after each sampled token."""
     return state.params.mirostat > 0 or bool(state.params.logits_processors)
 
 
-def settle_drawn(tokens: list[Token], logits: Value, rows: Sequence[int], states: Sequence[SamplingState]) -> None:
+def commit_sampled(tokens: list[Token], logits: Value, rows: Sequence[int], states: Sequence[SamplingState]) -> None:
     """Pass the sampled tokens' surprise to mirostat; replace the tokens of rows whose logits processor failed."""
     for row in rows:
         state, token = states[row], tokens[row]
@@ -480,7 +480,7 @@ def settle_drawn(tokens: list[Token], logits: Value, rows: Sequence[int], states
             state.note_surprise(bits, state.position)
 
 
-def _drawn_token(token_id: int, largest: float) -> Token:
+def _sampled_token(token_id: int, largest: float) -> Token:
     if largest == -math.inf:
         return SampledToken(-1, error=_NOTHING, by_request=True)
     if not math.isfinite(largest):

@@ -26,7 +26,7 @@ def spans_of(places: NDArray[np.int64]) -> list[tuple[int, int]]:
     return [(int(part[0]), int(part[-1]) + 1) for part in np.split(places, ends)]
 
 
-class Sighted(ShownStruct, frozen=True, kw_only=True):
+class VisionDescription(ShownStruct, frozen=True, kw_only=True):
     """Description of a vision encoder for the process that tokenizes prompts.
 
     Attributes:
@@ -57,7 +57,7 @@ class Sighted(ShownStruct, frozen=True, kw_only=True):
 
 
 @dataclasses.dataclass(frozen=True)
-class Sight:
+class VisionInput:
     """Image input of a model.
 
     Attributes:
@@ -69,7 +69,7 @@ class Sight:
         one_at_a_time: held while an image is decoded.
     """
 
-    parts: Sighted
+    parts: VisionDescription
     words: Callable[[Cut], Sequence[int]]
     breaks: Mapping[int, int] = dataclasses.field(default_factory=dict)
     limits: PictureLimits = LIMITS

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from candle_vllm.core.engine.outputs import GUESS_COUNTS, PositionLogprobs
+from candle_vllm.core.engine.outputs import DRAFT_COUNTS, PositionLogprobs
 from candle_vllm.core.errors import CandleVllmError
 from candle_vllm.openai import events as answer
 from candle_vllm.openai.logprobs import chat_logprobs
@@ -135,5 +135,5 @@ def _usage(usage: answer.Usage) -> ConversationUsage:
         completion_tokens=usage.completion_tokens,
         cached_tokens=usage.cached_tokens,
         reasoning_tokens=usage.reasoning_tokens or 0,
-        **{name: getattr(usage, name) for name in GUESS_COUNTS},
+        **{name: getattr(usage, name) for name in DRAFT_COUNTS},
     )

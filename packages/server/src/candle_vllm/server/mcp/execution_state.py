@@ -8,7 +8,7 @@ from typing import Any
 
 from msgspec import UNSET, UnsetType
 
-from candle_vllm.core.engine.outputs import GUESS_COUNTS
+from candle_vllm.core.engine.outputs import DRAFT_COUNTS
 from candle_vllm.openai.chat_answers import Told, wire_usage
 from candle_vllm.openai.events import Reason
 from candle_vllm.openai.events import Usage as Counts
@@ -94,7 +94,7 @@ class ExecutionState:
             completion_tokens=total.completion_tokens,
             cached_tokens=total.cached_tokens,
             reasoning_tokens=total.reasoning_tokens if self._reasons else None,
-            **{name: getattr(total, name) for name in GUESS_COUNTS},
+            **{name: getattr(total, name) for name in DRAFT_COUNTS},
             final=True,
         )
         return wire_usage(counts, self._told)

@@ -284,7 +284,7 @@ class AdapterStore:
     def infos(self) -> tuple[AdapterInfo, ...]:
         """Return information about all known adapters."""
         with self._change:
-            return tuple(_told(entry) for entry in self._entries.values())
+            return tuple(_info(entry) for entry in self._entries.values())
 
     def failure(self, entry: Entry) -> InvalidParameterError:
         """Return a request's error for an adapter that failed to load; only the log contains the path of its files."""
@@ -418,7 +418,7 @@ class AdapterStore:
                 raise AdapterError(f"adapter {entry.name!r:.80} cannot be used: {entry.error}")
             if entry.state != "ready" and entry.loads == before:
                 raise TimeoutError
-            return _told(entry)
+            return _info(entry)
 
     def _begin(self) -> None:
         """Wake the loading thread; start it if necessary."""
@@ -458,7 +458,7 @@ class AdapterStore:
             of_caller = entry not in wanted
             if entry.state != "cold" or (stopped and not of_caller):
                 continue
-            entry.crowded = not self._make_room(self._guess(entry), 1, order[:place], order[place + 1 :])
+            entry.crowded = not self._make_room(self._estimate_bytes(entry), 1, order[:place], order[place + 1 :])
             if not entry.crowded:
                 self._callers_next = not of_caller
                 return entry
@@ -471,14 +471,14 @@ class AdapterStore:
             stopped = stopped or not of_caller
         return None
 
-    def _guess(self, entry: Entry) -> int:
+    def _estimate_bytes(self, entry: Entry) -> int:
         """Estimate an entry's bytes: its earlier size, or else the smallest in memory; `_loaded` corrects the rest."""
         return entry.nbytes or min((each.nbytes for each in self._held), default=0)
 
     def _is_pinned_full(self, entry: Entry) -> bool:
         pinned = [each for each in self._held if each.pinned]
         room = self._most_bytes - sum(each.nbytes for each in pinned)
-        return len(pinned) >= self._most or room < self._guess(entry)
+        return len(pinned) >= self._most or room < self._estimate_bytes(entry)
 
     def _make_room(self, nbytes: int, count: int, before: Sequence[Entry], behind: Sequence[Entry]) -> bool:
         """Evict adapters until there is memory; evict none and return False if that would not suffice.
@@ -579,7 +579,7 @@ class AdapterStore:
             self._change.notify_all()
 
 
-def _told(entry: Entry) -> AdapterInfo:
+def _info(entry: Entry) -> AdapterInfo:
     return AdapterInfo(
         name=entry.name, path=entry.path, digest=entry.info.digest, rank=entry.info.rank, modules=entry.info.modules,
         delta_norm=entry.info.delta_norm, nbytes=entry.nbytes, state=entry.state,  # type: ignore[arg-type]

@@ -89,7 +89,8 @@ class Places(Protocol):
 class OtherParts(Protocol):
     """The `BlockParts` of the other ranks, each with a store of its own, called through messages.
 
-    Their reports on readings go to `KeptBlocks.heard`. A rank that has died raises no error here: it ends the engine.
+    Their reports on readings go to `OffloadedBlocks.heard`. A rank that has died raises no error here: it ends the
+    engine.
     """
 
     @property
@@ -392,7 +393,7 @@ class _Reading:
         return any(ended and count == self.num_ready for count, ended in found) or self.num_ready == len(self.digests)
 
 
-class KeptBlocks:
+class OffloadedBlocks:
     """Offloads published blocks to a store, and reads the prefixes of waiting sequences back.
 
     `offer`, `is_ready`, `take`, `left` and `reset` belong to the engine's thread. If the model is divided among ranks,
@@ -591,8 +592,8 @@ class KeptBlocks:
             self._others.end(reading.number, reading.brought)
 
 
-class KeptPrefixes:
-    """`KeptBlocks` for a model whose layers keep states: a prefix is read back only with the checkpoint at its end.
+class OffloadedPrefixes:
+    """`OffloadedBlocks` for layers that keep states: a prefix is read back only with the checkpoint at its end.
 
     Args:
         blocks: the offloaded blocks.
@@ -601,7 +602,7 @@ class KeptPrefixes:
         look: looks up which checkpoints other servers have written; None if no store is shared with other servers.
     """
 
-    def __init__(self, blocks: KeptBlocks, states: KeptBlocks, pool: StatePool, look: _Look | None) -> None:
+    def __init__(self, blocks: OffloadedBlocks, states: OffloadedBlocks, pool: StatePool, look: _Look | None) -> None:
         self._blocks, self._states, self._pool, self._look = blocks, states, pool, look
         self._looks: dict[object, threading.Thread] = {}
         self._both = blocks, states
@@ -609,7 +610,7 @@ class KeptPrefixes:
         self.offer, self.may_have = blocks.offer, blocks.may_have
 
     def is_ready(self, sequence: object, hashes: Sequence[bytes], num_blocks: int) -> bool:
-        """See `KeptBlocks`."""
+        """See `OffloadedBlocks`."""
         if self._look is not None and sequence not in self._looks:
             self._looks[sequence] = threading.Thread(target=self._look, args=(hashes,), daemon=True)
             self._looks[sequence].start()
@@ -627,38 +628,38 @@ class KeptPrefixes:
         return bool(self._pool.lookup([digest])) or self._states.may_have(digest)
 
     def left(self, sequence: object) -> None:
-        """See `KeptBlocks`."""
+        """See `OffloadedBlocks`."""
         self._looks.pop(sequence, None)
         for each in self._both:
             each.left(sequence)
 
     @property
     def reads(self) -> bool:
-        """See `KeptBlocks`."""
+        """See `OffloadedBlocks`."""
         return any(each.reads for each in self._both) or any(each.is_alive() for each in self._looks.values())
 
     def take(self) -> None:
-        """See `KeptBlocks`."""
+        """See `OffloadedBlocks`."""
         for each in self._both:
             each.take()
 
     def wait(self, seconds: float) -> None:
-        """See `KeptBlocks`."""
+        """See `OffloadedBlocks`."""
         look = next((each for each in self._looks.values() if each.is_alive()), None)
         (look.join if look is not None else (self._states if self._states.reads else self._blocks).wait)(seconds)
 
     def rest(self) -> None:
-        """See `KeptBlocks`."""
+        """See `OffloadedBlocks`."""
         for each in self._both:
             each.rest()
 
     def reset(self) -> None:
-        """See `KeptBlocks`."""
+        """See `OffloadedBlocks`."""
         for each in self._both:
             each.reset()
 
     def close(self) -> None:
-        """See `KeptBlocks`."""
+        """See `OffloadedBlocks`."""
         for each in self._both:
             each.close()
 
@@ -696,25 +697,25 @@ def keep_blocks(
     drafts: bool,
     others: OtherParts | None = None,
     pool: StatePool | None = None,
-) -> KeptBlocks | KeptPrefixes | None:
+) -> OffloadedBlocks | OffloadedPrefixes | None:
     """Build the KV tiers that the settings ask for; None without them. ConfigError if the model cannot have them."""
     memory: Any = runner
     store = _store(config, loaded, memory.block_bytes, drafts, 0)
     if store is None:
         return None
-    kept = KeptBlocks(store, memory, blocks, others)
+    kept = OffloadedBlocks(store, memory, blocks, others)
     if pool is None:
         return kept
     checkpoints = _store(config, loaded, memory.state_bytes, drafts, 0, " states")
     assert checkpoints is not None
-    keeps = KeptBlocks(checkpoints, memory, pool, state=True)
-    return KeptPrefixes(kept, keeps, pool, getattr(checkpoints, "look", None))
+    keeps = OffloadedBlocks(checkpoints, memory, pool, state=True)
+    return OffloadedPrefixes(kept, keeps, pool, getattr(checkpoints, "look", None))
 
 
 def keep_parts(
     config: EngineConfig, loaded: LoadedModel, runner: ModelRunner, rank: int, told: Callable[[int, bool, bool], object]
 ) -> BlockParts | None:
-    """Build the KV tiers of another rank's parts, which the first rank's `KeptBlocks` calls; None without them."""
+    """Build the KV tiers of another rank's parts, which the first rank's `OffloadedBlocks` calls; None without them."""
     memory: Any = runner
     store = _store(config, loaded, memory.block_bytes, False, rank)
     return None if store is None else BlockParts(store, memory, told)

@@ -147,7 +147,7 @@ class StatePool:
         if state is not None and count:
             state.going = RunState(state.plain.slot, state.going.source, count)
 
-    def settle(self, run: Run, *, publish: bool) -> None:
+    def commit(self, run: Run, *, publish: bool) -> None:
         """Commit a run: publish its checkpoints, if `publish` says that its blocks are published."""
         sequence, state = run.sequence, run.sequence.state
         if state is None or run.state is None:

@@ -60,7 +60,7 @@ class DraftingHead(DraftModel):
         target: runs the target model.
         meant: the target's token id for each token id of the head; None if the ids are the same.
         config, scheduler, words, longest, most_rows, cost: see `DraftModel`; `words` are the rows of the embeddings.
-        guessed: size of the head's output vocabulary.
+        vocab_size: size of the head's output vocabulary.
     """
 
     reads_states = True
@@ -76,11 +76,11 @@ class DraftingHead(DraftModel):
         longest: int,
         most_rows: int,
         cost: float,
-        guessed: int,
+        vocab_size: int,
     ) -> None:
         super().__init__(head, config, scheduler, words, longest, most_rows, cost)
         self._head, self._target, self._tokens_meant = head, target, meant
-        self._drawn_words = guessed
+        self._vocab_size = vocab_size
         self._tails: dict[LiveSequence, _Tail] = {}
         self._unread: dict[LiveSequence, tuple[int, int, int]] = {}  # positions (first, end), row in step
         self._states: NDArray[np.float32] | None = None  # the target's hidden states, for the next step
@@ -89,7 +89,7 @@ class DraftingHead(DraftModel):
     # ---- called by the drafter ---------------------------------------------------------------------------------------
 
     def ran(self, batch: Batch, lives: Sequence[LiveSequence | None]) -> None:
-        """Note which rows of a committed target step to read; call `settle` before the target's next step.
+        """Note which rows of a committed target step to read; call `commit` before the target's next step.
 
         Args:
             batch: the step.
@@ -113,14 +113,14 @@ class DraftingHead(DraftModel):
             elif first < last:
                 self._unread[live] = first, last, offset + first - run.start
 
-    def settle(self) -> None:
-        """Read the rest of the target's step, then do what `DraftModel.settle` does."""
+    def commit(self) -> None:
+        """Read the rest of the target's step, then do what `DraftModel.commit` does."""
         if self._unread and not self.hopeless:
             self._catch_up([], 0)
         for live in self._unread:
             self._owns[live].done = -1
         self._unread = {}
-        super().settle()
+        super().commit()
 
     def forget(self, live: LiveSequence) -> None:
         """See `DraftModel`."""
@@ -186,8 +186,8 @@ class DraftingHead(DraftModel):
 
     def _next(self, each: Asked) -> Run:
         sequence = each.live.sequence
-        position = len(sequence.tokens) + len(each.guesses) - 2
-        return self._tails[each.live].run(sequence, position, each.guesses[-1:], wanted=True)
+        position = len(sequence.tokens) + len(each.candidates) - 2
+        return self._tails[each.live].run(sequence, position, each.candidates[-1:], wanted=True)
 
     def _logits(self, batch: Batch, ready: list[Asked]) -> Value:
         if self._words < self._target_words:
@@ -197,7 +197,7 @@ class DraftingHead(DraftModel):
         logits = self._head.run_on(batch, given, fused=states is None)
         self._back = {}
         if ready:
-            back = self._head.given_back(batch.drawn_rows)
+            back = self._head.given_back(batch.sampled_rows)
             self._back = {each.live: row for each, row in zip(ready, back, strict=True)}
         return logits
 

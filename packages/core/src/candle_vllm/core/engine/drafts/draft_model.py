@@ -91,22 +91,22 @@ class Own:
         table: the sequence's block table. Another object means that the sequence was admitted anew.
         done: how many of its tokens have keys and values in the draft model's cache; below 0 if they begin anew.
         full: number of its blocks that the draft model has filled.
-        base, `guesses`, buckets, rows: the last drafts: length of the sequence before them, the tokens, the probability
-            bucket of each, and the length of the sequence with the rows written for them.
+        base, candidates, buckets, rows: the last drafts: length of the sequence before them, the tokens, the
+            probability bucket of each, and the length of the sequence with the rows written for them.
         hits, expected, tries: fading counts of its draft tokens: accepted, expected to be accepted, all judged.
         idle: consecutive steps in which drafts did not pay.
         pause, until: tokens that the next pause lasts, and the sequence length at which the present pause ends.
     """
 
     __slots__ = (
-        "base", "buckets", "done", "expected", "full", "guesses", "hits", "idle", "pause", "rows", "table", "tries",
+        "base", "buckets", "candidates", "done", "expected", "full", "hits", "idle", "pause", "rows", "table", "tries",
         "until",
     )  # fmt: skip
 
     def __init__(self) -> None:
         self.table: array[int] | None = None
         self.done = self.full = self.base = self.rows = self.until = self.idle = 0
-        self.guesses: list[int] = []
+        self.candidates: list[int] = []
         self.buckets: list[int] = []
         self.hits = self.expected = self.tries = 0.0
         self.pause = _PAUSE
@@ -116,11 +116,11 @@ class Asked:
     """A sequence that gets drafts from the model in this step: its draft tokens so far, the most that it may have, and
     the worth of a second relative to a plain step's."""
 
-    __slots__ = ("chance", "chances", "guesses", "live", "most", "own", "worth")
+    __slots__ = ("candidates", "chance", "chances", "live", "most", "own", "worth")
 
     def __init__(self, live: LiveSequence, own: Own, most: int, worth: float) -> None:
         self.live, self.own, self.most, self.worth = live, own, most, worth
-        self.guesses: list[int] = []
+        self.candidates: list[int] = []
         self.chances: list[float] = []
         self.chance = 1.0
 
@@ -160,7 +160,7 @@ class DraftModel:
         self.seconds, self.steps, self.hopeless = 0.0, 0, False
         self._runner, self._config, self._scheduler = runner, config, scheduler
         self._target_words, self._words = words
-        self._drawn_words = words[1]
+        self._vocab_size = words[1]
         self._longest, self._most_rows, self._cost = longest, most_rows, cost
         size = scheduler.blocks.block_size
         self._size = size
@@ -187,12 +187,12 @@ class DraftModel:
             room: the most draft tokens of one sequence in a step.
         """
         asked = self._worth_asking(offers, lives, target, room)
-        made = self._guess(asked, target, lives) if asked else {}
+        made = self._continuation(asked, target, lives) if asked else {}
         better: list[tuple[LiveSequence, list[int], list[float]]] = []
         for live, offer in offers:
             own = made.get(live)
-            if own is not None and own.guesses and (offer is None or sum(own.chances) > sum(offer[1])):
-                better.append((live, own.guesses, own.chances))
+            if own is not None and own.candidates and (offer is None or sum(own.chances) > sum(offer[1])):
+                better.append((live, own.candidates, own.chances))
             elif offer is not None:
                 better.append((live, *offer))
         return better
@@ -200,7 +200,7 @@ class DraftModel:
     def ran(self, batch: Batch, lives: Sequence[LiveSequence | None]) -> None:
         """See `DraftingHead`; a draft model without `reads_states` ignores it."""
 
-    def settle(self) -> None:
+    def commit(self) -> None:
         """Free reserved blocks that the drafts chosen for the next step do not need."""
         for live in self._reserved:
             self._scheduler.give_back(live.sequence)
@@ -294,17 +294,17 @@ class DraftModel:
         if own is None:
             own = self._owns[live] = Own()
         sequence, tokens, right = live.sequence, live.sequence.tokens, 0
-        for guess, bucket in zip(own.guesses, own.buckets):
+        for continuation, bucket in zip(own.candidates, own.buckets):
             if own.base + right >= len(tokens):
                 break
-            hit = tokens[own.base + right] == guess
+            hit = tokens[own.base + right] == continuation
             self._judge(own, _kind(live), bucket, hit)
             if not hit:
                 break
             right += 1
-        if own.guesses:
+        if own.candidates:
             self._judged(own, right, len(tokens))
-            own.guesses, own.buckets = [], []
+            own.candidates, own.buckets = [], []
         if own.table is not sequence.block_table:  # it was admitted, for the first time or again
             own.table = sequence.block_table
             self._begin(own, live)
@@ -345,7 +345,7 @@ class DraftModel:
 
     # ---- the model's steps -------------------------------------------------------------------------------------------
 
-    def _guess(self, asked: list[Asked], target: Seconds, lives: int) -> dict[LiveSequence, Asked]:
+    def _continuation(self, asked: list[Asked], target: Seconds, lives: int) -> dict[LiveSequence, Asked]:
         """Generate draft tokens while they pay for some sequence; return them by sequence."""
         runs, ready = self._catch_up(asked, lives)
         made = {each.live: each for each in ready}
@@ -353,29 +353,29 @@ class DraftModel:
             ids, sure = self._run(runs, ready)
             onward: list[Asked] = []
             for each, token, probability in zip(ready, ids, sure):
-                if self._take(each, token, probability) and len(each.guesses) < each.most:
+                if self._take(each, token, probability) and len(each.candidates) < each.most:
                     onward.append(each)
             ready = onward
             if ready:
-                rows = lives + sum([len(each.guesses) for each in made.values()])
+                rows = lives + sum([len(each.candidates) for each in made.values()])
                 prices = self._prices(lives, rows, len(ready), target)
                 ready = [each for each in ready if self._pays(each, prices)]
             runs = [self._next(each) for each in ready]
         least = self._config.draft_min
         for each in made.values():
             own, length = each.own, len(each.live.sequence.tokens)
-            own.guesses = list(each.guesses)
-            own.rows = length + max(0, len(own.guesses) - 1)
+            own.candidates = list(each.candidates)
+            own.rows = length + max(0, len(own.candidates) - 1)
             grammar = each.live.state.grammar
-            legal = len(each.guesses) if grammar is None else grammar.legal(each.guesses)
+            legal = len(each.candidates) if grammar is None else grammar.legal(each.candidates)
             if legal < max(least, 1):
                 legal = 0
-            each.guesses, each.chances = each.guesses[:legal], each.chances[:legal]
+            each.candidates, each.chances = each.candidates[:legal], each.chances[:legal]
         return made
 
     def _pays(self, each: Asked, prices: list[float]) -> bool:
         """Return whether further draft tokens of a sequence are likely to save more than they cost."""
-        left = prices[: each.most - len(each.guesses)]
+        left = prices[: each.most - len(each.candidates)]
         return _best(each.chance, self._typical(each.own, each.live), left, each.worth)[2] > 0
 
     def _catch_up(self, asked: list[Asked], lives: int) -> tuple[list[Run], list[Asked]]:
@@ -410,8 +410,8 @@ class DraftModel:
     def _next(self, each: Asked) -> Run:
         """Return a run of the last draft token's row, whose logits give the next one."""
         sequence = each.live.sequence
-        start = len(sequence.tokens) + len(each.guesses) - 1
-        return Run(sequence, start, 1, 1, sequence.num_admissions, False, (each.guesses[-1],))
+        start = len(sequence.tokens) + len(each.candidates) - 1
+        return Run(sequence, start, 1, 1, sequence.num_admissions, False, (each.candidates[-1],))
 
     def _note_full(self, live: LiveSequence, own: Own) -> None:
         """Register blocks that the model has filled, for later sequences with the same prefix."""
@@ -468,10 +468,10 @@ class DraftModel:
 
     def _controls(self, each: Asked) -> tuple[float, ...]:
         """Return the request's sampling controls at that position, as far as they depend on the position alone."""
-        state, ahead = each.live.state, len(each.guesses)
+        state, ahead = each.live.state, len(each.candidates)
         temperature, min_p, top_k, top_p = state.controls
         uniform = 0.5 if state.params.greedy else state.uniforms(ahead + 1)[ahead]
-        return temperature, min_p, top_k if top_k < self._drawn_words else 0, top_p, uniform
+        return temperature, min_p, top_k if top_k < self._vocab_size else 0, top_p, uniform
 
     def _take(self, each: Asked, token: int, probability: float) -> bool:
         """Append a draft token; return whether another may follow it."""
@@ -479,7 +479,7 @@ class DraftModel:
             return False
         own, bucket = each.own, bisect.bisect(_EDGES, probability)
         each.chance *= self._chance(own, _kind(each.live), bucket)
-        each.guesses.append(token)
+        each.candidates.append(token)
         each.chances.append(each.chance)
         own.buckets.append(bucket)
         return token not in each.live.eos_token_ids

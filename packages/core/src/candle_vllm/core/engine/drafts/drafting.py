@@ -52,7 +52,7 @@ _PRIOR = ((7.6, 8.0), (0.8, 8.0), (1.2, 8.0), (2.0, 8.0), (3.2, 8.0), (4.4, 8.0)
           (4.0, 8.0))  # fmt: skip
 
 
-class _Guess:
+class _Continuation:
     """A possible continuation of a sequence.
 
     Attributes:
@@ -67,10 +67,10 @@ class _Guess:
     def __init__(self, tokens: list[int], place: int, length: int, mark: int | None = None) -> None:
         self.tokens, self.place, self.length, self.mark = tokens, place, length, mark
         self.end: int | None = None
-        self.then: _Guess | None = None
+        self.then: _Continuation | None = None
 
     @property
-    def rest(self) -> _Guess | None:
+    def rest(self) -> _Continuation | None:
         """The remaining continuation: itself, `then` if this one is used up, or None."""
         over = self.place == self.end or (not self.length and self.place >= len(self.tokens))
         return self.then if over else self
@@ -89,17 +89,20 @@ class _Guess:
 class _Record:
     """Drafting state of one sequence."""
 
-    __slots__ = ("behind", "fared", "guess", "hits", "known", "prediction", "seconds", "spent", "text", "tries")
+    __slots__ = ("behind", "continuation", "fared", "hits", "known", "prediction", "seconds", "spent", "text", "tries")
 
     def __init__(self, live: LiveSequence, prompt: Text, prediction: Text | None) -> None:
         self.text = Text(live.sequence.tokens, prompt)
-        self.known = len(live.sequence.tokens)  # length of the sequence when `guess` was judged
-        self.guess: _Guess | None = None
+        self.known = len(live.sequence.tokens)  # length of the sequence when `continuation` was judged
+        self.continuation: _Continuation | None = None
         self.behind: dict[int, int] = {}  # with a grammar: index after each token's last place in the answer
         self.fared: dict[int, tuple[float, float]] = {}  # short matches by their `mark`: (accepted, tries)
         self.prediction = prediction
         if prediction is not None:
-            self.known, self.guess = live.sequence.num_prompt_tokens, _Guess(prediction.tokens, 0, _OPENING)
+            self.known, self.continuation = (
+                live.sequence.num_prompt_tokens,
+                _Continuation(prediction.tokens, 0, _OPENING),
+            )
         self.hits = self.tries = 0.0
         self.spent = self.seconds = 0.0  # seconds of grammar calls: in this step, and smoothed over steps
 
@@ -355,7 +358,7 @@ class Drafter:
         if plain and self._unplain < times.UNPLAIN:
             found = self._propose(lives, times)
         if self.model is not None:
-            self.model.settle()
+            self.model.commit()
         if plain and self._before[0]:  # a step with a prompt is not charged: indexing the prompt happens once
             times.pay(times.SHARE - min((time.perf_counter() - began) / plain, times.LONGEST))
         for live in lives:
@@ -387,17 +390,17 @@ class Drafter:
                 self._records[live] = record
             if record.seconds > _SLOW:
                 continue
-            guess = self._guess(live, record)
-            offers.append((live, None if guess is None else self._offer(live, record, guess, least)))
+            continuation = self._continuation(live, record)
+            offers.append((live, None if continuation is None else self._offer(live, record, continuation, least)))
             record.note()
         if self.model is None:
-            guesses = [(live, *offer) for live, offer in offers if offer is not None]
+            candidates = [(live, *offer) for live, offer in offers if offer is not None]
         else:
-            guesses = self.model.improve(offers, rows, lambda count: times.seconds(rows, count), self._rows)
-        chosen = bool(guesses) and self._choose(guesses, rows, times)
+            candidates = self.model.improve(offers, rows, lambda count: times.seconds(rows, count), self._rows)
+        chosen = bool(candidates) and self._choose(candidates, rows, times)
         if chosen:
             self._idle = 0
-        elif guesses:
+        elif candidates:
             self._count_idle(times)
         return chosen
 
@@ -424,57 +427,57 @@ class Drafter:
             text = self._prompts[request_id] = Text(sequence.tokens, size=sequence.num_prompt_tokens)
         return text
 
-    def _guess(self, live: LiveSequence, record: _Record) -> _Guess | None:
+    def _continuation(self, live: LiveSequence, record: _Record) -> _Continuation | None:
         """Judge the last continuation by the new tokens, then return the present one."""
-        tokens, guess, grammar = live.sequence.tokens, record.guess, live.state.grammar
+        tokens, continuation, grammar = live.sequence.tokens, record.continuation, live.state.grammar
         for place in range(record.known, len(tokens)):
             if grammar is not None and place > live.sequence.num_prompt_tokens:
                 record.behind[tokens[place - 1]] = place
-            if guess is None:
+            if continuation is None:
                 continue
-            if guess.place >= len(guess.tokens) or guess.tokens[guess.place] == SEPARATOR:
-                guess = None
+            if continuation.place >= len(continuation.tokens) or continuation.tokens[continuation.place] == SEPARATOR:
+                continuation = None
                 continue
-            right = guess.tokens[guess.place] == tokens[place]
-            self._judge(record, guess, right)
+            right = continuation.tokens[continuation.place] == tokens[place]
+            self._judge(record, continuation, right)
             if not right:
-                guess = None
+                continuation = None
                 continue
-            guess.place += 1
-            if guess.length > _FORM:
-                guess.length = min(guess.length + 1, LONGEST_MATCH)
-            elif not guess.length and guess.place == len(guess.tokens):
+            continuation.place += 1
+            if continuation.length > _FORM:
+                continuation.length = min(continuation.length + 1, LONGEST_MATCH)
+            elif not continuation.length and continuation.place == len(continuation.tokens):
                 record.behind[SEPARATOR] = place + 1
-            guess = guess.rest
+            continuation = continuation.rest
         record.known = len(tokens)
         self._left -= record.text.follow(self._left)
         if record.prediction is not None:
             self._left -= record.prediction.follow(self._left)
-        if grammar is not None and (guess is None or guess.length):
+        if grammar is not None and (continuation is None or continuation.length):
             began = time.thread_time()
             if forced := grammar.forced():
-                guess = guess or self._found(live, record)
-                if guess is None or not self._is_better(record, guess, grammar):
-                    guess = _Guess(forced, 0, 0)
+                continuation = continuation or self._found(live, record)
+                if continuation is None or not self._is_better(record, continuation, grammar):
+                    continuation = _Continuation(forced, 0, 0)
             record.spent += time.thread_time() - began
-        record.guess = guess or self._found(live, record) or self._behind(record, tokens[-1])
-        return record.guess
+        record.continuation = continuation or self._found(live, record) or self._behind(record, tokens[-1])
+        return record.continuation
 
-    def _is_better(self, record: _Record, guess: _Guess, grammar: GrammarState) -> bool:
+    def _is_better(self, record: _Record, continuation: _Continuation, grammar: GrammarState) -> bool:
         """Return whether a match is likelier than the forced tokens as the tokenizer splits them.
 
         A model that once split the same text into other tokens does so again."""
-        likelier = self._luck(record, guess.length, guess.mark) > self._luck(record, 0)
-        return likelier and bool(grammar.legal(guess.upcoming(1)))
+        likelier = self._luck(record, continuation.length, continuation.mark) > self._luck(record, 0)
+        return likelier and bool(grammar.legal(continuation.upcoming(1)))
 
-    def _behind(self, record: _Record, token: int) -> _Guess | None:
+    def _behind(self, record: _Record, token: int) -> _Continuation | None:
         """With a grammar: return what followed the token's last place in the answer; `SEPARATOR`: forced tokens."""
         place = record.behind.get(token)
         if place is None or place >= len(record.text.tokens):
             return None
-        return _Guess(record.text.tokens, place, _FORM, token)
+        return _Continuation(record.text.tokens, place, _FORM, token)
 
-    def _found(self, live: LiveSequence, record: _Record) -> _Guess | None:
+    def _found(self, live: LiveSequence, record: _Record) -> _Continuation | None:
         text, prediction = record.text, record.prediction
         least, most = self._config.prompt_lookup_min, self._config.prompt_lookup_max
         place, length = text.find(text.tokens, least, most)
@@ -488,13 +491,13 @@ class Drafter:
             if longer and longer >= length:
                 tokens, place, length = prediction.tokens, there, longer
         mark = None if live.state.grammar is None or length > _SHORT else text.tokens[-1]
-        return _Guess(tokens, place, length, mark) if length else None
+        return _Continuation(tokens, place, length, mark) if length else None
 
-    def _judge(self, record: _Record, guess: _Guess, right: bool) -> None:
-        bucket = _BUCKETS[guess.length]
-        if guess.mark is not None:
-            hits, tries = record.fared.get(guess.mark, (0.0, 0.0))
-            record.fared[guess.mark], guess.mark = (hits + right, tries + 1), None
+    def _judge(self, record: _Record, continuation: _Continuation, right: bool) -> None:
+        bucket = _BUCKETS[continuation.length]
+        if continuation.mark is not None:
+            hits, tries = record.fared.get(continuation.mark, (0.0, 0.0))
+            record.fared[continuation.mark], continuation.mark = (hits + right, tries + 1), None
         if self._tries[bucket] >= FADING:
             self._tries[bucket] *= 0.5
             self._hits[bucket] *= 0.5
@@ -506,54 +509,58 @@ class Drafter:
             record.hits += 1
 
     def _offer(
-        self, live: LiveSequence, record: _Record, guess: _Guess, least: float
+        self, live: LiveSequence, record: _Record, continuation: _Continuation, least: float
     ) -> tuple[list[int], list[float]] | None:
         """Return draft tokens, each with the chance that all up to it are accepted; None if the first is too low."""
         config, sequence = self._config, live.sequence
         asked = min(config.num_speculative_tokens, live.state.params.num_speculative_tokens)
         most = min(asked, self._rows, sequence.max_length - len(sequence.tokens) - 1)
-        if config.suffix_decoding_max_spec_factor is not None and guess.length:
-            most = min(most, int(guess.length * config.suffix_decoding_max_spec_factor))
+        if config.suffix_decoding_max_spec_factor is not None and continuation.length:
+            most = min(most, int(continuation.length * config.suffix_decoding_max_spec_factor))
         least = max(least, config.suffix_decoding_min_token_prob)
         grammar = live.state.grammar
         if grammar is None:
-            chances = self._chances(record, guess, 1.0, least, most)
-            drafts = guess.upcoming(len(chances))
+            chances = self._chances(record, continuation, 1.0, least, most)
+            drafts = continuation.upcoming(len(chances))
             return (drafts, chances[: len(drafts)]) if drafts else None
         began = time.thread_time()
-        found = self._in_form(grammar, record, guess, least, most)
+        found = self._in_form(grammar, record, continuation, least, most)
         record.spent += time.thread_time() - began
         return found if found[0] else None
 
     def _in_form(
-        self, grammar: GrammarState, record: _Record, guess: _Guess, least: float, most: int
+        self, grammar: GrammarState, record: _Record, continuation: _Continuation, least: float, most: int
     ) -> tuple[list[int], list[float]]:
         """Return draft tokens that the grammar accepts, and their chances, of one continuation after the other."""
         drafts, chances = list[int](), list[float]()
         scout = None
         while True:
-            more = self._chances(record, guess, chances[-1] if chances else 1.0, least, most - len(drafts))
+            more = self._chances(record, continuation, chances[-1] if chances else 1.0, least, most - len(drafts))
             least = self._config.suffix_decoding_min_token_prob
-            tokens = guess.upcoming(len(more))
-            if guess.length:
+            tokens = continuation.upcoming(len(more))
+            if continuation.length:
                 tokens = tokens[: (scout or grammar).legal(tokens)]
                 ended = len(tokens) < len(more)
             else:
-                ended = guess.place + len(tokens) == len(guess.tokens)
+                ended = continuation.place + len(tokens) == len(continuation.tokens)
             drafts += tokens
             chances += more[: len(tokens)]
-            guess.end = guess.then = None
+            continuation.end = continuation.then = None
             if not ended or not tokens or len(drafts) >= most:
                 return drafts, chances
             scout = scout or grammar.ahead()
             if scout is None or not all(map(scout.accept, tokens)):
                 return drafts, chances
-            guess.end = guess.place + len(tokens)
-            forced = scout.ff_tokens() if guess.length else []
-            then = _Guess(forced, 0, 0) if forced else self._behind(record, drafts[-1] if guess.length else SEPARATOR)
+            continuation.end = continuation.place + len(tokens)
+            forced = scout.ff_tokens() if continuation.length else []
+            then = (
+                _Continuation(forced, 0, 0)
+                if forced
+                else self._behind(record, drafts[-1] if continuation.length else SEPARATOR)
+            )
             if then is None:
                 return drafts, chances
-            guess.then = guess = then
+            continuation.then = continuation = then
 
     def _luck(self, record: _Record, length: int, mark: int | None = None) -> float:
         """Return the chance that the next token of a continuation is accepted."""
@@ -565,9 +572,11 @@ class Drafter:
             luck = (hits + _MARK_WEIGHT * luck) / (tries + _MARK_WEIGHT)
         return min(luck, SURE)
 
-    def _chances(self, record: _Record, guess: _Guess, chance: float, least: float, most: int) -> list[float]:
+    def _chances(
+        self, record: _Record, continuation: _Continuation, chance: float, least: float, most: int
+    ) -> list[float]:
         """Return the chance of each next token that it and all before it are accepted; stop below `least`."""
-        chances, length, mark = list[float](), guess.length, guess.mark
+        chances, length, mark = list[float](), continuation.length, continuation.mark
         for _ in range(most):
             chance *= self._luck(record, length, mark)
             mark = None
@@ -579,13 +588,15 @@ class Drafter:
                 length = min(length + 1, LONGEST_MATCH)
         return chances
 
-    def _choose(self, guesses: list[tuple[LiveSequence, list[int], list[float]]], rows: int, times: StepTimes) -> bool:
+    def _choose(
+        self, candidates: list[tuple[LiveSequence, list[int], list[float]]], rows: int, times: StepTimes
+    ) -> bool:
         """Give the step the drafts that save the most time; return False if no draft saves any."""
-        offers = [(chance, place) for place, (_, _, chances) in enumerate(guesses) for chance in chances]
-        if len(guesses) > 1:
+        offers = [(chance, place) for place, (_, _, chances) in enumerate(candidates) for chance in chances]
+        if len(candidates) > 1:
             offers.sort(reverse=True)
         best, rate = 0, times.GAIN
-        more, total = [0.0] * len(guesses), 0.0
+        more, total = [0.0] * len(candidates), 0.0
         for count, (chance, place) in enumerate(offers[: self._rows], 1):
             more[place] += chance
             total += chance
@@ -593,9 +604,9 @@ class Drafter:
             tokens = 1 + common + (total - common * rows) / (FIXED + rows)  # see `stepped`
             if tokens > rate * (times(count) + times.leaving):
                 best, rate = count, tokens / (times(count) + times.leaving)
-        counts = [0] * len(guesses)
+        counts = [0] * len(candidates)
         for _, place in offers[:best]:
             counts[place] += 1
-        for (live, drafts, _), count in zip(guesses, counts, strict=True):
+        for (live, drafts, _), count in zip(candidates, counts, strict=True):
             live.sequence.drafts = tuple(drafts[:count])
         return best > 0

@@ -95,7 +95,7 @@ class Joined(NamedTuple):
     where: str
 
 
-class Door:
+class RankListener:
     """The listener to which ranks of other machines connect.
 
     Args:

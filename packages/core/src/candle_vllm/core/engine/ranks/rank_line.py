@@ -26,7 +26,7 @@ import msgspec
 import numpy as np
 
 from candle_vllm.core.engine.runners.model_runner import ModelRunner
-from candle_vllm.core.engine.step.batch import AdapterRows, Batch, EmbeddedRows, Ints, TurnedRows
+from candle_vllm.core.engine.step.batch import AdapterRows, Batch, EmbeddedRows, Ints, RotaryPositions
 from candle_vllm.core.errors import EngineDeadError
 from candle_vllm.core.kernels.states import StateRows
 
@@ -75,8 +75,8 @@ class Seen(msgspec.Struct, frozen=True):
     width: int
 
 
-class Turned(msgspec.Struct, frozen=True):
-    """A `TurnedRows` as bytes of int64."""
+class RotaryMessage(msgspec.Struct, frozen=True):
+    """A `RotaryPositions` as bytes of int64."""
 
     shifts: bytes
     rows: bytes
@@ -112,13 +112,13 @@ class Forward(msgspec.Struct, tag=True, frozen=True):
     tokens: bytes
     query_start: bytes
     context_lens: bytes
-    drawn_rows: bytes
+    sampled_rows: bytes
     num_decodes: int
     tables: bytes | None
     ahead: bytes | None
     adapters: Adapters | None
     seen: Seen | None = None
-    turned: Turned | None = None
+    turned: RotaryMessage | None = None
     states: tuple[bytes, ...] | None = None
 
 
@@ -130,7 +130,7 @@ class Next(msgspec.Struct, tag=True, frozen=True):
     states: tuple[bytes, ...] | None = None
 
 
-class Land(msgspec.Struct, tag=True, frozen=True):
+class Collect(msgspec.Struct, tag=True, frozen=True):
     """Collect the oldest step in flight: its hidden states go from the last stage to the first, which has the head."""
 
 
@@ -175,7 +175,7 @@ class CloseBlocks(msgspec.Struct, tag=True, frozen=True):
 
 
 ToRank: TypeAlias = (
-    Begin | Go | Pages | Forward | Next | Land | Score | Sleep | WakeUp | LoadAdapter | ForgetAdapters
+    Begin | Go | Pages | Forward | Next | Collect | Score | Sleep | WakeUp | LoadAdapter | ForgetAdapters
     | KeepBlocks | BringBlocks | ForgetBlocks | CloseBlocks
 )  # fmt: skip
 
@@ -374,7 +374,7 @@ def _tag(key: bytes, number: int, data: bytes | bytearray) -> bytes:
     return digest.digest()
 
 
-class Board:
+class RendezvousStore:
     """The rendezvous store, by which ranks find each other's addresses: values by key, in the first rank."""
 
     def __init__(self) -> None:
@@ -524,28 +524,28 @@ class Side:
             self._reads, self._early = reads, []
 
     def set(self, key: str, value: bytes) -> None:
-        """See `Board`."""
+        """See `RendezvousStore`."""
         self._line.send(Write(key, value))
 
     def get(self, key: str) -> bytes:
-        """See `Board`."""
+        """See `RendezvousStore`."""
         found = self._ask(lambda number: Read(number, key))
         assert found is not None
         return found
 
     def has(self, key: str) -> bool:
-        """See `Board`."""
+        """See `RendezvousStore`."""
         return self._ask(lambda number: Read(number, key, wait=False)) is not None
 
     def add(self, key: str, amount: int) -> int:
-        """See `Board`."""
+        """See `RendezvousStore`."""
         return int(self._ask(lambda number: Add(number, key, amount)) or 0)
 
 
 _ONE_ON = np.array([[0], [1], [1], [0]])  # increments of the planes of `Batch.tokens`
 
 
-class ToldBatches:
+class ReceivedBatches:
     """Makes a rank's batches from messages; only the first rank has the runs of a batch.
 
     Attributes:
@@ -573,8 +573,8 @@ class ToldBatches:
             runner.forward(self.batch(told), ())
         elif isinstance(told, Pages):
             _find_pages(runner, told)
-        elif isinstance(told, Land):
-            runner.land()
+        elif isinstance(told, Collect):
+            runner.collect()
         elif isinstance(told, Score):
             runner.score(as_ints(told.rows))
         else:
@@ -624,7 +624,7 @@ class ToldBatches:
             runs=(),
             drawing=(),
             drafted=False,
-            drawn_rows=as_ints(told.drawn_rows),
+            sampled_rows=as_ints(told.sampled_rows),
             ahead=None if told.ahead is None else as_ints(told.ahead),
             adapters=None if told.adapters is None else self._rows(told.adapters),
             embedded=None if told.seen is None else _seen(told.seen),
@@ -655,8 +655,8 @@ def _seen(told: Seen) -> EmbeddedRows:
     return EmbeddedRows(rows, np.zeros((len(rows), told.width), np.float32))
 
 
-def _turned(told: Turned) -> TurnedRows:
-    return TurnedRows(as_ints(told.shifts), as_ints(told.rows), as_ints(told.places).reshape(-1, 3))
+def _turned(told: RotaryMessage) -> RotaryPositions:
+    return RotaryPositions(as_ints(told.shifts), as_ints(told.rows), as_ints(told.places).reshape(-1, 3))
 
 
 def as_bytes(array: Ints) -> bytes:

@@ -29,14 +29,14 @@ from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.engine.adapters.adapter_store import Adapter
 from candle_vllm.core.engine.ranks import rank_line
 from candle_vllm.core.engine.ranks.message_ring import MessageRing, made_ring
-from candle_vllm.core.engine.ranks.nodes import RANK, Door, rank_device
+from candle_vllm.core.engine.ranks.nodes import RANK, RankListener, rank_device
 from candle_vllm.core.engine.runners.model_runner import Launched, ModelRunner, StepwiseRunner
 from candle_vllm.core.engine.runners.sleeping import files_mark
-from candle_vllm.core.engine.step.batch import AdapterRows, Batch, EmbeddedRows, Ints, StepMemory, TurnedRows
+from candle_vllm.core.engine.step.batch import AdapterRows, Batch, EmbeddedRows, Ints, RotaryPositions, StepMemory
 from candle_vllm.core.errors import AdapterError, CandleVllmError, ConfigError, EngineDeadError, ModelLoadError
 from candle_vllm.core.kernels.collectives import Collective, Notes, ProcessGroup, shared_memory
 from candle_vllm.core.kernels.recorded import Value
-from candle_vllm.core.sampling.sampler import Drawn
+from candle_vllm.core.sampling.sampler import SampledTokens
 from candle_vllm.core.sampling.state import SamplingState
 from candle_vllm.core.shown import log_style
 from candle_vllm.core.threads import ending, process_state
@@ -136,9 +136,9 @@ class Ranks:
         self.fail: Callable[[EngineDeadError], object] = lambda _: None
         self._callbacks: list[Callable[[], None]] = []
         self.on_blocks: Callable[[int, rank_line.BlockRead | rank_line.BlocksClosed], object] = lambda *_: None
-        self._board = rank_line.Board()
+        self._rendezvous = rank_line.RendezvousStore()
         self._others: dict[int, _Other] = {}
-        self._door: Door | None = None
+        self._listener: RankListener | None = None
         self._placed: RayRanks | None = None
         self._ring: MessageRing | None = None
         self._memory: BinaryIO | None = None
@@ -148,14 +148,14 @@ class Ranks:
                 from candle_vllm.core.engine.ranks.ray_ranks import RayRanks
 
                 self._placed = RayRanks(config)
-                self.config, self._door, here = self._placed.config, self._placed.door, 1
+                self.config, self._listener, here = self._placed.config, self._placed.listener, 1
             else:
                 self.config = dataclasses.replace(config, **rank_device(config, 0))
             if config.nnodes > 1:
                 assert config.cluster_key is not None
                 where, missing = (config.master_addr, config.master_port), range(here, self.size)
-                self._door = Door(*where, config.cluster_key, missing, self.size, config.nnodes)
-            self._host = "127.0.0.1" if self._door is None else self._door.host
+                self._listener = RankListener(*where, config.cluster_key, missing, self.size, config.nnodes)
+            self._host = "127.0.0.1" if self._listener is None else self._listener.host
             if config.device == "cpu" and here == self.size:
                 self._memory = shared_memory(self.size)
             if here > 1:
@@ -200,7 +200,7 @@ class Ranks:
                 if isinstance(said, rank_line.BlockRead | rank_line.BlocksClosed):
                     self.on_blocks(rank, said)
                 elif not isinstance(said, rank_line.Alive):
-                    self._board.answer(said, other.side)
+                    self._rendezvous.answer(said, other.side)
         if other.process is None:  # a rank on another machine: no exit status can be read
             other.gone = other.gone or "its connection has ended"
 
@@ -208,13 +208,15 @@ class Ranks:
     def collective(self) -> Collective:
         """The collective operations of the ranks; created when all ranks have joined."""
         if self._collective is None:
-            if self._door is not None:
-                for rank, (line, side, where) in self._door.everyone().items():
+            if self._listener is not None:
+                for rank, (line, side, where) in self._listener.everyone().items():
                     kept = self.config.prompt_cache_url is not None
                     self._begin(rank, _Other(line, side, None, where), _SECRETS, "", kept_in_redis=kept)
             self._wait(0)
             stages = self.config.pipeline_parallel_size
-            self._collective = meet(0, self.size, self.config.device, self._board, self._host, stages, self._memory)
+            self._collective = meet(
+                0, self.size, self.config.device, self._rendezvous, self._host, stages, self._memory
+            )
         return self._collective
 
     def all_loaded(self, files: Sequence[Path]) -> None:
@@ -240,19 +242,19 @@ class Ranks:
             try:
                 said: rank_line.FromRank = other.line.receive(rank_line.FromRank)
             except (EOFError, OSError):  # all connections end when one rank has gone, maybe another one
-                raise self._said_last() or ModelLoadError(
+                raise self._last_error() or ModelLoadError(
                     f"{self._failure or self._gone() or f'rank {number} has ended'} while it loaded its part of the "
                     "model; its last words are in the log. Where memory is short, the system kills it"
                 ) from None
             if isinstance(said, rank_line.Failed):
-                raise ConfigError(_said_by(number, other) + said.message, said.setting)
+                raise ConfigError(_error_prefix(number, other) + said.message, said.setting)
             if not isinstance(said, rank_line.Ready) or said.stage != stage:
                 raise ModelLoadError(f"rank {number} says {type(said).__name__} where it should be ready")
             found.append(said)
-        self.tell(rank_line.Go())
+        self.broadcast(rank_line.Go())
         return found
 
-    def tell(self, message: rank_line.ToRank) -> None:
+    def broadcast(self, message: rank_line.ToRank) -> None:
         """Broadcast to all other ranks: over the shared ring on this machine, if there is one, else over connections.
 
         Raises:
@@ -270,7 +272,7 @@ class Ranks:
         except OSError:
             raise self.dead() from None
 
-    def tell_beside(self, message: rank_line.ToSide) -> None:
+    def broadcast_beside(self, message: rank_line.ToSide) -> None:
         """Broadcast to all other ranks outside of steps; ignore ranks that have gone."""
         for other in self._others.values():
             with contextlib.suppress(OSError):
@@ -313,17 +315,17 @@ class Ranks:
             raise blamed from error
 
     def _blamed(self) -> CandleVllmError | None:
-        gone = self._said_last() or self._failure or self._gone()
+        gone = self._last_error() or self._failure or self._gone()
         return ModelLoadError(f"the model cannot be divided: {gone}") if isinstance(gone, str) else gone
 
-    def _said_last(self) -> ConfigError | None:
+    def _last_error(self) -> ConfigError | None:
         """Return the unread error that a rank sent before it ended."""
         for number, other in self._others.items():
             other.line.socket.settimeout(_LAST_WORDS)
             with contextlib.suppress(EOFError, OSError, ValueError):
                 said: rank_line.FromRank = other.line.receive(rank_line.FromRank)
                 if isinstance(said, rank_line.Failed):
-                    return ConfigError(_said_by(number, other) + said.message, said.setting)
+                    return ConfigError(_error_prefix(number, other) + said.message, said.setting)
         return None
 
     def dead(self, here: str = "") -> EngineDeadError:
@@ -347,9 +349,9 @@ class Ranks:
             other.side.end()
         if self._ring is not None:
             self._ring.end()
-        if self._door is not None:
-            self._door.close()
-        self._board.close()
+        if self._listener is not None:
+            self._listener.close()
+        self._rendezvous.close()
         if self._collective is not None:
             self._collective.abort()
 
@@ -395,10 +397,10 @@ class Ranks:
                 if other.gone is None and other.quiet >= limit:
                     other.gone = f"it has not been heard of for {other.quiet * rank_line.TICK:.0f} s"
             if not self._closing and any(other.fate() is not None for other in others):
-                self._tell_of_death()
+                self._report_death()
                 return
 
-    def _tell_of_death(self) -> None:
+    def _report_death(self) -> None:
         if self._loading:
             time.sleep(_LAST_WORDS)  # gives `_wait` time to read the rank's own error
         if self._closing:
@@ -412,9 +414,9 @@ class Ranks:
     def close(self) -> None:
         """End the other ranks, and wait until they have ended."""
         self._closing = True
-        if self._door is not None:
-            self._door.close()
-        self._board.close()
+        if self._listener is not None:
+            self._listener.close()
+        self._rendezvous.close()
         for other in self._others.values():
             other.line.end()
             other.side.end()
@@ -439,7 +441,7 @@ class Ranks:
             self._placed.close()
 
 
-def _said_by(number: int, other: _Other) -> str:
+def _error_prefix(number: int, other: _Other) -> str:
     """Return a prefix for the error of a rank on another machine; "" for this machine, where files are the same."""
     return f"rank {number} at {other.where}: " if other.where else ""
 
@@ -467,8 +469,8 @@ class RankedParts:
         tell_pages: broadcasts changed page tables, see `RankedRunner`.
     """
 
-    def __init__(self, ranks: Ranks, tell_pages: Callable[[], None]) -> None:
-        self._ranks, self.count, self._tell_pages = ranks, ranks.size - 1, tell_pages
+    def __init__(self, ranks: Ranks, broadcast_pages: Callable[[], None]) -> None:
+        self._ranks, self.count, self._tell_pages = ranks, ranks.size - 1, broadcast_pages
         self._closed: set[int] = set()
 
     def listen(self, heard: Callable[[int, int, bool, bool], None]) -> None:
@@ -485,48 +487,48 @@ class RankedParts:
     def offer(self, blocks: Sequence[tuple[int, bytes]]) -> None:
         """See `OtherParts`."""
         numbers, digests = zip(*blocks, strict=True)
-        self._tell(rank_line.KeepBlocks(rank_line.as_bytes(np.array(numbers)), digests))
+        self._broadcast(rank_line.KeepBlocks(rank_line.as_bytes(np.array(numbers)), digests))
 
     def read(self, number: int, digests: Sequence[bytes]) -> None:
         """See `OtherParts`; sent at once, outside of steps."""
-        self._ranks.tell_beside(rank_line.ReadBlocks(number, tuple(digests)))
+        self._ranks.broadcast_beside(rank_line.ReadBlocks(number, tuple(digests)))
 
     def bring(self, number: int, blocks: Sequence[int]) -> None:
         """See `OtherParts`; sent in order with the steps."""
         with contextlib.suppress(EngineDeadError):
             self._tell_pages()
-        self._tell(rank_line.BringBlocks(number, rank_line.as_bytes(np.array(blocks))))
+        self._broadcast(rank_line.BringBlocks(number, rank_line.as_bytes(np.array(blocks))))
 
     def end(self, number: int, brought: int) -> None:
         """See `OtherParts`."""
-        self._ranks.tell_beside(rank_line.EndReading(number, brought))
+        self._ranks.broadcast_beside(rank_line.EndReading(number, brought))
 
     def clear(self) -> None:
         """See `OtherParts`."""
-        self._tell(rank_line.ForgetBlocks())
+        self._broadcast(rank_line.ForgetBlocks())
 
     def close(self) -> None:
         """See `OtherParts`."""
-        self._tell(rank_line.CloseBlocks())
+        self._broadcast(rank_line.CloseBlocks())
 
     def closed(self) -> bool:
         """See `OtherParts`."""
         return self._ranks.is_dead or len(self._closed) == self.count
 
-    def _tell(self, message: rank_line.ToRank) -> None:
+    def _broadcast(self, message: rank_line.ToRank) -> None:
         with contextlib.suppress(EngineDeadError):  # the engine ends anyway
-            self._ranks.tell(message)
+            self._ranks.broadcast(message)
 
 
 class _InFlight(NamedTuple):
     """See `Launched`."""
 
-    land: Callable[[Sequence[SamplingState]], Sequence[Drawn]]
+    collect: Callable[[Sequence[SamplingState]], Sequence[SampledTokens]]
     states: Sequence[SamplingState]
 
-    def tokens(self) -> Sequence[Drawn]:
+    def tokens(self) -> Sequence[SampledTokens]:
         """See `Launched`."""
-        return self.land(self.states)
+        return self.collect(self.states)
 
 
 class RankedRunner:
@@ -550,7 +552,7 @@ class RankedRunner:
         self.fatal = (*runner.fatal, EngineDeadError)
         pages: Any = runner
         self._page_of: Ints = getattr(pages, "page_of", np.zeros((0, 0), np.int64)).reshape(-1)
-        self._told_pages = self._page_of.copy()
+        self._broadcast_page_of = self._page_of.copy()
         self._tables_version: object = None
         self._told: Batch | None = None  # the step that was sent last
         self._place = 0  # position of its first row
@@ -563,21 +565,23 @@ class RankedRunner:
     def forward(self, batch: Batch, states: Sequence[SamplingState]) -> None:
         """See `ModelRunner`."""
         message = self._message(batch)
-        self.tell_pages()
+        self.broadcast_pages()
         self._together(message, lambda: self._runner.forward(batch, states))
 
     def draw(self, states: Sequence[SamplingState]) -> Launched:
         """See `ModelRunner`. With several steps in flight, tokens are sampled only when they are taken."""
         if self.in_flight > 1:
-            return _InFlight(self._land, states)
+            return _InFlight(self._collect, states)
         return self._runner.draw(states)
 
-    def land(self) -> None:
+    def collect(self) -> None:
         """See `ModelRunner`; done when the tokens are taken."""
 
-    def _land(self, states: Sequence[SamplingState]) -> Sequence[Drawn]:
+    def _collect(self, states: Sequence[SamplingState]) -> Sequence[SampledTokens]:
         """Collect the oldest step in flight, and return its sampled tokens."""
-        self._together(rank_line.Land() if self._ranks.config.tensor_parallel_size > 1 else None, self._runner.land)
+        self._together(
+            rank_line.Collect() if self._ranks.config.tensor_parallel_size > 1 else None, self._runner.collect
+        )
         return self._runner.draw(states).tokens()
 
     def score(self, rows: Ints) -> Value:
@@ -607,9 +611,9 @@ class RankedRunner:
 
     def load_adapter(self, path: Path) -> int:
         """Make the other ranks begin to load an adapter; return its number. In one thread, outside of steps."""
-        self._tell_of_forgotten()  # without steps in between, the others would keep every adapter
+        self._report_forgotten()  # without steps in between, the others would keep every adapter
         number = next(self._adapters)
-        self._ranks.tell(rank_line.LoadAdapter(number, str(path)))
+        self._ranks.broadcast(rank_line.LoadAdapter(number, str(path)))
         return number
 
     def adapter_is_loaded(self, number: int, packed: Adapter | None) -> None:
@@ -633,14 +637,14 @@ class RankedRunner:
     def _forget(self, serial: int) -> None:
         self._forgotten.append(self._numbers.pop(serial))
 
-    def _tell_of_forgotten(self) -> None:
+    def _report_forgotten(self) -> None:
         """Send which adapters no step needs any more; a step that is not sent yet keeps its adapters alive."""
         gone = list[int]()
         with contextlib.suppress(IndexError):
             while True:
                 gone.append(self._forgotten.popleft())
         if gone:
-            self._ranks.tell(rank_line.ForgetAdapters(tuple(gone)))
+            self._ranks.broadcast(rank_line.ForgetAdapters(tuple(gone)))
 
     def _numbered(self, adapters: AdapterRows | None) -> rank_line.Adapters | None:
         if adapters is None:
@@ -653,15 +657,17 @@ class RankedRunner:
             tuple(self._numbers[each.serial] for each in adapters.adapters),
         )
 
-    def tell_pages(self) -> None:
+    def broadcast_pages(self) -> None:
         """Broadcast changed page table entries, before a step or a block copy needs them."""
-        if len(changed := np.flatnonzero(self._page_of != self._told_pages)):
-            self._told_pages[changed] = self._page_of[changed]
-            self._ranks.tell(rank_line.Pages(rank_line.as_bytes(changed), rank_line.as_bytes(self._page_of[changed])))
+        if len(changed := np.flatnonzero(self._page_of != self._broadcast_page_of)):
+            self._broadcast_page_of[changed] = self._page_of[changed]
+            self._ranks.broadcast(
+                rank_line.Pages(rank_line.as_bytes(changed), rank_line.as_bytes(self._page_of[changed]))
+            )
 
     def sleep(self, asked: int | frozenset[str]) -> None:
         """Make the other ranks sleep at a level, or wake up tags."""
-        self._ranks.tell(rank_line.Sleep(asked) if isinstance(asked, int) else rank_line.WakeUp(asked))
+        self._ranks.broadcast(rank_line.Sleep(asked) if isinstance(asked, int) else rank_line.WakeUp(asked))
 
     def close(self) -> None:
         """See `ModelRunner`."""
@@ -670,7 +676,7 @@ class RankedRunner:
 
     def _together(self, message: rank_line.ToRank | None, own: Callable[[], _Result]) -> _Result:
         if message is not None:
-            self._ranks.tell(message)
+            self._ranks.broadcast(message)
         try:
             return own()
         except Exception as error:
@@ -679,7 +685,7 @@ class RankedRunner:
 
     def _message(self, batch: Batch) -> rank_line.Forward | rank_line.Next:
         if self._forgotten:
-            self._tell_of_forgotten()
+            self._report_forgotten()
         told, place = self._told, self._place
         self._told, self._place = batch, batch.runs[0].start
         behind = told is not None and batch.tokens is told.tokens and self._place == place + 1
@@ -696,7 +702,7 @@ class RankedRunner:
             rank_line.as_bytes(batch.tokens),
             rank_line.as_bytes(batch.query_start),
             rank_line.as_bytes(batch.context_lens),
-            rank_line.as_bytes(batch.drawn_rows),
+            rank_line.as_bytes(batch.sampled_rows),
             batch.num_decodes,
             None if known else rank_line.as_bytes(batch.block_tables),
             None if batch.ahead is None else rank_line.as_bytes(batch.ahead),
@@ -715,7 +721,7 @@ def _seen(given: EmbeddedRows) -> rank_line.Seen:
     return rank_line.Seen(rank_line.as_bytes(given.rows), given.vectors.shape[1])
 
 
-def _turned(turned: TurnedRows) -> rank_line.Turned:
-    return rank_line.Turned(
+def _turned(turned: RotaryPositions) -> rank_line.RotaryMessage:
+    return rank_line.RotaryMessage(
         rank_line.as_bytes(turned.shifts), rank_line.as_bytes(turned.rows), rank_line.as_bytes(turned.places)
     )

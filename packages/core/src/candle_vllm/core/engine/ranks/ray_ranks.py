@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from candle_vllm.core.config import EngineConfig
-from candle_vllm.core.engine.ranks.nodes import JOINING, Door, Invitation, share_of_threads, start_rank
+from candle_vllm.core.engine.ranks.nodes import JOINING, Invitation, RankListener, share_of_threads, start_rank
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.shown import log_style
 
@@ -71,7 +71,7 @@ class RayRanks:
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         self._ray, self._actors = ray, list[Any]()
-        self.door: Door | None = None
+        self.listener: RankListener | None = None
         gpu = config.device != "cpu"
         here = ray.get_runtime_context().get_node_id()
         bundles = [{"GPU": 1.0} if gpu else {"CPU": 1.0}] * config.ranks
@@ -91,12 +91,14 @@ class RayRanks:
             share = share_of_threads(config.threads, on_each.count(here))
             self.config = self._with_gpu(config) if gpu else dataclasses.replace(config, threads=share)
             key = secrets.token_hex(32)
-            self.door = Door(ray.util.get_node_ip_address(), 0, key, range(1, config.ranks), config.ranks, 1)
+            self.listener = RankListener(
+                ray.util.get_node_ip_address(), 0, key, range(1, config.ranks), config.ranks, 1
+            )
             logger.info("Ray has places for %d ranks on %d machines", config.ranks, len(set(on_each)))
             own = {"device": "cuda:0" if gpu else "cpu", "hf_token": config.hf_token, "threads": config.threads}
             own["prompt_cache_url"] = config.prompt_cache_url
             for rank in range(1, config.ranks):
-                said = Invitation(self.door.host, self.door.port, key, rank, config.ranks, 1, own, log_style())
+                said = Invitation(self.listener.host, self.listener.port, key, rank, config.ranks, 1, own, log_style())
                 self._actors[rank].run.remote(msgspec.json.encode(said), on_each.count(on_each[rank]))
         except BaseException:
             self.close()
@@ -128,8 +130,8 @@ class RayRanks:
 
     def close(self) -> None:
         """Free the placement group, and close the listener."""
-        if self.door is not None:
-            self.door.close()
+        if self.listener is not None:
+            self.listener.close()
         from ray.util.placement_group import remove_placement_group
 
         with contextlib.suppress(Exception):  # the cluster may have gone

@@ -92,7 +92,7 @@ class DeviceBorders:
         self._stage, self._stream = stage, stream
         self._tokens, self._captured = tokens, captured
         self._incoming, self._outgoing, self._returning = (stream.beside() for _ in range(3))
-        self._landing: deque[tuple[torch.Tensor, Mark]] = deque()  # steps in flight, oldest first
+        self._collecting: deque[tuple[torch.Tensor, Mark]] = deque()  # steps in flight, oldest first
         self.make()
 
     def make(self) -> None:
@@ -125,7 +125,7 @@ class DeviceBorders:
         """Send one padding row through all stages, which establishes the connections; all stages must call this."""
         self.leave(self.enter(1))
         if self._stage.is_first:
-            self.land()
+            self.collect()
 
     def enter(self, tokens: int, rows: int = 0, width: int = 0) -> Border:
         """Begin a step: work that is launched from now on has the activations of the previous stage.
@@ -175,12 +175,12 @@ class DeviceBorders:
             place = self._returned.take(self._returning, self._stage.returns(border.left.shape[1]))
             self._returning.after(computed)  # and so after all reads of this buffer's earlier step
             self._returning.run(functools.partial(self._stage.take_back, place))
-            self._landing.append((place, self._returning.mark()))
+            self._collecting.append((place, self._returning.mark()))
 
-    def land(self) -> torch.Tensor:
+    def collect(self) -> torch.Tensor:
         """On the first stage, return the hidden states [T, E] of the oldest step in flight, for work that is launched
         from now on; they are valid until as many later steps as there are stages have begun."""
-        place, mark = self._landing.popleft()
+        place, mark = self._collecting.popleft()
         self._stream.after(mark)
         return place
 

@@ -72,7 +72,7 @@ class DeviceInputs:
         stream: the stream that copies them.
         limits: the largest step.
         in_flight: most steps in flight. With several, the sampling controls of a step are sent separately, when its
-            hidden states are back (`send_draws`), because other steps are sent meanwhile.
+            hidden states are back (`send_controls`), because other steps are sent meanwhile.
     """
 
     def __init__(self, stream: DeviceStream, limits: DeviceLimits, in_flight: int = 1) -> None:
@@ -141,8 +141,8 @@ class DeviceInputs:
         if size.mixed:
             host["query_start"][: rows + 1] = batch.query_start
             host["query_start"][rows + 1 : size.rows + 1] = tokens
-            host["sample_rows"][: len(batch.drawn_rows)] = batch.drawn_rows
-            host["sample_rows"][len(batch.drawn_rows) : size.rows] = 0
+            host["sample_rows"][: len(batch.sampled_rows)] = batch.sampled_rows
+            host["sample_rows"][len(batch.sampled_rows) : size.rows] = 0
             host["decoding"][0] = batch.num_decodes
         if states:
             self._write_controls(host["controls"], states)
@@ -174,7 +174,7 @@ class DeviceInputs:
         runs = (self._there[name][: size.rows + 1] for name in ("slots", "sources", "replays"))
         return StateRows(starts, *runs, *(self._of_tokens(place, size.tokens) for place in (4, 5)))
 
-    def send_draws(self, states: Sequence[SamplingState]) -> tuple[bool, bool]:
+    def send_controls(self, states: Sequence[SamplingState]) -> tuple[bool, bool]:
         """Copy the sampling controls of the step whose hidden states are back; returns the same as `send`."""
         host, _ = self._draws.host()
         self._write_controls(host["controls"], states)
@@ -243,7 +243,7 @@ class DeviceInputs:
             runs=(),
             drawing=(),
             drafted=False,
-            drawn_rows=np.arange(min(self._limits.sequences, tokens)),
+            sampled_rows=np.arange(min(self._limits.sequences, tokens)),
         )
         self._stream.mark().wait()
         self.send(batch, (), None)

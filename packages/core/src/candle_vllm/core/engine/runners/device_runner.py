@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from candle_vllm.core.engine.runners.device_borders import Border, DeviceBorders
 from candle_vllm.core.engine.runners.device_inputs import DeviceInputs, DeviceLimits, StepSize, by_rows
 from candle_vllm.core.engine.runners.eager_runner import GivenTensors, layer_caches_of
-from candle_vllm.core.engine.runners.model_runner import MAX_SCORED_ROWS, Landed
+from candle_vllm.core.engine.runners.model_runner import MAX_SCORED_ROWS, SampledStep
 from candle_vllm.core.engine.step.batch import AdapterRows, Batch, Ints, turns
 from candle_vllm.core.engine.step.sequence import Tokens
 from candle_vllm.core.kernels.attention.backends import attend_by_reference
@@ -50,7 +50,7 @@ from candle_vllm.core.loading.cache_specs import NO_STATES, StateRoom, WindowRoo
 from candle_vllm.core.loading.cache_specs import states as state_specs
 from candle_vllm.core.models.family import Decoder
 from candle_vllm.core.models.stack import DecoderStack
-from candle_vllm.core.sampling.device_sampler import DeviceSampler, DrawnRows
+from candle_vllm.core.sampling.device_sampler import DeviceSampler, SampledRows
 from candle_vllm.core.sampling.sampler import Sampler
 from candle_vllm.core.sampling.state import SamplingState
 
@@ -183,7 +183,7 @@ class DeviceRunner:
                 self._stream.run(self._eager(batch))
             else:
                 if entries is not None:
-                    self._added().send(entries, batch.drawn_rows)
+                    self._added().send(entries, batch.sampled_rows)
                 self._stream.run(self._captured(size, adapted=entries is not None))
             if size is not None and size.mixed:
                 self._stream.run(self._take_kept)
@@ -206,13 +206,13 @@ class DeviceRunner:
             self._stream.run(self._eager(batch, border))
         else:
             if entries is not None:
-                self._added().send(entries, batch.drawn_rows)
+                self._added().send(entries, batch.sampled_rows)
             self._stream.run(functools.partial(borders.fill, border, size.tokens))
             self._stream.run(self._captured(size, adapted=entries is not None))
             self._stream.run(functools.partial(borders.empty, border))
         borders.leave(border)
         if self._has_head:
-            self._begun.append(_Begun(size, batch.drawn_rows, entries))
+            self._begun.append(_Begun(size, batch.sampled_rows, entries))
 
     def _turn(self, batch: Batch) -> Ints | None:
         """Write rotary table rows for image rows; return each row's offset from its position to its table row."""
@@ -228,29 +228,29 @@ class DeviceRunner:
         if self._host is not None:
             self._stream.run(functools.partial(self._host.begin, tokens))
 
-    def draw(self, states: Sequence[SamplingState]) -> DrawnRows | Passed | Landed:
+    def draw(self, states: Sequence[SamplingState]) -> SampledRows | Passed | SampledStep:
         """See `ModelRunner`."""
         if self._drafts is not None:
-            return self._draw_runs(states, self._drafts)
+            return self._sample_runs(states, self._drafts)
         if not states:
             return Passed(self._stream.mark())
         with self._over_if_it_fails():
             if self._borders is not None:
-                self._asks = self._inputs.send_draws(states)
+                self._asks = self._inputs.send_controls(states)
             return self._sampler.launch(states, self._asks, self._padded_rows(len(states)))
 
     def _padded_rows(self, count: int) -> int | None:
         """Return the rows of the captured sampling graph for `count` rows; None without one."""
         return None if self._size is None else next((s.rows for s in self._buckets if s.rows >= count), None)
 
-    def _draw_runs(self, states: Sequence[SamplingState], drafts: Sequence[Tokens]) -> Landed:
+    def _sample_runs(self, states: Sequence[SamplingState], drafts: Sequence[Tokens]) -> SampledStep:
         """Sample for runs with drafts; the host decides which draft tokens are accepted."""
         with self._over_if_it_fails(), self._here():
             self._stream.mark().wait()
             rows = self._logits[: sum(1 + len(own) for own in drafts)]
             drawn = self._run_sampler.sample_runs(rows, states, drafts)
         self._sampler.forget_counts(states)
-        return Landed(drawn)
+        return SampledStep(drawn)
 
     def _here(self) -> AbstractContextManager[object]:
         """Make the stream's device the current one, because each thread has its own current device."""
@@ -267,15 +267,15 @@ class DeviceRunner:
                 self._stream.mark().wait()
             raise
 
-    def land(self) -> None:
+    def collect(self) -> None:
         """See `ModelRunner`; does nothing but on the first stage. The host does not wait here: work that is launched
         on the stream from now on does."""
         if self._borders is not None and self._has_head:
             with self._over_if_it_fails():
                 step = self._begun.popleft()
                 self._size, self._entries = step.size, step.entries
-                self._stream.run(functools.partial(self._take_hidden, self._borders.land()))
-                self._stream.run(self._head(step.drawn_rows))
+                self._stream.run(functools.partial(self._take_hidden, self._borders.collect()))
+                self._stream.run(self._head(step.sampled_rows))
 
     def score(self, rows: Ints) -> torch.Tensor:
         """See `ModelRunner`. Waits for the step; a stage after the first has no head, and returns no logits."""
@@ -454,7 +454,7 @@ class DeviceRunner:
         tokens = batch.tokens.shape[1]
         border = None if self._borders is None else self._borders.blank(tokens)
         self._stream.run(self._eager(batch, border, measured=True))
-        self._run_blank_head(tokens, batch.drawn_rows)
+        self._run_blank_head(tokens, batch.sampled_rows)
 
     def _run_blank_head(self, tokens: int, rows: Ints) -> None:
         """Run the first stage's head over rows of a padding step; without stages, the head is part of the step."""
@@ -506,12 +506,12 @@ class DeviceRunner:
     def _eager(self, batch: Batch, border: Border | None = None, *, measured: bool = False) -> Work:
         """Return work for a step, operation by operation; on a stage without the head. A measured step does not divide
         tokens among ranks, because one rank may get all of them."""
-        tokens, samples, places = len(batch.token_ids), len(batch.drawn_rows), self._inputs.rows_of(batch)
+        tokens, samples, places = len(batch.token_ids), len(batch.sampled_rows), self._inputs.rows_of(batch)
         size = StepSize(tokens, len(batch.context_lens), True)
         entries, given = batch.adapters, self._inputs.given(batch)
         ahead = None if batch.ahead is None else Sent(self._stream, batch.ahead)
-        take, take_drawn = (
-            self._taking(some) for some in (entries, None if entries is None else entries.among(batch.drawn_rows))
+        take, take_sampled = (
+            self._taking(some) for some in (entries, None if entries is None else entries.among(batch.sampled_rows))
         )
 
         def layers() -> torch.Tensor:
@@ -528,7 +528,7 @@ class DeviceRunner:
         def work() -> None:
             self._hidden = torch.empty(0)  # frees the previous step's hidden states first
             self._hidden = layers()
-            take_drawn()
+            take_sampled()
             if samples and self._has_head:
                 self._leave_logits(self._hidden[self._inputs.sample_rows(samples)])
 
@@ -571,7 +571,7 @@ class DeviceRunner:
         self._hidden = self._kept
 
     def _take_hidden(self, hidden: torch.Tensor) -> None:
-        """Make `score` and `hidden_sum` read the hidden states that `land` collected."""
+        """Make `score` and `hidden_sum` read the hidden states that `collect` collected."""
         self._hidden = hidden
 
     def _forward(
@@ -600,7 +600,7 @@ class DeviceRunner:
         return self.decoder.part(token_ids, step, border.arrived, border.left)
 
     def _head(self, rows: Ints) -> Work:
-        """Return work that computes logits of the step that `land` collected, for sampling."""
+        """Return work that computes logits of the step that `collect` collected, for sampling."""
         return self._of_rows(rows, self._leave_logits) if len(rows) else _nothing
 
     def _score(self, rows: Ints, scores: list[torch.Tensor]) -> Work:
@@ -621,10 +621,10 @@ class DeviceRunner:
 
 class _Begun(NamedTuple):
     """A step in flight on the first stage: its captured size, if it was captured, and the fields of its `Batch` that
-    `land` needs."""
+    `collect` needs."""
 
     size: StepSize | None
-    drawn_rows: Ints
+    sampled_rows: Ints
     entries: AdapterRows | None
 
 

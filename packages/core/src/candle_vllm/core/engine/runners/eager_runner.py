@@ -79,7 +79,7 @@ class EagerRunner(StepwiseRunner):
         """See `StepwiseRunner`."""
         token_ids, step = self._step(batch)
         self._hidden = self.decoder.forward(token_ids, step)
-        return self.score(batch.drawn_rows)
+        return self.score(batch.sampled_rows)
 
     def _step(self, batch: Batch) -> tuple[torch.Tensor, StepInput]:
         places = batch.positions
@@ -209,8 +209,10 @@ def layer_caches_of(
 
 
 class StageRunner(EagerRunner):
-    """Runs a pipeline stage of a model. On the first stage, steps are in flight from `forward` to `land`, one for each
-    stage; sampling and `score` refer to the step that `land` collected last.
+    """Runs a pipeline stage of a model.
+
+    On the first stage, steps are in flight from `forward` to `collect`, one for each stage; sampling and `score` refer
+    to the step that `collect` collected last.
 
     Args:
         decoder: this stage's part of the model.
@@ -239,16 +241,16 @@ class StageRunner(EagerRunner):
         if given is not None and stage.vectors_leave(width):
             stage.hand_on(given.vectors)
         if stage.is_first:
-            self._begun.append(_Begun(tokens, batch.drawn_rows, batch.adapters))
+            self._begun.append(_Begun(tokens, batch.sampled_rows, batch.adapters))
 
     @torch.inference_mode()
-    def land(self) -> None:
+    def collect(self) -> None:
         """See `RankedRunner.draw`."""
         if self._stage.is_first:
             step, stage = self._begun.popleft(), self._stage
             self._hidden = stage.take_back(stage.empty(*stage.returns(step.tokens)))
             self._adapter_rows = step.adapters
-            self._drawn_from = self.score(step.drawn_rows)
+            self._sampled_from = self.score(step.sampled_rows)
 
     def score(self, rows: Ints) -> Any:
         """See `ModelRunner`; a stage after the first has no head, and returns no logits."""
@@ -256,10 +258,10 @@ class StageRunner(EagerRunner):
 
 
 class _Begun(NamedTuple):
-    """A step in flight: its number of tokens, and the fields of its `Batch` that `land` needs."""
+    """A step in flight: its number of tokens, and the fields of its `Batch` that `collect` needs."""
 
     tokens: int
-    drawn_rows: Ints
+    sampled_rows: Ints
     adapters: AdapterRows | None
 
 
@@ -354,7 +356,7 @@ class EagerHead(EagerRunner):
         token_ids, step = self._step(batch)
         given = torch.from_numpy(states).to(self.device, self._dtype)
         self._hidden, self._back = self._head.forward(token_ids, given if fused else self._head.fuse(given), step)
-        return self.score(batch.drawn_rows)
+        return self.score(batch.sampled_rows)
 
     @torch.inference_mode()
     def given_back(self, rows: Ints) -> NDArray[np.float32]:

@@ -17,14 +17,14 @@ from candle_vllm.core.engine.step.sequence import Run, Tokens
 from candle_vllm.core.kernels import sampling as kernels
 from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.loading.config import EncoderConfig
-from candle_vllm.core.sampling.sampler import Drawn, Sampler
+from candle_vllm.core.sampling.sampler import SampledTokens, Sampler
 from candle_vllm.core.sampling.state import SamplingState
 
 
 class Launched(Protocol):
     """A step that was launched and may still be running."""
 
-    def tokens(self) -> Sequence[Drawn]:
+    def tokens(self) -> Sequence[SampledTokens]:
         """Wait for the sampled tokens and return them, one entry for each run in `Batch.drawing`. Called once."""
         ...
 
@@ -66,7 +66,7 @@ class ModelRunner(Protocol):
         """
         ...
 
-    def land(self) -> None:
+    def collect(self) -> None:
         """If several steps are in flight, collect the hidden states of the oldest; `draw` then samples for it."""
         ...
 
@@ -102,12 +102,12 @@ MAX_SCORED_ROWS = 64
 MAX_HIDDEN_ROWS = 512  # with 8,192 elements each they take 16 MiB
 
 
-class Landed(msgspec.Struct, frozen=True):
+class SampledStep(msgspec.Struct, frozen=True):
     """The sampled tokens of a step that is complete."""
 
-    drawn: Sequence[Drawn]
+    drawn: Sequence[SampledTokens]
 
-    def tokens(self) -> Sequence[Drawn]:
+    def tokens(self) -> Sequence[SampledTokens]:
         """See `Launched`."""
         return self.drawn
 
@@ -121,7 +121,7 @@ class StepwiseRunner(ABC):
 
     def __init__(self, sampler: Sampler | None = None) -> None:
         self._sampler = Sampler() if sampler is None else sampler
-        self._drawn_from: Value = None
+        self._sampled_from: Value = None
         self._drafts: list[Tokens] | None = None
 
     @property
@@ -135,15 +135,15 @@ class StepwiseRunner(ABC):
         if batch.drafted:
             self._drafts = [run.drafts for run in batch.drawing]
             self._sampler.look_ahead(states, self._drafts)
-        self._drawn_from = self.run(batch)
+        self._sampled_from = self.run(batch)
 
-    def draw(self, states: Sequence[SamplingState]) -> Landed:
+    def draw(self, states: Sequence[SamplingState]) -> SampledStep:
         """See `ModelRunner`."""
         if self._drafts is not None:
-            return Landed(self._sampler.sample_runs(self._drawn_from, states, self._drafts))
-        return Landed(self._sampler.sample(self._drawn_from, states))
+            return SampledStep(self._sampler.sample_runs(self._sampled_from, states, self._drafts))
+        return SampledStep(self._sampler.sample(self._sampled_from, states))
 
-    def land(self) -> None:  # noqa: B027  # a step is complete when `forward` returns
+    def collect(self) -> None:  # noqa: B027  # a step is complete when `forward` returns
         """See `ModelRunner`."""
 
     @abstractmethod

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from candle_vllm.core.engine.runners.model_runner import EncoderRunner, Landed, StepwiseRunner
+from candle_vllm.core.engine.runners.model_runner import EncoderRunner, SampledStep, StepwiseRunner
 from candle_vllm.core.engine.step.batch import AdapterRows, Batch, Ints, StepMemory, in_pages, turns
 from candle_vllm.core.kernels import sampling
 from candle_vllm.core.kernels.attention.cpu_cache import (
@@ -54,7 +54,7 @@ from candle_vllm.core.layers.rotary import Rotary
 from candle_vllm.core.loading import cache_specs
 from candle_vllm.core.memory import MIB, cache_bytes, room_for
 from candle_vllm.core.models.family import Decoder, DraftHead, Encoder
-from candle_vllm.core.sampling.sampler import Draw, Sampler, Token, drawn_tokens, right_runs
+from candle_vllm.core.sampling.sampler import Draw, Sampler, Token, right_runs, sampled_tokens
 from candle_vllm.core.sampling.state import SamplingState
 
 
@@ -141,14 +141,14 @@ class RecordedRunner(StepwiseRunner):
         self._owns_team, self.team = team is None, ThreadTeam(limits.threads, limits.ranks) if team is None else team
         self._arrays = arrays = recorder.arrays
         self._draw_rows = RowDraw(recorder.logits, arrays.numbers, self.team, arrays)
-        self._draw_drafted = RowDraw(recorder.logits, arrays.numbers, self.team)
-        self._sampler = Sampler(_drawing(self), self._draw_rows.controls, self._draw_drafted.controls)
+        self._sample_drafted = RowDraw(recorder.logits, arrays.numbers, self.team)
+        self._sampler = Sampler(_drawing(self), self._draw_rows.controls, self._sample_drafted.controls)
         self._plan = self._planned(hidden, *ends)  # of the last step
         self._plans = {(Adapted.NOT, False): self._plan}
         if limits.adapter_rank:
             self._plan_of(Adapted.ADDED)
         self._adapters: AdapterRows | None = None  # of the last step
-        self._plan_draws = False  # whether the last step's plan sampled
+        self._plan_samples = False  # whether the last step's plan sampled
         # The rows of the last logits, which are the same object in most steps, and the tokens sampled from them. A step
         # that goes on calls no numpy function, because reading the weights evicts numpy from the CPU caches.
         self._rows, self._ids = np.empty(0, np.int64), memoryview(b"")
@@ -185,30 +185,30 @@ class RecordedRunner(StepwiseRunner):
         """See `ModelRunner`. If the sampler does not edit the logits, the plan samples as well."""
         sampler, moves = self._sampler, False
         if batch.drafted:
-            self._plan_draws = sampler.only_draws_runs(states, [run.drafts for run in batch.drawing])
+            self._plan_samples = sampler.only_samples_runs(states, [run.drafts for run in batch.drawing])
         else:
-            self._plan_draws = moves = bool(states) and sampler.only_draws(states, goes_on=batch.goes_on)
+            self._plan_samples = moves = bool(states) and sampler.only_samples(states, goes_on=batch.goes_on)
         self._arrays.moved_on = moves
         super().forward(batch, states)
 
-    def draw(self, states: Sequence[SamplingState]) -> Landed:
+    def draw(self, states: Sequence[SamplingState]) -> SampledStep:
         """See `ModelRunner`."""
-        if not self._plan_draws:
+        if not self._plan_samples:
             return super().draw(states)
         ids, drafts = self._ids.tolist(), self._drafts
         tokens: Sequence[Token] = ids
         if -1 in ids:
-            rows = self._draw_rows if drafts is None else self._draw_drafted
-            tokens = drawn_tokens(ids, rows.largest[: len(ids)].tolist())
-        return Landed(tokens if drafts is None else right_runs(tokens, drafts))
+            rows = self._draw_rows if drafts is None else self._sample_drafted
+            tokens = sampled_tokens(ids, rows.largest[: len(ids)].tolist())
+        return SampledStep(tokens if drafts is None else right_runs(tokens, drafts))
 
     def run(self, batch: Batch) -> NDArray[np.float32]:
         """See `StepwiseRunner`."""
         if len(self.page_of):
             self._find_pages(batch)
-        if batch.goes_on and batch.drawn_rows is self._rows:
+        if batch.goes_on and batch.sampled_rows is self._rows:
             self._recorder.look_up()
-            self.team.run(self._plan.rows, self._plan.count + self._plan_draws)
+            self.team.run(self._plan.rows, self._plan.count + self._plan_samples)
             return self._wanted
         self._lay_out(batch)
         self._recorder.look_up()
@@ -216,9 +216,9 @@ class RecordedRunner(StepwiseRunner):
         narrows = self._narrows and batch.ends_alone and batch.adapters is None and batch.ahead is None
         self._plan = plan = self._plan_of(_lay_out_adapters(self._recorder, batch.adapters), narrows=narrows)
         if narrows:
-            starts = np.searchsorted(batch.drawn_rows, batch.query_start)
+            starts = np.searchsorted(batch.sampled_rows, batch.query_start)
             self._arrays.wanted_start[: len(starts)] = starts
-        rows, count = plan.of_runs if batch.drafted else plan.rows, plan.count + self._plan_draws
+        rows, count = plan.of_runs if batch.drafted else plan.rows, plan.count + self._plan_samples
         if (given := batch.embedded) is not None:
             done, parts = 0, plan.between_stops(drafted=batch.drafted)
             for number, (stop, part) in enumerate(zip(plan.stops, parts)):
@@ -227,7 +227,7 @@ class RecordedRunner(StepwiseRunner):
                 vectors = given.vectors[:, number * size : (number + 1) * size]
                 stop.rows[given.rows] = stop.rows[given.rows] + vectors if number else vectors
             rows, count = parts[-1], count - done
-        return self._with_rows(batch.drawn_rows, rows, count)
+        return self._with_rows(batch.sampled_rows, rows, count)
 
     def _find_pages(self, batch: Batch) -> None:
         """Write slots and block tables of layers with a window."""
@@ -333,7 +333,7 @@ class RecordedRunner(StepwiseRunner):
         """Make a `_Plan` of the operations that were just recorded."""
         recorder = self._recorder
         rows, runs = (
-            np.array([*recorder.plan, *draw.plan], np.int64) for draw in (self._draw_rows, self._draw_drafted)
+            np.array([*recorder.plan, *draw.plan], np.int64) for draw in (self._draw_rows, self._sample_drafted)
         )
         head = rows[head_start:], recorder.num_rows - layer_rows
         stops = () if self._looked_up is None else tuple(self._looked_up.stops)
@@ -345,7 +345,7 @@ class RecordedRunner(StepwiseRunner):
         arrays.logit_rows[:count] = rows
         arrays.numbers[StepNumber.LOGIT_ROWS] = count
         self._wanted = self._logits[:count]
-        self._ids = (self._draw_rows if self._drafts is None else self._draw_drafted).ids[:count].data
+        self._ids = (self._draw_rows if self._drafts is None else self._sample_drafted).ids[:count].data
         if self._adapters is not None:
             _lay_out_wanted(self._recorder, self._adapters.among(rows))
         self.team.run(plan, num_rows)
@@ -356,7 +356,7 @@ class RecordedRunner(StepwiseRunner):
         if logits is not self._wanted:
             return draw(logits, controls)
         if self._drafts is not None:
-            return self._draw_drafted(controls)
+            return self._sample_drafted(controls)
         self._arrays.moved_on = True
         return self._draw_rows(controls)
 
@@ -391,7 +391,7 @@ class RecordedHead(RecordedRunner):
         operations, numbers = self._fusing if fused else (0, 0)
         self._given[fused][: len(states)] = states
         self._lay_out(batch)
-        return self._with_rows(batch.drawn_rows, self._plan.rows[numbers:], self._plan.count - operations)
+        return self._with_rows(batch.sampled_rows, self._plan.rows[numbers:], self._plan.count - operations)
 
     def given_back(self, rows: Ints) -> NDArray[np.float32]:
         """See `HeadRunner`."""

@@ -148,7 +148,7 @@ def rows_ahead(scheduled: Seq[Run], query_start: Ints) -> Ints | None:
     return found
 
 
-class TurnedRows(msgspec.Struct, frozen=True, eq=False):
+class RotaryPositions(msgspec.Struct, frozen=True, eq=False):
     """Rotary positions of a step's rows where they differ from the positions in the sequence (M-RoPE).
 
     Attributes:
@@ -162,7 +162,7 @@ class TurnedRows(msgspec.Struct, frozen=True, eq=False):
     places: Ints
 
 
-def turned_rows(scheduled: Seq[Run], query_start: Ints) -> TurnedRows | None:
+def rotary_positions(scheduled: Seq[Run], query_start: Ints) -> RotaryPositions | None:
     """Return the rotary positions of a step with images that have grids; None if positions alone rotate every row.
 
     All tokens of an image have the same temporal position, and their row and column as height and width; the text
@@ -187,11 +187,11 @@ def turned_rows(scheduled: Seq[Run], query_start: Ints) -> TurnedRows | None:
                 rows.append(np.arange(first + begin, first + stop))
                 places.append(image.first + np.stack([np.zeros_like(row), row, column], 1))
     if not rows:
-        return TurnedRows(shifts, np.zeros(0, np.int64), np.zeros((0, 3), np.int64)) if shifts.any() else None
-    return TurnedRows(shifts, np.concatenate(rows), np.concatenate(places))
+        return RotaryPositions(shifts, np.zeros(0, np.int64), np.zeros((0, 3), np.int64)) if shifts.any() else None
+    return RotaryPositions(shifts, np.concatenate(rows), np.concatenate(places))
 
 
-def turns(turned: TurnedRows, positions: Ints, first: int) -> Ints:
+def turns(turned: RotaryPositions, positions: Ints, first: int) -> Ints:
     """Return each row's offset from its position to its rotary table row; rows of images are from `first` on."""
     turns = turned.shifts.copy()
     turns[turned.rows] = first + np.arange(len(turned.rows)) - positions[turned.rows]
@@ -244,7 +244,7 @@ class Batch(msgspec.Struct, frozen=True, eq=False):
         embedded: rows of images; None without image rows.
         ahead: [T] how many later positions each row attends to; None if every row is causal.
         turned: rotary positions of rows in and after images that have grids; None if positions alone rotate every row.
-        ends_alone: whether only the rows in `drawn_rows` are read from the model's output.
+        ends_alone: whether only the rows in `sampled_rows` are read from the model's output.
         begun: if the step goes on, the new entries of the tables: row, column and block.
         states: state slots that the step reads and writes; None if no layer keeps a state.
     """
@@ -258,12 +258,12 @@ class Batch(msgspec.Struct, frozen=True, eq=False):
     runs: Seq[Run]
     drawing: Seq[Run]
     drafted: bool
-    drawn_rows: Ints
+    sampled_rows: Ints
     goes_on: bool = False
     adapters: AdapterRows | None = None
     embedded: EmbeddedRows | None = None
     ahead: Ints | None = None
-    turned: TurnedRows | None = None
+    turned: RotaryPositions | None = None
     ends_alone: bool = False
     begun: Seq[tuple[int, int, int]] = ()
     states: StateRows | None = None
@@ -302,7 +302,7 @@ class _Laid(NamedTuple):
     contexts: Ints | list[int]
     positions: Ints | list[int]
     slots: Ints | list[int] | int
-    drawn_rows: Ints
+    sampled_rows: Ints
 
 
 class BatchBuilder:
@@ -368,12 +368,12 @@ class BatchBuilder:
             runs=scheduled,
             drawing=scheduled if whole else [item for item in scheduled if item.wanted],
             drafted=decodes < count and any(run.drafts for run in scheduled),
-            drawn_rows=laid.drawn_rows,
+            sampled_rows=laid.sampled_rows,
             adapters=adapter_rows(scheduled, laid.query_start),
             embedded=embedded_rows(shown, laid.query_start, tokens[0]),
             ahead=rows_ahead(shown, laid.query_start),
-            turned=turned_rows(scheduled, laid.query_start) if self._images else None,
-            ends_alone=ends_alone and len(laid.drawn_rows) < total,
+            turned=rotary_positions(scheduled, laid.query_start) if self._images else None,
+            ends_alone=ends_alone and len(laid.sampled_rows) < total,
             states=self._state_rows(scheduled, laid.query_start),
         )
         self._last = batch if decodes == count and size else None
@@ -414,7 +414,7 @@ class BatchBuilder:
             self._moving += 1
             contexts += 1
             if before:  # the tokens of the previous step, in the same order
-                tokens[0], tokens[3] = 0, last.drawn_rows
+                tokens[0], tokens[3] = 0, last.sampled_rows
             else:
                 tokens[0], tokens[3] = [item.sequence.tokens[item.start] for item in step], -1
         if step.begins:
@@ -429,7 +429,7 @@ class BatchBuilder:
             runs=step,
             drawing=step,
             drafted=False,
-            drawn_rows=last.drawn_rows,
+            sampled_rows=last.sampled_rows,
             goes_on=True,
             adapters=last.adapters,
             turned=last.turned,

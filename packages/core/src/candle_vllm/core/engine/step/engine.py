@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 import msgspec
 
 from candle_vllm.core.engine.adapters.adapter_store import AdapterCall, AdapterStore
-from candle_vllm.core.engine.cache.block_tiers import KeptBlocks, KeptPrefixes
+from candle_vllm.core.engine.cache.block_tiers import OffloadedBlocks, OffloadedPrefixes
 from candle_vllm.core.engine.model_info import AdapterInfo
 from candle_vllm.core.engine.outputs import FinishReason, TokenOutput, joined
 from candle_vllm.core.engine.runners.images import ImageStore
@@ -31,7 +31,7 @@ from candle_vllm.core.engine.step.preparation import Preparation
 from candle_vllm.core.engine.step.scheduler import Scheduler, WholeTexts
 from candle_vllm.core.engine.step.sequence import Run, Sequence, Step
 from candle_vllm.core.errors import CandleVllmError, InvalidParameterError, RequestError
-from candle_vllm.core.sampling.sampler import Drawn, Token
+from candle_vllm.core.sampling.sampler import SampledTokens, Token
 from candle_vllm.core.sampling.state import SamplingState
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class Engine:
         preparation: Preparation,
         drafter: Drafter | None = None,
         images: ImageStore | None = None,
-        kept: KeptBlocks | KeptPrefixes | None = None,
+        kept: OffloadedBlocks | OffloadedPrefixes | None = None,
         sleeper: Sleeper | None = None,
     ) -> None:
         assert drafter is None or not runner.overlaps
@@ -105,7 +105,7 @@ class Engine:
         self._live: dict[Sequence, Live] = {}
         self._requests: dict[str, list[Live]] = {}
         self._arrivals = 0
-        self.guess_failures: dict[type[Exception], str] = {}
+        self.draft_failures: dict[type[Exception], str] = {}
         self._said: dict[type[Exception], float] = {}  # when a drafting failure was last logged, by type
         self._counts: Counter[str] = Counter()
         self._num_steps = self._num_generated = 0
@@ -176,7 +176,7 @@ class Engine:
         self.sleeper.check(level)
         pieces = [piece for request_id in list(self._requests) for piece in self.abort(request_id)]
         while self._flights:
-            pieces += self._land()
+            pieces += self._collect()
         self.scheduler.blocks.reset_prefix_cache()
         if self.kept is not None:
             self.kept.rest()
@@ -226,14 +226,14 @@ class Engine:
             if flight is not None:
                 self._flights.append(flight)
             full = flight is None or len(self._flights) == self.runner.in_flight
-            return pieces + self._land() if full else pieces
-        pieces += self._land()
+            return pieces + self._collect() if full else pieces
+        pieces += self._collect()
         if flight is not None:
             self._flights.append(flight)
         if not self.runner.overlaps:
-            pieces += self._land()
+            pieces += self._collect()
             if self._drafter is not None and flight is not None:
-                self._guess(self._drafter, flight, time.perf_counter() - began)
+                self._propose_drafts(self._drafter, flight, time.perf_counter() - began)
         return pieces
 
     def _encode(self, images: ImageStore) -> list[TokenOutput]:
@@ -257,13 +257,13 @@ class Engine:
                     pieces.append(self._fail(sequence, adapters.failure(failed)))
         return pieces
 
-    def _guess(self, drafter: Drafter, flight: _Flight, seconds: float) -> None:
+    def _propose_drafts(self, drafter: Drafter, flight: _Flight, seconds: float) -> None:
         """Choose the drafts of the next step; `seconds` is the duration of this one."""
         assert isinstance(self.scheduler, Scheduler)
         batch, count = flight.batch, len(flight.lives)
         if drafter.rests(count):
             return
-        rows = len(batch.drawn_rows)
+        rows = len(batch.sampled_rows)
         drafter.stepped(count if batch.tokens.shape[1] == rows else 0, rows - count, seconds)
         lives = [live for live in flight.lives if not live.is_over]
         try:
@@ -276,10 +276,10 @@ class Engine:
             raise
         except Exception as error:  # a drafting failure must not end an answer
             now, kind = time.monotonic(), type(error)
-            self.guess_failures.setdefault(kind, str(error))
+            self.draft_failures.setdefault(kind, str(error))
             if now - self._said.get(kind, -math.inf) >= _SILENCE:
                 self._said[kind] = now
-                logger.exception("nothing is guessed for a step of %d sequences", len(lives))
+                logger.exception("no drafts for a step of %d sequences", len(lives))
             self.scheduler.has_drafts = False
             for live in lives:
                 live.sequence.drafts = ()
@@ -302,7 +302,7 @@ class Engine:
             sleep_level=0 if self.sleeper is None else self.sleeper.level,
             **self._draft_counts(),
             **self._adapter_counts(),
-            **self._kept_counts(),
+            **self._offload_counts(),
             **self._image_counts(),
             **self._state_counts(),
         )
@@ -333,7 +333,7 @@ class Engine:
             "waiting_adapters": dict(waiting.most_common(_TOLD_ADAPTERS)),
         }
 
-    def _kept_counts(self) -> dict[str, Any]:
+    def _offload_counts(self) -> dict[str, Any]:
         if self.kept is None:
             return {}
         return {
@@ -382,13 +382,13 @@ class Engine:
             lives, states = self._drawing
             self.runner.forward(batch, states)
             if self._flights and not several and any(state.reads_tokens for state in states):
-                pieces += self._land()
+                pieces += self._collect()
             launched = self.runner.draw(states)
         except self.runner.fatal:
             raise
         except Exception as error:
             logger.exception("a step of %d sequences failed", len(scheduled))
-            pieces += self._land()  # tokens of earlier steps are not lost
+            pieces += self._collect()  # tokens of earlier steps are not lost
             pieces += [self._fail(item.sequence, error) for item in scheduled if item.sequence in self._live]
             return None
         ahead = self.runner.overlaps or not batch.goes_on  # else tokens are known before the next scheduling
@@ -400,7 +400,7 @@ class Engine:
             pieces += self._read_prompts(batch, began)
         return _Flight(scheduled, batch, lives, launched, ahead, began)
 
-    def _land(self) -> list[TokenOutput]:
+    def _collect(self) -> list[TokenOutput]:
         """Collect the results of the oldest launched step, if there is one, and commit it."""
         if not self._flights:
             return []
@@ -414,9 +414,9 @@ class Engine:
             return [self._fail(item.sequence, error) for item in flight.batch.runs if item.sequence in self._live]
         if self.runner.in_flight > 1 and flight.batch.num_decodes < len(flight.step):
             pieces = self._read_prompts(flight.batch, flight.began)
-        return pieces + self._settle(flight, drawn)
+        return pieces + self._commit(flight, drawn)
 
-    def _settle(self, flight: _Flight, drawn: Seq[Drawn]) -> list[TokenOutput]:
+    def _commit(self, flight: _Flight, drawn: Seq[SampledTokens]) -> list[TokenOutput]:
         """Commit a step: append tokens, find stops, free blocks, publish full blocks."""
         self._num_steps += 1
         step, batch = flight.step, flight.batch
@@ -425,9 +425,9 @@ class Engine:
                 live.sequence.num_ahead -= 1
                 live.state.num_ahead -= self.runner.overlaps
         if batch.drafted:
-            self.scheduler.settle([run for run in step if not run.drafts])
+            self.scheduler.commit([run for run in step if not run.drafts])
         elif step.fills or not step.goes_on:
-            self.scheduler.settle(step.filling)
+            self.scheduler.commit(step.filling)
         prompts = step[batch.num_decodes :]
         self._count_prompts(prompts)
         if batch.drafted:
@@ -480,7 +480,7 @@ class Engine:
                 break
         if run.drafts:
             assert isinstance(self.scheduler, Scheduler)
-            self.scheduler.settle_drafts(run)
+            self.scheduler.commit_drafts(run)
             if self._drafter is not None:
                 self._drafter.tried(len(run.drafts), len(pieces) - 1)
         piece = joined(pieces)

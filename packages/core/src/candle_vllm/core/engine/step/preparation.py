@@ -36,7 +36,7 @@ from candle_vllm.core.sampling.state import SamplingState
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.sampling.thoughts import ThoughtCount, ThoughtLimit, budget_in_tokens
 from candle_vllm.core.text.tokenizer import Tokenizer
-from candle_vllm.core.vision.prompts import Sight, spans_of
+from candle_vllm.core.vision.prompts import VisionInput, spans_of
 
 
 class Preparation(ABC):
@@ -163,7 +163,7 @@ class DecoderPreparation(Preparation):
         head: PooledHead | None = None,
         seed: int | None = None,
         adapters: AdapterStore | None = None,
-        images: Sight | None = None,
+        images: VisionInput | None = None,
         open_objects: bool = False,
     ) -> None:
         self.adapters = adapters
@@ -214,12 +214,19 @@ class DecoderPreparation(Preparation):
             return []
         if self._images is None:
             raise InvalidParameterError("image: the model reads text alone", "image")
-        made, sight = list[PlacedImage](), self._images
-        for image, places in zip(request.images, sight.places(request.prompt_token_ids, request.images)):
-            spans = spans_of(places) if sight.parts.whole else []
+        made, vision_input = list[PlacedImage](), self._images
+        for image, places in zip(request.images, vision_input.places(request.prompt_token_ids, request.images)):
+            spans = spans_of(places) if vision_input.parts.whole else []
             first = int(places[0]) + (made[-1].shift if made else 0)
             made.append(
-                PlacedImage(image, places.tolist(), spans, grid=sight.grid(image), first=first, blank=sight.parts.blank)
+                PlacedImage(
+                    image,
+                    places.tolist(),
+                    spans,
+                    grid=vision_input.grid(image),
+                    first=first,
+                    blank=vision_input.parts.blank,
+                )
             )
         return made
 

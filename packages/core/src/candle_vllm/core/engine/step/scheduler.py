@@ -16,7 +16,7 @@ for each draft token: the step then appends the accepted draft tokens and one sa
   last in order first.
 
 If steps overlap, a step is scheduled while the previous one still runs: `launched` counts the tokens of a launched step
-in advance, `settle` publishes its blocks once it is committed. A sampled token that is not known yet counts as a token
+in advance, `commit` publishes its blocks once it is committed. A sampled token that is not known yet counts as a token
 to run; its sequence is not admitted again before the token is known. The number of accepted draft tokens is only known
 after the step, so a sequence with drafts waits for its step.
 
@@ -25,8 +25,8 @@ them and waits for its token; each step takes an equal share of the decoding seq
 consecutive steps, because each stage runs the steps in order.
 
 A sequence with adapters, images or offloaded blocks also waits until these are loaded or encoded; other sequences may
-be admitted before it: see `AdapterAdmission`, `ImageStore` and `KeptBlocks`. If image tokens attend to each other, all
-tokens of a tile run in one step, which has rows for them.
+be admitted before it: see `AdapterAdmission`, `ImageStore` and `OffloadedBlocks`. If image tokens attend to each other,
+all tokens of a tile run in one step, which has rows for them.
 
 If layers keep a state (`states.py`), a cached prefix ends at a checkpoint. Checkpoints are written after the last full
 block of a prompt, at the end of each prompt chunk that ends with a block, after the last full block of an answer, and
@@ -73,8 +73,8 @@ class ImageAdmission(Protocol):
     def ended(self, sequence: Sequence) -> None: ...
 
 
-class KeptAdmission(Protocol):
-    """The methods of `KeptBlocks` that the scheduler calls."""
+class OffloadedAdmission(Protocol):
+    """The methods of `OffloadedBlocks` that the scheduler calls."""
 
     def offer(self, block: int, digest: bytes) -> None: ...
 
@@ -111,7 +111,7 @@ class Scheduler:
         draft_rows: int = 0,
         adapters: AdapterAdmission | None = None,
         images: ImageAdmission | None = None,
-        kept: KeptAdmission | None = None,
+        kept: OffloadedAdmission | None = None,
         in_flight: int = 1,
         states: StatePool | None = None,
     ) -> None:
@@ -245,7 +245,7 @@ class Scheduler:
             else:
                 sequence.num_uncomputed_tokens -= item.count
 
-    def settle(self, items: Iterable[Run]) -> None:
+    def commit(self, items: Iterable[Run]) -> None:
         """Publish the blocks that a launched step has filled; all tokens in them are known."""
         size = self.blocks.block_size
         for item in items:
@@ -254,9 +254,9 @@ class Scheduler:
             if last > first and holds:  # filled, and not preempted since the launch
                 self._publish(sequence, first, last)
             if self.states is not None:
-                self.states.settle(item, publish=holds and self.blocks.enable_prefix_caching)
+                self.states.commit(item, publish=holds and self.blocks.enable_prefix_caching)
 
-    def settle_drafts(self, run: Run) -> None:
+    def commit_drafts(self, run: Run) -> None:
         """Commit a run with drafts, after its sampled tokens were appended to the sequence.
 
         Rows of rejected draft tokens are dropped, and blocks that only they needed are freed.
@@ -267,7 +267,7 @@ class Scheduler:
         if holds:
             self._publish(sequence, run.start // size, end // size)
         if self.states is not None:
-            self.states.settle(run, publish=holds and self.blocks.enable_prefix_caching)
+            self.states.commit(run, publish=holds and self.blocks.enable_prefix_caching)
             self.states.replay(sequence, end - run.start - 1)
         if not holds:
             return
@@ -667,7 +667,7 @@ class WholeTexts:
     def launched(self, items: Iterable[Run]) -> None:
         """Do nothing: no step follows a text."""
 
-    def settle(self, items: Iterable[Run]) -> None:
+    def commit(self, items: Iterable[Run]) -> None:
         """Do nothing: a text has no blocks to publish."""
 
 

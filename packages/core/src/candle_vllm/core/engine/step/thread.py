@@ -54,7 +54,7 @@ class Sink(Protocol):
 _Item = tuple[Sink, TokenOutput]
 
 
-class Courier:
+class OutputQueue:
     """Output queue of one event loop: calls its sinks in batches. Items of one sink keep their order.
 
     A step of a thousand sequences wakes a thousand readers. If all are woken at once, the loop does not poll its
@@ -112,7 +112,7 @@ class _Client:
 
 
 class Prepared(Protocol):
-    """One sequence of a checked request: a `Live` or a `Parcel`."""
+    """One sequence of a checked request: a `Live` or a `Payload`."""
 
     @property
     def request(self) -> GenerationRequest: ...
@@ -183,7 +183,7 @@ class EngineThread:
         self._clients: dict[str, _Client] = {}
         self._live_sequences = 0
         self._commands: list[Callable[[], None]] = []
-        self._couriers: dict[asyncio.AbstractEventLoop, Courier] = {}  # used by this thread only
+        self._couriers: dict[asyncio.AbstractEventLoop, OutputQueue] = {}  # used by this thread only
         self._lock = threading.RLock()  # guards the attributes above that callers use
         self._wake = threading.Condition(self._lock)
         self._asleep: frozenset[str] = frozenset()  # with any tag, requests are refused
@@ -396,18 +396,18 @@ class EngineThread:
                 (others if client.begun else first).append((client.sink, piece))
                 client.begun = True
         for loop, (first, others) in by_loop.items():
-            (self._couriers.get(loop) or self._courier(loop)).send(first, others)
+            (self._couriers.get(loop) or self._output_queue(loop)).send(first, others)
 
     def _put(self, sink: Sink, item: Delivery) -> None:
         if sink.loop is None:
             sink.put(item)
         else:
-            self._courier(sink.loop).send((), [(sink, item)])
+            self._output_queue(sink.loop).send((), [(sink, item)])
 
-    def _courier(self, loop: asyncio.AbstractEventLoop) -> Courier:
+    def _output_queue(self, loop: asyncio.AbstractEventLoop) -> OutputQueue:
         if loop not in self._couriers:
             self._couriers = {known: at for known, at in self._couriers.items() if not known.is_closed()}
-            self._couriers[loop] = Courier(loop)
+            self._couriers[loop] = OutputQueue(loop)
         return self._couriers[loop]
 
     def _end(self, error: EngineDeadError) -> None:

@@ -27,7 +27,7 @@ from candle_vllm.core.text.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
-class Parcel:
+class Payload:
     """A checked request with its serialised message."""
 
     request: GenerationRequest
@@ -52,8 +52,8 @@ class RequestWriter:
         self._seeds = random.Random(seed) if seed is not None else random.SystemRandom()  # noqa: S311
         self._tickets = itertools.count()
 
-    def prepare(self, request: GenerationRequest) -> list[Parcel]:
-        """Check a request; return the same `Parcel` for each of its sequences.
+    def prepare(self, request: GenerationRequest) -> list[Payload]:
+        """Check a request; return the same `Payload` for each of its sequences.
 
         Raises:
             InvalidParameterError, PromptTooLongError: the request cannot be served as it is.
@@ -65,7 +65,7 @@ class RequestWriter:
         else:
             params = self._checked_params(request)
             message = Submit(msgspec.structs.replace(request, request_id=ticket, prompt=None, params=params))
-        return [Parcel(request, ticket, _written(message))] * request.params.n
+        return [Payload(request, ticket, _written(message))] * request.params.n
 
     def _check_pooled(self, request: PoolingRequest) -> None:
         info = self._info
