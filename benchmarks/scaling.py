@@ -314,7 +314,7 @@ def _one_at_a_time(engine: Any) -> Callable[[], Any]:
     def landed() -> Any:
         pieces = step()
         while engine._flights:
-            pieces += engine._land()
+            pieces += engine._collect()
         return pieces
 
     return landed

@@ -173,7 +173,7 @@ def _one_at_a_time(engine: Any) -> None:
     def landed() -> Any:
         pieces = step()
         while inside._flights:
-            pieces += inside._land()
+            pieces += inside._collect()
         return pieces
 
     inside.step = landed

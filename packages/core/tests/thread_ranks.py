@@ -248,7 +248,7 @@ class ToldRanks:
                 self.failed.append(error)
                 return
 
-    def tell(self, message: ToRank) -> None:
+    def broadcast(self, message: ToRank) -> None:
         """See `Ranks`."""
         assert not self.failed
         for told in self._told:

@@ -19,7 +19,7 @@ def failing_guesses() -> None:
 @pytest.fixture(autouse=True)
 def _guesses_succeed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """An engine goes on where a guess fails, which is worth no answer; a test fails, for it is a mistake of ours."""
-    failures, guess = list[dict[type[Exception], str]](), Engine._guess
+    failures, guess = list[dict[type[Exception], str]](), Engine._propose_drafts
 
     def noted(engine: Engine, *given: Any) -> None:
         before = len(engine.draft_failures)

@@ -147,7 +147,7 @@ class Staged:
         for each in self.others:
             each.close()
 
-    def tell(self, message: Any) -> None:
+    def broadcast(self, message: Any) -> None:
         """As `Ranks`; see `LateStage`."""
         for each in self.others:
             each.tell(message)

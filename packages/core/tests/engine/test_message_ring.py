@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(
 READER = (
     "import os, socket, sys\n"
     "from candle_vllm.core.engine.ranks.message_ring import RingLine\n"
-    "from candle_vllm.core.engine.ranks.rank_line import Ready, Score, Land, ToRank\n"
+    "from candle_vllm.core.engine.ranks.rank_line import Ready, Score, Collect, ToRank\n"
     "number, memory, rank = map(int, sys.argv[1:])\n"
     "line = RingLine(socket.socket(fileno=number), os.fdopen(memory, 'r+b', buffering=0), rank)\n"
     "assert 'torch' not in sys.modules\n"
@@ -48,7 +48,7 @@ READER = (
 WRITER = (
     "import socket, subprocess, sys\n"
     "from candle_vllm.core.engine.ranks.message_ring import MessageRing\n"
-    "from candle_vllm.core.engine.ranks.rank_line import Land, Line, Score, ToRank, Ready, encoded\n"
+    "from candle_vllm.core.engine.ranks.rank_line import Collect, Line, Score, ToRank, Ready, encoded\n"
     "ring = MessageRing(1)\n"
     "near, far = socket.socketpair()\n"
     "given = far.fileno(), ring.memory.fileno()\n"
@@ -57,7 +57,7 @@ WRITER = (
     "Line(near).receive(Ready)\n"
     "print(reader.pid, flush=True)\n"
     "while True:\n"
-    "    ring.write(encoded(Land()), 60)\n"
+    "    ring.write(encoded(Collect()), 60)\n"
 )
 
 
@@ -252,7 +252,7 @@ def test_each_is_told_in_one_way(others: Callable[[int], Others]) -> None:
         ranks._others[3] = _Other(Line(near, (b"one", b"two")), Line(near), None, "elsewhere")
         messages = [sized(10, 1), sized(1000, 2), Next(bytes(8), ((0, 1, 2),))]
         with ThreadPoolExecutor(1) as pool:
-            telling = pool.submit(lambda: [ranks.tell(message) for message in messages])
+            telling = pool.submit(lambda: [ranks.broadcast(message) for message in messages])
             for line in (*told.far, Line(far, (b"two", b"one"))):
                 assert [line.receive(ToRank) for _ in messages] == messages
             telling.result(60)
@@ -265,7 +265,7 @@ def test_each_is_told_in_one_way(others: Callable[[int], Others]) -> None:
 def test_what_is_no_message_is_refused(others: Callable[[int], Others]) -> None:
     told = others(1)
     told.tell(Collect())
-    with pytest.raises(msgspec.ValidationError, match="Invalid value 'Land'"):
+    with pytest.raises(msgspec.ValidationError, match="Invalid value 'Collect'"):
         told.far[0].receive(Go)
     ring = told.ring._ring
     for head, following, said in (

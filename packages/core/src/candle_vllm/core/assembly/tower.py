@@ -45,7 +45,7 @@ class LoadedTower:
     Attributes:
         tower: the model.
         placement: device and types of its weights.
-        sight: how images are preprocessed and become tokens of a prompt.
+        vision_input: how images are preprocessed and become tokens of a prompt.
         weight_bytes: stored bytes.
     """
 

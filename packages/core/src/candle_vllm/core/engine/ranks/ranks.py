@@ -466,7 +466,7 @@ class RankedParts:
 
     Args:
         ranks: the other ranks.
-        tell_pages: broadcasts changed page tables, see `RankedRunner`.
+        broadcast_pages: broadcasts changed page tables, see `RankedRunner`.
     """
 
     def __init__(self, ranks: Ranks, broadcast_pages: Callable[[], None]) -> None:

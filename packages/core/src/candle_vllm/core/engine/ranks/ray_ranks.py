@@ -59,7 +59,7 @@ class RayRanks:
 
     Attributes:
         config: the first rank's configuration.
-        door: the listener to which the other ranks connect.
+        listener: the listener to which the other ranks connect.
 
     Raises:
         ConfigError: Ray is not installed, has no cluster, or lacks resources.

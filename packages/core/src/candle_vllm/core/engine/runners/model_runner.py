@@ -148,7 +148,7 @@ class StepwiseRunner(ABC):
 
     @abstractmethod
     def run(self, batch: Batch) -> Value:
-        """Run a step, which writes keys and values to the cache; return logits [len(drawn_rows), V] in fp32.
+        """Run a step, which writes keys and values to the cache; return logits [len(sampled_rows), V] in fp32.
 
         The logits are valid until the next call, and may be overwritten by the caller.
         """

@@ -238,7 +238,7 @@ class Batch(msgspec.Struct, frozen=True, eq=False):
         runs: the scheduled runs.
         drawing: the runs for which tokens are sampled.
         drafted: whether any run has drafts.
-        drawn_rows: indices into T of the rows whose next token is sampled: the last `wanted` rows of each run.
+        sampled_rows: indices into T of the rows whose next token is sampled: the last `wanted` rows of each run.
         goes_on: as in `Step`, and the previous step was built here, too.
         adapters: adapters of rows; None if no row has an adapter. The same object if the step goes on.
         embedded: rows of images; None without image rows.

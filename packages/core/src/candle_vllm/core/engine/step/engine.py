@@ -71,7 +71,7 @@ class Engine:
         images: encodes images and holds their embeddings; None for a text-only model.
         kept: the offloaded blocks (KV tiers); None without KV offloading.
         sleeper: frees memory and fills it again; None if the model was not loaded from files.
-        guess_failures: the message of the first drafting failure of each exception type; answers go on without drafts.
+        draft_failures: the message of the first drafting failure of each exception type; answers go on without drafts.
     """
 
     def __init__(
