@@ -48,6 +48,7 @@ REMOTE = {  # classes of types that transformers does not have
     "exaone": "ExaoneForCausalLM",
     "internlm2": "InternLM2ForCausalLM",
     "kimi_k2": "DeepseekV3ForCausalLM",
+    "step3p5": "Step3p5ForCausalLM",
 }
 
 

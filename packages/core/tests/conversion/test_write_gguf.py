@@ -52,6 +52,7 @@ LLAMA_CPP = (
     "EXAONE 4 windows",
     "ERNIE 4.5 biases",
     "Seed-OSS biases",
+    "Step 3.5 biases",
 )  # refused for its sake: see `test_gguf_families.py`
 UNKNOWN = ("OLMo Hybrid", "OLMo Hybrid turned", "GPT-Neo", "GPT-J", "OPT", "OPT-350m")  # to llama.cpp
 WRITTEN = [name for name in ROWS if name not in UNSAYABLE and name not in (*LLAMA_CPP, *UNKNOWN)]

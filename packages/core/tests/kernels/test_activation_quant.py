@@ -55,6 +55,8 @@ def data(rows: int, columns: int) -> np.ndarray:
 @pytest.mark.parametrize("columns", [32, 96, 576])
 def test_equals_the_reference(prologue: Prologue, rows: int, columns: int) -> None:
     x = data(rows, columns * 2 if prologue.gated else columns)
+    if prologue in (Prologue.SILU_7, Prologue.SILU_16):
+        x *= 4  # some are beyond the limit
     if prologue.norm:
         x += 20  # a mean far beyond the spread
     weight = np.random.default_rng(1).random(2 * columns, dtype=np.float32)

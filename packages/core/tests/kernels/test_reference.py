@@ -17,7 +17,7 @@ from candle_vllm.core.kernels.layer_norm import layer_norm
 from candle_vllm.core.kernels.linear import linear
 from candle_vllm.core.kernels.rms_norm import rms_norm
 from candle_vllm.core.kernels.rotary import rotary
-from candle_vllm.core.kernels.silu_mul import gate_mul, gated
+from candle_vllm.core.kernels.silu_mul import LIMITS, gate_mul, gated
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 5e-3}
 DTYPES = list(TOLERANCE)
@@ -93,6 +93,11 @@ def test_gate_mul(dtype: torch.dtype, rows: int) -> None:
     x = random(rows, 2 * 123, dtype=dtype)
     gate, up = x.double().chunk(2, -1)
     assert error(gate_mul(x, "silu"), gate / (1 + (-gate).exp()) * up) < TOLERANCE[dtype]
+    x *= 10  # some are beyond each limit
+    gate, up = x.double().chunk(2, -1)
+    for kind, limit in LIMITS.items():
+        act = (gate / (1 + (-gate).exp())).clamp(max=limit)
+        assert error(gate_mul(x, kind), act * up.clamp(-limit, limit)) < TOLERANCE[dtype]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -449,6 +449,27 @@ MIMO = {
     "num_experts_per_tok": 3,
     "moe_intermediate_size": 64,
 }
+# each limit in experts, in what they share, and in a dense layer
+STEP = {
+    "head_dim": 32,
+    "num_hidden_layers": 3,
+    "layer_types": FIRST_FULL,
+    "num_sliding_attention_heads": 6,
+    "sliding_window": 16,
+    "mlp_layer_types": ["dense", "sparse", "sparse"],
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 64,
+    "share_expert_dim": 96,
+    "moe_router_scaling_factor": 2.5,
+    "swiglu_limits": [None, 7.0, 16.0],
+    "swiglu_limits_shared": [16.0, 0.0, 7.0],
+    "rope_parameters": {
+        "full_attention": LLAMA3 | {"rope_theta": 5e4, "partial_rotary_factor": 0.5},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0},
+    },
+}
+STEP_PLAIN = {"layer_types": None, "attention_bias": True, "swiglu_limits": None, "swiglu_limits_shared": None}
 OLMO3_ROPE = {
     "full_attention": {
         "rope_type": "yarn",
@@ -657,6 +678,8 @@ ROWS: Mapping[str, Row] = {
         undecided=0.1,
         common=False,
     ),
+    "Step 3.5": Row("step3p5", STEP, "step35", undecided=0.1, common=False),
+    "Step 3.5 biases": Row("step3p5", STEP | STEP_PLAIN, undecided=0.1, common=False),
     "MiniMax-M2": Row("minimax_m2", MINIMAX_M2, "minimax-m2", undecided=0.1, common=False),
     "Command R": Row("cohere", COHERE, "command-r", common=False),
     "Command R+": Row("cohere", COHERE | {"use_qk_norm": True, "attention_bias": True}, "command-r", common=False),
@@ -716,6 +739,7 @@ TOWERS: Mapping[str, str] = {
     "MuseGlimmerForConditionalGeneration": "MuseGlimmerForCausalLM",
     "Qwen3_5ForConditionalGeneration": "Qwen3_5ForCausalLM",
     "Qwen3_5MoeForConditionalGeneration": "Qwen3_5MoeForCausalLM",
+    "Step3p7ForConditionalGeneration": "Step3p5ForCausalLM",
 }
 """Classes of multimodal models, and those whose rows stand for their text towers; see `test_towers.py`."""
 

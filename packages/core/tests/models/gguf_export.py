@@ -794,6 +794,33 @@ def _mimo2(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> T
     return {f"blk.{layers}.nextn.enorm.weight": np.ones(config["hidden_size"], np.float32)} | made
 
 
+def _step35(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    """Numbers of heads, windows and limits as lists; norms plus 1; divisors of layers with a window are 1."""
+    local, dim = [kind == "sliding_attention" for kind in config["layer_types"]], config["head_dim"]
+    full, near = (config["rope_parameters"][kind] for kind in ("full_attention", "sliding_attention"))
+    heads = config["num_attention_heads"], config["num_sliding_attention_heads"]
+    writer.add_head_count([heads[windowed] for windowed in local])
+    writer.add_head_count_kv([config["num_key_value_heads"]] * len(local))
+    _windows(writer, config)
+    writer.add_rope_freq_base(full["rope_theta"])
+    writer.add_rope_freq_base_swa(near["rope_theta"])
+    for end, key in ("exp", "swiglu_limits"), ("shexp", "swiglu_limits_shared"):
+        writer.add_array(f"{writer.arch}.swiglu_clamp_{end}", [float(limit or 0) for limit in config[key]])
+    writer.add_expert_shared_feed_forward_length(config["share_expert_dim"])
+    writer.add_expert_weights_norm(True)
+    writer.add_expert_weights_scale(config["moe_router_scaling_factor"])
+    writer.add_leading_dense_block_count(config["mlp_layer_types"].count("dense"))
+    factors = _llama3_factors(full, dim // 2)
+    made = {"rope_freqs.weight": np.concatenate([factors, np.ones(dim // 2 - len(factors), np.float32)])}
+    for name, data in _shared_experts(_experts(writer, config, tensors)).items():
+        if name.endswith("gate_up_proj.weight"):
+            for part, half in zip(("gate", "up"), np.split(data, 2, axis=1), strict=True):
+                made[f"blk.{name.split('.')[2]}.ffn_{part}_exps.weight"] = half
+        else:
+            made[name] = data + 1 if name.endswith("norm.weight") else data
+    return made
+
+
 def _minimax_m2(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
     """The metadata says no way of scoring; experts' names are Mixtral's."""
     writer.add_expert_feed_forward_length(config["intermediate_size"])
@@ -914,6 +941,7 @@ CONVERTERS: Mapping[str, Convert] = {
     "apertus": _apertus,
     "laguna": _laguna,
     "mimo2": _mimo2,
+    "step35": _step35,
     "muse-glimmer": _muse_glimmer,
     "exaone": _olmo2,
     "internlm2": _llama,

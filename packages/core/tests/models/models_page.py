@@ -28,7 +28,11 @@ from packages.core.tests.models.families import (
 
 PAGE = Path(__file__).parents[4] / "docs" / "models.md"
 BEGIN, END = "<!-- table of families: begin -->", "<!-- table of families: end -->"
-LEFT_OUT = {"mistral4": "Mistral4ForCausalLM", "muse_glimmer_text": "MuseGlimmerForCausalLM"}  # by transformers
+LEFT_OUT = {  # by transformers
+    "mistral4": "Mistral4ForCausalLM",
+    "muse_glimmer_text": "MuseGlimmerForCausalLM",
+    "step3p5": "Step3p5ForCausalLM",
+}
 SPELLED = {"PhiMoEForCausalLM": "PhimoeForCausalLM"}  # as published files have it
 COMPILED, TORCH, INTERPRETED, REFERENCE, UNTESTED, NONE = (
     "compiled",

@@ -17,7 +17,7 @@ from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError, Wei
 from candle_vllm.core.loading.towers import DEFAULTS, text_fields
 from candle_vllm.core.models.registry import family_from_hf
 from candle_vllm.core.testing.toy_model import write_toy_tokenizer
-from packages.core.tests.models.families import DEEPSEEK, GEMMA3, GEMMA4_E4B, MINISTRAL3_ROPE, MUSE, QWEN35, QWEN_MOE
+from packages.core.tests.models.families import DEEPSEEK, GEMMA3, GEMMA4_E4B, MINISTRAL3_ROPE, MUSE, QWEN35, QWEN_MOE, STEP
 from packages.core.tests.models.family_formats import write_format
 from packages.core.tests.models.tiny import (
     SMALL,
@@ -44,6 +44,7 @@ ROWS: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"model_type": "ministral3", "head_dim": 32, "rope_parameters": MINISTRAL3_ROPE},
     ),
     "Muse Glimmer": ("muse_glimmer", "muse_glimmer_vision", {"model_type": "muse_glimmer_text"} | MUSE),
+    "Step 3.7": ("step3p7", "step3p5_vision", {"model_type": "step3p5"} | STEP),
     "Qwen3.5": ("qwen3_5", "qwen3_5_vision", {"model_type": "qwen3_5_text"} | QWEN35),
     "Qwen3.5-MoE": ("qwen3_5_moe", "qwen3_5_moe_vision", {"model_type": "qwen3_5_moe_text"} | QWEN35 | QWEN_MOE),
 }

@@ -19,6 +19,8 @@ from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.mistral4 import Mistral4Config, Mistral4ForCausalLM
 from transformers.models.muse_glimmer.configuration_muse_glimmer import MuseGlimmerTextConfig
 from transformers.models.muse_glimmer.modeling_muse_glimmer import MuseGlimmerPreTrainedModel, MuseGlimmerTextModel
+from transformers.models.step3p7.configuration_step3p7 import Step3p7TextConfig
+from transformers.models.step3p7.modeling_step3p7 import Step3p7PreTrainedModel, Step3p7TextModel
 from transformers.utils import logging as transformers_logging
 
 from candle_vllm.core import EngineConfig
@@ -56,7 +58,24 @@ class MuseGlimmerForCausalLM(MuseGlimmerPreTrainedModel, GenerationMixin):
         return CausalLMOutput(logits=cap * torch.tanh(logits * self.config.output_multiplier / cap))
 
 
+class Step3p5ForCausalLM(Step3p7PreTrainedModel, GenerationMixin):
+    """transformers' text model with a head."""
+
+    config_class = Step3p7TextConfig
+
+    def __init__(self, config: Step3p7TextConfig) -> None:
+        super().__init__(config)
+        self.model = Step3p7TextModel(config)
+        self.lm_head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(self, input_ids: torch.Tensor) -> CausalLMOutput:
+        """Logits."""
+        return CausalLMOutput(logits=self.lm_head(self.model(input_ids=input_ids)[0]))
+
+
 AutoModelForCausalLM.register(MuseGlimmerTextConfig, MuseGlimmerForCausalLM, exist_ok=True)
+AutoModelForCausalLM.register(Step3p7TextConfig, Step3p5ForCausalLM, exist_ok=True)
 
 CPU = torch.device("cpu")
 LENGTH, BLOCK = 70, 16
@@ -98,13 +117,16 @@ def write_tiny(folder: Path, model_type: str, *, seed: int = 0, **overrides: Any
 def randomise(model: torch.nn.Module) -> None:
     """Matrices whose products keep the size of what they multiply; norms near what they are, biases small.
 
-    States decay so slowly that they hold more than the last token.
+    States decay so slowly that they hold more than the last token. Both factors of Step's SwiGLU go beyond its limits.
     """
-    unscaled = str(getattr(getattr(model, "config", None), "model_type", "")).startswith(("gemma4", "gemma3n"))
+    model_type = str(getattr(getattr(model, "config", None), "model_type", ""))
+    unscaled, limited = model_type.startswith(("gemma4", "gemma3n")), model_type.startswith("step3")
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.dim() >= 2:
                 gain = 3.0 if "embed" in name or "lm_head" in name else 1.0
+                if limited and ".mlp." in name:
+                    gain = 12.0 if "up_proj" in name or "gate_proj" in name else 0.1 if "down_proj" in name else gain
                 weight.normal_(0.0, gain * weight.shape[-1] ** -0.5)
             elif name.endswith("A_log"):
                 weight.uniform_(-4.0, 0.0)

@@ -16,6 +16,7 @@ from candle_vllm.core.kernels.rms_norm import reference as norm_reference
 from candle_vllm.core.kernels.rms_norm import triton as norm
 from candle_vllm.core.kernels.rotary import reference as rotary_reference
 from candle_vllm.core.kernels.rotary import triton as rotary
+from candle_vllm.core.kernels.silu_mul import LIMITS
 from candle_vllm.core.kernels.silu_mul import reference as gate_reference
 from candle_vllm.core.kernels.silu_mul import triton as gate
 
@@ -96,11 +97,16 @@ def test_rotary(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: 
 @pytest.mark.one_of_each
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("tokens", "size"), [(1, 63), (3, 123), (2, 4097)])
-@pytest.mark.parametrize("kind", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("kind", ["silu", "gelu_tanh", "silu_7", "silu_16"])
 def test_gates(
-    device: torch.device, dtype: torch.dtype, tokens: int, size: int, kind: Literal["silu", "gelu_tanh"]
+    device: torch.device,
+    dtype: torch.dtype,
+    tokens: int,
+    size: int,
+    kind: Literal["silu", "gelu_tanh", "silu_7", "silu_16"],
 ) -> None:
-    x = (random(tokens, 2 * size + 16, dtype=dtype) * 3).to(device)[:, : 2 * size]
+    large = 10 if kind in LIMITS else 3  # some are beyond the limit
+    x = (random(tokens, 2 * size + 16, dtype=dtype) * large).to(device)[:, : 2 * size]
     check(gate.gated(x[:, size:], x[:, :size], kind), gate_reference.gate_mul(x, kind))
 
 
@@ -122,8 +128,8 @@ def test_gates_apart(
     check(gate.gated(x, gates, kind), gate_reference.gated(x, gates, kind))
 
 
-@pytest.mark.parametrize("kind", ["silu", "gelu_tanh"])
-def test_gates_at_large_numbers(device: torch.device, kind: Literal["silu", "gelu_tanh"]) -> None:
+@pytest.mark.parametrize("kind", ["silu", "gelu_tanh", "silu_7"])
+def test_gates_at_large_numbers(device: torch.device, kind: Literal["silu", "gelu_tanh", "silu_7"]) -> None:
     x = torch.tensor([[1e30, -1e30, 90.0, -90.0, 0.0, math.nan, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]], device=device)
     got, wanted = gate.gated(x[:, 6:], x[:, :6], kind), gate_reference.gate_mul(x, kind)
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-30, equal_nan=True)

@@ -39,6 +39,7 @@ from candle_vllm.core.models import (
     qwen3_next_config,
     qwen_moe,
     stablelm,
+    step3p5,
 )
 from candle_vllm.core.models.attention_names import axes_keys, local_keys, window_keys
 from candle_vllm.core.models.experts import count_keys, sigmoid_keys, ungrouped
@@ -169,6 +170,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
             name="muse-glimmer", more=muse_glimmer.gguf_keys, interleaved=True, head=True
         ),
         "mimo_v2_flash": Architecture(name="mimo2", more=mimo_v2.gguf_keys, otherwise=ungrouped, head=True, norm=True),
+        "step3p5": Architecture(name="step35", more=step3p5.gguf_keys, head=True, unread=BIASES),
         "ernie4_5": Architecture(name="ernie4_5", interleaved=True, unread=(DIVISORS, *BIASES[1:])),
         "ernie4_5_moe": Architecture(name="ernie4_5-moe", more=ernie4_5.gguf_keys, interleaved=True, norm=True),
         "apertus": Architecture(name="apertus", more=apertus.gguf_keys, head=True, unread=()),

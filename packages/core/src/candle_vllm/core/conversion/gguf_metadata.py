@@ -84,7 +84,9 @@ def computed_tensors(config: ModelConfig) -> dict[str, np.ndarray]:
         return {DIVISORS: np.where(turns, config.rope.factor, 1e30).astype(np.float32)}
     if config.rope.kind == "llama3":
         plain = _frequencies(dataclasses.replace(config.rope, kind="default"), config)
-        return {DIVISORS: plain / _frequencies(config.rope, config)}
+        local = getattr(config, "local_rope", None) or config.rope  # llama.cpp wants divisors of the longest head
+        more = max(0, (local.dim - config.rope.dim) // 2)
+        return {DIVISORS: np.pad(plain / _frequencies(config.rope, config), (0, more), constant_values=1)}
     if config.rope.kind == "longrope":
         kinds = {"short": config.rope.short_factor, "long": config.rope.long_factor}
         return {f"rope_factors_{kind}.weight": np.array(factors, np.float32) for kind, factors in kinds.items()}
@@ -134,10 +136,10 @@ def check_description(config: ModelConfig, written: Checkpoint) -> None:
 
 
 def _same(config: ModelConfig, found: ModelConfig, name: str, divisors: np.ndarray | None) -> bool:
-    ours, theirs = getattr(config, name), getattr(found, name, None)
+    ours, theirs = getattr(config, name), getattr(found, name, getattr(type(config), name, None))
     if isinstance(ours, RopeConfig) and isinstance(theirs, RopeConfig):
         read = _frequencies(theirs, found)
-        read = read / divisors if divisors is not None and name == "rope" else read
+        read = read / divisors[: len(read)] if divisors is not None and name == "rope" else read
         alike = all(math.isclose(a, b, rel_tol=1e-5) for a, b in zip(_scales(config, ours), _scales(found, theirs)))
         return alike and np.allclose(_frequencies(ours, config), read, rtol=1e-5)
     return _alike(ours, theirs, 1e-2 if name in _ROUGH else 1e-6)

@@ -19,7 +19,7 @@ Value: TypeAlias = Any
 Activation: TypeAlias = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "tanh"]
 """Without a gate, see `kernels/activation`."""
 
-GateKind: TypeAlias = Literal["sigmoid", "silu", "gelu_tanh", "gelu", "softplus"]
+GateKind: TypeAlias = Literal["sigmoid", "silu", "gelu_tanh", "gelu", "softplus", "silu_7", "silu_16"]
 """Of a gate, see `kernels/silu_mul`."""
 
 Floats: TypeAlias = "NDArray[np.float32]"

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from candle_vllm.core.kernels.activation import Activation, activation
 from candle_vllm.core.kernels.recorded import GateKind, Value
 from candle_vllm.core.kernels.silu_mul import gate_mul
@@ -33,7 +31,7 @@ class GatedMLP:
         *,
         bias: bool = False,
         down_bias: bool | None = None,
-        activation: Literal["silu", "gelu_tanh", "gelu"] = "silu",
+        activation: GateKind = "silu",
         fused: bool = False,
     ) -> None:
         shards = 2 * intermediate_size if fused else {"gate": intermediate_size, "up": intermediate_size}

@@ -22,7 +22,7 @@ from candle_vllm.core.kernels.moe import (
     weighted,
 )
 from candle_vllm.core.kernels.plain_linear import PlainKind
-from candle_vllm.core.kernels.recorded import Recorded, Value
+from candle_vllm.core.kernels.recorded import GateKind, Recorded, Value
 from candle_vllm.core.layers.linear import Linear
 from candle_vllm.core.layers.mlp import MLP, GatedMLP
 from candle_vllm.core.layers.parameters import Placement, TensorParameter
@@ -45,6 +45,7 @@ class Mixture:
         expert_scale: each expert's weights are multiplied by its own factor.
         scales_input: the weight of a token's only expert multiplies the expert's input, not its result (Llama 4).
         activation: of the experts; for experts without a gate also of the shared expert.
+        shared_activation: of the shared expert's gate.
         router_bias, expert_bias: whether router and experts have biases.
         shared_size: F of the shared expert, which every token goes through; 0 without one.
         shared_gate: the shared expert's result is multiplied by a sigmoid gate of the token (Qwen2-MoE).
@@ -64,6 +65,7 @@ class Mixture:
     expert_scale: bool = False
     scales_input: bool = False
     activation: Activation = "silu"
+    shared_activation: GateKind = "silu"
     router_bias: bool = False
     expert_bias: bool = False
     shared_size: int = 0
@@ -164,7 +166,7 @@ class SparseMLP:
         self.experts = ExpertMLPs(hidden_size, mixture, placement)
         self.shared: GatedMLP | MLP | None = None
         if mixture.shared_size and is_gated(mixture.activation):
-            self.shared = GatedMLP(hidden_size, mixture.shared_size, placement)
+            self.shared = GatedMLP(hidden_size, mixture.shared_size, placement, activation=mixture.shared_activation)
         elif mixture.shared_size:
             self.shared = MLP(hidden_size, mixture.shared_size, placement, bias=False, activation="relu2")
         self.shared_gate = Linear(hidden_size, 1, placement) if mixture.shared_gate else None

@@ -43,6 +43,7 @@ TOWERS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "Qwen2_5_VLForConditionalGeneration": {"qwen2_5_vl_text": "Qwen2ForCausalLM"},
         "Qwen3VLForConditionalGeneration": {"qwen3_vl_text": "Qwen3ForCausalLM"},
         "Qwen3VLMoeForConditionalGeneration": {"qwen3_vl_moe_text": "Qwen3MoeForCausalLM"},
+        "Step3p7ForConditionalGeneration": {"step3p5": "Step3p5ForCausalLM"},
         "Qwen3_5ForConditionalGeneration": {"qwen3_5_text": "Qwen3_5ForCausalLM"},
         "Qwen3_5MoeForConditionalGeneration": {"qwen3_5_moe_text": "Qwen3_5MoeForCausalLM"},
     }
@@ -136,7 +137,7 @@ _CARRIED = ("dtype", "torch_dtype")  # keys of the whole model that also apply t
 _TEXT = re.compile(r"(?:language_model\.(?=model\.|lm_head\.)|model\.(?:language_model|text_model)\.)(.*)")
 _PARTS = (
     "vision_(?:tower|model|embedder|adapter|projection)|audio_tower|embed_(?:vision|audio)"
-    "|(?:multi_modal|mm)_projector|connector|visual"
+    "|(?:multi_modal|mm)_projector|vit_large_projector|connector|visual"
 )
 _OTHER = re.compile(rf"(?:model\.)?((?:{_PARTS})\..*)")
 

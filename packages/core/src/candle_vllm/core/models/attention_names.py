@@ -6,7 +6,8 @@ Source: llama.cpp's `create_tensor_qkv`; its converter's `--fuse-qkv` writes the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
@@ -87,6 +88,16 @@ def pair(target: str, hf: Either, gguf: Either = (), view: View | None = None) -
         return tuple(f"{stem}.{kind}" for stem in ((stems,) if isinstance(stems, str) else stems))
 
     return [WeightName(target + kind, names(hf, kind), names(gguf, kind), view) for kind in ("weight", "bias")]
+
+
+def also_named(lines: Iterable[WeightName], names: Mapping[str, str | Seen]) -> list[WeightName]:
+    """The lines of a table, some with one more Hugging Face name, by their target behind the layer's number."""
+    made: list[WeightName] = []
+    for line in lines:
+        more = names.get(line.target.removeprefix("layers.{i}."))
+        usual = line.hf if isinstance(line.hf, tuple) else () if line.hf is None else (line.hf,)
+        made.append(line if more is None else dataclasses.replace(line, hf=(*usual, more)))
+    return made
 
 
 def window_keys(config: ModelConfig) -> dict[str, Any]:

@@ -72,17 +72,20 @@ def shared_names(hf: str) -> list[WeightName]:
     ]
 
 
-def sigmoids_from_hf(fields: Fields, *, shared_size: int = 0) -> Mixture:
-    """Experts that are scored by sigmoids and chosen in groups with a correction, as GLM's config.json says."""
+def sigmoids_from_hf(fields: Fields, *, shared_size: int = 0, scale: str = "routed_scaling_factor") -> Mixture:
+    """Experts that are scored by sigmoids and chosen in groups with a correction, by keys of GLM and of Step.
+
+    `scale` is the key of the factor of weights.
+    """
     return Mixture(
-        experts=expert_count(fields, "n_routed_experts", "num_local_experts"),
-        top_k=fields.count("num_experts_per_tok"),
+        experts=expert_count(fields, "n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts"),
+        top_k=expert_count(fields, "num_experts_per_tok", "moe_top_k"),
         inner_size=fields.count("moe_intermediate_size"),
         scoring="sigmoid",
         renormalise=fields.get("norm_topk_prob", bool, True),
         groups=fields.count("n_group", 1),
         top_groups=fields.count("topk_group", 1),
-        scale=fields.get("routed_scaling_factor", float, 1.0),
+        scale=fields.get(scale, float, 1.0),
         correction=True,
         shared_size=shared_size,
     )

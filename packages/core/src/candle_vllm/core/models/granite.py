@@ -14,12 +14,12 @@ from typing import Any
 from candle_vllm.core.errors import InvalidFileError
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.layers.moe import Mixture
-from candle_vllm.core.loading.config import gguf_windows, shared_from_gguf, shared_from_hf
+from candle_vllm.core.loading.config import gguf_windows
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.views import row_part
 from candle_vllm.core.loading.weights import Seen, WeightName
 from candle_vllm.core.models import llama
-from candle_vllm.core.models.attention_names import GG, HF, gguf_has_bias, local_keys
+from candle_vllm.core.models.attention_names import GG, HF, also_named, local_keys
 from candle_vllm.core.models.experts import count_keys, expert_names, shared_names
 from candle_vllm.core.models.family import Family
 from candle_vllm.core.models.llama import Llama, LlamaConfig
@@ -30,62 +30,58 @@ from candle_vllm.core.models.local_layers import local_layers
 
 def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
     """Reads `config.json` of granite, granitemoe, granite_swa, and of granitemoehybrid for `granite_hybrid.py`."""
-    fields.choice("hidden_act", "silu", "silu", "swish")
     swa = model_type == "granite_swa"
-    shared = shared_from_hf(Fields({"tie_word_embeddings": swa, **fields.values}, fields.path), model_type)
-    layers, hybrid = shared["num_layers"], "layer_types" in fields and not swa
+    dense = llama.config_from_hf(Fields({"tie_word_embeddings": swa, **fields.values}, fields.path), model_type)
+    layers, hybrid = dense.num_layers, "layer_types" in fields and not swa
     experts = fields.get("num_local_experts", int, 0) if model_type != "granite" else 0
-    inner, shared_inner = shared["intermediate_size"], fields.get("shared_intermediate_size", int, 0)
+    shared_size = fields.get("shared_intermediate_size", int, 0)
     rotates = not hybrid or fields.get("position_embedding_type", str, "") == "rope"
-    bias = fields.get("attention_bias", bool, False)
-    own = {
-        "model_type": "granitemoe" if experts else "granite",
-        "intermediate_size": shared_inner if shared_inner and not experts else inner,
-        "qkv_bias": bias,
-        "output_bias": bias,
-        "mlp_bias": fields.get("mlp_bias", bool, False),
+    own: dict[str, Any] = {
+        "model_type": model_type if swa else "granitemoe" if experts else "granite",
+        "intermediate_size": shared_size if shared_size and not experts else dense.intermediate_size,
         "unrotated_layers": frozenset(() if rotates else range(layers)),
         "embedding_scale": _factor(fields, "embedding_multiplier", 1.0),
         "residual_scale": _factor(fields, "residual_multiplier", 1.0),
         "attention_scale": _factor(fields, "attention_multiplier", 1.0),
         "logit_scale": 1 / _factor(fields, "logits_scaling", 1.0),
     }
-    if swa:
-        own |= {"model_type": "granite_swa"} | _with_sinks(
-            local_layers(fields, layers, shared["rope"], first=0), layers
-        )
+    own |= local_layers(fields, layers, dense.rope, first=0) if swa else {}
     top = fields.count("num_experts_per_tok") if experts else 0
-    return LlamaConfig(**shared | own, **_sparse(layers, experts, top, inner, shared_inner))
+    return _granite(dataclasses.replace(dense, **own), experts, top, shared_size)
 
 
-def _with_sinks(own: dict[str, Any], layers: int) -> dict[str, Any]:
-    return own | {"attention_sinks": True, "sink_layers": frozenset(range(layers))}
+def _granite(dense: LlamaConfig, experts: int, top: int, shared_size: int) -> LlamaConfig:
+    """The description; where there are experts all layers have some, and sinks in Granite SWA."""
+    layers, own = frozenset(range(dense.num_layers)), dict[str, Any]()
+    if dense.model_type == "granite_swa":
+        own |= {"attention_sinks": True, "sink_layers": layers}
+    if experts:
+        inner = dense.intermediate_size
+        mixture = Mixture(experts=experts, top_k=top, inner_size=inner, shared_size=shared_size)
+        own |= {"mixture": mixture, "num_experts": experts, "sparse_layers": layers}
+    return dataclasses.replace(dense, **own)
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
     """Reads GGUF metadata of granite, granitemoe and granite_swa."""
-    shared, tensors = shared_from_gguf(fields, checkpoint), checkpoint.tensors
-    layers, dim, rotates = shared["num_layers"], shared["head_dim"], fields.get("rope.scaling.finetuned", bool, True)
-    experts = fields.get("expert_count", int, 0)
-    own = {
-        "qkv_bias": gguf_has_bias(checkpoint),
-        "output_bias": "blk.0.attn_output.bias" in tensors,
-        "mlp_bias": "blk.0.ffn_gate.bias" in tensors,
+    dense, experts = llama.config_from_gguf(fields, checkpoint), fields.get("expert_count", int, 0)
+    layers, rotates = dense.num_layers, fields.get("rope.scaling.finetuned", bool, True)
+    own: dict[str, Any] = {
         "unrotated_layers": frozenset(() if rotates else range(layers)),
         "embedding_scale": _factor(fields, "embedding_scale", 1.0),
         "residual_scale": _factor(fields, "residual_scale", 1.0),
-        "attention_scale": _factor(fields, "attention.scale", dim**-0.5),
+        "attention_scale": _factor(fields, "attention.scale", dense.head_dim**-0.5),
         "logit_scale": 1 / _factor(fields, "logit_scale"),
         "interleaved_rotary": True,
     }
-    if shared["model_type"] == "granite_swa":
+    if dense.model_type == "granite_swa":
         windows = gguf_windows(fields, layers, fields.count("attention.sliding_window"), period=4)
         turned = fields.get("attention.rope_pattern", list, [True] * layers)
         unrotated = frozenset(layer for layer, turns in enumerate(turned) if not turns)
-        own |= _with_sinks({"sliding_windows": windows, "unrotated_layers": unrotated}, layers)
+        own |= {"sliding_windows": windows, "unrotated_layers": unrotated}
     top = fields.count("expert_used_count") if experts else 0
-    shared_inner = fields.get("expert_shared_feed_forward_length", int, 0)
-    return LlamaConfig(**shared | own, **_sparse(layers, experts, top, shared["intermediate_size"], shared_inner))
+    shared_size = fields.get("expert_shared_feed_forward_length", int, 0)
+    return _granite(dataclasses.replace(dense, **own), experts, top, shared_size)
 
 
 def _factor(fields: Fields, key: str, *default: float) -> float:
@@ -96,19 +92,11 @@ def _factor(fields: Fields, key: str, *default: float) -> float:
     return factor
 
 
-def _sparse(layers: int, experts: int, top: int, inner: int, shared: int) -> dict[str, Any]:
-    """The fields of a model with experts in all layers; nothing where there are no experts."""
-    if not experts:
-        return {}
-    mixture = Mixture(experts=experts, top_k=top, inner_size=inner, shared_size=shared)
-    return {"mixture": mixture, "num_experts": experts, "sparse_layers": frozenset(range(layers))}
-
-
 # ---- weight names ----------------------------------------------------------------------------------------------------
 
-_MLP, _SPARSE, _SHARED = "layers.{i}.mlp.", HF + "block_sparse_moe.", HF + "shared_mlp."
+_SPARSE, _SHARED = HF + "block_sparse_moe.", HF + "shared_mlp."
 _ROUTERS = (_SPARSE + "router.layer.weight", _SPARSE + "router.weight")
-_FUSED = {  # names of published files, which have gate and up as one matrix, by the end of the target
+_FUSED: dict[str, str | Seen] = {  # in published files, which have gate and up as one matrix, by the target's end
     "gate_up:gate.weight": Seen(_SHARED + "input_linear.weight", row_part(0, 2)),
     "gate_up:up.weight": Seen(_SHARED + "input_linear.weight", row_part(1, 2)),
     "down:weight": _SHARED + "output_linear.weight",
@@ -116,21 +104,10 @@ _FUSED = {  # names of published files, which have gate and up as one matrix, by
     "experts:up.{e}.weight": Seen(_SPARSE + "input_linear.weight", row_part(1, 2)),
     "experts:down.{e}.weight": _SPARSE + "output_linear.weight",
 }
-
-
-def _with_fused(line: WeightName) -> WeightName:
-    """The line of a table, with the name that published files have beside transformers' own."""
-    end = line.target.removeprefix(_MLP).removeprefix("shared.")
-    if not line.target.startswith(_MLP) or end not in _FUSED:
-        return line
-    names = line.hf if isinstance(line.hf, tuple) else (line.hf,)
-    return dataclasses.replace(line, hf=(*(name for name in names if name is not None), _FUSED[end]))
-
-
 _LINES = [*llama.WEIGHTS, *expert_names("block_sparse_moe.experts", "w1", "w3", "w2"), *shared_names("shared_mlp")]
 WEIGHTS = [
-    *map(_with_fused, _LINES),
-    WeightName(_MLP + "router:weight", _ROUTERS, GG + "ffn_gate_inp.weight"),
+    *also_named(_LINES, {f"mlp.{part}{end}": name for part in ("", "shared.") for end, name in _FUSED.items()}),
+    WeightName("layers.{i}.mlp.router:weight", _ROUTERS, GG + "ffn_gate_inp.weight"),
 ]
 
 

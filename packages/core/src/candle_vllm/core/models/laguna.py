@@ -8,22 +8,26 @@ correction, as DeepSeek-V3's; a layer that all tokens share is added. Source: Po
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
+from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.layers.moe import Mixture
-from candle_vllm.core.loading.config import gguf_windows, layer_windows, shared_from_gguf, shared_from_hf
-from candle_vllm.core.loading.rope import RopeConfig
+from candle_vllm.core.loading.config import layer_windows, shared_from_hf
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models import hy_v3, llama
-from candle_vllm.core.models.attention_names import GG, HF, gguf_has_bias, local_keys
-from candle_vllm.core.models.experts import dense_layers, expert_count, expert_names, shared_names, sigmoids_from_gguf
+from candle_vllm.core.models.attention_names import GG, HF, local_keys
+from candle_vllm.core.models.experts import (
+    dense_layers,
+    expert_names,
+    shared_names,
+    sigmoids_from_gguf,
+    sigmoids_from_hf,
+)
 from candle_vllm.core.models.family import Family
 from candle_vllm.core.models.llama import Llama, LlamaConfig
-from candle_vllm.core.models.local_layers import by_layer, ropes_by_kind
+from candle_vllm.core.models.local_layers import by_layer, heads_by_layer, local_from_gguf, ropes_by_kind
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 
@@ -37,15 +41,8 @@ def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
     shared = shared_from_hf(Fields(dict(fields.values) | {"rope_parameters": {}}, fields.path), model_type)
     layers, bias = shared["num_layers"], fields.get("attention_bias", bool, False)
     windows = layer_windows(fields, layers, fields.get("sliding_window", int, None)) or (None,) * layers
-    mixture = Mixture(
-        experts=expert_count(fields, "num_experts", "num_local_experts"),
-        top_k=fields.count("num_experts_per_tok"),
-        inner_size=fields.count("moe_intermediate_size"),
-        scoring="sigmoid",
-        scale=fields.get("moe_routed_scaling_factor", float, 1.0),
-        correction=True,
-        shared_size=fields.count("shared_expert_intermediate_size"),
-    )
+    shared_size = fields.count("shared_expert_intermediate_size")
+    mixture = sigmoids_from_hf(fields, shared_size=shared_size, scale="moe_routed_scaling_factor")
     own = {
         "sliding_windows": windows,
         "qkv_bias": bias,
@@ -69,33 +66,18 @@ def _is_wide(fields: Fields) -> bool:
 
 
 def _laguna(shared: dict[str, Any], heads: tuple[int, ...], mixture: Mixture) -> LlamaConfig:
-    """The description; `num_heads` is the largest number of which every layer has a multiple."""
-    if (base := math.gcd(*heads)) % shared["num_kv_heads"]:
-        raise InvalidFileError(f"layers with {heads!r:.80} heads cannot share {shared['num_kv_heads']} key-value heads")
-    own = {"num_heads": base, "head_factors": tuple(count // base for count in heads), "gate": "softplus"}
+    """The description."""
+    own = heads_by_layer(heads, shared["num_kv_heads"]) | {"gate": "softplus"}
     return LlamaConfig(**shared | own, qk_norm=True, mixture=mixture, num_experts=mixture.experts)
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
-    """Reads GGUF metadata of laguna, where the numbers of heads are a list."""
-    layers, key = fields.count("block_count"), f"{fields.prefix}attention.head_count"
-    heads = by_layer(fields, "attention.head_count", layers, further=True)
-    shared = shared_from_gguf(Fields({**fields.values, key: heads[0]}, fields.path, fields.prefix), checkpoint)
-    window = fields.get("attention.sliding_window", int, 0) or None
-    windows = gguf_windows(fields, layers, window, period=4) if window else (None,) * layers
-    local = RopeConfig(
-        theta=fields.get("rope.freq_base_swa", float, shared["rope"].theta),
-        dim=fields.get("rope.dimension_count_swa", int, shared["head_dim"]),
-        original_max_position=fields.count("context_length"),
-    )
+    """Reads GGUF metadata of laguna."""
+    shared, heads = local_from_gguf(fields, checkpoint)
     gate, dense = checkpoint.tensors.get("blk.0.attn_gate.weight"), fields.get("leading_dense_block_count", int, 0)
     own = {
-        "sliding_windows": windows,
-        "local_rope": local if window else None,
-        "qkv_bias": gguf_has_bias(checkpoint),
-        "output_bias": "blk.0.attn_output.bias" in checkpoint.tensors,
         "wide_gate": gate is not None and gate.shape[0] != heads[0],
-        "sparse_layers": frozenset(range(dense, layers)),
+        "sparse_layers": frozenset(range(dense, shared["num_layers"])),
     }
     mixture = sigmoids_from_gguf(fields, shared_size=fields.count("expert_shared_feed_forward_length"))
     return _laguna(shared | own, heads, mixture)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.fields import Fields
@@ -40,6 +40,9 @@ from candle_vllm.core.models.stack import DecoderStack
 # ---- config ----------------------------------------------------------------------------------------------------------
 
 
+MLPGate: TypeAlias = Literal["silu", "silu_7", "silu_16"]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LlamaConfig(ModelConfig):
     """The flags of these families.
@@ -63,6 +66,8 @@ class LlamaConfig(ModelConfig):
         gate: activation of a gate on what attention gives, of each head, or of each element where `wide_gate`.
         value_dim: elements of a head of values, where they are fewer than `head_dim` (`mimo_v2.py`); 0 for `head_dim`.
         value_scale: factor of values.
+        mlp_gates: kinds of SwiGLU in each layer, of experts and of other feed-forward layers (`step3p5.py`); none where
+            all are "silu".
     """
 
     qkv_bias: bool = False
@@ -87,6 +92,7 @@ class LlamaConfig(ModelConfig):
     wide_gate: bool = False
     value_dim: int = 0
     value_scale: float = 1.0
+    mlp_gates: tuple[tuple[MLPGate, MLPGate], ...] = ()
 
     def heads(self, layer: int) -> tuple[int, int]:
         """H and K of a layer; a rank with a part of a group has its key-value head."""
@@ -131,24 +137,23 @@ def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
             "output_bias": model_type != "qwen2" and output_bias,
             "mlp_bias": fields.get("mlp_bias", bool, False),
             "qk_norm": model_type == "qwen3",
-            "sliding_windows": _windows(fields, model_type, shared["num_layers"]),
+            "sliding_windows": windows_from_hf(fields, model_type, shared["num_layers"]),
             "deep": fields.get("n_deepstack_layers", int, 0),
         }
     )
 
 
-def _windows(fields: Fields, model_type: str, layers: int) -> tuple[int | None, ...]:
+def windows_from_hf(fields: Fields, model_type: str, layers: int) -> tuple[int | None, ...]:
     """Which layers look back only so far; Qwen says so by flag and layer, Mistral for all layers at once."""
-    window = fields.get("sliding_window", int, None)
+    window, qwen = fields.get("sliding_window", int, None), "qwen" in model_type
     if model_type in ("llama", "seed_oss", "internlm3") or window is None:
         return (None,) * layers
-    named = layer_windows(fields, layers, window)
-    if named is not None:
-        return named
-    if model_type in ("mistral", "ministral", "ministral3"):
-        return (window,) * layers
-    if not fields.get("use_sliding_window", bool, False):
+    if qwen and not fields.get("use_sliding_window", bool, False):
         return (None,) * layers
+    if (named := layer_windows(fields, layers, window)) is not None:
+        return named
+    if not qwen:
+        return (window,) * layers
     first = fields.get("max_window_layers", int, layers)
     return tuple(window if layer >= first else None for layer in range(layers))
 
@@ -243,9 +248,12 @@ class Block:
 
     def feed_forward(self, config: Any, layer: int, placement: Placement) -> Callable[[Value], Value]:
         """x [T, E] -> [T, E] of each token alone; a family with another one overrides it."""
-        if config.mixture is not None and layer in config.sparse_layers:
-            return SparseMLP(config.hidden_size, config.mixture, placement)
-        return GatedMLP(config.hidden_size, config.intermediate_size, placement, bias=config.mlp_bias)
+        size, mixture, gates = config.hidden_size, config.mixture, config.mlp_gates[layer] if config.mlp_gates else ()
+        if mixture is not None and layer in config.sparse_layers:
+            own = dict(zip(("activation", "shared_activation"), gates))
+            return SparseMLP(size, dataclasses.replace(mixture, **own), placement)
+        activation = gates[1] if gates else "silu"
+        return GatedMLP(size, config.intermediate_size, placement, bias=config.mlp_bias, activation=activation)
 
     def mixer(self, config: Any, layer: int, rotary: Rotary, placement: Placement) -> Mixer:
         """What mixes tokens in this layer; hybrid families override it."""

@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: MIT
-"""Configs of families whose layers with a window differ from the others by more than the window."""
+"""Config readers of families whose layers differ by more than a window, and refusals of what is not implemented."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.fields import MAX_COUNT, Fields
-from candle_vllm.core.loading.config import layer_windows
+from candle_vllm.core.loading.config import gguf_windows, layer_windows, shared_from_gguf
 from candle_vllm.core.loading.rope import RopeConfig, rope_from_hf, stretched_context
+from candle_vllm.core.loading.tensors import Checkpoint
+from candle_vllm.core.models.attention_names import gguf_has_bias
+from candle_vllm.core.models.experts import without_next_tokens
 
 
 def local_layers(
@@ -45,6 +49,26 @@ def local_layers(
     return own | ({"local_rope": local} if rotates else {})
 
 
+def with_ropes(fields: Fields, windows: Sequence[int | None]) -> Fields:
+    """The config with `rope_parameters` by kind of layer, where it has lists of bases and rotated shares instead.
+
+    `rope_scaling` is of layers without a window.
+    """
+    if "rope_parameters" in fields:
+        return fields
+    made: dict[str, dict[str, Any]] = {}
+    names = {"rope_theta": ("rope_theta", 1e4), "partial_rotary_factor": ("partial_rotary_factors", 1.0)}
+    for local, kind in enumerate(("full_attention", "sliding_attention")):
+        made[kind] = {} if local else dict(fields.section("rope_scaling").values)
+        for key, (name, usual) in names.items():
+            found = listed(fields, name, len(windows), usual)
+            found = [number for number, window in zip(found, windows) if (window is not None) == local] or [usual]
+            if any(number != found[0] for number in found):
+                raise UnsupportedModelError(f"{fields.path}: {name} has several numbers for layers of one kind")
+            made[kind][key] = found[0]
+    return Fields({**fields.values, fields.prefix + "rope_parameters": made}, fields.path, fields.prefix)
+
+
 def ropes_by_kind(
     fields: Fields, head_dim: int, windows: Sequence[int | None], full: tuple[float, float], local: tuple[float, float]
 ) -> dict[str, Any]:
@@ -67,6 +91,41 @@ def ropes_by_kind(
     return own | ({"local_rope": ropes[1]} if any(windows) else {})
 
 
+def local_from_gguf(fields: Fields, checkpoint: Checkpoint) -> tuple[dict[str, Any], tuple[int, ...]]:
+    """Read GGUF metadata of layers that differ in query heads and, where they have a window, in rotary settings.
+
+    Returns:
+        Fields of a `LlamaConfig`, and the number of query heads of each layer.
+    """
+    count, lists = fields.count("block_count"), ("attention.head_count", "attention.head_count_kv")
+    heads, kv_heads = (by_layer(fields, key, count, further=True) for key in lists)
+    if len(set(kv_heads)) > 1:
+        raise UnsupportedModelError(f"{fields.path}: {fields.prefix}{lists[1]} is {kv_heads!r:.80}, not one number")
+    usual = {fields.prefix + key: counts[0] for key, counts in zip(lists, (heads, kv_heads))}
+    shared = shared_from_gguf(Fields({**fields.values, **usual}, fields.path, fields.prefix), checkpoint)
+    layers, window = without_next_tokens(fields, count), fields.get("attention.sliding_window", int, 0) or None
+    local = RopeConfig(
+        theta=fields.get("rope.freq_base_swa", float, shared["rope"].theta),
+        dim=fields.get("rope.dimension_count_swa", int, fields.get("rope.dimension_count", int, shared["head_dim"])),
+        original_max_position=fields.count("context_length"),
+    )
+    own = {
+        "num_layers": layers,
+        "sliding_windows": gguf_windows(fields, count, window, period=4)[:layers] if window else (None,) * layers,
+        "local_rope": local if window else None,
+        "qkv_bias": gguf_has_bias(checkpoint),
+        "output_bias": "blk.0.attn_output.bias" in checkpoint.tensors,
+    }
+    return shared | own, heads[:layers]
+
+
+def heads_by_layer(heads: Sequence[int], kv_heads: int) -> dict[str, Any]:
+    """Query heads of each layer, as fields of a `LlamaConfig`: multiples of the largest number that divides all."""
+    if (base := math.gcd(*heads)) % kv_heads:
+        raise InvalidFileError(f"layers with {heads!r:.80} heads cannot share {kv_heads} key-value heads")
+    return {"num_heads": base, "head_factors": tuple(count // base for count in heads)}
+
+
 def by_layer(fields: Fields, key: str, layers: int, *default: int, further: bool = False) -> tuple[int, ...]:
     """Read a count for each layer: a list, or one number for all; `further` allows counts of layers behind them."""
     stored = fields.values.get(fields.prefix + key)
@@ -76,3 +135,19 @@ def by_layer(fields: Fields, key: str, layers: int, *default: int, further: bool
     if not fits or not all(type(each) is int and 0 < each <= MAX_COUNT for each in stored[:layers]):
         raise InvalidFileError(f"{fields.path}: {fields.prefix}{key} is {stored!r:.80}, not {layers} counts")
     return tuple(stored[:layers])
+
+
+def listed(fields: Fields, key: str, layers: int, usual: Any) -> list[Any]:
+    """Read a value for each layer, with `by_layer`'s forms: a list, which may be longer, or one value for all."""
+    stored = fields.values.get(fields.prefix + key)
+    found = stored[:layers] if isinstance(stored, list) else [usual if stored is None else stored] * layers
+    if len(found) < layers:
+        raise InvalidFileError(f"{fields.path}: {fields.prefix}{key} has {len(found)} entries for {layers} layers")
+    return found
+
+
+def refuse_others(fields: Fields, implemented: Mapping[str, Any]) -> None:
+    """Raise `UnsupportedModelError` where a key has another value than the one that is implemented."""
+    for key, usual in implemented.items():
+        if (value := fields.get(key, type(usual), usual)) != usual:
+            raise UnsupportedModelError(f"{fields.path}: {fields.prefix}{key} is {value!r:.40}; implemented: {usual!r}")

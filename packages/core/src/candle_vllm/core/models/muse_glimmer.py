@@ -23,7 +23,7 @@ from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.views import plus_one
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models import gemma_config, llama
-from candle_vllm.core.models.attention_names import GG, HF
+from candle_vllm.core.models.attention_names import GG, HF, also_named
 from candle_vllm.core.models.family import Family
 from candle_vllm.core.models.llama import Attention, Llama, LlamaConfig
 from candle_vllm.core.models.local_layers import local_layers
@@ -122,11 +122,10 @@ _NORMS = {
     "layers.{i}.mlp_norm:weight": ("pre_feedforward_layernorm", "ffn_norm"),
     "layers.{i}.mlp_post_norm:weight": ("post_feedforward_layernorm", "post_ffw_norm"),
 }
-_GATE = "layers.{i}.attention.gate:weight"
+_LINES = also_named(llama.WEIGHTS, {"attention.gate:weight": HF + "self_attn.gate_proj.weight"})
 WEIGHTS = [
-    *(line for line in llama.WEIGHTS if line.target not in (*_NORMS, _GATE)),
+    *(line for line in _LINES if line.target not in _NORMS),
     *(WeightName(to, f"{HF}{hf}.weight", f"{GG}{gguf}.weight", plus_one) for to, (hf, gguf) in _NORMS.items()),
-    WeightName(_GATE, HF + "self_attn.gate_proj.weight", GG + "attn_gate.weight"),
 ]
 
 

@@ -8,17 +8,18 @@ Qwen3-VL-MoE.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from candle_vllm.core.errors import InvalidFileError
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.layers.moe import Mixture
-from candle_vllm.core.loading.config import layer_windows, shared_from_gguf, shared_from_hf
+from candle_vllm.core.loading.config import shared_from_hf
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.views import as_row, transposed
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models import llama
-from candle_vllm.core.models.attention_names import GG, HF, gguf_has_bias, window_keys
+from candle_vllm.core.models.attention_names import GG, HF, window_keys
 from candle_vllm.core.models.experts import expert_count, expert_names, shared_names, size_keys, sparse_in_gguf
 from candle_vllm.core.models.family import Family
 from candle_vllm.core.models.llama import Llama, LlamaConfig
@@ -42,7 +43,7 @@ def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
             "qkv_bias": fields.get("qkv_bias", bool, True) if qwen2 else bias,
             "output_bias": not qwen2 and bias,
             "qk_norm": not qwen2,
-            "sliding_windows": _windows(fields, shared["num_layers"]),
+            "sliding_windows": llama.windows_from_hf(fields, model_type, shared["num_layers"]),
             "mixture": mixture,
             "num_experts": mixture.experts,
             "sparse_layers": sparse_layers(fields, shared["num_layers"]),
@@ -69,18 +70,6 @@ def mixture_from_hf(fields: Fields, *, renormalise: bool, shared: bool) -> Mixtu
     )
 
 
-def _windows(fields: Fields, layers: int) -> tuple[int | None, ...]:
-    """Qwen says by a flag whether there are windows, and by name or number in which layers."""
-    if not fields.get("use_sliding_window", bool, False):
-        return (None,) * layers
-    window = fields.get("sliding_window", int, None)
-    named = layer_windows(fields, layers, window)
-    if named is not None:
-        return named
-    first = fields.get("max_window_layers", int, layers)
-    return tuple(window if layer >= first else None for layer in range(layers))
-
-
 def sparse_layers(fields: Fields, layers: int) -> frozenset[int]:
     """Every `decoder_sparse_step`-th layer, without those of `mlp_only_layers`."""
     step, dense = fields.count("decoder_sparse_step", 1), fields.get("mlp_only_layers", list, [])
@@ -91,19 +80,10 @@ def sparse_layers(fields: Fields, layers: int) -> frozenset[int]:
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
     """Reads GGUF metadata of qwen2moe, qwen3moe and qwen3vlmoe."""
-    shared, tensors = shared_from_gguf(fields, checkpoint), checkpoint.tensors
-    qwen2 = shared["model_type"] == "qwen2moe"
-    mixture = mixture_from_gguf(fields, tensors, renormalise=not qwen2, shared=qwen2)
-    return LlamaConfig(
-        **shared,
-        qkv_bias=gguf_has_bias(checkpoint),
-        output_bias="blk.0.attn_output.bias" in tensors,
-        qk_norm="blk.0.attn_q_norm.weight" in tensors,
-        mixture=mixture,
-        num_experts=mixture.experts,
-        sparse_layers=sparse_in_gguf(checkpoint, shared["num_layers"]),
-        deep=fields.get("n_deepstack_layers", int, 0),
-    )
+    dense = llama.config_from_gguf(fields, checkpoint)
+    qwen2, sparse = dense.model_type == "qwen2moe", sparse_in_gguf(checkpoint, dense.num_layers)
+    mixture = mixture_from_gguf(fields, checkpoint.tensors, renormalise=not qwen2, shared=qwen2)
+    return dataclasses.replace(dense, mixture=mixture, num_experts=mixture.experts, sparse_layers=sparse)
 
 
 def mixture_from_gguf(fields: Fields, tensors: Any, *, renormalise: bool, shared: bool) -> Mixture:

@@ -64,6 +64,7 @@ FAMILIES = (
     "muse_glimmer",
     "phimoe",
     "mimo_v2",
+    "step3p5",
     "gemma4",
     "gpt2",
     "gpt_neox",

@@ -8,6 +8,7 @@ Contract: x float32 [T, C]; first a prologue makes y [T, K]:
     SILU         y = silu(x[:, :K]) * x[:, K:], K = C / 2 (see `kernels/silu_mul`)
     GELU_GATE    y = gelu(x[:, :K]) * x[:, K:] in the tanh form, K = C / 2 (the same)
     GELU_ERF_GATE  the same by the error function
+    SILU_7, SILU_16   SILU with a limit, see the same
     SWIGLU_OAI   y = gpt-oss's act(x[:, :K], x[:, K:]), K = C / 2 (see `kernels/moe`)
     GELU_TANH, GELU, RELU, RELU2, TANH, QUICK_GELU   y = act(x), K = C (see `kernels/activation`)
 then every group of 32 neighbours of a row becomes 32 signed bytes q with one scale s = max|y| / 127 (q is 0 where s is)
@@ -53,11 +54,13 @@ class Prologue(enum.IntEnum):
     QUICK_GELU = 10
     RELU2 = 11
     GELU_ERF_GATE = 12
+    SILU_7 = 13
+    SILU_16 = 14
 
     @property
     def gated(self) -> bool:
         """Two numbers become one: the gate's half of a row stands before the other."""
-        return self in (Prologue.SILU, Prologue.GELU_GATE, Prologue.GELU_ERF_GATE, Prologue.SWIGLU_OAI)
+        return self.name.startswith(("SILU", "SWIGLU")) or self.name.endswith("GATE")
 
     @property
     def norm(self) -> bool:

@@ -22,6 +22,7 @@ from candle_vllm.core.kernels.cpu_runtime import emit_functions
 from candle_vllm.core.kernels.cpu_runtime.emit import F32, I8, I32, SHIFTER, Emitter, vector
 from candle_vllm.core.kernels.cpu_runtime.level import LANES
 from candle_vllm.core.kernels.cpu_runtime.primitives import int64_at, read, step_number
+from candle_vllm.core.kernels.silu_mul import LIMITS
 
 _SHIFTER_BITS = 0x4B400000  # of `SHIFTER`
 
@@ -122,7 +123,7 @@ def _two(e: Emitter, base: Any, group: Any) -> list[Any]:
 
 _ACTIVATIONS = MappingProxyType(
     {
-        Prologue.SILU: emit_functions.emit_silu,
+        **dict.fromkeys((Prologue.SILU, Prologue.SILU_7, Prologue.SILU_16), emit_functions.emit_silu),
         Prologue.GELU_GATE: emit_functions.emit_gelu_tanh,
         Prologue.GELU_ERF_GATE: emit_functions.emit_gelu,
         Prologue.GELU_TANH: emit_functions.emit_gelu_tanh,
@@ -139,7 +140,10 @@ def emit_gated(e: Emitter, prologue: Prologue, gate: Any, other: Any) -> Any:
     """16 gated numbers."""
     if prologue is Prologue.SWIGLU_OAI:
         return emit_functions.emit_swiglu_oai(e, gate, other)
-    return e.b.fmul(_ACTIVATIONS[prologue](e, gate), other)
+    act = _ACTIVATIONS[prologue](e, gate)
+    if (limit := LIMITS.get(prologue.name.lower())) is not None:
+        act, other = emit_functions.emit_limited(e, act, other, limit)
+    return e.b.fmul(act, other)
 
 
 def prologue_halves(

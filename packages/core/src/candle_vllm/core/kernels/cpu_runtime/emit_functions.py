@@ -128,12 +128,17 @@ def emit_relu2(e: Emitter, x: Any) -> Any:
 
 def emit_swiglu_oai(e: Emitter, gate: Any, up: Any) -> Any:
     """gpt-oss's gate: (up + 1) * gate * sigmoid(1.702 gate), gate at most 7 and up within [-7, 7]."""
-    b, high, low = e.b, e.constant(F32, 7.0), e.constant(F32, -7.0)
-    gate = b.select(b.fcmp_ordered(">", gate, high), high, gate)
+    gate, up = emit_limited(e, gate, up, 7.0)
+    gated = emit_sigmoid_times(e, gate, e.b.fmul(gate, e.constant(F32, 1.702)))
+    return e.b.fmul(e.b.fadd(up, e.constant(F32, 1.0)), gated)
+
+
+def emit_limited(e: Emitter, gate: Any, up: Any, limit: float) -> tuple[Any, Any]:
+    """Both factors of a gated product: gate at most `limit`, and up within [-limit, limit]."""
+    b, high, low = e.b, e.constant(F32, limit), e.constant(F32, -limit)
     up = b.select(b.fcmp_ordered(">", up, high), high, up)
     up = b.select(b.fcmp_ordered("<", up, low), low, up)
-    gated = emit_sigmoid_times(e, gate, b.fmul(gate, e.constant(F32, 1.702)))
-    return b.fmul(b.fadd(up, e.constant(F32, 1.0)), gated)
+    return b.select(b.fcmp_ordered(">", gate, high), high, gate), up
 
 
 def _absolute(e: Emitter, x: Any) -> Any:

@@ -24,7 +24,7 @@ MOST_EXPERTS = 512
 LEAST_SUM = 1e-20
 """Keeps a sum of scores from being 0 where every one of them is; nothing against any other sum."""
 
-Activation: TypeAlias = Literal["silu", "gelu_tanh", "swiglu_oai", "relu2", "gelu"]
+Activation: TypeAlias = Literal["silu", "gelu_tanh", "swiglu_oai", "relu2", "gelu", "silu_7", "silu_16"]
 
 
 def is_gated(activation: Activation | None) -> bool:

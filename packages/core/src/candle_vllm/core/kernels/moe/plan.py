@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 PROLOGUES: Mapping[Activation, Prologue] = MappingProxyType({
     "silu": Prologue.SILU, "gelu_tanh": Prologue.GELU_GATE, "swiglu_oai": Prologue.SWIGLU_OAI,
-    "relu2": Prologue.RELU2, "gelu": Prologue.GELU,
+    "relu2": Prologue.RELU2, "gelu": Prologue.GELU, "silu_7": Prologue.SILU_7, "silu_16": Prologue.SILU_16,
 })  # fmt: skip
 """How the down matrices' input is made of what gate and up gave."""
 

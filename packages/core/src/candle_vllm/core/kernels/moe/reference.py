@@ -9,6 +9,7 @@ from candle_vllm.core.kernels.lora import Place
 from candle_vllm.core.kernels.lora.reference import EagerAdapters
 from candle_vllm.core.kernels.matrices import DeviceMatrix
 from candle_vllm.core.kernels.moe.arguments import LEAST_SUM, Activation, Pairs, Routing, is_gated
+from candle_vllm.core.kernels.silu_mul import LIMITS
 
 
 def route(logits: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,8 +113,9 @@ def combine(results: torch.Tensor, pairs: Pairs) -> torch.Tensor:
 
 def gated(gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> torch.Tensor:
     """act(gate) * up; see the contract."""
-    if activation == "silu":
-        return torch.nn.functional.silu(gate) * up
+    if activation.startswith("silu"):
+        limit = LIMITS.get(activation, torch.inf)
+        return torch.nn.functional.silu(gate).clamp(max=limit) * up.clamp(-limit, limit)
     if activation == "gelu_tanh":
         return torch.nn.functional.gelu(gate, approximate="tanh") * up
     gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)

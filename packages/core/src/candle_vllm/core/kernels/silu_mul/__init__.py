@@ -3,7 +3,8 @@
 
 Contract of `gate_mul`: x [T, 2F] holds gate then up, of any float dtype; y [T, F] = act(gate) * up has x's dtype, in
 new memory; the arithmetic is fp32. act is SiLU, or GELU in its tanh form (gelu_tanh): 0.5 g (1 + tanh(sqrt(2 / pi)
-(g + 0.044715 g^3))), or GELU by the error function (gelu): g Phi(g).
+(g + 0.044715 g^3))), or GELU by the error function (gelu): g Phi(g). "silu_7" and "silu_16" have a limit l: y is
+min(silu(gate), l) * min(max(up, -l), l), as in Step 3.5.
 `gated` takes x [T, F] and its gate [T, H] apart, each gate being that of F / H neighbours: y = x * act(gate), where act
 is SiLU, GELU in its tanh form, the sigmoid or softplus. Recorded steps do so in place: x is changed. The elements of a
 row lie next to each other, rows any distance apart.
@@ -23,8 +24,12 @@ from candle_vllm.core.kernels.recorded import GateKind, Recorded, Value
 
 GATES: Mapping[GateKind, Prologue] = MappingProxyType(
     {"silu": Prologue.SILU, "gelu_tanh": Prologue.GELU_GATE, "gelu": Prologue.GELU_ERF_GATE}
+    | {"silu_7": Prologue.SILU_7, "silu_16": Prologue.SILU_16}
 )
 """How recorded steps compute `gate_mul`."""
+
+LIMITS: Mapping[str, float] = MappingProxyType({"silu_7": 7.0, "silu_16": 16.0})
+"""Of both factors, by the kind of `gate_mul`."""
 
 
 def gate_mul(x: Value, kind: GateKind) -> Value:

@@ -8,8 +8,10 @@ from functools import partial
 import torch
 from torch.nn import functional
 
+from candle_vllm.core.kernels.silu_mul import LIMITS
+
 _ACTS = {
-    "silu": functional.silu,
+    **dict.fromkeys(("silu", *LIMITS), functional.silu),
     "gelu_tanh": partial(functional.gelu, approximate="tanh"),
     "gelu": functional.gelu,
     "sigmoid": torch.sigmoid,
@@ -19,8 +21,8 @@ _ACTS = {
 
 def gate_mul(x: torch.Tensor, kind: str) -> torch.Tensor:
     """See the contract in the package."""
-    gate, up = x.float().chunk(2, dim=-1)
-    return (_ACTS[kind](gate) * up).to(x.dtype)
+    (gate, up), limit = x.float().chunk(2, dim=-1), LIMITS.get(kind, torch.inf)
+    return (_ACTS[kind](gate).clamp(max=limit) * up.clamp(-limit, limit)).to(x.dtype)
 
 
 def gated(x: torch.Tensor, gate: torch.Tensor, kind: str) -> torch.Tensor:

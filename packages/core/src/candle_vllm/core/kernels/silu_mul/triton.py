@@ -12,7 +12,14 @@ from candle_vllm.core.kernels.recorded import GateKind
 from candle_vllm.core.kernels.triton_build import OPTIONS, Build, cdiv, next_power_of_2
 
 _PART = 1024  # numbers of a program; not measured yet
-_KINDS = ("silu", "gelu_tanh", "sigmoid", "softplus")
+_KINDS = ("silu", "gelu_tanh", "sigmoid", "softplus", "silu_7", "silu_16")
+
+
+@triton.jit
+def limited(gate, up, LIMIT: tl.constexpr):
+    """Both factors: gate at most LIMIT, and up within [-LIMIT, LIMIT]. NaN stays NaN."""
+    up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
+    return tl.where(gate > LIMIT, LIMIT, gate), up
 
 
 @triton.jit
@@ -40,6 +47,8 @@ def gate_mul_kernel(
     act = factor / (1.0 + tl.exp(-inner))
     if KIND == 3:
         act = tl.maximum(gates, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(gates)))
+    if KIND >= 4:
+        act, ups = limited(act, ups, 7.0 if KIND == 4 else 16.0)
     tl.store(y + token * F + at, (act * ups).to(y.dtype.element_ty), mask=inside)
 
 
@@ -74,4 +83,5 @@ AOT = (
     _build("fp32", 123, "silu"),
     _build("bf16", 4096, "sigmoid"),
     _build("bf16", 6144, "softplus", 128),
+    _build("bf16", 1280, "silu_16"),
 )
