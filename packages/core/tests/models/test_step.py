@@ -150,7 +150,7 @@ def test_published_keys_and_names_give_transformers_logits(tmp_path: Path) -> No
         ({"moe_router_activation": "softmax"}, UnsupportedModelError, "is 'softmax'; implemented: 'sigmoid'"),
         ({"use_rope_layers": [True, False]}, UnsupportedModelError, r"use_rope_layers is \[True, False\]"),
         ({"attention_other_setting": {"num_attention_groups": 4}}, UnsupportedModelError, "groups is 4; implemented: 8"),
-        ({"num_attention_groups": 7}, InvalidFileError, "7 key-value heads"),
+        ({"num_attention_groups": 7, "attention_other_setting": None}, InvalidFileError, "7 key-value heads"),
         ({"layer_types": FOUR}, InvalidFileError, "layer_types has 4 entries for 45 layers"),
     ],
 )
