@@ -59,6 +59,7 @@ WRITTEN = [name for name in ROWS if name not in UNSAYABLE and name not in (*LLAM
 CHANGES = {  # as llama.cpp wants it
     "GLM-4 chat": {"hidden_size": 128},
     "Gemma-2 scale": {"attn_logit_softcapping": 50.0},
+    "Nemotron-H biases": {"use_bias": False},
 }
 
 
