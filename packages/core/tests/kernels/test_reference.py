@@ -15,9 +15,10 @@ from candle_vllm.core.kernels.embedding import embedding
 from candle_vllm.core.kernels.kv_write import kv_write
 from candle_vllm.core.kernels.layer_norm import layer_norm
 from candle_vllm.core.kernels.linear import linear
+from candle_vllm.core.kernels.recorded import LIMITS
 from candle_vllm.core.kernels.rms_norm import rms_norm
 from candle_vllm.core.kernels.rotary import rotary
-from candle_vllm.core.kernels.silu_mul import LIMITS, gate_mul, gated
+from candle_vllm.core.kernels.silu_mul import gate_mul, gated
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 5e-3}
 DTYPES = list(TOLERANCE)

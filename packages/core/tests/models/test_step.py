@@ -121,10 +121,16 @@ def test_published_keys_and_names_give_transformers_logits(tmp_path: Path) -> No
     config = {
         "architectures": ["Step3p5ForCausalLM"],
         **{key: value for key, value in config_of(usual).items() if not isinstance(value, (dict, list))},
-        **{"moe_num_experts": 6, "moe_top_k": 3, "num_attention_groups": 2, "moe_layers_enum": "1,2"},
+        "moe_num_experts": 6,
+        "moe_top_k": 3,
+        "num_attention_groups": 2,
+        "moe_layers_enum": "1,2",
         **{key: [*STEP[key], 0.0] for key in ("swiglu_limits", "swiglu_limits_shared")},
-        **{"layer_types": [*STEP["layer_types"], "full_attention"], "attention_other_setting": other},
-        **{"rope_scaling": scaling, "num_nextn_predict_layers": 1, **own},
+        "layer_types": [*STEP["layer_types"], "full_attention"],
+        "attention_other_setting": other,
+        "rope_scaling": scaling,
+        "num_nextn_predict_layers": 1,
+        **own,
     }
     for key in ("n_routed_experts", "num_experts_per_tok", "num_key_value_heads", "num_sliding_attention_heads"):
         config.pop(key)
@@ -149,7 +155,11 @@ def test_published_keys_and_names_give_transformers_logits(tmp_path: Path) -> No
         ({"use_head_wise_attn_gate": False}, UnsupportedModelError, "use_head_wise_attn_gate is False; implemented"),
         ({"moe_router_activation": "softmax"}, UnsupportedModelError, "is 'softmax'; implemented: 'sigmoid'"),
         ({"use_rope_layers": [True, False]}, UnsupportedModelError, r"use_rope_layers is \[True, False\]"),
-        ({"attention_other_setting": {"num_attention_groups": 4}}, UnsupportedModelError, "groups is 4; implemented: 8"),
+        (
+            {"attention_other_setting": {"num_attention_groups": 4}},
+            UnsupportedModelError,
+            "groups is 4; implemented: 8",
+        ),
         ({"num_attention_groups": 7, "attention_other_setting": None}, InvalidFileError, "7 key-value heads"),
         ({"layer_types": FOUR}, InvalidFileError, "layer_types has 4 entries for 45 layers"),
     ],

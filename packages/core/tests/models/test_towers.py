@@ -17,7 +17,16 @@ from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError, Wei
 from candle_vllm.core.loading.towers import DEFAULTS, text_fields
 from candle_vllm.core.models.registry import family_from_hf
 from candle_vllm.core.testing.toy_model import write_toy_tokenizer
-from packages.core.tests.models.families import DEEPSEEK, GEMMA3, GEMMA4_E4B, MINISTRAL3_ROPE, MUSE, QWEN35, QWEN_MOE, STEP
+from packages.core.tests.models.families import (
+    DEEPSEEK,
+    GEMMA3,
+    GEMMA4_E4B,
+    MINISTRAL3_ROPE,
+    MUSE,
+    QWEN35,
+    QWEN_MOE,
+    STEP,
+)
 from packages.core.tests.models.family_formats import write_format
 from packages.core.tests.models.tiny import (
     SMALL,

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import enum
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 # What flows through the layers: a torch.Tensor, or a Recorded while a step is recorded.
@@ -21,6 +22,9 @@ Activation: TypeAlias = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "relu
 
 GateKind: TypeAlias = Literal["sigmoid", "silu", "gelu_tanh", "gelu", "softplus", "silu_7", "silu_16"]
 """Of a gate, see `kernels/silu_mul`."""
+
+LIMITS: Mapping[str, float] = MappingProxyType({"silu_7": 7.0, "silu_16": 16.0})
+"""Of both factors of a gated product, by its kind."""
 
 Floats: TypeAlias = "NDArray[np.float32]"
 Gates: TypeAlias = "tuple[Recorded, Recorded] | None"

@@ -43,9 +43,10 @@ _GATES: dict[float | None, MLPGate] = {None: "silu", 0: "silu", 7: "silu_7", 16:
 def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
     """Read `config.json` of step3p5, in transformers' form or with the keys and lists of published files."""
     layers, prefix = fields.count("num_hidden_layers"), fields.prefix
-    plain = {prefix + "rms_norm_eps": 1e-5, **fields.values, prefix + "rope_parameters": {}, prefix + "rope_theta": None}
-    plain[prefix + "layer_types"] = listed(fields, "layer_types", layers, "full_attention")
-    plain = Fields(plain, fields.path, prefix)
+    kinds = listed(fields, "layer_types", layers, "full_attention")
+    changed = {"layer_types": kinds, "rope_parameters": {}, "rope_theta": None}
+    values = {prefix + "rms_norm_eps": 1e-5, **fields.values, **{prefix + key: changed[key] for key in changed}}
+    plain = Fields(values, fields.path, prefix)
     names = {"num_key_value_heads": "num_attention_groups"} if "num_attention_groups" in fields else {}
     shared, other = shared_from_hf(plain, model_type, names=names), fields.section("attention_other_setting")
     dim, bias = shared["head_dim"], fields.get("attention_bias", bool, False)
@@ -74,9 +75,7 @@ def _sparse(fields: Fields, layers: int) -> frozenset[int]:
     return frozenset(map(int, named)) & frozenset(range(layers))
 
 
-def _step(
-    shared: dict[str, Any], heads: Sequence[int], mixture: Mixture, fields: Fields, *limits: str
-) -> LlamaConfig:
+def _step(shared: dict[str, Any], heads: Sequence[int], mixture: Mixture, fields: Fields, *limits: str) -> LlamaConfig:
     """The description; `limits` are the keys of limits of experts, and of other feed-forward layers."""
     listed_limits = [listed(fields, key, len(heads), 0) for key in limits]
     for key, found in zip(limits, listed_limits, strict=True):

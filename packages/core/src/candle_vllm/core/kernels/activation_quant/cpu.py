@@ -22,7 +22,7 @@ from candle_vllm.core.kernels.cpu_runtime import emit_functions
 from candle_vllm.core.kernels.cpu_runtime.emit import F32, I8, I32, SHIFTER, Emitter, vector
 from candle_vllm.core.kernels.cpu_runtime.level import LANES
 from candle_vllm.core.kernels.cpu_runtime.primitives import int64_at, read, step_number
-from candle_vllm.core.kernels.silu_mul import LIMITS
+from candle_vllm.core.kernels.recorded import LIMITS
 
 _SHIFTER_BITS = 0x4B400000  # of `SHIFTER`
 

@@ -22,8 +22,8 @@ and an expert e is
     act(gate[e] x[t]) * (up[e] x[t])
 
 gpt-oss's "swiglu_oai" is (up + 1) * gate * sigmoid(1.702 gate), gate at most 7 and up within [-7, 7], instead of
-act(gate) * up; "silu_7" and "silu_16" have limits, see `kernels/silu_mul`. With "relu2" the matrix has up alone, [X, N, K], and the result is the square of max(up[e] x[t], 0);
-with "gelu" it is the GELU of up[e] x[t].
+act(gate) * up; "silu_7" and "silu_16" have limits too, see `kernels/silu_mul`. With "relu2" the matrix has up alone,
+[X, N, K], and the result is the square of max(up[e] x[t], 0); with "gelu" it is the GELU of up[e] x[t].
 Without an activation x is such a result, with a row for each pair, and the result is down[e] x. A bias [X, N] (or
 [X, 2 N]) is added to the products. Only these functions know the order of the results [T * k, N]; results of pairs
 without an expert are undefined.

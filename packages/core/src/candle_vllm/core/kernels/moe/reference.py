@@ -9,7 +9,7 @@ from candle_vllm.core.kernels.lora import Place
 from candle_vllm.core.kernels.lora.reference import EagerAdapters
 from candle_vllm.core.kernels.matrices import DeviceMatrix
 from candle_vllm.core.kernels.moe.arguments import LEAST_SUM, Activation, Pairs, Routing, is_gated
-from candle_vllm.core.kernels.silu_mul import LIMITS
+from candle_vllm.core.kernels.recorded import LIMITS
 
 
 def route(logits: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, torch.Tensor]:

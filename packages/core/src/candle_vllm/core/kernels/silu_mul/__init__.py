@@ -28,9 +28,6 @@ GATES: Mapping[GateKind, Prologue] = MappingProxyType(
 )
 """How recorded steps compute `gate_mul`."""
 
-LIMITS: Mapping[str, float] = MappingProxyType({"silu_7": 7.0, "silu_16": 16.0})
-"""Of both factors, by the kind of `gate_mul`."""
-
 
 def gate_mul(x: Value, kind: GateKind) -> Value:
     """act(x[:, :F]) * x[:, F:], of a kind of `GATES`; GELU by the error function by torch's own kernels on a GPU."""

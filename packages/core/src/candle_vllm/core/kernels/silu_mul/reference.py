@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch.nn import functional
 
-from candle_vllm.core.kernels.silu_mul import LIMITS
+from candle_vllm.core.kernels.recorded import LIMITS
 
 _ACTS = {
     **dict.fromkeys(("silu", *LIMITS), functional.silu),
