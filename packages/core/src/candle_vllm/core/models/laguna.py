@@ -67,7 +67,7 @@ def _is_wide(fields: Fields) -> bool:
 
 def _laguna(shared: dict[str, Any], heads: tuple[int, ...], mixture: Mixture) -> LlamaConfig:
     """The description."""
-    own = heads_by_layer(heads, shared["num_kv_heads"]) | {"gate": "softplus"}
+    own: dict[str, Any] = heads_by_layer(heads, shared["num_kv_heads"]) | {"gate": "softplus"}
     return LlamaConfig(**shared | own, qk_norm=True, mixture=mixture, num_experts=mixture.experts)
 
 

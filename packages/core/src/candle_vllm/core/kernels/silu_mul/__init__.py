@@ -22,10 +22,10 @@ from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, operation
 from candle_vllm.core.kernels.dispatch import on_gpu
 from candle_vllm.core.kernels.recorded import GateKind, Recorded, Value
 
-GATES: Mapping[GateKind, Prologue] = MappingProxyType(
-    {"silu": Prologue.SILU, "gelu_tanh": Prologue.GELU_GATE, "gelu": Prologue.GELU_ERF_GATE}
-    | {"silu_7": Prologue.SILU_7, "silu_16": Prologue.SILU_16}
-)
+GATES: Mapping[GateKind, Prologue] = MappingProxyType({
+    "silu": Prologue.SILU, "gelu_tanh": Prologue.GELU_GATE, "gelu": Prologue.GELU_ERF_GATE,
+    "silu_7": Prologue.SILU_7, "silu_16": Prologue.SILU_16,
+})  # fmt: skip
 """How recorded steps compute `gate_mul`."""
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-# pyright: reportCallIssue=false
+# pyright: reportCallIssue=false, reportArgumentType=false
 """Activation-and-multiply on a GPU (step 6 of a request's life). A program does part of one token's row."""
 
 from __future__ import annotations
