@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from candle_vllm.core.models.registry import family_from_hf
 from candle_vllm.core.testing.toy_model import write_toy_tokenizer
 from packages.core.tests.models.families import LLAMA3, RENAMED
 from packages.core.tests.models.gguf_export import export_gguf
@@ -91,7 +92,7 @@ def chatglm(config: Mapping[str, Any], tensors: Tensors) -> tuple[dict[str, Any]
         "gate_up_proj": "dense_h_to_4h",
         "down_proj": "dense_4h_to_h",
     }
-    made = _renamed(tensors, names)
+    made = _renamed(tensors, names) | {"transformer.rotary_pos_emb.inv_freq": torch.ones(8)}
     for layer in range(config["num_hidden_layers"]):
         at = f"transformer.encoder.layers.{layer}."
         for kind in ("weight", "bias"):
@@ -154,6 +155,44 @@ def write_renamed(kind: str, folder: Path, **changes: Any) -> tuple[Path, Path]:
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, renamed / "model.safetensors")
     write_toy_tokenizer(renamed)
     return plain, renamed
+
+
+CHATGLM3: dict[str, Any] = {  # as ChatGLM3-6B is published
+    "architectures": ["ChatGLMModel"],
+    "model_type": "chatglm",
+    "add_bias_linear": False,
+    "add_qkv_bias": True,
+    "apply_query_key_layer_scaling": True,
+    "apply_residual_connection_post_layernorm": False,
+    "attention_softmax_in_fp32": True,
+    "bias_dropout_fusion": True,
+    "eos_token_id": 2,
+    "ffn_hidden_size": 13696,
+    "fp32_residual_connection": False,
+    "hidden_size": 4096,
+    "kv_channels": 128,
+    "layernorm_epsilon": 1e-05,
+    "multi_query_attention": True,
+    "multi_query_group_num": 2,
+    "num_attention_heads": 32,
+    "num_layers": 28,
+    "original_rope": True,
+    "padded_vocab_size": 65024,
+    "post_layer_norm": True,
+    "rmsnorm": True,
+    "seq_length": 8192,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float16",
+}
+
+
+def test_a_published_chatglm_is_read() -> None:
+    """ChatGLM2's config differs by its context."""
+    for context in (8192, 32768):
+        config = family_from_hf(CHATGLM3 | {"seq_length": context}, Path("config.json"))[1]
+        sizes = (config.num_layers, config.num_heads, config.num_kv_heads, config.head_dim, config.max_position)
+        assert sizes == (28, 32, 2, 128, context)
+        assert (config.rope.dim, config.rope.theta, config.tie_embeddings) == (64, 10000.0, False)
 
 
 def test_every_class_is_here() -> None:

@@ -415,6 +415,7 @@ AOT = (
     _build(many_kernel, "plain", "gelu_tanh", 128, _SERVERS, dtype="fp16", columns=1440),
     _build(few_kernel, "plain", "swiglu_oai", 16, _SERVERS, columns=2880, bias="fp32"),
     _build(many_kernel, "plain", "swiglu_oai", 128, _SERVERS, columns=2880, bias="fp32"),
+    *(_build(kernel, "plain", "silu_7", wide[-1], _SERVERS, columns=4096) for kernel, wide in _BOTH),
     _build(few_kernel, "plain", None, 8, _SERVERS, columns=2880, bias="fp32"),
     _build(few_kernel, "plain", "relu2", 16, _SERVERS, columns=2688),
     *(_build(kernel, "plain", "silu", tokens, _TURING, dtype="fp16") for kernel, wide in _BOTH for tokens in wide),
