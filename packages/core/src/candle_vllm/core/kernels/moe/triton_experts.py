@@ -102,8 +102,7 @@ def finished(
         inner = gate
         if ACT == 2:  # gpt-oss
             gate, up = limited(gate, up, 7.0)
-            inner = 1.702 * gate
-            up += 1.0
+            inner, up = 1.702 * gate, up + 1.0
         if ACT == 1:
             # 0.5 (1 + tanh(z)) is the sigmoid of 2z; 2 sqrt(2 / pi) = 1.5957...
             inner = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
