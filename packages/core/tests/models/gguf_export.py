@@ -731,7 +731,7 @@ def _laguna(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> 
         writer.add_rope_scaling_orig_ctx_len(full["original_max_position_embeddings"])
         writer.add_rope_scaling_attn_factors(full["attention_factor"] / (0.1 * np.log(full["factor"]) + 1))
     if "sliding_attention" in config["layer_types"]:
-        _windows(writer, config)
+        writer.add_sliding_window(config["sliding_window"])  # nothing says that every fourth layer has none
         writer.add_rope_freq_base_swa(local["rope_theta"])
         writer.add_rope_dimension_count_swa(config["head_dim"])
     writer.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])

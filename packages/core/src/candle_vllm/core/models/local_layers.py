@@ -94,6 +94,8 @@ def ropes_by_kind(
 def local_from_gguf(fields: Fields, checkpoint: Checkpoint) -> tuple[dict[str, Any], tuple[int, ...]]:
     """Read GGUF metadata of layers that differ in query heads and, where they have a window, in rotary settings.
 
+    Without a list of them, the first of every four layers has no window (llama.cpp's `dense_first`).
+
     Returns:
         Fields of a `LlamaConfig`, and the number of query heads of each layer.
     """
@@ -109,9 +111,14 @@ def local_from_gguf(fields: Fields, checkpoint: Checkpoint) -> tuple[dict[str, A
         dim=fields.get("rope.dimension_count_swa", int, fields.get("rope.dimension_count", int, shared["head_dim"])),
         original_max_position=fields.count("context_length"),
     )
+    key = "attention.sliding_window_pattern"
+    if not isinstance(fields.values.get(fields.prefix + key), list):
+        period = fields.get(key, int, 4)
+        pattern = [period == 0 or layer % period > 0 for layer in range(count)]
+        fields = Fields({**fields.values, fields.prefix + key: pattern}, fields.path, fields.prefix)
     own = {
         "num_layers": layers,
-        "sliding_windows": gguf_windows(fields, count, window, period=4)[:layers] if window else (None,) * layers,
+        "sliding_windows": gguf_windows(fields, count, window, period=4)[:layers],
         "local_rope": local if window else None,
         "qkv_bias": gguf_has_bias(checkpoint),
         "output_bias": "blk.0.attn_output.bias" in checkpoint.tensors,
