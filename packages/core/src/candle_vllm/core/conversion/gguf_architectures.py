@@ -18,6 +18,7 @@ from candle_vllm.core.models import (
     deepseek_config,
     ernie4_5,
     falcon,
+    falcon_h1,
     gemma3n_config,
     gemma4_config,
     gemma_config,
@@ -144,6 +145,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "granitemoehybrid": Architecture(
             name="granitehybrid", more=granite_hybrid.gguf_keys, interleaved=True, square=True, unread=(".ssm_in.bias",)
         ),
+        "falcon_h1": Architecture(name="falcon-h1", more=falcon_h1.gguf_keys, otherwise=falcon_h1.otherwise, unread=()),
         **{
             name: Architecture(
                 name=name, more=nemotron_h_config.gguf_keys, eps=_LAYER_NORM, otherwise=ungrouped, unread=_PROJECTED

@@ -112,7 +112,7 @@ def pooling_keys(files: ModelFiles, size: int, default: PoolingKind) -> Keys:
 
 # ---- read again ------------------------------------------------------------------------------------------------------
 
-_ELSEWHERE = ("model_type", "eos_token_ids")  # what has another word, or is no description
+_ELSEWHERE = ("model_type", "eos_token_ids", "folded")  # what has another word, or is no description
 _ROUGH = ("embedding_scale", "input_scale")  # some models round it to their own type; GGUF's readers do not
 
 

@@ -98,7 +98,7 @@ class Recorded(ABC):
 
     @abstractmethod
     def scaled(self, factor: float) -> Recorded:
-        """Times a factor, without a cap as `kernels/scale_cap` has it; this value is changed in place."""
+        """Times a factor, without a cap as `kernels/scale_cap` has it; this value, or part, is changed in place."""
 
     @abstractmethod
     def clamped(self, low: float, high: float) -> Recorded:

@@ -123,7 +123,7 @@ class ModelConfig:
 
     @property
     def cache_specs(self) -> tuple[CacheSpec, ...]:
-        """Cache spec of each layer; a family whose layers differ in more than their windows overrides this."""
+        """Cache spec of each layer, then those of second caches, if layers have two; families may override this."""
         if self.latent is not None:
             return (PagedSpec(1, self.latent.rope + self.latent.latent, 0),) * self.num_layers
         heads, dim = self.num_kv_heads, self.head_dim

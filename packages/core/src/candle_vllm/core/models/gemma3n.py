@@ -14,7 +14,7 @@ import dataclasses
 
 import numpy as np
 
-from candle_vllm.core.kernels.recorded import Recorded, RecordedTokens, Value
+from candle_vllm.core.kernels.recorded import RecordedTokens, Value
 from candle_vllm.core.kernels.side_by_side import side_by_side
 from candle_vllm.core.kernels.stream_mix import mix_streams
 from candle_vllm.core.layers.attention import StepInput
@@ -31,6 +31,7 @@ from candle_vllm.core.models.family import Family
 from candle_vllm.core.models.gemma3n_config import Gemma3nConfig, config_from_gguf, config_from_hf
 from candle_vllm.core.models.gemma3n_parts import Projections, SparseGatedMLP, StreamNorm, StreamRouter, TableRows
 from candle_vllm.core.models.gemma_parts import TABLES, LayerGate, LayerInputs
+from candle_vllm.core.models.llama import times
 
 
 class Block:
@@ -57,7 +58,7 @@ class Block:
         normed = self.attention_norm(active)
         made = side_by_side(active) + normed + self.laurel_norm(self.laurel_up(self.laurel_down(normed)))
         made = made + self.attention_post_norm(self.attention(normed, step))
-        made = made.scaled(0.5**0.5) if isinstance(made, Recorded) else made * 0.5**0.5
+        made = times(made, 0.5**0.5)
         made = made + self.mlp_post_norm(self.mlp(self.mlp_norm(made)))
         gates = router(self.stream_norm(made))
         first = mix_streams(side_by_side(active, made), router.first, gates, router.scale, level=False)

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from candle_vllm.core.kernels.recorded import Recorded, RecordedTokens, Value
+from candle_vllm.core.kernels.recorded import RecordedTokens, Value
 from candle_vllm.core.kernels.side_by_side import side_by_side
 from candle_vllm.core.kernels.silu_mul import gate_mul
 from candle_vllm.core.layers.embedding import Embedding
@@ -25,6 +25,7 @@ from candle_vllm.core.layers.parameters import Placement, TensorParameter, on_ho
 from candle_vllm.core.loading.views import Constant, entry
 from candle_vllm.core.loading.weights import Parameter, WeightName
 from candle_vllm.core.models.attention_names import GG, HF
+from candle_vllm.core.models.llama import times
 from candle_vllm.core.quantization.tensors import StoredTensor
 
 
@@ -116,7 +117,7 @@ class LayerScale:
         self._stored, self._factor = placement.empty(1), 1.0
 
     def __call__(self, x: Value) -> Value:
-        return x.scaled(self._factor) if isinstance(x, Recorded) else x * self._factor
+        return times(x, self._factor)
 
     def finish(self) -> None:
         """See `Finishes`."""

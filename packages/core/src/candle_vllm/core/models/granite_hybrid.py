@@ -20,6 +20,7 @@ from candle_vllm.core.models.attention_names import HF, kv_heads_by_layer
 from candle_vllm.core.models.family import Family
 from candle_vllm.core.models.llama import Llama, LlamaConfig, Mixer
 from candle_vllm.core.models.mamba2 import (
+    HYBRID_KEYS,
     Mamba2Mixer,
     MambaSizes,
     mamba_keys,
@@ -29,16 +30,6 @@ from candle_vllm.core.models.mamba2 import (
 )
 
 # ---- config ----------------------------------------------------------------------------------------------------------
-
-_KEYS = {
-    "heads": "mamba_n_heads",
-    "head_dim": "mamba_d_head",
-    "groups": "mamba_n_groups",
-    "state": "mamba_d_state",
-    "taps": "mamba_d_conv",
-    "bias": "mamba_proj_bias",
-    "conv_bias": "mamba_conv_bias",
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,7 +67,7 @@ def config_from_hf(fields: Fields, model_type: str) -> GraniteHybridConfig:
     if not layers:
         return GraniteHybridConfig(**shared)
     inner = fields.count("mamba_expand", 2) * shared["hidden_size"]
-    mamba = sizes_from_hf(fields, _KEYS, inner=inner)
+    mamba = sizes_from_hf(fields, HYBRID_KEYS, inner=inner)
     shared["model_type"] = "granitemoehybrid"
     return GraniteHybridConfig(**shared, mamba=mamba, mamba_layers=layers)
 

@@ -175,6 +175,13 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
 # ---- attention -------------------------------------------------------------------------------------------------------
 
 
+def times(x: Value, factor: float) -> Value:
+    """x times a factor; recorded steps multiply in place."""
+    if factor == 1:
+        return x
+    return x.scaled(factor) if isinstance(x, Recorded) else x * factor
+
+
 class Attention:
     """Grouped-query attention with rotary positions: x [T, E] -> [T, E].
 
@@ -220,8 +227,7 @@ class Attention:
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)  # [T, H, D], [T, K, D] twice
         y = self.attend(q, k, v, step)
         y = y.flatten(1) if self.value_dim == self.head_dim else first_of_heads(y, self.value_dim)
-        if self.value_scale != 1:
-            y = y.scaled(self.value_scale) if isinstance(y, Recorded) else y * self.value_scale
+        y = times(y, self.value_scale)
         if self.gate is not None and self.gate_kind is not None:
             y = gated(y, self.gate(x), self.gate_kind)
         return self.output(y)

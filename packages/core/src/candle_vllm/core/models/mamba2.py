@@ -19,10 +19,11 @@ from candle_vllm.core.fields import Fields
 from candle_vllm.core.kernels.delta_rule import delta_rule
 from candle_vllm.core.kernels.delta_rule.layout import DeltaGates, kept_inputs
 from candle_vllm.core.kernels.delta_rule.layout import state_shape as rule_shape
-from candle_vllm.core.kernels.recorded import Value
+from candle_vllm.core.kernels.recorded import Recorded, Value
 from candle_vllm.core.kernels.rms_norm import rms_norm
 from candle_vllm.core.kernels.short_conv import short_conv
 from candle_vllm.core.kernels.short_conv import state_shape as conv_shape
+from candle_vllm.core.kernels.side_by_side import side_by_side
 from candle_vllm.core.kernels.silu_mul import gated
 from candle_vllm.core.layers.attention import StepInput
 from candle_vllm.core.layers.linear import Linear
@@ -31,11 +32,23 @@ from candle_vllm.core.loading.cache_specs import StatePart, StateSpec
 from candle_vllm.core.loading.views import View, computed, flattened
 from candle_vllm.core.loading.weights import Parameter, WeightName
 from candle_vllm.core.models.attention_names import GG, pair
+from candle_vllm.core.models.llama import times
 from candle_vllm.core.models.qwen3_next_config import convolution_taps, decay_of_log
 from candle_vllm.core.quantization.tensors import StoredTensor
 
 _INFINITE = (math.inf, {"__float__": "Infinity"})
 """How files say that dt has no upper limit."""
+
+HYBRID_KEYS = {
+    "heads": "mamba_n_heads",
+    "head_dim": "mamba_d_head",
+    "groups": "mamba_n_groups",
+    "state": "mamba_d_state",
+    "taps": "mamba_d_conv",
+    "bias": "mamba_proj_bias",
+    "conv_bias": "mamba_conv_bias",
+}
+"""Keys of `sizes_from_hf` in models that have attention too."""
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 
@@ -51,6 +64,8 @@ class MambaSizes:
         taps: of the convolution.
         bias, conv_bias: whether the two projections, and the convolution, have biases.
         normed: whether the gated result is normed.
+        gate_last: the result is normed first, and then gated.
+        factors: of z, x, B, C and dt, and of what the output projection reads.
     """
 
     heads: int
@@ -61,6 +76,8 @@ class MambaSizes:
     bias: bool = False
     conv_bias: bool = True
     normed: bool = True
+    gate_last: bool = False
+    factors: tuple[float, ...] = (1.0,) * 6
 
     def __post_init__(self) -> None:
         if self.heads % self.groups:
@@ -151,17 +168,30 @@ class Mamba2Mixer:
 
     def __call__(self, x: Value, step: StepInput) -> Value:
         tail, state = step.caches[self.layer]
-        z, mixed, dt = self.inputs(x).split(self.widths, dim=-1)
+        z, mixed, dt = self._given(x).split(self.widths, dim=-1)
         mixed = short_conv(mixed, self.taps, self.taps_bias, tail, step.states, silu=True)
         dims = (self.sizes.head_dim, self.sizes.state, self.sizes.state)
         parts = mixed.split(self.sizes.parts, dim=-1)
         v, b, c = (part.unflatten(-1, (-1, dim)) for part, dim in zip(parts, dims, strict=True))
         y = delta_rule(c, b, v, dt, dt, self.gates, state, step.states, scale=1.0, normed=False)  # [T, H, P]
-        y = gated(y.flatten(1), z, "silu")
-        if self.norm is not None:
-            width = self.sizes.inner // self.sizes.groups
-            y = rms_norm(y.unflatten(-1, (-1, width)), self.norm, self.eps).flatten(1)
-        return self.result(y)
+        y = y.flatten(1)
+        y = gated(self._normed(y), z, "silu") if self.sizes.gate_last else self._normed(gated(y, z, "silu"))
+        return self.result(times(y, self.sizes.factors[5]))
+
+    def _given(self, x: Value) -> Value:
+        """z, x, B, C and dt side by side, times their factors."""
+        given, factors = self.inputs(x), self.sizes.factors[:5]
+        if set(factors) == {1.0}:
+            return given
+        parts = given.split((self.sizes.inner, *self.sizes.parts, self.sizes.heads), dim=-1)
+        scaled = [times(part, factor) for part, factor in zip(parts, factors, strict=True)]
+        return given if isinstance(given, Recorded) else side_by_side(*scaled)  # recorded parts are scaled in place
+
+    def _normed(self, y: Value) -> Value:
+        if self.norm is None:
+            return y
+        width = self.sizes.inner // self.sizes.groups
+        return rms_norm(y.unflatten(-1, (-1, width)), self.norm, self.eps).flatten(1)
 
     def parameters(self) -> Mapping[str, Parameter]:
         """Every parameter that must be loaded."""

@@ -48,6 +48,7 @@ FAMILIES = (
     "lfm2",
     "granite",
     "granite_hybrid",
+    "falcon_h1",
     "nemotron_h",
     "olmo2",
     "olmoe",

@@ -188,7 +188,8 @@ def layer_caches_of(
         state_dtype: type of activations, if it is not the type of keys.
         windows: page pools of layers with a window.
     """
-    here = layers_here(decoder, decoder.config.num_layers)
+    layers, specs = decoder.config.num_layers, decoder.config.cache_specs
+    here = [number for number in range(len(specs)) if number % layers in layers_here(decoder, layers)]
 
     def state(number: int, part: cache_specs.StatePart) -> StateCache:
         slots, kept = (room.slots, room.running) if number in here else (0, 0)
@@ -205,7 +206,7 @@ def layer_caches_of(
         parts = parts or [empty(0), empty(0)]
         return PagedCache(*parts) if pool is None else WindowedCache.of(pool, *(*parts, None)[:2])
 
-    return cache_specs.layer_caches(decoder.config.cache_specs, make)
+    return cache_specs.layer_caches(specs, make)
 
 
 class StageRunner(EagerRunner):

@@ -178,14 +178,14 @@ class _Value(Recorded):
         return self._changed(2, low, high)
 
     def _changed(self, kind: int, factor: float, cap: float) -> Recorded:
-        buffer, counted = self.buffer, self.rows_from
-        assert (self.column, self.width) == (0, buffer.width)
+        buffer, counted, end = self.buffer, self.rows_from, self.column + self.width
+        assert self.column % 16 == 0 == (end % 16 if end < buffer.width else 0), "lines of other columns change too"
         row = scale_cap_arguments(
             x=self.address, stride=buffer.stride, columns=self.width, scale=factor, cap=None, rows_from=counted
         )
         self.recorder.add(scale_cap_operation(kind), row._replace(cap=cap))
-        buffer.version += 1
-        return _Value(self.recorder, buffer, 0, self.width, rows_from=counted)
+        buffer.version += self.width == buffer.width  # other columns stay as they are
+        return _Value(self.recorder, buffer, self.column, self.width, rows_from=counted)
 
     def beside(self, *others: Recorded) -> _Value:
         parts = [part for part in (self, *others) if isinstance(part, _Value)]
