@@ -54,6 +54,7 @@ LLAMA_CPP = (
     "ERNIE 4.5 biases",
     "Seed-OSS biases",
     "Step 3.5 biases",
+    "Mamba 2 biases",
     "Nemotron-H biases",
 )  # refused for its sake: see `test_gguf_families.py`
 UNKNOWN = ("OLMo Hybrid", "OLMo Hybrid turned", "GPT-Neo", "GPT-J", "OPT", "OPT-350m")  # to llama.cpp

@@ -383,6 +383,17 @@ FALCON_H1 = {
 FALCON_NORMS = FALCON_H1 | {"mamba_rms_norm": True, "mamba_norm_before_gate": False, "tie_word_embeddings": True}
 FALCON_GATES = {"mamba_d_ssm": 96, "mamba_n_heads": 6, "mamba_d_head": 16, "mamba_n_groups": 2, "mamba_d_state": 16}
 FALCON_GATES |= {"mamba_rms_norm": True, "mamba_norm_before_gate": True, "mamba_conv_bias": False}
+MAMBA2 = {
+    "expand": 4,
+    "num_heads": 8,
+    "head_dim": 32,
+    "n_groups": 2,
+    "state_size": 16,
+    "num_attention_heads": None,
+    "num_key_value_heads": None,
+    "intermediate_size": None,
+    "max_position_embeddings": None,
+}
 NEMOTRON_BIASES = {"mlp_bias": True, "use_bias": True, "use_conv_bias": False}
 GRANITE_MAMBA_MOE = {
     "num_local_experts": 6,
@@ -678,6 +689,8 @@ ROWS: Mapping[str, Row] = {
     "Falcon-H1": Row("falcon_h1", FALCON_H1, "falcon-h1"),
     "Falcon-H1 norms": Row("falcon_h1", FALCON_NORMS, "falcon-h1", common=False),
     "Falcon-H1 gates": Row("falcon_h1", FALCON_GATES, common=False),
+    "Mamba 2": Row("mamba2", MAMBA2, "mamba2"),
+    "Mamba 2 biases": Row("mamba2", MAMBA2 | {"use_bias": True, "tie_word_embeddings": True}, common=False),
     "Nemotron-H biases": Row("nemotron_h", NEMOTRON_H | NEMOTRON_BIASES, common=False),
     "OLMo 2": Row("olmo2", OLMO, "olmo2", common=False),
     "OLMo 2 biases": Row("olmo2", OLMO | {"attention_bias": True}, common=False),

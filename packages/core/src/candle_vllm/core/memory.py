@@ -193,7 +193,7 @@ def plan_cache(
     specs = [spec for spec in specs if pool_of(spec, windows) is None]
     token_bytes = cache_bytes(specs, 1, element_bytes) + beside
     block_bytes = token_bytes * config.block_size
-    affordable = (budget - window_bytes) // block_bytes if block_bytes else per_sequence * sequences
+    affordable = (budget - window_bytes) // block_bytes if block_bytes else max(per_sequence, 1 << 17)  # names alone
     context = model.max_position
     if affordable < per_sequence:
         context = _shrunk_context(config, context, affordable, block_bytes, room, budget, window_bytes)

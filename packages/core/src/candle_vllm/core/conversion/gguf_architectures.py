@@ -14,6 +14,7 @@ from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.loading.config import ModelConfig
 from candle_vllm.core.models import (
     apertus,
+    codestral_mamba,
     cohere,
     deepseek_config,
     ernie4_5,
@@ -145,6 +146,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "granitemoehybrid": Architecture(
             name="granitehybrid", more=granite_hybrid.gguf_keys, interleaved=True, square=True, unread=(".ssm_in.bias",)
         ),
+        "mamba2": Architecture(name="mamba2", more=codestral_mamba.gguf_keys, unread=_PROJECTED),
         "falcon_h1": Architecture(name="falcon-h1", more=falcon_h1.gguf_keys, otherwise=falcon_h1.otherwise, unread=()),
         **{
             name: Architecture(

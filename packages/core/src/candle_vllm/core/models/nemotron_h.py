@@ -66,10 +66,14 @@ class NemotronH(DecoderStack):
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, placement)
         self.head = None if config.tie_embeddings else Embedding(*size, placement)
 
+    def prepare(self, positions: int) -> None:
+        """Nothing rotates, so that no tables are made."""
+
 
 # ---- weight names ----------------------------------------------------------------------------------------------------
 
 _TO = "layers.{i}."
+_EMBEDDINGS = ("backbone.embeddings", "model.embeddings", "backbone.embedding")
 _HF = tuple(f"{stem}.layers.{{i}}." for stem in ("backbone", "model"))
 
 
@@ -78,7 +82,7 @@ def _mixer(part: str) -> tuple[str, ...]:
 
 
 WEIGHTS = [
-    WeightName("embed:weight", ("backbone.embeddings.weight", "model.embeddings.weight"), "token_embd.weight"),
+    WeightName("embed:weight", tuple(f"{stem}.weight" for stem in _EMBEDDINGS), "token_embd.weight"),
     WeightName(_TO + "norm:weight", tuple(stem + "norm.weight" for stem in _HF), GG + "attn_norm.weight"),
     *[
         WeightName(f"{_TO}attention.qkv:{part}.weight", _mixer(f"{part}_proj.weight"), gguf_projection(part, "weight"))

@@ -50,6 +50,7 @@ FAMILIES = (
     "granite_hybrid",
     "falcon_h1",
     "nemotron_h",
+    "codestral_mamba",
     "olmo2",
     "olmoe",
     "minimax_m2",

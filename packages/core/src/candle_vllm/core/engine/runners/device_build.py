@@ -227,7 +227,7 @@ def _needs(config: EngineConfig, loaded: LoadedModel) -> AttentionNeeds:
     return AttentionNeeds(
         capability=(capability(placement.device) // 10, capability(placement.device) % 10),
         dtype=placement.torch_dtype,
-        head_dim=max(spec.key_dim for spec in paged(model.cache_specs)),
+        head_dim=max((spec.key_dim for spec in paged(model.cache_specs)), default=model.head_dim),
         block_size=config.block_size,
         windows=any(window is not None for window in model.sliding_windows),
         chunks=getattr(model, "chunked", False),
