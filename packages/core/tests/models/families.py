@@ -364,6 +364,7 @@ NEMOTRON_MOE = NEMOTRON_H | {
     "topk_group": 1,
     "routed_scaling_factor": 2.5,
 }
+NEMOTRON_LATENT = NEMOTRON_MOE | {"moe_latent_size": 32}
 FALCON_H1 = {
     "mamba_d_ssm": 128,
     "mamba_n_heads": 8,
@@ -686,6 +687,7 @@ ROWS: Mapping[str, Row] = {
     ),
     "Nemotron-H": Row("nemotron_h", NEMOTRON_H, "nemotron_h"),
     "Nemotron 3 experts": Row("nemotron_h", NEMOTRON_MOE, "nemotron_h_moe", undecided=0.1),
+    "Nemotron 3 latent experts": Row("nemotron_h", NEMOTRON_LATENT, "nemotron_h_moe", undecided=0.1, common=False),
     "Falcon-H1": Row("falcon_h1", FALCON_H1, "falcon-h1"),
     "Falcon-H1 norms": Row("falcon_h1", FALCON_NORMS, "falcon-h1", common=False),
     "Falcon-H1 gates": Row("falcon_h1", FALCON_GATES, common=False),

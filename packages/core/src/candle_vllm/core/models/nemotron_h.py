@@ -7,11 +7,16 @@ Source: NVIDIA, 2025, arXiv:2504.03624.
 
 from __future__ import annotations
 
+import dataclasses
+from functools import partial
+from typing import Any
+
 from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.layers.attention import StepInput
 from candle_vllm.core.layers.embedding import Embedding
+from candle_vllm.core.layers.linear import Linear
 from candle_vllm.core.layers.mlp import MLP
-from candle_vllm.core.layers.moe import SparseMLP
+from candle_vllm.core.layers.moe import HostLayer, Router, SparseMLP
 from candle_vllm.core.layers.norm import RMSNorm
 from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.layers.rotary import Rotary
@@ -28,6 +33,31 @@ from candle_vllm.core.models.stack import DecoderStack
 # ---- model -----------------------------------------------------------------------------------------------------------
 
 
+class LatentExperts(SparseMLP):
+    """Experts that read and give vectors of a smaller size [T, S], between two projections; x [T, E] -> [T, E]."""
+
+    def __init__(self, hidden_size: int, size: int, config: NemotronHConfig, placement: Placement) -> None:
+        assert config.mixture is not None
+        super().__init__(size, dataclasses.replace(config.mixture, shared_size=0), placement)
+        self.router = Router(hidden_size, config.mixture, placement)
+        self.narrow, self.widen = Linear(hidden_size, size, placement), Linear(size, hidden_size, placement)
+        if config.mixture.shared_size:
+            self.shared = MLP(hidden_size, config.mixture.shared_size, placement, bias=False, activation="relu2")
+
+    def _routed(self, x: Value, logits: Value) -> tuple[Value, Any]:
+        x, pairs = super()._routed(x, logits)
+        return self.narrow(x), pairs
+
+    def _combined(self, x: Value, pairs: Any, shared: Value | None = None, gate: Value | None = None) -> Value:
+        assert gate is None
+        y = self.widen(super()._combined(x, pairs))
+        return y if shared is None else y + shared
+
+    def _with_host(self, elsewhere: HostLayer, x: Value, logits: Value) -> Value:
+        y, shared = elsewhere(self.narrow(x), logits, None if self.shared is None else partial(self.shared, x))
+        return self.widen(y) if self.shared is None else self.widen(y) + shared
+
+
 class Block:
     """One layer. x [T, E] comes as two summands, for a norm takes a sum: the second is None at first."""
 
@@ -38,6 +68,8 @@ class Block:
         if kind == "moe":
             assert config.mixture is not None
             self.mlp = SparseMLP(size, config.mixture, placement)
+            if config.latent_size:
+                self.mlp = LatentExperts(size, config.latent_size, config, placement)
         elif kind == "mlp":
             inner = config.intermediate_size
             self.mlp = MLP(size, inner, placement, bias=config.mlp_bias, activation="relu2")
@@ -110,6 +142,8 @@ WEIGHTS = [
         )
         for part in ("up", "down")
     ],
+    WeightName(_TO + "mlp.narrow:weight", _mixer("fc1_latent_proj.weight"), GG + "ffn_latent_down.weight"),
+    WeightName(_TO + "mlp.widen:weight", _mixer("fc2_latent_proj.weight"), GG + "ffn_latent_up.weight"),
     WeightName("norm:weight", ("backbone.norm_f.weight", "model.norm_f.weight"), "output_norm.weight"),
     WeightName("head:weight", "lm_head.weight", "output.weight"),
 ]

@@ -55,11 +55,13 @@ class NemotronHConfig(LlamaConfig):
         kinds: what each layer is.
         mamba: shapes of Mamba 2.
         mamba_layers: the layers that are Mamba 2.
+        latent_size: elements of what experts read and give, between two projections; 0 for the hidden size.
     """
 
     kinds: tuple[Kind, ...]
     mamba: MambaSizes
     mamba_layers: frozenset[int]
+    latent_size: int = 0
 
     @property
     def cache_specs(self) -> tuple[CacheSpec, ...]:
@@ -87,10 +89,7 @@ def config_from_hf(fields: Fields, model_type: str) -> NemotronHConfig:
     kinds: tuple[Kind, ...] = tuple(_KINDS[kind] for kind in named)
     mixture = None
     if "moe" in kinds:
-        if fields.get("moe_latent_size", int, None) is not None:
-            raise UnsupportedModelError(
-                f"{fields.path}: moe_latent_size: a projection around experts is not implemented"
-            )
+        shared["latent_size"] = fields.count("moe_latent_size", 0)
         mixture = Mixture(
             experts=expert_count(fields, "n_routed_experts", "num_local_experts"),
             top_k=fields.count("num_experts_per_tok"),
@@ -125,6 +124,7 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> NemotronHConfig:
         for layer, (count, width) in enumerate(zip(heads, widths))
     ]
     if sparse:
+        shared["latent_size"] = fields.count("moe_latent_size", 0)
         mixture = Mixture(
             experts=fields.count("expert_count"),
             top_k=fields.count("expert_used_count"),
@@ -173,4 +173,5 @@ def gguf_keys(config: Any) -> dict[str, Any]:
     if config.mixture is None:
         return keys
     shared = {"expert_shared_count": 1, "expert_shared_feed_forward_length": config.mixture.shared_size}
+    shared |= {"moe_latent_size": config.latent_size} if config.latent_size else {}
     return keys | routed_keys(config.mixture) | shared
