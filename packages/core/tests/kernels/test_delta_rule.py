@@ -28,12 +28,13 @@ from packages.core.tests.kernels.state_steps import (
 
 
 class Sizes(NamedTuple):
-    """Of a layer: Hk, Hv, Dk, Dv."""
+    """Of a layer: Hk, Hv, Dk, Dv, and whether channels decay by themselves, as in Kimi delta attention."""
 
     key_heads: int
     heads: int
     key_dim: int
     value_dim: int
+    channels: bool = False
 
     @property
     def state(self) -> tuple[int, ...]:
@@ -41,21 +42,26 @@ class Sizes(NamedTuple):
 
     @property
     def inputs(self) -> int:
-        return kept_inputs(*self)
+        return kept_inputs(*self[:4], channels=self.channels)
+
+    @property
+    def decays(self) -> int:
+        return self.heads * (self.key_dim if self.channels else 1)
 
     def gates(self, strength: float = 1.0) -> DeltaGates:
         """Gates of the delta rule, or, where the strength is 0, of Mamba 2."""
-        decay = -np.random.default_rng(7).uniform(0.01, 16, self.heads).astype(np.float32)
-        return DeltaGates(decay, random(8, self.heads), strength, None if strength else random(9, self.heads))
+        decay = -np.random.default_rng(7).uniform(0.01, 16, self.decays).astype(np.float32)
+        return DeltaGates(decay, random(8, self.decays), strength, None if strength else random(9, self.heads))
 
     def text(self, length: int, seed: int = 0) -> Inputs:
         """Inputs whose gates are anything from shut to open."""
-        shapes = [(self.key_heads, self.key_dim)] * 2 + [(self.heads, self.value_dim)] + [(self.heads,)] * 2
+        shapes = [(self.key_heads, self.key_dim)] * 2 + [(self.heads, self.value_dim), (self.decays,), (self.heads,)]
         q, k, v, a, b = (random(10 * seed + place, length, *shape) for place, shape in enumerate(shapes))
         return q, k, v, 4 * a - 4, 3 * b
 
 
 ODD, EVEN = Sizes(2, 6, 19, 21), Sizes(2, 4, 32, 64)
+KIMI, SHARED = Sizes(3, 3, 20, 33, channels=True), Sizes(2, 4, 19, 21, channels=True)
 LENGTHS = (33, 50, 9, 41)
 
 
@@ -144,6 +150,29 @@ def test_the_reference_is_mamba_2_of_transformers(sizes: Sizes, length: int) -> 
     assert error(last.numpy(), state[0].transpose(1, 2).numpy()) < 1e-5
 
 
+@pytest.mark.parametrize("length", [70, 130, 1])
+def test_the_reference_is_kimi_delta_attention_of_transformers(length: int) -> None:
+    transformers = pytest.importorskip("transformers.models.kimi_linear.modeling_kimi_linear")
+    inputs, ours = KIMI.text(length), Reference(KIMI, length)
+    found = ours.run(inputs, whole_rows(length), np.arange(length))
+    q, k, v, a, b = (torch.from_numpy(x)[None] for x in inputs)
+    decay = ours.gates.decay * torch.nn.functional.softplus(a + ours.gates.bias)
+    for wanted in (transformers.recurrent_kimi_delta_attention, transformers.chunk_kimi_delta_attention):
+        results, state = wanted(
+            q,
+            k,
+            v,
+            g=decay.unflatten(-1, (KIMI.heads, -1)),
+            beta=b.sigmoid(),
+            initial_state=None,
+            output_final_state=True,
+            use_qk_l2norm_in_kernel=True,
+        )
+        assert error(found, results[0].numpy()) < 1e-5
+        last = reference.from_tiles(ours.cache.states[length - 1], KIMI.value_dim)
+        assert error(last.numpy(), state[0].numpy()) < 1e-5
+
+
 def compiled(
     sizes: Sizes,
     slots: int,
@@ -156,14 +185,14 @@ def compiled(
 ) -> Compiled:
     """The recorded operations."""
     pytest.importorskip("numba")
-    key_heads, heads, key_dim, value_dim = sizes
+    key_heads, heads, key_dim, value_dim = sizes[:4]
 
     def make(given: list[Any], cache: StateCache) -> Any:
         dims = (key_dim, key_dim, value_dim)
         parts = [x.unflatten(-1, (-1, dim)) for x, dim in zip(given, dims)]
         return delta_rule(*parts, *given[3:], sizes.gates(strength), cache, None, scale=key_dim**-0.5, normed=normed)
 
-    widths = [key_heads * key_dim] * 2 + [heads * value_dim, heads, heads]
+    widths = [key_heads * key_dim] * 2 + [heads * value_dim, sizes.decays, heads]
     return Compiled(widths, make, sizes.state, sizes.inputs, slots, threads, drafts=drafts, tokens=tokens)
 
 
@@ -179,12 +208,21 @@ def close() -> Iterator[list[Compiled]]:
 @pytest.mark.parametrize("normed", [True, False])
 @pytest.mark.parametrize(
     ("sizes", "length"),
-    [(ODD, 70), (EVEN, 33), (Sizes(1, 1, 1, 1), 5), (Sizes(3, 3, 128, 128), 9), (Sizes(1, 20, 66, 33), 3)],
+    [
+        (ODD, 70),
+        (EVEN, 33),
+        (KIMI, 40),
+        (SHARED, 9),
+        (Sizes(1, 1, 1, 1), 5),
+        (Sizes(3, 3, 128, 128), 9),
+        (Sizes(1, 20, 66, 33), 3),
+    ],
     ids=str,
 )
 def test_the_operations_are_the_reference(
     close: list[Compiled], sizes: Sizes, length: int, normed: bool, strength: float
 ) -> None:
+    sizes = sizes._replace(channels=sizes.channels and strength > 0)
     ours = compiled(sizes, length, 2, normed=normed, drafts=0, strength=strength)
     theirs = Reference(sizes, length, normed=normed, strength=strength)
     close.append(ours)
@@ -218,7 +256,9 @@ def test_the_reference_does_not_depend_on_how_texts_are_cut(dtype: torch.dtype, 
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize(
-    ("sizes", "strength"), [(ODD, 1.0), (EVEN, 1.0), (Sizes(4, 4, 5, 48), 1.0), (ODD, 0.0), (EVEN, 0.0)], ids=str
+    ("sizes", "strength"),
+    [(ODD, 1.0), (EVEN, 1.0), (Sizes(4, 4, 5, 48), 1.0), (ODD, 0.0), (EVEN, 0.0), (KIMI, 1.0)],
+    ids=str,
 )
 def test_the_operations_have_the_same_bits_however_texts_are_cut(
     close: list[Compiled], sizes: Sizes, strength: float, seed: int

@@ -395,6 +395,23 @@ MAMBA2 = {
     "intermediate_size": None,
     "max_position_embeddings": None,
 }
+KIMI_LINEAR = {
+    "num_hidden_layers": 2,
+    "layer_types": ["linear_attention", "full_attention"],
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 32,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 24,
+    "linear_head_dim": 32,
+    "linear_num_heads": 4,
+    "num_experts": 8,
+    "num_experts_per_token": 3,
+    "num_shared_experts": 2,
+    "moe_intermediate_size": 32,
+    "routed_scaling_factor": 1.7,
+}
 NEMOTRON_BIASES = {"mlp_bias": True, "use_bias": True, "use_conv_bias": False}
 GRANITE_MAMBA_MOE = {
     "num_local_experts": 6,
@@ -693,6 +710,7 @@ ROWS: Mapping[str, Row] = {
     "Falcon-H1 gates": Row("falcon_h1", FALCON_GATES, common=False),
     "Mamba 2": Row("mamba2", MAMBA2, "mamba2"),
     "Mamba 2 biases": Row("mamba2", MAMBA2 | {"use_bias": True, "tie_word_embeddings": True}, common=False),
+    "Kimi Linear": Row("kimi_linear", KIMI_LINEAR, "kimi-linear", undecided=0.1),
     "Nemotron-H biases": Row("nemotron_h", NEMOTRON_H | NEMOTRON_BIASES, common=False),
     "OLMo 2": Row("olmo2", OLMO, "olmo2", common=False),
     "OLMo 2 biases": Row("olmo2", OLMO | {"attention_bias": True}, common=False),

@@ -49,6 +49,7 @@ CASES = [
             for name in first_rows()
             if not {"kv_lora_rank", "laurel_rank"} & ROWS[name].config.keys()
         ],
+        ("Kimi Linear", {"target_modules": r".*self_attn\.(q|k|v|o|f_a|f_b|b|g_a|g_b|kv_a)_proj(_with_mqa)?"}),
         (
             "Gemma-3n own keys",
             {"target_modules": r".*(_proj|_gate|_projection|linear_left|linear_right|modality_router)"},

@@ -123,13 +123,13 @@ def randomise(model: torch.nn.Module) -> None:
     unscaled, limited = model_type.startswith(("gemma4", "gemma3n")), model_type.startswith("step3")
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if weight.dim() >= 2:
+            if name.endswith("A_log"):
+                weight.uniform_(-4.0, 0.0)
+            elif weight.dim() >= 2:
                 gain = 3.0 if "embed" in name or "lm_head" in name else 1.0
                 if limited and ".mlp." in name:
                     gain = 12.0 if "up_proj" in name or "gate_proj" in name else 0.1 if "down_proj" in name else gain
                 weight.normal_(0.0, gain * weight.shape[-1] ** -0.5)
-            elif name.endswith("A_log"):
-                weight.uniform_(-4.0, 0.0)
             else:
                 weight.add_(torch.randn_like(weight) * 0.1)
                 if unscaled and name.endswith("q_norm.weight"):

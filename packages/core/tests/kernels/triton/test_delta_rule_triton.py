@@ -22,6 +22,7 @@ from tests.common_run import few
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 5e-3}
 SMALL, ODD, EVEN = Sizes(1, 2, 8, 8), Sizes(2, 4, 19, 37), Sizes(1, 2, 32, 32)
+KIMI = Sizes(2, 2, 19, 37, channels=True)
 
 
 class Kernel:
@@ -85,8 +86,9 @@ def nan_where_nothing_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("normed", [True, False])
 @pytest.mark.parametrize("strength", [1.0, 2.0, 0.0])
-@pytest.mark.parametrize("sizes", [ODD, EVEN, Sizes(1, 1, 1, 1), Sizes(1, 1, 100, 17)], ids=str)
+@pytest.mark.parametrize("sizes", [ODD, EVEN, KIMI, Sizes(1, 1, 1, 1), Sizes(1, 1, 100, 17)], ids=str)
 def test_a_text(device: torch.device, sizes: Sizes, strength: float, normed: bool, dtype: torch.dtype) -> None:
+    sizes = sizes._replace(channels=sizes.channels and strength > 0)
     ours, theirs = (
         make(sizes, 12, dtype, normed=normed, strength=strength)
         for make in (lambda *given, **more: Kernel(device, *given, **more), Reference)
@@ -121,11 +123,13 @@ def wholes(
 
 
 @pytest.mark.parametrize("seed", few(range(4), 0))
-@pytest.mark.parametrize("strength", [1.0, 0.0])
+@pytest.mark.parametrize(
+    ("sizes", "strength"), [(SMALL, 1.0), (SMALL, 0.0), (SMALL._replace(channels=True), 1.0)], ids=str
+)
 @pytest.mark.parametrize("dtype", few([torch.float32, torch.bfloat16], torch.bfloat16))
-def test_texts_are_cut(device: torch.device, dtype: torch.dtype, strength: float, seed: int) -> None:
-    texts = [SMALL.text(length, 20 + number) for number, length in enumerate((23, 30, 9))]
-    wanted, made = wholes(SMALL, texts, dtype, strength), Kernel(device, SMALL, 19, dtype, strength=strength)
+def test_texts_are_cut(device: torch.device, dtype: torch.dtype, sizes: Sizes, strength: float, seed: int) -> None:
+    texts = [sizes.text(length, 20 + number) for number, length in enumerate((23, 30, 9))]
+    wanted, made = wholes(sizes, texts, dtype, strength), Kernel(device, sizes, 19, dtype, strength=strength)
     Cuts(texts, made.run, made.state, 16, wanted, closeness(dtype), closeness(torch.float32), seed).all()
 
 

@@ -29,6 +29,7 @@ from candle_vllm.core.models import (
     granite_hybrid,
     hunyuan,
     hy_v3,
+    kimi_linear,
     laguna,
     lfm2_config,
     llama,
@@ -147,6 +148,9 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
             name="granitehybrid", more=granite_hybrid.gguf_keys, interleaved=True, square=True, unread=(".ssm_in.bias",)
         ),
         "mamba2": Architecture(name="mamba2", more=codestral_mamba.gguf_keys, unread=_PROJECTED),
+        "kimi_linear": dataclasses.replace(
+            _DEEPSEEK, name="kimi-linear", more=kimi_linear.gguf_keys, interleaved=False, head=True, norm=True
+        ),
         "falcon_h1": Architecture(name="falcon-h1", more=falcon_h1.gguf_keys, otherwise=falcon_h1.otherwise, unread=()),
         **{
             name: Architecture(

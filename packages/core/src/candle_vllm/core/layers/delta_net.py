@@ -36,6 +36,7 @@ class DeltaSizes:
         key_heads, heads: Hk and Hv; as many value heads as heads / key_heads share a key head.
         key_dim, value_dim: Dk and Dv.
         taps: of the convolution.
+        by_channel: each channel of a key has a decay of its own.
     """
 
     key_heads: int
@@ -43,6 +44,7 @@ class DeltaSizes:
     key_dim: int
     value_dim: int
     taps: int
+    by_channel: bool = False
 
     def __post_init__(self) -> None:
         if self.heads % self.key_heads:
@@ -62,7 +64,7 @@ class DeltaSizes:
     def state(self) -> StateSpec:
         """What a layer keeps of a sequence."""
         tail = StatePart(conv_shape(self.channels, self.taps), self.channels, exact=False)
-        inputs = kept_inputs(self.key_heads, self.heads, self.key_dim, self.value_dim)
+        inputs = kept_inputs(self.key_heads, self.heads, self.key_dim, self.value_dim, channels=self.by_channel)
         return StateSpec((tail, StatePart(delta_shape(self.heads, self.key_dim, self.value_dim), inputs)))
 
 

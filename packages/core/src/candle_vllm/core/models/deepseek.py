@@ -8,7 +8,8 @@ Shapes: T tokens, H heads, L latent, R rotary dimensions, V numbers of a head's 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -23,10 +24,11 @@ from candle_vllm.core.layers.norm import RMSNorm
 from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.layers.rotary import Rotary
 from candle_vllm.core.loading.views import computed
-from candle_vllm.core.loading.weights import WeightName
+from candle_vllm.core.loading.weights import Parameter, WeightName
 from candle_vllm.core.models.deepseek_config import DeepseekConfig, config_from_gguf, config_from_hf
 from candle_vllm.core.models.experts import expert_names, shared_names
 from candle_vllm.core.models.family import Family
+from candle_vllm.core.models.llama import Mixer
 from candle_vllm.core.models.stack import DecoderStack
 from candle_vllm.core.quantization.tensors import StoredTensor
 
@@ -55,6 +57,10 @@ class Attention:
             q = self.q_up(self.q_norm(q))
         return self.output(self.attend(q, kv, step))
 
+    def parameters(self) -> Mapping[str, Parameter]:
+        """None beside those of its parts."""
+        return {}
+
 
 # ---- block -----------------------------------------------------------------------------------------------------------
 
@@ -64,7 +70,7 @@ class Block:
 
     def __init__(self, config: DeepseekConfig, layer: int, rotary: Rotary, placement: Placement) -> None:
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, placement)
-        self.attention = Attention(config, layer, rotary, placement)
+        self.attention: Mixer = Attention(config, layer, rotary, placement)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, placement)
         if config.mixture is None or layer < config.dense_layers:
             self.mlp: GatedMLP | SparseMLP = GatedMLP(config.hidden_size, config.intermediate_size, placement)
@@ -81,13 +87,15 @@ class Block:
 
 
 class Deepseek(DecoderStack):
-    """The decoder: token ids [T] -> hidden states [T, E] -> logits [T, vocabulary]."""
+    """The decoder: token ids [T] -> hidden states [T, E] -> logits [T, vocabulary]. `block` is the class of layers."""
+
+    block: ClassVar[type[Block]] = Block
 
     def __init__(self, config: DeepseekConfig, placement: Placement) -> None:
         self.config = config
         self.embed = Embedding(config.vocab_size, config.hidden_size, placement)
         self.rotary = Rotary(config.rope, config.max_position, placement)
-        self.layers = [Block(config, layer, self.rotary, placement) for layer in range(config.num_layers)]
+        self.layers = [self.block(config, layer, self.rotary, placement) for layer in range(config.num_layers)]
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, placement)
         tied = config.tie_embeddings
         self.head = None if tied else Embedding(config.vocab_size, config.hidden_size, placement)

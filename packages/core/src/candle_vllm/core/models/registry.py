@@ -51,6 +51,7 @@ FAMILIES = (
     "falcon_h1",
     "nemotron_h",
     "codestral_mamba",
+    "kimi_linear",
     "olmo2",
     "olmoe",
     "minimax_m2",

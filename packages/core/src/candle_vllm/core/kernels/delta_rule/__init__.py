@@ -20,9 +20,12 @@ dt = softplus(a + bias), and without a correction:
 
 Then b is not used: callers pass a in its place.
 
+Gates with a decay of each channel are those of Kimi delta attention, where a, decay and bias are [.., Hv * Dk]: each
+row of S has a decay of its own, and the rest is the delta rule.
+
 The state is kept as `kernels/states.py` says: float32 [slots, Hv, ceil(Dv / 16), Dk, 16], 16 columns of S after the
-other, on every backend; columns beyond Dv hold zeros. A kept row is k [Hk, Dk], v [Hv, Dv] and two numbers of each
-value head, in float32: as the rule takes them in, or, on a GPU, as they came; who wrote it reads it. A row's result
+other, on every backend; columns beyond Dv hold zeros. A kept row is k [Hk, Dk], v [Hv, Dv], decays and
+strengths, in float32: as the rule takes them in, or, on a GPU, as they came; who wrote it reads it. A row's result
 depends on its own sequence alone.
 
 By the delta rule on a GPU with tensor cores, where q, k and v have 16 bits, whole chunks of 64 tokens between absolute
@@ -31,7 +34,7 @@ it must be told the `positions` [T] of rows: how many tokens of their sequence s
 steps in which no sequence has 64 rows, tokens are taken in one by one, as everywhere else.
 
 Source: Yang, Kautz and Hatamizadeh, 2024, arXiv:2412.06464, with the gates of Qwen3-Next; Dao and Gu, 2024,
-arXiv:2405.21060 (Mamba 2).
+arXiv:2405.21060 (Mamba 2); Kimi Team, 2025, arXiv:2510.26692 (Kimi delta attention).
 """
 
 from __future__ import annotations
@@ -100,8 +103,9 @@ def _check(
     assert k.shape == q.shape
     assert heads % key_heads == 0
     assert v.shape[0] == tokens
-    assert a.shape == b.shape == (tokens, heads)
-    assert gates.decay.shape == gates.bias.shape == (heads,)
+    decays, channels = gates.decay.numel(), gates.decay.numel() > heads
+    assert (a.shape, b.shape) == ((tokens, decays), (tokens, heads))
+    assert gates.decay.shape == gates.bias.shape == ((heads * key_dim,) if channels else (heads,))
     assert gates.skip is None or gates.skip.shape == (heads,)
     assert cache.states.shape[1:] == state_shape(heads, key_dim, value_dim)
-    assert cache.kept.shape[2:] == (kept_inputs(key_heads, heads, key_dim, value_dim),)
+    assert cache.kept.shape[2:] == (kept_inputs(key_heads, heads, key_dim, value_dim, channels=channels),)

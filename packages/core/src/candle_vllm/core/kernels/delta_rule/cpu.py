@@ -77,29 +77,36 @@ def _scale_row(_: Any, x: Any, count: Any, normed: Any, scale: Any) -> Any:
 
 @intrinsic
 def _gates(
-    _: Any, a: Any, b: Any, decay: Any, bias: Any, strength: Any, skip: Any, decays: Any, strengths: Any, count: Any
+    _: Any, a: Any, b: Any, decay: Any, bias: Any, most: Any, skip: Any, to: Any, decays: Any, at: Any, heads: Any
 ) -> Any:
-    """Decay and strength of `count` value heads of a token; NaN where a or b is. The strength is dt where `skip`."""
-    signature = types.void(*[types.int64] * 4, types.float32, *[types.int64] * 4)
+    """`decays` decays of a token, and `at` the strengths of heads, dt where `skip`; NaN where a or b is."""
+    signature = types.void(*[types.int64] * 4, types.float32, *[types.int64] * 5)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e = Emitter(b)
-        at_a, at_b, at_decay, at_bias, most, skip, to_decays, to_strengths, count = args
+        at_a, at_b, at_decay, at_bias, most, skip, to, decays, to_strengths, heads = args
         one, corrects = e.constant(F32, 1.0), b.icmp_signed("==", skip, e.int64(0))
 
-        def body(place: Any, mask: Any, state: list[Any]) -> list[Any]:
-            a, other, decay, bias = (load_columns(e, b.add(at, place), mask) for at in (at_a, at_b, at_decay, at_bias))
-            time = b.fadd(a, bias)
-            positive = emit_softplus(e, time)
-            decayed = emit_exp(e, b.fmul(decay, positive))
-            strong = b.fdiv(e.splat(most), b.fadd(one, emit_exp(e, b.fneg(other))))
-            strong = b.select(corrects, strong, positive)
-            for to, source, value in ((to_decays, time, decayed), (to_strengths, other, strong)):
-                value = b.select(b.fcmp_unordered("uno", source, source), source, value)
-                store_columns(e, b.add(to, place), value, mask)
-            return state
+        def times(place: Any, mask: Any) -> tuple[Any, Any]:
+            time = b.fadd(*(load_columns(e, b.add(at, place), mask) for at in (at_a, at_bias)))
+            return time, emit_softplus(e, time)
 
-        emit_columns(e, count, [], body)
+        def store(to: Any, source: Any, value: Any, mask: Any) -> list[Any]:
+            store_columns(e, to, b.select(b.fcmp_unordered("uno", source, source), source, value), mask)
+            return []
+
+        def decayed(place: Any, mask: Any, _: list[Any]) -> list[Any]:
+            time, positive = times(place, mask)
+            decay = load_columns(e, b.add(at_decay, place), mask)
+            return store(b.add(to, place), time, emit_exp(e, b.fmul(decay, positive)), mask)
+
+        def strong(place: Any, mask: Any, _: list[Any]) -> list[Any]:
+            other = load_columns(e, b.add(at_b, place), mask)
+            value = b.fdiv(e.splat(most), b.fadd(one, emit_exp(e, b.fneg(other))))
+            return store(b.add(to_strengths, place), other, b.select(corrects, value, times(place, mask)[1]), mask)
+
+        emit_columns(e, decays, [], decayed)
+        emit_columns(e, heads, [], strong)
         return context.get_dummy_value()
 
     return signature, code
@@ -109,7 +116,7 @@ def prepare(row, thread, threads):
     """The operation that norms q and k, in place, and makes the gates. A unit is a key head of a token."""
     given = read(DeltaArguments, row)
     key_heads, heads, dim = given.key_heads, given.heads, given.key_dim
-    group = heads // key_heads
+    group, each = heads // key_heads, given.decays // heads
     units = step_number(row, _TOKENS) * key_heads
     for unit in range(units * thread // threads, units * (thread + 1) // threads):
         t = unit // key_heads
@@ -118,9 +125,10 @@ def prepare(row, thread, threads):
         if given.normed != 0:
             _scale_row(given.k + 4 * (t * given.k_stride + head * dim), dim, 1, 1.0)
         at = 4 * head * group
-        a, b = given.a + 4 * t * given.a_stride + at, given.b + 4 * t * given.b_stride + at
-        to = given.gates + 8 * t * heads + at
-        _gates(a, b, given.decay + at, given.bias + at, given.strength, given.skip, to, to + 4 * heads, group)
+        a, b = given.a + 4 * t * given.a_stride + each * at, given.b + 4 * t * given.b_stride + at
+        decay, bias, to = given.decay + each * at, given.bias + each * at, given.gates + 4 * t * (given.decays + heads)
+        strengths = to + 4 * given.decays + at
+        _gates(a, b, decay, bias, given.strength, given.skip, to + each * at, each * group, strengths, group)
 
 
 # ---- scan ------------------------------------------------------------------------------------------------------------
@@ -149,6 +157,7 @@ def _take_in(
     tiles: Any,
     reads: Any,
     corrects: Any,
+    channels: Any,
     at: Any,
     to: Any,
     k: Any,
@@ -164,17 +173,18 @@ def _take_in(
 ) -> Any:
     """A token, in some tiles of a state at `at`; the state behind it goes `to`, which may be the same.
 
-    tiles, reads, corrects: how many, whether q reads, and whether the rule is the delta rule: constants.
-    k, q: addresses of `rows` floats. v, out: of `columns`.
+    tiles, reads, corrects, channels: how many, whether q reads, whether the rule is the delta rule, and whether `decay`
+        has a number for each row: constants.
+    k, q: addresses of `rows` floats. v, out: of `columns`. decay: of one, or of `rows`.
     ahead: where tiles are that are asked for meanwhile.
     """
     width, gives, delta = tiles.literal_value, bool(reads.literal_value), bool(corrects.literal_value)
-    floats = [types.float32] * 3
-    signature = types.void(tiles, reads, corrects, *[types.int64] * 8, *floats, types.int64)
+    floats, by_row = [types.float32] * 2, bool(channels.literal_value)
+    signature = types.void(tiles, reads, corrects, channels, *[types.int64] * 9, *floats, types.int64)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e = Emitter(b)
-        at, to, k, q, v, out, rows, columns, decay, strength, skip, ahead = args[3:]
+        at, to, k, q, v, out, rows, columns, decay, strength, skip, ahead = args[4:]
         size = b.mul(rows, e.int64(_LINE))
         sources, targets, later = (
             [b.add(x, b.mul(size, e.int64(tile))) for tile in range(width)] for x in (at, to, ahead)
@@ -185,6 +195,7 @@ def _take_in(
 
         def remember(row: Any, half: int, sums: list[Any]) -> list[Any]:
             key, place, sums = lane(k, row), b.mul(row, e.int64(_LINE)), list(sums)
+            key = b.fmul(key, lane(decay, row)) if by_row else key
             for tile in range(width):
                 old = e.load(b.add(sources[tile], place), vector(F32))
                 sums[2 * tile + half] = e.fma(key, old, sums[2 * tile + half])
@@ -193,7 +204,7 @@ def _take_in(
         remembered = _each_row(e, rows, [e.zeros(F32)] * (2 * width), remember) if delta else []
         masks = [lanes_below(e, b.sub(columns, e.int64(LANES * tile))) for tile in range(width)]
         values = [load_columns(e, b.add(v, e.int64(_LINE * tile)), mask) for tile, mask in enumerate(masks)]
-        decayed, corrections = e.splat(decay), []
+        decayed, corrections = e.constant(F32, 1.0) if by_row else lane(decay, e.int64(0)), []
         for tile, value in enumerate(values):
             if delta:
                 value = e.fma(b.fneg(decayed), b.fadd(*remembered[2 * tile : 2 * tile + 2]), value)
@@ -201,11 +212,11 @@ def _take_in(
 
         def correct(row: Any, half: int, sums: list[Any]) -> list[Any]:
             key, place, sums = lane(k, row), b.mul(row, e.int64(_LINE)), list(sums)
-            query = lane(q, row) if gives else None
+            query, factor = lane(q, row) if gives else None, lane(decay, row) if by_row else decayed
             for tile in range(width):
                 e.prefetch(b.add(later[tile], place), near=2)
                 old = e.load(b.add(sources[tile], place), vector(F32))
-                new = e.fma(key, corrections[tile], b.fmul(decayed, old))
+                new = e.fma(key, corrections[tile], b.fmul(factor, old))
                 e.store(b.add(targets[tile], place), new)
                 if gives:
                     sums[2 * tile + half] = e.fma(query, new, sums[2 * tile + half])
@@ -254,8 +265,8 @@ def _place(given: Any, slot: int, part: int) -> int:
     return given.states + max(slot, 0) * given.slot_bytes + _LINE * given.key_dim * (head * tiles + first)
 
 
-def make_scan(CORRECTS: int) -> Callable[..., None]:
-    """The operation that takes tokens in, by the delta rule or by Mamba 2's.
+def make_scan(CORRECTS: int, CHANNELS: int) -> Callable[..., None]:
+    """The operation that takes tokens in, by the delta rule, with decays of channels or of heads, or by Mamba 2's.
 
     Threads divide units of all sequences, a unit's sequences side by side, for all units of a sequence cost the same.
     What a thread has of a sequence it does in the order of memory.
@@ -266,6 +277,7 @@ def make_scan(CORRECTS: int) -> Callable[..., None]:
         """Takes the tokens of sequence r into the columns of a unit; asks for the tiles at `ahead` with the last."""
         starts, stores = int64_at(given.query_start), int64_at(given.stores)
         heads, dim, source = given.heads, given.key_dim, int64_at(given.sources)[r]
+        decays = given.decays
         head, first = _first_tile(given, part)
         columns = min(given.value_dim - LANES * first, LANES * _WIDTH)
         tiles = (columns + LANES - 1) // LANES
@@ -280,29 +292,29 @@ def make_scan(CORRECTS: int) -> Callable[..., None]:
             skip = float32_at(given.skip)[head]
         taken = given.kept + int64_at(given.slots)[r] * given.kept_bytes
         of_values = 4 * dim * given.key_heads
-        of_gates = of_values + 4 * heads * given.value_dim
+        of_gates, of_decay = of_values + 4 * heads * given.value_dim, 4 * head * (decays // heads)
         for _ in range(int64_at(given.replays)[r]):
             k, v = taken + key, taken + of_values + value
-            decay, strength = float32_at(taken + of_gates)[head], float32_at(taken + of_gates)[heads + head]
+            decay, strength = taken + of_gates + of_decay, float32_at(taken + of_gates)[decays + head]
             if tiles == 2:
-                _take_in(2, 0, CORRECTS, at, scratch, k, k, v, v, dim, columns, decay, strength, skip, at)
+                _take_in(2, 0, CORRECTS, CHANNELS, at, scratch, k, k, v, v, dim, columns, decay, strength, skip, at)
             else:
-                _take_in(1, 0, CORRECTS, at, scratch, k, k, v, v, dim, columns, decay, strength, skip, at)
+                _take_in(1, 0, CORRECTS, CHANNELS, at, scratch, k, k, v, v, dim, columns, decay, strength, skip, at)
             at = scratch
             taken += given.kept_row_bytes
         for t in range(starts[r], starts[r + 1]):
             k, q = given.k + 4 * t * given.k_stride + key, given.q + 4 * t * given.q_stride + key
             v, out = given.v + 4 * t * given.v_stride + value, given.out + 4 * t * given.out_stride + value
-            gates = float32_at(given.gates + 8 * t * heads)
-            decay, strength, to, later = gates[head], gates[heads + head], scratch, at
+            gates = given.gates + 4 * t * (decays + heads)
+            decay, strength, to, later = gates + of_decay, float32_at(gates)[decays + head], scratch, at
             if stores[t] >= 0:
                 to = _place(given, stores[t], part)
             if t + 1 == starts[r + 1]:
                 later = ahead
             if tiles == 2:
-                _take_in(2, 1, CORRECTS, at, to, k, q, v, out, dim, columns, decay, strength, skip, later)
+                _take_in(2, 1, CORRECTS, CHANNELS, at, to, k, q, v, out, dim, columns, decay, strength, skip, later)
             else:
-                _take_in(1, 1, CORRECTS, at, to, k, q, v, out, dim, columns, decay, strength, skip, later)
+                _take_in(1, 1, CORRECTS, CHANNELS, at, to, k, q, v, out, dim, columns, decay, strength, skip, later)
             at = to
 
     def scan(row, thread, threads):
@@ -355,4 +367,5 @@ def keep(row, thread, threads):
                 to = given.kept + slots[r] * given.kept_bytes + keeps[t] * given.kept_row_bytes
                 to = _copy(given.k + 4 * t * given.k_stride, given.key_heads * given.key_dim, to)
                 to = _copy(given.v + 4 * t * given.v_stride, given.heads * given.value_dim, to)
-                _copy(given.gates + 8 * t * given.heads, 2 * given.heads, to)
+                gates = given.decays + given.heads
+                _copy(given.gates + 4 * t * gates, gates, to)

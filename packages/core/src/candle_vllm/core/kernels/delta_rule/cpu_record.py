@@ -49,9 +49,11 @@ def record_delta_rule(
     assert (k.width, k.head_dim) == (q.width, key_dim)
     key_heads, heads = q.width // key_dim, v.width // value_dim
     assert heads % key_heads == 0
-    assert a.width == b.width == heads
+    decays = gates.decay.size
+    assert b.width == heads
+    assert a.width == decays in (heads, heads * key_dim)
     assert cache.states.shape[1:] == layout.state_shape(heads, key_dim, value_dim)
-    made = recorder.memory(2 * heads)
+    made = recorder.memory(decays + heads)
     arguments = layout.DeltaArguments(
         q=q.address,
         q_stride=q.stride,
@@ -73,13 +75,15 @@ def record_delta_rule(
         heads=heads,
         key_dim=key_dim,
         value_dim=value_dim,
+        decays=decays,
         gates=address_of(made),
         out=out.address,
         out_stride=out.stride,
         **recorder.state_arguments(cache),
     )
     recorder.add(layout.prepare_operation(), arguments)
-    recorder.add(layout.scan_operation(gates.skip is None), arguments)
+    recorder.add(layout.scan_operation(gates.skip is None, decays > heads), arguments)
     if cache.kept.shape[1]:
-        assert cache.kept.shape[2] == layout.kept_inputs(key_heads, heads, key_dim, value_dim)
+        inputs = layout.kept_inputs(key_heads, heads, key_dim, value_dim, channels=decays > heads)
+        assert cache.kept.shape[2] == inputs
         recorder.add(layout.keep_operation(), arguments)

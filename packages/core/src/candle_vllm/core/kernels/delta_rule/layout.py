@@ -17,8 +17,8 @@ class DeltaGates(NamedTuple):
     """What makes the decay and the strength of a value head.
 
     Attributes:
-        decay: [Hv] fp32, below 0: -exp(A_log), as GGUF files have it.
-        bias: [Hv] fp32, dt_bias.
+        decay: [Hv] fp32, below 0: -exp(A_log), as GGUF files have it; or [Hv * Dk], of each channel of a key.
+        bias: of the decay's shape, fp32, dt_bias.
         strength: of a correction at most: 1, or 2 where a state may have negative eigenvalues.
         skip: [Hv] fp32, D of Mamba 2, whose states are not corrected; None for the delta rule.
     """
@@ -34,9 +34,9 @@ def state_shape(value_heads: int, key_dim: int, value_dim: int) -> tuple[int, in
     return value_heads, -(-value_dim // COLUMNS), key_dim, COLUMNS
 
 
-def kept_inputs(key_heads: int, value_heads: int, key_dim: int, value_dim: int) -> int:
-    """Numbers of a kept row."""
-    return key_heads * key_dim + value_heads * (value_dim + 2)
+def kept_inputs(key_heads: int, value_heads: int, key_dim: int, value_dim: int, *, channels: bool = False) -> int:
+    """Numbers of a kept row; where `channels` decay by themselves, with a decay of each."""
+    return key_heads * key_dim + value_heads * (value_dim + 1 + (key_dim if channels else 1))
 
 
 class DeltaArguments(NamedTuple):
@@ -46,14 +46,16 @@ class DeltaArguments(NamedTuple):
         q, q_stride: address of float32 rows of key heads, and floats from one to the next.
         k, k_stride: the same.
         v, v_stride: the same of value heads.
-        a, a_stride, b, b_stride: the same of what makes the gates, a number of each value head.
-        decay, bias: addresses of float32 [Hv].
+        a, a_stride: the same of what makes decays.
+        b, b_stride: the same of what makes strengths, a number of each value head.
+        decay, bias: addresses of float32 [decays].
         strength: of a correction at most.
         skip: address of float32 [Hv], or 0.
         normed: q and k are.
         scale: of q.
         key_heads, heads, key_dim, value_dim: Hk, Hv, Dk and Dv.
-        gates: address of float32 [most tokens, 2, Hv], between the operations: decay and strength of each token.
+        decays: of a token: Hv, or Hv * Dk.
+        gates: address of float32 [most tokens, decays + Hv], between the operations: decays and strengths.
         out, out_stride: as v.
     """
 
@@ -77,6 +79,7 @@ class DeltaArguments(NamedTuple):
     heads: int
     key_dim: int
     value_dim: int
+    decays: int
     gates: int
     out: int
     out_stride: int
@@ -98,9 +101,9 @@ def prepare_operation() -> int:
     return operation("delta_rule.cpu:prepare")
 
 
-def scan_operation(corrects: bool) -> int:
+def scan_operation(corrects: bool, channels: bool) -> int:
     """Address of the operation that takes tokens in, by the delta rule or by Mamba 2's."""
-    return operation("delta_rule.cpu:make_scan", corrects)
+    return operation("delta_rule.cpu:make_scan", corrects, channels)
 
 
 def keep_operation() -> int:

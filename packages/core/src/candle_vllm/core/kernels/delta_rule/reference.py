@@ -38,14 +38,15 @@ def delta_rule(
     strength = gates.strength * torch.sigmoid(b.float()) if corrects else time
     inputs = torch.cat([wide_k.flatten(1), wide_v.flatten(1), decay, strength], 1)
     y, heads, group = torch.empty_like(v), v.shape[1], v.shape[1] // k.shape[1]
+    decays = decay.shape[1]
 
     def behind(state: torch.Tensor, taken: torch.Tensor) -> torch.Tensor:
         """The state [Hv, Dk, Dv] behind a token, of what it takes in."""
-        key, value, rest = taken.split([k[0].numel(), v[0].numel(), 2 * heads])
+        key, value, rest = taken.split([k[0].numel(), v[0].numel(), decays + heads])
         key = key.reshape(k.shape[1:]).repeat_interleave(group, 0)
-        state = state * rest[:heads, None, None]
+        state = state * rest[:decays].reshape(heads, -1, 1)
         value = value.reshape(v.shape[1:])
-        added = rest[heads:, None] * (value - (key.unsqueeze(2) * state).sum(1) if corrects else value)
+        added = rest[decays:, None] * (value - (key.unsqueeze(2) * state).sum(1) if corrects else value)
         return state + key.unsqueeze(2) * added.unsqueeze(1)
 
     sequences = zip(

@@ -56,6 +56,7 @@ def keep_kernel(
     HV: tl.constexpr,
     DK: tl.constexpr,
     DV: tl.constexpr,
+    EACH: tl.constexpr,
     ROWS: tl.constexpr,
     PART: tl.constexpr,
 ):
@@ -78,10 +79,10 @@ def keep_kernel(
         value = tl.load(v + token * v_token + number // DV * v_head + number % DV, mask=here, other=0.0)
         tl.store(to + at, value.to(tl.float32), mask=here)
         number -= HV * DV
-        here = (number >= 0) & (number < HV)
+        here = (number >= 0) & (number < HV * EACH)
         value = tl.load(a + token * a_token + number, mask=here, other=0.0)
         tl.store(to + at, value.to(tl.float32), mask=here)
-        number -= HV
+        number -= HV * EACH
         here = (number >= 0) & (number < HV)
         value = tl.load(b + token * b_token + number, mask=here, other=0.0)
         tl.store(to + at, value.to(tl.float32), mask=here)
@@ -123,7 +124,8 @@ def delta_rule(
     given |= {"kept": kept, **tables, "most": gates.strength, "scale": scale, **strides}
     constants = constants_of(key_heads, heads, key_dim, value_dim, normed=normed)
     grid = (len(rows.slots), heads, cdiv(value_dim, constants["BLOCK_V"]))
-    if gates.skip is None and in_chunks(q, positions):
+    each = gates.decay.numel() // heads
+    if gates.skip is None and each == 1 and in_chunks(q, positions):
         assert positions is not None
         assert positions.is_contiguous()
         scan_chunks(grid, given, positions, constants)
@@ -135,15 +137,15 @@ def delta_rule(
             **{name: given[name] for name in asked},
             keeps=keeps,
             sequences=len(rows.slots),
-            **_keep_constants(key_heads, heads, key_dim, value_dim),
+            **_keep_constants(key_heads, heads, key_dim, value_dim, each),
             num_warps=4,
             **OPTIONS,
         )
     return out
 
 
-def _keep_constants(key_heads: int, heads: int, key_dim: int, value_dim: int) -> dict[str, int]:
-    sizes = {"HK": key_heads, "HV": heads, "DK": key_dim, "DV": value_dim}
+def _keep_constants(key_heads: int, heads: int, key_dim: int, value_dim: int, each: int = 1) -> dict[str, int]:
+    sizes = {"HK": key_heads, "HV": heads, "DK": key_dim, "DV": value_dim, "EACH": each}
     return {**sizes, "ROWS": _ROWS, "PART": _PART}
 
 

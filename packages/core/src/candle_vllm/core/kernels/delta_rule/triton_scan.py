@@ -51,6 +51,15 @@ def tile_places(row, column, DK: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def gates_of(x, row, DK: tl.constexpr, EACH: tl.constexpr):
+    """A value head's number, or its EACH = DK numbers, one of each channel, [DKP, 1]."""
+    found = tl.load(x)
+    if EACH > 1:
+        found = tl.load(x + row[:, None], mask=(row < DK)[:, None], other=0.0)
+    return found
+
+
+@triton.jit
 def take_in(state, k, v, a, b, bias, decay, most, NORMED: tl.constexpr, EPS: tl.constexpr, CORRECTS: tl.constexpr):
     """The state [DKP, BLOCK_V] behind a token with k [DKP], v [BLOCK_V] and gates a and b, fp32."""
     time = step_size(a, bias)
@@ -99,6 +108,7 @@ def scan_rows(
     COLUMNS: tl.constexpr,
     CORRECTS: tl.constexpr = True,
     skip=0.0,  # where not CORRECTS
+    EACH: tl.constexpr = 1,  # decays of a value head
 ):
     """Takes rows in one by one: writes their results and the states that are asked for, returns the last state."""
     places = tile_places(row, column, DK, COLUMNS)
@@ -108,8 +118,8 @@ def scan_rows(
         key = tl.load(k + at * k_token + row, mask=row < DK, other=0.0).to(tl.float32)
         query = tl.load(q + at * q_token + row, mask=row < DK, other=0.0).to(tl.float32)
         value = tl.load(v + at * v_token + column, mask=column < DV, other=0.0).to(tl.float32)
-        given = tl.load(a + at * a_token)
-        state = take_in(state, key, value, given, tl.load(b + at * b_token), bias, decay, most, NORMED, EPS, CORRECTS)
+        given, other = gates_of(a + at * a_token, row, DK, EACH), tl.load(b + at * b_token)
+        state = take_in(state, key, value, given, other, bias, decay, most, NORMED, EPS, CORRECTS)
         if NORMED:
             query = query / tl.sqrt(tl.sum(query * query) + EPS)
         result = tl.sum(state * (query * scale)[:, None], axis=0)
@@ -146,6 +156,7 @@ def state_before(
     EPS: tl.constexpr,
     COLUMNS: tl.constexpr,
     CORRECTS: tl.constexpr = True,
+    EACH: tl.constexpr = 1,
 ):
     """The state [DKP, BLOCK_V] that a sequence's first row of the step meets."""
     at = states + source.to(tl.int64) * slot_stride + tile_places(row, column, DK, COLUMNS)
@@ -155,10 +166,9 @@ def state_before(
     for _ in range(replays):
         key = tl.load(kept + key_head * DK + row, mask=row < DK, other=0.0)
         value = tl.load(kept + HK * DK + head * DV + column, mask=column < DV, other=0.0)
-        gates = kept + HK * DK + HV * DV + head
-        state = take_in(
-            state, key, value, tl.load(gates), tl.load(gates + HV), bias, decay, most, NORMED, EPS, CORRECTS
-        )
+        gates = kept + HK * DK + HV * DV
+        given, other = gates_of(gates + head * EACH, row, DK, EACH), tl.load(gates + HV * EACH + head)
+        state = take_in(state, key, value, given, other, bias, decay, most, NORMED, EPS, CORRECTS)
         kept += kept_row
     return state
 
@@ -168,9 +178,9 @@ def scan_kernel(
     q,  # [T, HK, DK]
     k,
     v,  # [T, HV, DV]
-    a,  # [T, HV]
-    b,
-    decay,  # [HV] fp32
+    a,  # [T, HV * EACH]
+    b,  # [T, HV]
+    decay,  # [HV * EACH] fp32
     bias,
     out,  # [T, HV, DV] contiguous
     states,  # [slots, HV, tiles, DK, COLUMNS] fp32, slots of any stride
@@ -205,14 +215,15 @@ def scan_kernel(
     EPS: tl.constexpr,
     COLUMNS: tl.constexpr,
     CORRECTS: tl.constexpr,
+    EACH: tl.constexpr,
 ):
     sequence = tl.program_id(0)
     head = tl.program_id(1)
     key_head = head // (HV // HK)
     row = tl.arange(0, DKP)
     column = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
-    factor = tl.load(decay + head)
-    shift = tl.load(bias + head)
+    factor = gates_of(decay + head * EACH, row, DK, EACH)
+    shift = gates_of(bias + head * EACH, row, DK, EACH)
     past = 0.0
     if not CORRECTS:
         past = tl.load(skip + head)
@@ -240,6 +251,7 @@ def scan_kernel(
         EPS,
         COLUMNS,
         CORRECTS,
+        EACH,
     )
     scan_rows(
         state,
@@ -248,7 +260,7 @@ def scan_kernel(
         q + key_head * q_head,
         k + key_head * k_head,
         v + head * v_head,
-        a + head,
+        a + head * EACH,
         b + head,
         out + head * DV,
         states,
@@ -274,13 +286,14 @@ def scan_kernel(
         COLUMNS,
         CORRECTS,
         past,
+        EACH,
     )
 
 
 def scan_tokens(grid: tuple[int, ...], given: dict[str, Any], constants: dict[str, Any]) -> None:
     """Launches the kernel; see `triton.delta_rule`."""
-    corrects = given["skip"] is None
-    scan_kernel[grid](**given, **constants, CORRECTS=corrects, num_warps=4, **OPTIONS)
+    corrects, each = given["skip"] is None, given["decay"].numel() // constants["HV"]
+    scan_kernel[grid](**given, **constants, CORRECTS=corrects, EACH=each, num_warps=4, **OPTIONS)
 
 
 def constants_of(key_heads: int, heads: int, key_dim: int, value_dim: int, *, normed: bool) -> dict[str, Any]:
@@ -306,15 +319,15 @@ def build_arguments(dtype: str) -> dict[str, str]:
     return arguments | {"most": "fp32", "scale": "fp32"} | dict.fromkeys((*STRIDES, *CACHE_STRIDES), "i32")
 
 
-def _build(dtype: str, key_heads: int, heads: int, dim: int, value_dim: int = 0) -> Build:
+def _build(dtype: str, key_heads: int, heads: int, dim: int, value_dim: int = 0, each: int = 1) -> Build:
     constants = constants_of(key_heads, heads, dim, value_dim or dim, normed=not value_dim)
     return Build(
         scan_kernel,
         build_arguments(dtype) | ({"skip": "*fp32"} if value_dim else {}),
-        constants | {"CORRECTS": not value_dim} | ({} if value_dim else {"skip": None}),
+        constants | {"CORRECTS": not value_dim, "EACH": each} | ({} if value_dim else {"skip": None}),
         aligned=(*STRIDES, *CACHE_STRIDES),
         unaligned=TABLES,
-        label=f"{dtype}-{key_heads}x{heads}x{dim}" + (f"x{value_dim}" if value_dim else ""),
+        label=f"{dtype}-{key_heads}x{heads}x{dim}" + (f"x{value_dim}" if value_dim else "-channels" * (each > 1)),
     )
 
 
@@ -322,5 +335,6 @@ AOT = (
     _build("bf16", 16, 32, 128),
     _build("fp32", 16, 48, 128),
     _build("bf16", 16, 16, 256),
+    _build("bf16", 32, 32, 128, each=128),  # Kimi Linear
     _build("bf16", 8, 96, 128, 80),  # Mamba 2 of Nemotron 3 Nano 4B
 )
