@@ -132,7 +132,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "biases of ERNIE": ("ERNIE 4.5 biases", {}, r"ffn_gate\.bias, .*, no ffn_down\.bias"),
     "biases of Step": ("Step 3.5 biases", {}, r"attn_output\.bias"),
     "biases of Mamba 2": ("Nemotron-H biases", {}, r"ssm_in\.bias, no ssm_out\.bias"),
-    "biases of Mamba 2": ("Mamba 2 biases", {}, r"ssm_in\.bias, no ssm_out\.bias"),
+    "biases of Mamba 2 alone": ("Mamba 2 biases", {}, r"ssm_in\.bias, no ssm_out\.bias"),
     "convolutions": ("LFM2 biases", {}, r"shortconv\.in_proj\.bias, .* no shortconv\.out_proj\.bias"),
 }
 

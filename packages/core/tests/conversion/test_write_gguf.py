@@ -55,7 +55,6 @@ LLAMA_CPP = (
     "Seed-OSS biases",
     "Step 3.5 biases",
     "Mamba 2 biases",
-    "Nemotron-H biases",
 )  # refused for its sake: see `test_gguf_families.py`
 UNKNOWN = ("OLMo Hybrid", "OLMo Hybrid turned", "GPT-Neo", "GPT-J", "OPT", "OPT-350m")  # to llama.cpp
 WRITTEN = [name for name in ROWS if name not in UNSAYABLE and name not in (*LLAMA_CPP, *UNKNOWN)]

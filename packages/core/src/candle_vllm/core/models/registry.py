@@ -87,6 +87,20 @@ FAMILIES = (
 start imports no more of them than it takes to find the model's: most are of the first."""
 
 
+NOT_BUILT = frozenset(
+    {"DeepseekV4ForCausalLM", "deepseek4", "Glm5NextForConditionalGeneration", "glm5-next"}
+    | {
+        "KimiK3ForConditionalGeneration",
+        "kimi-k3",
+        "Qwen4ExpForCausalLM",
+        "Qwen4ExpForConditionalGeneration",
+        "qwen4exp",
+    }
+    | {"MiniMaxM3VLForCausalLM", "MiniMaxM3SparseForCausalLM", "MiniMaxM3SparseForConditionalGeneration", "minimax-m3"}
+)
+"""Architectures of which docs/models.md says what they would need."""
+
+
 class ByName(Mapping[str, Row]):
     """Families of one kind by the names of a format, which are found when they are asked for."""
 
@@ -265,6 +279,7 @@ def _find(name: str, families: Mapping[str, Row], path: Path, others: Iterable[s
     near = difflib.get_close_matches(name, known, n=1)
     hint = f" (the nearest is {near[0]})" if near else ""
     way = "" if path.suffix == ".gguf" else f"; transformers may have it: {_INSTALL}, or set model_impl='transformers'"
+    way += "; docs/models.md says what it would need" if name in NOT_BUILT else ""
     raise UnsupportedModelError(
         f"{path}: architecture {name!r:.80} is not implemented{hint}{way}; implemented: {', '.join(known)}"
     )
