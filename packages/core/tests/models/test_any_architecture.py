@@ -9,19 +9,37 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from transformers import CONFIG_MAPPING
+import torch
 
-from candle_vllm.core import ConfigError, EngineConfig, InferenceEngine, SamplingParams, UnsupportedModelError
+from candle_vllm.core import (
+    ConfigError,
+    EngineConfig,
+    InferenceEngine,
+    LoRARequest,
+    SamplingParams,
+    UnsupportedModelError,
+)
+from candle_vllm.core.assembly.model import LoadedModel
+from candle_vllm.core.kernels.packed_linear.layout import PackedMatrix
+from candle_vllm.core.kernels.plain_linear.layout import PlainMatrix
+from candle_vllm.core.layers.linear import Linear
 from candle_vllm.core.models import registry
+from packages.core.tests.models.any_configs import tiny_config
+from packages.core.tests.models.families import FORMATS
 from packages.core.tests.models.families import ROWS as FAMILIES
+from packages.core.tests.models.family_formats import write_format
+from packages.core.tests.models.gguf_export import export_gguf
+from packages.core.tests.models.peft_adapters import trained
 from packages.core.tests.models.tiny import (
     eager_logits,
     eager_runner,
     error,
     load,
     some_tokens,
+    spread,
     step_logits,
     their_logits,
+    typical_spread,
     write_tiny,
 )
 
@@ -160,6 +178,22 @@ def _config(name: str) -> dict[str, Any]:
     return sizes | _OWN.get(name, {})
 
 
+_MORE = pytest.mark.every_case
+GGUF = {
+    "Qwen2": "qwen2",
+    "Qwen3": "qwen3",
+    "Qwen3-MoE": "qwen3moe",
+    "Gemma-2": "gemma2",
+    "StableLM": "stablelm",
+    "GPT-2": "gpt2",
+    "BLOOM": "bloom",
+    "StarCoder2": "starcoder2",
+    "MiniMax-M2": "minimax-m2",
+    "LFM2": "lfm2",
+}
+"""Rows of `families.py` whose architecture transformers' tables for GGUF have, beside Llama."""
+
+
 def _settings(**more: Any) -> dict[str, Any]:
     return {"device": "cpu", "threads": 1, "block_size": 16, "kv_cache_memory": 1 << 24, **more}
 
@@ -204,12 +238,89 @@ def test_a_cache_of_its_own_runs_one_sequence_at_a_time(
         InferenceEngine(str(folder), **_settings(model_impl="transformers", speculative_config={"method": "ngram"}))
 
 
-def test_weights_are_quantised_as_they_are_loaded(tmp_path: Path) -> None:
-    folder, tokens = write_tiny(tmp_path, "arcee"), some_tokens()
-    plain = eager_logits(folder, tokens, [70], model_impl="transformers")
-    loaded = load(folder, model_impl="transformers", isq="q8_0")
-    found = error(step_logits(eager_runner(loaded, 5), tokens, [70]), plain)
-    assert 1e-4 < found < 0.05
+def _logits(loaded: LoadedModel, chunks: list[int] | None = None) -> torch.Tensor:
+    """Logits of `some_tokens`, the layers op by op and products as the model was loaded."""
+    return step_logits(eager_runner(loaded, 5), some_tokens(), chunks or [70])
+
+
+def _matrices(loaded: LoadedModel) -> list[Any]:
+    """The matrices of every product, as its backend has them."""
+    decoder: Any = loaded.decoder
+    layers = [getattr(each, "table", getattr(each, "router", each)) for each in decoder.parts]
+    return [piece for layer in layers if isinstance(layer, Linear) for piece in layer.pieces.values()]
+
+
+@pytest.mark.parametrize("name", ["arcee", "mixtral", "gpt2", "gpt_oss"])
+def test_compiled_kernels_multiply_what_is_quantised_in_situ(name: str, tmp_path: Path) -> None:
+    """Experts and matrices that are stored transposed included; the plain model's logits are transformers'."""
+    folder = write_tiny(tmp_path, name, **tiny_config(name))
+    plain = load(folder, model_impl="transformers")
+    assert plain.placement.weight_memory is not None
+    assert {type(matrix) for matrix in _matrices(plain)} == {PlainMatrix}
+    theirs = their_logits(folder, some_tokens())
+    assert spread(_logits(plain, [17, 33, 1, 1, 18]), theirs) < 1e-5
+    quantised = load(folder, model_impl="transformers", isq="q8_0")
+    kinds = [type(matrix) for matrix in _matrices(quantised)]
+    assert kinds.count(PackedMatrix) >= len(kinds) - 2 * quantised.config.num_layers, "routers stay plain"
+    assert 1e-4 < typical_spread(_logits(quantised), theirs) < 0.05
+    decoded = load(folder, model_impl="transformers", isq="q8_0", enforce_eager=True)
+    assert decoded.placement.weight_memory is None
+    assert typical_spread(_logits(quantised), _logits(decoded)) < 0.02, "activations are rounded to 8 bits"
+
+
+@pytest.mark.parametrize(
+    "format", ["AWQ", *(pytest.param(each, marks=pytest.mark.every_case) for each in FORMATS if each != "AWQ")]
+)
+def test_quantised_checkpoints_mean_what_the_plain_ones_do(format: str, tmp_path: Path) -> None:
+    source = write_tiny(tmp_path / "source", "arcee", hidden_size=128, intermediate_size=256)
+    stored, plain = write_format(source, format, tmp_path)
+    found = load(stored, model_impl="transformers")
+    assert found.placement.weight_memory is not None
+    assert spread(_logits(found), their_logits(plain, some_tokens())) < 0.03
+
+
+@pytest.mark.parametrize(
+    ("name", "architecture"),
+    [("Llama", "llama"), *(pytest.param(*each, marks=pytest.mark.every_case) for each in GGUF.items())],
+)
+def test_gguf_by_the_tables_of_transformers(name: str, architecture: str, tmp_path: Path) -> None:
+    row, tokens = FAMILIES[name], some_tokens()
+    usual = {"gpt2": {**row.config, "n_inner": 512, "max_position_embeddings": 1024}, "gemma2": {"head_dim": 32}}
+    folder = write_tiny(tmp_path / "hf", row.model_type, **usual.get(architecture, row.config))  # tables leave keys out
+    for kind, most in (("F32", 1e-5), ("Q8_0", 0.06)):
+        path = export_gguf(folder, tmp_path / f"{kind}.gguf", architecture, quantization=kind)
+        loaded = load(path, model_impl="transformers")
+        assert loaded.config.implementation.startswith("transformers")
+        assert typical_spread(_logits(loaded), their_logits(folder, tokens)) < most
+
+
+def test_gguf_without_a_table_is_refused(tmp_path: Path) -> None:
+    folder = write_tiny(tmp_path / "hf", "olmo2")
+    path = export_gguf(folder, tmp_path / "olmo2.gguf", "olmo2")
+    with pytest.raises(UnsupportedModelError, match="no GGUF files of architecture 'olmo2'; it reads .*llama"):
+        load(path, model_impl="transformers")
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("Llama", {"use_dora": True}),
+        pytest.param("GPT-2", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}, marks=_MORE),
+        pytest.param("Llama", {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}, marks=_MORE),
+    ],
+)
+def test_adapters_do_what_peft_merges(name: str, config: dict[str, Any], tmp_path: Path) -> None:
+    made, tokens = trained(tmp_path, name, **config), some_tokens(40)
+    request, params = LoRARequest("it", 1, str(made.adapter)), SamplingParams(temperature=0.0, max_tokens=8)
+    with InferenceEngine(str(made.model), **_settings(model_impl="transformers", enable_lora=True)) as engine:
+        prompts = [{"prompt_token_ids": tokens}] * 2
+        answers = engine.generate(prompts, params, lora_request=[request, None], use_tqdm=False)
+        said = [list(each.outputs[0].token_ids) for each in answers]
+    made.merged(tmp_path / "merged")
+    for folder, tokens_said in zip((tmp_path / "merged", made.model), said, strict=True):
+        theirs = their_logits(folder, [*tokens, *tokens_said])
+        assert theirs[len(tokens) - 1 : -1].argmax(-1).tolist() == tokens_said
+    assert said[0] != said[1]
 
 
 def test_native_layers_come_first(tmp_path: Path) -> None:

@@ -63,13 +63,14 @@ def adapter_base(files: ModelFiles, config: EngineConfig) -> AdapterBase:
         encoder = describe_encoder(files, opened)
         if encoder is not None:
             return _encoder_base(files, *encoder, checkpoint)
-        family, model = describe_family(files, checkpoint, opened.metadata)
+        family, model = describe_family(files, checkpoint, opened.metadata, config.model_impl)
+        prepared = family.prepared or (lambda stored: stored)
         shapes = _shapes(family.build(model, SHAPES, checkpoint), family.weights, model, checkpoint.format)
 
     @contextmanager
     def weights() -> Iterator[Weights]:
         with open_model(files, CPU).checkpoint as checkpoint:
-            yield stored_parts(family.weights, model, as_loaded(config, family, model, checkpoint))
+            yield stored_parts(family.weights, model, as_loaded(config, family, model, prepared(checkpoint)))
 
     return AdapterBase(
         name=files.name,

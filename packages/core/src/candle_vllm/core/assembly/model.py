@@ -334,7 +334,7 @@ def describe_model(config: EngineConfig, device: Device, opened: Opened) -> Desc
 
 
 def fit_settings(config: EngineConfig, model: ModelConfig | EncoderConfig) -> EngineConfig:
-    """Adapt the settings to a model: layers of transformers run op by op, and some with only one sequence at a time.
+    """Adapt the settings to a model: layers of transformers have no CUDA graphs, some of them one sequence at a time.
 
     Raises:
         ConfigError: the settings divide a model of transformers, or draft for one with a cache of its own.
@@ -347,7 +347,7 @@ def fit_settings(config: EngineConfig, model: ModelConfig | EncoderConfig) -> En
             "tensor_parallel_size and pipeline_parallel_size out, or set model_impl='native'",
             "tensor_parallel_size",
         )
-    config = dataclasses.replace(config, enforce_eager=True)
+    config = dataclasses.replace(config, cuda_graphs=False)
     if not model.one_at_a_time:
         return config
     if config.speculative_config is not None:
@@ -363,9 +363,7 @@ def describe_family(
 ) -> tuple[Family, ModelConfig]:
     """Return the family and the config of a decoder's files; `impl`: see `family_from_hf`."""
     if files.format == "gguf":
-        if impl == "transformers":
-            raise ConfigError("model_impl='transformers' reads safetensors alone, not GGUF files", "model_impl")
-        return family_from_gguf(metadata, checkpoint)
+        return family_from_gguf(metadata, checkpoint, impl)
     if files.config is None:
         raise InvalidFileError(f"{files.folder}: there is no config.json beside the safetensors files")
     tensors = None if files.format == "dummy" else checkpoint.tensors

@@ -128,6 +128,9 @@ def choose_placement(config: EngineConfig, device: Device, checkpoint: Checkpoin
     in_torch = Placement(device, dtype, invariant=config.deterministic and device.type == "cuda")
     if config.enforce_eager:
         return _in_torch(config, in_torch, "enforce_eager is set")
+    if model.implementation != "native" and device.type == "cpu":
+        compiled = _recorded(config, in_torch, matrix_obstacle(checkpoint))
+        return dataclasses.replace(_in_torch(config, compiled, "its layers are transformers'"), stepwise=True)
     if device.type == "cuda":
         if quantised and in_torch.dtype == "F32":
             raise ConfigError(
@@ -256,7 +259,7 @@ def matrix_obstacle(checkpoint: Checkpoint) -> str | None:
 
 def computing_dtype(placement: Placement, checkpoint: Checkpoint) -> str:
     """Return the types that matrices are multiplied in, most frequent first: "bf16", or "int8, f16" if mixed."""
-    if not placement.recorded:
+    if placement.weight_memory is None:
         return placement.dtype.lower()
     counts: Counter[str] = Counter()
     for tensor in checkpoint.tensors.values():
@@ -299,12 +302,12 @@ def room_for_weights(
 def _memory_of(placement: Placement, tensor: StoredTensor) -> int:
     if placement.recorded and tensor.name in TABLES and not isinstance(tensor, Viewed):
         return 0  # the table stays in its mapped file
-    if not (placement.recorded or placement.keeps_quantised):
+    if placement.weight_memory is None and not placement.keeps_quantised:
         return tensor.numel * ELEMENTS[placement.dtype].itemsize
     if tensor.dtype is None and not _is_decoded(placement, tensor):
         if tensor.block_type is None:
             return tensor.nbytes
-        if placement.recorded:
+        if placement.weight_memory is not None:
             layout = LAYOUTS[host_kind(tensor.block_type)]
             return tensor.numel * layout.block_bytes // (ROWS * GROUP * layout.groups)
         from candle_vllm.core.kernels.gguf_linear.layout import PLANES, gguf_kind

@@ -123,7 +123,7 @@ class Linear:
     def matrices(self) -> list[Any]:
         """Return the matrices; outside recorded steps, fuse them if possible, and empty `pieces`."""
         pieces = [self.pieces[name] for name in self._places]
-        if self._placement.recorded:
+        if self._placement.weight_memory is not None:
             each = len(pieces) // max(1, self._experts)
             return [pieces[n::each] for n in range(each)] if self._experts else pieces
         from candle_vllm.core.kernels.matrices import joined

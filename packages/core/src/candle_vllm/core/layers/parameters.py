@@ -34,8 +34,8 @@ class Placement:
     Attributes:
         device: of tensors.
         dtype: of matrices and activations if steps are not recorded, by its name in `quantization/plain.py`.
-        weight_memory: memory for matrices in the layouts of the compiled CPU kernels, for recorded steps; None if the
-            layers run op by op in torch.
+        weight_memory: memory for matrices in the layouts of the compiled CPU kernels; None if torch multiplies.
+        stepwise: layers run op by op in torch although compiled kernels multiply: those of transformers.
         plain_kind: type of plain matrices in recorded steps; None keeps the stored types.
         words: recorded steps multiply F16 matrices as integers of 14 bits (`kernels/word_linear`).
         keeps_quantised: if steps are not recorded, quantised matrices stay quantised, in the layouts of the GPU's
@@ -47,6 +47,7 @@ class Placement:
     device: Device
     dtype: str
     weight_memory: WeightMemory | None = None
+    stepwise: bool = False
     plain_kind: PlainKind | None = None
     words: bool = False
     keeps_quantised: bool = False
@@ -56,7 +57,7 @@ class Placement:
     @property
     def recorded(self) -> bool:
         """Whether steps are recorded, with matrices in the layouts of the CPU kernels."""
-        return self.weight_memory is not None
+        return self.weight_memory is not None and not self.stepwise
 
     @property
     def torch_dtype(self) -> Any:

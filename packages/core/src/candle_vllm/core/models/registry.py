@@ -223,14 +223,14 @@ def family_from_hf(
         impl: whose layers: this project's own, those of transformers, or the latter where there are none of the former.
     """
     if impl == "transformers":
-        return _family_of_transformers(config, path)
+        return _family_of_transformers(config, path, tensors)
     names = Fields(config, path).get("architectures", list)
     if len(names) != 1 or not isinstance(names[0], str):
         raise InvalidFileError(f"{path}: architectures must name one model class, not {names!r:.80}")
     named, fields = text_fields(names[0], config, path, tensors)
     name = decoder_class(named, HF_FAMILIES)
     if impl == "auto" and name not in HF_FAMILIES and _has_transformers() and _is_decoder_of_transformers(name, config):
-        return _family_of_transformers(config, path)
+        return _family_of_transformers(config, path, tensors)
     family = _find(name, HF_FAMILIES, path, [*TOWERS, *HF_ENCODERS])
     found = family.config_from_hf(fields, family.hf[name])
     if family.completed is not None and tensors is not None:
@@ -253,16 +253,35 @@ def _has_transformers() -> bool:
     return all(importlib.util.find_spec(name) is not None for name in ("transformers", "torch"))
 
 
-def _family_of_transformers(config: Mapping[str, Any], path: Path) -> tuple[Family, ModelConfig]:
+def _any_architecture() -> Any:
+    """The package of models that transformers wires."""
     if not _has_transformers():
         raise ConfigError(f"model_impl='transformers' needs transformers: {_INSTALL}", "model_impl")
-    module: Any = import_module(f"{__package__}.any_architecture.decoder")
-    return module.family_of(config, path)
+    return import_module(f"{__package__}.any_architecture.family")
 
 
-def family_from_gguf(metadata: Mapping[str, Any], checkpoint: Checkpoint) -> tuple[Family, ModelConfig]:
-    """The family and configuration of GGUF metadata."""
+def _family_of_transformers(
+    config: Mapping[str, Any], path: Path, tensors: Mapping[str, StoredTensor] | None
+) -> tuple[Family, ModelConfig]:
+    """The family of a model, or of the text model of one whose other tensors are split off."""
+    names = config.get("architectures")
+    if isinstance(names, list) and len(names) == 1 and names[0] in TOWERS:
+        name, fields = text_fields(names[0], config, path, tensors)
+        text = {key.removeprefix("text_config."): value for key, value in fields.values.items()}
+        config = text | {"architectures": [name], "model_type": text.get("model_type") or next(iter(TOWERS[names[0]]))}
+    return _any_architecture().family_of(config, path)
+
+
+def family_from_gguf(
+    metadata: Mapping[str, Any], checkpoint: Checkpoint, impl: ModelImpl = "auto"
+) -> tuple[Family, ModelConfig]:
+    """The family and configuration of GGUF metadata; `impl` as for `family_from_hf`."""
     name = Fields(metadata, checkpoint.path).get("general.architecture", str)
+    absent = name not in GGUF_FAMILIES and name not in GGUF_ENCODERS
+    if impl == "transformers" or (impl == "auto" and absent and _has_transformers()):
+        module = _any_architecture()
+        if impl == "transformers" or module.reads_gguf(name):
+            return module.family_of_gguf(name, checkpoint)
     if name == "llama" and Fields(metadata, checkpoint.path, "llama.").get("expert_count", int, 0):
         from candle_vllm.core.models.mixtral import FAMILY as family  # its files bear Llama's name
     else:

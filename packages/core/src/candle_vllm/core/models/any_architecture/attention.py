@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from types import CellType, FunctionType
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ class AttentionCall:
         module: name of the module that calls.
         heads, kv_heads: H and K.
         key_dim, value_dim: elements of a head of keys, and of values, which are filled up with zeros to the former.
-        window: positions that a token sees, its own included; None is all.
+        window: positions that a token sees, its own included; -n for a chunk of n tokens; None is all.
         scale, softcap: of scores, see `kernels/attention`.
     """
 
@@ -57,7 +58,12 @@ class AttentionCall:
     @property
     def spec(self) -> PagedSpec:
         """What the call keeps of each token."""
-        return PagedSpec(self.kv_heads, self.key_dim, self.key_dim, self.window)
+        return PagedSpec(self.kv_heads, self.key_dim, self.key_dim, self.reach)
+
+    @property
+    def reach(self) -> int | None:
+        """The most positions that a token sees; None is all."""
+        return None if self.window is None else abs(self.window)
 
     def attention(self, number: int) -> PagedAttention:
         """The attention of the call, which has the cache of this number."""
@@ -168,7 +174,7 @@ def _mask(q_length: int, mask_function: Callable[..., Any], local_size: int | No
     """
     mask: Any = torch.empty(1, 1, q_length, q_length, device=torch.device("meta"))
     try:
-        mask.window = _window(mask_function, local_size)
+        mask.window = _window(_without_padding(mask_function), local_size)
     except (NotPagedError, RuntimeError, NotImplementedError) as error:
         known = isinstance(error, NotPagedError)
         mask.window = error if known else NotPagedError("a mask depends on more than positions")
@@ -188,7 +194,21 @@ def _window(mask_function: Callable[..., Any], local_size: int | None) -> int | 
         return None
     if local_size and sees(size, 1) and not sees(size, 0) and sees(2 * size, size + 1) and not sees(2 * size, size):
         return local_size
+    if local_size and sees(size - 1, 0) and sees(2 * size - 1, size) and not sees(size, size - 1):
+        return -local_size
     raise NotPagedError("a mask is neither causal nor a sliding window")
+
+
+def _without_padding(value: Any) -> Any:
+    """A mask function whose counts of padding tokens, which have no memory, are zeros."""
+    if isinstance(value, torch.Tensor) and value.is_meta and value.dim() == 1:
+        return torch.zeros_like(value, device="cpu")
+    if isinstance(value, tuple):
+        return tuple(map(_without_padding, value))
+    if not isinstance(value, FunctionType) or not value.__closure__:
+        return value
+    cells = tuple(CellType(_without_padding(cell.cell_contents)) for cell in value.__closure__)
+    return FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, cells)
 
 
 AttentionInterface.register(PAGED, _attend)

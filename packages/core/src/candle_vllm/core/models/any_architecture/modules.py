@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""This engine's products in the places of transformers' linear layers and embedding tables."""
+"""This engine's products in the places of transformers' linear layers, embedding tables and experts."""
 
 from __future__ import annotations
 
@@ -8,11 +8,36 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map
+from transformers.pytorch_utils import Conv1D
 
 from candle_vllm.core.layers.embedding import Embedding
 from candle_vllm.core.layers.linear import Linear
 from candle_vllm.core.layers.parameters import Placement, TensorParameter
 from candle_vllm.core.loading.weights import Loadable, Parameter
+from candle_vllm.core.models.any_architecture.experts import Experts, has_experts, replace_experts
+from candle_vllm.core.models.any_architecture.products import Products, decoded
+
+
+class _Weight(torch.Tensor):
+    """The matrix of a replaced module for model code that looks at it: decoded when an operation reads it."""
+
+    module: Any
+
+    @staticmethod
+    def __new__(cls, module: Any) -> _Weight:
+        """Stands for the matrix of a module."""
+        of_matrix = {"dtype": module.own_dtype, "device": module.own_device}
+        made: Any = torch.Tensor._make_wrapper_subclass(cls, module.stored_shape, **of_matrix)
+        made.module = module
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Decode the matrix for an operation."""
+        del types
+        plain = lambda value: value.module.decoded() if isinstance(value, _Weight) else value  # noqa: E731
+        return func(*tree_map(plain, args), **tree_map(plain, kwargs or {}))
 
 
 class _Own:
@@ -20,9 +45,11 @@ class _Own:
 
     Attributes:
         own: what multiplies, or is looked up.
+        products: compiled kernels for it; None where torch computes.
     """
 
     own: Any
+    transposed = False  # how the module stores the matrix
 
     @property
     def table(self) -> Linear:
@@ -31,15 +58,28 @@ class _Own:
 
     @property
     def weight(self) -> torch.Tensor:
-        """The matrix [N, K] as plain numbers, for model code that looks at it; before it is filled without memory."""
+        """The matrix for model code that looks at it; before it is filled without memory."""
         if "matrices" not in self.table.__dict__:
-            return torch.empty(self.shape, dtype=self.own_dtype, device="meta")
-        (matrix,) = self.table.matrices
-        return matrix.decoded(self.own_dtype)
+            return torch.empty(self.stored_shape, dtype=self.own_dtype, device="meta")
+        return _Weight(self)
 
-    def become(self, own: Linear | Embedding, dtype: torch.dtype, shape: tuple[int, int]) -> None:
-        """Takes the layer of this engine, for activations of a type; the module's own parameters go."""
-        self.own, self.own_dtype, self.shape = own, dtype, shape
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape in which the module has its matrix."""
+        return self.shape[::-1] if self.transposed else self.shape
+
+    def decoded(self) -> torch.Tensor:
+        """The numbers of the matrix, as the module has it."""
+        numbers = decoded(self.table.matrices, self.own_dtype, self.products)
+        return numbers.T if self.transposed else numbers
+
+    def become(
+        self, own: Linear | Embedding, placement: Placement, shape: tuple[int, int], products: Products | None
+    ) -> None:
+        """Take a layer of this engine of shape [N, K]; the module's own parameters go."""
+        self.own, self.shape, self.products = own, shape, products
+        self.own_dtype = torch.float32 if placement.shapes_only else placement.torch_dtype
+        self.own_device = torch.device("meta") if placement.shapes_only else torch.empty(0, device=placement.device).device
         self._parameters: dict[str, Any] = {}
 
 
@@ -53,10 +93,21 @@ class OwnLinear(_Own, torch.nn.Linear):  # type: ignore[misc]  # `weight` is no 
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # torch's name
         """See `nn.Linear`."""
-        x = input
-        if x.is_meta:
-            return x.new_empty(*x.shape[:-1], self.shape[0])
-        return self.table(x.reshape(-1, self.shape[1])).view(*x.shape[:-1], self.shape[0])
+        if input.is_meta:
+            return input.new_empty(*input.shape[:-1], self.shape[0])
+        x, table, products = input.reshape(-1, self.shape[1]), self.table, self.products
+        if products is None:
+            return table(x).view(*input.shape[:-1], self.shape[0])
+        y = products.multiply(table.matrices, x)
+        y = y if table.bias is None else y.add_(table.bias)
+        y = y if table.adapters is None else table.adapters.add(table.place, x, y, table.bias)
+        return y.to(self.own_dtype).view(*input.shape[:-1], self.shape[0])
+
+
+class OwnConv1D(OwnLinear, Conv1D):  # type: ignore[misc]
+    """transformers' `Conv1D`, whose matrix is stored transposed, by a `Linear`."""
+
+    transposed = True
 
 
 class OwnEmbedding(_Own, torch.nn.Embedding):  # type: ignore[misc]
@@ -64,15 +115,18 @@ class OwnEmbedding(_Own, torch.nn.Embedding):  # type: ignore[misc]
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # torch's name
         """See `nn.Embedding`."""
-        ids = input
+        ids, own = input.reshape(-1), self.own
         if ids.is_meta:
-            return torch.empty(*ids.shape, self.shape[1], dtype=self.own_dtype, device=ids.device)
-        return self.own(ids.reshape(-1)).view(*ids.shape, self.shape[1])
+            return torch.empty(*input.shape, self.shape[1], dtype=self.own_dtype, device=ids.device)
+        if self.products is None:
+            return own(ids).view(*input.shape, self.shape[1])
+        rows = self.products.take(own.table.matrices[0], ids)
+        rows = rows if own.table.adapters is None else own.table.adapters.look_up(own.place, ids, rows)
+        return rows.to(self.own_dtype).view(*input.shape, self.shape[1])
 
 
-def _own_class(kind: type[torch.nn.Module], own: type[Any]) -> type[Any]:
-    """A class by which a module of `kind` calls `own` wherever it would call torch's."""
-    base = own.__mro__[2]
+def _own_class(kind: type[torch.nn.Module], own: type[Any], base: type[torch.nn.Module]) -> type[Any]:
+    """A class by which a module of `kind` calls `own` wherever it would call its base, a class of torch."""
     return own if kind is base else type(f"Own{kind.__name__}", (kind, own), {})
 
 
@@ -112,43 +166,60 @@ class _PlainParameter(TensorParameter):
         return None
 
 
-def _multiplies(module: torch.nn.Module) -> bool:
-    """Whether it does what torch's linear layer or embedding table does, and perhaps more around it."""
+_BASES: Mapping[type[torch.nn.Module], type[Any]] = {
+    torch.nn.Linear: OwnLinear,
+    torch.nn.Embedding: OwnEmbedding,
+    Conv1D: OwnConv1D,
+}
+
+
+def _base_of(module: torch.nn.Module) -> type[torch.nn.Module] | None:
+    """The class whose product a module computes, perhaps with more around it; None for another module."""
     kind = type(module)
-    if kind in (torch.nn.Linear, torch.nn.Embedding):
-        return True
-    return isinstance(module, torch.nn.Embedding) and "super().forward(" in inspect.getsource(kind.forward)
+    if kind in _BASES:
+        return kind
+    base = next((base for base in _BASES if isinstance(module, base)), None)
+    calls = base is not None and "super().forward(" in inspect.getsource(kind.forward)
+    return base if calls else None
 
 
-def replace_products(model: torch.nn.Module, placement: Placement, tied: Mapping[str, str]) -> dict[str, Loadable]:
-    """Put this engine's layers in the places of linear layers and embedding tables.
+def replace_products(
+    model: torch.nn.Module, placement: Placement, tied: Mapping[str, str], products: Products | None
+) -> tuple[dict[str, Loadable], dict[str, Experts]]:
+    """Put this engine's layers in the places of linear layers, embedding tables and experts.
 
     Args:
         model: of transformers, without memory.
         placement: where the layers go.
         tied: names of parameters by the names of those that are the same.
+        products: compiled kernels; None where torch computes.
 
     Returns:
-        every layer with parameters by its module's name, the parts of a module that stays as "module.parameter".
+        every layer with parameters by its module's name, the parts of a module that stays, and matrices of experts, as
+        "module.parameter"; and those that are matrices of experts.
     """
-    dtype = torch.float32 if placement.shapes_only else placement.torch_dtype
     parts: dict[str, Loadable] = {}
+    experts: dict[str, Experts] = {}
     tables: dict[str, Linear] = {}
-    modules: list[tuple[str, Any]] = [(name, module) for name, module in model.named_modules() if _multiplies(module)]
-    for name, module in sorted(modules, key=lambda item: isinstance(item[1], torch.nn.Linear)):  # tables come first
-        rows, columns = shape = module.weight.shape[0], module.weight.shape[1]
+    found = [(name, module, _base_of(module)) for name, module in model.named_modules()]
+    modules: list[tuple[str, Any, Any]] = [each for each in found if each[2] is not None]
+    for name, module, base in sorted(modules, key=lambda item: item[2] is not torch.nn.Embedding):  # tables come first
+        rows, columns = shape = tuple(module.weight.shape[::-1] if base is Conv1D else module.weight.shape)
         source = tied.get(f"{name}.weight", "").removesuffix(".weight")
-        if isinstance(module, torch.nn.Embedding):
+        if base is torch.nn.Embedding:
             parts[name] = own = Embedding(rows, columns, placement)
             tables[name] = own.table
         elif source in tables and module.bias is None:
             own = tables[source]
         else:
             parts[name] = own = Linear(columns, rows, placement, bias=module.bias is not None)
-        kind = OwnEmbedding if isinstance(module, torch.nn.Embedding) else OwnLinear
-        module.__class__ = _own_class(type(module), kind)
+        module.__class__ = _own_class(type(module), _BASES[base], base)
         replaced: Any = module
-        replaced.become(own, dtype, shape)
+        replaced.become(own, placement, shape, products)
+    for name, module in model.named_modules():
+        if has_experts(module):
+            experts |= {f"{name}.{part}": each for part, each in replace_experts(module, placement, products).items()}
+    parts |= {name: each.linear for name, each in experts.items()}
     for name, module in model.named_modules():
         for part in [*module._parameters, *module._buffers]:
             if getattr(module, part) is not None and part not in module._non_persistent_buffers_set:
@@ -159,4 +230,4 @@ def replace_products(model: torch.nn.Module, placement: Placement, tied: Mapping
         owner, _, part = path.rpartition(".")
         if source in parts and not isinstance(model.get_submodule(owner), _Own):  # where neither is this engine's
             setattr(model.get_submodule(owner), part, model.get_parameter(source))
-    return parts
+    return parts, experts

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,51 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from candle_vllm.core.errors import WeightsError
 from candle_vllm.core.kernels.torch_numbers import load_tensor
 from candle_vllm.core.loading.tensors import Checkpoint
+from candle_vllm.core.models.any_architecture.experts import Experts
 from candle_vllm.core.quantization.tensors import StoredTensor
 
 _ABSENT = torch.empty(0)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Conversion:
+    """What transformers makes of several stored tensors, or of one that it cuts, when they are loaded.
+
+    Attributes:
+        sources: the stored tensors, by the pattern of the converter that their names match.
+        converter: what converts them.
+        first: the parameter that the converter is asked for; it may give several.
+        model: of transformers, which converters look at.
+        made: the converted tensors by name, from the first time that one is read until the last one is released.
+        left: names of tensors that are not released yet.
+    """
+
+    sources: Mapping[str, tuple[StoredTensor, ...]]
+    converter: Any
+    first: str
+    model: Any
+    made: dict[str, torch.Tensor]
+    left: set[str]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The converted tensor of a name, in fp32."""
+        if name not in self.made:
+            converter = copy.deepcopy(self.converter)
+            for pattern, stored in self.sources.items():
+                for each in stored:
+                    converter.add_tensor(self.first, each.name, pattern, load_tensor(each))
+            made = converter.convert(self.first, model=self.model, config=self.model.config)
+            self.made.update({key: each[0] if isinstance(each, list) else each for key, each in made.items()})
+        return self.made[name]
+
+    def release(self, name: str) -> None:
+        """Forget what was converted once every tensor is loaded."""
+        self.left.discard(name)
+        if not self.left:
+            self.made.clear()
+        for stored in self.sources.values():
+            for each in stored:
+                each.release()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -27,36 +69,24 @@ class ConvertedTensor(StoredTensor):
     """A tensor that transformers makes of several stored ones, or of a part of one, when it is loaded.
 
     Attributes:
-        sources: the stored tensors that it is made of, by the pattern of the converter that their names match.
-        converter: what makes it.
-        first: the module parameter that the converter is asked for; it may give several.
-        model: of transformers, which converters look at.
+        conversion: what makes it.
     """
 
-    sources: Mapping[str, tuple[StoredTensor, ...]]
-    converter: Any
-    first: str
-    model: Any
+    conversion: Conversion
 
     @property
     def path(self) -> Path:
         """See `StoredTensor`."""
-        return next(iter(self.sources.values()))[0].path
+        return next(iter(self.conversion.sources.values()))[0].path
 
     def raw(self) -> np.ndarray:
         """See `StoredTensor`."""
         return self.load().view(np.uint8).reshape(-1, self.shape[-1] * 4)
 
     def load(self, dtype: str | None = "F32") -> np.ndarray:
-        """See `StoredTensor`; the other tensors of a converter that gives several are made again."""
+        """See `StoredTensor`."""
         assert dtype in (None, "F32"), "converted tensors are fp32"
-        converter = copy.deepcopy(self.converter)
-        for pattern, stored in self.sources.items():
-            for each in stored:
-                converter.add_tensor(self.first, each.name, pattern, load_tensor(each))
-        made = converter.convert(self.first, model=self.model, config=self.model.config)
-        found = made[self.name]
-        found = found[0] if isinstance(found, list) else found
+        found = self.conversion.tensor(self.name)
         if tuple(found.shape) != self.shape:
             raise WeightsError(
                 f"{self.path}: {self.name} has shape {list(found.shape)}; the config asks for {list(self.shape)}"
@@ -65,20 +95,26 @@ class ConvertedTensor(StoredTensor):
 
     def release(self) -> None:
         """See `StoredTensor`."""
-        for stored in self.sources.values():
-            for each in stored:
-                each.release()
+        self.conversion.release(self.name)
 
 
-def named_for(model: Any, shapes: Mapping[str, tuple[int, ...]], checkpoint: Checkpoint) -> Checkpoint:
+def named_for(
+    model: Any,
+    shapes: Mapping[str, tuple[int, ...]],
+    experts: Mapping[str, Experts],
+    checkpoint: Checkpoint,
+    mapping: Sequence[Any] | None = None,
+) -> Checkpoint:
     """The tensors of a checkpoint under the names of a model's parameters, in the shapes that it has them.
 
     Args:
         model: of transformers; only its classes and names are looked at.
-        shapes: of its parameters.
+        shapes: of its parameters, with experts' matrices as transformers has them.
+        experts: the experts' matrices among them, which are given apart, under the names of `stored_part`.
         checkpoint: as it is stored.
+        mapping: renamings and converters; None for those that transformers has for the model.
     """
-    mapping = get_model_conversion_mapping(model)
+    mapping = get_model_conversion_mapping(model) if mapping is None else mapping
     renamings = [each for each in mapping if isinstance(each, WeightRenaming)]
     converters = [each for each in mapping if isinstance(each, WeightConverter)]
     by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
@@ -95,11 +131,36 @@ def named_for(model: Any, shapes: Mapping[str, tuple[int, ...]], checkpoint: Che
             collected.setdefault(target, {}).setdefault(pattern, []).append(stored)
     for target, sources in collected.items():
         converter = by_pattern[next(iter(sources))]
-        given = {pattern: tuple(stored) for pattern, stored in sources.items()}
-        for name in _targets(converter, target, shapes):
+        given = {pattern: tuple(sources[pattern]) for pattern in converter.source_patterns if pattern in sources}
+        whole = _of_experts(experts.get(target), target, converter, given)
+        if whole is not None:
+            tensors |= whole
+            continue
+        names = _targets(converter, target, shapes)
+        conversion = Conversion(given, converter, target, model, {}, set(names))
+        for name in names:
             size = 4 * int(np.prod(shapes[name]))
-            tensors[name] = ConvertedTensor(name, shapes[name], "F32", size, given, converter, target, model)
-    return checkpoint.with_tensors(tensors)
+            tensors[name] = ConvertedTensor(name, shapes[name], "F32", size, conversion)
+    return checkpoint.with_tensors(dict(apart(tensors, experts)))
+
+
+def apart(tensors: Mapping[str, StoredTensor], experts: Mapping[str, Experts]) -> Iterator[tuple[str, StoredTensor]]:
+    """The tensors, those of all experts as one for each part of an expert."""
+    for name, stored in tensors.items():
+        of = experts.get(name.removesuffix("_bias"))
+        right = of is not None and len(stored.shape) > 1 and stored.shape[0] == of.count
+        yield from of.split(name, stored) if of is not None and right else ((name, stored),)
+
+
+def _of_experts(
+    of: Experts | None, name: str, converter: Any, given: Mapping[str, Sequence[StoredTensor]]
+) -> dict[str, StoredTensor] | None:
+    """The parts of stored matrices of single experts, as they are; None where they are not just put together."""
+    operations = [(type(each).__name__, getattr(each, "dim", None)) for each in converter.operations]
+    if of is None or operations not in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)]):
+        return None
+    found = of.whole(name, list(given.values()))
+    return None if found is None else dict(found)
 
 
 def _targets(converter: Any, first: str, shapes: Mapping[str, Any]) -> list[str]:

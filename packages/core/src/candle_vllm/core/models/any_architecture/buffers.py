@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: MIT
+"""What no checkpoint stores and a model of transformers computes: rotary frequencies, tables of positions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from candle_vllm.core.layers.parameters import Placement
+
+
+def first_position(model: Any) -> int:
+    """Row of the position table for a sequence's first token: RoBERTa's and its kin begin behind the padding token."""
+    tables = (m for m in model.modules() if hasattr(m, "create_position_ids_from_input_ids"))
+    return next((table.padding_idx + 1 for table in tables if table.padding_idx is not None), 0)
+
+
+def make_buffers(model: Any, placement: Placement, longest: int) -> None:
+    """Computes what no checkpoint stores, such as rotary frequencies, by each class's own rules."""
+    owners: list[tuple[str, Any]] = [("", model)]
+    for name, module in model.named_modules():
+        if isinstance(module, transformers.PreTrainedModel):
+            owners.append((name, module))
+        mine = [part for part in module._non_persistent_buffers_set if module._buffers.get(part) is not None]
+        plain = [part for part, value in vars(module).items() if isinstance(value, torch.Tensor) and value.is_meta]
+        for part in mine:
+            module._buffers[part] = torch.zeros_like(module.get_buffer(part), device=placement.device)
+        for part in plain:
+            setattr(module, part, torch.zeros_like(getattr(module, part), device=placement.device))
+        if mine or plain:
+            within = (owner for owner in owners if not owner[0] or f"{name}.".startswith(f"{owner[0]}."))
+            owner = max(within, key=lambda owner: len(owner[0]))[1]
+            with torch.no_grad():
+                owner._init_weights(module)
+        for layer, kind in freeze_rotary(module):
+            _settle_rotary(module, layer, kind, longest, placement.device)
+
+
+def freeze_rotary(module: Any) -> list[tuple[str | None, str]]:
+    """The kinds of layers, and of their frequencies, that change with the longest text, which they do no more."""
+    kinds = getattr(module, "rope_type", None)
+    each = list(kinds.items()) if isinstance(kinds, dict) else [(None, kinds)]
+    changing = [(layer, kind) for layer, kind in each if kind in ("dynamic", "longrope")]
+    if changing:
+        module.rope_type = dict.fromkeys(kinds, "default") if isinstance(kinds, dict) else "default"
+    return changing
+
+
+def _settle_rotary(module: Any, layer: str | None, kind: str, longest: int, device: Any) -> None:
+    """Frequencies for the context that is served: by its own code they would depend on all sequences of a step."""
+    prefix = "" if layer is None else f"{layer}_"
+    which = {} if layer is None else {"layer_type": layer}
+    found, scale = ROPE_INIT_FUNCTIONS[kind](module.config, device, seq_len=longest, **which)
+    module._buffers[f"{prefix}inv_freq"] = found
+    setattr(module, f"{prefix}attention_scaling", scale)

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: MIT
+"""The description of a model that transformers wires, from its `config.json`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
+from candle_vllm.core.fields import MAX_COUNT, Fields
+from candle_vllm.core.loading.cache_specs import CacheSpec, PagedSpec
+from candle_vllm.core.loading.config import MAX_EXPERTS, MAX_LAYERS, ModelConfig
+from candle_vllm.core.loading.rope import RopeConfig
+from candle_vllm.core.models.any_architecture.attention import PROBE, AttentionCall, NotPagedError
+from candle_vllm.core.models.any_architecture.trial import calls_of, class_of, without_memory
+
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AnyConfig(ModelConfig):
+    """What transformers knows of a model, and what its layers keep.
+
+    Attributes:
+        described: its config, of transformers.
+        calls: calls of attention in their order; none of a model that runs one sequence at a time.
+        obstacle: why it runs one sequence at a time, on transformers' own cache; None where it does not.
+    """
+
+    described: Any
+    calls: tuple[AttentionCall, ...] = ()
+    obstacle: str | None = None
+
+    @property
+    def implementation(self) -> str:
+        """See `ModelInfo`."""
+        return "transformers" if self.obstacle is None else "transformers, one sequence at a time"
+
+    @property
+    def one_at_a_time(self) -> str | None:
+        """See `ModelConfig`."""
+        return self.obstacle
+
+    @property
+    def cache_specs(self) -> tuple[CacheSpec, ...]:
+        """See `ModelConfig`; a model on transformers' own cache has pages that only count its tokens."""
+        return tuple(call.spec for call in self.calls) or (PagedSpec(1, 1, 1),) * self.num_layers
+
+
+def config_from_hf(values: Mapping[str, Any], path: Path) -> AnyConfig:
+    """Reads a `config.json` by transformers' own class, builds the model without memory and tries it.
+
+    Raises:
+        UnsupportedModelError: transformers has no such decoder, or none that runs here.
+        InvalidFileError: the config contradicts itself, or claims sizes that no model has.
+    """
+    _check_sizes(values, path)
+    kind = Fields(values, path).get("model_type", str)
+    if kind not in transformers.CONFIG_MAPPING:
+        code = "; code beside the weights is never run" if values.get("auto_map") else ""
+        raise UnsupportedModelError(
+            f"{path}: transformers {transformers.__version__} has no model_type {kind!r:.80} either{code}"
+        )
+    try:
+        described = transformers.CONFIG_MAPPING[kind].from_dict(_with_floats(values))
+        kind_of = class_of(described)
+        if kind_of is None:
+            raise UnsupportedModelError(f"{path}: {kind} of transformers {transformers.__version__} is no decoder")
+        declared = kind_of._supports_attention_backend
+        model = without_memory(described, PROBE if declared else None, torch.float32)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, IndexError) as error:
+        raise InvalidFileError(f"{path}: transformers {transformers.__version__} refuses it: {error!s:.300}") from error
+    calls, obstacle = tuple[AttentionCall, ...](), None
+    try:
+        calls = calls_of(model)
+    except NotPagedError as error:
+        obstacle = str(error)
+        if not error.causal:
+            raise UnsupportedModelError(f"{path}: {type(model).__name__} cannot run here: {obstacle}") from error
+    text = described.get_text_config(decoder=True)
+    first = calls[0] if calls else AttentionCall("", 1, 1, 2, 2, None, 1.0, None)
+    hidden = _number(text, "hidden_size", "n_embd", "d_model") or 1
+    return AnyConfig(
+        model_type=kind,
+        vocab_size=_number(text, "vocab_size") or 0,
+        hidden_size=hidden,
+        intermediate_size=_number(text, "intermediate_size", "n_inner", "ffn_dim", "d_ff") or 4 * hidden,
+        num_layers=len(calls) or 1,
+        num_heads=first.heads,
+        num_kv_heads=first.kv_heads,
+        head_dim=first.key_dim,
+        max_position=_number(text, "max_position_embeddings", "n_positions", "max_seq_len", "seq_length") or 1 << 15,
+        norm_eps=1e-5,
+        rope=RopeConfig(dim=2),
+        tie_embeddings=bool(getattr(text, "tie_word_embeddings", False)),
+        sliding_windows=tuple(call.reach for call in calls) or (None,),
+        eos_token_ids=Fields(values, path).token_ids("eos_token_id", lowest=-1),
+        described=described,
+        calls=calls,
+        obstacle=obstacle,
+    )
+
+
+def _with_floats(value: Any) -> Any:
+    """The values with the floats that JSON has no word for, which transformers writes as {"__float__": "Infinity"}."""
+    if isinstance(value, Mapping):
+        special = value.get("__float__")
+        return float(special) if isinstance(special, str) else {key: _with_floats(each) for key, each in value.items()}
+    return [_with_floats(each) for each in value] if isinstance(value, list) else value
+
+
+def _check_sizes(values: Mapping[str, Any], path: Path) -> None:
+    """InvalidFileError for a config that would have more built than any model has."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            _check_sizes(value, path)
+        most = MAX_LAYERS if key in _LAYERS else MAX_EXPERTS if key.endswith("experts") else MAX_COUNT
+        if isinstance(value, int) and not isinstance(value, bool) and abs(value) > most and not key.endswith("_id"):
+            raise InvalidFileError(f"{path}: {key} is {value}; at most {most} are possible")
+
+
+def _number(config: Any, *names: str) -> int | None:
+    found = (getattr(config, name, None) for name in names)
+    return next((value for value in found if isinstance(value, int) and value > 0), None)

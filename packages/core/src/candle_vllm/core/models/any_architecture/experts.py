@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: MIT
+"""This engine's products in the places of a layer's experts, which transformers keeps as one tensor of all experts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from candle_vllm.core.kernels.moe import Pairs
+from candle_vllm.core.layers.linear import Linear
+from candle_vllm.core.layers.parameters import Placement
+from candle_vllm.core.loading.views import entry, row_part, transposed
+from candle_vllm.core.models.any_architecture.products import Products
+from candle_vllm.core.quantization.tensors import StoredTensor
+
+
+class Experts:
+    """One kind of matrix of all experts of a layer.
+
+    Attributes:
+        linear: the matrices; its parts are stored under the names of `stored_part`.
+        count: number of experts.
+        pieces: names of the parts of a matrix [N, K], whose rows stand behind each other.
+        upside_down: whether transformers' tensor is [X, K, N].
+    """
+
+    def __init__(self, module: Any, name: str, placement: Placement) -> None:
+        self.count, *shape = getattr(module, name).shape
+        self.upside_down = module.is_transposed
+        rows, columns = reversed(shape) if module.is_transposed else shape
+        halves = name == "gate_up_proj" and module.is_concatenated
+        self.pieces: Sequence[str] = ("gate", "up") if halves else ("all",)
+        sizes = dict.fromkeys(self.pieces, rows // len(self.pieces))
+        self.linear = Linear(columns, sizes, placement, bias=module.has_bias, experts=self.count)
+
+    def multiply(
+        self, x: torch.Tensor, experts: torch.Tensor, products: Products | None, top_k: int
+    ) -> torch.Tensor:
+        """x [P, K] to each row's product [P, N] with the expert of this row; `experts` [P], P is T times `top_k`."""
+        if products is None:
+            chosen = experts.view(-1, top_k).to(torch.int32)
+            return self.linear(x, Pairs(torch.ones(chosen.shape, device=x.device), chosen, self.count))
+        matrices, bias = self.linear.matrices, self.linear.bias
+        made = torch.zeros(len(x), sum(each[0].rows for each in matrices))
+        for expert in experts.unique().tolist():
+            if 0 <= expert < self.count:
+                rows = (experts == expert).nonzero()[:, 0]
+                y = products.multiply([each[expert] for each in matrices], x[rows])
+                made[rows] = y if bias is None else y + bias[expert]
+        return made
+
+    def split(self, name: str, stored: StoredTensor) -> Iterator[tuple[str, StoredTensor]]:
+        """The parts of a tensor [X, N, K] of all experts, or of their biases [X, N]."""
+        for expert in range(self.count):
+            yield from self._pieces_of(name, expert, entry(stored, expert))
+
+    def whole(self, name: str, each: Sequence[Sequence[StoredTensor]]) -> Iterator[tuple[str, StoredTensor]] | None:
+        """The parts of tensors [N, K] of each expert, a list for each piece or for all; None where that is impossible."""
+        if self.upside_down or any(len(of) != self.count for of in each):
+            return None
+        if len(each) == len(self.pieces):
+            stored = {piece: of for piece, of in zip(self.pieces, each, strict=True)}
+            return ((f"{name}.{e}.{piece}", of[e]) for piece, of in stored.items() for e in range(self.count))
+        if len(each) == 1:
+            return (part for e in range(self.count) for part in self._pieces_of(name, e, each[0][e]))
+        return None
+
+    def _pieces_of(self, name: str, expert: int, stored: StoredTensor) -> Iterator[tuple[str, StoredTensor]]:
+        upright = transposed(stored, None) if self.upside_down and len(stored.shape) == 2 else stored
+        for index, piece in enumerate(self.pieces):
+            yield f"{name}.{expert}.{piece}", row_part(index, len(self.pieces))(upright, None)
+
+
+def stored_part(name: str, part: str) -> str:
+    """The name under which `Experts` gives a part, "gate.3.weight", of the tensor `name` of all experts."""
+    piece, expert, kind = part.split(".")
+    return f"{name}{'_bias' if kind == 'bias' else ''}.{expert}.{piece}"
+
+
+def has_experts(module: Any) -> bool:
+    """Whether a module keeps experts as transformers' interface for experts has them, and nothing else."""
+    if not hasattr(module, "has_gate") or not hasattr(module, "_apply_gate"):
+        return False
+    names = {_first(module), "down_proj"}
+    names |= {f"{name}_bias" for name in names} if module.has_bias else set()
+    return set(module._parameters) == names and not module._buffers
+
+
+def _first(module: Any) -> str:
+    return "gate_up_proj" if module.has_gate else "up_proj"
+
+
+class _OwnExperts:
+    """What is put before the class of experts, so that their matrices are this engine's."""
+
+    own_first: Experts
+    own_down: Experts
+    products: Products | None
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """x [T, E] to the weighted sums [T, E] of the results of each token's experts [T, k]."""
+        if hidden_states.is_meta:
+            return torch.empty_like(hidden_states)
+        this: Any = self
+        chosen, top_k = top_k_index.reshape(-1), top_k_index.shape[-1]
+        x = hidden_states.reshape(-1, hidden_states.shape[-1])
+        y = self.own_first.multiply(x.repeat_interleave(top_k, 0), chosen, self.products, top_k).to(x.dtype)
+        y = this._apply_gate(y) if this.has_gate else this.act_fn(y)
+        y = self.own_down.multiply(y, chosen, self.products, top_k).to(x.dtype)
+        y = this.post_expert_norm(y) if this.has_post_expert_norm else y
+        y = y.view(len(x), top_k, -1) * top_k_weights.reshape(len(x), top_k, 1)
+        return y.sum(1).to(x.dtype).view(hidden_states.shape)
+
+
+def replace_experts(module: Any, placement: Placement, products: Products | None) -> dict[str, Experts]:
+    """Put this engine's matrices in the place of a module's experts; returns them by the names of its parameters."""
+    first = _first(module)
+    parts = {first: Experts(module, first, placement), "down_proj": Experts(module, "down_proj", placement)}
+    module.__class__ = type(f"Own{type(module).__name__}", (_OwnExperts, type(module)), {})
+    module.own_first, module.own_down, module.products = parts[first], parts["down_proj"], products
+    module._parameters.clear()
+    return parts

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: MIT
+"""The family of one model that transformers wires: its description, its layers, and the names of its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from candle_vllm.core.layers.parameters import SHAPES
+from candle_vllm.core.loading.tensors import Checkpoint
+from candle_vllm.core.loading.views import transposed
+from candle_vllm.core.loading.weights import WeightName
+from candle_vllm.core.models.any_architecture.config import AnyConfig, config_from_hf
+from candle_vllm.core.models.any_architecture.decoder import AnyDecoder
+from candle_vllm.core.models.any_architecture.experts import stored_part
+from candle_vllm.core.models.any_architecture.gguf import config_values, named_in_gguf, reads_gguf
+from candle_vllm.core.models.any_architecture.weights import named_for
+from candle_vllm.core.models.family import Family
+from candle_vllm.core.quantization.tensors import StoredTensor
+
+__all__ = ["family_of", "family_of_gguf", "reads_gguf"]
+
+
+def family_of(values: Mapping[str, Any], path: Path) -> tuple[Family, AnyConfig]:
+    """The family of one model, and its description; errors as `config_from_hf`."""
+    return _family(values, path, named_for)
+
+
+def family_of_gguf(name: str, checkpoint: Checkpoint) -> tuple[Family, AnyConfig]:
+    """The same of a GGUF file, of the architecture `name`.
+
+    Raises:
+        UnsupportedModelError: transformers reads no GGUF files of this architecture; the message lists those it reads.
+    """
+    values = config_values(name, checkpoint)
+    return _family(values, checkpoint.path, partial(named_in_gguf, name), (name,))
+
+
+def _family(
+    values: Mapping[str, Any], path: Path, named: Callable[..., Checkpoint], gguf: tuple[str, ...] = ()
+) -> tuple[Family, AnyConfig]:
+    config = config_from_hf(values, path)
+    shapes = AnyDecoder(config, SHAPES)
+    table = list(_table(shapes))
+    return Family(
+        hf={},
+        gguf=gguf,
+        config_from_hf=lambda *_: config,
+        build=lambda config, placement, _: AnyDecoder(config, placement),
+        weights=table,
+        ignored=partial(_ignored, shapes.model),
+        prepared=partial(named, shapes.model, shapes.stored_shapes, shapes.experts),
+    ), config
+
+
+def _table(decoder: AnyDecoder) -> Iterator[WeightName]:
+    for name, layer in decoder.named.items():
+        for part in layer.parameters():
+            if name in decoder.experts:
+                names: Any = stored_part(name, part)
+            else:
+                stored = name if part == "tensor" else f"{name}.{part}"
+                tied = decoder.model.all_tied_weights_keys.get(stored)  # of a head with a bias, which has its own copy
+                names = stored if tied is None else (tied, stored)
+            view = _upright if part == "weight" and name in decoder.upside_down else None
+            yield WeightName(f"{decoder.targets[name]}:{part}", names, names, view)
+
+
+def _upright(stored: StoredTensor, config: Any) -> StoredTensor:
+    """A matrix that transformers stores transposed; makers of quantised checkpoints store it upright."""
+    return stored if stored.quantised else transposed(stored, config)
+
+
+def _ignored(model: Any, config: Any) -> Sequence[str]:
+    """Stored names that carry nothing: what transformers says so of, copies of a tied matrix, old buffers."""
+    del config
+    said = [*(model._keys_to_ignore_on_load_unexpected or ()), *map(_literal, model.all_tied_weights_keys)]
+    return [*(f".*(?:{each}).*" for each in said), r".*rotary_emb\.inv_freq", r".*\.attn\.(?:masked_)?bias"]
+
+
+def _literal(name: str) -> str:
+    return name.replace(".", r"\.")

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: MIT
+"""GGUF files by transformers' own tables: a config of the metadata, and tensors under the names of parameters.
+
+A table says how the values of a tensor differ from those of the parameter. Where rows alone stand in another order, the
+tensor stays quantised; a table that changes values, or the order of columns, is applied to decoded ones.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import CONFIG_MAPPING
+from transformers.integrations.gguf import (
+    GGUF_ARCHS,
+    GGUF_CONFIG_ARCHS,
+    get_gguf_config,
+    get_gguf_conversion_mapping,
+    read_gguf_metadata,
+)
+from transformers.modeling_gguf_pytorch_utils import (
+    GGUF_SUPPORTED_ARCHITECTURES,
+    TENSOR_PROCESSORS,
+    TensorProcessor,
+    get_gguf_hf_weights_map,
+    load_gguf_checkpoint,
+)
+
+from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
+from candle_vllm.core.loading.tensors import Checkpoint
+from candle_vllm.core.loading.views import computed, entry
+from candle_vllm.core.models.any_architecture.experts import Experts
+from candle_vllm.core.models.any_architecture.trial import without_memory
+from candle_vllm.core.models.any_architecture.weights import apart, named_for
+from candle_vllm.core.quantization.tensors import StoredTensor
+
+_MORE = {"attention.key_length": "head_dim", "expert_feed_forward_length": "moe_intermediate_size"}
+"""Sizes that the tables leave to a config's defaults, by the keys of metadata."""
+
+_OF_EXPERTS = re.compile(r".*\.ffn_(gate|up|down)_exps\.weight")
+
+
+def reads_gguf(name: str) -> bool:
+    """Whether transformers has a table for GGUF files of an architecture."""
+    return _known(name) in _tables()
+
+
+def _known(name: str) -> str:
+    """An architecture as transformers' tables spell it."""
+    return {"qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe"}.get(name, name.replace("-", "_"))
+
+
+def _tables() -> set[str]:
+    return {*GGUF_CONFIG_ARCHS, *GGUF_SUPPORTED_ARCHITECTURES} - {"general", "tokenizer"}
+
+
+def config_values(name: str, checkpoint: Checkpoint) -> dict[str, Any]:
+    """The contents of a `config.json` for a GGUF file of the architecture `name`; errors as `family_of_gguf`."""
+    path = checkpoint.path
+    if not reads_gguf(name):
+        raise UnsupportedModelError(
+            f"{path}: transformers reads no GGUF files of architecture {name!r:.80}; it reads "
+            f"{', '.join(sorted(_tables()))}"
+        )
+    try:
+        if name in GGUF_CONFIG_ARCHS:
+            values = get_gguf_config(*read_gguf_metadata(str(path)))
+        else:
+            values = load_gguf_checkpoint(str(path))["config"]
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise InvalidFileError(f"{path}: transformers cannot read its metadata: {error!s:.200}") from error
+    scaling = checkpoint.metadata.get(f"{name}.rope.scaling.type", "none")
+    if scaling != "none" and not any(values.get(key) for key in ("rope_scaling", "rope_parameters")):
+        raise UnsupportedModelError(f"{path}: transformers does not read {name}.rope.scaling.type, which is {scaling!r}")
+    tied = "output.weight" not in checkpoint.tensors or values.get("tie_word_embeddings") is True
+    table = checkpoint.tensors.get("token_embd.weight")
+    sizes = {} if table is None else {"vocab_size": table.shape[0]}  # it may have more rows than there are tokens
+    known = vars(CONFIG_MAPPING[values["model_type"]]())
+    for key, named in _MORE.items():
+        size = checkpoint.metadata.get(f"{name}.{key}")
+        if isinstance(size, int) and named in known:
+            sizes[named] = size
+    return values | {"tie_word_embeddings": tied} | sizes
+
+
+def named_in_gguf(
+    name: str, model: Any, shapes: Mapping[str, tuple[int, ...]], experts: Mapping[str, Experts], checkpoint: Checkpoint
+) -> Checkpoint:
+    """The tensors of a GGUF file under the names of parameters; arguments as for `named_for`."""
+    if name in GGUF_ARCHS:
+        return named_for(model, shapes, experts, checkpoint, get_gguf_conversion_mapping(name, model.config))
+    processor = TENSOR_PROCESSORS.get(name, TensorProcessor)(config=model.config.to_dict())
+    names = get_gguf_hf_weights_map(without_memory(model.config, None, torch.float32), processor)
+    found, orders = dict[str, StoredTensor](), dict[Any, Any]()
+    for each, stored in checkpoint.tensors.items():
+        target = names.get(each) or names.get(each.removesuffix(".weight"))
+        if target is None or target not in shapes:
+            found[each] = stored  # which the loader names
+        elif target in experts:
+            found |= dict(_of_experts(target, experts[target], each, stored))
+        else:
+            kind = re.sub(r"^blk\.\d+\.", "", each), stored.shape
+            if kind not in orders:
+                orders[kind] = _change(processor, each, stored.shape)
+            found[target] = _changed(processor, each, stored, orders[kind])
+    return checkpoint.with_tensors(dict(apart(found, {})))
+
+
+def _of_experts(target: str, of: Experts, name: str, stored: StoredTensor) -> Iterator[tuple[str, StoredTensor]]:
+    """The parts of one tensor of all experts, which is gate, up or down."""
+    said = _OF_EXPERTS.fullmatch(name)
+    piece = said[1] if said is not None and said[1] in of.pieces else None
+    if piece is None:
+        yield from of.split(target, stored)
+    elif len(stored.shape) == 3 and stored.shape[0] == of.count:
+        yield from ((f"{target}.{expert}.{piece}", entry(stored, expert)) for expert in range(of.count))
+
+
+def _process(processor: Any, name: str, values: np.ndarray) -> np.ndarray:
+    """The values of a parameter by those of a tensor."""
+    given: dict[str, Any] = {"tensors": {}}
+    made = processor.process(weights=values, name=name, tensor_key_mapping={}, parsed_parameters=given)
+    return values if made.name is None else made.weights  # a tensor without a name is stored as it is
+
+
+def _change(processor: Any, name: str, shape: tuple[int, ...]) -> np.ndarray | tuple[int, ...] | None:
+    """The order of the rows, the shape of values that are changed, or None where a tensor stays as it is.
+
+    A matrix that is just transposed stays as it is: the family's table reads it upright.
+    """
+    numbers = np.arange(shape[0] if shape else 1, dtype=np.int32)
+    numbers = np.broadcast_to(numbers.reshape(-1, *[1] * (len(shape) - 1)), shape)
+    with np.errstate(all="ignore"):
+        made = np.asarray(_process(processor, name, numbers))
+    if made is numbers or made.shape == shape and np.array_equal(made, numbers):
+        return None
+    if len(shape) == 2 and made.shape == shape[::-1] and np.array_equal(made.T, numbers):
+        return None
+    flat = made.reshape(len(made), -1)
+    rows = made.shape == shape and made.dtype == np.int32 and bool((flat == flat[:, :1]).all())
+    if rows and np.array_equal(np.sort(flat[:, 0]), np.arange(len(flat))):
+        return flat[:, 0].astype(np.int64)
+    return made.shape
+
+
+def _changed(processor: Any, name: str, stored: StoredTensor, change: Any) -> StoredTensor:
+    """A tensor as its parameter has it."""
+    if change is None:
+        return stored
+    if isinstance(change, np.ndarray):
+        return stored.select(change)
+    return computed(stored, change, lambda values: _process(processor, name, values), "F32")

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: MIT
+"""Build a model of transformers without memory and try it: what its layers ask of attention, and what obstructs it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from candle_vllm.core.errors import UnsupportedModelError
+from candle_vllm.core.models.any_architecture.attention import AttentionCall, NotPagedError, Pass, under_way
+from candle_vllm.core.models.any_architecture.buffers import freeze_rotary
+
+CACHES = ("past_key_values", "cache_params", "state")
+"""Names of a cache, as arguments and in results."""
+
+_TRIED = 3  # tokens of the pass that writes the calls down
+
+
+def without_memory(described: Any, attention: str | None, dtype: torch.dtype) -> Any:
+    """The model of transformers on torch's meta device."""
+    how: dict[str, Any] = {"attn_implementation": attention, "dtype": dtype}
+    with torch.device("meta"):
+        if type(described) in MODEL_FOR_CAUSAL_LM_MAPPING:
+            return transformers.AutoModelForCausalLM.from_config(described, **how).eval()
+        return class_of(described)._from_config(described, **how).eval()
+
+
+def class_of(described: Any) -> Any:
+    """The causal class of a config: of its type, or the one that it names; None where there is none."""
+    if type(described) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return MODEL_FOR_CAUSAL_LM_MAPPING[type(described)]
+    names = described.architectures or [""]
+    return getattr(transformers, names[0]) if names[0] in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() else None
+
+
+def calls_of(model: Any) -> tuple[AttentionCall, ...]:
+    """The calls of attention in a pass of some tokens; NotPagedError where not all of the model's memory is in them."""
+    if not model._supports_attention_backend:
+        asks = "config.is_decoder" in inspect.getsource(inspect.getmodule(type(model)))  # type: ignore[arg-type]
+        if asks and getattr(model.config.get_text_config(decoder=True), "is_decoder", True) is False:
+            raise NotPagedError("its config says is_decoder false, so that tokens see later ones", causal=False)
+        raise NotPagedError(f"{type(model).__name__} does not declare that it follows the attention interface")
+    if getattr(model, "_is_stateful", False):
+        raise NotPagedError(f"{type(model).__name__} keeps a recurrent state")
+    for name, module in model.named_modules():
+        freeze_rotary(module)
+    base = model.get_submodule(layers_of(model))
+    if "position_ids" not in arguments(base):
+        raise NotPagedError(f"{type(base).__name__} is not told the positions of tokens")
+    tried, called = Pass({module: name for name, module in model.named_modules()}, []), set[str]()
+    for name, module in model.named_modules():
+        module.register_forward_pre_hook(lambda *_, name=name: called.add(name))
+    ids = torch.zeros(1, _TRIED, dtype=torch.int64, device="meta")
+    try:
+        with under_way(tried), torch.inference_mode(), _all_nonzero():
+            base(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=ids, use_cache=False)
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
+        raise NotPagedError(f"{type(model).__name__} cannot be tried without memory: {error!s:.200}") from error
+    _check_layers(model, {call.module for call in tried.calls}, called)
+    return tuple(tried.calls)
+
+
+@contextmanager
+def _all_nonzero() -> Iterator[None]:
+    """On the meta device, which has no numbers, experts are asked which tokens are theirs: all."""
+    from torch.fx.experimental import _config
+
+    config: Any = _config
+    with config.patch(meta_nonzero_assume_all_nonzero=True):
+        yield
+
+
+def _check_layers(model: Any, callers: set[str], called: set[str]) -> None:
+    """NotPagedError where a layer mixes tokens by anything but attention.
+
+    Args:
+        model: of transformers.
+        callers: names of modules that call the attention interface.
+        called: names of modules that were called.
+    """
+    layers = {caller.split(f".{part}.")[0] for caller in callers for part in caller.split(".") if part.isdigit()}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.ModuleList) and name in layers:
+            for number in range(len(module)):
+                if not any(caller.startswith(f"{name}.{number}.") for caller in callers):
+                    raise NotPagedError(f"{name}.{number} does not call the attention interface")
+        mixes = isinstance(module, torch.nn.Conv1d) or any(part in ("A_log", "dt_bias") for part in module._parameters)
+        if mixes and (name in called or any(name.startswith(f"{stack}.") for stack in layers)):
+            raise NotPagedError(f"{name} keeps a state beside attention")
+    if not callers:
+        raise NotPagedError(f"{type(model).__name__} does not call the attention interface")
+
+
+def keeps_its_own_cache(model: Any) -> bool:
+    """Whether the model continues a sequence from a cache of transformers."""
+    return any(name in arguments(model.get_submodule(layers_of(model))) for name in CACHES)
+
+
+def layers_of(model: Any) -> str:
+    """The name of the module that has all of a model but the head."""
+    for name in (model.base_model_prefix, "model", "transformer", "decoder"):
+        if name and isinstance(getattr(model, name, None), torch.nn.Module):
+            inside = dict(getattr(model, name).named_children())
+            wraps = "input_ids" not in arguments(getattr(model, name)) and "decoder" in inside
+            return f"{name}.decoder" if wraps else name  # a decoder whose encoder was left out
+    raise UnsupportedModelError(f"{type(model).__name__} has no layers apart from its head")
+
+
+def arguments(module: Any) -> Mapping[str, Any]:
+    """The arguments of a module by name, with those that it passes on to the text model inside it."""
+    found = inspect.signature(module.forward).parameters
+    inside = module.get_decoder() if hasattr(module, "get_decoder") else module
+    passes = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in found.values())
+    return {**arguments(inside), **found} if passes and inside is not None and inside is not module else found
