@@ -14,11 +14,11 @@ from packages.core.tests.models.families import ROWS as FAMILIES
 from packages.core.tests.models.tiny import SMALL
 
 _SIZES: tuple[tuple[str, int], ...] = (
-    (r".*vocab_size", TOY_VOCAB_SIZE),
+    (r".*vocab_size|ngram_vocab_size_base", TOY_VOCAB_SIZE),
     (r"num_hidden_layers|n_layers?|num_layers|(en|de)coder_layers|num_(en|de)coder_layers|depth", 2),
     (r"(.*_)?(num_key_value_heads|kv_heads)", 2),
     (r"(.*_)?(num_attention_heads|attention_heads|n_heads?|num_heads)|linear_num_\w+_heads|n_mamba_heads", 4),
-    (r"hidden_size|d_model|n_embd|embedding_size|embedding_dim|hidden_dim|emb_dim|text_hidden_size|out_hidden_size", 64),
+    (r"hidden_size|hidden_size_global|d_model|n_embd|embedding_size|embedding_dim|hidden_dim|emb_dim|text_hidden_size|out_hidden_size", 64),
     (r".*(intermediate_size|ffn_dim|d_ff|n_inner|dim_ff|ffn_hidden_size|mlp_dim)", 96),
     (r"(qk_)?rope_head_dim|rotary_dim", 8),
     (r".*head_dim|dim_head|d_kv|mamba_d_state|state_size|v_head_dim|mamba_d_head|linear_head_dim", 16),
@@ -39,7 +39,7 @@ def _small(config: PreTrainedConfig) -> dict[str, Any]:
     for key in {*vars(config), *config.attribute_map}:
         try:
             value = getattr(config, key, None)
-        except ValueError:  # which differs from layer to layer
+        except RuntimeError:  # which differs from layer to layer
             continue
         if isinstance(value, PreTrainedConfig):
             found[key] = _small(value)
@@ -47,8 +47,9 @@ def _small(config: PreTrainedConfig) -> dict[str, Any]:
             size = next((size for pattern, size in _SIZES if re.fullmatch(pattern, key)), None)
             spelled = key in vars(config) or key not in config.attribute_map.values()
             found |= {key: size} if size is not None and spelled else {}
-    if "qk_rope_head_dim" in found:  # whose rotated part transformers also calls a head
+    if "qk_rope_head_dim" in found:  # latent attention, whose rotated part transformers also calls a head
         found |= {key: size for key, size in (("head_dim", 8), ("qk_head_dim", 24)) if key in found}
+        found["num_key_value_heads"] = 4
     return found
 
 
@@ -72,6 +73,15 @@ def _merged(values: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]
 
 _DECODER = {"is_decoder": True, "pad_token_id": 257}  # positions count no padding tokens, which prompts have none of
 _MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_ssm": 128}
+_QWEN4 = {
+    "layer_types": ["linear_attention", "indexed_attention"],
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 16,
+    "indexer_budget": 64,
+    "indexer_compress_ratio": 2,
+    "hc_lowrank": 16,
+}
 _TWO = ["linear_attention", "full_attention"]
 
 
@@ -83,18 +93,24 @@ def _text_of(name: str) -> dict[str, Any]:
 ROWS: dict[str, Mapping[str, Any]] = {
     **dict.fromkeys(
         ["bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert",
-         "reformer", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta",
-         "xlm-roberta-xl", "xmod"],
+         "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta",
+         "xlm-roberta-xl"],
         _DECODER,
     ),
     "bailing_hybrid": {"layer_types": _TWO},
     "bamba": _MAMBA | {"attn_layer_indices": [1]},
-    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"]},
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("sliding_attention", "full_attention")
+        },
+    },
     "dbrx": {
-        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4},
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2},
     },
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "dots3_note": {"vision_config": {"per_layer_config": None, "mlp_layer_types": ["dense"] * 2}},
     "falcon_h1": _MAMBA,
     "gemma4": _text_of("gemma4_text"),
     "gemma4_unified": _text_of("gemma4_unified_text"),
@@ -105,10 +121,20 @@ ROWS: dict[str, Mapping[str, Any]] = {
     "prophetnet": {"num_hidden_layers": None},
     "qwen3_5": _text_of("qwen3_5_text"),
     "qwen3_5_moe": _text_of("qwen3_5_moe_text"),
-    "qwen4_exp": {"text_config": {"layer_types": _TWO}},
-    "qwen4_exp_text": {"layer_types": _TWO},
+    "qwen4_exp": {"text_config": _QWEN4},
+    "qwen4_exp_text": _QWEN4,
     "recurrent_gemma": {"num_hidden_layers": 3},
-    "zamba": {"layers_block_type": ["linear_attention", "hybrid"]},
-    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"]},
+    "reformer": _DECODER | {
+        "axial_pos_embds_dim": [32, 32],
+        "axial_pos_shape": [8, 16],
+        "attn_layers": ["local", "local"],
+        "local_attn_chunk_length": 16,
+    },
+    "xlnet": {"max_position_embeddings": None},
+    "xlstm": {"qk_dim_factor": 1.0},
+    "xmod": _DECODER | {"languages": ["en_XX"], "default_language": "en_XX"},
+    "zamba": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4},
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4},
+    "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
 """What the configs of some types have beside or in place of these sizes."""

@@ -20,6 +20,7 @@ from candle_vllm.core.models.any_architecture.modules import replace_products
 from candle_vllm.core.models.any_architecture.products import Products
 from candle_vllm.core.models.any_architecture.trial import CACHES, arguments, keeps_its_own_cache, layers_of, without_memory
 
+_RECOMPUTED = ("blt", "cpmant")  # whose caches go on to other results than those of the whole text
 _ROUTERS = ("gate", "router", "shared_expert_gate")  # which `isq` leaves plain
 
 
@@ -67,8 +68,9 @@ class AnyDecoder:
         self._attentions = [call.attention(number) for number, call in enumerate(config.calls)]
         self._names = {module: name for name, module in self.model.named_modules()}
         self._first_position = first_position(self.model)
-        self._cache, self._length = dict[str, Any](), 0  # of the one sequence, where it is transformers'
-        self._seen = torch.empty(1, 0, dtype=torch.int64)  # its tokens, where the model keeps no cache at all
+        self._cache = dict[str, Any]()  # of the one sequence, where it is transformers'
+        self._seen = torch.empty(1, 0, dtype=torch.int64)  # its tokens
+        self._recomputes = config.model_type in _RECOMPUTED or not keeps_its_own_cache(self.model)
 
     def prepare(self, positions: int) -> None:
         """See `Decoder.prepare`; transformers computes its tables in each step."""
@@ -89,27 +91,24 @@ class AnyDecoder:
     def _alone(self, ids: torch.Tensor, first: int) -> torch.Tensor:
         """Hidden states [T, E] of tokens [1, T] of the one sequence from position `first` on, whose cache goes on."""
         if first == 0:
-            self._cache, self._length = dict[str, Any](), 0
-        assert first == self._length, "a sequence begins at its first token, and no other runs beside it"
-        if not keeps_its_own_cache(self.model):
-            self._seen = torch.cat([self._seen.to(ids.device)[:, :first], ids], 1)
-            self._length = self._seen.shape[1]
-            return self._base(input_ids=self._seen, return_dict=True).last_hidden_state[0, first:]
+            self._cache, self._seen = dict[str, Any](), ids[:, :0]
+        assert first == self._seen.shape[1], "a sequence begins at its first token, and no other runs beside it"
         # Layers with a state begin with a prompt as a whole, and go on by one token.
         pieces = [ids] if first == 0 else ids.split(1, 1)
         return torch.cat([self._continued(piece) for piece in pieces])
 
     def _continued(self, ids: torch.Tensor) -> torch.Tensor:
-        """Hidden states [T, E] of the next tokens [1, T]."""
-        before, self._length = self._length, self._length + ids.shape[1]
-        positions = torch.arange(before, self._length, device=ids.device)
+        """Hidden states [T, E] of the next tokens [1, T]; without a cache all tokens before them are run again."""
+        before, self._seen = self._seen.shape[1], torch.cat([self._seen, ids], 1)
+        if self._recomputes and before:
+            return self._base(input_ids=self._seen, return_dict=True).last_hidden_state[0, before:]
+        positions = torch.arange(before, self._seen.shape[1], device=ids.device)
         places = positions[None] + self._first_position
-        given: dict[str, Any] = {"position_ids": places, "cache_position": positions}
+        given: dict[str, Any] = {"position_ids": places, "cache_position": positions, "use_cache": True}
         given = {name: value for name, value in given.items() if name in arguments(self._base)} | self._cache
-        out = self._base(input_ids=ids, use_cache=True, return_dict=True, **given)
+        out = self._base(input_ids=ids, return_dict=True, **given)
         self._cache = {name: out[name] for name in CACHES if out.get(name) is not None}
-        if not self._cache:
-            raise RuntimeError(f"{type(self._base).__name__} gave no cache to go on from")
+        self._recomputes |= not self._cache
         return out.last_hidden_state[0]
 
     def logits(self, hidden: Value, out: Value | None = None) -> Value:

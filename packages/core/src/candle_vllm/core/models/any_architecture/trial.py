@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch.overrides import TorchFunctionMode
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from candle_vllm.core.errors import UnsupportedModelError
@@ -42,7 +43,8 @@ def class_of(described: Any) -> Any:
 def calls_of(model: Any) -> tuple[AttentionCall, ...]:
     """The calls of attention in a pass of some tokens; NotPagedError where not all of the model's memory is in them."""
     if not model._supports_attention_backend:
-        asks = "config.is_decoder" in inspect.getsource(inspect.getmodule(type(model)))  # type: ignore[arg-type]
+        lines = inspect.getsource(inspect.getmodule(type(model))).splitlines()  # type: ignore[arg-type]
+        asks = any("config.is_decoder" in line and ">>>" not in line for line in lines)
         if asks and getattr(model.config.get_text_config(decoder=True), "is_decoder", True) is False:
             raise NotPagedError("its config says is_decoder false, so that tokens see later ones", causal=False)
         raise NotPagedError(f"{type(model).__name__} does not declare that it follows the attention interface")
@@ -72,8 +74,18 @@ def _all_nonzero() -> Iterator[None]:
     from torch.fx.experimental import _config
 
     config: Any = _config
-    with config.patch(meta_nonzero_assume_all_nonzero=True):
+    with config.patch(meta_nonzero_assume_all_nonzero=True), _Zeros():
         yield
+
+
+class _Zeros(TorchFunctionMode):
+    """Every number that Python code asks of a tensor without memory is 0: the number of an expert."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call a function of torch."""
+        del types
+        asks = func in (torch.Tensor.item, torch.Tensor.__int__, torch.Tensor.__index__)
+        return 0 if asks and args[0].is_meta else func(*args, **(kwargs or {}))
 
 
 def _check_layers(model: Any, callers: set[str], called: set[str]) -> None:
