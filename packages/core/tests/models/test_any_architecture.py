@@ -10,6 +10,8 @@ from unittest import mock
 
 import pytest
 import torch
+import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from candle_vllm.core import (
     ConfigError,
@@ -24,13 +26,14 @@ from candle_vllm.core.kernels.packed_linear.layout import PackedMatrix
 from candle_vllm.core.kernels.plain_linear.layout import PlainMatrix
 from candle_vllm.core.layers.linear import Linear
 from candle_vllm.core.models import registry
-from packages.core.tests.models.any_configs import tiny_config
+from packages.core.tests.models.any_configs import ALONE, IN_BATCHES, REFUSED, tiny_config
 from packages.core.tests.models.families import FORMATS
 from packages.core.tests.models.families import ROWS as FAMILIES
 from packages.core.tests.models.family_formats import write_format
 from packages.core.tests.models.gguf_export import export_gguf
 from packages.core.tests.models.peft_adapters import trained
 from packages.core.tests.models.tiny import (
+    config_of,
     eager_logits,
     eager_runner,
     error,
@@ -42,141 +45,6 @@ from packages.core.tests.models.tiny import (
     typical_spread,
     write_tiny,
 )
-
-ROWS: dict[str, dict[str, Any]] = {
-    "arcee": {},
-    "gpt_neox": {},  # fused q, k and v; LayerNorm; a part of a head is rotated
-    "gemma2": {"head_dim": 16, "sliding_window": 24},  # windows, soft caps, a scaled embedding that is the head
-    "mixtral": {"num_local_experts": 4},  # experts, which are stored one by one and run as one tensor
-    "cwm": {"sliding_window": 24},
-    "nemotron": {"head_dim": 16},
-}
-"""Architectures of the common run, each with its config beside `SMALL`."""
-
-PAGED = [
-    "afmoe",
-    "apertus",
-    "aria_text",
-    "bert",
-    "bitnet",
-    "camembert",
-    "cohere",
-    "cohere2",
-    "cohere2_moe",
-    "ctrl",
-    "deepseek_v2",
-    "deepseek_v3",
-    "electra",
-    "ernie",
-    "ernie4_5",
-    "ernie4_5_moe",
-    "exaone4",
-    "exaone_moe",
-    "flex_olmo",
-    "flint",
-    "fuyu",
-    "gemma",
-    "gemma3_text",
-    "glm",
-    "glm4",
-    "glm4_moe",
-    "glm4_moe_lite",
-    "gpt-sw3",
-    "gpt2",
-    "gpt_bigcode",
-    "gpt_oss",
-    "granite",
-    "granite_swa",
-    "granitemoe",
-    "granitemoe_swa",
-    "granitemoeshared",
-    "helium",
-    "hrm_text",
-    "hy_v3",
-    "hyperclovax",
-    "internlm3",
-    "iquestcoder",
-    "jais2",
-    "kolibri1",
-    "laguna",
-    "llama",
-    "mellum",
-    "mimo_v2_flash",
-    "minimax_m2",
-    "ministral",
-    "ministral3",
-    "modernbert-decoder",
-    "mistral",
-    "nanochat",
-    "olmo",
-    "olmo2",
-    "olmo3",
-    "olmoe",
-    "opt",
-    "persimmon",
-    "phi",
-    "phi3",
-    "phimoe",
-    "qwen2",
-    "qwen2_moe",
-    "qwen3",
-    "qwen3_moe",
-    "seed_oss",
-    "smollm3",
-    "solar_open",
-    "starcoder2",
-    "vaultgemma",
-]
-"""Types beside those whose keys and values are in this engine's pages."""
-
-ALONE = ["bloom", "mamba"]
-MORE_ALONE = [
-    "biogpt",
-    "doge",
-    "falcon",
-    "falcon_mamba",
-    "git",
-    "gpt_neo",
-    "gptj",
-    "jetmoe",
-    "lfm2",
-    "llama4_text",
-    "megatron-bert",
-    "mpt",
-    "olmo_hybrid",
-]
-"""Types that run one sequence at a time."""
-
-_ENCODERS = {"is_decoder": True, "pad_token_id": 257}  # positions count no padding tokens, which prompts have none of
-_OWN: dict[str, dict[str, Any]] = dict.fromkeys(("bert", "camembert", "electra", "ernie", "megatron-bert"), _ENCODERS)
-_SIZES: dict[str, Any] = {
-    **dict.fromkeys(["num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"], 4),
-    **dict.fromkeys(
-        ["num_experts_per_tok", "moe_topk", "moe_k", "num_layers", "n_layer", "decoder_layers", "encoder_layers"], 2
-    ),
-    **dict.fromkeys(["moe_intermediate_size", "shared_expert_intermediate_size"], 32),
-    **dict.fromkeys(
-        ["head_dim", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim", "mamba_d_state", "state_size"], 16
-    ),
-    **dict.fromkeys(["n_group", "topk_group", "first_k_dense_replace", "n_shared_experts", "num_shared_experts"], 1),
-    **dict.fromkeys(["ffn_dim", "d_ff", "n_inner", "decoder_ffn_dim", "encoder_ffn_dim"], 96),
-    **dict.fromkeys(["decoder_attention_heads", "encoder_attention_heads", "n_head"], 4),
-    "qk_rope_head_dim": 8,
-    "sliding_window": 24,
-}
-"""Sizes by the names that some config has for them."""
-
-
-def _config(name: str) -> dict[str, Any]:
-    """What a tiny model of a type is made with beside `SMALL`."""
-    row = next((row.config for row in FAMILIES.values() if row.model_type == name), None)
-    if name in ROWS or row is not None:
-        return ROWS[name] if row is None else dict(row)
-    usual = CONFIG_MAPPING[name]()
-    known = {*vars(usual), *usual.attribute_map}
-    sizes = {key: size for key, size in _SIZES.items() if key in known and getattr(usual, key, None) is not None}
-    return sizes | _OWN.get(name, {})
-
 
 _MORE = pytest.mark.every_case
 GGUF = {
@@ -198,12 +66,18 @@ def _settings(**more: Any) -> dict[str, Any]:
     return {"device": "cpu", "threads": 1, "block_size": 16, "kv_cache_memory": 1 << 24, **more}
 
 
-@pytest.mark.parametrize("name", [*ROWS, *(pytest.param(each, marks=pytest.mark.every_case) for each in PAGED)])
+def _cases(names: list[str], *common: str) -> list[Any]:
+    return [name if name in common else pytest.param(name, marks=_MORE) for name in names]
+
+
+@pytest.mark.parametrize(
+    "name", _cases(IN_BATCHES, "arcee", "gpt_neox", "gemma2", "mixtral", "cwm", "nemotron")
+)  # fused q, k and v; windows, soft caps, a tied head; experts that are stored one by one
 def test_logits_and_tokens_equal_transformers(name: str, tmp_path: Path) -> None:
-    folder, tokens = write_tiny(tmp_path, name, **_config(name)), some_tokens()
-    theirs = their_logits(folder, tokens)
+    folder, tokens = write_tiny(tmp_path, name, **tiny_config(name)), some_tokens()
+    theirs = _theirs(folder, tokens)
     for chunks in ([70], [17, 33, 1, 1, 18]):
-        assert error(eager_logits(folder, tokens, chunks, model_impl="transformers"), theirs) < 1e-5, chunks
+        assert spread(_logits(load(folder, model_impl="transformers"), chunks), theirs) < 1e-5, chunks
     prompts = [tokens[:length] for length in (7, 40, 18, 29)]
     with InferenceEngine(str(folder), **_settings(model_impl="transformers", enable_prefix_caching=False)) as engine:
         assert engine.model_info.implementation == "transformers"
@@ -211,19 +85,20 @@ def test_logits_and_tokens_equal_transformers(name: str, tmp_path: Path) -> None
         together = [list(each.outputs[0].token_ids) for each in engine.generate(prompts, params, use_tqdm=False)]
         alone = [list(engine.generate([each], params, use_tqdm=False)[0].outputs[0].token_ids) for each in prompts]
     assert together == alone
-    assert together[1][0] == int(theirs[39].argmax())
+    assert [each[0] for each in together] == [int(theirs[len(prompt) - 1].argmax()) for prompt in prompts]
 
 
-@pytest.mark.parametrize("name", [*ALONE, *(pytest.param(each, marks=pytest.mark.every_case) for each in MORE_ALONE)])
+@pytest.mark.parametrize("name", _cases(ALONE, "bloom", "mamba"))
 def test_a_cache_of_its_own_runs_one_sequence_at_a_time(
     name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder, tokens = write_tiny(tmp_path, name, **_config(name)), some_tokens()
-    theirs = their_logits(folder, tokens)
-    loaded = load(folder, model_impl="transformers")
-    runner = eager_runner(loaded, 5)
-    assert error(step_logits(runner, tokens, [40] + [1] * 30), theirs) < 1e-5
-    assert error(step_logits(runner, tokens, [70]), theirs) < 1e-5, "the next sequence begins anew"
+    """Logits are those of the text up to a token, for the layers of some types see later tokens."""
+    folder, tokens, ends = write_tiny(tmp_path, name, **tiny_config(name)), some_tokens(), (40, 41, 55, 70)
+    theirs = torch.stack([_theirs(folder, tokens[:end])[-1] for end in ends])
+    runner = eager_runner(load(folder, model_impl="transformers"), 5)
+    ours = step_logits(runner, tokens, [40] + [1] * 30)
+    assert spread(ours[[end - 1 for end in ends]], theirs) < 1e-5
+    assert spread(step_logits(runner, tokens, [70])[-1], theirs[-1]) < 1e-5, "the next sequence begins anew"
     prompts = [tokens[:length] for length in (7, 40, 18)]
     params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
     with InferenceEngine(str(folder), **_settings(model_impl="transformers")) as engine:
@@ -232,10 +107,32 @@ def test_a_cache_of_its_own_runs_one_sequence_at_a_time(
         together = [list(each.outputs[0].token_ids) for each in engine.generate(prompts, params, use_tqdm=False)]
         again = [list(engine.generate([each], params, use_tqdm=False)[0].outputs[0].token_ids) for each in prompts]
     assert together == again
-    assert together[1][0] == int(theirs[39].argmax())
+    assert together[1][0] == int(theirs[0].argmax())
     assert "one sequence at a time" in caplog.text
     with pytest.raises(ConfigError, match="drafted"):
         InferenceEngine(str(folder), **_settings(model_impl="transformers", speculative_config={"method": "ngram"}))
+
+
+def test_every_causal_type_is_in_a_list() -> None:
+    assert sorted([*IN_BATCHES, *ALONE, *REFUSED]) == sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+@_MORE
+def test_as_many_types_run_as_transformers_declares() -> None:
+    listed = [*IN_BATCHES, *ALONE, *REFUSED]
+    classes = {name: getattr(transformers, str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name]), None) for name in listed}
+    declared = {name for name, each in classes.items() if getattr(each, "_supports_attention_backend", False)}
+    assert len(declared - REFUSED.keys()) >= 118
+    assert len({*listed} - declared - REFUSED.keys()) >= 45
+
+
+def _theirs(folder: Path, tokens: list[int]) -> torch.Tensor:
+    """Logits [T, V] of the class that a config names; of a text model that is a part of a larger type, too."""
+    named = getattr(transformers, config_of(folder)["architectures"][0])
+    kind = "sdpa" if config_of(folder).get("alibi") else "eager"
+    model = named.from_pretrained(folder, dtype=torch.float32, attn_implementation=kind).eval()
+    with torch.no_grad():
+        return model(torch.tensor([tokens])).logits[0].float()
 
 
 def _logits(loaded: LoadedModel, chunks: list[int] | None = None) -> torch.Tensor:
@@ -297,7 +194,7 @@ def test_gguf_by_the_tables_of_transformers(name: str, architecture: str, tmp_pa
 def test_gguf_without_a_table_is_refused(tmp_path: Path) -> None:
     folder = write_tiny(tmp_path / "hf", "olmo2")
     path = export_gguf(folder, tmp_path / "olmo2.gguf", "olmo2")
-    with pytest.raises(UnsupportedModelError, match="no GGUF files of architecture 'olmo2'; it reads .*llama"):
+    with pytest.raises(UnsupportedModelError, match=r"no GGUF of architecture 'olmo2'; it reads .*llama"):
         load(path, model_impl="transformers")
 
 

@@ -35,24 +35,24 @@ class Placement:
         device: of tensors.
         dtype: of matrices and activations if steps are not recorded, by its name in `quantization/plain.py`.
         weight_memory: memory for matrices in the layouts of the compiled CPU kernels; None if torch multiplies.
-        stepwise: layers run op by op in torch although compiled kernels multiply: those of transformers.
         plain_kind: type of plain matrices in recorded steps; None keeps the stored types.
         words: recorded steps multiply F16 matrices as integers of 14 bits (`kernels/word_linear`).
         keeps_quantised: if steps are not recorded, quantised matrices stay quantised, in the layouts of the GPU's
             kernels; otherwise they are decoded to `dtype`.
         invariant: a token's result has the same bits whatever else is in the step, at some cost.
         shapes_only: `empty` returns shapes without memory, and nothing is loaded.
+        stepwise: layers run op by op in torch although compiled kernels multiply: those of transformers.
     """
 
     device: Device
     dtype: str
     weight_memory: WeightMemory | None = None
-    stepwise: bool = False
     plain_kind: PlainKind | None = None
     words: bool = False
     keeps_quantised: bool = False
     invariant: bool = False
     shapes_only: bool = False
+    stepwise: bool = False
 
     @property
     def recorded(self) -> bool:

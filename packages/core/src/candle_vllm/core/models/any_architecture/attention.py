@@ -103,18 +103,8 @@ def under_way(each: Pass) -> Iterator[Pass]:
         _PASS.reset(token)
 
 
-def _write_down(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **more: Any,
-) -> tuple[torch.Tensor, None]:
+def _write_down(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **more: Any) -> tuple[Any, None]:
     """Notes the call of q [1, H, T, D], k [1, K, T, D] and v [1, K, T, V], and gives zeros [1, T, H, V]."""
-    del dropout
     this = _PASS.get()
     name = this.names.get(module, type(module).__name__)
     tokens, (_, heads, count, dim) = query.shape[2], query.shape
@@ -124,37 +114,29 @@ def _write_down(
         raise NotPagedError(f"{name} has queries {list(query.shape)} and keys {list(key.shape)}")
     if more.get("is_causal", getattr(module, "is_causal", True)) is False:
         raise NotPagedError(f"{name} sees the tokens behind its own", causal=False)
-    others = [key for key in _UNKNOWN if more.get(key) is not None]
-    if others:
+    others = {key for key, given in more.items() if isinstance(given, torch.Tensor) and key not in _KNOWN}
+    if others := sorted(others | {key for key in _UNKNOWN if more.get(key) is not None}):
         raise NotPagedError(f"{name} adds {', '.join(others)} to its scores")
     window = more.get("sliding_window")
     if attention_mask is not None:
         if not hasattr(attention_mask, "window"):
             raise NotPagedError(f"{name} has a mask of its own")
-        window = attention_mask.window  # type: ignore[attr-defined]  # what plain attention in transformers goes by
+        window = attention_mask.window  # what plain attention in transformers goes by
         if isinstance(window, NotPagedError):
             raise window
-    scale = dim**-0.5 if scaling is None else float(scaling)
+    scale = dim**-0.5 if more.get("scaling") is None else float(more["scaling"])
     sizes = heads, key.shape[1], dim, value.shape[3]
     this.calls.append(AttentionCall(name, *sizes, window, scale, more.get("softcap")))
     return query.new_zeros(1, tokens, heads, value.shape[3]), None
 
 
+_KNOWN = ("s_aux", "position_ids", "cache_position", "attention_mask")  # tensors beside q, k and v
 _UNKNOWN = ("position_bias", "alibi", "attention_bias", "bias", "indices", "block_indices", "sinks")
 
 
-def _attend(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **more: Any,
-) -> tuple[torch.Tensor, None]:
+def _attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **more: Any) -> tuple[Any, None]:
     """Writes k and v [1, K, T, D] into the cache of this call, and gives attention of q [1, H, T, D]: [1, T, H, V]."""
-    del module, attention_mask, scaling, dropout
+    del module, attention_mask
     this = _PASS.get()
     assert this.step is not None
     attention, call = this.attentions[this.done], this.calls[this.done]

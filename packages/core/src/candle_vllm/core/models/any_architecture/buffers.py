@@ -20,10 +20,7 @@ def first_position(model: Any) -> int:
 
 def make_buffers(model: Any, placement: Placement, longest: int) -> None:
     """Computes what no checkpoint stores, such as rotary frequencies, by each class's own rules."""
-    owners: list[tuple[str, Any]] = [("", model)]
-    for name, module in model.named_modules():
-        if isinstance(module, transformers.PreTrainedModel):
-            owners.append((name, module))
+    models = [each for each in model.named_modules() if isinstance(each[1], transformers.PreTrainedModel)]
     for name, module in reversed(list(model.named_modules())):  # a model fills buffers of its layers last
         mine = [part for part in module._non_persistent_buffers_set if module._buffers.get(part) is not None]
         plain = [part for part, value in vars(module).items() if isinstance(value, torch.Tensor) and value.is_meta]
@@ -32,9 +29,9 @@ def make_buffers(model: Any, placement: Placement, longest: int) -> None:
         for part in plain:
             setattr(module, part, torch.zeros_like(getattr(module, part), device=placement.device))
         if mine or plain or isinstance(module, transformers.PreTrainedModel):
-            within = (owner for owner in owners if not owner[0] or f"{name}.".startswith(f"{owner[0]}."))
+            owner = [each for own, each in models if not own or f"{name}.".startswith(f"{own}.")][-1]
             with torch.no_grad():
-                max(within, key=lambda owner: len(owner[0]))[1]._init_weights(module)
+                owner._init_weights(module)
         for layer, kind in freeze_rotary(module):
             _settle_rotary(module, layer, kind, longest, placement.device)
 

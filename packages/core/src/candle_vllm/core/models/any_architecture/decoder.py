@@ -18,7 +18,13 @@ from candle_vllm.core.models.any_architecture.buffers import first_position, mak
 from candle_vllm.core.models.any_architecture.config import AnyConfig
 from candle_vllm.core.models.any_architecture.modules import replace_products
 from candle_vllm.core.models.any_architecture.products import Products
-from candle_vllm.core.models.any_architecture.trial import CACHES, arguments, keeps_its_own_cache, layers_of, without_memory
+from candle_vllm.core.models.any_architecture.trial import (
+    CACHES,
+    arguments,
+    keeps_its_own_cache,
+    layers_of,
+    without_memory,
+)
 
 _RECOMPUTED = ("blt", "cpmant")  # whose caches go on to other results than those of the whole text
 _ROUTERS = ("gate", "router", "shared_expert_gate")  # which `isq` leaves plain

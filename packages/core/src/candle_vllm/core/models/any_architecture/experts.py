@@ -27,17 +27,15 @@ class Experts:
     """
 
     def __init__(self, module: Any, name: str, placement: Placement) -> None:
-        self.count, *shape = getattr(module, name).shape
+        self.count, rows, columns = getattr(module, name).shape
         self.upside_down = module.is_transposed
-        rows, columns = reversed(shape) if module.is_transposed else shape
+        rows, columns = (columns, rows) if module.is_transposed else (rows, columns)
         halves = name == "gate_up_proj" and module.is_concatenated
         self.pieces: Sequence[str] = ("gate", "up") if halves else ("all",)
-        sizes = dict.fromkeys(self.pieces, rows // len(self.pieces))
+        sizes: dict[str, int] = dict.fromkeys(self.pieces, rows // len(self.pieces))
         self.linear = Linear(columns, sizes, placement, bias=module.has_bias, experts=self.count)
 
-    def multiply(
-        self, x: torch.Tensor, experts: torch.Tensor, products: Products | None, top_k: int
-    ) -> torch.Tensor:
+    def multiply(self, x: torch.Tensor, experts: torch.Tensor, products: Products | None, top_k: int) -> torch.Tensor:
         """x [P, K] to each row's product [P, N] with the expert of this row; `experts` [P], P is T times `top_k`."""
         if products is None:
             chosen = experts.view(-1, top_k).to(torch.int32)
@@ -57,12 +55,12 @@ class Experts:
             yield from self._pieces_of(name, expert, entry(stored, expert))
 
     def whole(self, name: str, each: Sequence[Sequence[StoredTensor]]) -> Iterator[tuple[str, StoredTensor]] | None:
-        """The parts of tensors [N, K] of each expert, a list for each piece or for all; None where that is impossible."""
+        """The parts of tensors [N, K] of each expert, a list for each piece or for all; None where they do not fit."""
         if self.upside_down or any(len(of) != self.count for of in each):
             return None
         if len(each) == len(self.pieces):
-            stored = {piece: of for piece, of in zip(self.pieces, each, strict=True)}
-            return ((f"{name}.{e}.{piece}", of[e]) for piece, of in stored.items() for e in range(self.count))
+            stored = zip(self.pieces, each, strict=True)
+            return ((f"{name}.{e}.{piece}", of[e]) for piece, of in stored for e in range(self.count))
         if len(each) == 1:
             return (part for e in range(self.count) for part in self._pieces_of(name, e, each[0][e]))
         return None

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -76,9 +77,5 @@ def _upright(stored: StoredTensor, config: Any) -> StoredTensor:
 def _ignored(model: Any, config: Any) -> Sequence[str]:
     """Stored names that carry nothing: what transformers says so of, copies of a tied matrix, old buffers."""
     del config
-    said = [*(model._keys_to_ignore_on_load_unexpected or ()), *map(_literal, model.all_tied_weights_keys)]
+    said = [*(model._keys_to_ignore_on_load_unexpected or ()), *map(re.escape, model.all_tied_weights_keys)]
     return [*(f".*(?:{each}).*" for each in said), r".*rotary_emb\.inv_freq", r".*\.attn\.(?:masked_)?bias"]
-
-
-def _literal(name: str) -> str:
-    return name.replace(".", r"\.")

@@ -43,18 +43,12 @@ _MORE = {"attention.key_length": "head_dim", "expert_feed_forward_length": "moe_
 _OF_EXPERTS = re.compile(r".*\.ffn_(gate|up|down)_exps\.weight")
 
 
+_TABLES = frozenset({*GGUF_CONFIG_ARCHS, *GGUF_SUPPORTED_ARCHITECTURES} - {"general", "tokenizer"})
+
+
 def reads_gguf(name: str) -> bool:
     """Whether transformers has a table for GGUF files of an architecture."""
-    return _known(name) in _tables()
-
-
-def _known(name: str) -> str:
-    """An architecture as transformers' tables spell it."""
-    return {"qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe"}.get(name, name.replace("-", "_"))
-
-
-def _tables() -> set[str]:
-    return {*GGUF_CONFIG_ARCHS, *GGUF_SUPPORTED_ARCHITECTURES} - {"general", "tokenizer"}
+    return {"qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe"}.get(name, name.replace("-", "_")) in _TABLES
 
 
 def config_values(name: str, checkpoint: Checkpoint) -> dict[str, Any]:
@@ -62,8 +56,7 @@ def config_values(name: str, checkpoint: Checkpoint) -> dict[str, Any]:
     path = checkpoint.path
     if not reads_gguf(name):
         raise UnsupportedModelError(
-            f"{path}: transformers reads no GGUF files of architecture {name!r:.80}; it reads "
-            f"{', '.join(sorted(_tables()))}"
+            f"{path}: transformers reads no GGUF of architecture {name!r:.80}; it reads {', '.join(sorted(_TABLES))}"
         )
     try:
         if name in GGUF_CONFIG_ARCHS:
@@ -74,7 +67,9 @@ def config_values(name: str, checkpoint: Checkpoint) -> dict[str, Any]:
         raise InvalidFileError(f"{path}: transformers cannot read its metadata: {error!s:.200}") from error
     scaling = checkpoint.metadata.get(f"{name}.rope.scaling.type", "none")
     if scaling != "none" and not any(values.get(key) for key in ("rope_scaling", "rope_parameters")):
-        raise UnsupportedModelError(f"{path}: transformers does not read {name}.rope.scaling.type, which is {scaling!r}")
+        raise UnsupportedModelError(
+            f"{path}: transformers does not read {name}.rope.scaling.type, which is {scaling!r}"
+        )
     tied = "output.weight" not in checkpoint.tensors or values.get("tie_word_embeddings") is True
     table = checkpoint.tensors.get("token_embd.weight")
     sizes = {} if table is None else {"vocab_size": table.shape[0]}  # it may have more rows than there are tokens
@@ -135,7 +130,7 @@ def _change(processor: Any, name: str, shape: tuple[int, ...]) -> np.ndarray | t
     numbers = np.broadcast_to(numbers.reshape(-1, *[1] * (len(shape) - 1)), shape)
     with np.errstate(all="ignore"):
         made = np.asarray(_process(processor, name, numbers))
-    if made is numbers or made.shape == shape and np.array_equal(made, numbers):
+    if made is numbers or (made.shape == shape and np.array_equal(made, numbers)):
         return None
     if len(shape) == 2 and made.shape == shape[::-1] and np.array_equal(made.T, numbers):
         return None

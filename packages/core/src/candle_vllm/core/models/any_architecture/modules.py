@@ -11,6 +11,7 @@ import torch
 from torch.utils._pytree import tree_map
 from transformers.pytorch_utils import Conv1D
 
+from candle_vllm.core.kernels.torch_numbers import load_tensor
 from candle_vllm.core.layers.embedding import Embedding
 from candle_vllm.core.layers.linear import Linear
 from candle_vllm.core.layers.parameters import Placement, TensorParameter
@@ -79,7 +80,9 @@ class _Own:
         """Take a layer of this engine of shape [N, K]; the module's own parameters go."""
         self.own, self.shape, self.products = own, shape, products
         self.own_dtype = torch.float32 if placement.shapes_only else placement.torch_dtype
-        self.own_device = torch.device("meta") if placement.shapes_only else torch.empty(0, device=placement.device).device
+        self.own_device = (
+            torch.device("meta") if placement.shapes_only else torch.empty(0, device=placement.device).device
+        )
         self._parameters: dict[str, Any] = {}
 
 
@@ -125,11 +128,6 @@ class OwnEmbedding(_Own, torch.nn.Embedding):  # type: ignore[misc]
         return rows.to(self.own_dtype).view(*input.shape, self.shape[1])
 
 
-def _own_class(kind: type[torch.nn.Module], own: type[Any], base: type[torch.nn.Module]) -> type[Any]:
-    """A class by which a module of `kind` calls `own` wherever it would call its base, a class of torch."""
-    return own if kind is base else type(f"Own{kind.__name__}", (kind, own), {})
-
-
 class PlainTensor:
     """A parameter or buffer that stays transformers' own, as a layer with one part, "".
 
@@ -160,8 +158,6 @@ class _PlainParameter(TensorParameter):
         """Decodes the tensor and copies it."""
         if self._tensor.is_floating_point():
             return super().fill(stored)
-        from candle_vllm.core.kernels.torch_numbers import load_tensor
-
         self._tensor.copy_(load_tensor(stored, None))
         return None
 
@@ -213,9 +209,9 @@ def replace_products(
             own = tables[source]
         else:
             parts[name] = own = Linear(columns, rows, placement, bias=module.bias is not None)
-        module.__class__ = _own_class(type(module), _BASES[base], base)
-        replaced: Any = module
-        replaced.become(own, placement, shape, products)
+        kind, mine = type(module), _BASES[base]  # a subclass calls this engine's wherever it would call its base
+        module.__class__ = mine if kind is base else type(f"Own{kind.__name__}", (kind, mine), {})
+        module.become(own, placement, shape, products)
     for name, module in model.named_modules():
         if has_experts(module):
             experts |= {f"{name}.{part}": each for part, each in replace_experts(module, placement, products).items()}

@@ -39,51 +39,34 @@ class Products:
 
     def multiply(self, matrices: Sequence[Matrix], x: torch.Tensor) -> torch.Tensor:
         """x [T, K] to x W^T [T, N] in fp32, where W is matrices above each other."""
-        given, out = self._buffer("x", x.shape[1]), self._buffer("y", sum(matrix.rows for matrix in matrices))
-        numbers = x.detach().float().numpy()
-
-        def record() -> None:
-            put_value(buffer_value(self._recorder, given).linear(matrices, None), out)
-
-        def lay_out(rows: slice) -> None:
-            given.rows[: rows.stop - rows.start] = numbers[rows]
-
-        return self._run(("product", id(matrices[0])), record, lay_out, len(x), out)
+        recorder, given = self._recorder, self._buffer("x", x.shape[1])
+        out = self._buffer("y", sum(matrix.rows for matrix in matrices))
+        record = lambda: put_value(buffer_value(recorder, given).linear(matrices, None), out)  # noqa: E731
+        return self._run(("product", id(matrices[0])), record, given.rows, x.detach().float().numpy(), out)
 
     def take(self, matrix: Matrix, ids: torch.Tensor) -> torch.Tensor:
         """The rows [T, K] of a matrix by their numbers [T], in fp32."""
-        out, numbers, tokens = self._buffer("y", matrix.columns), ids.numpy(), self._recorder.arrays.token_ids
-
-        def record() -> None:
-            put_value(step_tokens(self._recorder).embedding(matrix), out)
-
-        def lay_out(rows: slice) -> None:
-            tokens[: rows.stop - rows.start] = numbers[rows]
-
-        return self._run(("rows", id(matrix)), record, lay_out, len(ids), out)
+        recorder, out = self._recorder, self._buffer("y", matrix.columns)
+        record = lambda: put_value(step_tokens(recorder).embedding(matrix), out)  # noqa: E731
+        return self._run(("rows", id(matrix)), record, recorder.arrays.token_ids, ids.numpy(), out)
 
     def _run(
-        self,
-        key: tuple[str, int],
-        record: Callable[[], None],
-        lay_out: Callable[[slice], None],
-        count: int,
-        out: Buffer,
+        self, key: tuple[str, int], record: Callable[[], None], given: np.ndarray, inputs: np.ndarray, out: Buffer
     ) -> torch.Tensor:
-        """Run a plan, which is recorded the first time, for `count` rows; matrices live as long as the plans."""
+        """Run a plan, which is recorded the first time, for inputs that `given` holds; matrices live as long as it."""
         if key not in self._plans:
             self._recorder.begin(Adapted.NOT)
             record()
             self._plans[key] = np.array(self._recorder.plan, np.int64), self._recorder.num_rows
         plan, operations = self._plans[key]
-        made = torch.empty(count, out.width)
+        made = torch.empty(len(inputs), out.width)
         rows, sizes = made.numpy(), self._recorder.arrays.numbers
-        for first in range(0, count, _ROWS):
-            part = slice(first, min(first + _ROWS, count))
-            lay_out(part)
-            sizes[StepNumber.TOKENS] = part.stop - first
+        for first in range(0, len(inputs), _ROWS):
+            part = inputs[first : first + _ROWS]
+            given[: len(part)] = part
+            sizes[StepNumber.TOKENS] = len(part)
             self._team.run(plan, operations)
-            rows[part] = out.rows[: part.stop - first]
+            rows[first : first + len(part)] = out.rows[: len(part)]
         return made
 
     def _buffer(self, name: str, width: int) -> Buffer:

@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import transformers
+from torch.fx.experimental import _config
 from torch.overrides import TorchFunctionMode
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -36,8 +36,9 @@ def class_of(described: Any) -> Any:
     """The causal class of a config: of its type, or the one that it names; None where there is none."""
     if type(described) in MODEL_FOR_CAUSAL_LM_MAPPING:
         return MODEL_FOR_CAUSAL_LM_MAPPING[type(described)]
-    names = described.architectures or [""]
-    return getattr(transformers, names[0]) if names[0] in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() else None
+    name = (described.architectures or [""])[0]
+    found = getattr(transformers, name) if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() else None
+    return found if found is not None and found.config_class is type(described) else None
 
 
 def calls_of(model: Any) -> tuple[AttentionCall, ...]:
@@ -50,7 +51,7 @@ def calls_of(model: Any) -> tuple[AttentionCall, ...]:
         raise NotPagedError(f"{type(model).__name__} does not declare that it follows the attention interface")
     if getattr(model, "_is_stateful", False):
         raise NotPagedError(f"{type(model).__name__} keeps a recurrent state")
-    for name, module in model.named_modules():
+    for module in model.modules():
         freeze_rotary(module)
     base = model.get_submodule(layers_of(model))
     if "position_ids" not in arguments(base):
@@ -59,23 +60,15 @@ def calls_of(model: Any) -> tuple[AttentionCall, ...]:
     for name, module in model.named_modules():
         module.register_forward_pre_hook(lambda *_, name=name: called.add(name))
     ids = torch.zeros(1, _TRIED, dtype=torch.int64, device="meta")
+    fx_config: Any = _config
+    nonzero = fx_config.patch(meta_nonzero_assume_all_nonzero=True)  # experts are asked which tokens are theirs: all
     try:
-        with under_way(tried), torch.inference_mode(), _all_nonzero():
+        with under_way(tried), torch.inference_mode(), _Zeros(), nonzero:
             base(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=ids, use_cache=False)
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
         raise NotPagedError(f"{type(model).__name__} cannot be tried without memory: {error!s:.200}") from error
     _check_layers(model, {call.module for call in tried.calls}, called)
     return tuple(tried.calls)
-
-
-@contextmanager
-def _all_nonzero() -> Iterator[None]:
-    """On the meta device, which has no numbers, experts are asked which tokens are theirs: all."""
-    from torch.fx.experimental import _config
-
-    config: Any = _config
-    with config.patch(meta_nonzero_assume_all_nonzero=True), _Zeros():
-        yield
 
 
 class _Zeros(TorchFunctionMode):

@@ -6,7 +6,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from candle_vllm.core.errors import WeightsError
 from candle_vllm.core.kernels.torch_numbers import load_tensor
 from candle_vllm.core.loading.tensors import Checkpoint
+from candle_vllm.core.loading.views import Made, rows_of_bytes
 from candle_vllm.core.models.any_architecture.experts import Experts
 from candle_vllm.core.quantization.tensors import StoredTensor
 
@@ -65,7 +65,7 @@ class Conversion:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class ConvertedTensor(StoredTensor):
+class ConvertedTensor(Made):
     """A tensor that transformers makes of several stored ones, or of a part of one, when it is loaded.
 
     Attributes:
@@ -74,24 +74,13 @@ class ConvertedTensor(StoredTensor):
 
     conversion: Conversion
 
-    @property
-    def path(self) -> Path:
-        """See `StoredTensor`."""
-        return next(iter(self.conversion.sources.values()))[0].path
-
     def raw(self) -> np.ndarray:
         """See `StoredTensor`."""
-        return self.load().view(np.uint8).reshape(-1, self.shape[-1] * 4)
-
-    def load(self, dtype: str | None = "F32") -> np.ndarray:
-        """See `StoredTensor`."""
-        assert dtype in (None, "F32"), "converted tensors are fp32"
         found = self.conversion.tensor(self.name)
         if tuple(found.shape) != self.shape:
-            raise WeightsError(
-                f"{self.path}: {self.name} has shape {list(found.shape)}; the config asks for {list(self.shape)}"
-            )
-        return found.contiguous().numpy()
+            said = f"{self.name} has shape {list(found.shape)}; the config asks for {list(self.shape)}"
+            raise WeightsError(f"{self.path}: {said}")
+        return rows_of_bytes(found.numpy(), self.shape)
 
     def release(self) -> None:
         """See `StoredTensor`."""
@@ -140,7 +129,7 @@ def named_for(
         conversion = Conversion(given, converter, target, model, {}, set(names))
         for name in names:
             size = 4 * int(np.prod(shapes[name]))
-            tensors[name] = ConvertedTensor(name, shapes[name], "F32", size, conversion)
+            tensors[name] = ConvertedTensor(name, shapes[name], "F32", size, checkpoint.path, conversion)
     return checkpoint.with_tensors(dict(apart(tensors, experts)))
 
 
