@@ -15,6 +15,7 @@ if __name__ == "__main__":
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from candle_vllm.core.models.registry import HF_ENCODERS, HF_FAMILIES
+from packages.core.tests.models.any_configs import ALONE, IN_BATCHES, REFUSED
 from packages.core.tests.models.families import (
     CUDA_ISQ,
     FORMATS,
@@ -28,6 +29,7 @@ from packages.core.tests.models.families import (
 
 PAGE = Path(__file__).parents[4] / "docs" / "models.md"
 BEGIN, END = "<!-- table of families: begin -->", "<!-- table of families: end -->"
+TYPES_BEGIN, TYPES_END = "<!-- causal types of transformers: begin -->", "<!-- causal types of transformers: end -->"
 LEFT_OUT = {  # by transformers
     "mistral4": "Mistral4ForCausalLM",
     "muse_glimmer_text": "MuseGlimmerForCausalLM",
@@ -100,11 +102,25 @@ def _gguf(name: str, tests: list[str], word: str) -> str:
     return word if any(ROWS[test].gguf for test in tests) else UNTESTED
 
 
+def types() -> str:
+    """Which causal types of transformers run here, and by whose layers."""
+    own = {name for name, named in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() if named in {*HF_FAMILIES, *TOWERS}}
+    lists = {
+        "By this project's own layers": own,
+        "By layers of transformers, in batches": {*IN_BATCHES} - own,
+        "By layers of transformers, one sequence at a time": {*ALONE} - own,
+    }
+    lines = [f"**{title}**: {', '.join(f'`{name}`' for name in sorted(names))}." for title, names in lists.items()]
+    rest = "; ".join(f"`{name}` ({why})" for name, why in sorted(REFUSED.items()) if name not in own)
+    return "\n\n".join([*lines, f"**Not tested or not running**: {rest}."])
+
+
 def page(text: str) -> str:
-    """The page with the table as it should be."""
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n\n{table()}\n\n{END}{after}"
+    """The page with the table and the lists as they should be."""
+    for begin, end, made in ((BEGIN, END, table()), (TYPES_BEGIN, TYPES_END, types())):
+        before, _, rest = text.partition(begin)
+        text = f"{before}{begin}\n\n{made}\n\n{end}{rest.partition(end)[2]}"
+    return text
 
 
 if __name__ == "__main__":

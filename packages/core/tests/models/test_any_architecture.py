@@ -52,7 +52,6 @@ GGUF = {
     "Qwen3": "qwen3",
     "Qwen3-MoE": "qwen3moe",
     "Gemma-2": "gemma2",
-    "StableLM": "stablelm",
     "GPT-2": "gpt2",
     "BLOOM": "bloom",
     "StarCoder2": "starcoder2",
@@ -63,7 +62,7 @@ GGUF = {
 
 
 def _settings(**more: Any) -> dict[str, Any]:
-    return {"device": "cpu", "threads": 1, "block_size": 16, "kv_cache_memory": 1 << 24, **more}
+    return {"device": "cpu", "threads": 1, "block_size": 16, "kv_cache_memory": 1 << 24, "max_images": 0, **more}
 
 
 def _cases(names: list[str], *common: str) -> list[Any]:

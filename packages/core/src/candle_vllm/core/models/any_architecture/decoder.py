@@ -13,18 +13,12 @@ from transformers.pytorch_utils import Conv1D
 from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.layers.attention import StepInput
 from candle_vllm.core.layers.parameters import Placement
+from candle_vllm.core.models.any_architecture import trial
 from candle_vllm.core.models.any_architecture.attention import PAGED, Pass, under_way
 from candle_vllm.core.models.any_architecture.buffers import first_position, make_buffers
 from candle_vllm.core.models.any_architecture.config import AnyConfig
 from candle_vllm.core.models.any_architecture.modules import replace_products
 from candle_vllm.core.models.any_architecture.products import Products
-from candle_vllm.core.models.any_architecture.trial import (
-    CACHES,
-    arguments,
-    keeps_its_own_cache,
-    layers_of,
-    without_memory,
-)
 
 _RECOMPUTED = ("blt", "cpmant")  # whose caches go on to other results than those of the whole text
 _ROUTERS = ("gate", "router", "shared_expert_gate")  # which `isq` leaves plain
@@ -51,7 +45,7 @@ class AnyDecoder:
     def __init__(self, config: AnyConfig, placement: Placement) -> None:
         self.config, self._placement = config, placement
         dtype = torch.float32 if placement.shapes_only else placement.torch_dtype
-        self.model = without_memory(config.described, None if config.obstacle else PAGED, dtype)
+        self.model = trial.without_memory(config.described, None if config.obstacle else PAGED, dtype)
         tables = {self.model.get_input_embeddings(): "embed", self.model.get_output_embeddings(): "head"}
         at = {name: tables[module] for name, module in self.model.named_modules() if module in tables}
         self.stored_shapes = {name: tuple(each.shape) for name, each in self.model.state_dict().items()}
@@ -69,14 +63,13 @@ class AnyDecoder:
                 setattr(self, at[name], layer)
         if not placement.shapes_only:
             make_buffers(self.model, placement, config.max_position)
-        self._base = self.model.get_submodule(layers_of(self.model))
+        self._base = self.model.get_submodule(trial.layers_of(self.model))
         self._head = _Head(self._base)
         self._attentions = [call.attention(number) for number, call in enumerate(config.calls)]
-        self._names = {module: name for name, module in self.model.named_modules()}
         self._first_position = first_position(self.model)
         self._cache = dict[str, Any]()  # of the one sequence, where it is transformers'
         self._seen = torch.empty(1, 0, dtype=torch.int64)  # its tokens
-        self._recomputes = config.model_type in _RECOMPUTED or not keeps_its_own_cache(self.model)
+        self._recomputes = config.model_type in _RECOMPUTED or not trial.keeps_its_own_cache(self.model)
 
     def prepare(self, positions: int) -> None:
         """See `Decoder.prepare`; transformers computes its tables in each step."""
@@ -86,7 +79,7 @@ class AnyDecoder:
         ids, positions = token_ids.long()[None], step.positions.long()[None]
         if self.config.obstacle is not None:
             return self._alone(ids, int(positions[0, 0]))
-        this = Pass(self._names, list(self.config.calls), step, self._attentions)
+        this = Pass({}, list(self.config.calls), step, self._attentions)
         with under_way(this):
             out = self._base(
                 input_ids=ids, position_ids=positions + self._first_position, use_cache=False, return_dict=True
@@ -106,21 +99,20 @@ class AnyDecoder:
     def _continued(self, ids: torch.Tensor) -> torch.Tensor:
         """Hidden states [T, E] of the next tokens [1, T]; without a cache all tokens before them are run again."""
         before, self._seen = self._seen.shape[1], torch.cat([self._seen, ids], 1)
-        if self._recomputes and before:
+        if self._recomputes:
             return self._base(input_ids=self._seen, return_dict=True).last_hidden_state[0, before:]
         positions = torch.arange(before, self._seen.shape[1], device=ids.device)
         places = positions[None] + self._first_position
         given: dict[str, Any] = {"position_ids": places, "cache_position": positions, "use_cache": True}
-        given = {name: value for name, value in given.items() if name in arguments(self._base)} | self._cache
+        given = {name: value for name, value in given.items() if name in trial.arguments(self._base)} | self._cache
         out = self._base(input_ids=ids, return_dict=True, **given)
-        self._cache = {name: out[name] for name in CACHES if out.get(name) is not None}
+        self._cache = {name: out[name] for name in trial.CACHES if out.get(name) is not None}
         self._recomputes |= not self._cache
         return out.last_hidden_state[0]
 
     def logits(self, hidden: Value, out: Value | None = None) -> Value:
         """See `Decoder.logits`; whatever the class does behind its last norm is done by its own code."""
-        prefix = layers_of(self.model)
-        self._head.hidden = hidden[None]
+        self._head.hidden, prefix = hidden[None], trial.layers_of(self.model)
         self.model.set_submodule(prefix, self._head)
         try:
             scores = self.model(inputs_embeds=hidden[None], use_cache=False, return_dict=True).logits[0]

@@ -22,11 +22,11 @@ from transformers.integrations.gguf import (
     read_gguf_metadata,
 )
 from transformers.modeling_gguf_pytorch_utils import (
-    GGUF_SUPPORTED_ARCHITECTURES,
+    GGUF_CONFIG_DEFAULTS_MAPPING,
+    GGUF_CONFIG_MAPPING,
     TENSOR_PROCESSORS,
     TensorProcessor,
     get_gguf_hf_weights_map,
-    load_gguf_checkpoint,
 )
 
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
@@ -40,37 +40,45 @@ from candle_vllm.core.quantization.tensors import StoredTensor
 _MORE = {"attention.key_length": "head_dim", "expert_feed_forward_length": "moe_intermediate_size"}
 """Sizes that the tables leave to a config's defaults, by the keys of metadata."""
 
-_OF_EXPERTS = re.compile(r".*\.ffn_(gate|up|down)_exps\.weight")
 
-
-_TABLES = frozenset({*GGUF_CONFIG_ARCHS, *GGUF_SUPPORTED_ARCHITECTURES} - {"general", "tokenizer"})
+_TABLES = frozenset({*GGUF_CONFIG_ARCHS, *GGUF_CONFIG_MAPPING} - {"general", "tokenizer"})
+_TEXT = {"gemma3": "gemma3_text", "gemma4": "gemma4_text"}  # model types of files that have the text model alone
 
 
 def reads_gguf(name: str) -> bool:
     """Whether transformers has a table for GGUF files of an architecture."""
-    return {"qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe"}.get(name, name.replace("-", "_")) in _TABLES
+    return _table(name) in _TABLES
+
+
+def _table(name: str) -> str:
+    """The name of an architecture's table."""
+    return {"qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe"}.get(name, name.replace("-", "_"))
 
 
 def config_values(name: str, checkpoint: Checkpoint) -> dict[str, Any]:
     """The contents of a `config.json` for a GGUF file of the architecture `name`; errors as `family_of_gguf`."""
-    path = checkpoint.path
-    if not reads_gguf(name):
+    path, kind = checkpoint.path, _table(name)
+    if kind not in _TABLES:
         raise UnsupportedModelError(
             f"{path}: transformers reads no GGUF of architecture {name!r:.80}; it reads {', '.join(sorted(_TABLES))}"
         )
-    try:
-        if name in GGUF_CONFIG_ARCHS:
-            values = get_gguf_config(*read_gguf_metadata(str(path)))
-        else:
-            values = load_gguf_checkpoint(str(path))["config"]
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise InvalidFileError(f"{path}: transformers cannot read its metadata: {error!s:.200}") from error
+    values: dict[str, Any] = {"model_type": _TEXT.get(kind, kind), **GGUF_CONFIG_DEFAULTS_MAPPING.get(kind, {})}
+    if name in GGUF_CONFIG_ARCHS:
+        try:
+            values = get_gguf_config(read_gguf_metadata(str(path))[0], tuple(checkpoint.tensors))
+        except (ValueError, KeyError, TypeError) as error:
+            raise InvalidFileError(f"{path}: transformers cannot read its metadata: {error!s:.200}") from error
+    else:
+        said = {named: checkpoint.metadata.get(f"{name}.{key}") for key, named in GGUF_CONFIG_MAPPING[kind].items()}
+        values |= {named: value for named, value in said.items() if isinstance(named, str) and value is not None}
+    if isinstance(values.get("scoring_func"), int):
+        values["scoring_func"] = ("none", "softmax", "sigmoid")[values["scoring_func"] % 3]
     scaling = checkpoint.metadata.get(f"{name}.rope.scaling.type", "none")
     if scaling != "none" and not any(values.get(key) for key in ("rope_scaling", "rope_parameters")):
         raise UnsupportedModelError(
             f"{path}: transformers does not read {name}.rope.scaling.type, which is {scaling!r}"
         )
-    tied = "output.weight" not in checkpoint.tensors or values.get("tie_word_embeddings") is True
+    tied = "output.weight" not in checkpoint.tensors or kind in ("falcon", "bloom")
     table = checkpoint.tensors.get("token_embd.weight")
     sizes = {} if table is None else {"vocab_size": table.shape[0]}  # it may have more rows than there are tokens
     known = vars(CONFIG_MAPPING[values["model_type"]]())
@@ -106,8 +114,7 @@ def named_in_gguf(
 
 def _of_experts(target: str, of: Experts, name: str, stored: StoredTensor) -> Iterator[tuple[str, StoredTensor]]:
     """The parts of one tensor of all experts, which is gate, up or down."""
-    said = _OF_EXPERTS.fullmatch(name)
-    piece = said[1] if said is not None and said[1] in of.pieces else None
+    piece = next((piece for piece in of.pieces if f".ffn_{piece}_exps." in name), None)
     if piece is None:
         yield from of.split(target, stored)
     elif len(stored.shape) == 3 and stored.shape[0] == of.count:

@@ -33,7 +33,7 @@ def without_memory(described: Any, attention: str | None, dtype: torch.dtype) ->
 
 
 def class_of(described: Any) -> Any:
-    """The causal class of a config: of its type, or the one that it names; None where there is none."""
+    """The causal class of a config's type, or the one that the config names; None for a config of another kind."""
     if type(described) in MODEL_FOR_CAUSAL_LM_MAPPING:
         return MODEL_FOR_CAUSAL_LM_MAPPING[type(described)]
     name = (described.architectures or [""])[0]
@@ -82,13 +82,7 @@ class _Zeros(TorchFunctionMode):
 
 
 def _check_layers(model: Any, callers: set[str], called: set[str]) -> None:
-    """NotPagedError where a layer mixes tokens by anything but attention.
-
-    Args:
-        model: of transformers.
-        callers: names of modules that call the attention interface.
-        called: names of modules that were called.
-    """
+    """NotPagedError where a layer mixes tokens by anything but attention, which modules named `callers` ask for."""
     layers = {caller.split(f".{part}.")[0] for caller in callers for part in caller.split(".") if part.isdigit()}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.ModuleList) and name in layers:
