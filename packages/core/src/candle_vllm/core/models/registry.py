@@ -280,7 +280,7 @@ def family_from_gguf(
     absent = name not in GGUF_FAMILIES and name not in GGUF_ENCODERS
     if impl == "transformers" or (impl == "auto" and absent and _has_transformers()):
         module = _any_architecture()
-        if impl == "transformers" or module.reads_gguf(name):
+        if impl == "transformers" or module.gguf.reads_gguf(name):
             return module.family_of_gguf(name, checkpoint)
     if name == "llama" and Fields(metadata, checkpoint.path, "llama.").get("expert_count", int, 0):
         from candle_vllm.core.models.mixtral import FAMILY as family  # its files bear Llama's name

@@ -13,15 +13,13 @@ from candle_vllm.core.layers.parameters import SHAPES
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.views import transposed
 from candle_vllm.core.loading.weights import WeightName
+from candle_vllm.core.models.any_architecture import gguf
 from candle_vllm.core.models.any_architecture.config import AnyConfig, config_from_hf
 from candle_vllm.core.models.any_architecture.decoder import AnyDecoder
 from candle_vllm.core.models.any_architecture.experts import stored_part
-from candle_vllm.core.models.any_architecture.gguf import config_values, named_in_gguf, reads_gguf
 from candle_vllm.core.models.any_architecture.weights import named_for
 from candle_vllm.core.models.family import Family
 from candle_vllm.core.quantization.tensors import StoredTensor
-
-__all__ = ["family_of", "family_of_gguf", "reads_gguf"]
 
 
 def family_of(values: Mapping[str, Any], path: Path) -> tuple[Family, AnyConfig]:
@@ -35,19 +33,19 @@ def family_of_gguf(name: str, checkpoint: Checkpoint) -> tuple[Family, AnyConfig
     Raises:
         UnsupportedModelError: transformers reads no GGUF files of this architecture; the message lists those it reads.
     """
-    values = config_values(name, checkpoint)
-    return _family(values, checkpoint.path, partial(named_in_gguf, name), (name,))
+    values = gguf.config_values(name, checkpoint)
+    return _family(values, checkpoint.path, partial(gguf.named_in_gguf, name), (name,))
 
 
 def _family(
-    values: Mapping[str, Any], path: Path, named: Callable[..., Checkpoint], gguf: tuple[str, ...] = ()
+    values: Mapping[str, Any], path: Path, named: Callable[..., Checkpoint], names: tuple[str, ...] = ()
 ) -> tuple[Family, AnyConfig]:
     config = config_from_hf(values, path)
     shapes = AnyDecoder(config, SHAPES)
     table = list(_table(shapes))
     return Family(
         hf={},
-        gguf=gguf,
+        gguf=names,
         config_from_hf=lambda *_: config,
         build=lambda config, placement, _: AnyDecoder(config, placement),
         weights=table,

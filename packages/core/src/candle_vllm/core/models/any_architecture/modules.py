@@ -28,8 +28,8 @@ class _Weight(torch.Tensor):
     @staticmethod
     def __new__(cls, module: Any) -> _Weight:
         """Stands for the matrix of a module."""
-        of_matrix = {"dtype": module.own_dtype, "device": module.own_device}
-        made: Any = torch.Tensor._make_wrapper_subclass(cls, module.stored_shape, **of_matrix)
+        kind = {"dtype": module.own_dtype, "device": module.own_device}
+        made: Any = torch.Tensor._make_wrapper_subclass(cls, module.stored_shape, **kind)
         made.module = module
         return made
 

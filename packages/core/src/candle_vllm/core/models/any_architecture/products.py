@@ -34,40 +34,43 @@ class Products:
         limits = StepLimits(_ROWS, sequences=1, logit_rows=1, table_width=1, block_size=16, threads=threads)
         self._recorder = Recorder(limits, host_isa())
         self._team = ThreadTeam(threads, kept_plans=1 << 20)
-        self._plans: dict[tuple[str, int], tuple[np.ndarray, int]] = {}
+        self._plans: dict[int, tuple[np.ndarray, int, np.ndarray, np.ndarray]] = {}
         self._buffers: dict[tuple[str, int], Buffer] = {}
 
     def multiply(self, matrices: Sequence[Matrix], x: torch.Tensor) -> torch.Tensor:
         """x [T, K] to x W^T [T, N] in fp32, where W is matrices above each other."""
-        recorder, given = self._recorder, self._buffer("x", x.shape[1])
-        out = self._buffer("y", sum(matrix.rows for matrix in matrices))
-        record = lambda: put_value(buffer_value(recorder, given).linear(matrices, None), out)  # noqa: E731
-        return self._run(("product", id(matrices[0])), record, given.rows, x.detach().float().numpy(), out)
+        key = id(matrices[0])
+        if key not in self._plans:
+            given, out = self._buffer("x", x.shape[1]), self._buffer("y", sum(matrix.rows for matrix in matrices))
+            record = lambda: put_value(buffer_value(self._recorder, given).linear(matrices, None), out)  # noqa: E731
+            self._plans[key] = *self._record(record), given.rows, out.rows
+        return self._run(*self._plans[key], x.float().numpy())
 
     def take(self, matrix: Matrix, ids: torch.Tensor) -> torch.Tensor:
         """The rows [T, K] of a matrix by their numbers [T], in fp32."""
-        recorder, out = self._recorder, self._buffer("y", matrix.columns)
-        record = lambda: put_value(step_tokens(recorder).embedding(matrix), out)  # noqa: E731
-        return self._run(("rows", id(matrix)), record, recorder.arrays.token_ids, ids.numpy(), out)
-
-    def _run(
-        self, key: tuple[str, int], record: Callable[[], None], given: np.ndarray, inputs: np.ndarray, out: Buffer
-    ) -> torch.Tensor:
-        """Run a plan, which is recorded the first time, for inputs that `given` holds; matrices live as long as it."""
+        key = -id(matrix)
         if key not in self._plans:
-            self._recorder.begin(Adapted.NOT)
-            record()
-            self._plans[key] = np.array(self._recorder.plan, np.int64), self._recorder.num_rows
-        plan, operations = self._plans[key]
-        made = torch.empty(len(inputs), out.width)
-        rows, sizes = made.numpy(), self._recorder.arrays.numbers
+            given, out = self._recorder.arrays.token_ids, self._buffer("y", matrix.columns)
+            record = lambda: put_value(step_tokens(self._recorder).embedding(matrix), out)  # noqa: E731
+            self._plans[key] = *self._record(record), given, out.rows
+        return self._run(*self._plans[key], ids.numpy())
+
+    def _record(self, record: Callable[[], None]) -> tuple[np.ndarray, int]:
+        """A plan and its number of operations; matrices live as long as it."""
+        self._recorder.begin(Adapted.NOT)
+        record()
+        return np.array(self._recorder.plan, np.int64), self._recorder.num_rows
+
+    def _run(self, plan: np.ndarray, count: int, given: np.ndarray, out: np.ndarray, inputs: Any) -> torch.Tensor:
+        """Run a plan for inputs that `given` holds."""
+        made, sizes = np.empty((len(inputs), out.shape[1]), np.float32), self._recorder.arrays.numbers
         for first in range(0, len(inputs), _ROWS):
             part = inputs[first : first + _ROWS]
             given[: len(part)] = part
             sizes[StepNumber.TOKENS] = len(part)
-            self._team.run(plan, operations)
-            rows[first : first + len(part)] = out.rows[: len(part)]
-        return made
+            self._team.run(plan, count)
+            made[first : first + len(part)] = out[: len(part)]
+        return torch.from_numpy(made)
 
     def _buffer(self, name: str, width: int) -> Buffer:
         if (name, width) not in self._buffers:
