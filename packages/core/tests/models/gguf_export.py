@@ -1008,7 +1008,27 @@ def _starcoder2(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors)
     return tensors
 
 
+def _nemotron(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    """Norms are stored as their distance from 1, and GGUF has the factors."""
+    writer.add_layer_norm_rms_eps(config["norm_eps"])
+    return {name: data + 1 if name.endswith("norm.weight") else data for name, data in tensors.items()}
+
+
+def _mamba(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    """Decays instead of their logarithms, and kernels without the dimension of 1."""
+    writer.add_ssm_conv_kernel(config["conv_kernel"])
+    writer.add_ssm_inner_size(config["intermediate_size"])
+    writer.add_ssm_state_size(config["state_size"])
+    writer.add_ssm_time_step_rank(config["time_step_rank"])
+    writer.add_layer_norm_rms_eps(config["layer_norm_epsilon"])
+    decays = {name: -np.exp(data) for name, data in tensors.items() if name.endswith("A_log")}
+    kernels = {name: data[:, 0] for name, data in tensors.items() if name.endswith("conv1d.weight")}
+    return {**tensors, **decays, **kernels}
+
+
 CONVERTERS: Mapping[str, Convert] = {
+    "mamba": _mamba,
+    "nemotron": _nemotron,
     "hy_v3": _hy_v3,
     "apertus": _apertus,
     "laguna": _laguna,
