@@ -1014,7 +1014,7 @@ def _nemotron(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -
     return {name: data + 1 if name.endswith("norm.weight") else data for name, data in tensors.items()}
 
 
-def _mamba(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+def _mamba_1(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
     """Decays instead of their logarithms, and kernels without the dimension of 1."""
     writer.add_ssm_conv_kernel(config["conv_kernel"])
     writer.add_ssm_inner_size(config["intermediate_size"])
@@ -1027,7 +1027,7 @@ def _mamba(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> T
 
 
 CONVERTERS: Mapping[str, Convert] = {
-    "mamba": _mamba,
+    "mamba": _mamba_1,
     "nemotron": _nemotron,
     "hy_v3": _hy_v3,
     "apertus": _apertus,
