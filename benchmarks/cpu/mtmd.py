@@ -263,9 +263,9 @@ class Ours:
         cpu = choose_device("cpu")
         loaded = load_model(config, cpu, lambda *_: None)
         assert loaded.tower is not None
-        assert loaded.vision_input is not None
+        assert loaded.vision is not None
         ids = loaded.tokenizer.encode(marked(family), add_special_tokens=False)
-        _, (image,) = loaded.vision_input.look(ids, [pixels])
+        _, (image,) = loaded.vision.look(ids, [pixels])
         self.tiles = np.frombuffer(image.tiles, np.uint8).reshape(*image.shape, 3)
         tower = loaded.tower.tower
         self._runner = EagerTower(tower, cpu) if exact else RecordedTower(tower, ThreadTeam(threads))

@@ -18,7 +18,7 @@ from typing import Any, TypeAlias, TypeVar
 import msgspec
 
 from candle_vllm.core.config import EngineConfig
-from candle_vllm.core.engine.ranks.rank_line import ReceivedBatches, ToRank
+from candle_vllm.core.engine.ranks.rank_line import Batches, ToRank
 from candle_vllm.core.engine.runners.model_runner import ModelRunner
 from candle_vllm.core.errors import EngineDeadError
 from candle_vllm.core.kernels.collectives import Stages
@@ -235,7 +235,7 @@ class ToldRanks:
             thread.start()
 
     def _run(self, told: queue.SimpleQueue[bytes | None], runner: ModelRunner, stream: LazyStream | None) -> None:
-        batches = ReceivedBatches()
+        batches = Batches()
         while True:
             try:
                 while stream is not None and told.empty():  # a device computes while it is told nothing

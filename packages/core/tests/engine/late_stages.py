@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from candle_vllm.core.assembly.model import LoadedModel
-from candle_vllm.core.engine.ranks.rank_line import Forward, Next, ReceivedBatches
+from candle_vllm.core.engine.ranks.rank_line import Batches, Forward, Next
 from candle_vllm.core.engine.ranks.ranks import RankedRunner
 from candle_vllm.core.engine.runners.device_runner import DeviceRunner
 from candle_vllm.core.engine.step.engine import Engine
@@ -40,7 +40,7 @@ class LateStage:
     """
 
     def __init__(self, runner: DeviceRunner, stream: LazyStream) -> None:
-        self.batches, self.behind = ReceivedBatches(), 0
+        self.batches, self.behind = Batches(), 0
         self.failed: Exception | None = None
         self._told: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.runner, self._stream = runner, stream

@@ -12,7 +12,7 @@ import pytest
 
 from candle_vllm.core import SamplingParams
 from candle_vllm.core.engine.cache.block_manager import BlockManager
-from candle_vllm.core.engine.ranks.rank_line import Forward, Next, ReceivedBatches, ToRank, as_bytes, decoder, encoded
+from candle_vllm.core.engine.ranks.rank_line import Batches, Forward, Next, ToRank, as_bytes, decoder, encoded
 from candle_vllm.core.engine.ranks.ranks import RankedRunner
 from candle_vllm.core.engine.requests import GenerationRequest
 from candle_vllm.core.engine.step import batch as batch_module
@@ -59,7 +59,7 @@ class Told:
 
     def __init__(self) -> None:
         self._ranks: Any = RankedRunner(self, None)  # type: ignore[arg-type]
-        self._batches, self._versions = ReceivedBatches(), (object(), object())
+        self._batches, self._versions = Batches(), (object(), object())
         self.next = self.whole = 0
 
     def hears(self, batch: Batch) -> None:
@@ -145,7 +145,7 @@ def test_any_run_of_steps(overlapping: bool) -> None:
     ],
 )
 def test_a_step_that_cannot_go_on_is_refused(before: tuple[int, ...], told: Next, said: str) -> None:
-    batches = ReceivedBatches()
+    batches = Batches()
     if before:
         count = len(before)
         rows, starts, contexts, tables = (

@@ -24,7 +24,7 @@ from candle_vllm.core import (
 )
 from candle_vllm.core.config import LONGEST_MATCH, SpeculativeConfig, draft_settings
 from candle_vllm.core.engine.drafts import drafting as drafting_module
-from candle_vllm.core.engine.drafts.drafting import Drafter, StepTimes, _Continuation
+from candle_vllm.core.engine.drafts.drafting import Drafter, StepTimes, _Match
 from candle_vllm.core.engine.drafts.repeats import SEPARATOR, Past, Text
 from candle_vllm.core.engine.step.prediction import Prediction
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
@@ -90,7 +90,7 @@ def test_what_repeats_goes_on_repeating() -> None:
     text.follow()
     place, length = text.find(tokens, 2, 24)
     assert (place, length) == (4, 3)
-    assert _Continuation(tokens, place, length).upcoming(8) == [1, 2, 3, 1, 2, 3, 1, 2]
+    assert _Match(tokens, place, length).upcoming(8) == [1, 2, 3, 1, 2, 3, 1, 2]
 
 
 def test_past_answers_are_kept_in_two_generations_and_end_where_they_ended() -> None:
@@ -98,7 +98,7 @@ def test_past_answers_are_kept_in_two_generations_and_end_where_they_ended() -> 
     past.add([1, 2, 3, 4])
     tokens, place, length = past.find([7, 1, 2], 2, 24)
     assert length == 2
-    assert _Continuation(tokens, place, length).upcoming(9) == [3, 4]
+    assert _Match(tokens, place, length).upcoming(9) == [3, 4]
     for number in range(40):
         past.add([100 + number] * 5)
     assert past.find([7, 1, 2], 2, 24)[2] == 0
@@ -491,7 +491,7 @@ def test_a_guess_that_cannot_be_made_is_missed_by_nobody(
     params = SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True)
     (before,) = drafting.generate([list(b"abcabcabc")], params, use_tqdm=False)
     with monkeypatch.context() as patched:
-        patched.setattr(drafting._engine._drafter, "_continuation", lambda *_: 1 / 0)
+        patched.setattr(drafting._engine._drafter, "_current", lambda *_: 1 / 0)
         (found,) = drafting.generate([list(b"abcabcabc")], params, use_tqdm=False)
     assert found.outputs[0].token_ids == before.outputs[0].token_ids
 

@@ -188,7 +188,7 @@ def driven(
     while waiting or engine.has_work:
         if waiting and steps % 3 == 0:
             number, (text, pictures) = waiting.pop(0)
-            ids, images = loaded.tower.vision_input.look(loaded.tokenizer.encode(text, parse_special=True), pictures)
+            ids, images = loaded.tower.vision.look(loaded.tokenizer.encode(text, parse_special=True), pictures)
             params = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, prompt_logprobs=1)
             request = GenerationRequest(request_id=str(number), prompt_token_ids=ids, params=params, images=images)
             collectors[str(number)] = OutputCollector(request)

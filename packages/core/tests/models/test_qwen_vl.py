@@ -216,7 +216,7 @@ def test_embeddings_are_those_of_transformers(eager: bool, folder: Path, theirs:
         found = theirs.model.get_image_features(**their_pixels(folder, PICTURES))
         deep = getattr(found, "deepstack_features", None) or []
         expected = [torch.cat(each, 1) for each in zip(found.pooler_output, *deep, strict=True)]
-    images = loaded.tower.vision_input.look([PAD] * len(PICTURES), PICTURES)[1]
+    images = loaded.tower.vision.look([PAD] * len(PICTURES), PICTURES)[1]
     team = ThreadTeam(2)
     try:
         runner: TowerRunner = (
@@ -234,7 +234,7 @@ def test_embeddings_are_those_of_transformers(eager: bool, folder: Path, theirs:
 
 def request_of(loaded: LoadedModel, pictures: list[NDArray[np.uint8]], text: str) -> GenerationRequest:
     assert loaded.tower is not None
-    ids, images = loaded.tower.vision_input.look(loaded.tokenizer.encode(text, parse_special=True), pictures)
+    ids, images = loaded.tower.vision.look(loaded.tokenizer.encode(text, parse_special=True), pictures)
     return GenerationRequest(request_id="r", prompt_token_ids=ids, params=GREEDY, images=images)
 
 
@@ -485,7 +485,7 @@ def test_what_cannot_be_seen_is_refused_by_name(folder: Path) -> None:
 @pytest.mark.parametrize("folder", few(KINDS, "qwen3_vl"), indirect=True)
 def test_an_operator_says_how_large_pictures_become(folder: Path, tmp_path: Path) -> None:
     """By either name, before what the file says; and more than what is usual, up to what is published."""
-    usual = loaded_from(folder, enforce_eager=True).vision_input
+    usual = loaded_from(folder, enforce_eager=True).vision
     assert usual is not None
     text, tower = tmp_path / "model.gguf", write_mmproj(folder, tmp_path / "mmproj.gguf")
     write_gguf(EngineConfig(model=str(folder), dtype="f32"), text)
@@ -497,11 +497,11 @@ def test_an_operator_says_how_large_pictures_become(folder: Path, tmp_path: Path
     ):
         for made in ({"model": str(folder)}, {"model": str(text), "mmproj": tower, "tokenizer": folder}):
             config = EngineConfig(**made, enforce_eager=True, mm_processor_kwargs=said)
-            vision_input = load_model(config, choose_device("cpu"), lambda *_: None).vision_input
-            assert vision_input is not None
-            assert (vision_input.parts.rule.least, vision_input.parts.rule.most) == (least, most)  # type: ignore[union-attr]
+            vision = load_model(config, choose_device("cpu"), lambda *_: None).vision
+            assert vision is not None
+            assert (vision.parts.rule.least, vision.parts.rule.most) == (least, most)  # type: ignore[union-attr]
             if most == 640:
-                counts = [len(each.look([PAD], PICTURES[:1])[0]) for each in (vision_input, usual)]
+                counts = [len(each.look([PAD], PICTURES[:1])[0]) for each in (vision, usual)]
                 assert counts[0] < counts[1]
     for said, message in (
         ({"max_pixel": 640}, "'max_pixel' is not known to this model, which has min_pixels, max_pixels, size.shortest"),
@@ -775,7 +775,7 @@ def test_a_tower_may_be_quantised(joined: bool, folder: Path, tmp_path: Path) ->
     wanted = loaded_from(plain, enforce_eager=True)
     quantised = EngineConfig(model=str(text), mmproj=tower, tokenizer=folder)
     assert wanted.tower is not None
-    assert wanted.vision_input is not None
+    assert wanted.vision is not None
     team, cpu = ThreadTeam(2), choose_device("cpu")
     try:
         in_situ = EngineConfig(model=str(folder), isq="q8_0")
@@ -786,7 +786,7 @@ def test_a_tower_may_be_quantised(joined: bool, folder: Path, tmp_path: Path) ->
             assert loaded.tower is not None
             found = loaded.tower.tower
             runner: TowerRunner = EagerTower(found, cpu) if eager else RecordedTower(found, team)
-            for image in wanted.vision_input.look([PAD] * 2, PICTURES[:2])[1]:
+            for image in wanted.vision.look([PAD] * 2, PICTURES[:2])[1]:
                 tiles = np.frombuffer(image.tiles, np.uint8).reshape(*image.shape, 3)
                 ours, theirs = finished(runner, tiles)[0], finished(EagerTower(wanted.tower.tower, cpu), tiles)[0]
                 error = np.square(ours - theirs).mean() / np.square(theirs).mean()

@@ -85,7 +85,7 @@ def test_embeddings_are_those_of_transformers(eager: bool, folder: Path, theirs:
         expected = np.concatenate([np.asarray(each).reshape(-1, 64) for each in features])
     tiles = np.concatenate([
         np.frombuffer(image.tiles, np.uint8).reshape(*image.shape, 3)
-        for image in loaded.tower.vision_input.look([260] * 3, PICTURES)[1]
+        for image in loaded.tower.vision.look([260] * 3, PICTURES)[1]
     ])  # fmt: skip
     team = ThreadTeam(2)
     try:
@@ -300,7 +300,7 @@ def test_towers_of_f16_lose_little(folder: Path, tmp_path: Path) -> None:
     for settings in ({}, {"dtype": "f16"}, {"dtype": "f32"}):
         loaded = load_model(EngineConfig(model=str(made), **settings), choose_device("cpu"), lambda *_: None)
         assert loaded.tower is not None
-        tiles = np.frombuffer(loaded.tower.vision_input.look([260], PICTURES[:1])[1][0].tiles, np.uint8).reshape(
+        tiles = np.frombuffer(loaded.tower.vision.look([260], PICTURES[:1])[1][0].tiles, np.uint8).reshape(
             -1, 32, 32, 3
         )
         found.append(finished(RecordedTower(loaded.tower.tower, team), tiles)[0])
@@ -395,6 +395,6 @@ def test_what_does_not_fit_is_refused_before_the_rest_is_decoded(folder: Path) -
 def test_what_stands_for_a_picture_is_not_written_down_where_it_does_not_fit() -> None:
     said = {"size": {"longest_edge": 4096}, "max_image_size": {"longest_edge": 1}}
     parts = VisionDescription(family="siglip", rule=tile_rule(Fields(said, Path("p.json"))), mark=1, asks=1, cell=1)
-    vision_input = VisionInput(parts, words=lambda cut: pytest.fail(f"words for {cut.tiles} tiles"))
+    vision = VisionInput(parts, words=lambda cut: pytest.fail(f"words for {cut.tiles} tiles"))
     with pytest.raises(PromptTooLongError, match="16777217 tokens and more; the maximum context length is 128"):
-        vision_input.look([1], [PICTURES[1]], most_tokens=128)
+        vision.look([1], [PICTURES[1]], most_tokens=128)

@@ -237,9 +237,9 @@ def test_embeddings_are_those_of_transformers(name: str, eager: bool, folders: C
     folder = folders(name)
     loaded, model = load(folder, enforce_eager=eager, max_images=64), theirs(folder)
     assert loaded.tower is not None
-    asks = loaded.tower.vision_input.parts.asks
-    ids, images = loaded.tower.vision_input.look([asks] * len(PICTURES), PICTURES)
-    places = loaded.tower.vision_input.places(ids, images)
+    asks = loaded.tower.vision.parts.asks
+    ids, images = loaded.tower.vision.look([asks] * len(PICTURES), PICTURES)
+    places = loaded.tower.vision.places(ids, images)
     team = ThreadTeam(2)
     try:
         tower = loaded.tower.tower
@@ -261,7 +261,7 @@ def test_others_wait_for_an_operation_where_a_layer_takes_long(
 ) -> None:
     loaded = load(folders(name), max_images=64)
     assert loaded.tower is not None
-    image = loaded.tower.vision_input.look([loaded.tower.vision_input.parts.asks], PICTURES[:1])[1][0]
+    image = loaded.tower.vision.look([loaded.tower.vision.parts.asks], PICTURES[:1])[1][0]
     tiles = np.frombuffer(image.tiles, np.uint8).reshape(*image.shape, 3)
     team, found, pieces = ThreadTeam(2), list[NDArray[np.float32]](), list[int]()
     try:
@@ -334,11 +334,11 @@ def test_line_breaks_around_a_picture_are_those_of_one_text(tmp_path: Path) -> N
     tokenizer.add_tokens(["\n" * count for count in range(2, 6)])
     tokenizer.save(str(folder / "tokenizer.json"))
     around = "\n\n<start_of_image>" + "<image_soft_token>" * 16 + "<end_of_image>\n\n"
-    vision_input = load(folder, max_images=64).vision_input
-    assert vision_input is not None
+    vision = load(folder, max_images=64).vision
+    assert vision is not None
     for text in ("a\n\nb", "\n", "", "x"):
         parts = [f"One{text}", text, f"{text}two"]
-        ids, _ = vision_input.look(tokenizer.encode("<start_of_image>".join(parts)).ids, PICTURES[:2])
+        ids, _ = vision.look(tokenizer.encode("<start_of_image>".join(parts)).ids, PICTURES[:2])
         assert ids == tokenizer.encode(around.join(parts)).ids
 
 
@@ -568,9 +568,9 @@ def test_an_operator_says_how_pictures_are_prepared(name: str, tmp_path: Path) -
     gguf = write_gguf(name, folder, tmp_path / "gguf")
     for made in ({"model": str(folder)}, gguf):
         others = {key: value for key, value in made.items() if key != "model"}
-        vision_input = load(Path(made["model"]), **others, max_images=4, mm_processor_kwargs=said).vision_input
-        assert vision_input is not None
-        rule = vision_input.parts.rule
+        vision = load(Path(made["model"]), **others, max_images=4, mm_processor_kwargs=said).vision
+        assert vision is not None
+        rule = vision.parts.rule
         assert {key: getattr(rule, key) for key in wanted} == wanted
         for other, message in (
             ({"max_pixels": 4}, rf"'max_pixels' is not known to this model, which has {known}"),

@@ -91,7 +91,7 @@ class Texts(Protocol):
     def template(self) -> ChatTemplate | None: ...
 
     @property
-    def vision_input(self) -> VisionInput | None: ...
+    def vision(self) -> VisionInput | None: ...
 
 
 class EngineFront(ABC):
@@ -219,9 +219,9 @@ class EngineFront(ABC):
         """
         if images and all(isinstance(image, ImageInput) for image in images):
             return list(token_ids), tuple(images)  # type: ignore[arg-type]
-        if self._vision_input is None:
+        if self._vision is None:
             raise InvalidParameterError(f"image: {self._info.name} reads text alone", "image")
-        return self._vision_input.look(token_ids, images, names, self._info.max_model_len)
+        return self._vision.look(token_ids, images, names, self._info.max_model_len)
 
     async def fetch_images(self, messages: Sequence[Message]) -> list[Message]:
         """Fetch the images of a conversation, before `achat_stream`; `chat`, `chat_stream` and `achat` do this.
@@ -234,7 +234,7 @@ class EngineFront(ABC):
             InvalidParameterError: an image could not be fetched; the message says why.
         """
         template = self._require()[1].template
-        conversation = one_conversation(messages, template, sees=self._vision_input is not None)
+        conversation = one_conversation(messages, template, sees=self._vision is not None)
         return await self._with_images(conversation)
 
     async def _with_images(self, conversation: Sequence[Message]) -> list[Message]:
@@ -259,7 +259,7 @@ class EngineFront(ABC):
         return self._rendered("apply_chat_template", messages, options)[0]
 
     def _rendered(self, method: str, messages: Any, options: Mapping[str, Any]) -> list[str]:
-        template, sees = self._template(options.get("chat_template")), self._vision_input is not None
+        template, sees = self._template(options.get("chat_template")), self._vision is not None
         conversation = one_conversation(messages, template, sees=sees)
         return prompt_texts(method, [conversation], template, options, _SAMPLING)
 
@@ -477,7 +477,7 @@ class EngineFront(ABC):
             RequestAbortedError, CandleVllmError: see `generate`.
         """
         template = self._template(options.get("chat_template"))
-        sees = self._vision_input is not None
+        sees = self._vision is not None
         conversations, several = as_conversations(messages, template, sees=sees)
         texts = prompt_texts("chat", conversations, template, options, _SAMPLING)
         places = [f"messages[{number}]" if several else "messages" for number in range(len(conversations))]
@@ -512,9 +512,7 @@ class EngineFront(ABC):
     ) -> GenerationOutput:
         """`chat` for one conversation, in an event loop. Cancelling it aborts the request."""
         text = self._rendered("achat", messages, options)[0]
-        prompt = self._seen_prompt(
-            text, await self._with_images(messages) if self._vision_input is not None else messages
-        )
+        prompt = self._seen_prompt(text, await self._with_images(messages) if self._vision is not None else messages)
         params = self._chat_params(sampling_params)
         return await whole(
             self.stream(prompt, params, request_id=request_id, priority=priority, lora_request=lora_request)
@@ -755,7 +753,7 @@ class EngineFront(ABC):
 
     def _chat_prompt(self, text: str, conversation: Sequence[Message], place: str = "messages") -> Prompt:
         """Return `_seen_prompt` after fetching images from URLs."""
-        wanted = addresses_of(conversation, place) if self._vision_input is not None else []
+        wanted = addresses_of(conversation, place) if self._vision is not None else []
         if wanted:
             conversation = with_files(conversation, self.image_sources.files_now(wanted))
         return self._seen_prompt(text, conversation, place)
@@ -763,7 +761,7 @@ class EngineFront(ABC):
     def _seen_prompt(self, text: str, conversation: Sequence[Message], place: str = "messages") -> Prompt:
         """Tokenize the rendered conversation, whose text has its special tokens already, and add its images."""
         prompt = {"prompt": text, "prompt_token_ids": self.tokenize(text, add_special_tokens=False)}
-        pictures = pictures_of(conversation, place) if self._vision_input is not None else []
+        pictures = pictures_of(conversation, place) if self._vision is not None else []
         return {**prompt, "multi_modal_data": {"image": pictures}} if pictures else prompt
 
     def _chat_params(self, params: SamplingParams | None) -> SamplingParams:
@@ -782,7 +780,7 @@ class EngineFront(ABC):
     ) -> GenerationRequest:
         adapters = adapter_uses(lora_request)
         self._check_generates()
-        text, ids = read_prompt(prompt, sees=self._vision_input is not None)
+        text, ids = read_prompt(prompt, sees=self._vision is not None)
         pictures = prompt_pictures(prompt)
         if ids is None:
             ids = self.tokenize(text or "", add_special_tokens)
@@ -800,8 +798,8 @@ class EngineFront(ABC):
         )
 
     @property
-    def _vision_input(self) -> VisionInput | None:
-        return self._require()[1].vision_input
+    def _vision(self) -> VisionInput | None:
+        return self._require()[1].vision
 
     def _requests(
         self,

@@ -102,7 +102,7 @@ class Loaded:
     memories: tuple[WeightMemory, ...] = ()
 
     @property
-    def vision_input(self) -> VisionInput | None:
+    def vision(self) -> VisionInput | None:
         """How images become tokens of a prompt; None for a text-only model."""
         return None
 
@@ -157,9 +157,9 @@ class LoadedModel(Loaded):
         return range(self.config.num_layers) if self.shard is None else self.shard.layers
 
     @property
-    def vision_input(self) -> VisionInput | None:
+    def vision(self) -> VisionInput | None:
         """See `Loaded`."""
-        return None if self.tower is None else self.tower.vision_input
+        return None if self.tower is None else self.tower.vision
 
     def turning(self, tokens: int) -> Rotary | None:
         """Return the rotary embedding for M-RoPE, with table rows for `tokens` image tokens of a step; None without.
@@ -236,7 +236,7 @@ def load_model(
         tower = None
         if shard is None or shard.is_first:
             tower = load_tower(config, opened, model.tokenizer, model.config.hidden_size, placement)
-        if tower is not None and tower.vision_input.parts.turned and not model.config.rope.axes:
+        if tower is not None and tower.vision.parts.turned and not model.config.rope.axes:
             raise InvalidFileError(
                 f"{config_file(files)}: the sections of rotary positions are missing (mrope_section, in GGUF files "
                 "rope.dimension_sections), by which images have their places"

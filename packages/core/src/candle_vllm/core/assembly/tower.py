@@ -45,13 +45,13 @@ class LoadedTower:
     Attributes:
         tower: the model.
         placement: device and types of its weights.
-        vision_input: how images are preprocessed and become tokens of a prompt.
+        vision: how images are preprocessed and become tokens of a prompt.
         weight_bytes: stored bytes.
     """
 
     tower: Tower
     placement: Placement
-    vision_input: VisionInput
+    vision: VisionInput
     weight_bytes: int
 
 
@@ -214,8 +214,8 @@ def _loaded(
     seen: dict[str, Any] = {"whole": model.whole, "turned": family.turned, "blank": model.blank}
     seen |= {"written": family.written or family.asks or family.mark}
     parts = VisionDescription(family=family.name, rule=model.rule, mark=mark, asks=asks, cell=model.cell_pixels, **seen)
-    vision_input = vision_input_of(parts, tokenizer, config.max_images)
-    return LoadedTower(tower=tower, placement=placement, vision_input=vision_input, weight_bytes=nbytes)
+    vision = vision_input_of(parts, tokenizer, config.max_images)
+    return LoadedTower(tower=tower, placement=placement, vision=vision, weight_bytes=nbytes)
 
 
 def vision_input_of(parts: VisionDescription, tokenizer: Tokenizer, most: int) -> VisionInput:

@@ -221,7 +221,7 @@ def _build_runner(
 
 def _require_room_for_images(loaded: LoadedModel, others: int, budget: int) -> None:
     """Raise ConfigError if a step cannot hold the rows of an undivided image tile in addition to `others` rows."""
-    if loaded.tower is None or not loaded.tower.vision_input.parts.whole:
+    if loaded.tower is None or not loaded.tower.vision.parts.whole:
         return
     config = loaded.tower.tower.config
     needed = others + config.patches // config.cell**2
@@ -334,7 +334,7 @@ def preparation_for(
         head=loaded.head,
         seed=seed,
         adapters=adapters,
-        images=None if loaded.tower is None else loaded.tower.vision_input,
+        images=None if loaded.tower is None else loaded.tower.vision,
         open_objects=open_objects,
     )
 
@@ -566,7 +566,7 @@ def _runner_on_cpu(
         table_width=-(-plan.max_model_len // config.block_size),
         block_size=config.block_size,
         **_threads(config, loaded.placement),
-        ahead=isinstance(loaded, LoadedModel) and loaded.vision_input is not None and loaded.vision_input.parts.whole,
+        ahead=isinstance(loaded, LoadedModel) and loaded.vision is not None and loaded.vision.parts.whole,
         **adapters,
     )
     team = beside.team if isinstance(beside, RecordedRunner) else None
@@ -641,9 +641,9 @@ def model_info(loaded: LoadedModel | LoadedEncoder, engine: Engine) -> ModelInfo
         default_sampling=sampling if generates else {},
         model_sampling=loaded.default_sampling if generates else {},
         tasks=("generate", *vectors) if generates else vectors,
-        modalities=("text",) if loaded.vision_input is None else ("text", "image"),
-        max_images=0 if loaded.vision_input is None else loaded.vision_input.most,
-        image_text="" if loaded.vision_input is None else loaded.vision_input.parts.written,
+        modalities=("text",) if loaded.vision is None else ("text", "image"),
+        max_images=0 if loaded.vision is None else loaded.vision.most,
+        image_text="" if loaded.vision is None else loaded.vision.parts.written,
         labels=labels,
         embedding_size=0 if loaded.pooling is None or labels else loaded.pooling.length(loaded.pooling.pooling),
         pooling="" if loaded.pooling is None else loaded.pooling.pooling,

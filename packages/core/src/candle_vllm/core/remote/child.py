@@ -92,7 +92,7 @@ def serve(config: dict[str, Any], control: zmq.Socket[bytes], steps: zmq.Socket[
 
 def describe(engine: ChildEngine) -> wire.Ready:
     """Return the message that describes a loaded engine to the parent."""
-    tokenizer, template, pooling, vision_input = engine.parts
+    tokenizer, template, pooling, vision = engine.parts
     return wire.Ready(
         info=engine.model_info,
         tokenizer=wire.TokenizerParts(
@@ -108,7 +108,7 @@ def describe(engine: ChildEngine) -> wire.Ready:
         pooling=pooling,
         max_step_tokens=engine.max_step_tokens,
         stats=engine.stats(),
-        vision_input=None if vision_input is None else vision_input.parts,
+        vision=None if vision is None else vision.parts,
     )
 
 

@@ -154,11 +154,11 @@ class _Texts:
     def __init__(self, ready: Ready, most_images: int) -> None:
         self.tokenizer = _tokenizer(ready.tokenizer)
         self.template = None if ready.template is None else ChatTemplate(ready.template, self.tokenizer.special_tokens)
-        self.vision_input: VisionInput | None = None
-        if ready.vision_input is not None:
+        self.vision: VisionInput | None = None
+        if ready.vision is not None:
             from candle_vllm.core.assembly.tower import vision_input_of
 
-            self.vision_input = vision_input_of(ready.vision_input, self.tokenizer, most_images)
+            self.vision = vision_input_of(ready.vision, self.tokenizer, most_images)
 
 
 def _tokenizer(parts: TokenizerParts) -> Tokenizer:

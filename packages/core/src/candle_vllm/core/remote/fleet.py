@@ -325,9 +325,9 @@ class Fleet:
         for use in request.adapters:  # from the first block on, even if an adapter is active only later
             if use.scale:
                 marks[0] = marks.get(0, b"") + use.name.encode() + b"\0" + pack("<d", use.scale)
-        if request.images and self.texts.vision_input is not None:
+        if request.images and self.texts.vision is not None:
             for image, places in zip(
-                request.images, self.texts.vision_input.places(request.prompt_token_ids, request.images), strict=True
+                request.images, self.texts.vision.places(request.prompt_token_ids, request.images), strict=True
             ):
                 for block, mark in PlacedImage(image, places.tolist()).marks(size):
                     marks[block] = marks.get(block, b"") + mark

@@ -128,7 +128,7 @@ class ChildEngine(InferenceEngine):
     def parts(self) -> tuple[Tokenizer, ChatTemplate | None, ModelPooling | None, VisionInput | None]:
         """The model's tokenizer, chat template, pooling and image processing."""
         loaded = self._require()[1]
-        return loaded.tokenizer, loaded.template, loaded.pooling, loaded.vision_input
+        return loaded.tokenizer, loaded.template, loaded.pooling, loaded.vision
 
     @property
     def max_step_tokens(self) -> int:

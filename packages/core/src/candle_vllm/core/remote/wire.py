@@ -112,7 +112,7 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
         pooling: how vectors are pooled; None for a model that computes its head itself.
         max_step_tokens: most tokens of one step.
         stats: statistics before the first request.
-        vision_input: how images become tokens of a prompt; None for a text-only model.
+        vision: how images become tokens of a prompt; None for a text-only model.
     """
 
     info: ModelInfo
@@ -121,7 +121,7 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     pooling: ModelPooling | None
     max_step_tokens: int
     stats: EngineStats
-    vision_input: VisionDescription | None = None
+    vision: VisionDescription | None = None
 
 
 class Loading(msgspec.Struct, frozen=True, kw_only=True, tag="loading"):

@@ -294,10 +294,10 @@ class DraftModel:
         if own is None:
             own = self._owns[live] = Own()
         sequence, tokens, right = live.sequence, live.sequence.tokens, 0
-        for continuation, bucket in zip(own.candidates, own.buckets):
+        for match, bucket in zip(own.candidates, own.buckets):
             if own.base + right >= len(tokens):
                 break
-            hit = tokens[own.base + right] == continuation
+            hit = tokens[own.base + right] == match
             self._judge(own, _kind(live), bucket, hit)
             if not hit:
                 break

@@ -52,14 +52,14 @@ _PRIOR = ((7.6, 8.0), (0.8, 8.0), (1.2, 8.0), (2.0, 8.0), (3.2, 8.0), (4.4, 8.0)
           (4.0, 8.0))  # fmt: skip
 
 
-class _Continuation:
-    """A possible continuation of a sequence.
+class _Match:
+    """A possible continuation of a sequence: where its end occurred before, or tokens that a grammar forces.
 
     Attributes:
         tokens, place: the text that contains it, and the index of its next token there.
         length: number of matching tokens before it; 0 for tokens that a grammar forces.
         mark: with a grammar, the last token of a short match until its first draft token is judged; else None.
-        end, then: the index at which another continuation takes over, and that continuation; None without one.
+        end, then: the index at which another match takes over, and that match; None without one.
     """
 
     __slots__ = ("end", "length", "mark", "place", "then", "tokens")
@@ -67,11 +67,11 @@ class _Continuation:
     def __init__(self, tokens: list[int], place: int, length: int, mark: int | None = None) -> None:
         self.tokens, self.place, self.length, self.mark = tokens, place, length, mark
         self.end: int | None = None
-        self.then: _Continuation | None = None
+        self.then: _Match | None = None
 
     @property
-    def rest(self) -> _Continuation | None:
-        """The remaining continuation: itself, `then` if this one is used up, or None."""
+    def rest(self) -> _Match | None:
+        """The match to go on with: itself, `then` if this one is used up, or None."""
         over = self.place == self.end or (not self.length and self.place >= len(self.tokens))
         return self.then if over else self
 
@@ -89,20 +89,17 @@ class _Continuation:
 class _Record:
     """Drafting state of one sequence."""
 
-    __slots__ = ("behind", "continuation", "fared", "hits", "known", "prediction", "seconds", "spent", "text", "tries")
+    __slots__ = ("behind", "fared", "hits", "known", "match", "prediction", "seconds", "spent", "text", "tries")
 
     def __init__(self, live: LiveSequence, prompt: Text, prediction: Text | None) -> None:
         self.text = Text(live.sequence.tokens, prompt)
-        self.known = len(live.sequence.tokens)  # length of the sequence when `continuation` was judged
-        self.continuation: _Continuation | None = None
+        self.known = len(live.sequence.tokens)  # length of the sequence when `match` was judged
+        self.match: _Match | None = None
         self.behind: dict[int, int] = {}  # with a grammar: index after each token's last place in the answer
         self.fared: dict[int, tuple[float, float]] = {}  # short matches by their `mark`: (accepted, tries)
         self.prediction = prediction
         if prediction is not None:
-            self.known, self.continuation = (
-                live.sequence.num_prompt_tokens,
-                _Continuation(prediction.tokens, 0, _OPENING),
-            )
+            self.known, self.match = live.sequence.num_prompt_tokens, _Match(prediction.tokens, 0, _OPENING)
         self.hits = self.tries = 0.0
         self.spent = self.seconds = 0.0  # seconds of grammar calls: in this step, and smoothed over steps
 
@@ -390,8 +387,8 @@ class Drafter:
                 self._records[live] = record
             if record.seconds > _SLOW:
                 continue
-            continuation = self._continuation(live, record)
-            offers.append((live, None if continuation is None else self._offer(live, record, continuation, least)))
+            match = self._current(live, record)
+            offers.append((live, None if match is None else self._offer(live, record, match, least)))
             record.note()
         if self.model is None:
             candidates = [(live, *offer) for live, offer in offers if offer is not None]
@@ -427,57 +424,57 @@ class Drafter:
             text = self._prompts[request_id] = Text(sequence.tokens, size=sequence.num_prompt_tokens)
         return text
 
-    def _continuation(self, live: LiveSequence, record: _Record) -> _Continuation | None:
-        """Judge the last continuation by the new tokens, then return the present one."""
-        tokens, continuation, grammar = live.sequence.tokens, record.continuation, live.state.grammar
+    def _current(self, live: LiveSequence, record: _Record) -> _Match | None:
+        """Judge the last match by the new tokens, then return the present one."""
+        tokens, match, grammar = live.sequence.tokens, record.match, live.state.grammar
         for place in range(record.known, len(tokens)):
             if grammar is not None and place > live.sequence.num_prompt_tokens:
                 record.behind[tokens[place - 1]] = place
-            if continuation is None:
+            if match is None:
                 continue
-            if continuation.place >= len(continuation.tokens) or continuation.tokens[continuation.place] == SEPARATOR:
-                continuation = None
+            if match.place >= len(match.tokens) or match.tokens[match.place] == SEPARATOR:
+                match = None
                 continue
-            right = continuation.tokens[continuation.place] == tokens[place]
-            self._judge(record, continuation, right)
+            right = match.tokens[match.place] == tokens[place]
+            self._judge(record, match, right)
             if not right:
-                continuation = None
+                match = None
                 continue
-            continuation.place += 1
-            if continuation.length > _FORM:
-                continuation.length = min(continuation.length + 1, LONGEST_MATCH)
-            elif not continuation.length and continuation.place == len(continuation.tokens):
+            match.place += 1
+            if match.length > _FORM:
+                match.length = min(match.length + 1, LONGEST_MATCH)
+            elif not match.length and match.place == len(match.tokens):
                 record.behind[SEPARATOR] = place + 1
-            continuation = continuation.rest
+            match = match.rest
         record.known = len(tokens)
         self._left -= record.text.follow(self._left)
         if record.prediction is not None:
             self._left -= record.prediction.follow(self._left)
-        if grammar is not None and (continuation is None or continuation.length):
+        if grammar is not None and (match is None or match.length):
             began = time.thread_time()
             if forced := grammar.forced():
-                continuation = continuation or self._found(live, record)
-                if continuation is None or not self._is_better(record, continuation, grammar):
-                    continuation = _Continuation(forced, 0, 0)
+                match = match or self._found(live, record)
+                if match is None or not self._is_better(record, match, grammar):
+                    match = _Match(forced, 0, 0)
             record.spent += time.thread_time() - began
-        record.continuation = continuation or self._found(live, record) or self._behind(record, tokens[-1])
-        return record.continuation
+        record.match = match or self._found(live, record) or self._behind(record, tokens[-1])
+        return record.match
 
-    def _is_better(self, record: _Record, continuation: _Continuation, grammar: GrammarState) -> bool:
+    def _is_better(self, record: _Record, match: _Match, grammar: GrammarState) -> bool:
         """Return whether a match is likelier than the forced tokens as the tokenizer splits them.
 
         A model that once split the same text into other tokens does so again."""
-        likelier = self._luck(record, continuation.length, continuation.mark) > self._luck(record, 0)
-        return likelier and bool(grammar.legal(continuation.upcoming(1)))
+        likelier = self._luck(record, match.length, match.mark) > self._luck(record, 0)
+        return likelier and bool(grammar.legal(match.upcoming(1)))
 
-    def _behind(self, record: _Record, token: int) -> _Continuation | None:
+    def _behind(self, record: _Record, token: int) -> _Match | None:
         """With a grammar: return what followed the token's last place in the answer; `SEPARATOR`: forced tokens."""
         place = record.behind.get(token)
         if place is None or place >= len(record.text.tokens):
             return None
-        return _Continuation(record.text.tokens, place, _FORM, token)
+        return _Match(record.text.tokens, place, _FORM, token)
 
-    def _found(self, live: LiveSequence, record: _Record) -> _Continuation | None:
+    def _found(self, live: LiveSequence, record: _Record) -> _Match | None:
         text, prediction = record.text, record.prediction
         least, most = self._config.prompt_lookup_min, self._config.prompt_lookup_max
         place, length = text.find(text.tokens, least, most)
@@ -491,13 +488,13 @@ class Drafter:
             if longer and longer >= length:
                 tokens, place, length = prediction.tokens, there, longer
         mark = None if live.state.grammar is None or length > _SHORT else text.tokens[-1]
-        return _Continuation(tokens, place, length, mark) if length else None
+        return _Match(tokens, place, length, mark) if length else None
 
-    def _judge(self, record: _Record, continuation: _Continuation, right: bool) -> None:
-        bucket = _BUCKETS[continuation.length]
-        if continuation.mark is not None:
-            hits, tries = record.fared.get(continuation.mark, (0.0, 0.0))
-            record.fared[continuation.mark], continuation.mark = (hits + right, tries + 1), None
+    def _judge(self, record: _Record, match: _Match, right: bool) -> None:
+        bucket = _BUCKETS[match.length]
+        if match.mark is not None:
+            hits, tries = record.fared.get(match.mark, (0.0, 0.0))
+            record.fared[match.mark], match.mark = (hits + right, tries + 1), None
         if self._tries[bucket] >= FADING:
             self._tries[bucket] *= 0.5
             self._hits[bucket] *= 0.5
@@ -509,61 +506,57 @@ class Drafter:
             record.hits += 1
 
     def _offer(
-        self, live: LiveSequence, record: _Record, continuation: _Continuation, least: float
+        self, live: LiveSequence, record: _Record, match: _Match, least: float
     ) -> tuple[list[int], list[float]] | None:
         """Return draft tokens, each with the chance that all up to it are accepted; None if the first is too low."""
         config, sequence = self._config, live.sequence
         asked = min(config.num_speculative_tokens, live.state.params.num_speculative_tokens)
         most = min(asked, self._rows, sequence.max_length - len(sequence.tokens) - 1)
-        if config.suffix_decoding_max_spec_factor is not None and continuation.length:
-            most = min(most, int(continuation.length * config.suffix_decoding_max_spec_factor))
+        if config.suffix_decoding_max_spec_factor is not None and match.length:
+            most = min(most, int(match.length * config.suffix_decoding_max_spec_factor))
         least = max(least, config.suffix_decoding_min_token_prob)
         grammar = live.state.grammar
         if grammar is None:
-            chances = self._chances(record, continuation, 1.0, least, most)
-            drafts = continuation.upcoming(len(chances))
+            chances = self._chances(record, match, 1.0, least, most)
+            drafts = match.upcoming(len(chances))
             return (drafts, chances[: len(drafts)]) if drafts else None
         began = time.thread_time()
-        found = self._in_form(grammar, record, continuation, least, most)
+        found = self._in_form(grammar, record, match, least, most)
         record.spent += time.thread_time() - began
         return found if found[0] else None
 
     def _in_form(
-        self, grammar: GrammarState, record: _Record, continuation: _Continuation, least: float, most: int
+        self, grammar: GrammarState, record: _Record, match: _Match, least: float, most: int
     ) -> tuple[list[int], list[float]]:
-        """Return draft tokens that the grammar accepts, and their chances, of one continuation after the other."""
+        """Return draft tokens that the grammar accepts, and their chances, of one match after the other."""
         drafts, chances = list[int](), list[float]()
         scout = None
         while True:
-            more = self._chances(record, continuation, chances[-1] if chances else 1.0, least, most - len(drafts))
+            more = self._chances(record, match, chances[-1] if chances else 1.0, least, most - len(drafts))
             least = self._config.suffix_decoding_min_token_prob
-            tokens = continuation.upcoming(len(more))
-            if continuation.length:
+            tokens = match.upcoming(len(more))
+            if match.length:
                 tokens = tokens[: (scout or grammar).legal(tokens)]
                 ended = len(tokens) < len(more)
             else:
-                ended = continuation.place + len(tokens) == len(continuation.tokens)
+                ended = match.place + len(tokens) == len(match.tokens)
             drafts += tokens
             chances += more[: len(tokens)]
-            continuation.end = continuation.then = None
+            match.end = match.then = None
             if not ended or not tokens or len(drafts) >= most:
                 return drafts, chances
             scout = scout or grammar.ahead()
             if scout is None or not all(map(scout.accept, tokens)):
                 return drafts, chances
-            continuation.end = continuation.place + len(tokens)
-            forced = scout.ff_tokens() if continuation.length else []
-            then = (
-                _Continuation(forced, 0, 0)
-                if forced
-                else self._behind(record, drafts[-1] if continuation.length else SEPARATOR)
-            )
+            match.end = match.place + len(tokens)
+            forced = scout.ff_tokens() if match.length else []
+            then = _Match(forced, 0, 0) if forced else self._behind(record, drafts[-1] if match.length else SEPARATOR)
             if then is None:
                 return drafts, chances
-            continuation.then = continuation = then
+            match.then = match = then
 
     def _luck(self, record: _Record, length: int, mark: int | None = None) -> float:
-        """Return the chance that the next token of a continuation is accepted."""
+        """Return the chance that the next token of a match is accepted."""
         luck = self._hits[_BUCKETS[length]] / self._tries[_BUCKETS[length]]
         if length:
             luck = (record.hits + OWN_WEIGHT * luck) / (record.tries + OWN_WEIGHT)
@@ -572,11 +565,9 @@ class Drafter:
             luck = (hits + _MARK_WEIGHT * luck) / (tries + _MARK_WEIGHT)
         return min(luck, SURE)
 
-    def _chances(
-        self, record: _Record, continuation: _Continuation, chance: float, least: float, most: int
-    ) -> list[float]:
+    def _chances(self, record: _Record, match: _Match, chance: float, least: float, most: int) -> list[float]:
         """Return the chance of each next token that it and all before it are accepted; stop below `least`."""
-        chances, length, mark = list[float](), continuation.length, continuation.mark
+        chances, length, mark = list[float](), match.length, match.mark
         for _ in range(most):
             chance *= self._luck(record, length, mark)
             mark = None

@@ -153,10 +153,7 @@ def _read_blocks(parts: BlockParts, asked: rank_line.ReadBlocks | rank_line.EndR
 
 
 def _load_adapters(
-    asked: queue.SimpleQueue[rank_line.LoadAdapter],
-    load: Load,
-    batches: rank_line.ReceivedBatches,
-    line: rank_line.Line,
+    asked: queue.SimpleQueue[rank_line.LoadAdapter], load: Load, batches: rank_line.Batches, line: rank_line.Line
 ) -> None:
     """Load adapters, in a thread of its own."""
     while True:
@@ -181,7 +178,7 @@ def _serve(
     line: rank_line.Line,
     side: rank_line.Side,
 ) -> None:
-    batches, asked = rank_line.ReceivedBatches(), queue.SimpleQueue[rank_line.LoadAdapter]()
+    batches, asked = rank_line.Batches(), queue.SimpleQueue[rank_line.LoadAdapter]()
     if load is not None:
         threading.Thread(target=_load_adapters, args=(asked, load, batches, line), daemon=True).start()
     while True:

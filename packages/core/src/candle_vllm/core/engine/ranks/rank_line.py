@@ -545,7 +545,7 @@ class Side:
 _ONE_ON = np.array([[0], [1], [1], [0]])  # increments of the planes of `Batch.tokens`
 
 
-class ReceivedBatches:
+class Batches:
     """Makes a rank's batches from messages; only the first rank has the runs of a batch.
 
     Attributes:

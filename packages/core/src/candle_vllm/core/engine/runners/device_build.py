@@ -138,7 +138,7 @@ def build_on_gpu(
 
 
 def _refuse_images(config: EngineConfig, loaded: LoadedModel) -> None:
-    if loaded.vision_input is not None and loaded.vision_input.parts.whole and config.deterministic:
+    if loaded.vision is not None and loaded.vision.parts.whole and config.deterministic:
         raise ConfigError(
             f"deterministic: where tokens of a picture see each other, as with {loaded.name}, their sums on a GPU "
             "depend on what else is in the step: set max_images=0, or leave 'deterministic' out",

@@ -214,18 +214,13 @@ class DecoderPreparation(Preparation):
             return []
         if self._images is None:
             raise InvalidParameterError("image: the model reads text alone", "image")
-        made, vision_input = list[PlacedImage](), self._images
-        for image, places in zip(request.images, vision_input.places(request.prompt_token_ids, request.images)):
-            spans = spans_of(places) if vision_input.parts.whole else []
+        made, vision = list[PlacedImage](), self._images
+        for image, places in zip(request.images, vision.places(request.prompt_token_ids, request.images)):
+            spans = spans_of(places) if vision.parts.whole else []
             first = int(places[0]) + (made[-1].shift if made else 0)
             made.append(
                 PlacedImage(
-                    image,
-                    places.tolist(),
-                    spans,
-                    grid=vision_input.grid(image),
-                    first=first,
-                    blank=vision_input.parts.blank,
+                    image, places.tolist(), spans, grid=vision.grid(image), first=first, blank=vision.parts.blank
                 )
             )
         return made
