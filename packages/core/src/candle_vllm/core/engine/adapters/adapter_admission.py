@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Step 4, with adapters: decide by their adapters which waiting sequences may be admitted.
+"""Step 4, with adapters: decide which waiting sequences may be admitted, depending on their adapters.
 
 A sequence is admitted when its adapters are in memory and the step has LoRA slots for them (`max_loras` different
-adapters). Until then others are admitted before it. That costs nothing while it waits for a load, but is unfair while
-the others occupy the slots that it waits for. So after `patience` admissions, slots are freed for the first sequence
-that is held back: no new sequence is admitted with an adapter that is not running, nor with the running adapters of the
-fewest sequences, as many as are in its way. Running sequences end as usual; then it gets their slots.
+adapters). Until then later sequences overtake it, which is unfair if they occupy the slots that it waits for. So after
+`patience` admissions, slots are freed for the first sequence that is held back. From then on, no sequence is admitted
+that has an adapter which is not running, or one of the running adapters with the fewest sequences; as many adapters are
+closed in this way as it needs slots. When their running sequences have ended, it gets the slots.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from candle_vllm.core.engine.step.sequence import Sequence
 
 
 class AdapterAdmission:
-    """Holds waiting sequences back for their adapters, without starvation.
+    """Holds sequences back until their adapters can run, without starvation.
 
     Args:
         store: the adapters.
-        most: most different adapters in a step (LoRA slots).
-        patience: admissions while a sequence is held back, after which slots are freed for it.
+        most: maximum number of different adapters in a step (LoRA slots).
+        patience: number of other admissions after which slots are freed for a sequence that is held back.
     """
 
     def __init__(self, store: AdapterStore, most: int, patience: int) -> None:
@@ -33,13 +33,13 @@ class AdapterAdmission:
         self._running: Counter[Entry] = Counter()  # running sequences of each adapter
         self._begun = 0
         self._first: Sequence | None = None  # the first sequence that was held back in this step
-        self._closed: frozenset[Entry] | None = None  # adapters with which no sequence is admitted for its sake
+        self._closed: frozenset[Entry] | None = None  # no sequence with these adapters is admitted before it
         self._stale = False  # the waiting sequences have changed since the last `AdapterStore.want`
 
     # ---- a step ------------------------------------------------------------------------------------------------------
 
     def look(self, waiting: Iterable[Sequence]) -> None:
-        """Begin to schedule a step; `waiting` is in order of admission."""
+        """Begin to schedule a step; `waiting` are the waiting sequences in order of admission."""
         self._first = self._closed = None
         if self._stale:
             self._stale = False
@@ -49,7 +49,7 @@ class AdapterAdmission:
         """Return whether a waiting sequence must wait for its adapters; if not, it holds a lease from now on."""
         entries = [entry for entry, _ in sequence.entries]
         closed = self._closed
-        # A sequence with a lease, which waits for blocks or again, holds memory that the first one may wait for.
+        # A sequence with a lease waits for blocks or was preempted; the first one may wait for the memory it holds.
         if closed is not None and not sequence.adapters and any(e in closed or e not in self._running for e in entries):
             return True
         others = len(self._running) + sum(entry not in self._running for entry in entries) - self.most
@@ -73,14 +73,14 @@ class AdapterAdmission:
         return True
 
     def _in_the_way(self, entries: list[Entry], count: int) -> frozenset[Entry]:
-        """Return the running adapters with the fewest sequences, which leave the step soonest if closed."""
+        """Return the running adapters with the fewest sequences: their slots become free soonest."""
         others = [entry for entry in self._running if entry not in entries]
         return frozenset(sorted(others, key=lambda entry: self._running[entry])[:count])
 
     # ---- changes of sequences ----------------------------------------------------------------------------------------
 
     def waits(self, sequence: Sequence) -> None:
-        """Note that a sequence waits, for the first time or again."""
+        """Note that a sequence waits: it is new, or was preempted."""
         self._stale = self._stale or bool(sequence.entries)
 
     def began(self, sequence: Sequence) -> None:
@@ -104,7 +104,7 @@ class AdapterAdmission:
             self.store.release(sequence.entries)
 
     def running(self) -> Counter[str]:
-        """Return the number of running sequences by adapter; for any thread."""
+        """Return the number of running sequences of each adapter by name; may be called in any thread."""
         counts: Counter[str] = Counter()
         for entry, count in dict(self._running).items():
             counts[entry.name] += count

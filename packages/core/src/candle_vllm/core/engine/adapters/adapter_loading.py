@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Load adapters from files and pack them for a model's steps, in the adapter store's thread.
 
-An adapter is read, fitted and packed. Files of one kind, such as those of one training script, differ only in the
-values of elements: the packing of a kind's second adapter is recorded, and later ones are copied (`Repacking`).
+An adapter is read, fitted and packed. Files of one kind, such as the output of one training script, differ only in the
+values of elements: the packing of a kind's second adapter is recorded and replayed for later ones (`Repacking`).
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ if TYPE_CHECKING:
     from candle_vllm.core.kernels.lora.repacking import Repacking
     from candle_vllm.core.quantization.tensors import StoredTensor
 
-_MOST_PACKED = {"F32": 2, "BF16": 2, "I8": 4}  # most bytes of a file for each byte in memory: F32 becomes narrower
-MOST_SEEN = 1 << 23  # most element positions that the recorded kinds may contain together
-_MOST_MET = 256  # most kinds that are counted
+_MOST_PACKED = {"F32": 2, "BF16": 2, "I8": 4}  # maximum bytes of a file for each byte in memory: F32 is converted
+MOST_SEEN = 1 << 23  # maximum number of element positions in all recorded kinds together
+_MOST_MET = 256  # maximum number of kinds whose adapters are counted
 
 Watch = Callable[["FittedAdapter", Collection["StoredTensor"]], "Repacking | None"]
 
 
 def adapter_limits(config: EngineConfig, loaded: LoadedModel | LoadedEncoder) -> dict[str, Any]:
-    """Return the fields of `StepLimits` for adapters, with the type of their products by `lora_dtype`.
+    """Return the fields of `StepLimits` for adapters; `lora_dtype` sets the type of their products.
 
-    "auto" is int8 with compiled kernels whose own products are int8, because their error is many times larger; float32
-    if the model's matrices are float32; else bfloat16.
+    "auto" means int8 if the compiled kernels of the base model use int8 products too, whose error is many times larger
+    than the adapter's; float32 if the model's matrices are float32; else bfloat16.
     """
     dtype = config.lora_dtype.upper()
     if dtype == "F16":
@@ -76,7 +76,7 @@ def adapter_packer(
         assert runner.adapters is not None
         return partial(pack_adapter, places=places, dtype="BF16", compiled=False, packed=runner.adapters.packed)
     dtype = adapter_limits(config, loaded)["adapter_dtype"]
-    if on_gpu:  # an encoder runs op by op
+    if on_gpu:  # an encoder is not captured: torch runs its operations one by one
         from candle_vllm.core.kernels.lora.reference import TorchAdapter
 
         packed = partial(TorchAdapter, dtype=dtype, device=loaded.placement.device)
@@ -105,7 +105,7 @@ def adapter_loader(
 
 
 def _on_all(load: Callable[[Path], LoadedAdapter], ranks: RankedRunner, path: Path) -> LoadedAdapter:
-    """Load an adapter's parts on every rank; raises as `AdapterLoader`."""
+    """Load an adapter's parts on every rank; raises the errors of `AdapterLoader`."""
     number = ranks.load_adapter(path)
     try:
         found = load(path)
@@ -123,7 +123,7 @@ class AdapterLoader:
         base: the base model.
         limits: limits of each adapter.
         pack: packs a fitted adapter for steps.
-        watch: records how adapters of a kind are packed; None to pack each adapter anew.
+        watch: records how adapters of a kind are packed; None to pack each adapter without a record.
     """
 
     def __init__(
@@ -138,14 +138,14 @@ class AdapterLoader:
         self._met: dict[bytes, int] = {}  # adapters of each kind that were packed without `Repacking`
 
     def __call__(self, path: Path) -> LoadedAdapter:
-        """Load the adapter at a path; raises as `read_adapter`, `fit_adapter` and `pack_adapter`."""
+        """Load the adapter at a path; raises the errors of `open_adapter`, `fit_adapter` and `pack_adapter`."""
         with task_adapter(path, self._limits) or open_adapter(path, self._limits) as stored:
             copied = self._copied(stored)
             packed, notes = self._packed(stored) if copied is None else (copied, ())
             return LoadedAdapter(packed, stored.base, (*stored.notes, *notes))
 
     def _copied(self, stored: StoredAdapter) -> PackedAdapter | None:
-        """Pack an adapter of a known kind; return None for another kind, or if its elements are not valid."""
+        """Pack an adapter of a known kind; return None for an unknown kind, or if its elements are not valid."""
         known = self._known.pop(stored.kind, None) if stored.kind is not None else None
         if known is None or stored.kind is None:
             return None

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
 """AdapterStore: an engine's LoRA adapters by name, the adapters in memory, and the thread that loads them.
 
-Beside step 4 of a request's life. An adapter is on disk only, or also in memory, packed for steps. A thread of the
+Runs beside step 4 of a request's life. An adapter is on disk only, or also in memory, packed for steps. A thread of the
 store reads, checks and packs the adapters that sequences wait for, one after the other in the order of the waiting
 sequences, so no step waits for a file. The least recently used adapter is evicted when the memory is full.
 
 A sequence leases its adapters when it is first admitted and holds the lease to its end, also while it is preempted: it
-keeps its weights even if the name is removed or gets other files. The old entry is dropped when its last lease ends.
+keeps its weights even if the name is removed or gets different files. The old entry is dropped with its last lease.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ PATIENCE = 110.0
 """Seconds for which a caller waits for an adapter."""
 MAX_NAMES = 1 << 20
 MAX_LOOSE_NAMES = 10_000
-"""Names that requests alone have given, with a path; the least recently used are forgotten."""
+"""Maximum number of names that only requests have registered; the least recently used are forgotten."""
 _SHOWN_NAMES = 10
 _CLOSING = 1.0  # seconds that `close` waits for the loading thread, which a disk may block
 
@@ -68,7 +68,7 @@ class Adapter(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class LoadedAdapter:
-    """A loaded adapter: packed for steps, with the base model that its files name, and remarks on its files."""
+    """A loaded adapter: packed for steps, with the base model that its files name, and notes about its files."""
 
     packed: Adapter
     base: str | None = None
@@ -83,14 +83,14 @@ class AdapterCall(msgspec.Struct, frozen=True):
 
 
 class Entry:
-    """One adapter: a name with its files. A name that gets other files gets a new entry.
+    """One adapter: a name with its files. A name that gets different files gets a new entry.
 
     Attributes:
         name, path: the name and path that it was registered with.
         state: see `AdapterInfo`.
         loaded: the loaded adapter; None if it is not in memory.
         error: why it could not be loaded; None if it could.
-        crowded: whether it waits for memory that leased adapters take.
+        crowded: whether it waits for memory that leased adapters occupy.
     """
 
     __slots__ = (
@@ -110,7 +110,7 @@ class Entry:
 
 
 Entries = tuple[tuple[Entry, float], ...]
-"""Adapters of a sequence, and how much each acts."""
+"""The adapters of a sequence, each with its scale."""
 
 
 @dataclasses.dataclass
@@ -128,9 +128,9 @@ class AdapterStore:
 
     Args:
         load: reads, checks and packs the files at a path; called in the store's loading thread.
-        most: most adapters in memory; None for no limit.
-        most_bytes: most bytes of the adapters in memory. An adapter that is being loaded takes memory besides.
-        most_at_once: most different adapters of one request.
+        most: maximum number of adapters in memory; None for no limit.
+        most_bytes: maximum bytes of the adapters in memory. The adapter that is being loaded takes memory in addition.
+        most_at_once: maximum number of different adapters of one request.
 
     Attributes:
         changes: a counter that grows whenever an adapter was loaded or has failed to load.
@@ -154,8 +154,8 @@ class AdapterStore:
         self._most, self._most_bytes, self._most_at_once = most or 1 << 62, most_bytes, most_at_once
         self._change = threading.Condition()  # guards everything below, and the entries
         self._entries: dict[str, Entry] = {}
-        self._loose: dict[str, None] = {}  # names that only requests have given, least recently used first
-        self._coming: dict[str, Entry] = {}  # new entries of known names, until their files are loaded
+        self._loose: dict[str, None] = {}  # names that only requests have registered, least recently used first
+        self._coming: dict[str, Entry] = {}  # new entries of known names, whose files are not loaded yet
         self._held: dict[Entry, None] = {}  # in memory, least recently used first
         self._bytes = 0
         self._wanted: tuple[Entry, ...] = ()  # entries of waiting sequences, most urgent first
@@ -172,10 +172,10 @@ class AdapterStore:
 
         Args:
             use: the name.
-            again: whether a failed adapter is tried again at once.
+            again: whether to retry a failed adapter at once.
 
         Raises:
-            InvalidParameterError: no adapter has this name, its path is another, or it has just failed to load.
+            InvalidParameterError: no adapter has this name, it has a different path, or it has just failed to load.
         """
         with self._change:
             entry = self._entries.get(use.name)
@@ -269,7 +269,7 @@ class AdapterStore:
             raise
 
     def remove(self, name: str) -> bool:
-        """Drop a name; return whether it was known. Accepted requests go on; after the last one the memory is free."""
+        """Drop a name; return whether it was known. Accepted requests continue; the last one frees the memory."""
         with self._change:
             entry = self._entries.pop(name, None)
             self._loose.pop(name, None)
@@ -295,7 +295,7 @@ class AdapterStore:
 
     @property
     def numbers(self) -> tuple[int, int, int]:
-        """Numbers of known adapters and of adapters in memory, and the bytes of the latter."""
+        """The number of known adapters, the number of adapters in memory, and the bytes of the adapters in memory."""
         return len(self._entries), len(self._held), self._bytes
 
     # ---- called for sequences ----------------------------------------------------------------------------------------
@@ -303,7 +303,7 @@ class AdapterStore:
     def expect(self, entries: Entries) -> None:
         """Load the adapters of a request that is about to be queued, after the adapters of waiting sequences.
 
-        The engine queues the request only after its present step; meanwhile its adapters can be read from disk.
+        The engine queues the request only after its current step; its adapters can be read from disk until then.
         """
         if any(entry.loaded is None for entry, _ in entries):
             with self._change:
@@ -350,7 +350,7 @@ class AdapterStore:
             self._change.wait_for(lambda: self.changes != changes or self._closed, timeout)
 
     def close(self) -> None:
-        """Stop loading; do not wait long for a load that is running."""
+        """Stop loading; wait only a short time for a load that is running."""
         with self._change:
             self._closed = True
             self._change.notify_all()
@@ -382,7 +382,7 @@ class AdapterStore:
         return entry
 
     def _forget_loose(self) -> None:
-        """Drop names that only requests have given, down to the limit; names in use stay."""
+        """Drop names that only requests have registered, until the limit is met; names in use stay."""
         many = len(self._loose) + 1 - MAX_LOOSE_NAMES
         if many > 0:
             busy = {*self._wanted, *self._expected, *self._asked, *self._coming.values()}
@@ -428,7 +428,7 @@ class AdapterStore:
         self._change.notify_all()
 
     def _drop_forgotten(self) -> None:
-        """Evict adapters that have lost their name and that no sequence or caller leases or waits for."""
+        """Evict adapters whose name was removed and that no sequence or caller leases or waits for."""
         for entry in [each for each in self._held if not each.leases and not self._is_known(each)]:
             if entry not in (*self._asked, *self._wanted, *self._expected):
                 self._let_go(entry)
@@ -442,7 +442,7 @@ class AdapterStore:
         entry.loaded, entry.state = None, "cold"
 
     def _order(self) -> list[Entry]:
-        """Return the entries of callers and of sequences, whose turn it is first; entries of both are sequences'."""
+        """Return the callers' and the sequences' entries, the group whose turn it is first; sequences' if in both."""
         wanted = dict.fromkeys((*self._wanted, *self._expected))
         asked = [entry for entry in self._asked if entry not in wanted]
         return [*asked, *wanted] if self._callers_next else [*wanted, *asked]
@@ -450,8 +450,8 @@ class AdapterStore:
     def _next(self) -> Entry | None:
         """Return the next entry to load, if there is memory for it.
 
-        Of the sequences' entries it is the most urgent one, because a later one would take its memory. A caller's entry
-        never blocks another: callers take turns with sequences, and an entry without memory is passed.
+        Sequences' entries load in order of urgency: a less urgent one would take the memory of the first. An entry of a
+        caller blocks nothing: callers and sequences alternate, and a caller's entry that finds no memory is skipped.
         """
         order, wanted, stopped = self._order(), {*self._wanted, *self._expected}, False
         for place, entry in enumerate(order):
@@ -472,7 +472,7 @@ class AdapterStore:
         return None
 
     def _estimate_bytes(self, entry: Entry) -> int:
-        """Estimate an entry's bytes: its earlier size, or else the smallest in memory; `_loaded` corrects the rest."""
+        """Estimate an entry's bytes: its earlier size, or the smallest in memory; `_loaded` evicts more if too low."""
         return entry.nbytes or min((each.nbytes for each in self._held), default=0)
 
     def _is_pinned_full(self, entry: Entry) -> bool:
@@ -481,11 +481,11 @@ class AdapterStore:
         return len(pinned) >= self._most or room < self._estimate_bytes(entry)
 
     def _make_room(self, nbytes: int, count: int, before: Sequence[Entry], behind: Sequence[Entry]) -> bool:
-        """Evict adapters until there is memory; evict none and return False if that would not suffice.
+        """Evict adapters until there is enough memory; return False, without evicting, if that is impossible.
 
         Args:
-            nbytes, count: bytes and number of adapters to make room for.
-            before, behind: entries that are wanted sooner, which stay, and later, which are evicted last.
+            nbytes, count: bytes and number of the adapters that need memory.
+            before, behind: entries that are needed sooner (never evicted), and later (evicted last).
         """
         stays = {entry for entry in self._held if entry.leases or entry.pinned}.union(before)
         later = dict.fromkeys(entry for entry in reversed(behind) if entry in self._held)
@@ -506,7 +506,7 @@ class AdapterStore:
         entry.retry_at = self._clock() + FAILED_FOR
         entry.crowded = False
         self.counts.failures += 1
-        if self._coming.get(entry.name) is entry:  # the name keeps its earlier files
+        if self._coming.get(entry.name) is entry:  # the name continues with its earlier files
             del self._coming[entry.name]
 
     def _loaded(self, entry: Entry, loaded: LoadedAdapter) -> None:

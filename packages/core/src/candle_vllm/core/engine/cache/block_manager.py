@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""Step 4: allocate KV-cache blocks to sequences. No torch here: blocks are numbers.
+"""Step 4: allocate KV-cache blocks to sequences. This module imports no torch: a block is its number.
 
 The cache is `num_blocks` blocks of `block_size` token positions. A sequence holds a block table, the list of its
-blocks in order. A full block has a hash chained over everything before it (salt, then the tokens of each block), so
+blocks in order. The hash of a full block is chained over everything before it (salt, then the tokens of each block), so
 equal hashes mean equal contents and a later prompt can share the block. Shared blocks have a reference count and are
-never written: only a full block is published, and a sequence writes only after its last full block.
+never written: only full blocks are published, and a sequence writes only after its last full block.
 
-A block whose count falls to zero keeps its contents and hash while it waits in the free queue, least recently used
-first; allocating it anew drops them.
+When its reference count is 0, a block enters the free queue, which is in order of last use. Its contents and hash stay
+until it is allocated again.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def block_hashes(
 ) -> list[bytes]:
     """Return chained SHA-256 hashes of the full blocks of `tokens`; `parents` are the hashes of the first blocks.
 
-    `marks` are bytes that change the hash of a block and of all later ones, such as an adapter that is active from it.
+    `marks` are bytes by block that change the hash of the block and of all later ones, such as an adapter's digest.
 
-    SHA-256 rather than a fast hash: a collision would show one user another user's context.
+    The hash is SHA-256, not a faster one, because a collision would show one user another user's context.
     """
     hashes = list(parents)
     parent = hashes[-1] if hashes else hashlib.sha256(b"" if salt is None else b"salt:" + salt.encode()).digest()
@@ -51,7 +51,7 @@ class BlockManager:
         enable_prefix_caching: publish and find blocks.
 
     Attributes:
-        forgot: called with the hash of a block that can no longer be found.
+        forgot: called with the hash of a block when the block is no longer published.
     """
 
     def __init__(self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = True) -> None:
@@ -70,7 +70,7 @@ class BlockManager:
         return len(self._free)
 
     def blocks_for(self, num_tokens: int) -> int:
-        """Return how many blocks `num_tokens` positions take."""
+        """Return how many blocks `num_tokens` positions need."""
         return -(-num_tokens // self.block_size)
 
     def lookup(self, hashes: Sequence[bytes]) -> list[int]:
@@ -108,7 +108,7 @@ class BlockManager:
         return taken
 
     def take_in(self, digest: bytes) -> int | None:
-        """Publish a free block whose contents the caller writes at once; return None if no block is free."""
+        """Publish a free block, whose contents the caller then writes; return None if no block is free."""
         taken = self.allocate(1)
         if taken is None:
             return None
@@ -117,7 +117,7 @@ class BlockManager:
         return taken[0]
 
     def publish(self, block: int, digest: bytes) -> None:
-        """Publish a full block under its hash. If the hash has a block already, the new block stays private."""
+        """Publish a full block under its hash. If the hash already has a block, the new block stays private."""
         if self.enable_prefix_caching and self._hash_of[block] is None and digest not in self._published:
             self._hash_of[block] = digest
             self._published[digest] = block

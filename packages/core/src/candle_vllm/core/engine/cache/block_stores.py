@@ -2,10 +2,10 @@
 """Stores of offloaded KV-cache blocks (KV tiers): a folder, main memory, and a chain of stores.
 
 Data from outside the process is checked: each block has a header with a magic number and the SHA-256 of its hash and
-bytes, and data that is short, damaged or of another block is rejected. `redis_blocks.py` has the store in Redis.
+bytes; data that is too short, damaged or of another block is rejected. The store in Redis is in `redis_blocks.py`.
 
-The name of a block's file is the block's hash. Its folder is named by the fingerprint: everything else that determines
-the block's bytes. The file holds the header and the bytes of all layers: keys, then values.
+The name of a block's file is the block's hash. The name of its folder is the fingerprint: a hash of everything else
+that determines the block's bytes. The file holds the header and the bytes of all layers: keys, then values.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Bytes: TypeAlias = bytes | bytearray | memoryview
 
 _MAGIC = b"CVKV0001"
 HEADER = len(_MAGIC) + hashlib.sha256().digest_size
-_LOOKS = 16  # how often the folder is listed again while a store writes as many bytes as the limit
+_LOOKS = 16  # the folder is listed again each time that a store has written 1/16 of the limit
 _SILENCE = 60.0  # seconds until a store's failure is logged again
 _UNFINISHED = 60.0  # seconds after which an unfinished file is deleted
 _NAME = re.compile(r"[0-9a-f]{32}/[0-9a-f]{2}/[0-9a-f]{64}")
@@ -53,18 +53,18 @@ class BlockStore(Protocol):
         ...
 
     def has(self, digest: bytes) -> bool:
-        """Whether the store is known to have a block, so that it need not be written."""
+        """Whether the store is known to have a block, which need not be written then."""
         ...
 
     def may_have(self, digest: bytes) -> bool:
-        """Whether the store may have a block, so that `read` is worth a try."""
+        """Whether the store may have a block, so that the caller should try `read`."""
         ...
 
     def read(self, digest: bytes) -> Bytes | None:
         """Return a block's bytes; None if the store does not have the block.
 
         Raises:
-            OSError: the block could not be read, or was damaged; it is deleted then.
+            OSError: the block could not be read, or was damaged; a damaged block is deleted.
         """
         ...
 
@@ -77,7 +77,7 @@ class BlockStore(Protocol):
         ...
 
     def clear(self) -> None:
-        """Delete all blocks of the store's own fingerprint, which are not found from now on."""
+        """Delete all blocks of the store's own fingerprint; none of them is found after this call."""
         ...
 
     def close(self) -> None:
@@ -86,12 +86,12 @@ class BlockStore(Protocol):
 
 
 def own_name(fingerprint: str) -> str:
-    """Return a fingerprint as a name of 32 characters."""
+    """Return a name of 32 characters for a fingerprint."""
     return hashlib.sha256(fingerprint.encode()).hexdigest()[:32]
 
 
 def sealed(digest: bytes, data: Bytes) -> bytes:
-    """Return the header of a block's bytes outside the process."""
+    """Return the header with which a block's bytes are stored outside the process."""
     found = hashlib.sha256(digest)
     found.update(data)
     return _MAGIC + found.digest()
@@ -109,8 +109,8 @@ class BlockFolder:
     Args:
         folder: the folder of the files; created with access for this user only.
         fingerprint: everything besides the hash that determines a block's bytes: weights, types, kernels.
-        most_bytes: limit of all files in the folder, including files of other fingerprints. Each engine that writes to
-            the folder at the same time may exceed it by a sixteenth.
+        most_bytes: limit of the bytes of all files in the folder, whatever their fingerprint. Each engine that writes
+            to the folder at the same time may exceed it by a sixteenth.
         block_bytes: size of a block.
 
     Raises:
@@ -192,7 +192,7 @@ class BlockFolder:
         self._shrink()
 
     def _look(self) -> None:
-        """List the folder again, with times of use: other engines and other ranks may share it."""
+        """List the folder and the times of use again, because other engines and ranks may share it."""
         with self._lock:
             order = {name: number for number, name in enumerate(self._sizes)}
         found = _found(self._root, order)
@@ -204,7 +204,7 @@ class BlockFolder:
         """Do nothing: no file is open."""
 
     def clear(self) -> None:
-        """See `BlockStore`; blocks of other engines are deleted too, as far as the folder can be listed."""
+        """See `BlockStore`; also deletes blocks of other engines, if the folder can be listed."""
         with suppress(OSError):
             self._look()
         with self._lock:
@@ -241,7 +241,7 @@ def _require_own(folder: Path) -> None:
 def _found(folder: Path, order: Mapping[str, int] = MappingProxyType({})) -> OrderedDict[str, int]:
     """Return the sizes of the blocks' files by name, least recently used first; delete old unfinished files.
 
-    `order` gives known files their order of use, because file times may be too coarse.
+    `order` has the order of use of known files, because file times may be too coarse.
     """
     found: list[tuple[float, int, str, int]] = []
     for path in folder.glob("*/*/*"):
@@ -257,10 +257,10 @@ def _found(folder: Path, order: Mapping[str, int] = MappingProxyType({})) -> Ord
 
 
 class HostBlocks:
-    """Blocks in main memory, as a tier below a GPU's cache; the least recently used are dropped first.
+    """Blocks in main memory, as a tier below a GPU's cache; the least recently used blocks are dropped first.
 
     Args:
-        most_bytes: limit of all blocks.
+        most_bytes: limit of the bytes of all blocks.
         block_bytes: size of a block.
 
     Raises:
@@ -318,7 +318,7 @@ class HostBlocks:
 
 
 class Tiers:
-    """Several stores, the fastest first; all are written to, and blocks found in a slower one are copied to faster."""
+    """Several stores, fastest first. Every block is written to all; a block found in a slow one is copied to faster."""
 
     def __init__(self, stores: Sequence[BlockStore]) -> None:
         self._stores, self._told_until = stores, 0.0
@@ -338,7 +338,7 @@ class Tiers:
         return any(store.may_have(digest) for store in self._stores)
 
     def read(self, digest: bytes) -> Bytes | None:
-        """See `BlockStore`; after a store that fails, the next one is tried."""
+        """See `BlockStore`; if a store fails, the next one is tried."""
         failure: OSError | None = None
         for number, store in enumerate(self._stores):
             if not store.may_have(digest):

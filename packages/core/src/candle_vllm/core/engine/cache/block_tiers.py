@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """KV tiers: offload full blocks of the KV cache to a store, and read them back (step 4 of a request's life).
 
-Threads write every published block to the store while steps run, so a prefix can be found after its blocks have left
-the cache, and after a restart if the store is persistent. A waiting sequence whose next blocks may be in the store
-waits while threads read them into free blocks, which are published; it then finds them in the prefix cache. A block
-that is short, damaged or late is computed again, and no request fails.
+Threads write every published block to the store while steps run, so a prefix can be found after its blocks were evicted
+from the cache, and after a restart if the store is persistent. If the next blocks of a waiting sequence may be in the
+store, threads read them into free blocks, which are published; the sequence then finds them in the prefix cache. A
+block that is too short, damaged or late is computed again, and no request fails.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from candle_vllm.core.threads import default_threads
 logger = logging.getLogger(__name__)
 
 _WAITING_BYTES = 64 << 20
-"""Of blocks that are to be written, or were read and are not in the cache yet; each at least one block."""
+"""Limit of the bytes that wait to be written, and of bytes that wait to enter the cache; at least one block each."""
 _Look = Callable[[Sequence[bytes]], None]
 _PATIENCE = 1.0  # seconds without a new block, after which a sequence no longer waits
-_SILENCE = 60.0  # seconds after a failure without writes, and until a failure is logged again
+_SILENCE = 60.0  # seconds after a failure during which nothing is written and no other failure is logged
 _PAUSE = 0.05  # seconds between two checks of the writing thread while closing
 _MOST_READERS = 4
 _LOOK = 0.005  # seconds between two checks whether other ranks have written all blocks
@@ -58,14 +58,14 @@ class BlockMemory(Protocol):
         ...
 
     def copy_out(self, place: int, *, state: bool = False) -> Callable[[], Bytes]:
-        """Begin to copy a block as it will be after all launched steps.
+        """Begin to copy a block with the contents that it has after all launched steps.
 
-        The result waits for the bytes and returns them, in any thread; they have the cache's own layout.
+        Returns a function that waits for the bytes and returns them, in any thread, in the cache's own layout.
         """
         ...
 
     def copy_in(self, place: int, data: Bytes, *, state: bool = False) -> None:
-        """Write a block before all steps that are launched later."""
+        """Write a block; all steps that are launched later see it."""
         ...
 
 
@@ -82,14 +82,14 @@ class Places(Protocol):
         ...
 
     def take_in(self, digest: bytes) -> int | None:
-        """Publish a free block or slot that the caller writes at once; return None if all are in use."""
+        """Publish a free block or slot, which the caller then writes; return None if all are in use."""
         ...
 
 
 class OtherParts(Protocol):
-    """The `BlockParts` of the other ranks, each with a store of its own, called through messages.
+    """The `BlockParts` of the other ranks, which are called through messages; each rank has its own store.
 
-    Their reports on readings go to `OffloadedBlocks.heard`. A rank that has died raises no error here: it ends the
+    They report progress to `OffloadedBlocks.heard`. The death of a rank raises no error here, because it ends the
     engine.
     """
 
@@ -99,7 +99,7 @@ class OtherParts(Protocol):
         ...
 
     def listen(self, heard: Callable[[int, int, bool, bool], None]) -> None:
-        """Have `heard` called, in any thread, with a rank's number and the arguments of `BlockParts`' `told`."""
+        """Set `heard`: it is called in any thread with a rank's number and the arguments of `BlockParts`' `told`."""
         ...
 
     def offer(self, blocks: Sequence[tuple[int, bytes]]) -> None: ...
@@ -113,7 +113,7 @@ class OtherParts(Protocol):
     def clear(self) -> None: ...
 
     def close(self) -> None:
-        """Make the ranks begin to write their unwritten blocks and close."""
+        """Make the ranks write their unwritten blocks and then close; does not wait for them."""
         ...
 
     def closed(self) -> bool:
@@ -137,14 +137,14 @@ class _Copied:
 
 
 class _PartsRead:
-    """One rank's progress of a reading: a request to read consecutive blocks of a prefix."""
+    """One rank's progress with a reading, which is a request to read consecutive blocks of a prefix."""
 
     def __init__(self, digests: Sequence[bytes]) -> None:
         self.left, self.read = deque(digests), deque[Bytes]()  # blocks to read, and blocks to copy to the cache
         self.done: dict[int, tuple[Bytes | None, bool]] = {}  # results by index that wait for an earlier block
         self.begun = self.told = self.brought = 0
         self.is_over = False  # no further block is reported
-        self.end: int | None = None  # how many blocks are copied to the cache in all, once that is known
+        self.end: int | None = None  # total number of blocks that are copied to the cache; None while unknown
 
 
 class BlockParts:
@@ -160,7 +160,7 @@ class BlockParts:
         memory: the rank's cache.
         state: whether the store holds states instead of blocks.
         told: called for each block of a reading, in order and in any thread, with the reading's number, whether the
-            block was read, and whether reading failed; no block is reported after one that was not read.
+            block was read, and whether reading failed. The first block that was not read is the last one reported.
     """
 
     def __init__(
@@ -175,7 +175,7 @@ class BlockParts:
         self._size = memory.state_bytes if state else memory.block_bytes
         self._readings: dict[int, _PartsRead] = {}
         self._to_read: deque[int] = deque()
-        self._num_held = 0  # blocks that are being read, or are read and not copied to the cache
+        self._num_held = 0  # blocks that are being read, or were read and are not in the cache yet
         self._to_write: OrderedDict[bytes, _Copied] = OrderedDict()
         self._wake = threading.Condition()  # guards what several threads use
         self._asked: dict[int, float] = {}  # start of the running read, by thread
@@ -195,11 +195,11 @@ class BlockParts:
         return self._store.num_bytes
 
     def may_have(self, digest: bytes) -> bool:
-        """Whether reading a block is worth a try; does not block."""
+        """Whether the store may have a block; does not block."""
         return self._store.may_have(digest) or digest in self._to_write
 
     def offer(self, block: int, digest: bytes) -> None:
-        """Copy a full, published block, to write it if the store does not have it."""
+        """Copy a full, published block and write it to the store, unless the store has it."""
         if self._store.has(digest) or digest in self._to_write or time.monotonic() < self._quiet_until:
             return
         if self._to_write and (len(self._to_write) + 1) * self._size > _WAITING_BYTES:
@@ -211,7 +211,7 @@ class BlockParts:
             self._wake.notify_all()
 
     def read(self, number: int, digests: Sequence[bytes]) -> None:
-        """Begin a reading with a new number."""
+        """Begin a reading; `number` must be new."""
         with self._wake:
             reading = self._readings[number] = _PartsRead(digests)
             if time.monotonic() - min(self._asked.values(), default=math.inf) > _PATIENCE:  # the store hangs
@@ -222,7 +222,7 @@ class BlockParts:
                 self._wake.notify_all()
 
     def bring(self, number: int, block: int) -> None:
-        """Copy the next block of a reading to the cache; `block` -1 drops it, because the cache has it already."""
+        """Copy the next block of a reading to the cache; with `block` -1 drop it, because the cache already has it."""
         with self._wake:
             reading = self._readings[number]
             data = reading.read.popleft()
@@ -235,7 +235,7 @@ class BlockParts:
             self._memory.copy_in(block, data, state=self._state)
 
     def end(self, number: int, brought: int) -> None:
-        """End a reading after `brought` blocks in all; further blocks are dropped."""
+        """End a reading of which `brought` blocks in total are copied to the cache; drop the others."""
         with self._wake:
             reading = self._readings[number]
             reading.end = brought
@@ -248,7 +248,7 @@ class BlockParts:
             self._wake.notify_all()
 
     def clear(self) -> None:
-        """Drop all blocks, those in the store too."""
+        """Drop all blocks, also in the store."""
         with self._wake:
             self._to_write.clear()
         self._store.clear()
@@ -297,14 +297,14 @@ class BlockParts:
             try:
                 if written is not None:
                     data = written.bytes()
-                elif self._store.may_have(digest):  # only the first rank asked its own store before
+                elif self._store.may_have(digest):  # only the first rank has asked its store already
                     data = self._store.read(digest)
             except Exception as error:  # a store may raise anything
                 failed = True
                 self._tell("a block of the KV cache cannot be read: %s", error)
             with self._wake:
                 del self._asked[mine]
-                if reading.is_over:  # no sequence waits for it any more
+                if reading.is_over:  # no sequence waits for this reading any more
                     self._num_held -= 1
                 else:
                     reading.done[place] = data, failed
@@ -372,7 +372,7 @@ class BlockParts:
 
 
 class _Reading:
-    """Blocks that a sequence waits for. By rank: `found` is how many are read, `ended` whether no more will be."""
+    """Blocks that a sequence waits for. By rank: `found` counts the read blocks, `ended` is whether reading ended."""
 
     def __init__(self, number: int, digests: Sequence[bytes], ranks: int) -> None:
         self.number, self.digests = number, digests
@@ -397,7 +397,7 @@ class OffloadedBlocks:
     """Offloads published blocks to a store, and reads the prefixes of waiting sequences back.
 
     `offer`, `is_ready`, `take`, `left` and `reset` belong to the engine's thread. If the model is divided among ranks,
-    each rank has its parts of the blocks in a store of its own, and the first rank sends the others what to write and
+    each rank has its parts of the blocks in its own store. The first rank sends the others the blocks to write and to
     read; a block is found if every rank has found its part.
 
     Args:
@@ -446,7 +446,7 @@ class OffloadedBlocks:
 
     @property
     def num_failed(self) -> int:
-        """Blocks that this rank could not read or write, that others could not read, or that came late."""
+        """Blocks that this rank could not read or write, that another rank could not read, or that were late."""
         return self._own.num_failed + self._num_failed
 
     @property
@@ -455,7 +455,7 @@ class OffloadedBlocks:
         return any(not reading.is_over for reading in self._readings.values())
 
     def heard(self, rank: int, number: int, found: bool, failed: bool) -> None:
-        """Take a rank's report on the next block of a reading; see `BlockParts`."""
+        """Record a rank's report on the next block of a reading; see `BlockParts`."""
         with self._wake:
             if rank:
                 self._num_failed += failed
@@ -467,7 +467,7 @@ class OffloadedBlocks:
             self._wake.notify_all()
 
     def offer(self, block: int, digest: bytes) -> None:
-        """Offload a full, published block; see `BlockParts`. The other ranks get it before the next step."""
+        """Offload a full, published block; see `BlockParts`. The other ranks are notified before the next step."""
         if self._others is not None:
             self._offered.append((block, digest))
         self._own.offer(block, digest)
@@ -477,12 +477,12 @@ class OffloadedBlocks:
         return self._own.may_have(digest)
 
     def is_ready(self, sequence: object, hashes: Sequence[bytes], num_blocks: int) -> bool:
-        """Return whether a waiting sequence may be admitted; if its next blocks may be in the store, read them first.
+        """Return whether a waiting sequence may be admitted; False while its next blocks are read from the store.
 
         Args:
             sequence: the sequence.
             hashes: hashes of its full blocks that may be shared.
-            num_blocks: number of all blocks that it takes.
+            num_blocks: total number of blocks that it needs.
         """
         reading = self._readings.get(sequence)
         if reading is not None:
@@ -514,7 +514,7 @@ class OffloadedBlocks:
             self._end(reading)
 
     def take(self) -> None:
-        """Copy read blocks to the cache, before a step; the limit of waiting bytes bounds the time that this takes."""
+        """Copy read blocks to the cache, before a step; the limit of waiting bytes also limits the time for this."""
         self._tell_of_offers()
         for reading in list(self._readings.values()):
             if reading.is_over:
@@ -526,7 +526,7 @@ class OffloadedBlocks:
                 self._end(reading)
 
     def _bring(self, reading: _Reading, count: int) -> bool:
-        """Copy the next blocks of a reading to the cache; return whether there were free blocks for all of them."""
+        """Copy the next blocks of a reading to the cache; return whether enough blocks were free."""
         places: list[int] = []
         for digest in reading.digests[reading.brought : reading.brought + count]:
             place = -1
@@ -698,7 +698,7 @@ def keep_blocks(
     others: OtherParts | None = None,
     pool: StatePool | None = None,
 ) -> OffloadedBlocks | OffloadedPrefixes | None:
-    """Build the KV tiers that the settings ask for; None without them. ConfigError if the model cannot have them."""
+    """Build the KV tiers of the settings; None without KV tiers. Raises ConfigError if the model cannot have them."""
     memory: Any = runner
     store = _store(config, loaded, memory.block_bytes, drafts, 0)
     if store is None:
@@ -715,7 +715,7 @@ def keep_blocks(
 def keep_parts(
     config: EngineConfig, loaded: LoadedModel, runner: ModelRunner, rank: int, told: Callable[[int, bool, bool], object]
 ) -> BlockParts | None:
-    """Build the KV tiers of another rank's parts, which the first rank's `OffloadedBlocks` calls; None without them."""
+    """Build the `BlockParts` of a rank after the first, for the first rank's `OffloadedBlocks`; None without tiers."""
     memory: Any = runner
     store = _store(config, loaded, memory.block_bytes, False, rank)
     return None if store is None else BlockParts(store, memory, told)
@@ -724,7 +724,7 @@ def keep_parts(
 def _store(
     config: EngineConfig, loaded: LoadedModel, size: int, drafts: bool, rank: int, what: str = ""
 ) -> BlockStore | None:
-    """Build the store of a rank's parts of blocks, or of `what` else of `size` bytes; None without KV tiers."""
+    """Build the store of a rank's parts of blocks (or of `what`, if set) of `size` bytes; None without KV tiers."""
     placement = loaded.placement
     if config.kv_offloading_size and placement.device.type == "cpu":
         raise ConfigError(
@@ -783,7 +783,7 @@ def _fingerprint(config: EngineConfig, loaded: LoadedModel, rank: int) -> str:
     settings = ("isq", "dtype", "block_size", "kv_cache_dtype", "key_cache_dtype", "value_cache_dtype", "lora_dtype",
                 "mm_processor_kwargs", "yarn_scaling_factor", "enforce_eager", "attention_backend",
                 "deterministic")  # fmt: skip
-    if config.ranks > 1:  # another division gives other parts, and sums over machines may round differently
+    if config.ranks > 1:  # a different division has different parts, and sums over machines may round differently
         settings += ("tensor_parallel_size", "pipeline_parallel_size", "enable_expert_parallel", "nnodes",
                      "distributed_executor_backend")  # fmt: skip
     said = [f"{name}={getattr(config, name)}" for name in settings] + [f"rank={rank}"] * (config.ranks > 1)

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Offloaded KV-cache blocks in Redis, which all servers of a model share.
 
-Each block is a key of its own; a sorted set lists the blocks by the time of their last use. The header of every block
-is checked. After a failure, timeout or wrong answer, Redis is not used for a while: blocks are computed, as without
-it.
+Each block has its own key; a sorted set lists the blocks by the time of their last use. The header of every block is
+checked. After a failure, a timeout or a wrong answer, Redis is not used for some seconds; blocks are computed instead.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ from candle_vllm.core.errors import ConfigError, with_extra
 logger = logging.getLogger(__name__)
 
 TIMEOUT: Final = 1.0  # seconds for a connection, for each read of an answer, and for an answer without a block
-_SLOWEST: Final = 8 << 20  # bytes a second that an answer with a block must have at least
-_SPARE: Final = 1 << 16  # bytes of an answer beside a block; 500 hashes take 20,000
+_SLOWEST: Final = 8 << 20  # minimum bytes a second of an answer with a block
+_SPARE: Final = 1 << 16  # maximum bytes of an answer in addition to a block; 500 hashes take 20,000
 QUIET: Final = 10.0  # seconds without requests after a failure
 UNUSED: Final = 7 * 24 * 3600  # seconds after which an unused block is deleted
-_KNOWN: Final = 1 << 16  # most blocks that are remembered as written
-_AT_ONCE: Final = 500  # most blocks that one message deletes or looks up
+_KNOWN: Final = 1 << 16  # maximum number of blocks that are remembered as written
+_AT_ONCE: Final = 500  # maximum number of blocks that one message deletes or looks up
 _OPTIONS: Final = frozenset({"ssl_ca_certs", "ssl_certfile", "ssl_keyfile"})
 
 
@@ -40,7 +39,7 @@ class RedisBlocks:
         url: redis://[user:password@]host[:port][/db], rediss:// for TLS, unix://path; the query may name certificate
             files (`ssl_ca_certs`, `ssl_certfile`, `ssl_keyfile`).
         fingerprint: everything besides the hash that determines a block's bytes.
-        most_bytes: limit of all blocks of this fingerprint.
+        most_bytes: limit of the bytes of all blocks of this fingerprint.
         block_bytes: size of a block.
         listed: whether `may_have` is true only for blocks that this process has written, read or looked up.
 
@@ -72,7 +71,7 @@ class RedisBlocks:
         return digest in self._known and not self._to_clear
 
     def may_have(self, digest: bytes) -> bool:
-        """True for any block while Redis answers, because another server may have written it; but see `listed`."""
+        """True for any block while Redis works, because another server may have written it, unless `listed` is set."""
         answers = not self._to_clear and time.monotonic() >= self._quiet_until
         return answers and (not self._listed or digest in self._known)
 
@@ -142,7 +141,7 @@ class RedisBlocks:
             self._delete([digest])
 
     def clear(self) -> None:
-        """See `BlockStore`: no block is found from now on; a thread deletes them."""
+        """See `BlockStore`; a thread deletes the blocks."""
         self._to_clear, self.num_bytes = True, 0
         threading.Thread(target=self._try_to_clear, name="candle-vllm-blocks-clear", daemon=True).start()
 
@@ -205,7 +204,7 @@ class RedisBlocks:
 class _BoundedSocket:
     """A socket that limits the bytes and the time of each answer.
 
-    Sending begins the next answer, which may be the answer to several commands.
+    Each send starts the limits again: the next answer, which may answer several commands, begins.
     """
 
     def __init__(self, end: Any, most: int) -> None:

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""Allocate state slots, beside step 4, for layers that keep a state of fixed size. No torch here.
+"""Allocate state slots (with step 4) for layers that keep a state of fixed size. This module imports no torch.
 
-Such a state cannot be truncated to fewer tokens as cached keys can. So each running sequence has a slot of its own, and
-a later prompt with the same prefix starts from a checkpoint: a slot that is never written again, identified by the hash
+Unlike cached keys, such a state cannot be truncated to fewer tokens. So each running sequence has its own slot, and a
+later prompt with the same prefix starts from a checkpoint: a slot that is never written again, identified by the hash
 of the block that ends at the same token. A cached prefix must have all its blocks and a checkpoint at its end.
 
-A step writes the state after a row into one slot. If that is a checkpoint at the end of a run, the sequence's next run
-reads the checkpoint. No checkpoint includes a draft token: the state after a draft token is not written, and the next
-step applies the accepted draft tokens first.
+A step writes the state after a row into one slot. If this slot is a checkpoint at the end of a run, the sequence's next
+run reads the checkpoint. No checkpoint includes a draft token: the state after a draft token is not written, and the
+next step first applies the accepted draft tokens.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class StatePool:
         self._free_running = list(range(running))[::-1]
         self._free = list(range(running, running + checkpoints))[::-1]
         self._published: OrderedDict[bytes, int] = OrderedDict()  # least recently used first
-        self._pins: Counter[int] = Counter()  # checkpoints that coming runs read, or that the last runs read
+        self._pins: Counter[int] = Counter()  # checkpoints that the next runs will read, or the last runs have read
         self._gone: set[int] = set()  # pinned slots that are no longer published
         self._coming: Counter[bytes] = Counter()  # hashes of checkpoints that running sequences will write
 
@@ -58,7 +58,7 @@ class StatePool:
         return [self._published[digest] for digest in itertools.takewhile(self._published.__contains__, hashes)]
 
     def take_in(self, digest: bytes) -> int | None:
-        """Publish a slot whose checkpoint the caller writes at once; return None if no slot is free."""
+        """Publish a slot, whose checkpoint the caller then writes; return None if no slot is free."""
         slot = self._take()
         if slot is not None:
             self._published[digest] = slot
@@ -66,7 +66,7 @@ class StatePool:
 
     @property
     def num_free(self) -> int:
-        """Number of slots that a new checkpoint could take."""
+        """Number of slots that are available for new checkpoints."""
         return self.num_checkpoint_slots - sum(1 for slot in self._published.values() if self._pins[slot])
 
     def is_coming(self, hashes: Seq[bytes]) -> bool:
@@ -155,7 +155,7 @@ class StatePool:
         for row, slot in run.state.marks:
             count = (run.start + row + 1) // self._size
             if state.pending.get(count) != slot:
-                continue  # the sequence was preempted since
+                continue  # the sequence was preempted after this run was scheduled
             del state.pending[count]
             self._came(state, count)
             digest = sequence.hashes(self._size)[count - 1]
@@ -170,7 +170,7 @@ class StatePool:
                 self.offer(slot, digest)
 
     def forget(self, digest: bytes) -> None:
-        """Drop the checkpoint of a block that has left the cache, or that no prompt can use any more."""
+        """Drop the checkpoint of a block that was evicted from the cache, or that no prompt can use any more."""
         slot = self._published.pop(digest, None)
         if slot is not None:
             self._discard(slot)
@@ -189,7 +189,7 @@ class StatePool:
         return [(count * self._size - run.start - 1, slot)]
 
     def _take(self) -> int | None:
-        """Take a slot for a checkpoint: a free one, or the least recently used one that no run will read."""
+        """Allocate a slot for a checkpoint: a free one, or the least recently used one that no run will read."""
         if self._free:
             return self._free.pop()
         for digest, slot in self._published.items():
@@ -215,7 +215,7 @@ class StatePool:
                 self._free.append(slot)
 
     def _came(self, state: SequenceState, count: int) -> None:
-        """Note that a requested checkpoint is written, or will not be, so that no sequence waits for it."""
+        """Note that a requested checkpoint was written or will not be written: no sequence must wait for it."""
         digest = state.told.pop(count, None)
         if digest is not None:
             self._coming[digest] -= 1

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Allocate pages of layers with a sliding window to blocks, beside step 4. No torch here.
+"""Allocate pages of sliding-window layers to blocks (with step 4). This module imports no torch.
 
-The layers with one window size share a pool of pages, which is smaller than the number of blocks; layers with another
-window size have another pool. A block has a page of a pool while a running sequence may read or write it there. When
-the block has left the window, or no running sequence uses it, its page may be given to another block: at once if the
-block is not published, else least recently used first. Blocks, block tables and hashes are the same for all layers. A
-cached prefix can be used as far as the blocks in the window of its next token have pages.
+The layers with the same window size share one pool of pages, which has fewer pages than the cache has blocks. A block
+has a page of a pool while a running sequence may read or write it there. When the block has left the window, or no
+running sequence uses it, its page may be given to another block: at once if the block is not published, else least
+recently used first. Blocks, block tables and hashes are the same for all layers. A cached prefix can be used up to a
+token if all blocks in the window of that token have pages.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from candle_vllm.core.loading.cache_specs import WindowRoom
 
 
 class PagePool:
-    """The pages of the layers with one window.
+    """The pages of the layers with one window size.
 
     Args:
         room: number of pages; at least `WindowRoom.blocks`, and page 0, which is never used.
-        page_of: [num_blocks] zeros: filled with the page of each block for steps to look up; 0 for a block without one.
+        page_of: [num_blocks] zeros, filled with the page of each block, which steps read; 0 for a block without a page.
         hash_of: [num_blocks] the hash of each published block; None for other blocks.
         block_size: tokens of a block.
     """
@@ -76,7 +76,7 @@ class PagePool:
                 self.forget(block)
 
     def forget(self, block: int) -> None:
-        """Take the page of an unused block that is not published."""
+        """Free the page of an unused block that is not published."""
         if block in self.idle and self._hash_of[block] is None:
             self._take_back(block)
 
@@ -107,7 +107,7 @@ class WindowedBlocks(BlockManager):
         return all(pool.page_of[block] for pool in self.pools)
 
     def depth(self, blocks: Seq[int]) -> int:
-        """How many of these prefix blocks precede a token that finds all pages of its windows."""
+        """How many of these prefix blocks can be shared, so that the next token finds all pages of its windows."""
         deepest, together = 0, [0] * len(self.pools)
         for count, block in enumerate(blocks, 1):
             together = [many + 1 if pool.page_of[block] else 0 for pool, many in zip(self.pools, together)]
@@ -117,9 +117,9 @@ class WindowedBlocks(BlockManager):
         return deepest
 
     def renew(self, hashes: Seq[bytes], in_store: Callable[[bytes], bool]) -> None:
-        """Forget blocks of a prefix whose pages have gone, if the KV tier has them, to read them from there.
+        """Unpublish blocks of a prefix that have lost their pages, if the KV tier has them and can read them back.
 
-        Nothing is forgotten if a running sequence holds one of these blocks: the prefix would not become longer.
+        Nothing is unpublished if a running sequence holds one of these blocks: the prefix would not become longer.
         """
         blocks = self.lookup(hashes)
         end = len(blocks)
@@ -136,7 +136,7 @@ class WindowedBlocks(BlockManager):
         return all(pool.page_of[block] or place < pool.first(end * self.block_size) for pool in self.pools)
 
     def has_room(self, shared: Seq[int], needed: int, reserve: int) -> bool:
-        """Whether a sequence with `needed` blocks, some of them shared, may start and leave `reserve` pages free."""
+        """Whether a sequence of `needed` blocks, some of them shared, can start while `reserve` pages stay free."""
         return all(pool.has_room(shared, needed, reserve) for pool in self.pools)
 
     def begin(self, sequence: Sequence, cached: int) -> None:
@@ -147,11 +147,11 @@ class WindowedBlocks(BlockManager):
                 pool.take(block)
 
     def advance(self, sequence: Sequence, start: int, end: int, spare: int = 0) -> int:
-        """Release the pages before the windows of a token, and take pages for the positions up to `end`.
+        """Release the pages before the windows of a token, and allocate pages for the positions up to `end`.
 
         Args:
-            sequence: its run begins at `start`. Blocks that a running step fills are unpublished and keep their page.
-            start, end: positions; the one at `start` is no draft token, so rejected drafts never need a released page.
+            sequence: the sequence. Blocks that a running step fills are not published yet and keep their page.
+            start, end: positions of its run. `start` is no draft token, so rejected drafts never need a released page.
             spare: pages that must stay free.
 
         Returns:
@@ -169,7 +169,7 @@ class WindowedBlocks(BlockManager):
         return reached
 
     def reaches(self, sequence: Sequence, position: int) -> bool:
-        """Whether the next token of a decoding sequence has its pages, after taking one more if necessary."""
+        """Whether the next token of a decoding sequence has its pages; allocates one more if necessary."""
         return self.advance(sequence, position, position + 1) > position
 
     def cut(self, sequence: Sequence, blocks: int) -> None:
