@@ -1,26 +1,26 @@
 # SPDX-License-Identifier: MIT
 """Paged attention: causal attention of new tokens over a KV cache of blocks.
 
-Contract: q [T, H, D]; key_cache and value_cache [B, S, K, D] of q's dtype, already holding the new tokens' keys and
-values; H is a multiple of K, and query head h reads KV head h // (H / K). `rows` says which tokens belong to which
-sequence and where its blocks are. The token at position p attends to positions 0..p, or, with a window w, only to p - w
-+ 1..p; a window -w is a chunk, and the token sees floor(p / w) w..p. With a soft cap c, a score s becomes c * tanh(s /
-c) before it is masked. With sinks [H] fp32, each head's sink joins its softmax as one more score, uncapped and never
-masked, whose probability is multiplied by no value. With slopes [H] fp32 (ALiBi), a head's slope times the distance of
-query and key is subtracted from a score after the soft cap. If `rows` says so, on the CPU alone, a token also attends
-to later positions: tokens of an image attend to each other. Scores and sums are fp32. y [T, H, D] has q's dtype, in new
-memory.
+Contract: q is [T, H, D]; key_cache and value_cache are [B, S, K, D] in q's dtype and already hold the new tokens' keys
+and values. H is a multiple of K; query head h reads KV head h // (H / K). `rows` has the tokens and the block table of
+each sequence. The token at position p attends to positions 0..p; with a window w, only to p - w + 1..p; with a window
+-w (chunked attention), to floor(p / w) * w..p. With a soft cap c, a score s becomes c * tanh(s / c) before it is
+masked. With sinks [H] fp32, the softmax of each head has one more score, its sink, which is not capped, is never
+masked, and has no value. With slopes [H] fp32 (ALiBi), a head's slope times the distance of query and key is subtracted
+from a score after the soft cap. With `rows.ahead`, on the CPU only, a token also attends to later positions, because
+the tokens of an image attend to each other. Scores and sums are fp32. The result y [T, H, D] has q's dtype, and is in
+new memory.
 
-A cache of float8_e4m3fn, as `kernels/kv_write` writes it, needs `cache_scales`: one scale for keys and one for values,
-[1] float32 each, by which its elements are multiplied. A cache with one scale per row is [B, S, K, D + 4], see
+A float8_e4m3fn cache, as `kernels/kv_write` writes it, needs `cache_scales`: the scales of keys and of values, [1]
+float32 each, by which the elements are multiplied. A cache with a scale for each row is [B, S, K, D + 4], see
 `kernels/kv_write/scaled_rows`.
 
-On a GPU D is at most 256, and even for a cache of 8 bits, and S is a power of two from 16 on. If the step's lengths are
-on the device (`DeviceRows`), no call waits for it, and launches depend only on the shapes of tensors and on `decodes`,
-so that they can be captured: rows of y from query_start[R] on are undefined, and sequences without context among the
-first `decodes` get zeros. With `decoding` the number of decoding sequences is read from the device, so that one
-captured launch serves every mix of decodes and prompts: sequences after the last one (with no tokens and no context)
-write nothing.
+On a GPU D is at most 512 and must be even if the cache has 8 bits, and S is a power of two, at least 16. If the lengths
+are on the device (`DeviceRows`), no call waits for it, and launches depend only on the shapes of tensors and on
+`decodes`, so that they can be captured. Rows of y from query_start[R] on are then undefined, and sequences without
+context among the first `decodes` get zeros. With `decoding`, the number of decoding sequences is read from the device,
+so one captured launch works for every mix of decodes and prompts; padding sequences at the end, with no tokens and no
+context, write nothing.
 Sources: Vaswani et al., 2017, arXiv:1706.03762; Kwon et al., 2023, arXiv:2309.06180 (pages); Gemma Team, 2024,
 arXiv:2408.00118 (soft cap); OpenAI, 2025, arXiv:2508.10925 (sinks); Press et al., 2021, arXiv:2108.12409 (ALiBi).
 """
@@ -49,7 +49,7 @@ def paged_attention(
     sinks: torch.Tensor | None = None,
     slopes: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """softmax(q k^T * scale) v for every sequence of the step."""
+    """Compute softmax(q k^T * scale) v for every sequence of the step; see the contract above."""
     assert q.shape[1] % key_cache.shape[2] == 0
     assert all(each is None or each.shape == q.shape[1:2] for each in (sinks, slopes))
     options = {"scale": scale, "window": window, "softcap": softcap, "cache_scales": cache_scales}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Attention backends: their interface, what a model needs of them, and what no FlashAttention supports."""
+"""Attention backends: their interface, the requirements of a model, and why some backends cannot meet them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from candle_vllm.core.kernels.attention.rows import DeviceRows
 
 
 class Attend(Protocol):
-    """`paged_attention` of the package, for rows on the device."""
+    """The function `paged_attention` of `kernels/attention`, for rows on the device."""
 
     def __call__(
         self,
@@ -36,16 +36,16 @@ class AttentionNeeds:
     """Requirements of a model on a device for attention.
 
     Attributes:
-        capability: the GPU's compute capability, (9, 0), or (8, 1) for AMD's; None on the CPU.
-        dtype: of queries, and of the cache but for float8.
-        head_dim: elements of a head, the largest if layers differ.
+        capability: the GPU's compute capability such as (9, 0), (8, 1) for AMD GPUs; None on the CPU.
+        dtype: type of queries, and of the cache unless it is quantised.
+        head_dim: elements of a head; the maximum if layers differ.
         block_size: tokens of a block.
-        windows, chunks: whether a layer has a sliding window, or one that is a chunk of the context.
+        windows, chunks: whether a layer has a sliding window, and whether a layer has chunked attention.
         soft_caps: whether a layer caps its scores.
         sinks: whether a layer's heads have sinks.
-        slopes: whether a layer's scores fall with distance (ALiBi).
-        cache_dtype: of keys and values, as `EngineConfig.kv_cache_dtype` names it.
-        deterministic: whether a result must not depend on the rest of the step, nor on how a prompt is cut.
+        slopes: whether a layer's scores decrease with distance (ALiBi).
+        cache_dtype: type of keys and values, a value of `EngineConfig.kv_cache_dtype`.
+        deterministic: whether a result must not depend on the rest of the step, nor on the chunks of a prompt.
     """
 
     capability: tuple[int, int] | None
@@ -63,17 +63,17 @@ class AttentionNeeds:
 
 @dataclasses.dataclass(frozen=True)
 class Backend:
-    """Attention backend.
+    """An attention backend.
 
     Attributes:
-        name: as `EngineConfig.attention_backend` names it.
+        name: the value of `EngineConfig.attention_backend`.
         attend: the function that every layer calls.
         capturable: whether a step in which all sequences are among `DeviceRows.decodes` can be captured in a CUDA
             graph, because no call waits for the device.
         mixed: whether any step with `DeviceRows.decoding` can be captured, prompts included.
-        finite_cache: whether every element of the cache must be finite, also before it is first written: a NaN after
-            the end of a sequence would reach its result.
-        note: a remark on this choice for the user; may be empty.
+        finite_cache: whether every element of the cache must be finite, even before it is first written, because a NaN
+            after the end of a sequence would change its result.
+        note: a note about this backend for the user; may be empty.
     """
 
     name: str
@@ -85,7 +85,7 @@ class Backend:
 
 
 def flash_refusal(needs: AttentionNeeds) -> str | None:
-    """Return what no FlashAttention supports of these needs, as a sentence."""
+    """Return which of these needs no version of FlashAttention supports, as a sentence; None if all are supported."""
     if needs.dtype not in (torch.float16, torch.bfloat16):
         return f"FlashAttention computes f16 and bf16, not {needs.dtype}"
     if needs.sinks:
@@ -106,26 +106,26 @@ def flash_refusal(needs: AttentionNeeds) -> str | None:
 
 
 PAGE_OF_2 = 256
-"""Tokens of a page are a multiple of this in FlashAttention 2."""
+"""The page size of FlashAttention 2 is a multiple of this number of tokens."""
 
 
 def page_refusal(needs: AttentionNeeds) -> str | None:
-    """Return why FlashAttention 2 cannot read these blocks as its pages, as the end of a sentence."""
+    """Return why FlashAttention 2 cannot use these blocks as its pages, as a clause of a sentence; None if it can."""
     if needs.block_size % PAGE_OF_2:
         return f"its pages are multiples of {PAGE_OF_2} tokens, and block_size is {needs.block_size}"
     return None
 
 
 def installed(module: str) -> bool:
-    """Whether a module can be found; imports the packages around it, not the module."""
+    """Return whether a module can be found; imports the packages that contain it, but not the module."""
     try:
         return importlib.util.find_spec(module) is not None
-    except ImportError:  # a package around it is missing, or broken
+    except ImportError:  # a package that should contain it is missing or broken
         return False
 
 
 def triton_refusal(needs: AttentionNeeds) -> str | None:
-    """Return what the kernels of this package do not support of these needs, as a sentence."""
+    """Return which of these needs our Triton kernels do not support, as a sentence; None if all are supported."""
     if not installed("triton"):
         return "the package triton is not installed"
     if needs.capability is None or needs.capability < (7, 5):

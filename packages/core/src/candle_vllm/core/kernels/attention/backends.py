@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
 """Choose the attention backend, once at start (inside step 6 of a request's life).
 
-    triton       the kernels of this package; what "auto" is on a GPU
-    torch_flash  the FlashAttention that torch carries from 2.13 on, without a package to build
+    triton       our own Triton kernels; "auto" selects them on a GPU
+    torch_flash  the FlashAttention that torch has from 2.13 on; no package must be built
     flash_attn   the packages flash-attn and flash-attn-4
-    torch        the reference: any device, slow
+    torch        the reference: runs on any device, but is slow
 
-A backend is one function with `paged_attention`'s contract, made for one model on one device. A backend that does not
-support them is refused; the error names the reason and a backend that does. Backends are imported only when chosen.
+A backend is one function with `paged_attention`'s contract, made for one model on one device. If it does not support
+them, it is refused with an error that has the reason and a backend that works. Only the chosen one is imported.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ SETTING = "attention_backend"
 
 
 def choose(name: str, needs: AttentionNeeds) -> Backend:
-    """The backend of that name, or what "auto" stands for.
+    """Return the backend of this name; "auto" chooses one.
 
     Raises:
-        ConfigError: it cannot serve these needs; the message says why, and names one that can.
+        ConfigError: the backend does not support these needs; the message has the reason and a backend that does.
     """
     on_cpu = needs.capability is None
     wanted = ("torch" if on_cpu else "triton") if name == "auto" else name
@@ -91,7 +91,7 @@ def attend_by_reference(
 
 
 def _advice(refused: str, needs: AttentionNeeds) -> str:
-    """A value that works, or that none does."""
+    """Return advice: a setting that works, or that no backend works."""
     for size in (16, PAGE_OF_2):
         if needs.block_size < size and isinstance(
             _MAKERS[refused](dataclasses.replace(needs, block_size=size)), Backend
@@ -110,16 +110,16 @@ _MAKERS: Mapping[str, Callable[[AttentionNeeds], Backend | str]] = MappingProxyT
 
 
 MOST_LATENT = 640
-"""Numbers of a row of a latent cache that the kernels have registers for: 512 of the vector, 128 that rotate."""
+"""Maximum elements of a latent cache row, limited by registers: 512 of the latent vector, 128 rotated ones."""
 
 
 def choose_latent(name: str, needs: AttentionNeeds) -> Backend:
-    """The same for latent attention, whose layers do not call what is chosen: they have one function.
+    """Check the backend for latent attention. Its layers do not call the result, because they have only one function.
 
-    `needs.head_dim` is the size of a cache row.
+    `needs.head_dim` is the number of elements of a cache row.
 
     Raises:
-        ConfigError: it cannot serve these needs.
+        ConfigError: latent attention cannot meet these needs.
     """
     if name not in ("auto", "triton"):
         raise ConfigError(

@@ -5,19 +5,19 @@
 Caches are bfloat16 in tiles of 16 positions (`cpu_tiles`) or quantised (`cpu_quantised`). Queries [T, H, D] are
 bfloat16 or quantised like the keys, already multiplied by softmax scale * log2(e) (`kv_write.cpu`); the result is
 float32 [T, H, D]. So scores are exponents of 2, and soft cap, sinks and slopes are multiplied by `LOG2E` too. A head's
-sink is added to a row's sum after all keys.
+sink is added to a row's sum after all keys were processed.
 
-A result has the same bits whatever else is in the step: positions are split into fixed chunks (`cpu_split.py`), each
-chunk gives a partial result for each query row, and partial results are merged in order of position by one formula.
-The query rows of one KV head (tokens x heads of the group) are computed in tiles of `ROW_TILE`. A unit of work is such
-a tile with all its chunks, merged at once; or, if that would leave threads idle, a run of its chunks, whose partial
-results are written to scratch memory and merged by the second operation.
+A result does not depend on the rest of the step: positions are split into fixed chunks (`cpu_split.py`), each chunk has
+a partial result for each query row, and partial results are merged in order of position by one formula. The query rows
+of one KV head (tokens x heads of the group) are computed in tiles of `ROW_TILE`. A unit of work is such a tile with all
+its chunks, whose results are merged immediately. If this would leave threads idle, a unit is a few of the chunks, and
+the second operation merges the partial results, which are written to scratch memory.
 
-Quantised keys and values are prefetched one chunk ahead, for which a thread claims its next unit during the last chunk
-of the current one: the hardware prefetcher does not predict the order of the codes.
+Quantised keys and values are prefetched one chunk ahead, because the hardware prefetcher does not predict the order of
+the codes. For this a thread claims its next unit during the last chunk of the current one.
 
-An atomic counter hands out units, the longest sequence's first, so that a slow thread takes fewer. `merge` resets the
-counter to 0, between barriers. Ranks of threads that have their own heads have a counter for each rank.
+Threads claim units by an atomic counter, the longest sequence's first, so a slow thread processes fewer. `merge` resets
+the counter to 0, between barriers. If ranks of threads have their own heads, each rank has its own counter.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber
 from candle_vllm.core.kernels.cpu_runtime.primitives import fetch_add, int64_at, rank_of, read, step_number
 
 _SEQUENCES = int(StepNumber.SEQUENCES)
-_RUNS_PER_THREAD = 6  # most units of one long sequence per thread: reading is fastest in long runs
+_RUNS_PER_THREAD = 6  # maximum units of one long sequence per thread, because long sequential reads are fastest
 
 
 # ---- attend ----------------------------------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ def _scores(
     kind: int,
     isa: int,
 ) -> None:
-    """Scores of up to 4 rows with all tiles of a chunk."""
+    """Compute the scores of up to 4 rows with all tiles of a chunk."""
     for n in range(0, count, TILES):
         at, ask, to = tiles + 8 * n, coming + 8 * n, scores + 4 * LANES * n
         if rows == 4:
@@ -158,7 +158,7 @@ def _softmax(
     kind: int,
     isa: int,
 ) -> None:
-    """Probabilities of up to 4 rows."""
+    """Compute the probabilities of up to 4 rows."""
     if rows == 4:
         softmax_rows(scores, to, tiles, positions, start, window, partials, 4, dim, kind, isa)
     elif rows == 3:
@@ -182,7 +182,7 @@ def _values(
     kind: int,
     isa: int,
 ) -> None:
-    """The value product of up to 4 rows."""
+    """Compute the products of probabilities and values of up to 4 rows."""
     if rows == 4:
         value_tiles(scores, probabilities, tiles, coming, keys, to, 4, dim, kind, isa)
     elif rows == 3:
@@ -227,7 +227,7 @@ def _gather_queries(
 
 @njit(inline="always")
 def _fall(scores: int, chunk, positions: int, row: int) -> None:
-    """Subtract the head's ALiBi slope times the distances from a row's scores; `row` counts in a block of rows."""
+    """Subtract the head's ALiBi slope times the distances from a row's scores; `row` is an index in a block of rows."""
     start, _, count, _, slopes, group, first = chunk
     if slopes != 0:
         slope = slopes + 4 * ((first + row) % group)
@@ -236,11 +236,11 @@ def _fall(scores: int, chunk, positions: int, row: int) -> None:
 
 @njit(inline="always")
 def _attend_rows(memory, chunk, to, size, rows, stride, cap, dim, keys_as, values_as, isa) -> None:
-    """Compute the partial results of up to 4 rows with a chunk, `size` bytes apart at `to`.
+    """Compute the partial results of up to 4 rows with a chunk; write them to `to`, `size` bytes apart.
 
     `memory` has the addresses of the rows' queries and positions, of the tiles, of the tiles to prefetch, and of memory
     for scores and probabilities. `chunk` has its first position, its numbers of keys and tiles, the window, the address
-    of the slopes of the heads of a KV head (0 without), the number of these heads, and the first row's number.
+    of the slopes of the KV head's query heads (0 without ALiBi), the number of these heads, and the first row's index.
     """
     queries, positions, tiles, coming, scores, probabilities = memory
     start, keys, count, window = chunk[:4]
@@ -257,7 +257,7 @@ def _attend_rows(memory, chunk, to, size, rows, stride, cap, dim, keys_as, value
 
 @njit(inline="always")
 def _attend_square(memory, chunk, to, size, rows, stride, cap, dim, keys_as, values_as, isa) -> None:
-    """`_attend_rows` for up to 16 rows of bfloat16 with AMX; a result is written for each row of the registers."""
+    """Do what `_attend_rows` does, with AMX, for up to 16 bfloat16 rows; write a result for each row of the registers."""
     queries, positions, tiles, _, scores, probabilities = memory
     start, _, count, window = chunk[:4]
     for n in range(0, count, TILES):
@@ -310,7 +310,7 @@ def make_attend(head_dim: int, isa: int, keys_as: int, values_as: int) -> Callab
         free = given.scratch_size - HEADER - threads * thread_bytes
         sequences = step_number(row, _SEQUENCES)
         total = total_cost(starts, contexts, sequences, window)
-        before = 0  # units of the sequences before this one
+        before = 0  # number of units of the sequences before this one
         counter, own, end = rank_of(given.ranks, thread, threads)
         first_head, own_heads = kv_heads * own // threads, kv_heads * (end - own) // threads
         if counter == 0:
@@ -359,8 +359,8 @@ def make_attend(head_dim: int, isa: int, keys_as: int, values_as: int) -> Callab
                 chunk = max(first_chunk + turn * run, chunk_of(seen))
                 last_seen = at_position[ROW_TILE + rows - 1]
                 top = min(first_chunk + turn * run + run - 1, chunk_of(last_seen))
-                to = parts  # scratch memory, also for results that are not used
-                following = -1  # the next unit, if it is claimed before this one is done
+                to = parts  # scratch memory, even for results that are not used
+                following = -1  # the next unit, if this thread has claimed it already
                 if size == 0:
                     for i in range(rows):
                         clear_partial(states + i * row_bytes, head_dim)
@@ -373,8 +373,8 @@ def make_attend(head_dim: int, isa: int, keys_as: int, values_as: int) -> Callab
                     start = max(chunk_start(c), seen & ~(LANES - 1))
                     keys = min(chunk_start(c + 1), last_seen + 1) - start
                     count = (keys + LANES - 1) // LANES
-                    # What is read from memory arrives too late, unless it is asked for a chunk before: of this unit,
-                    # or of the one that this thread does next, where it has the same rows.
+                    # Data must be prefetched one chunk ahead to arrive in time: the next chunk of this unit, or the
+                    # first chunk of this thread's next unit, if that has the same rows.
                     next_head, next_chunk, asked = head, c + 1, asks and c < top
                     if asks and c == top:
                         following = fetch_add(counter, 1)
@@ -472,7 +472,7 @@ def make_merge(head_dim: int, rotated: int) -> Callable[..., None]:
         free = given.scratch_size - HEADER - threads * thread_bytes
         sequences = step_number(row, _SEQUENCES)
         total = total_cost(starts, contexts, sequences, window)
-        turn = thread  # rows go round, so that every thread has its share of each sequence
+        turn = thread  # rows are assigned round-robin, so that each thread gets a share of every sequence
         for r in range(sequences):
             token, context = starts[r], contexts[r]
             tokens = starts[r + 1] - token

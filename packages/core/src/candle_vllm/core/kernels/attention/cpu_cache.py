@@ -2,16 +2,16 @@
 """Memory layout of the CPU's KV cache, which `kv_write/cpu.py` writes and `attention/cpu.py` reads.
 
 A slot is block * S + offset. A **stretch** is 1,024 consecutive slots (or one block, if that is larger). The slots of
-one head of one layer are contiguous within a stretch; the heads and layers of a stretch follow each other. So a long
-context is read in long runs, which the hardware prefetches, and a short context touches little memory: the system
-allocates pages of 2 MiB, and if each head's slots were contiguous, the first token would need one page for every head.
+one head of one layer are contiguous within a stretch; the heads and layers of a stretch follow each other. So long
+contexts are read in long sequences of addresses, which the hardware prefetches, and short contexts touch little memory:
+the system allocates pages of 2 MiB. If all slots of a head were contiguous, the first token would need a page per head.
 
 If ranks of threads have their own heads (`cpu_runtime/numa.py`), all stretches and layers of a head are contiguous
-instead, so that a rank's heads are one run of pages on its NUMA node.
+instead, so that a rank's heads are contiguous pages on its NUMA node.
 
-In a stretch, keys are in strips and values in pairs of positions, see `cpu_tiles.py`; quantised keys are in strips and
-quantised values in tiles, see `cpu_quantised.py`. Keys have the same number of bytes for every slot, and so have
-values, so that one index computation serves both.
+Within a stretch, keys are in strips and values in pairs of positions, see `cpu_tiles.py`; quantised keys are in strips
+and quantised values in tiles, see `cpu_quantised.py`. All keys have the same number of bytes per slot, and so have all
+values, so both use the same index computation.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ STRETCH_SHIFT = STRETCH.bit_length() - 1
 
 
 BLOCK = 32
-"""Numbers of a quantised block."""
+"""Elements of a quantised block."""
 
 
 class CacheKind(enum.IntEnum):
@@ -41,7 +41,7 @@ class CacheKind(enum.IntEnum):
 
     @property
     def has_minima(self) -> bool:
-        """Whether a block has a minimum beside its scale."""
+        """Whether a block has a minimum in addition to its scale."""
         return self is CacheKind.Q5_1
 
     def fits(self, head_dim: int) -> bool:
@@ -54,19 +54,19 @@ PLAIN = (CacheKind.BF16, CacheKind.BF16)
 
 
 def code_bytes(kind: CacheKind, head_dim: int) -> int:
-    """Bytes of a slot's codes, without their scales and minima."""
+    """Return the bytes of a slot's codes, without scales and minima."""
     bits = {CacheKind.BF16: 16, CacheKind.Q8_0: 8, CacheKind.Q4_0: 4, CacheKind.Q5_1: 5}[kind]
     return bits * head_dim // 8
 
 
 def key_bytes(kind: CacheKind, head_dim: int) -> int:
-    """Bytes that a slot's key takes: the scales of two blocks share a word, or a block's scale and minimum do."""
+    """Return the bytes of a slot's key. Scales of two blocks share a word, or the scale and minimum of one block do."""
     words = 0 if kind is CacheKind.BF16 else -(-head_dim // (BLOCK if kind.has_minima else 2 * BLOCK))
     return code_bytes(kind, head_dim) + 4 * words
 
 
 def value_bytes(kind: CacheKind, head_dim: int) -> int:
-    """Bytes that a slot's value takes."""
+    """Return the bytes of a slot's value."""
     halves = 0 if kind is CacheKind.BF16 else head_dim // BLOCK * (2 if kind.has_minima else 1)
     return code_bytes(kind, head_dim) + 2 * halves
 
@@ -87,11 +87,11 @@ def number_bytes(head_dim: int, kinds: tuple[CacheKind, CacheKind]) -> float:
 def key_cache_shape(
     num_blocks: int, block_size: int, layers: int, kv_heads: int, head_dim: int, kind: CacheKind = CacheKind.BF16
 ) -> tuple[int, ...]:
-    """Shape of the key cache: [stretches, layers, heads, blocks, strips, D / 2, W, 2] 16-bit numbers, or
-    [stretches, layers, heads, blocks, strips, bytes of a strip] where it is quantised.
+    """Return the shape of the key cache: [stretches, layers, heads, blocks, strips, D / 2, W, 2] 16-bit elements, or
+    [stretches, layers, heads, blocks, strips, bytes of a strip] if it is quantised.
 
-    It begins at a multiple of 64 bytes and need not be cleared. Element [:, n] is layer n's, which is what the
-    operations take. For speed S should be 64 or more.
+    It must begin at a multiple of 64 bytes and need not be cleared. The operations take the part of a layer n, which
+    is [:, n]. For speed S should be at least 64.
     """
     strip = min(block_size, STRIP)
     blocks = max(1, STRETCH // block_size)
@@ -104,7 +104,7 @@ def key_cache_shape(
 def value_cache_shape(
     num_blocks: int, block_size: int, layers: int, kv_heads: int, head_dim: int, kind: CacheKind = CacheKind.BF16
 ) -> tuple[int, ...]:
-    """Shape of the value cache: [stretches, layers, heads, blocks, S / 2, D, 2] 16-bit numbers, or
+    """Return the shape of the value cache: [stretches, layers, heads, blocks, S / 2, D, 2] 16-bit elements, or
     [stretches, layers, heads, blocks, S / 16, bytes of a tile]. See `key_cache_shape`."""
     places = key_cache_shape(num_blocks, block_size, layers, kv_heads, head_dim)[:4]
     if kind is CacheKind.BF16:
@@ -113,19 +113,19 @@ def value_cache_shape(
 
 
 def stretch_step(key_layer_strides: tuple[int, ...], head_dim: int, kind: CacheKind = CacheKind.BF16) -> int:
-    """Slots from one stretch to the next, from the strides of a layer's keys in bytes."""
+    """Return the number of slots from one stretch to the next, from the byte strides of a layer's keys."""
     return key_layer_strides[0] // key_bytes(kind, head_dim)
 
 
 def head_gap(
     key_layer_strides: tuple[int, ...], block_size: int, head_dim: int, kind: CacheKind = CacheKind.BF16
 ) -> int:
-    """Slots from the end of a head's part of a stretch to the next head's; 0 where they follow each other."""
+    """Return the number of slots between the parts of two successive heads in a stretch; 0 if they are contiguous."""
     return key_layer_strides[1] // key_bytes(kind, head_dim) - max(STRETCH, block_size)
 
 
 def kinds_of(caches: tuple[np.ndarray, np.ndarray], head_dim: int, block_size: int) -> tuple[CacheKind, CacheKind]:
-    """How a layer's keys and values are stored, from the shapes of its caches."""
+    """Return how a layer's keys and values are stored, from the shapes of its caches."""
     slots = [cache.itemsize * math.prod(cache.shape[3:]) // block_size for cache in caches]
     keys, values = ({size(kind, head_dim): kind for kind in CacheKind} for size in (key_bytes, value_bytes))
     return keys[slots[0]], values[slots[1]]
@@ -134,16 +134,16 @@ def kinds_of(caches: tuple[np.ndarray, np.ndarray], head_dim: int, block_size: i
 ROWS = 4  # query rows that share a load of keys
 
 
-TILES = 4  # key tiles that share one
+TILES = 4  # key tiles that share a load of queries
 
 
 SQUARE = 16  # query rows of AMX's registers
 
 
-STRIP = 64  # most key positions whose pairs of one dimension lie side by side
+STRIP = 64  # maximum key positions of a strip, see `cpu_tiles.py`
 
 
-CHUNK = 256  # most keys at a time
+CHUNK = 256  # maximum number of keys of a chunk
 
 
 SCORE_STRIDE = 4 * (CHUNK + LANES)  # bytes from one row's scores to the next; the extra lanes avoid cache set conflicts
@@ -165,23 +165,23 @@ def partial_floats(head_dim: int) -> int:
 ROW_TILE = 64  # query rows of a unit
 
 
-_SPLIT_STREAMS = 16  # sequences whose partial results fit in scratch memory
+_SPLIT_STREAMS = 16  # number of sequences whose partial results fit in scratch memory
 
 
-_MOST_PARTIALS = 32 << 20  # bytes, where one sequence needs no more
+_MOST_PARTIALS = 32 << 20  # maximum bytes of partial results, unless one sequence needs more
 
 
-HEADER = 64  # bytes before the threads' scratch memory: the counter, on a cache line of its own
+HEADER = 64  # bytes before the threads' scratch memory: the counter has its own cache line
 
 
-VALUE_TILES = 8 * (CHUNK // LANES)  # where, in bytes, the addresses of value tiles begin in a chunk's list of tiles
+VALUE_TILES = 8 * (CHUNK // LANES)  # byte offset of the value tiles' addresses in a chunk's list of tiles
 
 
-TILE_LIST = 2 * VALUE_TILES  # its bytes; a thread has two, of the chunk at hand and of the one that comes
+TILE_LIST = 2 * VALUE_TILES  # bytes of a list of tiles; a thread has two, for the current and the next chunk
 
 
 def chunk_of(position: int) -> int:
-    """The chunk that a position belongs to."""
+    """Return the chunk of a position."""
     if position < 256:
         return position >> 6
     if position < 1024:
@@ -190,19 +190,19 @@ def chunk_of(position: int) -> int:
 
 
 def scratch_per_thread(head_dim: int) -> int:
-    """Scratch memory of one thread: what `cpu.make_attend` puts there, in its order."""
+    """Return the bytes of a thread's scratch memory; `cpu.make_attend` writes its arrays in the order of the sum."""
     row = 4 * partial_floats(head_dim)
     rows = ROW_TILE * (16 + 4 * head_dim + row) + SQUARE * (SCORE_STRIDE + PROBABILITY_STRIDE + row)
     return -(-(2 * TILE_LIST + rows + 2 * LANES * head_dim + 64) // 128) * 128
 
 
 def scratch_bytes(*, max_tokens: int, max_seqs: int, heads: int, head_dim: int, max_context: int, threads: int) -> int:
-    """Size of the scratch memory that all layers share, in bytes; it begins zeroed, at a multiple of 64.
+    """Return the bytes of the scratch memory of all layers, which must be zeroed and begin at a multiple of 64.
 
     Args:
-        max_tokens, max_seqs, max_context: most tokens and sequences of a step, longest sequence.
+        max_tokens, max_seqs, max_context: maximum tokens and sequences of a step, and tokens of a sequence.
         heads, head_dim: H and D.
-        threads: of the team.
+        threads: number of threads of the team.
     """
     chunks = chunk_of(max_context) + 1
     stream = heads * chunks * 4 * partial_floats(head_dim)

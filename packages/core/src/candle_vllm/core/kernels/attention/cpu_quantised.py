@@ -2,29 +2,29 @@
 # pyright: reportCallIssue=false, reportArgumentType=false
 """Emitted code for a quantised KV cache on the CPU: blocks of 32 elements are written, scored and summed as integers.
 
-An element is scale * (code - `BIAS`) with an fp16 scale per block and unsigned codes: of 8 bits in q8_0 and of 4 bits
-in q4_0, as GGUF defines them. In q5_1 it is scale * code + minimum, with 5 bits and an fp16 minimum. The layout of the
-codes fits one instruction, which adds four products of bytes in each of 16 lanes:
+An element is scale * (code - `BIAS`) with an fp16 scale per block and unsigned codes, which have 8 bits in q8_0 and 4
+bits in q4_0, as GGUF defines them. In q5_1 it is scale * code + minimum, with 5 bits and an fp16 minimum. The layout of
+the codes is made for an instruction that adds four products of bytes in each of 16 lanes:
 
 - keys, in strips of W positions as in `cpu_tiles`: words of 4 dimensions, [D / 4, W] (q8_0), or of 8, the first four in
   the low halves of its bytes (q4_0); then the scales of two blocks as one word, [D / 64, W];
 - values, in tiles of 16 positions: [D / 32, 4, 32, 4] bytes, four positions of a dimension adjacent (q8_0), or
   [D / 32, 4, 16, 4] with dimension i + 16 in the high halves (q4_0); then scales [D / 32, 16].
 
-q5_1 is q4_0 with a word of fifth bits after each block's codes: for keys [D / 32, 4 + 1, W], dimension 4 k + j at bit
-8 j + k; for values [16] after the block's 256 bytes, dimension i at bit i. Scale and minimum are one word for keys,
-[D / 32, W], and [D / 32, 2, 16] for values. A key's minimum is multiplied by the sum of a query's codes. The minima of
-values are summed times a row's probabilities, in order of position in each lane, and then over the lanes.
+q5_1 has the layout of q4_0 and a word of fifth bits after each block's codes: for keys [D / 32, 4 + 1, W], dimension
+4 k + j at bit 8 j + k; for values [16] after the block's 256 bytes, dimension i at bit i. Scale and minimum are one
+word for keys, [D / 32, W], and [D / 32, 2, 16] for values. A key's minimum is multiplied by the sum of a query's codes.
+The values' minima times a row's probabilities are summed in order of position in each lane, then over the lanes.
 
-No two positions share a byte, because two threads may write them. A query is int8 [D], then a float32 scale and an
+No two positions share a byte, because two threads may write them. A query is int8 [D], then a float32 scale and the
 int32 sum of its codes for each block. For each row, a chunk's probabilities times the scales of its values are rounded
-to integers of 15 bits, relative to the largest. So all sums of products with codes are exact, and all other sums have
-one order: no bit of a result depends on the instruction set, or on other rows of the step.
+to 15-bit integers, relative to the largest. So all sums of products with codes are exact, and all other sums have a
+fixed order: a result depends neither on the instruction set nor on other rows of the step.
 
 Queries, keys and values are first multiplied by a Hadamard matrix, which spreads outliers of a few dimensions over all;
-for values this is undone after attention. Before that, the offset that all keys of a head have in common is subtracted
-from keys: the part of the key bias that rotary embedding does not move. Softmax does not depend on it, and if it is a
-hundred times the difference between keys, as in Qwen2, rounding would lose that difference. Sources: llama.cpp's
+for values this is undone after attention. Before that, an offset that is the same for all keys of a head is subtracted
+from keys: the part of the key bias that rotary embedding does not change. Softmax does not depend on it, but it may be
+a hundred times the difference between keys, as in Qwen2; rounding would lose that difference. Sources: llama.cpp's
 `ggml-quants.c` (formats); Ashkboos et al., 2024, arXiv:2404.00456 (rotation).
 """
 
@@ -54,10 +54,10 @@ from candle_vllm.core.kernels.cpu_runtime.level import LANES, Isa
 
 BIAS = {CacheKind.Q8_0: 128, CacheKind.Q4_0: 8, CacheKind.Q5_1: 0}
 _LARGEST_CODE = {CacheKind.Q8_0: 255, CacheKind.Q4_0: 15, CacheKind.Q5_1: 31}
-_BITS = {CacheKind.Q8_0: 8, CacheKind.Q4_0: 4, CacheKind.Q5_1: 4}  # of a code; fifth bits are stored apart
+_BITS = {CacheKind.Q8_0: 8, CacheKind.Q4_0: 4, CacheKind.Q5_1: 4}  # bits of a code; fifth bits are stored separately
 _LARGEST_HALF = 65504.0
 _LARGEST_WEIGHT = 16383.0
-_LEAST = 1e-30  # below it a block, or a chunk's probabilities, are zeros
+_LEAST = 1e-30  # blocks and chunks' probabilities whose scale is smaller are treated as zeros
 
 
 def _halves(e: Emitter, codes: Any, kind: CacheKind, fifths: list[Any]) -> list[Any]:
@@ -76,7 +76,7 @@ def _fifths_of_keys(e: Emitter, bits: Any) -> list[Any]:
 
 
 def _fifths_of_values(e: Emitter, at: Any) -> list[Any]:
-    """Load the fifth bits of four positions at an address: those of dimension i, and of i + 16, in lane i."""
+    """Load the fifth bits of four positions: of dimension i in lane i of the first vector, of i + 16 in the second."""
     b, found = e.b, []
     words = e.load(at, vector(I8, LANES))
     own = ir.Constant(vector(I8, 4 * LANES), [1 << (lane & 7) for lane in range(LANES) for _ in range(4)])
@@ -90,9 +90,9 @@ def _fifths_of_values(e: Emitter, at: Any) -> list[Any]:
 
 
 def _in_turn(kind: CacheKind, isa: Isa) -> bool:
-    """Whether registers hold the sums of one tile of keys, or of half a value's dimensions, at a time.
+    """Return whether registers hold the sums of only one tile of keys, or of half a value's dimensions, at a time.
 
-    For codes of a byte, whose unpacking takes longest there, reading memory in that order is slower.
+    Codes of 8 bits are an exception: reading memory in that order makes them slower.
     """
     return not isa.wide and kind is not CacheKind.Q8_0
 
@@ -111,10 +111,10 @@ def _dots(e: Emitter, total: Any, codes: list[Any], words: list[Any], kind: Cach
 
 
 def emit_scores(e: Emitter, args: Any, m: int, d: int, kind: CacheKind, isa: Isa) -> None:
-    """As `cpu_tiles.score_tiles`, for quantised queries and keys."""
+    """Emit `cpu_tiles.score_tiles` for quantised queries and keys."""
     b = e.b
     queries, tiles_at, coming_at, stride, scores = args
-    words = 8 * BLOCK * _BITS[kind] // 256  # of a block
+    words = 8 * BLOCK * _BITS[kind] // 256  # words of a block
     parts = 8 // words
     lines = words + 1 if kind is CacheKind.Q5_1 else words
     scales = b.mul(stride, e.int64(d // BLOCK * lines))
@@ -214,14 +214,14 @@ def _half_of(e: Emitter, words: Any, shift: Any) -> Any:
 
 
 def emit_values(e: Emitter, args: Any, m: int, d: int, kind: CacheKind, isa: Isa) -> None:
-    """As `cpu_tiles.value_tiles`, for quantised values; the probabilities are float32, in the memory of the scores."""
+    """Emit `cpu_tiles.value_tiles` for quantised values; the probabilities are float32, in the memory of the scores."""
     b = e.b
     exact, weights, tiles_at, coming_at, keys, partials = args
     count = b.lshr(b.add(keys, e.int64(LANES - 1)), e.int64(4))
     whole_codes = LANES * BLOCK * _BITS[kind] // 8  # bytes of a tile's block, without fifth bits
     tile_codes = LANES * code_bytes(kind, BLOCK)
     halves_of_block = 4 * LANES if kind.has_minima else 2 * LANES  # in bytes
-    vectors = 2 if kind is CacheKind.Q8_0 else 1  # of a group of four positions
+    vectors = 2 if kind is CacheKind.Q8_0 else 1  # vectors of a group of four positions
     scales = d // BLOCK * tile_codes
     shifter = e.constant(F32, SHIFTER)
 
@@ -328,7 +328,7 @@ def emit_values(e: Emitter, args: Any, m: int, d: int, kind: CacheKind, isa: Isa
 
 
 def _sum_numbers(e: Emitter, value: Any) -> Any:
-    """Sum of 16 whole numbers."""
+    """Return the sum of 16 floats that are integers."""
     for step in (8, 4, 2, 1):
         lanes = ir.Constant(vector(I32), [(i ^ step) for i in range(LANES)])
         value = e.b.add(value, e.b.shuffle_vector(value, value, lanes))
@@ -345,7 +345,7 @@ def _limited(e: Emitter, x: Any, low: float, high: float) -> Any:
 
 
 def _rounded(e: Emitter, x: Any) -> Any:
-    """Round 16 small floats to the nearest integers, halves to even."""
+    """Round 16 small floats to the nearest integers, ties to even."""
     shifter = e.constant(F32, SHIFTER)
     return e.b.sub(e.b.bitcast(e.b.fadd(x, shifter), vector(I32)), e.b.bitcast(shifter, vector(I32)))
 
@@ -357,7 +357,7 @@ def _inverse(e: Emitter, scale: Any) -> Any:
 
 
 def _largest(e: Emitter, values: list[Any]) -> Any:
-    """The largest of 32 floats, in every lane."""
+    """Return the largest of 32 floats, in every lane."""
     return emit_largest_lane(e, emit_larger(e, *values))
 
 
@@ -383,7 +383,7 @@ def _block_codes(e: Emitter, x: Any, kind: CacheKind) -> tuple[list[Any], list[A
         top = _largest(e, [e.call("llvm.fabs.v16f32", vector(F32), [value]) for value in values])
         scale = b.fmul(top, e.constant(F32, 1 / 127))
     else:
-        # The element farthest from 0 becomes -8, the code without a positive counterpart.
+        # The element with the largest magnitude becomes -8, the code without a positive counterpart.
         above, below = _largest(e, values), _largest(e, [b.fneg(value) for value in values])
         scale = b.fmul(b.select(b.fcmp_ordered(">", above, below), above, b.fneg(below)), e.constant(F32, -1 / 8))
     bits, scale = _to_half(e, scale)
@@ -513,8 +513,8 @@ def _turn_pair(_: Any, x: Any, y: Any) -> Any:
 
 @njit(inline="always")
 def rotate_row(row: int, dim: int) -> None:
-    """Multiply a row of floats by a Hadamard matrix, in place; it is orthogonal and its own inverse. Its size is D, or
-    the largest power of two that divides D; then each part of that size is multiplied.
+    """Multiply a row of floats by a Hadamard matrix in place; the matrix is orthogonal and its own inverse. Its size is
+    the largest power of two that divides D; each part of the row of that size is multiplied.
     """
     size = dim & -dim
     for i in range(0, dim, LANES):

@@ -37,9 +37,9 @@ class Scores:
     """Options of attention scores; see `kernels/attention`.
 
     Attributes:
-        offset: [K * D], subtracted from keys before they are quantised.
-        narrows: only rows whose logits are wanted attend.
-        causal: no row attends to a later position.
+        offset: [K * D] vector that is subtracted from keys before they are quantised.
+        narrows: whether attention is computed only for rows whose logits are wanted.
+        causal: whether no row attends to a later position.
     """
 
     scale: float
@@ -57,10 +57,10 @@ class FusedHeads:
     """Location of q [T, H, D], k and v [T, K, D] in fused rows.
 
     Attributes:
-        address, stride: of float32 rows, and floats from one to the next.
-        columns: where q, k and v begin in a row; q alone for a layer that writes no keys and values.
+        address, stride: address of the float32 rows, and floats from one row to the next.
+        columns: where q, k and v begin in a row; only q for a layer that writes no keys and values.
         heads, head_dim: H and D.
-        rows_from: which `StepNumber` is T; with LOGIT_ROWS the rows are those whose logits are wanted.
+        rows_from: the `StepNumber` that is T; LOGIT_ROWS if only rows whose logits are wanted are computed.
     """
 
     address: int
@@ -82,12 +82,12 @@ def record_attention(
     """Record rotation of q and k, the write of k and v to the cache, attention, and the merge of partial results.
 
     Args:
-        recorder: of the plan.
+        recorder: recorder of the plan.
         qkv: the layer's heads.
-        cache: of the layer, in the layout of `cpu_cache.py`.
+        cache: the layer's cache, in the layout of `cpu_cache.py`.
         scores: options of the scores.
-        tables: cos and sin [P, R/2]; None for no rotation.
-        out: address of the result, float32 [T, H, D]; contiguous rows if only some rows attend.
+        tables: cos and sin [P, R/2]; None without rotation.
+        out: address of the result, float32 [T, H, D]; its rows are contiguous if it has only some of the step's rows.
     """
     queries = recorder.memory(qkv.heads * qkv.head_dim, np.int16)
     _record_write(recorder, qkv, cache, scores, tables, address_of(queries))
@@ -182,10 +182,10 @@ LOG2E = math.log2(math.e)
 
 
 class AttendArguments(NamedTuple):
-    """Arguments of `attend`, and of `merge`, which follows after a barrier.
+    """Arguments of `attend` and of `merge`, which runs after a barrier.
 
     Attributes:
-        q: address of queries [T, H, D], scaled by softmax scale * log2(e): bfloat16, or as `cpu_quantised` says.
+        q: address of queries [T, H, D], scaled by softmax scale * log2(e), in bfloat16 or quantised (`cpu_quantised`).
         out: address of float32 results [T, H, D].
         key_cache, value_cache: addresses of the layer's caches, see `cpu_cache.py`.
         query_start, context_lens: addresses of int64 [R + 1] and [R]; see `AttentionRows`.
@@ -193,13 +193,13 @@ class AttendArguments(NamedTuple):
         stretch_step: slots from one stretch of the caches to the next.
         block_shift: S is 1 << it.
         heads, kv_heads: H and K.
-        scratch, scratch_size: address and size of `scratch_bytes`.
+        scratch, scratch_size: address and size of the scratch memory, see `scratch_bytes`.
         window: positions that a token attends to, its own included; 0 for all.
-        cap: soft cap times log2(e); 0 without one.
+        cap: soft cap times log2(e); 0 without a soft cap.
         sinks: address of float32 [H], the heads' sinks times log2(e); 0 without sinks.
-        ahead: address of int64 [T], how many later positions a token attends to; 0 for causal attention.
+        ahead: address of int64 [T], numbers of later positions that tokens attend to; 0 for causal attention.
         head_gap: see `cpu_cache.head_gap`.
-        ranks: see `rank_of`; 0 where the heads are not divided among ranks.
+        ranks: see `rank_of`; 0 if the heads are not divided among ranks.
         slopes: address of float32 [H], each head's ALiBi slope times log2(e); 0 without ALiBi.
     """
 
@@ -234,7 +234,7 @@ def attend_operation(
 
 
 def attend_isa(isa: Isa, keys: CacheKind, values: CacheKind) -> Isa:
-    """Return those of these instruction sets for which the operation has code."""
+    """Return which of these instruction sets the operation has code for."""
     if (keys, values) == PLAIN:
         return isa.bf16
     used = isa & (Isa.VNNI | Isa.AVX_VNNI)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Split paged attention into units of work on the CPU, with their scratch memory (step 6 of a request's life).
 
-The chunks of a sequence depend on positions alone, so that a row's result is always the sum of the same parts. Which
-sequences are split among threads depends on the whole step; both operations of `cpu.py` call the same functions.
+The chunks of a sequence depend only on positions, so that a row's result is always the sum of the same parts. Which
+sequences are split among threads depends on the whole step; both operations of `cpu.py` compute it by these functions.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from candle_vllm.core.kernels.attention.cpu_cache import (
     ROW_TILE,
 )
 
-_UNITS_PER_THREAD = 8  # a unit larger than this part of a thread's share of the step is split by chunks
+_UNITS_PER_THREAD = 8  # a unit that is larger than 1/8 of a thread's share of the step is split by chunks
 
 
 @njit(inline="always")
 def chunk_start(chunk: int) -> int:
-    """Position where a chunk begins: 4 of 64, 6 of 128, then 256 each; short ones first, to share a short context."""
+    """Return where a chunk begins: 4 have 64 positions, 6 have 128, others 256, so that short contexts can be split."""
     return 64 * chunk + 64 * max(chunk - 4, 0) + 128 * max(chunk - 10, 0)
 
 
@@ -28,7 +28,7 @@ chunk_of = njit(inline="always")(cpu_cache.chunk_of)
 
 @njit(inline="always")
 def first_seen(position: int, window: int) -> int:
-    """Return the first position that a token attends to: `window` is 0 without a window, negative for chunks."""
+    """Return the first position that a token attends to; `window` is 0 without a window, negative for chunks."""
     if window < 0:
         return position // -window * -window
     return max(0, position - window + 1) if window > 0 else 0
@@ -36,7 +36,7 @@ def first_seen(position: int, window: int) -> int:
 
 @njit(inline="always")
 def total_cost(starts, contexts, sequences: int, window: int) -> int:
-    """Query rows times keys, of all sequences."""
+    """Return the number of query rows times keys, summed over all sequences."""
     total = 0
     for r in range(sequences):
         total += cost(starts[r + 1] - starts[r], contexts[r], window)

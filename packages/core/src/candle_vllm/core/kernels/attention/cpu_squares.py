@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
-"""Scores and values of 16 query rows at a time on AMX, whose registers hold squares (step 6 of a request's life).
+"""Scores and values of 16 query rows at a time on AMX, whose tile registers hold squares (step 6 of a request's life).
 
-Keys lie in the cache as AMX reads them (`cpu_tiles`): pairs of dimensions below each other, 16 positions wide; and so
-do values, pairs of positions below each other, 16 dimensions wide. A row's sums are made as the instruction makes them,
-even and odd pairs apart and 32 numbers at a time, whatever rows are computed beside it; they differ by roundings of
-fp32 from those of the dot products that other CPUs have, so whoever has AMX computes every row with it.
+The cache has the layout that AMX reads (`cpu_tiles`): a square of keys has a row of 16 positions for each pair of
+dimensions, and a square of values has a row of 16 dimensions for each pair of positions. The order of a row's sums is
+that of the AMX instruction, whatever other rows are computed. Dot products without AMX round differently in fp32, so a
+CPU with AMX computes every row with it.
 
-Registers 0 to 3 are sums, 4 queries, 5 keys, 6 probabilities, 7 values.
+Registers 0 to 3 hold sums, 4 queries, 5 keys, 6 probabilities, 7 values.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ _CHUNK = 2 * LANES  # dimensions of a square of queries
 
 
 def fits(head_dim: int) -> bool:
-    """Whether heads of a size are made of whole squares."""
+    """Return whether heads of this size consist of whole squares."""
     return head_dim % _CHUNK == 0
 
 
 @intrinsic(prefer_literal=True)
 def begin_squares(_: Any, memory: Any, rows: Any) -> Any:
-    """Shapes the registers for 8 or 16 `rows`, a constant, by way of 64 bytes of memory."""
+    """Configure the tile registers for 8 or 16 `rows`, a constant; `memory` is 64 bytes for the configuration."""
     m = rows.literal_value
     shapes = [(m, 64)] * (_SUMS + 1) + [(16, 64), (m, 32), (8, 64)]
 
@@ -48,7 +48,7 @@ def begin_squares(_: Any, memory: Any, rows: Any) -> Any:
 
 @intrinsic(prefer_literal=True)
 def score_squares(_: Any, q: Any, tiles: Any, stride: Any, scores: Any, dim: Any) -> Any:
-    """Scores of the registers' query rows (bfloat16, D apart) with four tiles; as `score_tiles`."""
+    """Compute the scores of 8 or 16 bfloat16 query rows, D apart, with four tiles; see `cpu_tiles.score_tiles`."""
     signature = types.void(*[types.int64] * 4, dim)
     d = dim.literal_value
 
@@ -72,9 +72,9 @@ def score_squares(_: Any, q: Any, tiles: Any, stride: Any, scores: Any, dim: Any
 
 @intrinsic(prefer_literal=True)
 def value_squares(_: Any, probabilities: Any, tiles: Any, count: Any, partials: Any, dim: Any) -> Any:
-    """The values of `count` tiles, weighted by the rows' probabilities, into as many partial results as there are rows.
+    """Write the values of `count` tiles, weighted by the rows' probabilities, to one partial result for each row.
 
-    What stands behind the last key must be numbers.
+    Values after the last key must be finite.
     """
     signature = types.void(*[types.int64] * 4, dim)
     d = dim.literal_value
@@ -105,7 +105,7 @@ def value_squares(_: Any, probabilities: Any, tiles: Any, count: Any, partials: 
 
 @intrinsic(prefer_literal=True)
 def copy_seen(_: Any, to: Any, tile: Any, keys: Any, dim: Any) -> Any:
-    """Copies a tile of values, of which the first `keys` are there, and zeros for the others."""
+    """Copy a tile of values with only its first `keys` positions; write zeros for the others."""
     signature = types.void(*[types.int64] * 3, dim)
     d = dim.literal_value
 
@@ -126,7 +126,7 @@ def copy_seen(_: Any, to: Any, tile: Any, keys: Any, dim: Any) -> Any:
 
 @intrinsic(prefer_literal=True)
 def copy_partial(_: Any, to: Any, source: Any, dim: Any) -> Any:
-    """Copies a partial result."""
+    """Copy a partial result."""
     signature = types.void(types.int64, types.int64, dim)
     d = dim.literal_value
 

@@ -2,17 +2,17 @@
 # pyright: reportCallIssue=false, reportArgumentType=false
 """The emitted inner loops of paged attention on the CPU: scores, softmax, values, merge (step 6 of a request's life).
 
-A tile is 16 key positions of one KV head. Keys lie in strips of W positions, W = min(S, 64): a strip is [D/2, W, 2]
-bfloat16, so that one 64-byte load is the same pair of dimensions of the 16 keys of a tile, and a strip of 64 is read
-sequentially: another order is slower by half, because the hardware prefetcher only follows sequential reads. Values are
-[8, D, 2] for a tile: one load is 16 dimensions of a pair of keys.
+A tile is 16 key positions of one KV head. Keys are stored in strips of W positions, W = min(S, 64). A strip is
+[D/2, W, 2] bfloat16: a 64-byte load has the same pair of dimensions of the 16 keys of a tile. A strip of 64 is read
+sequentially, because the hardware prefetcher follows only sequential reads; other orders are slower by half. The values
+of a tile are [8, D, 2]: a load has 16 dimensions of a pair of keys.
 
 D is any even number from 16 to 512. If it is not a multiple of 16, the last 16 dimensions of a row are computed as one
 vector, which overlaps the previous vector.
 
 A partial result of one query row over some keys is `partial_floats(D)` floats: the unnormalised sum of values, then,
-from `state_at(D)` on, the maximum m of the scores and the sum s of exp2(score - m); the rest is padding. Each row's
-arithmetic is the same whatever rows are computed beside it, and a hidden key adds exactly nothing.
+from `state_at(D)` on, the maximum m of the scores and the sum s of exp2(score - m); the rest is padding. A row's
+arithmetic does not depend on the other rows, and masked keys do not change a result at all.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from candle_vllm.core.kernels.cpu_runtime.emit import F32, I16, I32, I64, SHIFTE
 from candle_vllm.core.kernels.cpu_runtime.emit_functions import emit_larger, emit_largest_lane, emit_tanh
 from candle_vllm.core.kernels.cpu_runtime.level import LANES, Isa
 
-NOTHING = -1e30  # the maximum of no scores; finite, so that exp2 of a difference of two of them is 1 and not NaN
-_RUN = 8  # most pairs of dimensions that some tiles go through before the others do, where not all share registers
-_BLOCKS = 5  # most vectors of a row's dimensions whose sums are held in registers
+NOTHING = -1e30  # the maximum of no scores; finite, so that exp2(NOTHING - NOTHING) is 1 and not NaN
+_RUN = 8  # maximum pairs of dimensions before the other tiles follow, if registers do not hold the sums of all tiles
+_BLOCKS = 5  # maximum vectors of a row's dimensions whose sums are held in registers
 
 
 def in_floats(isa: int) -> bool:
-    """Whether bfloat16 is widened and multiplied as float32, because the CPU has no instruction for its products."""
+    """Return whether bfloat16 is converted to float32 before products, because the CPU has no bfloat16 products."""
     return not Isa(isa).bf16
 
 
@@ -59,7 +59,7 @@ def vector_starts(head_dim: int) -> list[int]:
 
 
 def emit_exp2(e: Emitter, x: Any) -> Any:
-    """2^x of 16 floats that are not above 0; exactly 1 at 0, exactly 0 below -127."""
+    """Emit 2^x of 16 floats that are at most 0; exactly 1 at 0, exactly 0 below -127."""
     b = e.b
     low = e.constant(F32, -127.0)
     x = b.select(b.fcmp_ordered(">", x, low), x, low)
@@ -80,11 +80,11 @@ def score_tiles(
     kind: Any,
     isa: Any,
 ) -> Any:
-    """Scores of `rows` query rows with the keys of four tiles.
+    """Compute the scores of `rows` query rows with the keys of four tiles.
 
-    The rows are as `copy_query` writes them. `tiles` is the address of the four tiles' addresses, `coming` that of four
-    which, if quantised, are asked for meanwhile (or the same), `stride` the bytes from one pair of dimensions to the
-    next; `rows`, `dim`, `kind` and `isa` are constants.
+    `copy_query` writes the rows. `tiles` is the address of the four tiles' addresses, `coming` the address of the
+    addresses of four tiles that are prefetched if they are quantised (may be `tiles`), `stride` the bytes from one pair
+    of dimensions to the next; `rows`, `dim`, `kind` and `isa` are constants.
     """
     signature = types.void(*[types.int64] * 5, rows, dim, kind, isa)
     m, d, features = rows.literal_value, dim.literal_value, Isa(isa.literal_value)
@@ -103,7 +103,7 @@ def score_tiles(
 
 
 def _scores(e: Emitter, args: Any, m: int, d: int, tiles: list[Any], isa: Isa) -> None:
-    """`score_tiles` of bfloat16: as many tiles at once as registers hold, a run of dimensions after the other."""
+    """Emit `score_tiles` for bfloat16: as many tiles at once as registers hold, for a few dimensions at a time."""
     b, queries, stride, scores, pairs, at_once = e.b, args[0], args[3], args[4], d // 2, vectors_at_once(isa, m)
     run = pairs if at_once == TILES else next(n for n in range(min(_RUN, pairs), 0, -1) if pairs % n == 0)
 
@@ -138,12 +138,12 @@ def _scores(e: Emitter, args: Any, m: int, d: int, tiles: list[Any], isa: Isa) -
 
 
 def _pairs(e: Emitter, words: Any, isa: Isa) -> list[Any]:
-    """Pairs of bfloat16, <16 x i32>, as they are multiplied."""
+    """Return pairs of bfloat16, <16 x i32>, in the form in which they are multiplied."""
     return e.widened_pairs(words) if in_floats(isa) else [words]
 
 
 def _spread_pair(e: Emitter, numbers: Any, pair: Any, first: int, isa: Isa) -> list[Any]:
-    """A pair of a row's numbers, which begins `first` of them behind an address, in every lane: as `_pairs`."""
+    """Load a pair of a row's elements into every lane, in the form of `_pairs`; the row begins at element `first`."""
     if not in_floats(isa):
         return [e.splat(e.load(e.b.add(numbers, e.b.shl(pair, e.int64(2))), I32, 2 * first))]
     at = e.b.add(numbers, e.b.shl(pair, e.int64(3)))
@@ -168,7 +168,7 @@ def _seen_keys(e: Emitter, position: Any, last: Any, start: Any, window: Any) ->
 
     own, end = (b.add(b.sub(place, start), one) for place in (position, last))
     chunked = b.icmp_signed("<", window, zero)
-    chunk = b.srem(position, b.select(chunked, b.neg(window), one))  # places of the own chunk before the row's
+    chunk = b.srem(position, b.select(chunked, b.neg(window), one))  # positions before the row's in its chunk
     first = b.select(chunked, b.sub(b.sub(position, chunk), start), b.sub(own, window))
     first = b.select(b.icmp_signed("!=", window, zero), not_negative(first), zero)
     return tuple(e.splat(b.trunc(value, I32)) for value in (first, not_negative(b.sub(end, first))))
@@ -189,12 +189,12 @@ def softmax_rows(
     kind: Any,
     isa: Any,
 ) -> Any:
-    """exp2(score - m) for `rows` rows over 16 * tiles keys from position `start` on; hidden keys get 0.
+    """Compute exp2(score - m) for `rows` rows over 16 * tiles keys from position `start` on; masked keys get 0.
 
-    They are bfloat16, which `in_floats` has as float32 in the place of the scores, or, for values of another `kind`,
-    float32 there that is not rounded. `positions` is the address of the rows' int64 positions, and `ROW_TILE` behind
-    each is the last one that the row sees; `partials` is that of their partial results, whose m and s are written; s
-    sums the rounded probabilities. `rows`, `dim`, `kind` and `isa` are constants.
+    The results are bfloat16. With `in_floats` they are float32 and replace the scores; for quantised values they do so
+    too, and are not rounded. `positions` is the address of the rows' int64 positions; `ROW_TILE` elements after each is
+    the last position that the row attends to. `partials` is the address of the partial results, of which m and s are
+    written; s is the sum of the rounded probabilities. `rows`, `dim`, `kind` and `isa` are constants.
     """
     signature = types.void(*[types.int64] * 7, rows, dim, kind, isa)
     m, d, wide = rows.literal_value, dim.literal_value, in_floats(isa.literal_value)
@@ -232,7 +232,7 @@ def softmax_rows(
                     e.store(b.add(args[0], b.shl(tile, e.int64(6))), power, SCORE_STRIDE * row)
                     results.append(b.fadd(totals[row], power))
                     continue
-                # To the nearest bfloat16, halves up: s sums the same rounded numbers, so this adds no bias.
+                # Round to the nearest bfloat16, ties up; s is the sum of the same rounded numbers, so there is no bias.
                 bits = b.and_(b.add(bits, e.constant(I32, 0x8000)), e.constant(I32, -65536))
                 bits = b.select(seen(tile, row), bits, e.zeros(I32))
                 if wide:
@@ -253,20 +253,20 @@ def softmax_rows(
 
 
 def _values(e: Emitter, args: Any, m: int, d: int, isa: Isa) -> None:
-    """`value_tiles` of bfloat16: as many vectors of dimensions at once as registers hold, a tile after the other."""
+    """Emit `value_tiles` for bfloat16: as many vectors of dimensions at once as registers hold, tile by tile."""
     b = e.b
     scores, probabilities, tiles, _, keys, partials = args
     weights, row_numbers = (scores, SCORE_STRIDE // 4) if in_floats(isa) else (probabilities, PROBABILITY_STRIDE // 2)
     pairs = b.lshr(b.add(keys, e.int64(1)), e.int64(1))
     odd = b.icmp_unsigned("==", b.and_(keys, e.int64(1)), e.int64(1))
-    # Beyond the last key stands whatever was there before, perhaps NaN, which a probability of 0 would not hide.
+    # After the last key the cache may contain anything, even NaN, which stays NaN when multiplied by 0.
     last, all_bits = b.sub(pairs, e.int64(1)), ir.Constant(I32, -1)
     last_mask = b.select(odd, ir.Constant(I32, 0xFFFF), all_bits)
     starts = vector_starts(d)
     passes = -(-len(starts) // (_BLOCKS if isa.wide else vectors_at_once(isa, m)))
     width = -(-len(starts) // passes)
     parts = [starts[first : first + width] for first in range(0, len(starts), width)]
-    # Where the last vector repeats some of the one before it, no sums may be kept from tile to tile.
+    # If the last vector overlaps the one before it, sums must not be carried from tile to tile.
     whole = isa.wide or len(parts) == 1 or d % LANES != 0
 
     def of_part(begin: Any, count: Any, part: list[int]) -> None:
@@ -320,9 +320,9 @@ def value_tiles(
 ) -> Any:
     """Add the values of the first `keys` keys, weighted by the rows' probabilities, to partial results.
 
-    `tiles` is the address of the tiles' addresses, `coming` that of as many tiles which, if quantised, are prefetched
-    meanwhile (or the same); `rows`, `dim`, `kind` and `isa` are constants. For quantised kinds the probabilities are in
-    the memory of the scores, and the memory of the probabilities is free.
+    `tiles` is the address of the tiles' addresses, `coming` the address of as many addresses of tiles that are
+    prefetched if they are quantised (may be `tiles`); `rows`, `dim`, `kind` and `isa` are constants. For quantised
+    kinds the probabilities are in the memory of the scores, and the memory of the probabilities is free.
     """
     signature = types.void(*[types.int64] * 6, rows, dim, kind, isa)
     m, d, features = rows.literal_value, dim.literal_value, Isa(isa.literal_value)
@@ -360,7 +360,7 @@ def cap_scores(_: Any, scores: Any, tiles: Any, cap: Any) -> Any:
 
 @intrinsic(prefer_literal=True)
 def fall_with_distance(_: Any, scores: Any, tiles: Any, slope: Any, distance: Any) -> Any:
-    """Subtract the slope at an address times distances from a row's scores; the first key's is `distance`."""
+    """Subtract slope times distance from a row's scores; `slope` is an address, the first key's distance `distance`."""
     signature = types.void(*[types.int64] * 4)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
@@ -382,7 +382,7 @@ def fall_with_distance(_: Any, scores: Any, tiles: Any, slope: Any, distance: An
 
 @intrinsic(prefer_literal=True)
 def clear_partial(_: Any, partial: Any, dim: Any) -> Any:
-    """The partial result of no keys."""
+    """Initialise a partial result to that of no keys."""
     signature = types.void(types.int64, dim)
     end = state_at(dim.literal_value)
 
@@ -486,9 +486,9 @@ def copy_query(_: Any, to: Any, source: Any, dim: Any, wide: Any) -> Any:
 
 @njit(inline="always")
 def place_of(slot: int, head: int, shift: int, stretch_step: int) -> int:
-    """Where a layer has a slot of a head, in slots from the layer's beginning.
+    """Return the offset of a head's slot from the beginning of a layer, in slots.
 
-    S is 1 << shift; `stretch_step` counts the slots of a stretch of all layers and heads.
+    S is 1 << shift; `stretch_step` is the number of slots of a stretch, of all layers and heads.
     """
     bits = max(shift, STRETCH_SHIFT)
     return (slot >> bits) * stretch_step + (head << bits) + (slot & ((1 << bits) - 1))

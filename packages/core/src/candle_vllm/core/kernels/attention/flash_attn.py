@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Attention by the FlashAttention packages (step 6 of a request's life): flash-attn 2.x and flash-attn-4.
 
-Both read the paged cache themselves, by `flash_attn_varlen_func`, in a call for the sequences of one token and one for
-the others. flash-attn-4 (CuTe DSL, Hopper and Blackwell) is taken where it serves the GPU, else flash-attn.
+Both read the paged cache by `flash_attn_varlen_func`, in one call for the sequences with one token and one for the
+others. flash-attn-4 (CuTe DSL, Hopper and Blackwell) is used if it supports the GPU, else flash-attn.
 
-`flash_attn_with_kvcache` is not used: from 2.8.4 on it reads the lengths back, so that each layer would wait for the
+`flash_attn_with_kvcache` is not used: from 2.8.4 on it reads the lengths on the host, so each layer would wait for the
 GPU and no step could be captured.
 Sources: Dao, 2023, arXiv:2307.08691; `flash_attn_interface.py` of flash-attn 2.8.3 and `cute/interface.py` of
 flash-attn-4 4.0.0b36.
@@ -23,18 +23,18 @@ from torch.nn import functional
 from candle_vllm.core.kernels.attention.backend import AttentionNeeds, Backend, installed, page_refusal
 from candle_vllm.core.kernels.attention.rows import DeviceRows
 
-_FOUR, _TWO = "flash_attn.cute", "flash_attn_2_cuda"  # modules that tell the packages apart
+_FOUR, _TWO = "flash_attn.cute", "flash_attn_2_cuda"  # modules by which the two packages are recognised
 
 
 @dataclasses.dataclass(frozen=True)
 class SequenceGroup:
-    """Neighbouring sequences of a step as FlashAttention wants them: int32 throughout.
+    """Consecutive sequences of a step as arguments of FlashAttention, all int32.
 
     Attributes:
         query_start: [R + 1] offsets into the queries of the call.
-        context_lens: [R]
-        block_tables: [R, most blocks]
-        most_tokens, most_context: bounds for every sequence.
+        context_lens: [R] lengths of the contexts.
+        block_tables: [R, maximum blocks of a sequence] block tables.
+        most_tokens, most_context: upper bounds of the tokens and of the context of every sequence.
         decodes: whether each sequence has one token.
     """
 
@@ -46,12 +46,12 @@ class SequenceGroup:
     decodes: bool
 
     def key_start(self) -> torch.Tensor:
-        """[R + 1] sums of the contexts."""
+        """Return [R + 1] cumulative sums of the contexts."""
         return functional.pad(self.context_lens.cumsum(0, dtype=torch.int32), (1, 0))
 
 
 class Call(Protocol):
-    """Attention of a part: q [T, H, D] -> [T, H, D], of which the rows of the part's tokens are written."""
+    """Attention of a group: q [T, H, D] -> [T, H, D], of which the rows of the group's tokens are written."""
 
     def __call__(
         self,
@@ -67,7 +67,7 @@ class Call(Protocol):
 
 
 def make(needs: AttentionNeeds) -> Backend | str:
-    """The backend by one of the two packages, or why neither serves."""
+    """Return the backend that uses one of the two packages, or the reason why neither can be used."""
     four, two = _refusal_of_4(needs), _refusal_of_2(needs)
     if four is not None and two is not None:
         return f"flash-attn-4: {four}; flash-attn: {two}"
@@ -106,7 +106,7 @@ def _refusal_of_2(needs: AttentionNeeds) -> str | None:
 
 @dataclasses.dataclass(frozen=True)
 class PagedFlash:
-    """The contract of `paged_attention` by a function that reads pages: one call for each of the two parts."""
+    """`paged_attention` by a function that reads pages, with one call for decodes and one for the other sequences."""
 
     call: Call
 
@@ -142,7 +142,7 @@ class PagedFlash:
 
 
 def split(rows: DeviceRows, tokens: int, block_size: int) -> tuple[SequenceGroup | None, SequenceGroup | None]:
-    """Split into the first `decodes` sequences and the others, None for no sequence; uses shapes and `decodes` only."""
+    """Split into the first `decodes` sequences and the others, None if empty; uses only shapes and `decodes`."""
     n = rows.decodes
     contexts, tables = rows.context_lens.to(torch.int32), rows.block_tables.to(torch.int32)
     room = tables.shape[1] * block_size
@@ -154,7 +154,7 @@ def split(rows: DeviceRows, tokens: int, block_size: int) -> tuple[SequenceGroup
         decodes = SequenceGroup(starts, contexts[:n], tables[:n], 1, most_context, True)
     if tokens > n:
         most = tokens - n if rows.most_tokens is None else min(rows.most_tokens, tokens - n)
-        # FlashAttention 2 takes 1 as a sign that there are as many rows of queries as sequences.
+        # FlashAttention 2 assumes, if this is 1, that there are as many query rows as sequences.
         starts = rows.query_start[n:].to(torch.int32)
         others = SequenceGroup(starts, contexts[n:], tables[n:], max(most, 2), most_context, False)
     return decodes, others
@@ -195,7 +195,7 @@ class CallOf2:
 
 @dataclasses.dataclass(frozen=True)
 class CallOf4:
-    """`flash_attn_varlen_func` of flash-attn-4; `splits` where the GPU's kernel may cut a context among programs."""
+    """`flash_attn_varlen_func` of flash-attn-4; `splits` is whether the GPU's kernel may split a context."""
 
     function: Any
     splits: bool
@@ -224,6 +224,6 @@ class CallOf4:
             causal=True,
             window_size=(None, None) if window is None else (window - 1, 0),
             softcap=softcap or 0.0,
-            num_splits=0 if self.splits and part.decodes else 1,  # 0: as many as fill the GPU
+            num_splits=0 if self.splits and part.decodes else 1,  # 0: as many splits as fill the GPU
         )
         return out

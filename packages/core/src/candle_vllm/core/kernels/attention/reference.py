@@ -12,7 +12,7 @@ from candle_vllm.core.kernels.kv_write.scaled_rows import has_row_scales, read_b
 if TYPE_CHECKING:
     from candle_vllm.core.kernels.attention.rows import AttentionRows
 
-_QUERIES = 256  # queries at a time, so that the scores of a long prompt stay small
+_QUERIES = 256  # queries that are computed at a time, to limit the memory of a long prompt's scores
 
 
 def paged_attention(
@@ -28,7 +28,7 @@ def paged_attention(
     sinks: torch.Tensor | None = None,
     slopes: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """See the contract in the package."""
+    """See the contract in `kernels/attention`."""
     out = torch.empty_like(q)
     size = key_cache.shape[1]
     for row, context in enumerate(rows.context_lens):
@@ -38,7 +38,7 @@ def paged_attention(
             blocks_of(cache, table, q.shape[2]).flatten(0, 1)[:context].transpose(0, 1).float()
             for cache in (key_cache, value_cache)
         )
-        if window is not None:  # what no row sees may be no number
+        if window is not None:  # values that no row attends to may be NaN
             v[:, : max(0, first_seen(context - (end - start), window))] = 0
         if cache_scales is not None:
             k, v = k * cache_scales[0], v * cache_scales[1]
@@ -52,12 +52,12 @@ def paged_attention(
 
 
 def first_seen(position: Any, window: int) -> Any:
-    """The first position that a token at `position` sees, or none before it where that is below 0."""
+    """Return the first position that a token at `position` attends to; a result below 0 means position 0."""
     return position // -window * -window if window < 0 else position - window + 1
 
 
 def blocks_of(cache: torch.Tensor, tables: torch.Tensor, dim: int) -> torch.Tensor:
-    """Blocks of a cache for heads of D numbers, [..., S, K, D]: as they are stored, or fp32 where rows have scales."""
+    """Return blocks of a cache, [..., S, K, D], in the cache's type; in fp32 if rows have scales. `dim` is D."""
     return read_blocks(cache, tables) if has_row_scales(cache, dim) else cache[tables]
 
 
@@ -73,7 +73,7 @@ def _attend(
     slopes: torch.Tensor | None,
     ahead: torch.Tensor | None,
 ) -> torch.Tensor:
-    """q [Q, H, D] at positions position, position + 1, ...; k, v [K, C, D]; ahead [Q, 1]; returns [Q, H, D]."""
+    """Compute attention [Q, H, D] of q [Q, H, D] at `position`, `position` + 1, ...; k, v [K, C, D]; ahead [Q, 1]."""
     queries, heads, dim = q.shape
     kv_heads, context, _ = k.shape
     grouped = q.float().view(queries, kv_heads, heads // kv_heads, dim).permute(1, 2, 0, 3)  # [K, G, Q, D]

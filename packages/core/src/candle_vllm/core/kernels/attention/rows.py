@@ -34,7 +34,7 @@ class WindowedCache(PagedCache):
 
     @classmethod
     def of(cls, pool: int, keys: Any, values: Any) -> WindowedCache:
-        """The cache of a layer of a pool."""
+        """Return the cache of a layer of a pool."""
         made = cls(keys, values)
         made.pool = pool
         return made
@@ -46,9 +46,9 @@ class AttentionRows:
 
     Attributes:
         query_start: R + 1 offsets into the step's tokens; sequence r has query_start[r]..query_start[r + 1].
-        context_lens: R lengths, in tokens, the new ones included.
-        block_tables: [R, most blocks] int64; a row's tail beyond its context is not read.
-        ahead: [T] int64, how many later positions a token attends to; None for causal attention. On the CPU alone.
+        context_lens: R lengths in tokens, the new tokens included.
+        block_tables: [R, maximum blocks] int64; entries after the end of a sequence's context are not read.
+        ahead: [T] int64, numbers of later positions that tokens attend to; None for causal attention. Only on the CPU.
     """
 
     query_start: tuple[int, ...]
@@ -85,19 +85,19 @@ class DeviceRows:
 
     Attributes:
         query_start: [R + 1] int32 or int64; sequence r has tokens query_start[r]..query_start[r + 1].
-        context_lens: [R] int32 or int64, in tokens, the new ones included.
-        block_tables: [R, most blocks] int32 or int64; a row's tail beyond its context is not read.
-        decodes: number of leading sequences that the decode kernel computes: sequence r has the one token r. The
+        context_lens: [R] int32 or int64 lengths in tokens, the new tokens included.
+        block_tables: [R, maximum blocks] int32 or int64; entries after the end of a sequence's context are not read.
+        decodes: number of leading sequences that the decode kernel computes: sequence r has one token, number r. The
             others may have any number of tokens.
-        most_tokens: bound of a sequence's tokens in this step, and in all replays of a captured one; None if only the
-            shapes bound them.
-        most_context: bound of a sequence's context, likewise.
-        host: copy on the host; None if the host does not know the values, and for a captured step.
+        most_tokens: maximum tokens of a sequence in this step, and in all replays of a captured step; None if only the
+            shapes limit them.
+        most_context: maximum context of a sequence, in the same steps.
+        host: copy on the host; None for a captured step, or if the host does not know the values.
         decoding: [1] int32, at most `decodes`: number of leading sequences that the decode kernel computes, if only the
-            device knows it; `decodes` is then the bound for the launch. None if `decodes` is that number. Only for
-            backends that are `mixed`, see `backends`.
-        lists: work lists that kernels compute once a step, for the calls of all layers. So an object belongs to one
-            step, or to one captured step, and its tensors are rewritten only between replays.
+            device knows it; `decodes` is then the maximum for the launch. None if `decodes` is that number. Only for
+            backends that are `mixed`, see `Backend`.
+        lists: work lists that kernels compute once a step, for the calls of all layers. So an object is used for only
+            one step, or one captured step, and its tensors are rewritten only between replays.
     """
 
     query_start: torch.Tensor

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Paged attention of many short steps in plain torch: sequences of one new token are computed together.
+"""Paged attention of decoding steps in plain torch: sequences with one new token are computed together.
 
-The reference takes some thirty calls for each sequence and layer, which is what a step op by op spends its time on.
-Here sequences with one token share them: their keys and values are gathered side by side, filled up to the longest
-context, and what fills is masked. Prompts go through the reference.
+The reference makes some thirty calls for each sequence and layer, which take most of the time of an eager step. Here
+all sequences with one token share these calls: their keys and values are gathered and padded to the longest context,
+and the padding is masked. Prompts are computed by the reference.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from candle_vllm.core.kernels.attention.rows import AttentionRows
 
 MOST = 1 << 22
-"""Numbers of keys that are gathered at a time, so that long contexts take little memory."""
+"""Maximum elements of keys that are gathered at a time, so that long contexts need little memory."""
 
 
 def paged_attention(
@@ -29,14 +29,14 @@ def paged_attention(
     rows: AttentionRows,
     **options: Any,
 ) -> torch.Tensor:
-    """See the contract in the package."""
+    """See the contract in `kernels/attention`."""
     starts, counts = rows.query_start, [end - start for start, end in itertools.pairwise(rows.query_start)]
     single = [row for row, count in enumerate(counts) if count == 1 and rows.context_lens[row]]
     if len(single) < 2:
         return reference.paged_attention(q, key_cache, value_cache, rows, **options)
     size, kv_heads, dim = *key_cache.shape[1:3], q.shape[2]
-    out = torch.zeros_like(q)  # of rows that only fill up a batch, which have no context
-    single.sort(key=lambda row: rows.context_lens[row])  # neighbours of like lengths fill up little
+    out = torch.zeros_like(q)  # padding rows, which have no context, get zeros
+    single.sort(key=lambda row: rows.context_lens[row])  # sequences of similar lengths need little padding
     while single:
         blocks = -(-rows.context_lens[single[-1]] // size)
         together = single[-max(1, MOST // (blocks * size * kv_heads * dim)) :]
@@ -53,7 +53,7 @@ def paged_attention(
 
 
 def _row(rows: AttentionRows, row: int) -> AttentionRows:
-    """One sequence as a step of its own."""
+    """Return a step with only one of the sequences."""
     count = rows.query_start[row + 1] - rows.query_start[row]
     ahead = None if rows.ahead is None else rows.ahead[rows.query_start[row] : rows.query_start[row + 1]]
     return type(rows)((0, count), (rows.context_lens[row],), rows.block_tables[row : row + 1], ahead)
@@ -73,18 +73,18 @@ def _attend(
     sinks: torch.Tensor | None = None,
     slopes: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """q [R, H, D], one for each sequence; tables [R, blocks], contexts [R]; returns [R, H, D]."""
+    """Compute attention [R, H, D] of q [R, H, D], a token for each sequence; tables [R, blocks], contexts [R]."""
     count, heads, dim = q.shape
     size, kv_heads = key_cache.shape[1:3]
     context = tables.shape[1] * size
     at = torch.arange(context, device=q.device)
     hidden = at >= contexts[:, None]  # [R, C]
-    tables = tables.masked_fill(hidden[:, ::size], 0)  # the tail of a table may hold anything
+    tables = tables.masked_fill(hidden[:, ::size], 0)  # a table's entries after its context may be anything
     if window is not None:
         hidden |= at < reference.first_seen(contexts[:, None] - 1, window)
     k = reference.blocks_of(key_cache, tables, dim).flatten(1, 2).permute(0, 2, 3, 1).float()  # [R, K, D, C]
     v = reference.blocks_of(value_cache, tables, dim).flatten(1, 2).float()
-    v = v.masked_fill_(hidden[:, :, None, None], 0)  # may be no number there
+    v = v.masked_fill_(hidden[:, :, None, None], 0)  # hidden values may be NaN
     if cache_scales is not None:
         k, v = k * cache_scales[0], v * cache_scales[1]
     scores = torch.matmul(q.float().view(count, kv_heads, -1, dim), k).mul_(scale)  # [R, K, G, C]

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Attention by the FlashAttention that torch carries, `torch.nn.attention.varlen` (step 6 of a request's life).
+"""Attention by torch's own FlashAttention, `torch.nn.attention.varlen` (step 6 of a request's life).
 
-From torch 2.13 on it reads pages: FlashAttention 2 those of a multiple of 256 tokens, FlashAttention 3 any on Hopper, 4
-any on Blackwell. 3 and 4 take 2's place where their package is installed beside a torch that can use it.
+From torch 2.13 on it reads pages. FlashAttention 2 needs a multiple of 256 tokens per page; FlashAttention 3 (Hopper)
+and 4 (Blackwell) read any pages, and are used instead if their package is installed and torch supports it.
 
-cuDNN's attention, which torch would take where it can, is kept out: it serves no windows and, for single tokens, only
-some versions, so that the same token would be computed by one or the other.
+cuDNN's attention, which torch would prefer, is disabled: it has no windows, and only some versions support single
+tokens, so the same token might be computed by either of the two.
 Sources: torch/nn/attention/varlen.py of 2.15; https://github.com/pytorch/torchtitan/issues/3235.
 """
 
@@ -24,7 +24,7 @@ from candle_vllm.core.kernels.attention.flash_attn import PagedFlash, SequenceGr
 
 
 def make(needs: AttentionNeeds) -> Backend | str:
-    """The backend, or why it cannot serve."""
+    """Return the backend, or the reason why it cannot be used."""
     if needs.soft_caps:
         return "torch's FlashAttention has no soft cap"
     try:
@@ -53,8 +53,8 @@ _TOO_OLD = "torch 2.13 is needed, whose FlashAttention reads pages"
 
 
 def _generation(capability: tuple[int, int]) -> int:
-    """Which FlashAttention torch is to use; 3 and 4 are packages of their own."""
-    # Older ones hand "no window" on to FlashAttention 4 as a window of -1.
+    """Return the version of FlashAttention that torch should use; 3 and 4 are separate packages."""
+    # Older versions of torch pass "no window" to FlashAttention 4 as a window of -1.
     usable = TorchVersion(torch.__version__) >= "2.15"
     if capability[0] == 9 and usable and installed("flash_attn_interface"):
         return 3
@@ -62,8 +62,8 @@ def _generation(capability: tuple[int, int]) -> int:
 
 
 def _window_size(window: int | None, single: bool = False) -> tuple[int, int]:
-    """Return the window: keys before and after a query's own; -1 for all. A single token has no later keys; with -1 for
-    these, FlashAttention 2 computes the heads of a group together."""
+    """Return the window: numbers of keys before and after the query's position; -1 for all. A single token has no later
+    keys; with -1 for these, FlashAttention 2 computes the heads of a group together."""
     if window is None:
         return (-1, -1) if single else (-1, 0)
     return (window - 1, 0)
@@ -71,7 +71,7 @@ def _window_size(window: int | None, single: bool = False) -> tuple[int, int]:
 
 @dataclasses.dataclass(frozen=True)
 class PagedCall:
-    """`varlen_attn` over pages."""
+    """Calls `varlen_attn` with pages."""
 
     function: Any
     generation: int
@@ -95,7 +95,7 @@ class PagedCall:
                 key_cache,
                 value_cache,
                 part.query_start,
-                part.key_start() if two else None,  # 2 asks for it beside seqused_k, the others refuse it
+                part.key_start() if two else None,  # 2 needs it in addition to seqused_k, 3 and 4 refuse it
                 part.most_tokens,
                 part.most_context,
                 scale=scale,
@@ -103,13 +103,13 @@ class PagedCall:
                 enable_gqa=q.shape[1] != key_cache.shape[2],
                 seqused_k=part.context_lens,
                 block_table=part.block_tables,
-                # 2 leaves rows unwritten where it splits the keys of pages, see the issue above.
+                # FlashAttention 2 does not write some rows if it splits the keys of pages, see the issue above.
                 num_splits=1 if two or not part.decodes else None,
             )
 
 
 def _flash_alone() -> AbstractContextManager[object]:
-    """Within this context torch takes FlashAttention."""
+    """Return a context within which torch uses only FlashAttention."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     return sdpa_kernel(SDPBackend.FLASH_ATTENTION)

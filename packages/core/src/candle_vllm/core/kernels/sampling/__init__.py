@@ -2,23 +2,23 @@
 """Sampling: sample one token per row of a batch's logits, compute ranks and log-probabilities, and edit logits.
 
 Contract, with R rows of V logits in float32. The parameters of a row are five float64 numbers, in the order of
-`Control`. The rules of `draw`, which samples:
+`Control`. The rules of `draw`, the sampling function:
 
   - the row's weights are exp((logit - largest logit) / temperature), so that the largest is 1; temperature 0 is greedy:
     the largest logit's id, the lowest among equals;
   - min_p keeps weights of at least `min_p`;
-  - top_k keeps every logit that is at least the k-th largest, so ties at the k-th are all kept (as in vLLM);
-  - top_p keeps, from the largest weight down and the lowest id first among equals, each token before which the kept
-    mass is still below top_p of the mass that min_p and top_k left; the first is always kept;
-  - the token is the first, in order of id, at which the cumulated kept weight exceeds uniform * kept mass. A token of
-    weight 0 is never sampled;
-  - a row's result has the same bits whatever the other rows are.
+  - top_k keeps every logit that is at least the k-th largest, so all ties with the k-th are kept (as in vLLM);
+  - top_p visits the tokens in descending order of weight, equal ones in ascending order of id, and keeps tokens until
+    their mass reaches top_p * (the mass that min_p and top_k kept); the first token is always kept;
+  - the sampled token is the first, in order of id, at which the cumulative kept weight exceeds uniform * kept mass. A
+    token of weight 0 is never sampled;
+  - the other rows of a batch do not change a single bit of a row's result.
 
-`reference.py` does the same in torch, for any device; `cpu.py` is compiled and used on the CPU if Numba is installed;
-`triton.py` is used on GPUs.
+`reference.py` implements the rules in torch for any device. `cpu.py` is compiled; it is used on the CPU if Numba is
+installed. `triton.py` is used on GPUs.
 
 The functions whose names end in `_tensors`, and `note_tokens`, have all arguments and results on the logits' device and
-never wait for it, so that a step with them can be captured. On the CPU the reference implements them.
+never wait for it, so that a step that calls them can be captured. On the CPU the reference implements them.
 """
 
 from __future__ import annotations
@@ -58,14 +58,14 @@ if TYPE_CHECKING:
     from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 
 
-# The compiled functions, and how many arguments they take.
+# The compiled functions, and their numbers of arguments.
 _DRAW, _STAND, _ADJUST = _FUNCTIONS = (
     ("sampling.cpu:draw_rows", 3),
     ("sampling.cpu:stand", 11),
     ("sampling.cpu:adjust", 15),
 )
 CODE, RARE_CODE = (_DRAW[0],), (_STAND[0], _ADJUST[0], CHAIN[0], REPEATS[0])
-"""What every answer needs, and what log-probabilities, penalties, masks and llama.cpp's samplers do."""
+"""Functions that every request uses, and functions for log-probabilities, penalties, masks, llama.cpp's samplers."""
 
 
 def compiled() -> bool:
@@ -82,7 +82,7 @@ def prepare() -> None:
 
 
 def host_rows(logits: Value) -> NDArray[np.float32] | None:
-    """Return logits as an array for the compiled functions: without a copy; None if they cannot read these logits."""
+    """Return logits, uncopied, as an array for the compiled functions; None if these functions cannot read them."""
     if not compiled():
         return None
     if isinstance(logits, np.ndarray):
@@ -118,19 +118,19 @@ def draw(logits: Value, controls: NDArray[np.float64]) -> tuple[NDArray[np.int64
 
 
 class RowDraw:
-    """`draw` for logits in a fixed buffer, by the threads of a team.
+    """`draw` for logits in a fixed buffer, computed by the threads of a team.
 
     Attributes:
-        plan: the plan's row of this operation, for a plan that samples from the logits it has computed.
-        controls: [most, 5] parameters that the operation reads.
-        ids, largest: [most] results; the id of a row whose largest logit is not finite is -1.
+        plan: the plan row of this operation; a recorded plan may contain it, to sample from the logits it computes.
+        controls: [N, 5] parameters that the operation reads; N is the maximum number of rows.
+        ids, largest: [N] results; the id of a row whose largest logit is not finite is -1.
 
     Args:
-        logits: [most, V], each row contiguous.
+        logits: [N, V], each row contiguous.
         numbers: the step's numbers, by `StepNumber`.
-        team: None for the caller's thread alone.
-        step: arrays of the step that computed the logits. Each call turns them into the next step's, in which each row
-            runs its sampled token: the ids are written there, positions, slots and lengths are incremented.
+        team: the threads; None to use only the caller's thread.
+        step: arrays of the step that computed the logits. Each call changes them for the next step, in which each row
+            runs its sampled token: it writes the ids there, and increments positions, slots and context lengths.
     """
 
     def __init__(
@@ -166,7 +166,7 @@ class RowDraw:
         self.plan = np.array(plan_row(operation(_DRAW[0]), address_of(numbers), arguments), np.int64)
 
     def __call__(self, controls: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """As `draw`, for the first rows, one for each of `controls`; the results are valid until the next call."""
+        """Sample as `draw` does for the first `len(controls)` rows; the results are valid until the next call."""
         count = len(controls)
         self.controls[:count] = controls
         self._numbers[StepNumber.LOGIT_ROWS] = count
@@ -178,13 +178,13 @@ class RowDraw:
 
 
 def stand(logits: Value, token_ids: NDArray[np.int64], tops: NDArray[np.int64]) -> Standing:
-    """Compute ranks and log-probability offsets of tokens, and each row's largest logits.
+    """Compute ranks and log-probability offsets of tokens, and the ids of each row's largest logits.
 
     Args:
         logits: [R, V] float32, an array or a tensor on the CPU, each row contiguous and with a finite largest value;
             not changed.
         token_ids: [R] below V.
-        tops: [R] how many of the largest logits to name.
+        tops: [R] numbers of largest logits whose ids are returned.
     """
     host = host_rows(logits)
     if host is not None:
@@ -195,7 +195,7 @@ def stand(logits: Value, token_ids: NDArray[np.int64], tops: NDArray[np.int64]) 
 
 
 def adjust(row: NDArray[np.float32], adjustment: Adjustment) -> None:
-    """Edits one row of V logits in place; only where `compiled()`."""
+    """Edit one row of V logits in place; requires `compiled()`."""
     a = adjustment
     allowed = a.forbidden if a.allowed is None else a.allowed
     ids = (*_place(allowed), *_place(a.forbidden))
@@ -215,7 +215,7 @@ def _stand(logits: NDArray[np.float32], token_ids: NDArray[np.int64], tops: NDAr
 
 
 def _place(array: np.ndarray, size: int | None = None) -> tuple[int, int]:
-    """Return address and length of a contiguous array."""
+    """Return the address and the length of a contiguous array."""
     assert array.flags.c_contiguous
     return address_of(array), len(array) if size is None else size
 
@@ -229,13 +229,13 @@ def asks(controls: NDArray[np.float64]) -> tuple[bool, bool]:
 def draw_tensors(
     logits: torch.Tensor, controls: torch.Tensor, random: bool = True, search: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `draw`, without waiting for the device.
+    """Do what `draw` does, without waiting for the device.
 
     Args:
         logits: [R, V] float32, each row contiguous, V up to 524,288; not changed.
         controls: [R, 5] float64, contiguous.
-        random: False promises that every temperature is 0, which saves launches.
-        search: False promises that no row has top_k or top_p, which saves some.
+        random: False promises that every temperature is 0, which saves kernel launches.
+        search: False promises that no row has top_k or top_p, which saves a few kernel launches.
 
     Returns:
         [R] int64 ids and [R] float32 largest logits, NaN for a row with a NaN. The id of a row whose largest logit is
@@ -255,12 +255,12 @@ def draw_tensors(
 
 
 def stand_tensors(logits: torch.Tensor, token_ids: torch.Tensor, tops: torch.Tensor, most: int) -> DeviceStanding:
-    """As `stand`, without waiting for the device.
+    """Do what `stand` does, without waiting for the device.
 
     Args:
         logits: [R, V] float32, each row contiguous, V up to 524,288; not changed.
         token_ids: [R] int64 below V.
-        tops: [R] int64, how many of the largest logits to name, at most `most`.
+        tops: [R] int64, numbers of largest logits whose ids are returned, at most `most`.
         most: the width of the result.
     """
     if on_gpu(logits):
@@ -278,7 +278,7 @@ def stand_tensors(logits: torch.Tensor, token_ids: torch.Tensor, tops: torch.Ten
 
 
 def edit_tensors(logits: torch.Tensor, edits: DeviceEdits) -> None:
-    """Edits [R, V] float32 logits in place, without waiting for the device.
+    """Edit [R, V] float32 logits in place, without waiting for the device.
 
     The order is: bias, masks, penalties. A masked logit that is NaN or +inf becomes NaN. The arithmetic of the
     penalties is float64; a finite logit stays finite or becomes -inf.
@@ -299,7 +299,7 @@ def edit_tensors(logits: torch.Tensor, edits: DeviceEdits) -> None:
 
 
 def narrow_tensors(logits: torch.Tensor, rows: torch.Tensor, links: torch.Tensor) -> None:
-    """Apply llama.cpp's sampler chain in place, see `chain.py`, without waiting for the device.
+    """Apply llama.cpp's sampler chain in place (see `chain.py`), without waiting for the device.
 
     Args:
         logits: [R, V] float32, each row contiguous, V up to 524,288.
@@ -343,8 +343,8 @@ def note_tokens(counts: torch.Tensor, count_rows: torch.Tensor, token_ids: torch
 
     Args:
         counts: [S, V] int32, see `DeviceEdits`.
-        count_rows: [R] int32, all different except -1, for which nothing is counted.
-        token_ids: [R] int64; ids below 0 or from V on are not counted.
+        count_rows: [R] int32, different for each row; -1 for a row that is not counted.
+        token_ids: [R] int64; ids below 0, V and ids above V are not counted.
     """
     if on_gpu(counts):
         from candle_vllm.core.kernels.sampling import triton

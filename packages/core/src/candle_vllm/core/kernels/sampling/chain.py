@@ -1,28 +1,28 @@
 # SPDX-License-Identifier: MIT
-"""llama.cpp's sampler chain: remove tokens of a row by samplers that depend on the whole distribution.
+"""llama.cpp's sampler chain: samplers that depend on the whole distribution remove tokens of a row.
 
-Contract: a row of V logits in float32, changed in place, and float64 numbers in the order of `Link`. A removed token
-gets -inf; a fixed temperature is applied by `draw`. The rules, in this order, each for the tokens that the previous
-rules left, with x the logits, p their softmax (without temperature), and equal logits in order of their ids:
+Contract: the arguments are a row of V logits in float32, changed in place, and float64 numbers in the order of `Link`.
+The logit of a removed token becomes -inf; `draw` applies a fixed temperature. The rules are applied in this order, each
+to the tokens that are left. x are their logits, p the softmax of x (without temperature); ties are in order of id:
 
   - top_n_sigma keeps x of at least max x - n * the standard deviation of all x that are finite (Tang et al.,
     "Top-nsigma", 2024);
   - top_k keeps x of at least the k-th largest;
-  - typical_p keeps tokens whose |-ln p - entropy| is at most the least at which their p sum up to it (Meister et al.,
-    "Locally typical sampling", 2022); ties are all kept;
+  - typical_p keeps the tokens with the smallest |-ln p - entropy| whose p sum up to at least typical_p (Meister et al.,
+    "Locally typical sampling", 2022); all ties are kept;
   - top_p and min_p are those of `draw`;
-  - XTC removes all tokens with p of at least the threshold except the least likely of them;
-  - a dynamic temperature is low + (high - low) * (entropy / ln number of tokens) ** exponent; the row is then
-    (x - max x) / that, to be sampled at temperature 1. A single token is left as it is; at a temperature below 1e-5 the
-    first of the largest stays;
-  - mirostat uses p with the temperature. 1 estimates from the 100 likeliest tokens which k gives a surprise of mu
-    (Basu et al., "Mirostat", 2021) and keeps x of at least the k-th largest; 2 keeps tokens of at most mu bits, at
-    least the first.
+  - XTC removes all tokens whose p is at least the threshold, except the least likely of them;
+  - a dynamic temperature t is low + (high - low) * (entropy / ln number of tokens) ** exponent; the row becomes
+    (x - max x) / t, and is sampled at temperature 1. A single token is not changed; if t is below 1e-5, only the first
+    of the largest logits is kept;
+  - mirostat uses p with the temperature. Mirostat 1 estimates from the 100 likeliest tokens which k gives a surprise of
+    mu (Basu et al., "Mirostat", 2021) and keeps x of at least the k-th largest. Mirostat 2 keeps tokens whose surprise
+    is at most mu bits, and always the first token.
 
-The definitions are those of llama.cpp's samplers of these names, in the order of its default chain. A row whose largest
-logit is not finite is not changed. A row's result has the same bits whatever the other rows are.
+llama.cpp has samplers with these names and definitions; the order is that of its default chain. A row whose largest
+logit is not finite is not changed. The other rows of a batch do not change a single bit of a row's result.
 
-`narrow_in_numpy` is the reference; `cpu_chain.py` is compiled, `triton_chain.py` is for GPUs.
+`narrow_in_numpy` is the reference, `cpu_chain.py` is compiled, and `triton_chain.py` is for GPUs.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from candle_vllm.core.kernels.cpu_runtime.kernel_cache import can_compile
 from candle_vllm.core.kernels.cpu_runtime.operation import address_of, c_function
 from candle_vllm.core.kernels.sampling.contract import chain_bytes
 
-# The compiled functions, and how many arguments they take.
+# The compiled functions, and their numbers of arguments.
 CHAIN = ("sampling.cpu_chain:narrow", 4)
 REPEATS = ("sampling.cpu_chain:repeats", 3)
-LIKELIEST = 100  # tokens from which mirostat 1 estimates k
+LIKELIEST = 100  # number of tokens from which mirostat 1 estimates k
 
 
 class Link(enum.IntEnum):
@@ -52,9 +52,9 @@ class Link(enum.IntEnum):
     TOP_P = 3  # 1 where unused
     MIN_P = 4  # 0 where unused
     XTC = 5  # the threshold; 1 if nothing is removed for this token
-    TEMPERATURE = 6  # mirostat's; 0 is greedy, which ignores mirostat
-    LOW = 7  # of a dynamic temperature
-    HIGH = 8  # 0 for a fixed one
+    TEMPERATURE = 6  # temperature for mirostat; 0 is greedy sampling, which ignores mirostat
+    LOW = 7  # lower bound of a dynamic temperature
+    HIGH = 8  # upper bound of a dynamic temperature; 0 for a fixed temperature
     EXPONENT = 9
     MIROSTAT = 10  # 0, 1 or 2
     MU = 11  # bits
@@ -75,7 +75,7 @@ def narrow(row: NDArray[np.float32], numbers: NDArray[np.float64]) -> None:
 
 
 def surprise(row: NDArray[np.float32], token_id: int, temperature: float) -> float:
-    """Return the surprise of a token in bits, among the tokens that the chain left of its row."""
+    """Return the surprise of a token in bits, among the tokens of its row that the chain did not remove."""
     kept = row[row > -np.inf].astype(np.float64)
     if temperature < 1e-5 or len(kept) == 1:
         return 0.0
@@ -85,7 +85,7 @@ def surprise(row: NDArray[np.float32], token_id: int, temperature: float) -> flo
 
 
 def repeats(tokens: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return, for each position but the last, the length of the longest common suffix with the whole text, [N - 1].
+    """Return [N - 1] lengths of the longest common suffix of `tokens` and `tokens[: n + 1]`, for each n below N - 1.
 
     These are the lengths of DRY's repetitions. The time is linear in N, whatever the tokens are.
 
@@ -100,9 +100,9 @@ def repeats(tokens: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def z_lengths(text: list[int]) -> list[int]:
-    """Return, for each position, the length of the longest common prefix with the whole text: reference of `repeats`.
+    """Return, for each position, the length of the longest common prefix of `text` and `text[position:]`.
 
-    The Z-algorithm (Gusfield, "Algorithms on strings, trees and sequences", 1997).
+    The Z-algorithm (Gusfield, "Algorithms on strings, trees and sequences", 1997), as the reference of `repeats`.
     """
     size, lengths, left, right = len(text), [len(text)], 0, 0  # text[left:right] is a copy of the beginning
     for place in range(1, size):
@@ -116,13 +116,13 @@ def z_lengths(text: list[int]) -> list[int]:
 
 
 def narrow_in_numpy(row: NDArray[np.float32], numbers: NDArray[np.float64]) -> None:
-    """As `narrow`: the reference, and what machines without Numba use."""
+    """The reference of `narrow`, which machines without Numba use too."""
     sigma, top_k, typical_p, top_p, min_p, xtc, temperature, low, high, exponent, mirostat, mu = numbers.tolist()
     if not np.isfinite(row.max()):
         return
     ids = np.argsort(-row, kind="stable")
     ids = ids[row[ids] > -np.inf]
-    x = row[ids].astype(np.float64)  # falling
+    x = row[ids].astype(np.float64)  # in descending order
     if sigma > 0:
         ids, x = ids[kept := x >= x[0] - sigma * x.std()], x[kept]
     if top_k:
@@ -170,7 +170,7 @@ def _entropy(p: NDArray[np.float64]) -> float:
 
 
 def _estimated_k(x: NDArray[np.float64], mu: float, vocabulary: int) -> int:
-    """Mirostat 1: the k whose tokens have a surprise of about mu, from Zipf's exponent of the likeliest."""
+    """Mirostat 1: estimate the k at which the surprise is about mu, from Zipf's exponent of the likeliest tokens."""
     likeliest = x[:LIKELIEST]
     if len(likeliest) < 2:
         return 1
@@ -178,7 +178,7 @@ def _estimated_k(x: NDArray[np.float64], mu: float, vocabulary: int) -> int:
     steps = np.log((ranks + 1) / ranks)
     exponent = float((steps * -np.diff(likeliest)).sum() / (steps * steps).sum())
     excess = exponent - 1
-    if exponent <= 0:  # all are alike: the limit of what follows
+    if exponent <= 0:  # all tokens are equally likely: the limit of the formula below
         return vocabulary if mu * math.log(2) > math.log(vocabulary - 1) else 1
     rest = math.log(vocabulary) if abs(excess) < 1e-9 else (1 - vocabulary**-excess) / excess
     logarithm = (mu * math.log(2) - math.log(rest)) / exponent

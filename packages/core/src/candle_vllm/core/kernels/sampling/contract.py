@@ -33,8 +33,8 @@ class Standing:
     Attributes:
         offsets: [R] float64; a token's log-probability is its logit minus this offset.
         ranks: [R] int64, 1 for the largest logit; among equals the lower id comes first.
-        top_ids: [R, most] int64, the ids of the largest logits, falling, the lower id first among equals; -1 after the
-            requested number of ids, and for logits of -inf.
+        top_ids: [R, most] int64, the ids of the largest logits, in descending order, the lower id first among equals;
+            -1 after the requested number of ids, and for logits of -inf.
     """
 
     offsets: NDArray[np.float64]
@@ -44,7 +44,7 @@ class Standing:
 
 @dataclass(frozen=True)
 class DeviceStanding:
-    """As `Standing`, in tensors on the logits' device. A row whose largest logit is not finite is undefined.
+    """`Standing` in tensors on the logits' device. Rows whose largest logit is not finite have undefined results.
 
     Attributes:
         offsets: [R] float64.
@@ -63,13 +63,13 @@ class DeviceStanding:
 
 @dataclass(frozen=True)
 class DeviceEdits:
-    """`Adjustment` of all rows, in contiguous tensors on the logits' device. None for an edit that no row has.
+    """The `Adjustment` of all rows, in contiguous tensors on the logits' device; None for an edit that no row needs.
 
     Attributes:
-        bias_ids: [R, N] int32, different within a row, -1 where unused.
+        bias_ids: [R, N] int32 ids, all different within a row; -1 where unused.
         bias: [R, N] float32, added to the logits; -inf forbids a token.
         mask_rows: [R] int32, index of the row's mask, or -1 without one.
-        masks: [M, ceil(V / 32)] int32, bit i % 32 of word i // 32 is 1 if token i is allowed.
+        masks: [M, ceil(V / 32)] int32; bit i % 32 of word i // 32 is 1 if token i is allowed.
         count_rows: [R] int32, index of the row's counts, or -1 without counts.
         counts: [S, V] int32, 0 for a token that did not occur, otherwise 1 plus its occurrences in the output.
         penalties: [R, 3] float64: repetition, frequency, presence; read for rows with counts.
@@ -86,12 +86,12 @@ class DeviceEdits:
 
 @dataclass(frozen=True)
 class Adjustment:
-    """Edits of a row of logits before a token is sampled, in this order. Ids are below V.
+    """Edits of a row of logits before sampling, in the order in which they are applied. Ids are below V.
 
     Attributes:
-        masked: whether `allowed` and `forbidden` apply. A row whose NaN or +inf is masked gets a NaN instead.
-        allowed: rising ids, all others become -inf; None for all.
-        forbidden: ids that become -inf.
+        masked: whether `allowed` and `forbidden` apply. If they mask a NaN or +inf, the row gets a NaN.
+        allowed: ascending ids; the logits of all other tokens become -inf. None if all tokens are allowed.
+        forbidden: ids whose logits become -inf.
         bias_ids, bias: ids, and float32 numbers that are added to their logits.
         seen_ids, counts: ids of the prompt or the output, and float32 occurrences in the output.
         penalties: repetition (divides positive logits, multiplies the others), frequency (subtracted per occurrence),
@@ -117,8 +117,8 @@ class DrawArguments(NamedTuple):
         controls: address of float64 [rows, 5], see `Control`.
         work, work_bytes: address of a workspace for each thread, and bytes from one to the next.
         chosen, largest: addresses of the results, int64 and float32 [rows].
-        positions, slots, context_lens: addresses of int64 [rows] that are incremented for the next step, in which each
-            row runs its sampled token; 0 for no next step.
+        positions, slots, context_lens: addresses of int64 [rows], which are incremented for the next step, in which
+            each row runs its sampled token; 0 to increment nothing.
     """
 
     logits: int
@@ -141,19 +141,19 @@ CHUNK_BYTES = 4 * CHUNK
 MAXIMA_BYTES = 4 * LANES  # of one chunk
 EDGES_AT, MASSES_AT, TAIL_AT, WEIGHTS_AT = 0, 64, 128, 128 + CHUNK_BYTES
 MAXIMA_AT = WEIGHTS_AT + CHUNK_BYTES
-SUMS_AT = MAXIMA_AT + CHUNK_BYTES  # and behind the maxima
+SUMS_AT = MAXIMA_AT + CHUNK_BYTES  # plus the size of the maxima
 
 
 def workspace_bytes(vocabulary: int) -> int:
-    """Size of the workspace of a row of `vocabulary` logits."""
+    """Return the size of the workspace of a row of `vocabulary` logits."""
     return SUMS_AT + -(-vocabulary // CHUNK) * (MAXIMA_BYTES + 8 + CHUNK_BYTES) + CHUNK_BYTES
 
 
 BINS = 4096
-BINS_AT = 0  # of a chain's own workspace, behind that of the row: float64 masses, then float32 distances of a chunk
+BINS_AT = 0  # the chain's own workspace follows the row's: float64 masses, then float32 distances of a chunk
 DISTANCES_AT = 8 * BINS
 
 
 def chain_bytes(vocabulary: int) -> int:
-    """Size of the workspace of a row that goes through the chain."""
+    """Return the size of the workspace of a row to which the chain is applied."""
     return workspace_bytes(vocabulary) + DISTANCES_AT + CHUNK_BYTES

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
-"""Sampling as compiled functions: two or three passes over a row's memory, nothing sorted (step 7 of ten).
+"""Sampling as compiled functions: two or three passes over a row's memory, without sorting (step 7 of ten).
 
-A row's result has the same bits whatever the other rows are, for each is worked on alone. The functions hold no lock
-of Python's. `draw_rows` is an operation, whose rows the threads of a team share; the others use the caller's thread.
+A row's result does not depend on the other rows, because rows are processed separately. The functions do not hold the
+GIL. `draw_rows` is an operation whose rows are divided among a team's threads; the others use the caller's thread.
 
-Weights are float32, summed in float32 within a chunk of 512 and in float64 beyond: a draw differs from the
-reference's only where its random number all but touches the edge between two tokens.
+Weights are float32; sums are float32 within a chunk of 512 logits and float64 over chunks. So the sampled token differs
+from the reference's only if the random number is extremely close to the boundary between two tokens.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _LARGEST = float(np.finfo(np.float32).max)
 
 @cpu_chunks.inner
 def _weigh(row, chunks, number, work, cut, last_tie, largest, scale):
-    """Writes the weights of a chunk, 0 below the cut and for its equals behind the id `last_tie`; returns the sum."""
+    """Write a chunk's weights: 0 below the cut, and for logits equal to it after id `last_tie`. Return their sum."""
     at, weights = cpu_chunks.chunk_at(row, work + TAIL_AT, chunks, number), work + WEIGHTS_AT
     start = number * CHUNK
     total = cpu_chunks.weigh_chunk(at, largest, scale, cut if start <= last_tie else cpu_chunks.above(cut), weights)
@@ -48,7 +48,7 @@ def _weigh(row, chunks, number, work, cut, last_tie, largest, scale):
 
 @cpu_chunks.inner
 def _sum_chunks(row, chunks, work, cut, last_tie, largest, scale):
-    """Writes the sums of the weights of all chunks; returns their sum."""
+    """Write the sum of each chunk's weights; return the total."""
     sums, total = float64_at(work + SUMS_AT + chunks * MAXIMA_BYTES), 0.0
     for number in range(chunks):
         sums[number] = 0.0
@@ -60,12 +60,12 @@ def _sum_chunks(row, chunks, work, cut, last_tie, largest, scale):
 
 @cpu_chunks.inner
 def _pick(row, chunks, work, cut, last_tie, largest, scale, target):
-    """The first id at which the cumulated weight exceeds the target: first its chunk, then it."""
+    """Return the first id at which the cumulative weight exceeds the target: find its chunk, then the id in it."""
     sums = float64_at(work + SUMS_AT + chunks * MAXIMA_BYTES)
     before, chosen, start = 0.0, 0, 0.0
     for number in range(chunks):
         after = before + sums[number]
-        if after > before:  # never a chunk of weight 0, also where rounding lifts the target to the whole mass
+        if after > before:  # never choose a chunk of weight 0, even if rounding makes the target equal to the total
             chosen, start = number, before
             if after > target:
                 break
@@ -79,7 +79,7 @@ def _pick_inside(weights, target, mass):
     total, before, chosen = 0.0, 0.0, 0
     for place in range(CHUNK):
         total += weights[place]
-    if total != mass:  # the chunk's sum was rounded: carry over the share of it
+    if total != mass:  # the chunk's sum was rounded differently: scale the target
         target = target / mass * total
     target = max(target, 0.0)
     for place in range(CHUNK):
@@ -94,7 +94,7 @@ def _pick_inside(weights, target, mass):
 
 @cpu_chunks.inner
 def _draw_row(row, vocabulary, controls, work, chosen, largest):
-    """Draws from one row: its parameters are float64 [5], see `Control`; an int64 and a float32 are written."""
+    """Sample one row with parameters float64 [5], see `Control`; write an int64 id and the largest logit, float32."""
     chunks = (vocabulary + CHUNK - 1) // CHUNK
     temperature, min_p, top_k, top_p = controls[0], controls[1], controls[2], controls[3]
     top = cpu_select.survey(row, vocabulary, work)
@@ -119,7 +119,7 @@ def _draw_row(row, vocabulary, controls, work, chosen, largest):
 
 
 def draw_rows(row, thread, threads):
-    """An operation, see `DrawArguments`: draws from a thread's share of the rows."""
+    """Operation: sample a thread's share of the rows; see `DrawArguments`."""
     given = read(DrawArguments, row)
     rows, work = step_number(row, StepNumber.LOGIT_ROWS), given.work + thread * given.work_bytes
     for number in range(rows * thread // threads, rows * (thread + 1) // threads):
@@ -139,7 +139,7 @@ def draw_rows(row, thread, threads):
 
 @cpu_chunks.inner
 def _rank(row, chunks, work, token, chosen):
-    """1 for the largest logit; among equals the lower id comes first."""
+    """Return a token's rank: 1 for the largest logit; among equals the lower id comes first."""
     rank, group = 1, token // cpu_chunks.GROUP
     for number in range(chunks):
         if not cpu_chunks.reaches(work + MAXIMA_AT + number * MAXIMA_BYTES, chosen):
@@ -160,7 +160,7 @@ def _rank(row, chunks, work, token, chosen):
 
 @cpu_chunks.inner
 def _top_ids(row, vocabulary, work, top, largest, to):
-    """Writes the ids of the `top` largest logits, falling, the lower id first among equals; returns how many."""
+    """Write the ids of the `top` largest logits in descending order, lower ids first among equals; return the count."""
     chunks = (vocabulary + CHUNK - 1) // CHUNK
     cut, ties = cpu_select.kth_largest(row, chunks, work, top, largest)
     logits, count = float32_at(row), 0
@@ -181,7 +181,7 @@ def _top_ids(row, vocabulary, work, top, largest, to):
 
 
 def stand(logits, row_bytes, rows, vocabulary, tokens, counts, work, logs, places, named, most):
-    """Of `rows` rows `row_bytes` apart: int64 [R] tokens and counts; float64 logs, int64 places and named [R, most]."""
+    """See `stand` in `kernels/sampling`. Reads int64 [R] tokens, counts; writes [R] logs, places, [R, most] named."""
     token_ids, tops = int64_at(tokens), int64_at(counts)
     offsets, ranks = float64_at(logs), int64_at(places)
     chunks = (vocabulary + CHUNK - 1) // CHUNK
@@ -219,11 +219,11 @@ def adjust(
     seens,
     penalties_at,
 ):
-    """See `Adjustment`: its arrays by address and size."""
+    """Apply an `Adjustment`, whose arrays are passed by address and size."""
     row, allowed, forbidden = float32_at(logits), int64_at(kept), int64_at(hidden)
     bias_ids, bias, seen_ids, counts = int64_at(biased), float32_at(bias_at), int64_at(seen), float32_at(seen_at)
     penalties = float64_at(penalties_at)
-    odd = 0  # logits that a mask would hide although they show a broken model
+    odd = 0  # number of masked logits that are NaN or +inf, which must stay visible as signs of a broken model
     if masked and limited:
         start = 0
         for place in range(kept_count + 1):

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
-"""llama.cpp's chain as a compiled function: each sampler hides tokens in the row itself, and nothing is sorted.
+"""llama.cpp's chain as a compiled function: each sampler sets removed tokens of the row to -inf, without sorting.
 
-Behind each that did, the row is surveyed anew: chunks in which nothing is left are then passed over. `chain.py` states
-the rules. (`float` of a float32 is a float32 to Numba, hence `np.float64`.)
+After a sampler has removed tokens, the row is surveyed again, so that later samplers skip chunks without tokens.
+`chain.py` has the rules. (In Numba, `float` of a float32 is a float32, hence `np.float64`.)
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from candle_vllm.core.kernels.sampling.cpu_chunks import above, chunk_at, inner,
 
 _LIKELIEST = 100
 _LN_2 = math.log(2.0)
-_HIGH_BITS, _LOW_BITS = 19, 7  # of a distance's float32 bits: 12 above, 12 between, 7 below
+_HIGH_BITS, _LOW_BITS = 19, 7  # divide a distance's float32 bits into 12 high, 12 middle and 7 low bits
 
 
 @inner
 def _there(work, number):
-    """Whether anything of a chunk is left."""
+    """Return whether a chunk has tokens that were not removed."""
     return reaches(work + MAXIMA_AT + number * MAXIMA_BYTES, cpu_select.LOWEST)
 
 
 @inner
 def _hide(row, vocabulary, work, cut, last_tie):
-    """Hides what is below the cut, and its equals behind the id `last_tie`."""
+    """Remove tokens below the cut, and tokens equal to it after id `last_tie`; return the largest logit."""
     logits = float32_at(row)
     for number in range((vocabulary + CHUNK - 1) // CHUNK):
         if _there(work, number):
@@ -52,7 +52,7 @@ def _hide(row, vocabulary, work, cut, last_tie):
 
 @inner
 def _at_least(value):
-    """The least float32 that is not below."""
+    """Return the least float32 that is not below `value`."""
     near = np.float32(value)
     return above(near) if np.float64(near) < value else near
 
@@ -72,7 +72,7 @@ def _sigma_bound(row, vocabulary, top, sigma):
 
 @inner
 def _mass(row, vocabulary, work, top, rate):
-    """The sum of exp((x - top) * rate)."""
+    """Return the sum of exp((x - top) * rate)."""
     chunks, mass, scale = (vocabulary + CHUNK - 1) // CHUNK, 0.0, np.float32(rate * cpu_select.LOG2_E)
     for number in range(chunks):
         if _there(work, number):
@@ -83,7 +83,7 @@ def _mass(row, vocabulary, work, top, rate):
 
 @inner
 def _entropy(row, vocabulary, work, top, mass):
-    """In nats, of exp(x - top) / mass."""
+    """Return the entropy in nats of the probabilities exp(x - top) / mass."""
     chunks, weights, weighted, largest = (
         (vocabulary + CHUNK - 1) // CHUNK,
         float32_at(work + WEIGHTS_AT),
@@ -95,7 +95,7 @@ def _entropy(row, vocabulary, work, top, mass):
             at = chunk_at(row, work + TAIL_AT, chunks, number)
             weigh_chunk(at, top, np.float32(cpu_select.LOG2_E), cpu_select.LOWEST, work + WEIGHTS_AT)
             logits, even, odd = float32_at(at), 0.0, 0.0
-            for place in range(0, CHUNK, 2):  # two sums, which do not wait for each other
+            for place in range(0, CHUNK, 2):  # two independent sums, which run in parallel
                 even += weights[place] * (np.float64(max(logits[place], cpu_select.LOWEST)) - largest)
                 odd += weights[place + 1] * (np.float64(max(logits[place + 1], cpu_select.LOWEST)) - largest)
             weighted += even + odd
@@ -104,7 +104,7 @@ def _entropy(row, vocabulary, work, top, mass):
 
 @inner
 def _distances(row, vocabulary, work, own, number, shift):
-    """Stores the |shift - x| of a chunk, with the shift ln mass + top - entropy; a token that is hidden is far away."""
+    """Store |shift - x| of a chunk; shift is ln mass + top - entropy. The distance of a removed token is infinite."""
     at = chunk_at(row, work + TAIL_AT, (vocabulary + CHUNK - 1) // CHUNK, number)
     logits, to = float32_at(at), float32_at(own + DISTANCES_AT)
     for place in range(CHUNK):
@@ -114,7 +114,7 @@ def _distances(row, vocabulary, work, own, number, shift):
 
 @inner
 def _typical(row, vocabulary, work, own, top, typical_p):
-    """Hides the tokens whose surprise is far from the expected one: the cut's bits are found from the highest on."""
+    """Apply typical_p; the bits of the largest kept distance are found from the highest to the lowest."""
     mass = _mass(row, vocabulary, work, top, 1.0)
     shift = math.log(mass) + np.float64(top) - _entropy(row, vocabulary, work, top, mass)
     bins, keys, weights = float64_at(own + BINS_AT), int32_at(own + DISTANCES_AT), float32_at(work + WEIGHTS_AT)
@@ -154,7 +154,7 @@ def _typical(row, vocabulary, work, own, top, typical_p):
 
 @inner
 def _without_likeliest(row, vocabulary, work, top, threshold):
-    """XTC: hides what is at least as likely as the threshold but the last of it."""
+    """XTC: remove the tokens at or above the threshold except the least likely of them; return the largest logit."""
     mass = _mass(row, vocabulary, work, top, 1.0)
     bound = math.log(threshold * mass) if threshold > 0 else -cpu_select.INFINITE
     logits, least, stays, count = float32_at(row), cpu_select.INFINITE, -1, 0
@@ -176,7 +176,7 @@ def _without_likeliest(row, vocabulary, work, top, threshold):
 
 @inner
 def _left(row, vocabulary):
-    """How many tokens are left."""
+    """Return the number of tokens that were not removed."""
     logits, count = float32_at(row), 0
     for token in range(vocabulary):
         count += logits[token] >= cpu_select.LOWEST
@@ -191,7 +191,7 @@ def _first_alone(row, vocabulary, work, top):
 
 @inner
 def _estimated_k(row, vocabulary, work, values, mu, rate):
-    """See the reference; `values` are the logits of the likeliest, which are sorted."""
+    """See the reference; `values` is memory for the sorted logits of the likeliest tokens."""
     logits, count = float32_at(row), 0
     for number in range((vocabulary + CHUNK - 1) // CHUNK):
         at = work + MAXIMA_AT + number * MAXIMA_BYTES
@@ -225,7 +225,7 @@ def _estimated_k(row, vocabulary, work, values, mu, rate):
 
 @inner
 def _heated(row, vocabulary, work, top, low, high, exponent):
-    """Divides a row of two tokens or more by its dynamic temperature."""
+    """Divide a row of at least two tokens by its dynamic temperature."""
     mass = _mass(row, vocabulary, work, top, 1.0)
     share = _entropy(row, vocabulary, work, top, mass) / math.log(np.float64(_left(row, vocabulary)))
     temperature = low + (high - low) * min(max(share, 0.0), 1.0) ** exponent
@@ -250,7 +250,7 @@ def _mirostat(row, vocabulary, work, top, mode, mu, rate):
         _hide(row, vocabulary, work, cut, cpu_select.ALL)
         return
     mass = _mass(row, vocabulary, work, top, rate)
-    bound = math.log(mass) - mu * _LN_2  # (x - top) * rate of a token of mu bits
+    bound = math.log(mass) - mu * _LN_2  # (x - top) * rate of a token whose surprise is mu bits
     if bound > 0:
         _first_alone(row, vocabulary, work, top)
     else:
@@ -264,7 +264,7 @@ def _mirostat(row, vocabulary, work, top, mode, mu, rate):
 
 
 def narrow(row, vocabulary, numbers_at, work):
-    """See `chain.narrow`: a row of logits, its numbers, and a workspace of `chain_bytes`."""
+    """See `chain.narrow`; the addresses are of a row of logits, its numbers, and a workspace of `chain_bytes`."""
     numbers, chunks = float64_at(numbers_at), (vocabulary + CHUNK - 1) // CHUNK
     own = work + SUMS_AT + chunks * (MAXIMA_BYTES + 8 + 4 * CHUNK) + 4 * CHUNK
     top = cpu_select.survey(row, vocabulary, work)

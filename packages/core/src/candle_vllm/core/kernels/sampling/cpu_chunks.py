@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
-"""The emitted inner loops of sampling on the CPU: what is done to 512 logits at a time (step 7 of a request's life).
+"""The emitted inner loops of sampling on the CPU, for 512 logits at a time (step 7 of a request's life).
 
-A chunk is 32 vectors of 16 logits; the last one of a row is copied and filled up with -inf. A chunk's maxima are 16
-numbers, one for each lane: they tell in one comparison whether anything in the chunk reaches a bound. A weight is
-2^((logit - largest) * scale), in float32; `scale` 0 makes every weight exactly 1, so that the same code counts.
+A chunk is 32 vectors of 16 logits; the last one of a row is copied and filled up with -inf. A chunk has 16 maxima, one
+for each lane: one vector comparison shows whether any logit of the chunk reaches a bound. A weight is
+2^((logit - largest) * scale) in float32; with `scale` 0 every weight is exactly 1, so the same code counts logits.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from candle_vllm.core.kernels.cpu_runtime.level import LANES
 from candle_vllm.core.kernels.sampling.contract import CHUNK, CHUNK_BYTES
 
 EDGES = 8  # bounds above which masses are summed in one pass
-GROUP = 64  # logits whose hits fit into one int64
+GROUP = 64  # number of logits whose hits fit into one int64
 GROUPS = CHUNK // GROUP
 
 # For functions that are called from compiled code only.
@@ -30,7 +30,7 @@ inner = njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True
 
 _F64 = ir.DoubleType()
 _LOWEST = float(np.finfo(np.float32).min)
-_TOGETHER = 4  # vectors per turn of a loop
+_TOGETHER = 4  # vectors per iteration of a loop
 _VECTOR_BYTES = 4 * LANES
 
 
@@ -44,7 +44,7 @@ def _larger(e: Emitter, x: Any, y: Any) -> Any:
 
 
 def _weight(e: Emitter, logit: Any, largest: Any, scale: Any) -> Any:
-    """A difference that overflows is held to a finite number: infinity times 0 is no number."""
+    """Emit a weight; a difference that overflows is clamped to a finite number, because infinity times 0 is NaN."""
     difference = _larger(e, e.b.fsub(logit, largest), e.constant(F32, _LOWEST))
     return emit_exp2(e, e.b.fmul(difference, scale))
 
@@ -59,7 +59,7 @@ def _bits(e: Emitter, hits: Any) -> Any:
 
 @intrinsic
 def chunk_maxima(_: Any, at: Any, to: Any) -> Any:
-    """Stores the 16 maxima of a chunk; returns whether it holds a NaN, which the maxima pass over."""
+    """Store the 16 maxima of a chunk, without NaN; return whether the chunk has a NaN."""
     signature = types.int64(types.int64, types.int64)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
@@ -82,7 +82,7 @@ def chunk_maxima(_: Any, at: Any, to: Any) -> Any:
 
 @intrinsic
 def largest_of(_: Any, at: Any, count: Any) -> Any:
-    """The largest of `count` vectors (at least one) without NaN."""
+    """Return the largest element of `count` vectors (at least one) without NaN."""
     signature = types.float32(types.int64, types.int64)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
@@ -100,7 +100,7 @@ def largest_of(_: Any, at: Any, count: Any) -> Any:
 
 @intrinsic
 def least_of(_: Any, at: Any, count: Any) -> Any:
-    """The smallest of `count` vectors (at least one) without NaN, -inf left out."""
+    """Return the smallest element of `count` vectors (at least one) without NaN, ignoring -inf."""
     signature = types.float32(types.int64, types.int64)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
@@ -120,7 +120,7 @@ def least_of(_: Any, at: Any, count: Any) -> Any:
 
 @intrinsic
 def reaches(_: Any, at: Any, bound: Any) -> Any:
-    """Whether one of 16 numbers is at least `bound`."""
+    """Return whether one of 16 elements is at least `bound`."""
     signature = types.boolean(types.int64, types.float32)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
@@ -133,7 +133,7 @@ def reaches(_: Any, at: Any, bound: Any) -> Any:
 
 @intrinsic
 def weigh_chunk(_: Any, at: Any, largest: Any, scale: Any, bound: Any, to: Any) -> Any:
-    """Stores the weights of a chunk, 0 for logits below `bound`; returns their sum."""
+    """Store the weights of a chunk, 0 for logits below `bound`; return their sum."""
     signature = types.float64(types.int64, types.float32, types.float32, types.float32, types.int64)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
@@ -158,7 +158,7 @@ def weigh_chunk(_: Any, at: Any, largest: Any, scale: Any, bound: Any, to: Any) 
 
 @intrinsic
 def add_masses(_: Any, at: Any, largest: Any, scale: Any, edges: Any, masses: Any) -> Any:
-    """Adds, for each of EDGES float32 edges, the weights of a chunk's logits at or above it to float64 masses."""
+    """Add, for each of EDGES float32 edges, the weights of a chunk's logits at or above the edge to a float64 mass."""
     signature = types.void(types.int64, types.float32, types.float32, types.int64, types.int64)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
@@ -182,7 +182,7 @@ def add_masses(_: Any, at: Any, largest: Any, scale: Any, edges: Any, masses: An
 
 @intrinsic
 def hits(_: Any, at: Any, low: Any, high: Any) -> Any:
-    """Which of 64 logits are in [low, high), one bit for each, the first lowest."""
+    """Return which of 64 logits are in [low, high), one bit for each; the lowest bit is for the first logit."""
     signature = types.int64(types.int64, types.float32, types.float32)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
@@ -200,9 +200,9 @@ def hits(_: Any, at: Any, low: Any, high: Any) -> Any:
 
 @intrinsic
 def copy_hits(_: Any, at: Any, low: Any, high: Any, to: Any) -> Any:
-    """Copies the logits of a chunk that are in [low, high) to `to`, side by side; returns the address behind them.
+    """Copy the logits of a chunk that are in [low, high) to `to`, without gaps; return the address after them.
 
-    Up to 64 bytes behind the last may be overwritten. `to` may be at or before `at`: what is written has been read.
+    Up to 64 bytes after the last may be overwritten. `to` may be at or before `at`: only read memory is overwritten.
     """
     signature = types.int64(types.int64, types.float32, types.float32, types.int64)
 
@@ -225,7 +225,7 @@ def copy_hits(_: Any, at: Any, low: Any, high: Any, to: Any) -> Any:
 
 @intrinsic
 def first_bit(_: Any, bits: Any) -> Any:
-    """Place of the lowest 1 of an int64 that is not 0."""
+    """Return the position of the lowest 1 of an int64 that is not 0."""
     signature = types.int64(types.int64)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
@@ -236,7 +236,7 @@ def first_bit(_: Any, bits: Any) -> Any:
 
 @intrinsic
 def count_bits(_: Any, bits: Any) -> Any:
-    """How many bits of an int64 are 1."""
+    """Return how many bits of an int64 are 1."""
     signature = types.int64(types.int64)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
@@ -257,7 +257,7 @@ def _to_key(b: Any, value: Any) -> Any:
 
 @intrinsic
 def key_of(_: Any, value: Any) -> Any:
-    """An integer in the order of the floats; 0 for both zeros."""
+    """Return the key of a float32: an integer that has the same order; 0 for both zeros."""
     signature = types.int64(types.float32)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
@@ -268,7 +268,7 @@ def key_of(_: Any, value: Any) -> Any:
 
 @intrinsic
 def value_of(_: Any, key: Any) -> Any:
-    """The float32 of a key."""
+    """Return the float32 of a key."""
     signature = types.float32(types.int64)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
@@ -279,7 +279,7 @@ def value_of(_: Any, key: Any) -> Any:
 
 @intrinsic
 def above(_: Any, value: Any) -> Any:
-    """The next larger float32."""
+    """Return the next larger float32."""
     signature = types.float32(types.float32)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
@@ -290,7 +290,7 @@ def above(_: Any, value: Any) -> Any:
 
 @intrinsic
 def chunk_at(_: Any, row: Any, last: Any, chunks: Any, number: Any) -> Any:
-    """Address of a chunk of a row."""
+    """Return the address of a chunk of a row."""
     signature = types.int64(*[types.int64] * 4)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:

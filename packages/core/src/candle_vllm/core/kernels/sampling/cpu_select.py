@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
-"""Finding where a row of logits is cut, without sorting it: the k-th largest, and the last token that top_p keeps.
+"""Find the cut of a row of logits without sorting: the k-th largest logit, and the last token that top_p keeps.
 
-Both are one question: going down from the largest, at which logit does the sum of weights reach a limit? (For top_k
-every weight is 1.) One pass sums the weights above eight edges at once and so finds the two edges that the cut lies
-between; the logits between them are copied out, and the same is done to them, until few are left or all are equal.
+Both are the logit at which the sum of the weights, from the largest logit down, reaches a limit. (For top_k every
+weight is 1.) One pass sums the weights above each of eight edges, which shows between which two edges the cut is. The
+logits between these edges are copied, and are searched in the same way, until few are left or all are equal.
 
 (A literal 0 as an argument would compile a function a second time, hence `np.int64(0)`.)
 
-The workspace of a row, by byte offsets: a few fixed arrays, then for C chunks: their maxima, their sums, the logits
-that were copied out. "Row" below is the number of its chunks, the address of the first, and that of the last, filled.
+A row's workspace has a few fixed arrays, then, for C chunks, their maxima, their sums and the copied logits. Functions
+take a row as the address of its first chunk, the address of the filled copy of its last one, and the number of chunks.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from candle_vllm.core.kernels.sampling.contract import (
     TAIL_AT,
 )
 
-_VALUES_AT = SUMS_AT  # and behind the maxima and the sums
-ALL = 1 << 40  # a number of ties that is never reached
+_VALUES_AT = SUMS_AT  # plus the size of the maxima and the sums
+ALL = 1 << 40  # more ties than a row can have
 LOG2_E = math.log2(math.e)
 LOWEST = np.float32(np.finfo(np.float32).min)
 INFINITE = np.float32(np.inf)
-_FEW = 48  # logits that are sorted
-_EVEN_ROUNDS = 6  # narrowing by even steps; then by the order of the bits, which ends for any numbers
+_FEW = 48  # number of logits that are sorted instead
+_EVEN_ROUNDS = 6  # rounds with evenly spaced edges; later rounds divide the keys, which ends for any numbers
 
 
 @cpu_chunks.inner
 def survey(row, vocabulary, work):
-    """Prepares a row: fills up its last chunk and finds the maxima of all; returns the largest logit, or NaN."""
+    """Prepare a row: fill up its last chunk, find the maxima of all chunks. Return the largest logit, or NaN."""
     chunks = (vocabulary + CHUNK - 1) // CHUNK
     whole = (chunks - 1) * CHUNK
     rest, last = float32_at(row + 4 * whole), float32_at(work + TAIL_AT)
@@ -64,7 +64,7 @@ def survey(row, vocabulary, work):
 
 @cpu_chunks.inner
 def first_at(row, chunks, work, low, high, skip):
-    """The id of the logit in [low, high) behind `skip` others of them; there is one."""
+    """Return the id of a logit in [low, high) that must exist: skip `skip` such logits, and take the next one."""
     for number in range(chunks):
         if cpu_chunks.reaches(work + MAXIMA_AT + number * MAXIMA_BYTES, low):
             at = cpu_chunks.chunk_at(row, work + TAIL_AT, chunks, number)
@@ -80,9 +80,9 @@ def first_at(row, chunks, work, low, high, skip):
 
 @cpu_chunks.inner
 def _copy_out(row, last, chunks, maxima, low, high, to) -> tuple[Any, Any, Any]:
-    """Copies the logits in [low, high) to `to`, filled up to whole chunks; returns how many, the least, the largest.
+    """Copy the logits in [low, high) to `to`, padded to whole chunks; return their number, the least, the largest.
 
-    `maxima` may be 0. `to` may be the row itself. There is at least one.
+    `maxima` may be 0. `to` may be the row itself. At least one logit must be in the range.
     """
     end = to
     for number in range(chunks):
@@ -97,13 +97,13 @@ def _copy_out(row, last, chunks, maxima, low, high, to) -> tuple[Any, Any, Any]:
 
 @cpu_chunks.inner
 def _between(work, limit, mass) -> tuple[Any, Any, Any]:
-    """Among the edges, the two that the cut lies between, and the mass above them; `mass` is added to all masses."""
+    """Return the two edges between which the cut is, and the mass above them; `mass` is added to all masses."""
     edges, masses = float32_at(work + EDGES_AT), float64_at(work + MASSES_AT)
     low = cpu_chunks.EDGES - 1
     while low > 0 and mass + masses[low] < limit:
         low -= 1
     high = low + 1
-    while high < cpu_chunks.EDGES and edges[high] <= edges[low]:  # edges that rounding has made one
+    while high < cpu_chunks.EDGES and edges[high] <= edges[low]:  # edges that rounding has made equal
         high += 1
     if high == cpu_chunks.EDGES:
         return edges[low], INFINITE, mass
@@ -124,9 +124,9 @@ def _sum_masses(row, last, chunks, maxima, bound, largest, scale, work):
 
 @cpu_chunks.inner
 def _narrow(values, count, least, most, mass, limit, largest, rate, work) -> tuple[Any, Any]:
-    """Where the sum of weights, `mass` of them above all these values, reaches `limit`.
+    """Find the cut at which the sum of weights reaches `limit`; `mass` is the weight above all these values.
 
-    Returns the cut and how many of the logits that equal it are kept, ALL for all.
+    Returns the cut and how many of the logits that are equal to it are kept; ALL if all of them are.
     """
     scale, edges, rounds = np.float32(rate * LOG2_E), float32_at(work + EDGES_AT), 0
     while count > _FEW and least < most:
@@ -150,7 +150,7 @@ def _narrow(values, count, least, most, mass, limit, largest, rate, work) -> tup
 
 @cpu_chunks.inner
 def _cut_of_few(values, count, mass, limit, largest, rate) -> tuple[Any, Any]:
-    """As `_narrow`, one after the other; sorts the values."""
+    """Do what `_narrow` does by sorting the values and adding their weights one after the other."""
     for place in range(1, count):
         value, to = values[place], place
         while to > 0 and values[to - 1] < value:
@@ -169,7 +169,7 @@ def _cut_of_few(values, count, mass, limit, largest, rate) -> tuple[Any, Any]:
 
 @cpu_chunks.inner
 def kth_largest(row, chunks, work, k, largest) -> tuple[Any, Any]:
-    """The k-th largest logit, or the least finite one, and how many of its equals are among the first k."""
+    """Return the k-th largest logit, or the least finite one, and how many logits equal to it are in the top k."""
     last, maxima, values = work + TAIL_AT, work + MAXIMA_AT, work + _VALUES_AT + chunks * (MAXIMA_BYTES + 8)
     # The k-th largest of the maxima is a lower bound of the k-th largest logit.
     parts = (chunks * LANES + CHUNK - 1) // CHUNK
@@ -184,9 +184,9 @@ def kth_largest(row, chunks, work, k, largest) -> tuple[Any, Any]:
 
 @cpu_chunks.inner
 def nucleus(row, chunks, work, bound, top_p, largest, rate) -> tuple[Any, Any]:
-    """The least logit at or above `bound` that top_p keeps, and how many of its equals are kept."""
+    """Return the least logit at or above `bound` that top_p keeps, and how many logits equal to it are kept."""
     last, maxima, values = work + TAIL_AT, work + MAXIMA_AT, work + _VALUES_AT + chunks * (MAXIMA_BYTES + 8)
-    # All tokens lighter than (1 - top_p) / V weigh less than 1 - top_p together: the cut is above them.
+    # All tokens with less weight than (1 - top_p) / V have less than 1 - top_p together: the cut is above them.
     light = (math.log2(chunks * CHUNK / (1.0 - top_p)) + 1.0) / (rate * LOG2_E)
     floor = max(bound, np.float32(float(largest) - light))
     edges = float32_at(work + EDGES_AT)
@@ -202,8 +202,8 @@ def nucleus(row, chunks, work, bound, top_p, largest, rate) -> tuple[Any, Any]:
 
 @cpu_chunks.inner
 def min_p_bound(min_p, largest, temperature):
-    """The least logit of weight `min_p` or more, by halving the range of all floats."""
-    low, high = cpu_chunks.key_of(LOWEST), cpu_chunks.key_of(largest)  # low: perhaps too light; high: heavy enough
+    """Return the least logit whose weight is at least `min_p`, by bisection over all floats."""
+    low, high = cpu_chunks.key_of(LOWEST), cpu_chunks.key_of(largest)  # low: weight maybe too small; high: large enough
     while low < high:
         middle = (low + high) // 2
         if math.exp((float(cpu_chunks.value_of(middle)) - float(largest)) / temperature) >= min_p:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Sampling in plain torch: the reference of `cpu.py` and `triton.py`, and what machines without Numba use.
 
-Every step works on the whole vocabulary in float64, so that it can be checked by eye. Nothing waits for the device but
-the copy of the result.
+Every step works on the whole vocabulary in float64, so that it can be checked by eye. Only copying the result to the
+host waits for the device.
 
 Shapes: R rows, V vocabulary.
 """
@@ -17,7 +17,7 @@ _TEMPERATURE, _MIN_P, _TOP_K, _TOP_P, _UNIFORM = range(5)
 
 
 def draw(logits: torch.Tensor, controls: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """See the contract in the package."""
+    """See the contract in `kernels/sampling/__init__.py`."""
     ids = logits.argmax(1)
     rows = np.flatnonzero(controls[:, _TEMPERATURE]).tolist()
     if rows:
@@ -27,7 +27,7 @@ def draw(logits: torch.Tensor, controls: NDArray[np.float64]) -> tuple[NDArray[n
 
 
 def draw_at_random(logits: torch.Tensor, controls: NDArray[np.float64]) -> torch.Tensor:
-    """[R] int64 ids of rows with a temperature."""
+    """Sample rows whose temperature is above 0; return [R] int64 ids."""
     temperature, min_p, place, top_p, uniform = torch.as_tensor(controls, device=logits.device).T.unsqueeze(2)  # [R, 1]
     largest = logits.amax(1, keepdim=True).double()
     weights = ((logits.double() - largest) / temperature).exp()  # [R, V]
@@ -43,7 +43,7 @@ def draw_at_random(logits: torch.Tensor, controls: NDArray[np.float64]) -> torch
         dropped[:, 0] = False
         weights = weights.masked_fill(torch.zeros_like(dropped).scatter(1, order, dropped), 0.0)
     cumulated = weights.cumsum(1)
-    # Rounding may lift the target to the whole mass; the last token of weight above 0 is then the answer.
+    # Rounding may make uniform * total equal the total; then the last token with a weight above 0 is sampled.
     last = (cumulated < cumulated[:, -1:]).sum(1)
     return torch.minimum((cumulated <= uniform * cumulated[:, -1:]).sum(1), last)
 
@@ -51,7 +51,7 @@ def draw_at_random(logits: torch.Tensor, controls: NDArray[np.float64]) -> torch
 def stand(
     logits: torch.Tensor, token_ids: NDArray[np.int64], tops: NDArray[np.int64]
 ) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]:
-    """Offsets, ranks and top ids: see `Standing` in the package."""
+    """Return offsets, ranks and top ids, see `Standing` in `contract.py`."""
     most = min(int(tops.max(initial=0)), logits.shape[1])
     falling, order = logits.sort(dim=1, descending=True, stable=True)
     ranks = 1 + (order == torch.from_numpy(token_ids).unsqueeze(1)).int().argmax(1)
@@ -61,13 +61,13 @@ def stand(
 
 
 def add_bias(logits: torch.Tensor, bias_ids: torch.Tensor, bias: torch.Tensor) -> None:
-    """See `edit_tensors` and `DeviceEdits` in the package, also for the functions below."""
+    """See `edit_tensors` and `DeviceEdits` in `kernels/sampling`; so too for the functions below."""
     rows, at = (bias_ids >= 0).nonzero(as_tuple=True)
     logits[rows, bias_ids[rows, at].long()] += bias[rows, at]
 
 
 def mask(logits: torch.Tensor, mask_rows: torch.Tensor, masks: torch.Tensor) -> None:
-    """Tokens whose bit is 0 become -inf."""
+    """Set the logits of tokens whose mask bit is 0 to -inf, or to NaN where they are NaN or +inf."""
     token = torch.arange(logits.shape[1], device=logits.device)
     for row, number in enumerate(mask_rows.tolist()):
         if number >= 0:
@@ -77,7 +77,7 @@ def mask(logits: torch.Tensor, mask_rows: torch.Tensor, masks: torch.Tensor) -> 
 
 
 def penalise(logits: torch.Tensor, count_rows: torch.Tensor, counts: torch.Tensor, penalties: torch.Tensor) -> None:
-    """The three penalties on tokens that were seen."""
+    """Apply the three penalties to the logits of tokens that occurred."""
     for row, number in enumerate(count_rows.tolist()):
         if number >= 0:
             repetition, frequency, presence = penalties[row]
@@ -89,7 +89,7 @@ def penalise(logits: torch.Tensor, count_rows: torch.Tensor, counts: torch.Tenso
 
 
 def note(counts: torch.Tensor, count_rows: torch.Tensor, token_ids: torch.Tensor) -> None:
-    """One more occurrence of each row's token."""
+    """Add one occurrence of each row's token to the counts."""
     there = (count_rows >= 0) & (token_ids >= 0) & (token_ids < counts.shape[1])
     rows, tokens = count_rows[there].long(), token_ids[there]
     counts[rows, tokens] = counts[rows, tokens].clamp(min=1) + 1
