@@ -62,7 +62,7 @@ if TYPE_CHECKING:
 
 _COMPILER_BYTES = 256 * MIB
 _LEAST_FOR_ADAPTERS, _MOST_FOR_ADAPTERS = 64 * MIB, 4096 * MIB
-_MOST_FOR_IMAGES = 256 * MIB  # most bytes of cached image embeddings that no live request uses
+_MOST_FOR_IMAGES = 256 * MIB  # maximum bytes of cached image embeddings that no live request uses
 
 logger = logging.getLogger(__name__)
 
@@ -190,7 +190,7 @@ def build_rank(config: EngineConfig, loaded: LoadedModel, ranks: Collective) -> 
 
 
 def _step(config: EngineConfig, loaded: LoadedModel) -> tuple[int, int, SpeculativeConfig | None, int]:
-    """Return the most sequences and tokens of a step, the drafting settings, and the most draft tokens of a step."""
+    """Return the maximum sequences and tokens of a step, the drafting settings, and the step's maximum draft tokens."""
     placement = loaded.placement
     defaults = DEFAULTS[placement.device.type]
     longest = config.max_model_len or loaded.config.max_position
@@ -251,7 +251,7 @@ def _image_store(tower: LoadedTower, runner: ModelRunner) -> ImageStore:
 
 
 def _draft_rows(drafts: SpeculativeConfig, sequences: int, budget: int) -> int:
-    """Return the most draft tokens of a step, in which every sequence also has a row of its own."""
+    """Return the maximum number of draft tokens of a step, in which every sequence also has one other row."""
     if budget == sequences:
         raise ConfigError(
             f"speculative_config: max_num_batched_tokens {budget} has no rows for draft tokens beside max_num_seqs "
@@ -285,7 +285,7 @@ def _draft_model(
 
 
 def step_size(config: EngineConfig, device: Device, longest: int = 0) -> tuple[int, int]:
-    """Return the most sequences and tokens of a decoder's step; ConfigError if the tokens are fewer than the sequences.
+    """Return the maximum sequences and tokens of a decoder's step; raise ConfigError if there are more sequences.
 
     `longest` is the longest prompt: with `max_num_batched_tokens=0`, a step holds it whole.
     """
@@ -305,7 +305,7 @@ def step_size(config: EngineConfig, device: Device, longest: int = 0) -> tuple[i
 def foreseen_cache(
     config: EngineConfig, model: Described, draft: Described | DescribedHead | None = None, tower: int = 0
 ) -> CachePlan:
-    """Plan the cache of a model on the CPU before it is loaded, from the present memory; raises as `build_engine`.
+    """Plan the cache of a model on the CPU before it is loaded, from the free memory; raises as `build_engine`.
 
     `draft` is the draft model, if there will be one, and `tower` the bytes of the vision tower.
     """
@@ -428,7 +428,7 @@ def _plan_on_cpu(
 
 
 def _most_drafts(config: EngineConfig, recorded: bool) -> int:
-    """Return the most draft tokens of a sequence in a step."""
+    """Return the maximum number of draft tokens of a sequence in a step."""
     drafts = _drafts(config, recorded)
     return 0 if drafts is None else drafts.num_speculative_tokens
 
@@ -534,7 +534,7 @@ def _runner_on_cpu(
     `adapters` are fields of `StepLimits`; `beside` is the runner of the target model.
     """
     placement, blocks = loaded.placement, plan.num_blocks
-    windows = plan.windows if beside is None else ()  # a draft model keeps a page for each block, also behind windows
+    windows = plan.windows if beside is None else ()  # a draft model has a page for each block, even before its windows
     model = loaded.head if isinstance(loaded, LoadedHead) else loaded.decoder
     model.prepare(min(plan.max_model_len, loaded.config.max_position))
     turning = loaded.turning(budget) if isinstance(loaded, LoadedModel) else None
@@ -605,7 +605,7 @@ def _threads(config: EngineConfig, placement: Placement) -> dict[str, Any]:
 
 
 def _room_for_rows(limits: StepLimits) -> AbstractContextManager[None]:
-    """Return a context for building a runner, which turns lack of memory into a ConfigError."""
+    """Return a context for building a runner; it converts lack of memory to a ConfigError."""
     from candle_vllm.core.kernels.cpu_runtime.kernel_cache import is_first_start
 
     fewer = max(limits.sequences, limits.tokens // 4)
@@ -625,7 +625,7 @@ def model_info(loaded: LoadedModel | LoadedEncoder, engine: Engine) -> ModelInfo
     sampling = {**DEFAULT_SAMPLING, **loaded.default_sampling}
     sampling.pop(
         "max_tokens", None
-    )  # a chat without max_tokens goes on to the end of the turn, whatever generation_config.json says
+    )  # a chat without max_tokens continues to the end of the turn, whatever generation_config.json contains
     return ModelInfo(
         name=loaded.name,
         architecture=loaded.config.model_type,

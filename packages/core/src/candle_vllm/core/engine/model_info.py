@@ -52,18 +52,18 @@ class ModelInfo(ShownStruct, frozen=True, kw_only=True):
         model_sampling: the same from the model's own files, with the default length of an answer ("max_tokens").
         tasks: what the model can do: "generate", "embed", "score", "classify".
         modalities: input types: "text", and "image" for a model with vision.
-        max_images: most images of a prompt; 0 for a text-only model.
+        max_images: maximum number of images of a prompt; 0 for a text-only model.
         image_text: the text that its chat template writes for an image; empty for a text-only model.
         labels: names of a classifier's classes, or of a cross-encoder's score.
         embedding_size: length of its vectors; 0 if it is not an embedding model.
-        pooling: how hidden states become a vector, or the input of a head: "mean", "cls", "last"; "all", one vector for
-            each token; "sparse", an importance of each token of the vocabulary.
+        pooling: how hidden states are pooled to a vector, or to the input of a head: "mean", "cls", "last"; "all", one
+            vector for each token; "sparse", an importance of each token of the vocabulary.
         prompts: instructions that it expects before a text, by purpose, as in the files of sentence-transformers.
         implementation: "native" or "transformers", the library whose layers run; followed by "one sequence at a time"
             if these layers keep a cache of their own.
-        max_num_seqs: most sequences in one step.
-        kv_cache_bytes: size of the full KV cache, states of layers included; on a CPU, memory is taken as it fills.
-        state_bytes: the part of it for states of layers and their checkpoints.
+        max_num_seqs: maximum number of sequences in one step.
+        kv_cache_bytes: size of the KV cache, states of layers included; on a CPU, memory is allocated as it fills.
+        state_bytes: the part of the cache for states of layers and their checkpoints.
     """
 
     unshown: ClassVar[frozenset[str]] = frozenset(

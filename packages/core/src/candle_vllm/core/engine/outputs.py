@@ -50,7 +50,7 @@ class TokenLogprob(ShownStruct, frozen=True):
         token_id: the token.
         logprob: natural logarithm of its probability, at most 0.
         rank: 1 for the likeliest token of the vocabulary.
-        text: the token alone as text ("\\ufffd" where its bytes are no complete character).
+        text: the text of the single token ("\\ufffd" for bytes that are not a complete character).
         bytes: the token's bytes.
     """
 
@@ -62,7 +62,7 @@ class TokenLogprob(ShownStruct, frozen=True):
 
 
 class PositionLogprobs(ShownStruct, frozen=True):
-    """Log-probabilities at one position: the chosen token, and the likeliest tokens in falling order."""
+    """Log-probabilities at one position: the chosen token, and the likeliest tokens in descending order."""
 
     chosen: TokenLogprob
     top: tuple[TokenLogprob, ...]
@@ -232,7 +232,7 @@ class OutputCollector:
 
 
 DRAFT_COUNTS = ("draft_tokens", "accepted_draft_tokens", "predicted_tokens", "accepted_predicted_tokens")
-"""What `RequestMetrics` counts, and the sequences of a request add up to."""
+"""Fields of `RequestMetrics` that are added up over the sequences of a request."""
 
 
 def _of_all(known: Sequence[RequestMetrics]) -> RequestMetrics | None:

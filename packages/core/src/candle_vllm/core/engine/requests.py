@@ -19,7 +19,7 @@ MAX_REQUEST_ID = 256
 MAX_ADAPTER_NAME = 512
 MAX_ADAPTER_PATH = 4096
 MAX_ADAPTERS = 16
-"""Most adapters of one request."""
+"""Maximum number of adapters of one request."""
 MAX_ADAPTER_SCALE = 1000.0
 MAX_PRIORITY = 1 << 31
 

@@ -65,9 +65,9 @@ class EngineStats(ShownStruct, frozen=True, kw_only=True):
     """A snapshot of the engine's counters.
 
     Attributes:
-        num_running, num_waiting: present number of running and waiting sequences.
+        num_running, num_waiting: current number of running and waiting sequences.
         num_blocks, num_free_blocks, block_size: blocks of the KV cache, free blocks now, tokens of a block.
-        checkpoints, checkpoint_slots: present number of checkpoints of layer states, and the most there may be.
+        checkpoints, checkpoint_slots: current and maximum number of checkpoints of layer states.
         prompt_tokens, cached_prompt_tokens: tokens of all prompts run since the start, and how many were cached.
         generation_tokens: tokens sampled, since the start.
         finished: sequences by finish reason, since the start.

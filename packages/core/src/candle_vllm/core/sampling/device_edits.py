@@ -36,8 +36,8 @@ class HostEdits:
 
     Args:
         stream: the stream that will apply them.
-        states: one per row, at least one of which `has_edits`.
-        slots: each row's row in the `OccurrenceTable`, or -1.
+        states: one per row; `has_edits` is true for at least one.
+        slots: the row in the `OccurrenceTable` of each row, or -1.
     """
 
     def __init__(self, stream: DeviceStream, states: Sequence[SamplingState], slots: Sequence[int]) -> None:
@@ -61,7 +61,7 @@ class HostEdits:
             }
 
     def there(self, counts: torch.Tensor | None) -> DeviceEdits:
-        """Return the kernels' arguments, with the table of counts; None for an edit of no row. Work of the stream."""
+        """Return the kernels' arguments, with the table of counts; None for unused edits. Work of the stream."""
         found = {name: sent.there() for name, sent in self._sent.items()}
         return DeviceEdits(**found, counts=counts if self.counts_tokens else None)
 
@@ -127,10 +127,10 @@ class OccurrenceTable:
         self.outdated: weakref.WeakSet[SamplingState] = weakref.WeakSet()
 
     def slot(self, state: SamplingState) -> int:
-        """The row of a state that has counts.
+        """Return the table row of a state that has counts.
 
-        Work that fills it is given to the stream when it is new or outdated, and at each step where only the last
-        tokens count.
+        If the row is new or outdated, the stream gets work that fills it; so at each step if only the last tokens
+        count.
         """
         known = self._slots.get(state)
         if known is not None and not state.windowed and state not in self.outdated:
@@ -161,7 +161,7 @@ class OccurrenceTable:
         return slot
 
     def _grown(self) -> torch.Tensor:
-        """The table with at least as many rows as were handed out."""
+        """Return the table with at least as many rows as were assigned."""
         if self.counts is None or len(self.counts) < self._rows:
             table = torch.zeros(self._rows, self._vocab_size, dtype=torch.int32, device=self._stream.device)
             if self.counts is not None:
@@ -174,7 +174,7 @@ _NO_IDS = np.zeros(0, np.int64)
 
 
 def _bias(states: Sequence[SamplingState]) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """[R, N] ids, -1 where unused, and what is added to their logits; -inf for a forbidden token."""
+    """Return [R, N] ids, -1 where unused, and the biases of their logits; -inf for a forbidden token."""
     rows = []
     for state in states:
         banned = np.unique(state.forbidden_ids()) if state.masks_tokens else _NO_IDS
@@ -185,7 +185,7 @@ def _bias(states: Sequence[SamplingState]) -> tuple[NDArray[np.int32], NDArray[n
 
 
 def _padded(rows: Sequence[tuple[NDArray[np.int64], NDArray[Any]]]) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """Ids and values of some rows as [R, N]."""
+    """Return ids and values of some rows as [R, N]."""
     most = max(len(ids) for ids, _ in rows)
     all_ids, all_values = np.full((len(rows), most), -1, np.int32), np.zeros((len(rows), most), np.float32)
     for row, (ids, values) in enumerate(rows):
@@ -193,21 +193,21 @@ def _padded(rows: Sequence[tuple[NDArray[np.int64], NDArray[Any]]]) -> tuple[NDA
     return all_ids, all_values
 
 
-# ---- at once ---------------------------------------------------------------------------------------------------------
-# Entries are addressed by their place in the flattened [R * V]; N entries over all rows.
+# ---- with torch ------------------------------------------------------------------------------------------------------
+# Entries are addressed by their index in the flattened [R * V]; N entries over all rows.
 
 _INF = float("inf")
 
 
 def mask_flags(bits: NDArray[np.int32], vocab_size: int) -> NDArray[np.bool_]:
-    """[V] whether each token is allowed."""
+    """Return [V] whether each token is allowed."""
     return np.unpackbits(bits.view(np.uint8), count=vocab_size, bitorder="little").view(np.bool_)
 
 
 def apply_in_torch(logits: torch.Tensor, states: Sequence[SamplingState]) -> None:
-    """As `apply_processors`, on any device: rows and ids are gathered over the batch.
+    """Do what `apply_processors` does, on any device: rows and ids are gathered over the batch.
 
-    What is rare is done on the host.
+    Rare edits are computed on the host.
     """
     for row, state in enumerate(states):
         if state.params.logits_processors:
@@ -230,7 +230,7 @@ def apply_in_torch(logits: torch.Tensor, states: Sequence[SamplingState]) -> Non
 
 
 def mask_in_torch(logits: torch.Tensor, masks: Mapping[int, NDArray[np.int32]]) -> None:
-    """As `mask_rows`, on any device."""
+    """Do what `mask_rows` does, on any device."""
     rows = list(masks)
     with _keeping_faults(logits, rows):
         flags = np.stack([mask_flags(bits, logits.shape[1]) for bits in masks.values()])
@@ -239,7 +239,7 @@ def mask_in_torch(logits: torch.Tensor, masks: Mapping[int, NDArray[np.int32]]) 
 
 @contextlib.contextmanager
 def _keeping_faults(logits: torch.Tensor, rows: list[int]) -> Iterator[None]:
-    """A row that held NaN or +inf holds NaN behind what is masked in it."""
+    """Return a context in which rows are masked; a row in which NaN or +inf were masked gets a NaN at the end."""
     broken = ~(logits[rows].amax(1) < _INF)
     yield
     logits[rows, 0] = torch.where(broken, float("nan"), logits[rows, 0])
@@ -248,7 +248,7 @@ def _keeping_faults(logits: torch.Tensor, rows: list[int]) -> Iterator[None]:
 def on_host(
     row: torch.Tensor, change: Callable[[NDArray[np.float32], SamplingState], None], state: SamplingState
 ) -> None:
-    """Changes a row [V] as numpy does it."""
+    """Change a row [V] by a function that takes a numpy array."""
     there = row.cpu().numpy().copy()
     change(there, state)
     row.copy_(torch.from_numpy(there))
@@ -292,14 +292,14 @@ def penalised(
     frequency: torch.Tensor,
     presence: torch.Tensor,
 ) -> torch.Tensor:
-    """Logits of seen tokens after the three penalties.
+    """Return logits of tokens that occurred after the three penalties.
 
     Args:
-        logits: [N] float32, of tokens in the prompt or the output.
+        logits: [N] float32 logits of tokens in the prompt or the output.
         counts: [N] float32, occurrences in the output; 0 for a token of the prompt only.
         repetition: [N] float64 above 0: divides positive logits, multiplies the others (Keskar et al., CTRL, 2019).
         frequency: [N] float64, subtracted per occurrence.
-        presence: [N] float64, subtracted once where `counts` is above 0.
+        presence: [N] float64, subtracted once if `counts` is above 0.
 
     Returns:
         [N] float32. The arithmetic is float64. A finite logit stays below +inf, because a repetition penalty close
@@ -312,6 +312,6 @@ def penalised(
 
 
 def _places(logits: torch.Tensor, rows: Sequence[int], ids: Sequence[NDArray[np.int64]]) -> torch.Tensor:
-    """[N] int64: where the entries (row, id) stand in the flattened logits."""
+    """Return [N] int64 indices of the entries (row, id) in the flattened logits."""
     starts = np.repeat(np.array(rows, np.int64) * logits.shape[1], [len(part) for part in ids])
     return torch.from_numpy(starts + np.concatenate(ids)).to(logits.device)

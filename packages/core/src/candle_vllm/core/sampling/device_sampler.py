@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """DeviceSampler: sample one token per sequence of a batch without waiting for the device (step 7 of ten).
 
-It does the work of `Sampler` with those functions of `kernels/sampling` whose arguments and results stay on the device.
-There the tokens are the input of the next step. The host gets them when it waits for the step, with each row's largest
-logit and with log-probabilities for requests that ask for them.
+It does the work of `Sampler` with the functions of `kernels/sampling` whose arguments and results stay on the device.
+The tokens on the device are the input of the next step. The host gets them when it waits for the step, with the largest
+logit of each row, and with log-probabilities for requests that ask for them.
 
 Shapes: R rows, V vocabulary.
 """
@@ -26,8 +26,8 @@ from candle_vllm.core.sampling.rare_edits import process_row
 from candle_vllm.core.sampling.sampler import LogprobRow, SampledToken, Token, sampled_tokens
 from candle_vllm.core.sampling.state import SamplingState
 
-_PIECES = 2  # most steps whose results are being copied to the host
-_KINDS = ((False, False), (True, False), (True, True))  # of sampling: random rather than greedy, with top_k or top_p
+_PIECES = 2  # maximum number of steps whose results are being copied to the host
+_KINDS = ((False, False), (True, False), (True, True))  # kinds of sampling: (random or greedy, with top_k or top_p)
 
 
 class DeviceSampler:
@@ -35,12 +35,12 @@ class DeviceSampler:
 
     Args:
         stream: the stream that runs the kernels.
-        logits: [most rows, V] float32 on the device: the first rows hold each step's logits.
-        controls: [most rows, 5] float64 on the device, see `kernels.Control`; written before each launch.
+        logits: [maximum rows, V] float32 on the device; the first rows hold each step's logits.
+        controls: [maximum rows, 5] float64 on the device, see `kernels.Control`; written before each launch.
         graphs: capture sampling as CUDA graphs.
 
     Attributes:
-        ids: [most rows] int64 on the device, the tokens of the last step.
+        ids: [maximum rows] int64 on the device, the tokens of the last step.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class DeviceSampler:
         Args:
             states: one per row.
             asks: `kernels.asks` of their controls.
-            padded: rows of the captured graph, at least R, for a captured step; None without.
+            padded: rows of the captured graph, at least R; None if the step is not captured.
         """
         random, search = asks
         count, edited = len(states), any(state.may_edit and has_edits(state) for state in states)
@@ -90,7 +90,7 @@ class DeviceSampler:
         return self._landed(states, logprobs, surprises)
 
     def forget_counts(self, states: Sequence[SamplingState]) -> None:
-        """Recount the tokens of these sequences before their next edit: they got tokens not sampled here."""
+        """Recount the tokens of these sequences before their next edit, because they got tokens not sampled here."""
         self._occurrences.outdated.update(state for state in states if state.counts is not None)
 
     def warm_up(self, rows: int) -> None:
@@ -190,7 +190,7 @@ class StandingRows:
 
     Args:
         stream: the stream that computes them.
-        rows: which rows of the batch.
+        rows: the rows of the batch.
         most: number of likeliest tokens of each row.
     """
 

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
 """DRY ("don't repeat yourself"): penalties of tokens that would continue a repetition (step 7 of ten).
 
-As in llama.cpp: if the last n tokens occurred before, followed by token t, the logit of t is reduced by
-multiplier * base ** (n - allowed length). n is the longest such match and at least the allowed length. No match
-reaches across a sequence breaker, and a token that is a breaker by itself has no penalty.
+As in llama.cpp: if the last n tokens occurred before and were followed by token t, the logit of t is reduced by
+multiplier * base ** (n - allowed length). n is the length of the longest such match, and at least the allowed length.
+A match does not include a sequence breaker, and a token that is a breaker has no penalty.
 
-A breaker is a text. Its token sequences are each token that contains it, and each token that ends with a beginning of
-the breaker, followed by the tokens of the breaker's rest.
+A breaker is a text. Its token sequences are every token that contains it, and every token that ends with the beginning
+of the breaker, followed by the tokens of the rest of the breaker.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from candle_vllm.core.kernels.sampling.chain import repeats
 from candle_vllm.core.sampling.params import DRY_BREAKERS, SamplingParams
 from candle_vllm.core.text.tokenizer import Tokenizer
 
-_LONGEST_TAIL = 20  # most tokens of a breaker's rest that are compared
+_LONGEST_TAIL = 20  # maximum tokens of the rest of a breaker that are compared
 _LARGEST = float(np.finfo(np.float32).max)
-_KEPT = 16  # lists of breakers in the cache
+_KEPT = 16  # maximum number of lists of breakers in the cache
 
 
 class Breakers:
@@ -57,7 +57,7 @@ class BreakerTable:
 
     @functools.cached_property
     def _texts(self) -> tuple[list[str], dict[str, list[int]]]:
-        """Texts of all tokens, and the tokens by the last character of their text."""
+        """Return the texts of all tokens, and the tokens by the last character of their text."""
         texts = [self._tokenizer.token_text(token) for token in range(self._size)]
         ends: dict[str, list[int]] = {}
         for token, text in enumerate(texts):
@@ -79,7 +79,7 @@ class BreakerTable:
 
 
 def breakers_of(table: BreakerTable, params: SamplingParams) -> Breakers | None:
-    """The breakers of a request; None where it does without DRY."""
+    """Return the breakers of a request; None for a request without DRY."""
     if not params.dry_multiplier:
         return None
     given = params.dry_sequence_breakers
@@ -87,11 +87,11 @@ def breakers_of(table: BreakerTable, params: SamplingParams) -> Breakers | None:
 
 
 class DryState:
-    """The text of one sequence as DRY sees it.
+    """The tokens of one sequence, with the positions of its breakers.
 
     Args:
-        params: with a multiplier.
-        breakers: of the request.
+        params: sampling parameters with a DRY multiplier.
+        breakers: the request's breakers.
         tokens: the prompt.
     """
 
@@ -100,16 +100,16 @@ class DryState:
         self._breakers = breakers
         self._tokens = np.zeros(len(tokens) + 64, np.int64)
         self._size = 0
-        self._breaks: list[tuple[int, int]] = []  # of each token the last breaker up to it: where it begins and ends
+        self._breaks: list[tuple[int, int]] = []  # for each token, begin and end of the last breaker up to it
         for token in tokens:
             self.append(token)
 
     def sibling(self, tokens: Sequence[int]) -> DryState:
-        """Of another sequence of the same request."""
+        """Return the state of another sequence of the same request."""
         return DryState(self._params, self._breakers, tokens)
 
     def append(self, token_id: int) -> None:
-        """Takes note of a token."""
+        """Append a token."""
         if self._size == len(self._tokens):  # doubling keeps the cost per token constant
             self._tokens = np.concatenate((self._tokens, np.zeros_like(self._tokens)))
         self._tokens[self._size] = token_id
@@ -119,12 +119,12 @@ class DryState:
         self._breaks.append(max(last, (self._size - length, self._size - 1)) if length else last)
 
     def rollback(self, count: int) -> None:
-        """Forgets the last `count` tokens."""
+        """Remove the last `count` tokens."""
         self._size -= count
         del self._breaks[self._size :]
 
     def penalties(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """[N] distinct ids, rising, and what is taken off their logits."""
+        """Return [N] distinct ids in ascending order, and the penalties that are subtracted from their logits."""
         params, lookback = self._params, self._params.dry_penalty_last_n
         count = self._size if lookback < 0 else min(lookback, self._size)
         allowed = params.dry_allowed_length

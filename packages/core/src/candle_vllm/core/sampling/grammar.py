@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Grammars: interface of structured output backends, and the grammar state of a sequence (step 7 of ten).
 
-A backend knows the vocabulary. A grammar is a position in a text: it says which tokens may come next. A mask depends
-only on the tokens before it. So a thread of the backend begins to compute it as soon as the last token is known, and
-the engine waits for it only when logits are to be masked.
+A backend knows the vocabulary. A grammar has a position in a text and determines which tokens may follow. A mask
+depends only on the tokens before it. So a thread of the backend begins to compute it when the last token is known, and
+the engine waits for it only before logits are masked.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 
-_WALK_SECONDS = 0.005  # most delay of other sequences by masks that may not be needed; results do not depend on it
-_FEW = 64  # allowed tokens: with more of them, no next token is forced
+_WALK_SECONDS = 0.005  # maximum delay of other sequences by masks that may not be needed; does not affect results
+_FEW = 64  # number of allowed tokens above which no next token is forced
 
 
 class Grammar(Protocol):
@@ -31,8 +31,8 @@ class Grammar(Protocol):
         """Write the mask of the next token.
 
         Args:
-            bits: [ceil(V / 32)] int32, contiguous; bit i % 32 of word i // 32 becomes 1 if token i may come. If the
-                text may end, these include the end tokens.
+            bits: [ceil(V / 32)] int32, contiguous; bit i % 32 of word i // 32 becomes 1 if token i may follow. If the
+                text may end, the end tokens may follow.
 
         Raises:
             InvalidParameterError: the grammar needs more time or memory than one token may take.
@@ -40,7 +40,7 @@ class Grammar(Protocol):
         ...
 
     def accept(self, token_id: int) -> bool:
-        """Advance by one token. False if the token may not come; then the grammar cannot be used any more."""
+        """Advance by one token. Return False if the token may not follow; the grammar is then unusable."""
         ...
 
     def fresh(self) -> Grammar:
@@ -56,11 +56,11 @@ class Grammar(Protocol):
         ...
 
     def legal(self, token_ids: Sequence[int]) -> int:
-        """Return how many leading tokens of these may come from here, none of them an end; does not advance."""
+        """Return how many of these tokens may follow one after the other, end tokens excluded; does not advance."""
         ...
 
     def ff_tokens(self) -> list[int]:
-        """Return the forced next tokens, in the tokenizer's own tokenization; often empty."""
+        """Return the forced next tokens, as the tokenizer tokenizes their text; often empty."""
         ...
 
     @property
@@ -81,7 +81,7 @@ class GrammarBackend(Protocol):
         """Compile a grammar, at the start of a text.
 
         Raises:
-            InvalidParameterError: `spec` is invalid, or asks for a form that cannot be guaranteed.
+            InvalidParameterError: `spec` is invalid, or has a constraint that cannot be guaranteed.
         """
         ...
 
@@ -100,15 +100,15 @@ class GrammarState:
 
     Args:
         backend: compiles the grammar.
-        spec: the form.
+        spec: the parameters of structured outputs.
         vocab_size: V.
         held_back: end tokens that are allowed only if no other token is (`ignore_eos`).
-        grammar: the compiled grammar of this form, at the start of a text; None compiles it.
+        grammar: the compiled grammar, at the start of a text; None to compile `spec`.
 
     Attributes:
-        exhausted: only the end may follow.
+        exhausted: whether only the end may follow.
         looks_ahead: whether `look_ahead` can compute masks.
-        waits: a mask is begun by `begin`, not after each token, because the grammar is queried before.
+        waits: whether a mask is begun by `begin` and not after each token, because the grammar is queried before.
 
     Raises:
         InvalidParameterError: see `GrammarBackend.compile`.
@@ -179,8 +179,8 @@ class GrammarState:
         self._is_due = False
 
     def masks_ahead(self) -> list[NDArray[np.int32]]:
-        """Return the masks, as of `bits`, after the first token of `look_ahead`, after the second, and so on, as far as
-        the grammar allows the tokens and can compute the masks after them."""
+        """Return the masks, in the form of `bits`, after the first token of `look_ahead`, after the second, and so on,
+        while the grammar allows the tokens and can compute the masks."""
         self._filling.result()
         return [bits for _, bits in self._ahead]
 
@@ -246,7 +246,7 @@ class GrammarState:
         if grammar is None:
             return
         end = time.perf_counter() + _WALK_SECONDS
-        with contextlib.suppress(InvalidParameterError):  # said when the text is there, if it comes there
+        with contextlib.suppress(InvalidParameterError):  # raised later, if the text reaches this position
             for token in token_ids:
                 if time.perf_counter() > end or not grammar.accept(token) or grammar.exhausted:
                     break

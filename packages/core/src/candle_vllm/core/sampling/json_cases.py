@@ -3,9 +3,9 @@
 
 `if`, `dependentRequired` and similar keywords become alternatives; `contains` becomes one for each index of the match;
 `oneOf` becomes an `anyOf` of schemas that exclude each other, if necessary by the opposites of the other schemas
-(`json_opposites`). The result accepts the same values, or the schema is refused by the keyword's name; if the result
-accepts fewer values, a remark says so. Constraints of such a keyword follow the schema that contains it, so that the
-order of the properties is kept.
+(`json_opposites`). The result accepts the same values, or an error with the keyword's name is raised; if the result
+accepts fewer values, there is a remark for the user. Constraints of such a keyword are written after the schema that
+contains it, so that the order of the properties does not change.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from candle_vllm.core.sampling.structured import refused
 
 Schema = dict[str, Any]
 
-MAX_WRITTEN = 12_000  # schemas, in all cases
+MAX_WRITTEN = 12_000  # maximum number of written schemas, in all cases together
 CASES = "x-cases"
-"""Beside `allOf` that was written for the sake of a keyword: its name. It says nothing to the compiler."""
+"""Key next to an `allOf` that replaces a keyword; its value is the keyword. The compiler ignores it."""
 _SINGLE = ("items", "additionalProperties")
 _LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
 _MAPS = ("properties", "patternProperties")
@@ -35,7 +35,7 @@ _SIMPLE = re.compile(r"#/(?:\$defs|definitions)/[\w.-]{1,64}", re.ASCII)
 
 
 class _Written(str):
-    """A `$ref` to a definition that was written here."""
+    """A `$ref` to a definition that this module has written."""
 
     __slots__ = ()
 
@@ -144,7 +144,7 @@ class _Cases:
         return self.definition(self.references.resolve(value, at.base, at.place))
 
     def definition(self, target: Target, opposed: tuple[str, str] | None = None) -> _Written:
-        """Return a reference to the target of a `$ref`, or to its opposite if a keyword needs that."""
+        """Return a reference to the target of a `$ref`, or to its opposite if a keyword needs the opposite."""
         key = target.pointer if opposed is None else f"not {target.pointer}"
         if key not in self.names:
             taken = {"$defs": self.root.get("$defs"), "definitions": self.root.get("definitions")}
@@ -158,7 +158,7 @@ class _Cases:
         return self.names[key]
 
     def opposed(self, schema: Any, keyword: str, types: frozenset[str], at: At) -> Schema | bool:
-        """Return the opposite of a schema, in any keywords."""
+        """Return the opposite of a schema; it may have keywords that must be rewritten."""
         asking = at.asking or (keyword, at.place)
         if isinstance(schema, bool):
             return not schema
@@ -179,7 +179,7 @@ class _Cases:
 
 
 def _together(schema: Schema) -> Schema:
-    """Keeps `patternProperties` and what depends on it in one schema; llguidance takes them apart behind others."""
+    """Move `patternProperties` and dependent keywords to one schema, because llguidance would separate them."""
     if "patternProperties" not in schema or not schema.keys() & _APPLIED:
         return schema
     names = [name for name in schema if name in ("properties", "patternProperties", "additionalProperties")]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Close objects of JSON schemas that have properties but do not mention other keys, as xgrammar and llama.cpp do.
+"""Close JSON schema objects that have properties and no rule for other keys, as xgrammar and llama.cpp do.
 
 A weak model that may write other keys invents keys until its token limit.
 """
@@ -16,13 +16,13 @@ _KEEPS_OPEN = frozenset({"additionalProperties", "patternProperties", "enum", "c
 
 
 def close_objects(root: dict[str, Any]) -> dict[str, Any]:
-    """Write `additionalProperties: false` where an object has `properties` and says nothing of other keys.
+    """Write `additionalProperties: false` to objects that have `properties` and no keyword for other keys.
 
-    An object that several schemas describe together (`allOf`, or `properties` beside `anyOf` or `$ref`) stays open:
+    An object that several schemas describe together (`allOf`, or `properties` next to `anyOf` or `$ref`) stays open:
     closing one of the schemas would forbid the properties of the others.
 
     Args:
-        root: a schema of llguidance's keywords, with all definitions that it refers to. It is changed.
+        root: a schema in llguidance's keywords, with all definitions that it refers to; changed in place.
     """
     together: dict[int, bool] = {}  # by id: whether other schemas describe the same value
     found: list[dict[str, Any]] = []
@@ -56,6 +56,6 @@ def close_objects(root: dict[str, Any]) -> dict[str, Any]:
 
 
 def _target(root: dict[str, Any], pointer: str) -> Any:
-    """What `#`, `#/$defs/name` or `#/definitions/name` points to."""
+    """Return the schema to which `#`, `#/$defs/name` or `#/definitions/name` points."""
     _, *steps = pointer.split("/")
     return root.get(steps[0], {}).get(steps[1]) if steps else root

@@ -2,12 +2,12 @@
 """Dialects of JSON schemas: rewrite older drafts, check the shapes of keywords, and report keywords without effect.
 
 A schema is read as draft 2020-12; older spellings (`definitions`, a list as `items`, a boolean `exclusiveMinimum`) keep
-their meaning. Unknown keywords and formats that are not enforced are annotations, as in the specification; a remark
-names those that resemble a known one.
+their meaning. Unknown keywords and formats that are not enforced are annotations, as in the specification; there is a
+remark for each that resembles a known one.
 
-llguidance's own dates accept the 29th of February in every year, and a leap second at any minute, so the formats are
-defined here: a leap second is the last second of a day in UTC, which other time zones, with offsets of quarters of an
-hour, have at other times.
+llguidance's date formats accept the 29th of February in every year, and a leap second in any minute. So this module
+defines the formats: a leap second is the last second of a day in UTC, which is a different time of day in other time
+zones, whose offsets are multiples of a quarter of an hour.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from typing import Any
 from candle_vllm.core.sampling.json_facts import types_of
 from candle_vllm.core.sampling.structured import refused
 
-MAX_COUNT = (1 << 31) - 1  # of minLength and the like
-MAX_UNKNOWN = 8  # unknown names that are compared with the known ones, in search of what was meant
+MAX_COUNT = (1 << 31) - 1  # maximum value of minLength and similar keywords
+MAX_UNKNOWN = 8  # maximum number of unknown names that are compared with the known ones, to find misspellings
 MAX_REMARKS = 8
-MAX_REMARK = 400  # characters
+MAX_REMARK = 400  # maximum characters of a remark
 _DRAFTS = ("draft-04", "draft-06", "draft-07", "draft/2019-09", "draft/2020-12")
 _REFUSED = ("$dynamicRef", "$recursiveRef", "x-guidance")
 _SCHEMAS = ("items", "additionalProperties", "not", "if", "then", "else", "contains", "propertyNames")
@@ -53,7 +53,7 @@ _DECIMALS = r"(?:\.[0-9]+)?"
 
 
 def _leap_seconds() -> Iterator[str]:
-    """23:59:60 of UTC, on the clocks of all zones."""
+    """Yield patterns of the time 23:59:60 UTC, in all time zones."""
     yield f"23:59:60{_DECIMALS}[zZ]"
     for sign, way in (("+", 1), ("-", -1)):
         offsets = {(1439 + way * offset) % 1440: offset for offset in range(0, 1440, 15)}  # minute of a day -> offset
@@ -71,7 +71,7 @@ FORMATS: Mapping[str, str] = MappingProxyType(
     {"date": f"^{_DATE}$", "time": f"^{_TIME}$", "date-time": f"^{_DATE}[tT]{_TIME}$"}
 )
 """RFC 3339 formats as patterns."""
-_COMPILED = ("duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")  # by llguidance
+_COMPILED = ("duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")  # formats that llguidance compiles
 _HELD = (*FORMATS, *_COMPILED)
 
 
@@ -102,7 +102,7 @@ class Remarks:
         self.add(f"the JSON schema's format {name!r:.80} (at {place:.120}) is not held{meant}")
 
     def _near(self, name: str, known: tuple[str, ...]) -> str | None:
-        """Each comparison takes a millisecond in which no other thread runs."""
+        """Return the most similar known name, if any. A comparison holds the GIL for a millisecond."""
         self._compared += 1
         if self._compared > MAX_UNKNOWN:
             return None
@@ -138,7 +138,7 @@ def check_shape(schema: dict[str, Any], place: str) -> None:
     """Refuse invalid values of the keywords of one schema, without its subschemas.
 
     Raises:
-        InvalidParameterError: with the keyword's name.
+        InvalidParameterError: a value is invalid; the message has the keyword's name.
     """
     types_of(schema, place)
     for name in _COUNTS:
@@ -172,7 +172,7 @@ def check_shape(schema: dict[str, Any], place: str) -> None:
 
 
 def taker(schema: dict[str, Any]) -> Callable[[str], bool]:
-    """Whether a text is an instance of a schema of texts, in llguidance's keywords; False where that is not certain."""
+    """Return a function that checks whether a text matches a string schema in llguidance's keywords; False if unsure."""
     from llguidance import LLMatcher, LLTokenizer
 
     grammar = json.dumps({"grammars": [{"json_schema": {**schema, "type": "string"}}]})
@@ -187,8 +187,8 @@ def taker(schema: dict[str, Any]) -> Callable[[str], bool]:
 
 
 def _lists_of_items(schema: dict[str, Any], place: str) -> None:
-    """Before 2020-12, a list as `items` had the first ones, and `additionalItems` the others."""
-    others = schema.pop("additionalItems", None)  # without a list as `items`, it says nothing
+    """Rewrite the old form, in which `items` is a list for the first elements, and `additionalItems` for the others."""
+    others = schema.pop("additionalItems", None)  # has no effect unless `items` is a list
     if isinstance(schema.get("items"), list):
         if "prefixItems" in schema:
             raise refused(f"the JSON schema has prefixItems and a list as items (at {place}); only one can be meant")
@@ -198,7 +198,7 @@ def _lists_of_items(schema: dict[str, Any], place: str) -> None:
 
 
 def _also(schema: dict[str, Any], more: dict[str, Any], place: str) -> None:
-    """Adds keywords that must hold beside those that are there."""
+    """Add keywords that must hold in addition to the existing ones."""
     if not more.keys() & schema.keys():
         schema.update(more)
         return

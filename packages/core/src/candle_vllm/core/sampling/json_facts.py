@@ -13,22 +13,22 @@ from candle_vllm.core.sampling.structured import refused
 
 FRACTION = "fraction"
 TYPES = frozenset({"null", "boolean", "integer", FRACTION, "string", "array", "object"})
-"""What JSON Schema calls a number is an integer or a fraction here."""
+"""Types of values; a number of JSON Schema is an integer or a fraction here."""
 NAMES = ("null", "boolean", "integer", "number", "string", "array", "object")
-MAX_LOOKS = 100_000  # of one schema at others, before nothing more is certain
-MAX_VALUES = 16  # of a domain that is counted as finite
+MAX_LOOKS = 100_000  # maximum number of comparisons of schemas; later answers are uncertain
+MAX_VALUES = 16  # maximum number of values of a domain that counts as finite
 _MAX_DEPTH = 8
 
 
 class Place(NamedTuple):
-    """A schema, and the URI that references in it are relative to."""
+    """A schema, and the base URI of its references."""
 
     schema: Any
     base: str
 
 
 def types_of(schema: dict[str, Any], place: str = "#") -> frozenset[str]:
-    """What the keyword `type` allows.
+    """Return the types that the keyword `type` allows.
 
     Raises:
         InvalidParameterError: it names a type that JSON does not have.
@@ -42,7 +42,7 @@ def types_of(schema: dict[str, Any], place: str = "#") -> frozenset[str]:
 
 
 def type_names(types: Iterable[str]) -> list[str] | None:
-    """The value of `type` that allows these; None for fractions without integers, which it cannot say."""
+    """Return the value of `type` that allows these types; None for fractions without integers, which has no value."""
     found = set(types)
     if FRACTION in found:
         if "integer" not in found:
@@ -53,7 +53,7 @@ def type_names(types: Iterable[str]) -> list[str] | None:
 
 
 def type_of(value: Any) -> str:
-    """The type of a JSON value, with `FRACTION` for numbers that are no integers."""
+    """Return the type of a JSON value; `FRACTION` for a number that is not an integer."""
     if isinstance(value, float):
         return "integer" if value.is_integer() else FRACTION
     kinds = {type(None): "null", bool: "boolean", int: "integer", str: "string", list: "array"}
@@ -61,7 +61,7 @@ def type_of(value: Any) -> str:
 
 
 def canonical(value: Any) -> str:
-    """A text that is the same for values that JSON Schema calls equal: 1 and 1.0, objects in any order."""
+    """Return a text that is equal for values that are equal in JSON Schema: 1 and 1.0, objects in any order."""
 
     def plain(one: Any) -> Any:
         if isinstance(one, float) and one.is_integer():
@@ -74,7 +74,7 @@ def canonical(value: Any) -> str:
 
 
 def values_of(schema: dict[str, Any]) -> list[Any] | None:
-    """The values that `enum`, `const` and `type` leave; None where neither of the first two stands."""
+    """Return the values that `enum`, `const` and `type` allow; None without `enum` and `const`."""
     if "const" not in schema and not isinstance(schema.get("enum"), list):
         return None
     listed: list[Any] = [schema["const"]] if "const" in schema else schema["enum"]
@@ -86,7 +86,7 @@ def values_of(schema: dict[str, Any]) -> list[Any] | None:
 
 
 class Span(NamedTuple):
-    """The numbers of a schema; an open end is not in it."""
+    """The range of numbers of a schema; an open end is excluded."""
 
     low: float = -math.inf
     low_open: bool = False
@@ -94,7 +94,7 @@ class Span(NamedTuple):
     high_open: bool = False
 
     def misses(self, other: Span) -> bool:
-        """Whether no number is in both."""
+        """Return whether no number is in both."""
         return self._ends_before(other) or other._ends_before(self)
 
     def _ends_before(self, other: Span) -> bool:
@@ -102,7 +102,7 @@ class Span(NamedTuple):
 
 
 def span_of(schema: dict[str, Any]) -> Span:
-    """What the bounds say, also as draft 4 spelt them."""
+    """Return the range that the bounds allow, also in the spelling of draft 4."""
 
     def end(plain: str, exclusive: str, sign: int, none: float) -> tuple[float, bool]:
         bound, opened = schema.get(plain), schema.get(exclusive)
@@ -129,8 +129,8 @@ class Facts:
     """Facts about the schemas of one document. Uncertain answers are False or None; so are those that take too long.
 
     Args:
-        references: of the document.
-        taker: of a pattern, whether it is found in a text.
+        references: the references of the document.
+        taker: returns, for a pattern, a function that checks whether the pattern is found in a text.
     """
 
     def __init__(self, references: References, taker: Callable[[str], Callable[[str], bool]]) -> None:
@@ -140,7 +140,7 @@ class Facts:
         self._looks = 0
 
     def parts(self, place: Place, depth: int = 0) -> list[Place]:
-        """The schema and those that hold beside it by `$ref` and `allOf`; `False` alone where none can hold."""
+        """Return the schema and the schemas that `$ref` and `allOf` add to it; only `False` if no value can match."""
         schema, base = place
         if schema is False:
             return [place]
@@ -157,7 +157,7 @@ class Facts:
         return none[:1] or found
 
     def domain(self, place: Place) -> tuple[list[Any], bool] | None:
-        """All values of a schema, where they are few, and whether each of them is one for certain."""
+        """Return all values of a schema and whether all of them are certainly valid; None if they are not few."""
         parts = self.parts(place)
         for schema, _ in parts:
             if schema is False:
@@ -178,11 +178,11 @@ class Facts:
         return None
 
     def apart(self, one: Sequence[Place], other: Sequence[Place], depth: int = 0) -> bool:
-        """Whether no value is in both, for certain.
+        """Return whether certainly no value matches both.
 
         Args:
             one, other: schemas that must hold together; see `parts`.
-            depth: of the question inside others.
+            depth: depth of the recursion.
         """
         self._looks += len(one) + len(other)
         if self._looks > MAX_LOOKS or depth > _MAX_DEPTH:
@@ -201,7 +201,7 @@ class Facts:
         return all(self._type_apart(kind, one, other, depth) for kind in types)
 
     def _may_be(self, value: Any, schemas: Sequence[dict[str, Any]]) -> bool:
-        """Whether a value may satisfy all of these; only what takes no time is looked at."""
+        """Return whether a value may match all of these schemas; only keywords that are fast to check are used."""
         if isinstance(value, str):
             patterns = [schema["pattern"] for schema in schemas if isinstance(schema.get("pattern"), str)]
             self._takers |= {pattern: self._taker(pattern) for pattern in patterns if pattern not in self._takers}
@@ -242,7 +242,7 @@ class Facts:
         )
 
     def _entries(self, parts: Sequence[Place], name: str) -> Iterator[list[Place]]:
-        """What the schemas say of a property."""
+        """Return the schemas of a property."""
         for schema, base in parts:
             properties = schema.get("properties", {})
             if isinstance(properties, dict) and name in properties:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Rewrite keywords that llguidance lacks as alternatives and additional schemas (see `json_cases`).
 
-Every function gets the schema that contains the keyword, which it may change, and returns the additional schemas.
+Every function gets the schema that contains the keyword, which it may change, and returns additional schemas.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from candle_vllm.core.sampling.unique_sites import compared
 
 Schema = dict[str, Any]
 
-MAX_CASES = 256  # alternatives of the keywords of one schema, multiplied
-MAX_PLACES = 16  # of an array without a bound, in which what it contains is looked for
-MAX_OPTIONS = 128  # of oneOf, that are compared with each other
-MAX_ARRAYS = 2_000  # of different values, for uniqueItems
+MAX_CASES = 256  # maximum product of the numbers of alternatives of a schema's keywords
+MAX_PLACES = 16  # maximum index of a match of `contains` in an array without a maximum length
+MAX_OPTIONS = 128  # maximum number of options of oneOf that are compared with each other
+MAX_ARRAYS = 2_000  # maximum number of arrays that are enumerated for uniqueItems
 IN_PLACE = frozenset({"$ref", "allOf", "anyOf", "oneOf", "not", "if", "dependentSchemas", "dependencies"})
 
 
 class At(NamedTuple):
-    """Where a schema is.
+    """Position of a schema.
 
     Attributes:
-        place: for messages.
-        base: the URI that references are relative to.
-        depth: of nesting.
-        asking: the keyword for whose sake a case was written, and its place.
+        place: the position, for messages.
+        base: the base URI of references.
+        depth: depth of nesting.
+        asking: the keyword that a case was written for, and its position.
     """
 
     place: str
@@ -47,7 +47,7 @@ class At(NamedTuple):
 
 
 class Case(dict[str, Any]):
-    """A schema that was written for the sake of a keyword."""
+    """A schema that was written to replace a keyword."""
 
     def __init__(self, schema: Schema, asking: tuple[str, str]) -> None:
         super().__init__(schema)
@@ -55,7 +55,7 @@ class Case(dict[str, Any]):
 
 
 class Cases(Protocol):
-    """What writes a schema in known keywords."""
+    """Rewrites a schema in known keywords."""
 
     facts: json_facts.Facts
     remarks: Remarks
@@ -63,11 +63,11 @@ class Cases(Protocol):
     compared: bool
 
     def own(self, schema: Schema, at: At) -> Schema:
-        """A copy that may be changed, of the right shape, in today's dialect."""
+        """Return a mutable copy of a checked schema, in the current dialect."""
         ...
 
     def opposed(self, schema: Any, keyword: str, types: frozenset[str], at: At) -> Schema | bool:
-        """What the schema does not take, in any keywords."""
+        """Return a schema of the values that the schema rejects; it may have any keywords."""
         ...
 
 
@@ -103,7 +103,7 @@ def _dependent(keyword: str) -> Callable[[Cases, Schema, At], Any]:
 
 
 def _contains(cases: Cases, own: Schema, at: At) -> Any:
-    """One case for each choice of places for the matches."""
+    """Write one case for each choice of indices for the matches."""
     least, most, longest = own.get("minContains", 1), own.get("maxContains"), own.get("maxItems", math.inf)
     if (least == 0 and most is None) or "array" not in json_facts.types_of(own):
         return None
@@ -129,7 +129,7 @@ def _contains(cases: Cases, own: Schema, at: At) -> Any:
 
 
 def _unique(cases: Cases, own: Schema, at: At) -> Any:
-    """Every array of different values, where those are few; else they are compared while they are written."""
+    """Write every array of different values if they are few; else the elements are compared during generation."""
     longest = own.get("maxItems", math.inf)
     if own["uniqueItems"] is not True or longest < 2 or "array" not in json_facts.types_of(own):
         return None
@@ -161,14 +161,14 @@ def _unique(cases: Cases, own: Schema, at: At) -> Any:
             f"the JSON schema keyword 'uniqueItems' is not supported here (at {at.place}): there are more than "
             f"{MAX_ARRAYS} arrays of different elements; set maxItems, or use fewer values"
         )
-    if all(domain is not None and domain[1] for domain in domains):  # the arrays say it all
+    if all(domain is not None and domain[1] for domain in domains):  # the arrays replace these keywords
         for name in ("items", "prefixItems", "minItems", "maxItems"):
             own.pop(name, None)
     return _only("array", own, [{"enum": arrays}])
 
 
 def _different(domains: list[list[Any]], least: int, most: float) -> list[list[Any]] | None:
-    """Arrays of different values, of the first domains in turn and then of the last; None where they are too many."""
+    """Return arrays of different values, whose element n is from domain n or the last one; None if too many."""
     found: list[list[Any]] = []
     longer: list[tuple[list[Any], frozenset[str]]] = [([], frozenset())]
     while longer:
@@ -186,7 +186,7 @@ def _different(domains: list[list[Any]], least: int, most: float) -> list[list[A
 
 
 def _names(cases: Cases, own: Schema, at: At) -> Any:
-    """What keys may be is said by `properties` and `patternProperties`."""
+    """Rewrite `propertyNames` to `properties` and `patternProperties`."""
     held = own["propertyNames"]
     if "object" not in json_facts.types_of(own) or held is True or held == {}:
         return None
@@ -216,7 +216,7 @@ def _names(cases: Cases, own: Schema, at: At) -> Any:
         values = filter(takes, filter(_is_text, json_facts.values_of(whole) or ()))
         own["properties"] = {**dict.fromkeys(values, rest), **own["properties"]}
     elif rest not in (True, {}) and len(wrong) < len(named):
-        raise _no_names(at)  # the pattern is that of a named property, too, and what others must be is not
+        raise _no_names(at)  # the pattern also matches named properties, which must not get the schema of the others
     else:
         own["patternProperties"] = {_one_pattern(whole, at): rest}
     return None
@@ -231,7 +231,7 @@ _OF_ALL = frozenset({"anyOf", "oneOf", "not", "if"})
 
 
 def _one_pattern(schema: Schema, at: At) -> str:
-    """What keys must be like as one pattern."""
+    """Return one pattern that all keys must match."""
     lengths = schema.get("minLength", 0), schema.get("maxLength", "")
     patterns = [schema["pattern"]] if "pattern" in schema else []
     patterns += [f"^(?s:.{{{lengths[0]},{lengths[1]}}})$"] if lengths != (0, "") else []
@@ -248,7 +248,7 @@ def _no_names(at: At) -> Exception:
 
 
 def _one_of(cases: Cases, own: Schema, at: At) -> Any:
-    """`anyOf`, where need be of options without what is in the others; llguidance decides where that is too much."""
+    """Rewrite `oneOf` to `anyOf`, with options that exclude the others if necessary; llguidance decides if too many."""
     options = own["oneOf"]
     beside = cases.facts.parts(
         json_facts.Place({name: value for name, value in own.items() if name != "oneOf"}, at.base)
@@ -269,14 +269,14 @@ def _one_of(cases: Cases, own: Schema, at: At) -> Any:
         return {"anyOf": alone}
     told = [("anyOf", alone) if name == "oneOf" else (name, value) for name, value in own.items()]
     own.clear()
-    own.update(told)  # in its place, for the order of properties
+    own.update(told)  # in the same schema, so that the order of properties does not change
     return None
 
 
 def _meeting(
     facts: json_facts.Facts, options: list[list[json_facts.Place]], beside: list[json_facts.Place]
 ) -> dict[int, list[int]] | None:
-    """Options that may take the same value -> the others that do; None where there are too many."""
+    """Map options to the other options that may accept the same value; None if there are too many."""
     listed = [
         json_facts.values_of(option[0].schema) if option and option[0].schema is not False else None
         for option in options
@@ -307,13 +307,13 @@ def _unevaluated(keyword: str, known: str, *beside: str) -> Callable[[Cases, Sch
 
 
 def _only(kind: str, own: Schema, cases: list[Any]) -> Schema:
-    """Cases for values of one type; others pass."""
+    """Return cases for values of one type; values of other types are accepted."""
     rest = json_facts.type_names(json_facts.types_of(own) - {kind})
     return {"anyOf": [*([{"type": rest}] if rest else []), *({"type": kind, **one} for one in cases)]}
 
 
 def _nothing(_: Cases, __: Schema, ___: At) -> None:
-    """A keyword that another one reads."""
+    """Do nothing: the function of another keyword reads this keyword."""
 
 
 WRITERS: Mapping[str, Callable[[Cases, Schema, At], Any]] = MappingProxyType(

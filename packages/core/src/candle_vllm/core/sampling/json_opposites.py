@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""The opposite of a JSON schema: what takes exactly the values that the schema does not take.
+"""The opposite of a JSON schema: schemas that accept exactly the values that the schema rejects.
 
-One step of it: schemas inside a schema appear as `{"not": ...}`. Every keyword of a schema gives alternatives, each of
-which breaks it. What has no opposite among the keywords that grammars are made of raises `OppositeUnknown`: the
-opposite of most patterns, a number that is no integer, a key that is none of those named.
+Only one level is rewritten: nested schemas appear as `{"not": ...}`. Every keyword of a schema becomes alternatives
+that each violate the keyword. `OppositeUnknown` is raised if the opposite cannot be written in the keywords that a
+grammar supports: the opposite of most patterns, a number that is not an integer, a key that differs from named keys.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 
 from candle_vllm.core.sampling.json_facts import TYPES, span_of, type_names, type_of, types_of
 
-MAX_PATTERN = 1 << 16  # characters of a pattern that leaves texts out
-MAX_ELEMENTS = 64  # of an array, one of which is another
+MAX_PATTERN = 1 << 16  # maximum characters of a pattern that excludes texts
+MAX_ELEMENTS = 64  # maximum length of an array value whose opposite is written element by element
 _LITERAL = re.compile(r"\^((?:[\w /@:,;=!#%&~'\"<>-]|\\[.\-/^$*+?()\[\]{}|\\])*)(\$?)", re.ASCII)
 _PLAIN = re.compile(r"[0-9A-Za-z_]")
 
@@ -25,7 +25,7 @@ Schema = dict[str, Any]
 
 
 class OppositeUnknown(Exception):
-    """A keyword has no opposite that a grammar can hold."""
+    """A keyword has no opposite that a grammar can express."""
 
     def __init__(self, keyword: str) -> None:
         super().__init__(keyword)
@@ -36,7 +36,7 @@ def opposite(schema: Schema, types: frozenset[str] = TYPES) -> list[Any]:
     """Return schemas whose union accepts the values that `schema` rejects.
 
     Args:
-        schema: in the keywords of draft 2020-12; nested schemas may follow other drafts.
+        schema: a schema in the keywords of draft 2020-12; nested schemas may have older drafts.
         types: types that the value is known to have; see `json_facts`.
 
     Raises:
@@ -68,13 +68,13 @@ def opposite(schema: Schema, types: frozenset[str] = TYPES) -> list[Any]:
 
 
 def without(texts: Iterable[str], *, beginnings: bool = False) -> str:
-    """A pattern of all texts but these; with `beginnings`, of all that begin with none of them.
+    """Return a pattern of all texts except these; with `beginnings`, of all texts that do not begin with one of them.
 
     Raises:
-        OppositeUnknown: it would be too long.
+        OppositeUnknown: the pattern would be too long.
     """
     ends = set(texts)
-    if sum(len(text) ** 2 for text in ends) > 16 * MAX_PATTERN:  # each beginning is said once for each of its ends
+    if sum(len(text) ** 2 for text in ends) > 16 * MAX_PATTERN:  # a common beginning is written once for each text
         raise OppositeUnknown("enum")
     following: dict[str, set[str]] = {"": set()}
     for text in ends:
@@ -103,21 +103,21 @@ def _escaped(character: str) -> str:
 
 
 def _not_pattern(value: Any, _: Schema) -> list[Schema]:
-    """Of patterns that name how a text begins, or the text."""
+    """Return the opposite of a pattern for a literal text or for a literal beginning."""
     match = _LITERAL.fullmatch(value) if isinstance(value, str) else None
     if match is None:
         raise OppositeUnknown("pattern")
     text = re.sub(r"\\(.)", r"\1", match[1])
     if not text and not match[2]:
-        return []  # it takes everything
+        return []  # the pattern accepts everything
     return [{"pattern": without([text], beginnings=not match[2])}]
 
 
 def _other_values(kind: str, values: Sequence[Any]) -> list[Any]:
-    """What values of one type are none of these."""
+    """Return schemas of the values of one type that differ from these values."""
     listed = [value for value in values if type_of(value) == kind]
     if kind == "fraction":
-        return []  # integers are looked at with them
+        return []  # handled together with integers
     if kind == "integer":
         return _between([value for value in values if type_of(value) in ("integer", "fraction")])
     if kind == "null":
@@ -160,7 +160,7 @@ def _other_object(value: dict[str, Any]) -> Iterator[Schema]:
 
 
 def _less(keyword: str) -> Callable[[Any, Schema], list[Schema]]:
-    """The opposite of a least count."""
+    """Return the opposite of a minimum count."""
     return lambda value, _: [{keyword: int(value) - 1}] if value >= 1 else []
 
 
@@ -179,7 +179,7 @@ def _above(_: Any, schema: Schema) -> list[Schema]:
 
 
 def _not_bounds(keyword: str) -> Callable[[Any, Schema], list[Schema]]:
-    """Draft 4's booleans say nothing alone; where both ends of a side are numbers, the first says it."""
+    """Return the opposite of bounds. If a side has two numbers, only the first keyword's function handles them."""
     plain, broken = ("minimum", _below) if keyword.endswith("inimum") else ("maximum", _above)
 
     def breaks(value: Any, schema: Schema) -> list[Schema]:
@@ -295,4 +295,4 @@ _KINDS: Mapping[str, frozenset[str]] = MappingProxyType(
     }
 )
 ASSERTING = frozenset({*_BREAKS, *_UNKNOWN, "type", "enum", "const"})
-"""Keywords that say what a value must be, alone or with those beside them."""
+"""Keywords that constrain a value, alone or together with other keywords."""

@@ -2,13 +2,13 @@
 """Drafts by layers that read the target's hidden states: EAGLE-3 heads and multi-token prediction (after step 9).
 
 At position p the layer reads token p + 1 and the target's hidden state of position p. So it reads the rows of each
-target step (a prompt chunk, a token, accepted drafts) once that step's tokens are sampled. For further draft tokens it
+target step (a prompt chunk, a token, accepted drafts) after that step's tokens are sampled. For further draft tokens it
 reads its own hidden states instead of the target's; these rows of its cache are written again after the target has
 run the positions. Its cache has the same block numbers as the target's; the row of position p is at position p.
 
-Tokens that the target did not run have no hidden states: a prefix found in the prefix cache, unless another sequence
-left its rows in the layer's cache, and tokens appended while the sequence got no drafts. The sequence's rows then begin
-at the next block, and the layer attends only to rows from there on, which may make its draft tokens worse.
+Some tokens have no hidden states: a prefix from the prefix cache, unless another sequence has written its rows to the
+layer's cache, and tokens that were appended while the sequence got no drafts. The sequence's rows then begin at the
+next block, and the layer attends only to rows from there on, which may make its draft tokens worse.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class DraftingHead(DraftModel):
     # ---- called by the drafter ---------------------------------------------------------------------------------------
 
     def ran(self, batch: Batch, lives: Sequence[LiveSequence | None]) -> None:
-        """Note which rows of a committed target step to read; call `commit` before the target's next step.
+        """Record which rows of a committed target step must be read; call `commit` before the target's next step.
 
         Args:
             batch: the step.
@@ -156,7 +156,7 @@ class DraftingHead(DraftModel):
     # ---- its steps ---------------------------------------------------------------------------------------------------
 
     def _catch_up(self, asked: list[Asked], lives: int) -> tuple[list[Run], list[Asked]]:
-        """Build runs for the target's rows that are not read yet; `asked` sequences that are up to date get a draft."""
+        """Build runs for the target's unread rows; the `asked` sequences without further unread rows get a draft."""
         del lives
         asking = {each.live: each for each in asked}
         runs: list[Run] = []

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""Draft tokens from a small draft model with the target's vocabulary, and when running it pays (after step 9).
+"""Draft tokens from a small draft model with the target's vocabulary, run only if it saves time (after step 9).
 
 The draft model's cache has the target's block numbers: one block table of a sequence serves both. Draft tokens are
 compared with the tokens that the target samples, so the contents of this cache decide how many draft tokens are
 accepted, and never change an answer.
 
-The model reads a prompt in chunks once its sequence decodes, and only if the answer is likely to be long enough to pay
-for it. Then it reads the tokens appended since, and generates draft tokens one after the other; each of its steps
-serves all sequences that want drafts. It samples with the request's temperature, cutoffs and random number for that
-position, because two similar distributions most often give the same token for the same random number.
+The model reads a prompt in chunks when its sequence decodes, and only if the answer is likely to be so long that this
+saves time. Then it reads the tokens that were appended, and generates draft tokens one after the other; each of its
+steps runs all sequences that want drafts. It samples with the request's temperature, cutoffs and random number for that
+position, because two similar distributions mostly have the same token for the same random number.
 
 The chance that a draft token is accepted follows from the probability that the draft model gives it, and from how many
 earlier draft tokens of that probability were accepted. A further token is generated while it is likely to save more
@@ -36,25 +36,25 @@ from candle_vllm.core.kernels import sampling as kernels
 from candle_vllm.core.kernels.recorded import Value
 
 Offer = tuple[list[int], list[float]]
-"""Draft tokens, and for each how likely it and all before it are right."""
+"""Draft tokens, and for each the probability that it and all before it are accepted."""
 
 # For draft tokens of every source:
-FADING = 256.0  # tries after which the earlier tries count half
-OWN_WEIGHT = 6.0  # tries of one sequence that count as much as the tries of all other sequences
-SURE = 0.98  # upper bound of an estimated acceptance chance
-FIXED = 5.7  # reading the weights takes as long as this many rows, before anything was measured
+FADING = 256.0  # number of tries after which earlier tries count half
+OWN_WEIGHT = 6.0  # number of a sequence's tries that have as much weight as the tries of all other sequences
+SURE = 0.98  # upper bound of an estimated acceptance probability
+FIXED = 5.7  # reading the weights takes as long as this many rows, until times were measured
 
 _EDGES = (0.3, 0.5, 0.65, 0.8, 0.9, 0.96, 0.99)  # edges of the buckets of the draft model's own probability
 _LIKELY = (0.2, 0.4, 0.55, 0.7, 0.8, 0.88, 0.94, 0.97)  # assumed acceptance chance of each bucket at the start
 _PRIOR = 8.0  # tries that the assumed chances count as
-_NEAR = 16  # unread tokens that the first draft step can take along; more are read in chunks before it
+_NEAR = 16  # maximum unread tokens that the first draft step reads too; more are read in chunks before it
 _CHUNK = 64  # prompt rows that are read between two target steps while other sequences wait
-_IDLE = 4  # steps that a model which reads every target step reads without a draft that pays, before it pauses
-_PAUSE = 256  # tokens for which a sequence gets no drafts once they did not pay; four times as many each time
+_IDLE = 4  # steps without a draft that saves time, after which a model that reads every target step pauses
+_PAUSE = 256  # tokens of the first pause of a sequence whose drafts save no time; each pause is four times as long
 
 
 Seconds = Callable[[int], float]
-"""How long a step of so many rows takes; 0 where nothing is known."""
+"""Function from a number of rows to the seconds of a step; 0 if nothing was measured."""
 
 
 class OwnTimes:
@@ -64,7 +64,7 @@ class OwnTimes:
         self._seen: dict[int, tuple[float, float]] = {}  # (rows, seconds) by the rows' bit length
 
     def note(self, rows: int, seconds: float) -> None:
-        """Record the duration of a step; an outlier, from a machine that was busy otherwise, changes little."""
+        """Record the duration of a step; an outlier, such as a step on a busy machine, has little influence."""
         digits = rows.bit_length()
         old, before = self._seen.get(digits, (float(rows), seconds))
         expected = before * (FIXED + rows) / (FIXED + old)
@@ -72,7 +72,7 @@ class OwnTimes:
         self._seen[digits] = old + 0.2 * (rows - old), before + 0.2 * (expected * change - before)
 
     def relax(self) -> None:
-        """Lower all times by a tenth, because a model that seems too slow is not run and so not measured again."""
+        """Lower all times by a tenth, because a model that seems too slow is not run, and so is not measured again."""
         self._seen = {digits: (rows, 0.9 * seconds) for digits, (rows, seconds) in self._seen.items()}
 
     def __call__(self, rows: int) -> float:
@@ -88,14 +88,14 @@ class Own:
     """State of one sequence in the drafter.
 
     Attributes:
-        table: the sequence's block table. Another object means that the sequence was admitted anew.
-        done: how many of its tokens have keys and values in the draft model's cache; below 0 if they begin anew.
+        table: the sequence's block table. A different object means that the sequence was admitted again.
+        done: number of its tokens with keys and values in the draft model's cache; below 0 if no row is valid.
         full: number of its blocks that the draft model has filled.
         base, candidates, buckets, rows: the last drafts: length of the sequence before them, the tokens, the
             probability bucket of each, and the length of the sequence with the rows written for them.
         hits, expected, tries: fading counts of its draft tokens: accepted, expected to be accepted, all judged.
-        idle: consecutive steps in which drafts did not pay.
-        pause, until: tokens that the next pause lasts, and the sequence length at which the present pause ends.
+        idle: number of consecutive steps in which drafts saved no time.
+        pause, until: length of the next pause in tokens, and the sequence length at which the current pause ends.
     """
 
     __slots__ = (
@@ -113,8 +113,8 @@ class Own:
 
 
 class Asked:
-    """A sequence that gets drafts from the model in this step: its draft tokens so far, the most that it may have, and
-    the worth of a second relative to a plain step's."""
+    """A sequence that gets drafts from the model in this step: its draft tokens so far, their maximum number, and the
+    weight of its costs (`worth`)."""
 
     __slots__ = ("candidates", "chance", "chances", "live", "most", "own", "worth")
 
@@ -131,7 +131,7 @@ class DraftModel:
     Attributes:
         times: measured times of the draft model's steps.
         seconds, steps: total time and number of its steps since the start.
-        hopeless: no draft token pays in target steps like the last; the drafter sets it.
+        hopeless: whether no draft token saves time in target steps like the last; the drafter sets it.
         reads_states: whether `ran` must be called after every step of the target.
 
     Args:
@@ -140,8 +140,8 @@ class DraftModel:
         scheduler: the target's scheduler; it reserves blocks for draft tokens.
         words: vocabulary sizes of the target and of the draft model.
         longest: the draft model's context length.
-        most_rows: the most rows of a draft model's step.
-        cost: time of a step relative to a target step, until one was measured.
+        most_rows: maximum number of rows of a draft model's step.
+        cost: assumed time of a step relative to a target step, until times were measured.
     """
 
     reads_states = False
@@ -178,13 +178,13 @@ class DraftModel:
     def improve(
         self, offers: Sequence[tuple[LiveSequence, Offer | None]], lives: int, target: Seconds, room: int
     ) -> list[tuple[LiveSequence, list[int], list[float]]]:
-        """Run the draft model where it pays; return each sequence's better draft, the found one or the model's.
+        """Run the draft model if it saves time; return the better draft of each sequence, the found or the model's.
 
         Args:
             offers: the sequences of the next step that may have drafts, and the draft found without the model.
             lives: number of sequences of that step.
             target: seconds of the target's steps.
-            room: the most draft tokens of one sequence in a step.
+            room: maximum number of draft tokens of one sequence in a step.
         """
         asked = self._worth_asking(offers, lives, target, room)
         made = self._continuation(asked, target, lives) if asked else {}
@@ -346,7 +346,7 @@ class DraftModel:
     # ---- the model's steps -------------------------------------------------------------------------------------------
 
     def _continuation(self, asked: list[Asked], target: Seconds, lives: int) -> dict[LiveSequence, Asked]:
-        """Generate draft tokens while they pay for some sequence; return them by sequence."""
+        """Generate draft tokens while they save time for some sequence; return them by sequence."""
         runs, ready = self._catch_up(asked, lives)
         made = {each.live: each for each in ready}
         while runs:
@@ -467,7 +467,7 @@ class DraftModel:
         return tokens.tolist()
 
     def _controls(self, each: Asked) -> tuple[float, ...]:
-        """Return the request's sampling controls at that position, as far as they depend on the position alone."""
+        """Return the request's sampling controls at that position that depend only on the position."""
         state, ahead = each.live.state, len(each.candidates)
         temperature, min_p, top_k, top_p = state.controls
         uniform = 0.5 if state.params.greedy else state.uniforms(ahead + 1)[ahead]

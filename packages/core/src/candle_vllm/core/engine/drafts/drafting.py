@@ -2,18 +2,18 @@
 """Draft tokens without a draft model, and how many of them a step tries (after step 9).
 
 A step reads the weights once for all of its rows, so checking a few draft tokens costs little more than a plain step,
-and each accepted token saves a step. Draft tokens come from grammars that leave no choice, and from the text that
-followed the same suffix earlier: in the prompt, in the answer, or in a past answer. They are run as rows after the
-sequence's last token and accepted as far as they equal the sampled tokens, so answers do not change.
+and each accepted token saves a step. Draft tokens are tokens that a grammar forces, and the text that followed the same
+suffix earlier: in the prompt, in the answer, or in a past answer. They are run as rows after the sequence's last token
+and are accepted up to the first one that differs from the sampled token, so answers do not change.
 
-The probability of acceptance follows from earlier drafts, by the length of the match and by sequence. A draft is
-judged whether it was tried or not. A step tries the number of draft tokens that saves the most time, by the measured
-times of steps with that number; if none saves time, it is a plain step.
+The probability of acceptance is estimated from earlier drafts, by the length of the match and by sequence. Drafts are
+compared with the answer whether they were tried or not. A step tries the number of draft tokens that saves the most
+time, by the measured times of steps with that number; if no number saves time, it is a plain step.
 
-With several sequences, the balance of all this is measured for each class of batch sizes (`StepTimes.balance`): time
-that drafts saved, minus time that drafts and the search for them took, in plain steps. Below zero nothing is searched
-for, and each plain step adds one per cent, so drafts that do not pay cost about one per cent. One sequence has no
-such balance: it gains most, and a few slow steps at its start would end its drafts.
+With several sequences, a balance is measured for each class of batch sizes (`StepTimes.balance`): the time that drafts
+saved, minus the time that drafts and the search for them took, in plain steps. If it is negative, there is no search,
+and each plain step adds one per cent to the balance: useless drafts cost about one per cent of the time. A single
+sequence has no balance, because it gains most, and a few slow steps at its start would end its drafts.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ if TYPE_CHECKING:
     from candle_vllm.core.engine.step.batch import Batch
     from candle_vllm.core.sampling.grammar import GrammarState
 
-_OPENING = 12  # match length that the beginning of a predicted output counts as
-_COUNTS = (1, 2, 4, 8, 16)  # numbers of draft tokens for which it is checked whether they can pay
-_LEAST_REST, _TIMED = 64, 8  # the fewest steps of a rest, and the steps at its end that are timed
+_OPENING = 12  # the beginning of a predicted output is treated as a match of this length
+_COUNTS = (1, 2, 4, 8, 16)  # numbers of draft tokens for which it is checked whether they can save time
+_LEAST_REST, _TIMED = 64, 8  # minimum steps of a rest, and the number of steps at its end that are timed
 _PATIENCE = 16  # steps with drafts that were not worth trying, after which measured step times are relaxed
-_SLOW = 0.003  # most seconds a step for a sequence's grammar calls; above them the sequence gets no drafts
+_SLOW = 0.003  # maximum seconds per step for a sequence's grammar calls; above it the sequence gets no drafts
 _LOOKED = 1024  # prompt and prediction tokens that one step indexes, so that a long text does not delay it
-_SHORT, _MARK_WEIGHT = 2, 1.5  # longest match judged by the token before it, and the tries that its prior counts as
+_SHORT, _MARK_WEIGHT = 2, 1.5  # longest match judged by the token before it, and the weight of its prior, in tries
 _FORM = 1  # with a grammar only: length of a match of one token, or of what followed forced tokens before
 
 # Bucket of each match length, and assumed (accepted, tries) of its next token at the start.
@@ -104,13 +104,13 @@ class _Record:
         self.spent = self.seconds = 0.0  # seconds of grammar calls: in this step, and smoothed over steps
 
     def note(self) -> None:
-        """Add the step's grammar seconds to the smoothed value, so that one slow step decides nothing."""
+        """Add the step's grammar seconds to the smoothed value, so that one slow step has little influence."""
         self.seconds += 0.5 * (self.spent - self.seconds)
         self.spent = 0.0
 
 
 def _asks(live: LiveSequence) -> bool:
-    """Return whether a sequence may have drafts: its request asks for them, and a copy of its grammar can look ahead.
+    """Return whether a sequence may have drafts: its request allows them, and its grammar, if any, can be copied.
 
     A draft that exceeds a limit of the grammar fails in the copy, and does not change the sequence's own state."""
     state = live.state
@@ -130,7 +130,7 @@ class StepTimes:
 
     Args:
         lives: number of sequences of the class.
-        most: most draft tokens of a step.
+        most: maximum number of draft tokens of a step.
 
     Attributes:
         balance: plain steps that drafts have saved, minus the plain steps that drafts and their search have cost.
@@ -143,8 +143,8 @@ class StepTimes:
     SHARE = 0.01  # share of a plain step that the search may take
     BOUNDS = -8.0, 4.0  # of the balance, so that it can follow a change of the text
     UNPLAIN = 64  # steps with drafts after which two plain steps are timed again
-    LONGEST = 8.0  # most that one step counts, in plain steps
-    FEW = 1.05  # most that the first two steps with a number of drafts change its time
+    LONGEST = 8.0  # maximum time that is recorded for one step, in plain steps
+    FEW = 1.05  # maximum factor by which the first two steps with a number of drafts change its time
 
     def __init__(self, lives: int, most: int) -> None:
         self.balance, self.leaving = 1.0, self.LEAVING
@@ -223,8 +223,8 @@ class Drafter:
 
     Args:
         config: speculative decoding settings.
-        rows: the most draft tokens of a step.
-        model: proposes draft tokens if they are likelier accepted than those found; None without a draft model.
+        rows: maximum number of draft tokens of a step.
+        model: proposes draft tokens if they are more likely to be accepted than the found ones; None without a model.
     """
 
     def __init__(self, config: SpeculativeConfig, rows: int, model: DraftModel | None = None) -> None:
@@ -275,9 +275,9 @@ class Drafter:
             self._unplain = 0
 
     def rests(self, lives: int) -> bool:
-        """Return whether drafting rests: the next step is a plain one, and nothing is searched for.
+        """Return whether drafting rests: the next step is a plain one, and there is no search.
 
-        This is cheap, so it is asked first. The last steps of a rest return False, because plain steps are timed then.
+        This check is cheap, so it is made first. In the last steps of a rest it is False, because they are timed.
         """
         if not self._rest:
             return False

@@ -35,7 +35,7 @@ _HEAD = 8  # bytes of a slot's header: the message's bytes in this slot, and in 
 PIECE = SLOT_BYTES - _HEAD
 """Bytes of a message that a slot has room for."""
 _COUNTS_AT = SLOTS * SLOT_BYTES  # offset of the counts, after the slots
-_APART = 64  # bytes from one count to the next, so that each has a cache line of its own
+_APART = 64  # bytes from one count to the next, so that each has its own cache line
 _ALL = 0xFFFFFFFF  # largest count; counts wrap to 0 after it, and SLOTS divides their number
 LOOK = 0.1  # seconds after which a waiting process checks whether the other end still exists
 _CALLS = {"x86_64": 202, "aarch64": 98, "riscv64": 98, "ppc64le": 221, "s390x": 238}  # futex's number, 64-bit systems

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Several machines: the listener for ranks of other nodes, how ranks join, and the process on a node but the first.
+"""Several machines: the listener for ranks of other nodes, how ranks join, and the process on each further node.
 
-The first node listens at one address as long as ranks are missing. A connecting rank and the first node prove to each
+The first node listens at one address while ranks are missing. A connecting rank and the first node prove to each
 other that they have the cluster key; afterwards each frame is signed by keys of that connection. Frames are not
 encrypted, and the traffic of Gloo and NCCL is not even signed: the network between nodes must be private.
 """
@@ -39,14 +39,14 @@ RANK = (sys.executable, "-P", "-m", "candle_vllm.core.engine.ranks.rank")
 REFUSED = 2  # exit status of a rank that the first node refuses
 OWN = ("model", "weight_file", "revision", "tokenizer", "download_dir", "hf_token", "offline", "device", "threads",
        "prompt_cache_url")  # fmt: skip
-"""Settings that are each node's own: where files lie, what computes, secrets. All else is as the first node has it."""
+"""Settings of which each node has its own values: paths, devices, secrets. The first node decides all others."""
 _PROCESS = secrets.token_bytes(16)  # identifies this process
 _MAGIC = b"candle-vllm ranks 1\n"
 _NONCE = 32
 _MOST_HELLO = 1024  # bytes
-_SHAKING = 5.0  # seconds that a whole handshake may take
-_AT_ONCE = 64  # most connections that have not yet proved that they know the key
-_AGAIN = 1.0  # seconds until a rank tries again to connect to the first node
+_SHAKING = 5.0  # maximum seconds of a whole handshake
+_AT_ONCE = 64  # maximum number of connections that have not yet proved that they know the key
+_AGAIN = 1.0  # seconds until a rank retries to connect to the first node
 _GLANCE = 0.2  # seconds between two checks whether the listener is closed
 _NOTICE = 30.0  # seconds between two log lines about missing ranks
 JOINING = 1800.0  # seconds that the first node waits for the others
@@ -164,7 +164,7 @@ class RankListener:
             raise
 
     def _send_one_away(self) -> None:
-        """Drop the oldest unproved connection of the address with most of them: a rank with the key takes a moment."""
+        """Drop the oldest unproved connection of the address with the most; a rank with the key needs only a moment."""
         ((crowd, _),) = collections.Counter(self._strangers.values()).most_common(1)
         first = next(each for each, address in self._strangers.items() if address == crowd)
         del self._strangers[first]
@@ -425,9 +425,9 @@ def start_rank(invitation: Invitation) -> subprocess.Popen[bytes]:
 
 
 def run_node(config: EngineConfig) -> int:
-    """Run the ranks of a node that is not the first, until SIGTERM or Ctrl+C; return the exit status.
+    """Run the ranks of a node after the first, until SIGTERM or Ctrl+C; return the exit status.
 
-    When the first node or any rank ends, all ranks end, and new ones wait for the first node to come back.
+    When the first node or any rank ends, all ranks end, and new ranks wait until the first node runs again.
 
     Raises:
         ConfigError: see `resolve_ranks`.

@@ -32,7 +32,7 @@ from candle_vllm.core.kernels.states import StateRows
 
 logger = logging.getLogger(__name__)
 
-MOST_BYTES = 1 << 28  # most bytes of a frame
+MOST_BYTES = 1 << 28  # maximum bytes of a frame
 _PIECE = 1 << 20  # bytes of a frame that are allocated before they arrive
 _TAG_BYTES = 16  # of the signature after each frame between machines
 TICK = 1.0  # seconds between two heartbeats
@@ -55,7 +55,7 @@ class Begin(msgspec.Struct, tag=True, frozen=True):
 
 
 class Go(msgspec.Struct, tag=True, frozen=True):
-    """All ranks have reached this stage of starting; go on."""
+    """All ranks have reached this stage of starting, and may continue."""
 
 
 class Adapters(msgspec.Struct, frozen=True):
@@ -188,14 +188,14 @@ class Ready(msgspec.Struct, tag=True, frozen=True):
 
 
 class Failed(msgspec.Struct, tag=True, frozen=True):
-    """A rank cannot go on; `setting` is the setting that caused it, if any."""
+    """A rank cannot continue; `setting` is the setting that caused the failure, if any."""
 
     message: str
     setting: str | None = None
 
 
 class AdapterLoaded(msgspec.Struct, tag=True, frozen=True):
-    """A rank's part of an adapter is loaded, from files with this digest; or `failure` says why not."""
+    """A rank's part of an adapter was loaded from files with this digest; or `failure` is the reason why not."""
 
     number: int
     digest: bytes
@@ -247,7 +247,7 @@ class ReadBlocks(msgspec.Struct, tag=True, frozen=True):
 
 
 class EndReading(msgspec.Struct, tag=True, frozen=True):
-    """End a reading after `brought` blocks in all; see `BlockParts.end`."""
+    """End a reading of which `brought` blocks in total are copied; see `BlockParts.end`."""
 
     reading: int
     brought: int
@@ -449,7 +449,7 @@ class Side:
 
     Args:
         line: the side line.
-        told: the rank's line for steps, which is ended with it.
+        told: the rank's line for steps, which is closed together with the side line.
         silence: ticks without a heartbeat after which the first rank counts as gone; None: only when the connection
             ends.
     """

@@ -236,7 +236,7 @@ class Ranks:
             )
 
     def _wait(self, stage: int) -> list[rank_line.Ready]:
-        """Wait until all ranks have reached a stage of starting, then let them go on together."""
+        """Wait until all ranks have reached a stage of starting, then let them continue together."""
         found: list[rank_line.Ready] = []
         for number, other in self._others.items():
             try:
@@ -302,7 +302,7 @@ class Ranks:
 
     @contextlib.contextmanager
     def starting(self) -> Iterator[None]:
-        """Enclose building an engine: on failure, end the other ranks, and raise a rank's error if there is one."""
+        """Return a context for building an engine: on failure, end the other ranks, and raise a rank's error if any."""
         try:
             yield
             self._loading = False
@@ -638,7 +638,7 @@ class RankedRunner:
         self._forgotten.append(self._numbers.pop(serial))
 
     def _report_forgotten(self) -> None:
-        """Send which adapters no step needs any more; a step that is not sent yet keeps its adapters alive."""
+        """Report the adapters that no step needs any more; a step that is not sent yet still needs its adapters."""
         gone = list[int]()
         with contextlib.suppress(IndexError):
             while True:

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: MIT
 """Step 6 of a pipeline stage on a GPU: transfer activations to and from other stages while steps are computed.
 
-Transfers have streams of their own, incoming, outgoing and returning, and buffers of their own for each step. So a step
-is computed while the previous one is sent and the next one is received. Layers read and write these buffers, or, if
-they are captured, memory with fixed addresses.
+Transfers have their own streams (incoming, outgoing and returning), and each step has its own buffers. So a step is
+computed while the previous one is sent and the next one is received. Layers read and write these buffers, or, if they
+are captured, memory with fixed addresses.
 
-Work on a stream waits only for work that the hosts of all stages have launched before it. There would be no deadlock
-even if all streams of a GPU were a single one, so it does not matter how many of them a GPU runs at once. Each stage
-processes the steps in the order in which they began.
+Work on a stream waits only for work that the hosts of all stages have launched before it. So there is no deadlock, even
+if a GPU executes all its streams as a single one. Each stage processes the steps in the order in which they began.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from candle_vllm.core.engine.runners.eager_runner import GivenTensors
 from candle_vllm.core.kernels.device_stream import DeviceStream, Mark, copy
 from candle_vllm.core.models.stack import Stage
 
-_TURNS = 2  # buffers for arriving and for leaving steps: one is computed, one is transferred
+_TURNS = 2  # number of buffers for arriving steps, and for leaving steps: one is computed, one is transferred
 
 
 class Border(NamedTuple):
@@ -34,7 +33,7 @@ class Border(NamedTuple):
         arrived: activations from the previous stage; None on the first stage.
         left: activations for the next stage.
         width: elements of the vectors of each image row; 0 without image rows.
-        vectors: the vectors that arrive or leave, [N, width] float32, as its only element once work has set it.
+        vectors: list of one element, the arriving or leaving vectors, [N, width] float32; empty until work sets it.
     """
 
     arrived: torch.Tensor | None
@@ -84,8 +83,8 @@ class DeviceBorders:
     Args:
         stage: the stage.
         stream: the stream that computes its steps.
-        tokens: most tokens of a step.
-        captured: most tokens of a captured step.
+        tokens: maximum number of tokens of a step.
+        captured: maximum number of tokens of a captured step.
     """
 
     def __init__(self, stage: Stage, stream: DeviceStream, tokens: int, captured: int) -> None:
@@ -122,7 +121,7 @@ class DeviceBorders:
         self._still = None, nothing
 
     def connect(self) -> None:
-        """Send one padding row through all stages, which establishes the connections; all stages must call this."""
+        """Establish the connections by sending one padding row through all stages; all stages must call this."""
         self.leave(self.enter(1))
         if self._stage.is_first:
             self.collect()
@@ -140,7 +139,7 @@ class DeviceBorders:
             self._incoming.run(functools.partial(self._stage.take, arrived))
             vectors = self._arrived.held()
             if self._stage.vectors_arrive(width):
-                # Allocated when needed, because few steps have vectors, and few stages pass them on.
+                # Allocated only when needed, because few steps have vectors, and few stages pass them on.
                 self._incoming.run(functools.partial(self._hold, vectors, (rows, width)))
                 self._incoming.run(lambda: self._stage.take(vectors[0]))
             self._stream.after(self._incoming.mark())
@@ -179,7 +178,7 @@ class DeviceBorders:
 
     def collect(self) -> torch.Tensor:
         """On the first stage, return the hidden states [T, E] of the oldest step in flight, for work that is launched
-        from now on; they are valid until as many later steps as there are stages have begun."""
+        from now on. They are valid until S later steps have begun, where S is the number of stages."""
         place, mark = self._collecting.popleft()
         self._stream.after(mark)
         return place

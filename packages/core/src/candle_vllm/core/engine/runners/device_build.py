@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 _SLOTS = 8  # default number of LoRA slots
 _USUAL_RANK = 64  # memory is reserved for adapters of this rank in all slots
-_GRAPH_BYTES = 8 * MIB  # upper estimate for a captured step, besides its tensors
+_GRAPH_BYTES = 8 * MIB  # upper estimate of the memory of a captured step without its tensors
 _SLACK = 128 * MIB  # for kernel modules, a cuBLAS workspace for each thread, and fragmentation
 
 
@@ -52,8 +52,8 @@ def build_on_gpu(
     draft_rows: int = 0,
     ranks: Collective | None = None,
 ) -> tuple[DeviceRunner, CachePlan]:
-    """Build the runner, allocate its cache and capture its steps; return it with the plan of the cache. `draft_rows`:
-    the most draft tokens of a step. `ranks` have the other parts of the model, and do the same.
+    """Build the runner, allocate its cache and capture its steps; return it with the plan of the cache. `draft_rows` is
+    the maximum number of draft tokens of a step. `ranks` have the other parts of the model, and do the same.
 
     Raises:
         ConfigError: the settings do not fit this model, GPU or memory.
@@ -117,7 +117,7 @@ def build_on_gpu(
     element_bytes = device_element_bytes(config, loaded.placement.torch_dtype.itemsize)
     drafts = draft_settings(config.speculative_config) if draft_rows else None
     most = 0 if drafts is None else drafts.num_speculative_tokens
-    flying = max(runner.in_flight, 1 + runner.overlaps)  # steps whose blocks are not published yet
+    flying = max(runner.in_flight, 1 + runner.overlaps)  # maximum number of steps whose blocks are not published yet
     beside: dict[str, Any] = {"layers": loaded.layers, "drafts": most, "rows": budget * flying}
     plan = agreed_plan(
         lambda pools: plan_cache(config, model, element_bytes, sequences, room, pools=pools, **beside), ranks
@@ -161,7 +161,7 @@ def _refuse_cache_of_cpu(config: EngineConfig) -> None:
 
 
 def _cache_type(config: EngineConfig, loaded: LoadedModel) -> tuple[torch.dtype, bool]:
-    """Return the element type of the cache, and whether its rows have scales of their own."""
+    """Return the element type of the cache, and whether each row has its own scales."""
     if config.kv_cache_dtype == "auto":
         return loaded.placement.torch_dtype, False
     if config.kv_cache_dtype == "int8_per_token_head":
@@ -172,7 +172,7 @@ def _cache_type(config: EngineConfig, loaded: LoadedModel) -> tuple[torch.dtype,
 
 
 def adapter_slots(config: EngineConfig) -> int:
-    """Return the number of LoRA slots on a GPU: the most adapters of a step."""
+    """Return the number of LoRA slots on a GPU, which is the maximum number of adapters of a step."""
     return config.max_loras or _SLOTS
 
 

@@ -31,8 +31,8 @@ class DeviceLimits:
     """The largest step.
 
     Attributes:
-        tokens: most tokens of one step.
-        sequences: most sequences of one step.
+        tokens: maximum number of tokens of a step.
+        sequences: maximum number of sequences of a step.
         table_width: blocks of the longest sequence.
         block_size: tokens of a block.
         states: whether layers keep states.
@@ -66,13 +66,13 @@ class StepSize:
 
 
 class DeviceInputs:
-    """A step's arrays: on the host for the next step, on the device for the present one.
+    """A step's arrays: on the host for the next step, on the device for the current one.
 
     Args:
         stream: the stream that copies them.
         limits: the largest step.
-        in_flight: most steps in flight. With several, the sampling controls of a step are sent separately, when its
-            hidden states are back (`send_controls`), because other steps are sent meanwhile.
+        in_flight: maximum number of steps in flight. If more than 1, a step's sampling controls are sent separately,
+            when its hidden states are back (`send_controls`), because other steps are sent in between.
     """
 
     def __init__(self, stream: DeviceStream, limits: DeviceLimits, in_flight: int = 1) -> None:
@@ -112,7 +112,7 @@ class DeviceInputs:
 
     @property
     def controls(self) -> torch.Tensor:
-        """[most sequences, 5] float64, the sampling controls of each row; see `kernels/sampling`."""
+        """Sampling controls of each row, float64 [maximum number of sequences, 5]; see `kernels/sampling`."""
         return self._draws.device["controls"]
 
     def send(

@@ -2,10 +2,10 @@
 """Steps 5 to 7 on a GPU: launch a step, and prepare the next one while it runs.
 
 The host writes a step's arrays into staged memory, and one copy transfers them. Tokens that the previous step sampled
-are read on the device, so the host need not know them. A step that only decodes is the replay of a captured CUDA graph,
-one for each batch size; the graph's remaining rows are padding. A step with prompts is launched operation by operation,
-or, up to a number of tokens, is the replay of a graph too. Sampled tokens are copied to the host, followed by a mark
-(an event) to wait for.
+are read on the device, so the host need not know them. A step that only decodes replays a captured CUDA graph. There is
+a graph for each batch size of `bucket_sizes`; its remaining rows are padding. A step with prompts is launched operation
+by operation, or replays a graph too if it has few enough tokens. Sampled tokens are copied to the host, followed by a
+mark (an event) to wait for.
 
 If experts are in main memory (`kernels/moe/host.py`), the host computes within a step: the step is launched or replayed
 in parts, and the next one is not launched ahead.
@@ -58,18 +58,18 @@ logger = logging.getLogger(__name__)
 
 _SMALL_PROMPTS = (1, 8, 16, 32, 64, 128)  # numbers of tokens for which kernels are specialised
 MOST_CAPTURED = 512
-"""Sequences of the largest step that is captured."""
+"""Maximum number of sequences of a captured step."""
 
 
 def bucket_sizes(sequences: int) -> list[int]:
-    """Return the batch sizes of captured steps: 1, 2, 4, then multiples of 8 to 64, of 16 to 256, of 32 beyond."""
+    """Return the batch sizes of captured steps: 1, 2, 4; multiples of 8 up to 64, of 16 up to 256, then of 32."""
     sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, MOST_CAPTURED + 1, 32)]
     most = min(sequences, MOST_CAPTURED)
     return [*(size for size in sizes if size < most), most]
 
 
 def mixed_sizes(tokens: int) -> list[int]:
-    """Return the token counts of captured steps with prompts: multiples of 16 to 128, then four for each doubling."""
+    """Return the token counts of captured steps with prompts: multiples of 16 up to 128, then four per doubling."""
     sizes = [*range(16, 128, 16)]
     while sizes[-1] < tokens:
         sizes.append(sizes[-1] + max(16, next_power_of_2(sizes[-1] + 1) // 8))
@@ -83,16 +83,16 @@ class DeviceRunner:
         decoder: the model, on the stream's device.
         limits: the largest step.
         stream: the stream on which steps run.
-        dtype: element type of the cache; float8_e4m3fn has the scale 1, unless rows have scales of their own.
-        attend: the attention backend, see `kernels/attention`; None for the package's own.
+        dtype: element type of the cache; float8_e4m3fn has the scale 1, unless each row has its own scales.
+        attend: the attention backend, see `kernels/attention`; None for `paged_attention`.
         graphs: whether decoding steps are captured.
         finite_cache: whether every element of the cache must be finite from the start.
-        captured_prompts: capture steps with prompts, too, up to this number of tokens; `attend` must be `mixed`.
-        overlaps: whether the next step may be launched before this one's tokens are known; not with speculative
-            decoding, whose drafts follow these tokens. `limits` must count a sequence for each draft token, too.
+        captured_prompts: steps with prompts are captured up to this number of tokens; `attend` must be `mixed`.
+        overlaps: whether the next step may be launched before this one's tokens are known; False with speculative
+            decoding, whose drafts depend on these tokens. `limits.sequences` must also count each draft token.
         adapters: see below.
         host: computes the experts that are in main memory; None without such experts. It is closed with the runner.
-        row_scales: whether the cache's rows have scales of their own, see `kernels/kv_write/scaled_rows`.
+        row_scales: whether each row of the cache has its own scales, see `kernels/kv_write/scaled_rows`.
         turning: see `RecordedRunner`.
         state_dtype: type of activations, if layers keep states.
 
@@ -155,7 +155,7 @@ class DeviceRunner:
         self.adapters = adapters
         self._entries: AdapterRows | None = None  # of the last step
         self._hidden = torch.empty(0)
-        self._kept = torch.empty(0)  # [most tokens of a captured step with prompts, E]: what `score` and `hidden` read
+        self._kept = torch.empty(0)  # [maximum tokens of a captured step with prompts, E], which `_take_kept` uses
         self._size: StepSize | None = None
         self._asks = (False, False)
         self._drafts: list[Tokens] | None = None
@@ -197,7 +197,7 @@ class DeviceRunner:
             self._stream.run(lambda: copy(there, sent.there()))
 
     def _pass_on(self, borders: DeviceBorders, batch: Batch, size: StepSize | None, shifts: Ints | None) -> None:
-        """Launch a stage's part of a step: the layers may be captured; transfers contain the actual tokens only."""
+        """Launch a stage's part of a step. The layers may be captured; transfers contain no padding tokens."""
         entries, tokens = batch.adapters, batch.tokens.shape[1]
         self._inputs.send(batch, (), size, shifts)
         rows, width = (0, 0) if batch.embedded is None else batch.embedded.vectors.shape
@@ -253,13 +253,13 @@ class DeviceRunner:
         return SampledStep(drawn)
 
     def _here(self) -> AbstractContextManager[object]:
-        """Make the stream's device the current one, because each thread has its own current device."""
+        """Set the thread's current device to the stream's device."""
         device = self._stream.device
         return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
     @contextlib.contextmanager
     def _over_if_it_fails(self) -> Iterator[None]:
-        """After a failure wait for the stream: no caller waits for this step, but its copies read staged memory."""
+        """After a failure, wait for the stream: nothing else waits for this step, but its copies read staged memory."""
         try:
             yield
         except Exception:
@@ -268,8 +268,8 @@ class DeviceRunner:
             raise
 
     def collect(self) -> None:
-        """See `ModelRunner`; does nothing but on the first stage. The host does not wait here: work that is launched
-        on the stream from now on does."""
+        """See `ModelRunner`; does nothing on other stages than the first. The host does not wait here, but work that is
+        launched on the stream from now on does."""
         if self._borders is not None and self._has_head:
             with self._over_if_it_fails():
                 step = self._begun.popleft()
@@ -395,23 +395,22 @@ class DeviceRunner:
 
     @property
     def num_graphs(self) -> int:
-        """Most graphs that there may be: a step of each size and one with adapters, and for each decoding size three
-        kinds of sampling."""
+        """Maximum number of graphs: for each size a step with and one without adapters, and for each decoding size
+        three kinds of sampling."""
         return (4 + (self.adapters is not None)) * len(self._buckets) + len(self._mixed)
 
     @property
     def edit_bytes(self) -> int:
-        """Bytes that masks, penalties and logprobs may take: copies of the logits, and a table of the same size."""
+        """Maximum bytes of masks, penalties and logprobs: copies of the logits, and a table of the same size."""
         return 3 * self._logits.nbytes
 
     def largest_steps(self) -> tuple[Work, ...]:
-        """Return work for a small step, a largest prompt and a largest decoding step, over a cache of one block.
+        """Return work for a small step, the largest prompt and the largest decoding step, over a cache of one block.
 
-        If steps with prompts are captured, the largest of those follows.
-
-        They measure the memory of steps, and compile the kernels of later steps; the small one is first, because it is
-        not measured. Their results are meaningless: all blocks and positions are 0. They are not captured, because
-        they may first run without their kernels. A stage runs them alone; the small one connects it to other stages.
+        If steps with prompts are captured, the largest captured one follows. These steps measure the memory of steps
+        and compile the kernels of later steps; the small one is first, because it is not measured. Their results are
+        meaningless: all blocks and positions are 0. They are not captured, because they may first run without their
+        kernels. They need no other stage, except that the small step connects the stages.
         """
         limits = self._limits
         # The last token represents the last chunk of the longest prompt, because its context takes memory too.
@@ -504,8 +503,8 @@ class DeviceRunner:
         return self.adapters
 
     def _eager(self, batch: Batch, border: Border | None = None, *, measured: bool = False) -> Work:
-        """Return work for a step, operation by operation; on a stage without the head. A measured step does not divide
-        tokens among ranks, because one rank may get all of them."""
+        """Return work for a step, operation by operation; a stage runs it without the head. A measured step does not
+        divide tokens among ranks, because in other steps one rank may get all of them."""
         tokens, samples, places = len(batch.token_ids), len(batch.sampled_rows), self._inputs.rows_of(batch)
         size = StepSize(tokens, len(batch.context_lens), True)
         entries, given = batch.adapters, self._inputs.given(batch)
@@ -538,7 +537,7 @@ class DeviceRunner:
         return work if border is None else part
 
     def _taking(self, entries: AdapterRows | None) -> Work:
-        """Return work that applies these adapters from then on."""
+        """Return work that sets the adapters for the operations that follow."""
         return _nothing if self.adapters is None else self.adapters.taking(entries)
 
     def _take_sent(self, adapted: bool, *, head: bool) -> None:
@@ -549,7 +548,7 @@ class DeviceRunner:
             self.adapters.taking_none()
 
     def _padded(self, size: StepSize, border: Border | None, *, adapted: bool) -> None:
-        """Run a step padded to a size, on a stage without the head; work on the device."""
+        """Run a step padded to a size; a stage runs it without the head; work on the device."""
         self._take_sent(adapted, head=False)
         hidden = self._forward(size, self._inputs.rows_for(size), border=border)
         if border is not None:
@@ -563,7 +562,7 @@ class DeviceRunner:
         self._leave_logits(hidden)
 
     def _leave_logits(self, hidden: torch.Tensor) -> None:
-        """Write logits of rows, gathered from all ranks, to where sampling reads them; work."""
+        """Write logits of rows, gathered from all ranks, to the memory that sampling reads; work."""
         self.decoder.logits(hidden, self._logits[: len(hidden)])
 
     def _take_kept(self) -> None:

@@ -41,7 +41,7 @@ class EagerRunner(StepwiseRunner):
         device, dtype: device and element type of the cache.
         adapters: applies adapters in the decoder's layers; None without LoRA.
         taps: layers whose inputs are `hidden_rows`; None for the output of the last norm.
-        turning, windows: see `RecordedRunner`, also for the attribute `page_of`.
+        turning, windows: see `RecordedRunner`, which also explains the attribute `page_of`.
     """
 
     fatal: tuple[type[Exception], ...] = (torch.AcceleratorError,)
@@ -64,7 +64,7 @@ class EagerRunner(StepwiseRunner):
         super().__init__()
         self.decoder = decoder
         self.device = device
-        # Not cleared: the system allocates pages when they are first written, and attention reads only written rows.
+        # Not zeroed: the system allocates pages when they are first written, and attention reads only written rows.
         empty = functools.partial(torch.empty, device=device, dtype=dtype)
         self._block_size = block_size
         self.caches = layer_caches_of(decoder, (num_blocks, block_size), empty, room=room, windows=windows)
@@ -185,7 +185,7 @@ def layer_caches_of(
         empty: allocates a tensor of a shape, in the type of keys unless `dtype` is given.
         beside: extra elements after each key and value, see `kernels/kv_write/scaled_rows.py`.
         room: number of slots for layer states.
-        state_dtype: type of activations, if it is not the type of keys.
+        state_dtype: type of activations; None if it is the type of keys.
         windows: page pools of layers with a window.
     """
     layers, specs = decoder.config.num_layers, decoder.config.cache_specs
@@ -292,7 +292,7 @@ class GivenTensors:
 
 
 class EagerTower:
-    """Runs a vision tower; see `TowerRunner`. On a GPU it runs on another stream than the steps."""
+    """Runs a vision tower; see `TowerRunner`. On a GPU it has a different stream than the steps."""
 
     fatal: tuple[type[Exception], ...] = (torch.AcceleratorError,)
 

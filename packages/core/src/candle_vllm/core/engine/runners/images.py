@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Encode the images of waiting requests (before step 4): once each, in parts between steps, with a cache.
 
-A sequence with images is admitted when all its images are encoded; others are admitted before it meanwhile. Embeddings
-are identified by the pixels: requests with the same image share them, later requests too while they are in the cache.
+A sequence with images is admitted when all its images are encoded; until then, others are admitted before it.
+Embeddings are identified by the pixels: requests with the same image share them, as do later ones while they stay.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class TowerRunner(Protocol):
 
 
 class ImageStore:
-    """Image embeddings that sequences wait for or use, and a cache of unused ones.
+    """Image embeddings that sequences wait for or use, and a cache of unused embeddings.
 
     Args:
         runner: encodes images.
-        most_bytes: most bytes, above which embeddings without a sequence are evicted.
+        most_bytes: limit of the bytes, above which embeddings without a sequence are evicted.
     """
 
     def __init__(self, runner: TowerRunner, most_bytes: int) -> None:
@@ -48,7 +48,7 @@ class ImageStore:
         self._wanted: OrderedDict[bytes, ImageInput] = OrderedDict()
         self._users: Counter[bytes] = Counter()
         self._encoding: tuple[bytes, Encoding] | None = None
-        self.failures: dict[bytes, Exception] = {}  # of images that sequences still wait for
+        self.failures: dict[bytes, Exception] = {}  # errors of images that sequences still wait for
         self.num_encoded = self.num_reused = self.num_failed = 0
         self.seconds = 0.0  # total time of encoding
 
@@ -114,7 +114,7 @@ class ImageStore:
             self._shrink()
         except self._runner.fatal:
             raise
-        except Exception as error:  # of this image alone
+        except Exception as error:  # only this image has failed
             self._encoding = None
             self.num_failed += 1
             self.failures[key] = error
@@ -122,7 +122,7 @@ class ImageStore:
             self.seconds += time.perf_counter() - begun
 
     def _shrink(self) -> None:
-        """Evict the least recently used embeddings without a sequence, down to the limit."""
+        """Evict the least recently used embeddings without a sequence, until the limit is met."""
         for key in list(self._made):
             if self._bytes <= self._most_bytes:
                 return

@@ -33,14 +33,14 @@ class ModelRunner(Protocol):
     """Runs a model and samples tokens, one step at a time: a decoder with its paged cache, or an encoder."""
 
     overlaps: bool
-    """Whether a step may be launched before the tokens of the one before are taken."""
+    """Whether a step may be launched before the sampled tokens of the previous step are collected."""
 
     in_flight: int
-    """Steps of disjoint sequences that may be under way at once; above 1 a step's tokens are sampled when they are
-    collected, and its rows may be read from then on."""
+    """Maximum number of steps in flight, whose sequences are disjoint. If it is above 1, a step's tokens are sampled
+    when the step is collected, and its rows may be read from then on."""
 
     fatal: tuple[type[Exception], ...]
-    """Errors after which nothing that is on the device can be trusted."""
+    """Errors after which the contents of the device's memory cannot be trusted."""
 
     @property
     def step_memory(self) -> StepMemory | None:
@@ -52,17 +52,16 @@ class ModelRunner(Protocol):
 
         Args:
             batch: the step.
-            states: sampling states of `batch.drawing`. Only parameters such as temperature, and the random numbers of
-                these positions, are read here.
+            states: sampling states of `batch.drawing`, of which only parameters such as temperature, and the random
+                numbers of these positions, are read here.
         """
         ...
 
     def draw(self, states: Sequence[SamplingState]) -> Launched:
-        """Start sampling for the step that `forward` started last; must follow it.
+        """Start sampling for the step that `forward` started last; must be called after `forward`.
 
         Args:
-            states: the same sampling states. Earlier tokens are known on the host now, if `reads_tokens` of a state
-                asks for it.
+            states: the same sampling states. The host knows the earlier tokens of each state with `reads_tokens` now.
         """
         ...
 
@@ -90,7 +89,7 @@ class ModelRunner(Protocol):
         ...
 
     def wake_up(self) -> None:
-        """Prepare for steps after weights and cache were filled again, maybe at other addresses."""
+        """Prepare for steps after weights and cache were allocated and filled again, maybe at different addresses."""
         ...
 
     def close(self) -> None:
@@ -195,7 +194,7 @@ class HeadRunner(Protocol):
 
         Args:
             batch: the step; its token ids are the tokens at the next positions.
-            states: hidden states of the model; if `fused` is set, of the head, from `given_back`.
+            states: hidden states of the model; if `fused` is set, hidden states of the head, from `given_back`.
             fused: see `states`.
 
         Returns:
@@ -204,7 +203,7 @@ class HeadRunner(Protocol):
         ...
 
     def given_back(self, rows: Ints) -> NDArray[np.float32]:
-        """Return the head's hidden states [len(rows), E] of rows of the last step, its input for the next positions."""
+        """Return the head's hidden states [len(rows), E] of rows of the last step: the input for the next positions."""
         ...
 
     def draw_rows(self, logits: Value, controls: NDArray[np.float64]) -> tuple[Ints, NDArray[np.float32]]:
@@ -275,7 +274,7 @@ class EncoderRunner(StepwiseRunner):
 
 
 def _token_types(run: Run) -> Ints:
-    """Return, [count], the text of a pair that each token belongs to."""
+    """Return [count] numbers of the text of a pair to which each token belongs."""
     request = run.sequence.request
     assert isinstance(request, PoolingRequest)
     return np.array(request.token_type_ids or [0] * run.count, np.int64)

@@ -2,7 +2,7 @@
 """Record a step's kernel calls once and replay them: the layers run on recorded values, and steps replay the plan.
 
 On the CPU a plan is a table of operations over fixed buffers, which the threads of a `ThreadTeam` run in one call. One
-plan serves every step up to its limits: what varies (tokens, positions, tables) is read from arrays when it runs.
+plan is used for every step up to its limits; it reads what varies (tokens, positions, tables) from arrays.
 """
 
 from __future__ import annotations
@@ -69,14 +69,14 @@ class RecordedRunner(StepwiseRunner):
         decoder: the model, its matrices in the layouts of the compiled kernels.
         num_blocks: blocks of the cache.
         limits: the largest step.
-        isa: instructions that the kernels may use; None for all that the CPU has.
-        team: threads of another runner, which closes them (two teams would use the same CPUs); None for new threads.
+        isa: instruction sets that the kernels may use; None for all that the CPU has.
+        team: threads of another runner, which closes them; None to start threads. (Two teams would share the CPUs.)
         taps: layers whose inputs are `hidden_rows`; None for the output of the last norm.
         images: vectors of each image row: its embedding, and one more for each layer after which a vector is added; 0
             for a text-only model.
         whole: whether `hidden_rows` may be called for any row of any step.
         kinds: types in which keys and values are stored.
-        turning: the model's rotary embedding, if it has M-RoPE, with table rows for a step's image tokens; else None.
+        turning: the model's rotary embedding with table rows for a step's image tokens; None without M-RoPE.
         room: number of slots for layer states.
         windows: page pools of layers with a window.
 
@@ -149,8 +149,8 @@ class RecordedRunner(StepwiseRunner):
             self._plan_of(Adapted.ADDED)
         self._adapters: AdapterRows | None = None  # of the last step
         self._plan_samples = False  # whether the last step's plan sampled
-        # The rows of the last logits, which are the same object in most steps, and the tokens sampled from them. A step
-        # that goes on calls no numpy function, because reading the weights evicts numpy from the CPU caches.
+        # The rows of the last logits, which are the same object in most steps, and the tokens sampled from them. If a
+        # step goes on, no numpy function is called, because reading the weights evicts numpy from the CPU caches.
         self._rows, self._ids = np.empty(0, np.int64), memoryview(b"")
 
     def _record(
@@ -158,7 +158,7 @@ class RecordedRunner(StepwiseRunner):
     ) -> tuple[list[Recorded], int, int]:
         """Record a plan; return the layers' output and tapped inputs, and where the head begins in the plan.
 
-        If it `narrows`, only rows whose logits are wanted run through the layers after the last write to the cache.
+        With `narrows`, the layers after the last write to the cache run only rows whose logits are wanted.
         """
         recorder.begin(adapted)
         if self._looked_up is not None:
@@ -403,7 +403,7 @@ class _Stop(NamedTuple):
 
     Attributes:
         numbers, operations: elements and operations of the plan before it.
-        rows: float32 [T, E], the activations in which image rows are replaced, or after layers added to.
+        rows: float32 [T, E], the activations of which image rows are replaced or, after layers, get vectors added.
     """
 
     numbers: int
@@ -417,7 +417,7 @@ class _Plan:
 
     Attributes:
         rows, of_runs: the plan. Its last operation samples: in `rows` one token of each sequence, from which the next
-            step may go on; in `of_runs` the tokens of runs with drafts.
+            step may continue; in `of_runs` the tokens of runs with drafts.
         count: operations before sampling.
         head, head_count: the part of the plan that computes logits, and its operations.
         hidden: the output of the layers.
@@ -498,8 +498,8 @@ def _lay_out_wanted(recorder: Recorder, among: AdapterRows | None) -> None:
 
 
 def _drawing(runner: RecordedRunner) -> Draw:
-    """Return the sampling function of the runner's sampler. It has only a weak reference to the runner, so weights and
-    cache are freed with the last reference to the runner, and not only by the garbage collector."""
+    """Return the sampling function of the runner's sampler. It has only a weak reference to the runner, so that weights
+    and cache are freed with the last reference to the runner, and not by a later garbage collection."""
     weakly = weakref.proxy(runner)
     return lambda logits, controls: weakly.draw_rows(logits, controls)
 
@@ -591,7 +591,7 @@ def _caches(
     room: cache_specs.StateRoom,
     windows: Sequence[cache_specs.WindowRoom],
 ) -> tuple[PagedCache | tuple[StateCache, ...], ...]:
-    """Allocate the cache of each layer. Layers of one shape and one pool share one piece of memory."""
+    """Allocate the cache of each layer. Layers with the same shape and the same pool share one allocation."""
     pools = Counter((spec.shape, cache_specs.pages_of(spec, windows, num_blocks)) for spec in cache_specs.paged(specs))
     rest = {pool: iter(_layers(pool[0], count, pool[1], block_size, kinds, ranks)) for pool, count in pools.items()}
 
@@ -643,7 +643,7 @@ def _layers(
             if by_heads:
                 ranks.place(memory, ranks.borders(memory.size))
             memory = memory.view(dtype)
-        if by_heads:  # to [stretches, layers, heads, ...], as it is without ranks
+        if by_heads:  # to [stretches, layers, heads, ...], the layout without ranks
             stretches, _, heads, *rest = each
             every = memory.reshape(heads, stretches, layers, *rest)
             made.append(np.moveaxis(every, 0, 2).swapaxes(0, 1))

@@ -23,11 +23,11 @@ from candle_vllm.core.kernels.cpu_runtime.values import buffer_of, buffer_value,
 from candle_vllm.core.kernels.recorded import Recorded
 from candle_vllm.core.models.family import Tower, TowerStep
 
-_PIECE = 0.03  # seconds of encoding between two steps, as predicted
-_SLOWEST = 2e10  # assumed multiplications and additions a second, until measured
-_MOST_PARTS = 1 << 12  # most parts of an operation
+_PIECE = 0.03  # predicted seconds of encoding between two steps
+_SLOWEST = 2e10  # assumed multiplications and additions a second before any measurement
+_MOST_PARTS = 1 << 12  # maximum number of parts of an operation
 _TOUCHED = 1 << 24  # bytes of memory that are touched at a time
-_STRIP = 1 << 10  # patches that are read at a time; a quarter as many cells are projected at a time
+_STRIP = 1 << 10  # number of patches that are read at a time; a quarter as many cells are projected at a time
 
 
 class RecordedTower:
@@ -67,7 +67,7 @@ class RecordedTower:
         self._joins = self._join(tower, self._cells)
         self.nbytes = sum(each.nbytes for recorder in (self._tile, self._cells) for each in recorder.allocated)
         self._touched = 0  # patches whose memory the system has allocated
-        self._took: dict[tuple[_Kind, int], tuple[int, float]] = {}  # (rows, seconds) by operation; -1: whole piece
+        self._took: dict[tuple[_Kind, int], tuple[int, float]] = {}  # (rows, seconds) by operation; -1: the whole piece
 
     def _record(self, tower: Tower, recorder: Recorder) -> list[_Piece]:
         """Record the layers, the patch embedding before them and the norm after them."""
@@ -146,7 +146,7 @@ class RecordedTower:
         yield from self._project(0, self._hidden.rows, read.order, target, clock)
 
     def _touch(self, rows: int, clock: _Clock) -> Iterator[None]:
-        """Touch memory for more patches than any earlier tile had, in parts, because page faults take time too."""
+        """Touch the memory of patches beyond the largest earlier tile, in parts, because page faults take time too."""
         for array in self._tile.allocated if rows > self._touched else ():
             whole = array.view(np.uint8)
             first, last = (whole.nbytes * count // self._tile.limits.tokens for count in (self._touched, rows))
@@ -204,7 +204,7 @@ class RecordedTower:
         self._took[piece.kind, -1] = rows, total
 
     def _foreseen(self, kind: _Kind, number: int, rows: int) -> float | None:
-        """Predict the most seconds that an operation takes for `rows` rows; None if it has not run yet."""
+        """Predict an upper bound of an operation's seconds for `rows` rows; None if it has not run yet."""
         before, seconds = self._took.get((kind, number), (0, 0.0))
         if not before:
             return None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Engine sleep: free memory, and fill it again with the same bits.
+"""Engine sleep: free memory, and later fill it again with the same contents.
 
 Level 1 frees the KV cache; weights on a GPU are moved to host memory, weights on the CPU stay. Level 2 also drops the
 weights, which are read from the model's files again. At both levels the engine keeps memory whose address is part of
@@ -86,7 +86,7 @@ class Sleeper:
         ranks: the ranks among which the model is divided; None for a whole model.
 
     Attributes:
-        tell: sends a sleep level or the tags to wake up to the other ranks, before this rank does the same.
+        tell: sends a sleep level, or the tags to wake up, to the other ranks before this rank sleeps or wakes up.
         asleep: tags of freed memory.
         level: the sleep level; 0 while awake.
         runners: the runners of the model and of its draft model, which have the caches.
@@ -183,7 +183,7 @@ class Sleeper:
 
 
 def _as_split(config: EngineConfig, loaded: LoadedModel | LoadedEncoder) -> EngineConfig:
-    """Return settings that place the same part of the model in main memory again, whatever memory a GPU has then."""
+    """Return settings with which the same part of the model is placed in main memory again, however full a GPU is."""
     if isinstance(loaded, LoadedEncoder) or loaded.placement.device.type == "cpu":
         return config
     split = loaded.split

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Before step 4: check that a model can serve a request, by its task, vocabulary and context. No torch here."""
+"""Before step 4: check a request against the model's tasks, vocabulary and context. This module imports no torch."""
 
 from __future__ import annotations
 

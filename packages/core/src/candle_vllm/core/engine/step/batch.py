@@ -17,7 +17,7 @@ from candle_vllm.core.kernels.states import StateRows
 
 Ints = NDArray[np.int64]
 
-_FEW = 32  # the most rows that are laid out without numpy
+_FEW = 32  # maximum number of rows that are laid out without numpy
 
 
 class StepMemory(Protocol):
@@ -26,7 +26,7 @@ class StepMemory(Protocol):
     Attributes:
         tokens, context_lens, block_tables: the arrays of the same names in `Batch`.
         moved_on: whether the runner has already advanced the arrays of a decoding step to the step that follows it.
-        states: the arrays of `Batch.states` but `query_start`.
+        states: the arrays of `Batch.states` except `query_start`.
     """
 
     @property
@@ -166,7 +166,7 @@ def rotary_positions(scheduled: Seq[Run], query_start: Ints) -> RotaryPositions 
     """Return the rotary positions of a step with images that have grids; None if positions alone rotate every row.
 
     All tokens of an image have the same temporal position, and their row and column as height and width; the text
-    after it goes on at the largest of these positions + 1. Source: Wang et al., 2024, arXiv:2409.12191.
+    after it continues at the largest of these positions + 1. Source: Wang et al., 2024, arXiv:2409.12191.
     """
     if not any(run.sequence.images for run in scheduled):
         return None
@@ -232,17 +232,17 @@ class Batch(msgspec.Struct, frozen=True, eq=False):
         tokens: [4, T] `token_ids`, `positions`, `slots` and `sources`, one below the other.
         query_start: [R + 1] offsets into T; sequence r has query_start[r]..query_start[r + 1].
         context_lens: [R] tokens of each sequence, the new ones included.
-        block_tables: [R, most blocks]; a row's tail beyond its context is not read.
+        block_tables: [R, maximum blocks]; entries after the end of a sequence's context are not read.
         tables_version: the same object as in the previous step if the tables are the same.
-        num_decodes: number of runs at the front that are one generated token each.
+        num_decodes: number of leading runs that are one generated token each.
         runs: the scheduled runs.
         drawing: the runs for which tokens are sampled.
         drafted: whether any run has drafts.
         sampled_rows: indices into T of the rows whose next token is sampled: the last `wanted` rows of each run.
-        goes_on: as in `Step`, and the previous step was built here, too.
+        goes_on: whether `Step.goes_on` is set and this builder built the previous step.
         adapters: adapters of rows; None if no row has an adapter. The same object if the step goes on.
         embedded: rows of images; None without image rows.
-        ahead: [T] how many later positions each row attends to; None if every row is causal.
+        ahead: [T] numbers of later positions that each row attends to; None if every row is causal.
         turned: rotary positions of rows in and after images that have grids; None if positions alone rotate every row.
         ends_alone: whether only the rows in `sampled_rows` are read from the model's output.
         begun: if the step goes on, the new entries of the tables: row, column and block.
@@ -306,15 +306,14 @@ class _Laid(NamedTuple):
 
 
 class BatchBuilder:
-    """Builds the `Batch` of one step after the other.
+    """Builds the `Batch` of each step.
 
     Block tables are reused, because most sequences of a step were in the previous one: only rows of sequences that are
-    new, or have begun a block since, are written. If a step goes on, its arrays are those of the previous step,
-    incremented in place.
+    new or have begun a block are written. If a step goes on, the arrays of the previous step are incremented in place.
 
     Args:
-        block_size: tokens of a block; 0 without a cache, and so without slots and tables.
-        memory: memory that the arrays are written to; None to allocate them.
+        block_size: tokens of a block; 0 without a cache: there are no slots and tables then.
+        memory: memory for the arrays; None to allocate them.
         images: whether image embeddings replace image tokens.
     """
 
@@ -384,10 +383,10 @@ class BatchBuilder:
         return state_rows(scheduled, query_start, None if self._memory is None else self._memory.states)
 
     def _by_arrays(self, scheduled: Seq[Run], tables: Ints, whole: bool) -> _Laid:
-        """Lay out a step with numpy; `whole`: every run wants a token."""
+        """Lay out a step with numpy; `whole` is whether every run wants a token."""
         count, size = len(scheduled), self._block_size
         positions = np.array([run.start for run in scheduled])
-        if scheduled[-1].decodes:  # so do all others
+        if scheduled[-1].decodes:  # decoding runs are first, so all runs decode
             rows = places = self._up_to(count)
             query_start, contexts = self._up_to(count + 1), positions + 1
         else:
@@ -408,7 +407,7 @@ class BatchBuilder:
         return _Laid(query_start, contexts, positions, slots, drawn)
 
     def _next(self, last: Batch, step: Step, before: Seq[Run]) -> Batch:
-        """Build the step that goes on from `last`; see `_goes_on`."""
+        """Build the step that continues `last`; see `_goes_on`."""
         tokens, contexts, tables, begun = last.tokens, last.context_lens, last.block_tables, ()
         if self._memory is None or not self._memory.moved_on:
             self._moving += 1
@@ -468,7 +467,7 @@ class BatchBuilder:
         tokens[0] = ids
 
     def _follow(self, scheduled: Seq[Run]) -> Ints:
-        """Update the block tables for a step and return them, [R, most blocks]."""
+        """Update the block tables for a step and return them, [R, maximum blocks]."""
         rows = [(item.sequence, item.admission) for item in scheduled]
         if rows != self._rows:
             self._take_over(rows)
@@ -522,8 +521,8 @@ def _goes_on(scheduled: Seq[Run], last: Batch, before: Seq[Run]) -> TypeGuard[St
 
 
 def _by_hand(scheduled: Seq[Run], size: int) -> _Laid:
-    """Lay out a few rows as `BatchBuilder._by_arrays` does: reading weights evicts numpy from the processor caches,
-    so one numpy call takes longer than all of this."""
+    """Lay out a few rows as `BatchBuilder._by_arrays` does, but without numpy: reading weights evicts numpy from the
+    CPU caches, so one numpy call takes longer than this function."""
     ends, contexts, positions, slots, drawn = [0], list[int](), list[int](), list[int](), list[int]()
     for run in scheduled:
         place, context, table = run.start, run.start + run.count, run.sequence.block_table

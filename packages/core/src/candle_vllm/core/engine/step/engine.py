@@ -41,12 +41,12 @@ logger = logging.getLogger(__name__)
 _PAUSE = 0.01  # seconds that a step waits for offloaded blocks when it has nothing else to do
 _SILENCE = 60.0  # seconds after which a drafting failure is logged again
 _TIMED_ROWS = 32  # length of `EngineStats.step_seconds`
-_TOLD_ADAPTERS = 64  # the most adapters whose running and waiting sequences the statistics count
+_TOLD_ADAPTERS = 64  # maximum number of adapters in the statistics
 
 
 class _Flight(msgspec.Struct, frozen=True, eq=False):
-    """A launched step that is not committed yet; `lives` are the sequences that it samples for. `ahead`: the step is
-    counted in their `num_ahead`. It was launched at time `began`."""
+    """A launched step that is not committed yet; `lives` are the sequences that it samples for. `ahead` is whether the
+    step is counted in their `num_ahead`. It was launched at time `began`."""
 
     step: Step
     batch: Batch
@@ -71,7 +71,7 @@ class Engine:
         images: encodes images and holds their embeddings; None for a text-only model.
         kept: the offloaded blocks (KV tiers); None without KV offloading.
         sleeper: frees memory and fills it again; None if the model was not loaded from files.
-        draft_failures: the message of the first drafting failure of each exception type; answers go on without drafts.
+        draft_failures: the first drafting failure's message of each exception type; answers continue without drafts.
     """
 
     def __init__(
@@ -115,12 +115,12 @@ class Engine:
 
     @property
     def max_step_tokens(self) -> int:
-        """Most tokens of one step."""
+        """Maximum number of tokens of one step."""
         return self.scheduler.max_num_batched_tokens
 
     @property
     def max_num_seqs(self) -> int:
-        """Most sequences of one step."""
+        """Maximum number of sequences of one step."""
         return self.scheduler.max_num_seqs
 
     @property
@@ -285,7 +285,7 @@ class Engine:
                 live.sequence.drafts = ()
 
     def stats(self) -> EngineStats:
-        """Return the present counters and gauges."""
+        """Return the current counters and gauges."""
         blocks = self.scheduler.blocks
         return EngineStats(
             num_running=len(self.scheduler.running),
@@ -451,7 +451,7 @@ class Engine:
         return [self._advance_run(run, live, tokens) for run, live, tokens in lives if not live.is_over]
 
     def _count_prompts(self, prompts: Seq[Run]) -> None:
-        """Count the tokens of prompts that a step has completed, once each however often a sequence was preempted."""
+        """Count the tokens of prompts that a step has completed; a preempted and recomputed prompt is counted once."""
         for item in prompts:
             sequence = item.sequence
             ends = item.wanted and len(sequence.tokens) == sequence.num_prompt_tokens
@@ -460,7 +460,7 @@ class Engine:
                 self._counts["cached"] += sequence.num_cached_tokens or 0
 
     def _accept(self, live: LiveSequence, token: Token) -> TokenOutput:
-        """Append a token to one sequence; a failure ends this sequence alone."""
+        """Append a token to one sequence; a failure ends only this sequence."""
         try:
             return live.accept(token)
         except RequestError as error:  # the request's own grammar failed, not the engine
@@ -502,7 +502,7 @@ class Engine:
         return piece
 
     def _fail(self, sequence: Sequence, error: Exception) -> TokenOutput:
-        """End one sequence that failed; the other sequences go on."""
+        """End one sequence that failed; the other sequences continue."""
         live = self._live[sequence]
         return self._finish(live, _failed(live, error))
 

@@ -67,7 +67,7 @@ class Live(ABC):
         """
 
     def end(self, reason: FinishReason, failure: RequestError | str | None = None) -> TokenOutput:
-        """Return the last output of a sequence that ends without a new token; a `str` is a failure of the engine."""
+        """Return the last output of a sequence that ends without a new token; a `str` is an error of the engine."""
         return TokenOutput(
             request_id=self.request.request_id,
             index=self.sequence.index,
@@ -100,7 +100,7 @@ class LiveSequence(Live):
     Args:
         sequence: the scheduler's view.
         state: the sampling state.
-        tokenizer: for text and for the texts of log-probabilities.
+        tokenizer: converts tokens to text, also for log-probabilities.
         eos_token_ids: tokens that end it, unless the request ignores them.
         max_length: total length, prompt included, at which it ends.
         prediction: the request's predicted output; None without one.
@@ -207,7 +207,7 @@ class LiveSequence(Live):
         )
 
     def _accept(self, sampled: SampledToken) -> TokenOutput:
-        """Append a token that `accept` has no fast path for."""
+        """Append a token for which `accept` has no fast path."""
         if sampled.error is not None:
             return self._failed(sampled)
         token = sampled.token_id
@@ -231,7 +231,7 @@ class LiveSequence(Live):
         return self.end(FinishReason.ERROR, failure or sampled.error)
 
     def end(self, reason: FinishReason, failure: RequestError | str | None = None) -> TokenOutput:
-        """See `Live`; the output contains text that was held back."""
+        """See `Live`; the output includes the text that was held back."""
         piece = self._piece(self.detokenizer.finish(), (), None, reason, None)
         return msgspec.structs.replace(piece, **_told(failure))
 

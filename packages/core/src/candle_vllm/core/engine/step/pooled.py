@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """A pooled text, from admission to its only output (steps 6 and 8 of a request's life).
 
-The hidden states of its positions may come in chunks. Sums are float64, so the division into chunks makes no difference
-in float32.
+The hidden states of its positions may be computed in chunks. Sums are float64, so the division into chunks does not
+change the float32 result.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Implementation of `InferenceEngine.embed`, `score` and `classify`, for threads and for event loops.
 
-A call may have thousands of texts. All are checked before the first is run; then a window of them runs at a time, so
-that one call does not fill the engine's queue.
+A call may have thousands of texts. All are checked before the first one runs; then only a limited number of them (a
+window) is queued at a time, so that one call does not fill the engine's queue.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from candle_vllm.core.text.tokenizer import Tokenizer
 from candle_vllm.core.vision.inputs import ImageInput
 
 MAX_TEXT = 1 << 22
-"""Characters of a text for an encoder: far more than any holds, for many characters may be one token or none."""
+"""Maximum characters of an encoder's text: far more than a context holds, because many characters may be one token."""
 
 Pair = tuple[str, str]
 
@@ -144,7 +144,7 @@ class PoolingCalls:
         params: PoolingParams | Sequence[PoolingParams] | None,
         task: Literal["embed", "classify"] = "embed",
     ) -> list[Entry]:
-        """Make the checked request of each text."""
+        """Make a checked request for each text."""
         prompts = as_prompts(inputs)
         each = _each_params(params, len(prompts))
         uses = each_adapter_uses(self._lora_request, len(prompts))
@@ -161,7 +161,7 @@ class PoolingCalls:
         return entries
 
     def _distinct(self, pairs: Sequence[Pair]) -> list[Entry]:
-        """Make the checked request of each distinct text of the pairs, for a normalised vector (or a sparse one)."""
+        """Make a checked request for each distinct text of the pairs, for a normalised vector (or a sparse one)."""
         _check_pairs(pairs)
         uses = each_adapter_uses(self._lora_request, 1)[0]
         entries: dict[str, Entry] = {}
@@ -176,7 +176,7 @@ class PoolingCalls:
         return list(entries.values())
 
     def _pairs(self, pairs: Sequence[Pair]) -> list[Entry]:
-        """Make the checked request of each pair, for a cross-encoder."""
+        """Make a checked request for each pair, for a cross-encoder."""
         _check_pairs(pairs)
         uses = each_adapter_uses(self._lora_request, 1)[0]
         entries = []
@@ -299,7 +299,7 @@ def _products(
 
 
 def _similarity(first: EmbeddingOutput, second: EmbeddingOutput, *, longest: float) -> float:
-    """Return the dot product of two vectors, clipped to `longest`, which rounding may exceed a little.
+    """Return the dot product of two vectors, clipped to `longest`, because rounding may make it slightly larger.
 
     For multi-vector models, sum the largest product of each vector of the first text with those of the second text
     (MaxSim; Khattab and Zaharia, 2020, arXiv:2004.12832).

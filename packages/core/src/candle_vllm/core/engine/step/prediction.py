@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Predicted output of a request: a source of draft tokens, and accepted tokens counted when the answer is complete."""
+"""Predicted output of a request: a source of draft tokens; its accepted tokens are counted at the end of the answer."""
 
 from __future__ import annotations
 

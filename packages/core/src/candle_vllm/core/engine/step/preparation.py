@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Checks of a request, and its sequences and sampling states, which are made before it is queued (before step 4).
+"""Check a request, and make its sequences and sampling states before it is queued (before step 4).
 
-It needs no engine state and may run in any thread.
+This needs no engine state and may run in any thread.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Preparation(ABC):
         """
 
     def check_structured_outputs(self, params: StructuredOutputsParams) -> None:
-        """Compile the grammar of structured outputs, as for a request; it is cached.
+        """Compile the grammar of structured outputs, as is done for a request; the grammar is cached.
 
         Raises:
             InvalidParameterError: the schema or grammar is wrong or not supported.
@@ -67,7 +67,7 @@ class Preparation(ABC):
         raise NotImplementedError
 
     def _entries(self, request: GenerationRequest) -> Entries:
-        """Find the adapters of a request, and expect their use; raises as `AdapterStore.found`, or if LoRA is off."""
+        """Find the adapters of a request, and begin to load them; raises as `AdapterStore.found`, or if LoRA is off."""
         if not request.adapters:
             return ()
         if self.adapters is None:
@@ -130,7 +130,7 @@ class EncoderPreparation(Preparation):
         return [PooledText(sequence, plan)]
 
     def _of_head(self, request: PoolingRequest) -> PoolingPlan:
-        """Return the plan for a model that computes its head: `EncoderRunner` gives logits instead of hidden states."""
+        """Return the plan for a model that computes its head: `EncoderRunner` returns logits, not hidden states."""
         head, activate = PooledHead(likelihood=self._config.likelihood), request.pooling.use_activation is not False
         count = len(self._config.labels)
         return PoolingPlan("cls", normalize=False, dimensions=count, head=head, activate=activate)
@@ -146,7 +146,7 @@ class DecoderPreparation(Preparation):
         max_model_len: longest prompt plus output.
         pooling: how hidden states are pooled to vectors; None refuses pooling requests.
         head: layers after the pooling; None without such layers.
-        seed: makes requests without a seed reproducible, in order of preparation.
+        seed: seed from which requests without a seed get theirs, in order of preparation; None for random seeds.
         adapters: see `Preparation`.
         images: how images become tokens of the prompt; None for a text-only model.
         open_objects: see `LlguidanceBackend`.

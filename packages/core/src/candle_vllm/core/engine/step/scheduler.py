@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Step 4: the sequences of the next step, and the number of tokens of each. No torch here.
+"""Step 4: choose the sequences of the next step, and the number of tokens of each. This module imports no torch.
 
 Every step has a budget of rows. Decoding sequences come first with one row each, then prompts that have begun, then
 waiting sequences in order of priority and arrival, each with as large a chunk of its prompt as the budget still allows.
@@ -12,8 +12,8 @@ for each draft token: the step then appends the accepted draft tokens and one sa
 - The `n` sequences of one request occupy at most half of `max_num_seqs` while another request waits.
 - When a decoding sequence needs a block and no block is free, the last running sequence (lowest priority, youngest) is
   preempted: its blocks are freed and it is recomputed later, with the tokens that it already has.
-- When a waiting sequence lacks blocks or a place in the batch, running sequences of a lower priority are preempted, the
-  last in order first.
+- When a waiting sequence lacks blocks or the batch is full, running sequences of a lower priority are preempted, the
+  last one in the order first.
 
 If steps overlap, a step is scheduled while the previous one still runs: `launched` counts the tokens of a launched step
 in advance, `commit` publishes its blocks once it is committed. A sampled token that is not known yet counts as a token
@@ -90,14 +90,14 @@ class Scheduler:
 
     Args:
         blocks: the cache's block manager.
-        max_num_seqs: most sequences in one step.
-        max_num_batched_tokens: most tokens in one step; at least `max_num_seqs`.
+        max_num_seqs: maximum number of sequences in one step.
+        max_num_batched_tokens: maximum number of tokens in one step; at least `max_num_seqs`.
         reproducible: see the module's docstring.
-        draft_rows: most rows of draft tokens in one step.
+        draft_rows: maximum number of draft tokens in one step.
         adapters: admits sequences with adapters; None without LoRA.
         images: holds image embeddings; None for a text-only model.
         kept: the offloaded blocks (KV tiers); None without KV offloading.
-        in_flight: the most steps that run at once; see the module's docstring.
+        in_flight: maximum number of steps that run at once; see the module's docstring.
         states: slots of layers' states; None if no layer keeps a state.
     """
 
@@ -171,7 +171,7 @@ class Scheduler:
         return step
 
     def _go_on(self, going: _Going) -> Step | None:
-        """Return a step with the next token of the same sequences; None if one cannot go on or another may be added."""
+        """Return a step with the next token of the same sequences; None if one must stop or another may be added."""
         if not going.left:
             return None
         if self.waiting and not self._is_all_held and (len(self.running) < self.max_num_seqs or self._is_outranked):
@@ -333,7 +333,7 @@ class Scheduler:
     def _tried(self, sequence: Sequence, others: int) -> Tokens:
         """Return the drafts of a sequence that its length, the step's rows and the free blocks allow.
 
-        `others` draft rows are taken already. Every running sequence keeps its row and its next block.
+        `others` is the number of draft rows of other sequences. Rows and next blocks of running sequences are reserved.
         """
         if sequence.num_ahead or not sequence.drafts:
             return ()
@@ -348,7 +348,7 @@ class Scheduler:
         return sequence.drafts[: max(0, end - first)]
 
     def reserve(self, sequence: Sequence, tokens: int) -> int:
-        """Allocate blocks to a running sequence for `tokens` tokens; every running sequence keeps its next block.
+        """Allocate blocks to a running sequence for `tokens` tokens; leave a next block for every running sequence.
 
         Returns:
             The number of tokens, at most `tokens`, for which it has blocks now.
@@ -388,11 +388,11 @@ class Scheduler:
         yield from self._admit()
 
     def _admit(self, before: int | None = None, *, preempts: bool = False) -> Iterator[Sequence]:
-        """Move waiting sequences to running, in order, while blocks and places in the batch last.
+        """Move waiting sequences to running, in order, while blocks are free and the batch is not full.
 
         Args:
             before: admit only sequences whose priority is a lower number than this.
-            preempts: preempt running sequences of a lower priority if a waiting one lacks blocks or a place.
+            preempts: preempt running sequences of a lower priority if a waiting one lacks blocks or the batch is full.
         """
         deferred, held = 0, 0
         full: object = None  # a request with its share of the batch
@@ -405,7 +405,7 @@ class Scheduler:
                 full = sequence.request
                 deferred += 1
                 continue
-            if sequence.num_ahead:  # preempted before its last token was known; nobody overtakes it
+            if sequence.num_ahead:  # preempted before its last token was known; no other sequence may overtake it
                 return
             if self.adapters is not None and sequence.entries and self.adapters.holds_back(sequence):
                 deferred, held = deferred + 1, held + 1
@@ -465,7 +465,7 @@ class Scheduler:
         return self.waiting[0].request.priority < self.running[-1].request.priority
 
     def _has_its_share(self, sequence: Sequence) -> bool:
-        """Return whether a sequence's request has half of all places while another request waits; see the module."""
+        """Return whether a sequence's request has half of the batch while another request waits; see the module."""
         half = max(1, self.max_num_seqs // 2)
         if sequence.index < half or self.waiting[0].request is self.waiting[-1].request:  # one request
             return False
@@ -497,7 +497,7 @@ class Scheduler:
         return sequence.hashes(size)[: (sequence.num_tokens - 1) // size]
 
     def _most_to_keep(self, sequence: Sequence) -> int:
-        """Return the most tokens before a checkpoint of a new sequence: the last token is always computed."""
+        """Return the maximum tokens before a checkpoint of a new sequence, whose last token is always computed."""
         if not self.blocks.enable_prefix_caching:
             return 0
         return (sequence.num_prompt_tokens if self.reproducible else sequence.num_tokens) - 1
@@ -610,9 +610,9 @@ class WholeTexts:
     A text that is longer than the budget runs in a step of its own.
 
     Args:
-        max_num_seqs: most texts in one step.
-        max_num_batched_tokens: most tokens in one step, except for one longer text.
-        adapters: as for `Scheduler`.
+        max_num_seqs: maximum number of texts in one step.
+        max_num_batched_tokens: maximum number of tokens in one step, unless it has only one, longer text.
+        adapters: see `Scheduler`.
     """
 
     num_preemptions = 0
@@ -646,7 +646,7 @@ class WholeTexts:
                 self.adapters.look(())
 
     def schedule(self) -> Step:
-        """Return runs of the next texts in order of rank, as far as the budget allows, sorted by length."""
+        """Return runs of the next texts in order of rank, within the budget, sorted by length."""
         adapters, taken, room, held = self.adapters, list[Sequence](), self.max_num_batched_tokens, 0
         if adapters is not None:
             adapters.look(self.waiting)

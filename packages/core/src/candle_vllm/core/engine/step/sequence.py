@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Step 4: the scheduler's view of one running or waiting sequence, and its share of a step. No torch here."""
+"""Step 4: the scheduler's view of a running or waiting sequence, and its run in a step. Imports no torch."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class PlacedImage(msgspec.Struct, eq=False):
 
     Attributes:
         given: the image.
-        positions: prompt positions of its embeddings, rising.
+        positions: prompt positions of its embeddings, in ascending order.
         spans: begin and end in the prompt of each tile whose embeddings attend to each other; empty if all are causal.
         rows: its embeddings, float32 [count, E], once they are encoded.
         grid: its rows and columns of embeddings, if M-RoPE rotates them; its positions are consecutive then.
         first: the rotary position of its first embedding, in time, height and width.
-        blank: the token id that the text model gets in place of its image tokens; None leaves these.
+        blank: the token id that replaces its image tokens in the text model's input; None to leave these unchanged.
     """
 
     given: ImageInput
@@ -79,7 +79,7 @@ class SequenceState(msgspec.Struct, eq=False):
         plain: the `RunState` that reads and writes the sequence's own slot and writes no checkpoint.
         going: the `RunState` of its next run, without checkpoints.
         reading: the slot of a checkpoint that its last run read; -1 if it read its own slot.
-        wanted: requested checkpoints that are not scheduled yet, rising.
+        wanted: requested checkpoints that are not scheduled yet, in ascending order.
         told: requested checkpoints, which waiting sequences may wait for, with the hashes of their blocks.
         pending: checkpoints that launched runs write, with their slots.
         generated: the hash of the last checkpoint after its prompt.
@@ -109,9 +109,9 @@ class Sequence:  # __slots__, so that its attributes are close to each other in 
         num_uncomputed_tokens: tokens that steps must still run, including tokens that launched steps will sample; 1
             while decoding, also between its steps. The keys and values of all tokens before them are in the cache, or
             will be when the launched steps have run.
-        num_full_blocks: blocks that are full for certain, because the steps that filled them are committed.
+        num_full_blocks: number of blocks that are certainly full, because the steps that filled them are committed.
         max_length: total length at which the sequence ends in any case.
-        num_admissions: how often it was admitted; distinguishes its present blocks from those before a preemption.
+        num_admissions: how often it was admitted; distinguishes its current blocks from blocks before a preemption.
         num_cached_tokens: prompt tokens that were found in the prefix cache at first admission.
         block_table: cache blocks, in order of position.
         adapted_from: the position from which each of `adapters` is active.
@@ -217,7 +217,7 @@ class Sequence:  # __slots__, so that its attributes are close to each other in 
         """Return the hashes of all full blocks of the known tokens; they are cached while the sequence grows."""
         marks: dict[int, bytes] = {}
         for (adapter, scale), start in zip(self._adapters, self.adapted_from):
-            if start < NO_LIMIT:  # in order: another order gives another hash, though the same answer
+            if start < NO_LIMIT:  # a different order of adapters changes the hash, but not the answer
                 marks[start // block_size] = (
                     marks.get(start // block_size, b"") + adapter.digest + pack("<dq", scale, start)
                 )
@@ -240,7 +240,7 @@ def _activation(prompt: Seq[int], invocation: Tokens | None) -> int:
 class Run(msgspec.Struct, frozen=True, gc=False):
     """Rows of a step that belong to one sequence: its tokens from position `start` on.
 
-    A plain token is a run of one, a prompt's chunk a run of many.
+    A decoding sequence has a run of one token, a prompt chunk a run of many.
 
     Attributes:
         sequence: the sequence.

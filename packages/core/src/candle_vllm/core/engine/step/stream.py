@@ -30,13 +30,13 @@ from candle_vllm.core.errors import (
 )
 
 MAX_UNREAD = 1 << 16
-"""Items that wait for a consumer that iterates; beyond them the request is aborted."""
+"""Maximum number of items that wait for a consumer that iterates; if there are more, the request is aborted."""
 
 T = TypeVar("T")
 T_contra = TypeVar("T_contra", contravariant=True)
 
 Bar = bool | Callable[..., Any]
-"""Whether a progress bar is shown, on a terminal; or what makes one wherever it is, called as tqdm is."""
+"""Whether to show a progress bar on a terminal; or a function like tqdm that makes a progress bar anywhere."""
 
 
 class Receiver(Protocol[T_contra]):
@@ -62,7 +62,7 @@ class Unread(Generic[T]):
         self._errors: list[Exception] = []
         self._ended = False
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._arrival: asyncio.Future[None] | None = None  # what the consumer waits for
+        self._arrival: asyncio.Future[None] | None = None  # the consumer waits for this future
 
     def put(self, items: Sequence[T]) -> None:
         """Hold items; too many end the stream with a `RequestAbortedError`."""
@@ -119,11 +119,11 @@ class PushStream(ABC, AsyncIterator[T]):
 
     @abstractmethod
     def push(self, receiver: Receiver[T]) -> None:
-        """Push all items to `receiver`, each in the event loop's tick in which it arrives; may be called once."""
+        """Push all items to `receiver`, each in the event loop iteration in which it arrives; may be called once."""
 
     @abstractmethod
     def hold(self, held: bool) -> None:
-        """Hold items in the sink, for a receiver that does not keep up, or push them again."""
+        """Hold items in the sink, for a receiver that is too slow, or push them again."""
 
     @abstractmethod
     def close(self) -> None:
@@ -205,7 +205,7 @@ class RequestSink:
             self._kept.pour(self._receiver, lambda: self._held)
 
     def close(self, *, dropped: bool = False) -> None:
-        """Abort the request unless it has finished; no further output is pushed. `dropped`: a finaliser calls."""
+        """Abort the request unless it has finished; push no further output. `dropped` is set by a finaliser."""
         self._over, unfinished, self._unfinished = True, self._unfinished, 0
         self._receiver = self._kept
         self._kept.clear()
@@ -286,7 +286,7 @@ class TokenIterator(Iterator[TokenOutput]):
             piece = self._mailbox.items.get()
             if isinstance(piece, CandleVllmError):
                 raise piece
-            if not self._unfinished:  # closed by another thread meanwhile
+            if not self._unfinished:  # another thread has closed the iterator
                 raise StopIteration
             raise_failure(piece)
         except BaseException:  # an interrupt as well
@@ -315,7 +315,7 @@ class TokenIterator(Iterator[TokenOutput]):
 def run_all(
     thread: RequestRunner, todo: Sequence[tuple[GenerationRequest, Sequence[Any]]], use_tqdm: Bar
 ) -> Iterator[tuple[int, GenerationOutput]]:
-    """Run requests, at most as many at a time as the engine's queue takes; yield index and output as each ends.
+    """Run requests, as many at a time as the engine's queue accepts; yield index and output of each when it ends.
 
     Raises:
         RequestAbortedError: the engine was closed meanwhile.
@@ -342,7 +342,7 @@ def run_all(
 
 @contextmanager
 def shown_bar(what: str, total: int, shown: Bar) -> Iterator[Callable[[], object]]:
-    """Show a progress bar, if asked for; yield a function that advances it by one."""
+    """Show a progress bar if `shown`; yield a function that advances it by one."""
     if not (callable(shown) or (shown and sys.stderr.isatty())):
         yield lambda: None
         return
@@ -414,11 +414,11 @@ def raise_failure(piece: TokenOutput) -> None:
 
 
 MAX_UNDER_WAY = 256
-"""Requests of one call that the engine holds at a time."""
+"""Maximum number of requests of one call that the engine has at a time."""
 
 STEPS_UNDER_WAY = 2
-"""Steps' worth of tokens that the engine holds of one call: one runs, and the next is full when it ends. What other
-callers ask for meanwhile waits for no more than these."""
+"""Number of steps for which the engine has tokens of one call: one step runs, and the next one is full when it ends.
+Requests of other callers wait for at most these steps."""
 
 _PAUSE = 0.01  # seconds, while other callers fill the queue
 
@@ -442,7 +442,7 @@ class Window:
     Args:
         thread: the engine.
         entries: the requests, in the order of the results.
-        step_tokens: most tokens of a step.
+        step_tokens: maximum number of tokens of a step.
     """
 
     def __init__(self, thread: RequestRunner, entries: Sequence[Entry], step_tokens: int) -> None:
@@ -494,7 +494,7 @@ class Window:
         return [piece for piece in self._pieces if piece is not None]
 
     def _submit(self, sink: Sink, *, patient: bool) -> bool:
-        """Submit as many requests as the window and the queue take; return False when all have ended."""
+        """Submit as many requests as the window and the queue accept; return False when all have ended."""
         while self._next < len(self._entries) and self._has_room(self._entries[self._next]):
             entry = self._entries[self._next]
             try:

@@ -357,7 +357,7 @@ class EngineThread:
                 self._deliver(self._engine.step())
                 if self._after_step is not None:
                     self._after_step()
-        except EngineDeadError as error:  # of an engine in another process
+        except EngineDeadError as error:  # an engine in another process has died
             logger.error("%s", error)
             end = error
         except BaseException as error:

@@ -257,7 +257,7 @@ def _attend_rows(memory, chunk, to, size, rows, stride, cap, dim, keys_as, value
 
 @njit(inline="always")
 def _attend_square(memory, chunk, to, size, rows, stride, cap, dim, keys_as, values_as, isa) -> None:
-    """Do what `_attend_rows` does, with AMX, for up to 16 bfloat16 rows; write a result for each row of the registers."""
+    """Do what `_attend_rows` does, with AMX, for up to 16 bfloat16 rows; write a result for each register row."""
     queries, positions, tiles, _, scores, probabilities = memory
     start, _, count, window = chunk[:4]
     for n in range(0, count, TILES):
