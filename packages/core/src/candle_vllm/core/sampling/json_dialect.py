@@ -172,7 +172,7 @@ def check_shape(schema: dict[str, Any], place: str) -> None:
 
 
 def taker(schema: dict[str, Any]) -> Callable[[str], bool]:
-    """Return a function that checks whether a text matches a string schema in llguidance's keywords; False if unsure."""
+    """Return a function that checks if a text matches a string schema in llguidance's keywords; False if unknown."""
     from llguidance import LLMatcher, LLTokenizer
 
     grammar = json.dumps({"grammars": [{"json_schema": {**schema, "type": "string"}}]})

@@ -21,7 +21,7 @@ from candle_vllm.core.sampling.unique_sites import compared
 Schema = dict[str, Any]
 
 MAX_CASES = 256  # maximum product of the numbers of alternatives of a schema's keywords
-MAX_PLACES = 16  # maximum index of a match of `contains` in an array without a maximum length
+MAX_PLACES = 16  # number of elements in which `contains` may match, in an array without a maximum length
 MAX_OPTIONS = 128  # maximum number of options of oneOf that are compared with each other
 MAX_ARRAYS = 2_000  # maximum number of arrays that are enumerated for uniqueItems
 IN_PLACE = frozenset({"$ref", "allOf", "anyOf", "oneOf", "not", "if", "dependentSchemas", "dependencies"})

@@ -12,7 +12,7 @@ from urllib.parse import unquote, urldefrag, urljoin
 
 from candle_vllm.core.sampling.structured import refused
 
-MAX_INDEXED = 50_000  # schemas of one document, those that nothing refers to included
+MAX_INDEXED = 50_000  # maximum number of schemas of one document, unreferenced ones included
 MAX_NESTING = 100
 SINGLE_PARTS = ("items", "additionalItems", "additionalProperties", "not", "if", "then", "else", "contains")
 SINGLE_PARTS += ("propertyNames", "unevaluatedItems", "unevaluatedProperties", "contentSchema")
@@ -24,9 +24,9 @@ class Target(NamedTuple):
     """Target of a reference.
 
     Attributes:
-        pointer: where it is in the document, or a name that no place has.
-        schema: a schema, as far as nobody has looked.
-        base: the URI that references in it are relative to.
+        pointer: its JSON pointer in the document, or a name that no pointer can have.
+        schema: the target, which is not checked yet and may be no schema.
+        base: the base URI of its references.
     """
 
     pointer: str
@@ -35,7 +35,7 @@ class Target(NamedTuple):
 
 
 class References:
-    """The places of one document that can be referred to.
+    """The possible targets of references in one document.
 
     Args:
         root: the document.
@@ -63,7 +63,7 @@ class References:
             waiting += [(part, base, depth + 1) for _, part in children(schema)]
 
     def base(self, schema: dict[str, Any], outer: str) -> str:
-        """The URI that references in a schema are relative to."""
+        """Return the base URI of references in a schema."""
         return self._bases.get(id(schema), outer)
 
     def resolve(self, reference: Any, base: str, place: str) -> Target:
@@ -89,7 +89,7 @@ class References:
         return Target(f"#{fragment}" if resource is self._root else f"{uri}#{fragment}", schema, inner)
 
     def _enter(self, schema: dict[str, Any], base: str) -> str:
-        """Notes the names that a schema gives itself; the URI that references in it are relative to."""
+        """Register the ids and anchors of a schema; return the base URI of its references."""
         for own in map(schema.get, self._ids):
             if not isinstance(own, str):
                 continue
@@ -97,7 +97,7 @@ class References:
             base = _joined(base, document) if document else base
             if document:
                 self._resources.setdefault(base, schema)
-            if fragment:  # how the older drafts spelt an anchor
+            if fragment:  # an anchor in the older drafts
                 self._anchors.setdefault(f"{base}#{fragment}", (schema, base))
         self._bases[id(schema)] = base
         for name in ("$anchor", "$dynamicAnchor"):
@@ -107,7 +107,7 @@ class References:
 
 
 def children(schema: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """What of a schema may be a schema, and the steps to it, dots between them."""
+    """Yield the possible subschemas of a schema, each with the path to it, joined by dots."""
     for name in SINGLE_PARTS:
         if isinstance(schema.get(name), dict):
             yield name, schema[name]
@@ -122,12 +122,12 @@ def children(schema: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 def _joined(base: str, document: str) -> str:
     try:
         return urljoin(base, document)
-    except ValueError:  # no URI
+    except ValueError:  # not a URI
         return document
 
 
 def _walked(root: Any, pointer: str, reference: str) -> Any:
-    """What a JSON pointer (RFC 6901, in a URI fragment) points to."""
+    """Return the value to which a JSON pointer (RFC 6901, in a URI fragment) points."""
     found = root
     for part in pointer.split("/")[1:]:
         name = unquote(part).replace("~1", "/").replace("~0", "~")

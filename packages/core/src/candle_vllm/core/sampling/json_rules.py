@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Rules of JSON schemas beyond single keywords: patterns that meet, recursion.
+"""Rules of JSON schemas beyond single keywords: patterns on the same text, and recursion.
 
-- Each pattern that must hold on a text beside others may double the work. The compiler makes one expression of all that
-  `allOf`, or a `$ref` beside other keywords, puts on the same text, and no limit of its own ends that work. What meets
-  is not followed exactly: of all that lies inside such schemas, patterns count together that are on properties of one
-  name, or on elements of arrays, or on keys without a name; the last count with every name, too.
-- Recursion that never ends would go on until the context is full.
+- Each additional pattern on the same text may double the work. The compiler makes one expression of all patterns that
+  `allOf`, or a `$ref` next to other keywords, applies to a text, and it has no limit for this work. The number of these
+  patterns is estimated: inside such schemas, patterns are counted together if they apply to properties with the same
+  name, to elements of arrays, or to keys without a name; the last group is added to every name.
+- With endless recursion, generation would continue until the context is full.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ from candle_vllm.core.sampling.json_references import (
 )
 from candle_vllm.core.sampling.structured import refused
 
-MAX_MEETING = 8  # 12 take 0.4 s, 15 take half a minute
-MAX_VISITS = 200_000  # of schemas, at each place that they are on
+MAX_MEETING = 8  # maximum number of patterns on one text: 12 take 0.4 s, 15 take half a minute
+MAX_VISITS = 200_000  # maximum number of visits of schemas, counted for each place
 
 Schema = dict[str, Any]
 Place = tuple[str, str]
-"""What kind of place, and its name: ("property", "age"), ("element", ""), ("key", ""), ("schema", where)."""
+"""Kind of a place, and its name: ("property", "age"), ("element", ""), ("key", ""), ("schema", where)."""
 
 _MERGED = ("allOf", "anyOf", "oneOf")
 _KEY: Place = ("key", "")
 
 
 def check_meeting(nodes: Sequence[tuple[Schema, str]], targets: Mapping[str, Any], asserting: Collection[str]) -> None:
-    """Refuses schemas in which too many different patterns meet.
+    """Refuse schemas in which too many different patterns apply to the same text.
 
     Args:
-        nodes: every schema that can be reached, checked, and where it is.
-        targets: what each `$ref` points to.
+        nodes: every reachable schema, checked, with its position.
+        targets: the target of each `$ref`.
         asserting: keywords that are more than annotations.
 
     Raises:
-        InvalidParameterError: more than `MAX_MEETING` may meet, or the schema is too entangled to tell.
+        InvalidParameterError: more than `MAX_MEETING` patterns may meet, or the schema is too complex to check.
     """
     waiting: list[tuple[Any, Place]] = [(each, ("schema", at)) for each, at in nodes if _merges(each, asserting)]
     seen: set[tuple[int, Place]] = set()
@@ -70,13 +70,13 @@ def check_meeting(nodes: Sequence[tuple[Schema, str]], targets: Mapping[str, Any
 
 
 def _merges(schema: Schema, asserting: Collection[str]) -> bool:
-    """Whether a schema has parts that must hold together."""
+    """Return whether a schema has parts that apply to the same value."""
     beside = sum(name in asserting for name in schema)
     return len(schema.get("allOf", ())) > 1 or (beside > 1 and ("allOf" in schema or "$ref" in schema))
 
 
 def _inside(schema: Schema, place: Place, targets: Mapping[str, Any]) -> Iterator[tuple[Any, Place]]:
-    """The schemas inside a schema, and the places that they are on."""
+    """Yield the schemas inside a schema, each with the place that it applies to."""
     if "$ref" in schema:
         yield targets[schema["$ref"]], place
     for name in _MERGED:
@@ -91,17 +91,17 @@ def _inside(schema: Schema, place: Place, targets: Mapping[str, Any]) -> Iterato
 
 
 def check_finite(nodes: Sequence[tuple[Schema, str]], targets: Mapping[str, Any]) -> None:
-    """Refuses objects that must hold themselves, and references that go round.
+    """Refuse objects that must contain themselves, and cycles of references.
 
     Args:
-        nodes: every schema that can be reached, checked, and where it is; what is inside of others comes behind them.
-        targets: what each `$ref` points to.
+        nodes: every reachable schema, checked, with its position; nested schemas are after the schemas around them.
+        targets: the target of each `$ref`.
 
     Raises:
-        InvalidParameterError: one of them has no finite instance.
+        InvalidParameterError: a schema has no finite instance.
     """
     ends: set[int] = set()
-    wanting: dict[int, list[Schema]] = {}  # schema -> those that asked for it too early
+    wanting: dict[int, list[Schema]] = {}  # schema -> schemas that needed it before it was known
     queue = deque(schema for schema, _ in reversed(nodes))
 
     while queue:
@@ -122,7 +122,7 @@ def check_finite(nodes: Sequence[tuple[Schema, str]], targets: Mapping[str, Any]
 
 
 def _ends(schema: Schema, known: Callable[[Any], bool], targets: Mapping[str, Any]) -> bool:
-    """Whether a schema has a finite instance, as far as is known of those that it needs."""
+    """Return whether a schema has a finite instance, by what is known of the schemas that it needs."""
     if "$ref" in schema and not known(targets[schema["$ref"]]):
         return False
     if not all(map(known, schema.get("allOf", []))):
@@ -144,15 +144,15 @@ def _ends(schema: Schema, known: Callable[[Any], bool], targets: Mapping[str, An
 TYPE_ALIASES: Mapping[str, str] = MappingProxyType(
     {"int": "integer", "float": "number", "bool": "boolean", "str": "string", "list": "array", "dict": "object"}
 )
-"""Names of Python's types that tools are described with."""
+"""Names of Python types in the schemas of tools."""
 
 
 class Fault(NamedTuple):
-    """What is wrong with a schema.
+    """An error in a schema.
 
     Attributes:
-        path: the steps to the place, dots between them.
-        text: what it must be.
+        path: the path to its position, joined by dots.
+        text: what the value must be.
     """
 
     path: str
@@ -160,7 +160,7 @@ class Fault(NamedTuple):
 
 
 def arguments_fault(root: Schema) -> Fault | None:
-    """What no model and no reader could make sense of in the schema of a tool: unknown types, references to nothing."""
+    """Return the first error in a tool's schema that makes it meaningless: an unknown type, a reference to nothing."""
     try:
         references = References(root)
     except InvalidParameterError as error:
@@ -188,7 +188,7 @@ def arguments_fault(root: Schema) -> Fault | None:
 
 
 def _leads_nowhere(references: References, reference: Any, base: str) -> str | None:
-    """Why a chain of references has no end."""
+    """Return why a chain of references has no target; None if it has one."""
     seen = set[str]()
     while True:
         target = references.resolve(reference, base, "$ref")
@@ -201,7 +201,7 @@ def _leads_nowhere(references: References, reference: Any, base: str) -> str | N
 
 
 def in_json_types(schema: Any) -> Any:
-    """A copy of a tool's schema in JSON's names of types."""
+    """Return a copy of a tool's schema with JSON's names of types."""
     if not isinstance(schema, dict):
         return schema
     found = dict(schema)

@@ -3,7 +3,7 @@
 
 A schema is first rewritten in llguidance's keywords (`json_cases`). This module checks their values: numbers that are
 rounded, keys that could be spelled in two ways or appear twice, and schemas whose compilation takes unbounded time or
-memory or overflows the stack. All limits are measured: each limit alone costs a second at most.
+memory or overflows the stack. All limits were measured: a schema at one of these limits compiles in at most a second.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from candle_vllm.core.sampling.json_rules import check_finite, check_meeting
 from candle_vllm.core.sampling.structured import Schema, parsed_json, refused
 
 MAX_SUBSCHEMAS = 10_000
-MAX_LEVELS = 600  # nesting of the schema and of all definitions that it refers to, added up: the compiler recurses
+MAX_LEVELS = 600  # sum of the nesting of the schema and of its definitions, because the compiler recurses
 MAX_PROPERTIES = 4_000
 MAX_OPTIONAL = 480  # optional properties of an object: each is four items of a parser that has 2,000 for one place
 MAX_COUNTED_OPTIONAL = 64  # optional properties of an object with minProperties or maxProperties
 MAX_PATTERNS = 1_000
 MAX_PATTERN_PROPERTIES = 64
-MAX_VALUES = 50_000  # of all enums
-MAX_COMPOUND_VALUES = 2_000  # of these, objects and arrays
-MAX_MULTIPLE = 50_000  # of multipleOf, its decimal point left out
-MAX_MULTIPLES = 200_000  # the same, summed up
-NEXT_TO_ZERO = 1e-17  # the least number beside an open end at zero: shorter ones have too many digits to be compiled
-EXACT = 1 << 53  # beyond it, neighbours are the same float
+MAX_VALUES = 50_000  # maximum number of values of all enums
+MAX_COMPOUND_VALUES = 2_000  # maximum number of objects and arrays among these values
+MAX_MULTIPLE = 50_000  # maximum value of multipleOf without its decimal point
+MAX_MULTIPLES = 200_000  # maximum sum of these values
+NEXT_TO_ZERO = 1e-17  # the number next to an open bound at zero; smaller ones have too many digits to be compiled
+EXACT = 1 << 53  # above it, not every integer is a float
 MAX_INTEGER = (1 << 63) - 1
 
 _ONE = ("items", "additionalProperties")
@@ -56,11 +56,11 @@ class Budget:
     """Budget of all schemas of one form together: twice the limits of one schema.
 
     Attributes:
-        counts: of what, and how many.
-        multiples: every multipleOf without its decimal point, added up.
-        may_compare: array elements that must differ may be compared during generation.
-        compared: they must be compared, because the grammar does not ensure that they differ.
-        open_objects: objects may have keys that their schemas do not mention; see `close_objects`.
+        counts: counts of subschemas, properties and so on, by name.
+        multiples: sum of every multipleOf without its decimal point.
+        may_compare: whether array elements that must differ may be compared during generation.
+        compared: whether they must be compared, because the grammar does not ensure that they differ.
+        open_objects: whether objects may have keys that their schemas do not mention; see `close_objects`.
     """
 
     def __init__(self, may_compare: bool = False, open_objects: bool = False) -> None:
@@ -72,11 +72,11 @@ class Budget:
 
 
 class Compilable(NamedTuple):
-    """Schema that can be compiled.
+    """A schema that can be compiled.
 
     Attributes:
-        schema: in llguidance's keywords.
-        any_escape: whether texts may have `\\u`: any character, or a control character where a pattern holds them.
+        schema: the schema in llguidance's keywords.
+        any_escape: whether texts may have `\\u`: any character, or a control character where a pattern applies.
         remarks: remarks for the user.
         compared: see `Budget`.
     """
@@ -97,7 +97,7 @@ def compilable_schema(schema: Any, budget: Budget | None = None) -> Compilable:
 
     Args:
         schema: the result of `json.loads`.
-        budget: of all schemas of one form; None for a single schema.
+        budget: budget of all schemas of one form; None for a single schema.
 
     Raises:
         InvalidParameterError: the schema is invalid, not supported, too large, or has no finite instance.
@@ -122,7 +122,7 @@ def schema_remarks(schema: Schema) -> list[str]:
 
 
 class _Check:
-    """One walk over what can be reached from the root, in the order of the text, each definition once."""
+    """Checks all reachable schemas, in the order of the text, each definition once."""
 
     def __init__(self, root: dict[str, Any], budget: Budget, remarks: Remarks, compared: bool) -> None:
         self.root = root
@@ -132,9 +132,9 @@ class _Check:
         self.counts: Counter[str] = Counter()
         self.targets: dict[str, Any] = {"#": root}  # JSON pointer -> schema
         self.waiting: list[tuple[str, Any]] = []
-        self.multiples: list[Fraction] = []  # of this schema
+        self.multiples: list[Fraction] = []  # values of multipleOf in this schema
         self.nodes: list[tuple[dict[str, Any], str]] = []
-        self.control: tuple[str, str] | None = None  # a character that has an escape alone, and where it is
+        self.control: tuple[str, str] | None = None  # a character that must be escaped, and its position
 
     def run(self) -> None:
         levels = self.subschema(self.root, "#", 0)
@@ -158,9 +158,8 @@ class _Check:
             )
 
     def any_escape(self) -> bool:
-        """Whether texts may have `\\u`: a key that is named could be said again, spelt so, where others may come.
-
-        So could an element that must differ.
+        """Whether texts may have `\\u`. With it, a named key could be repeated in a different spelling where other keys
+        are allowed, and so could an element that must differ.
         """
         if self.compared:
             return False
@@ -169,7 +168,7 @@ class _Check:
         return not any(patterns or node.get("additionalProperties", True) is not False for node in named)
 
     def subschema(self, schema: Any, place: str, depth: int) -> int:
-        """Checks a schema and those inside it; how deep they are nested."""
+        """Check a schema and its subschemas; return the depth of nesting."""
         if isinstance(schema, bool):
             return 1
         if depth > MAX_NESTING:
@@ -202,9 +201,9 @@ class _Check:
             self.count("patterns and formats", MAX_PATTERNS)
 
     def close_open_ends(self) -> None:
-        """Between a whole number that is no member and a fraction before the next one, llguidance takes the whole one.
+        """Replace open integer bounds by the next allowed float where bounds may be combined.
 
-        So where bounds may meet in such a way, the whole number gives way to the next float that is a member.
+        Between an excluded integer and a fraction before the next integer, llguidance would allow the excluded one.
         """
         ends = ("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")
         for sign, (plain, opened), other in ((1, *ends), (-1, *reversed(ends))):
@@ -213,7 +212,7 @@ class _Check:
                 value = node.get(opened)
                 if isinstance(value, bool) or not isinstance(value, (int, float)) or sign * value not in units:
                     continue
-                if sign * value < 0:  # read from the other end, which is not open
+                if sign * value < 0:  # handled from the other end, which is not open
                     continue
                 held = sign * (math.nextafter(sign * value, math.inf) if value else NEXT_TO_ZERO)
                 del node[opened]
@@ -222,9 +221,9 @@ class _Check:
                     self.remarks.add(f"the JSON schema's bound 0 (at {place:.120}/{opened}) is held as {held}")
 
     def large_bound(self, schema: dict[str, Any], name: str, place: str) -> None:
-        """Bounds become floats on the way, and then their shortest decimals: what is not exact gets narrower.
+        """Narrow a bound that llguidance would round: it converts bounds to floats, then to their shortest decimals.
 
-        An end of a range from below zero up is moved towards zero; others, between which may be nothing, are refused.
+        A bound of a range that contains zero is moved towards zero; others are refused: the range may become empty.
         """
         value, sign = schema.pop(name), 1 if name.endswith("aximum") else -1
         whole = types_of(schema) & {"integer", FRACTION} == {"integer"}
@@ -294,14 +293,14 @@ class _Check:
             )
 
     def reference(self, pointer: str) -> None:
-        """Notes a `$ref`, which points into the root's definitions."""
+        """Record a `$ref`, whose target is in the root's definitions."""
         if pointer not in self.targets:
             section, name = pointer.split("/")[1:]
             self.targets[pointer] = self.root[section][name]
             self.waiting.append((pointer, self.targets[pointer]))
 
     def check_multiples(self) -> None:
-        """llguidance counts remainders, and those of the common multiple where two meet (`allOf`)."""
+        """Limit remainders, which llguidance enumerates; for two values in `allOf`, those of the common multiple."""
         together = Fraction(1)
         for place, value in enumerate(self.multiples):
             together = _common_multiple(together, value) if place else value
@@ -314,7 +313,7 @@ class _Check:
 
 
 def _parts(schema: dict[str, Any], place: str) -> Iterator[tuple[Any, str]]:
-    """The schemas inside a schema, and where they are."""
+    """Yield the subschemas of a schema, each with its position."""
     for name in _ONE:
         if name in schema:
             yield schema[name], f"{place}/{name}"
@@ -325,7 +324,7 @@ def _parts(schema: dict[str, Any], place: str) -> Iterator[tuple[Any, str]]:
 
 
 def _check_number(value: float, place: str) -> None:
-    """Numbers become floats on the way, and their shortest decimals."""
+    """Refuse a number that would be rounded: it is converted to a float, and to its shortest decimal."""
     if abs(value) <= EXACT or (abs(value) <= 10**22 and Decimal(repr(float(value))) == value):
         return
     if isinstance(value, int) and abs(value) <= 1 << 62 and int(float(value)) == value:
@@ -334,7 +333,7 @@ def _check_number(value: float, place: str) -> None:
 
 
 def _fractions(schema: dict[str, Any], *names: str) -> Iterator[float]:
-    """The bounds of these names that are no whole numbers."""
+    """Yield the bounds of these names that are not integers."""
     for name in names:
         value = schema.get(name)
         if isinstance(value, float) and not value.is_integer():
@@ -342,7 +341,7 @@ def _fractions(schema: dict[str, Any], *names: str) -> Iterator[float]:
 
 
 def _digits(value: Fraction) -> int:
-    """A decimal number without its point."""
+    """Return a decimal number without its point."""
     while value.denominator > 1:
         value *= 10
     return value.numerator

@@ -22,9 +22,9 @@ from candle_vllm.core.sampling.structured import StructuredOutputsParams, parsed
 logger = logging.getLogger(__name__)
 
 MAX_DEPTH = 2_000
-MAX_WORDS = 100_000  # names, strings and expressions of all rules
-MAX_SEQUENCE = 5_000  # of them behind each other, without an alternative
-MAX_MEETING = 16  # `&` of a terminal and of those inside it: every one may double the time that one takes
+MAX_WORDS = 100_000  # maximum number of names, strings and expressions in all rules
+MAX_SEQUENCE = 5_000  # maximum length of a sequence of them without an alternative
+MAX_MEETING = 16  # maximum number of `&` in a terminal and the terminals that it uses; each may double the time
 
 
 class LarkShape:
@@ -35,18 +35,18 @@ class LarkShape:
         self._nested: dict[str, int] = {"": 0}
         self._meeting: Counter[str] = Counter()
         self._rule = ""
-        self._lengths = [0]  # of the sequences that are open
+        self._lengths = [0]  # lengths of the open sequences
         self._words = 0
 
     def rule(self, name: str) -> None:
-        """A rule begins."""
+        """Begin a rule."""
         self._rule = name
         self._refers.setdefault(name, set())
         self._nested.setdefault(name, 0)
         self._lengths = [0]
 
     def word(self, name: str | None = None) -> None:
-        """A name, or something else that a sequence is made of."""
+        """Add an element of a sequence: a name, if `name` is given, or something else."""
         if name is not None:
             self._refers[self._rule].add(name)
         self._words += 1
@@ -55,7 +55,7 @@ class LarkShape:
             raise refused(f"the grammar has more than {MAX_WORDS} words, or {MAX_SEQUENCE} behind each other")
 
     def bracket(self, mark: str) -> None:
-        """An opening or closing bracket, the bar between alternatives, or the `&` of what must hold together."""
+        """Handle a bracket, the bar between alternatives, or the `&` between intersected expressions."""
         if mark == "&":
             self._meeting[self._rule] += 1
         elif mark == "|":
@@ -84,7 +84,7 @@ class LarkShape:
                     f"the grammar's rules lead {reached} deep from one to the next, brackets included; at most "
                     f"{MAX_DEPTH} are allowed"
                 )
-            inside = beyond if _is_terminal(names[0]) else set()  # a rule's terminals do not meet
+            inside = beyond if _is_terminal(names[0]) else set()  # terminals of a rule are not intersected
             together = sum(self._meeting[name] for name in names) + sum(meeting[other] for other in inside)
             meeting |= dict.fromkeys(names, together)
             if together > MAX_MEETING:
@@ -140,18 +140,18 @@ DEFAULT_WHITESPACE = r"[ ]{1,2}|\n(?:[ ]{0,40}|\t{0,10})"
 ANY_TEXT = "/(?s:.*)/"
 MAX_GBNF = 2_000  # rules and opening brackets of a GBNF grammar
 MAX_GBNF_TEXT = 1 << 16  # its characters: the converter's time grows with the square of comments, and of rules
-_ESCAPES = 'nrbtf\\"'  # without \u, which would let a key be spelled in two ways where it matters
-_TOKENS = re.compile(  # llguidance's tokens that matter here; no pattern backtracks over the same characters
+_ESCAPES = 'nrbtf\\"'  # without \u, with which a key could be spelled in two ways
+_TOKENS = re.compile(  # the relevant tokens of llguidance; no pattern backtracks over the same characters
     r"""(?P<string>"(?:[^"\\\n]++|\\.)*+"i?)|(?P<comment>(?://|\#)[^\n]*+)|(?P<regex>/(?:[^/\\]++|\\.)++/[a-z]*+)"""
     r"""|(?P<broken>["/])|(?P<token><[^<>\s]++>)|(?P<json>%json\b\s*+)"""
     r"""|(?P<option>\b(?:temperature|max_tokens|stop)\s*+=)|^[ \t]*+[?!]?(?P<rule>\w[\w-]*+)(?=[^\n"/:]*+:)"""
     r"""|(?P<mark>[(\[{}\])|&])|(?P<name>\w[\w-]*+)""",
     re.MULTILINE,
 )
-_IS_LARK = re.compile(r"^[^\S\n]*+(?:%llguidance\b|start\s*+:)", re.MULTILINE)  # as llguidance's, which is quadratic
+_IS_LARK = re.compile(r"^[^\S\n]*+(?:%llguidance\b|start\s*+:)", re.MULTILINE)  # llguidance's test is quadratic
 
 Grammar = dict[str, Any]
-"""A named grammar in llguidance's list: `name`, and `lark_grammar` or `json_schema`."""
+"""An element of llguidance's list of grammars: `name`, and `lark_grammar` or `json_schema`."""
 
 
 def quoted(text: str) -> str:
@@ -160,7 +160,7 @@ def quoted(text: str) -> str:
 
 
 class Literals:
-    """Texts in which the names of special tokens mean these tokens.
+    """Converts texts in which the names of special tokens mean these tokens.
 
     Args:
         special: name -> token id.
@@ -172,17 +172,17 @@ class Literals:
         self._names = re.compile("(" + "|".join(map(re.escape, names)) + ")") if names else None
 
     def pieces(self, text: str) -> list[str]:
-        """The text as expressions of Lark that follow each other: strings, and tokens as `<[id]>`."""
+        """Return the text as a sequence of Lark expressions: strings, and tokens as `<[id]>`."""
         parts = self._names.split(text) if self._names is not None else [text]
         return [f"<[{self._special[part]}]>" if part in self._special else quoted(part) for part in parts if part]
 
     def expression(self, text: str) -> str:
-        """The text as one expression of Lark."""
+        """Return the text as one Lark expression."""
         return " ".join(self.pieces(text)) or '""'
 
 
 def is_token(piece: str) -> bool:
-    """Whether an expression of `Literals.pieces` is a token."""
+    """Return whether an expression of `Literals.pieces` is a token."""
     return piece.startswith("<[")
 
 
@@ -190,10 +190,10 @@ def json_grammar(name: str, schema: Any, spec: StructuredOutputsParams, budget: 
     """Return the grammar of a JSON schema, which may be changed.
 
     Args:
-        name: of the grammar.
-        schema: as `json.loads` gives it.
-        spec: for whitespace.
-        budget: of all schemas of one form.
+        name: name of the grammar.
+        schema: the result of `json.loads`.
+        spec: parameters, of which those for whitespace are used.
+        budget: budget of all schemas of one form.
 
     Raises:
         InvalidParameterError: see `checked_schema`.
@@ -246,7 +246,7 @@ def _from_gbnf(text: str) -> str:
         return gbnf_to_lark(text)
     except RecursionError:
         raise refused("the grammar is nested too deeply") from None
-    except Exception as error:  # the converter's only way to say what is wrong; a text that ends early is an IndexError
+    except Exception as error:  # the converter raises any exception; an incomplete text is an IndexError
         raise refused(f"the grammar is neither Lark (no rule 'start:') nor GBNF: {error}") from None
 
 
@@ -277,7 +277,7 @@ def _checked_lark(text: str, spec: StructuredOutputsParams, budget: Budget) -> s
 
 
 def _inline_schema(text: str, position: int) -> tuple[Any, int]:
-    """The JSON schema behind `%json` and white space, and where it ends."""
+    """Return the JSON schema after `%json` and whitespace, and the position of its end."""
     try:
         _, end = json.JSONDecoder().raw_decode(text, position)
     except (ValueError, RecursionError) as error:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Grammar backend with llguidance, over the tokenizer's token bytes (step 7 of ten).
 
-The vocabulary's trie is built once, for the first grammar. Compiled grammars are cached, so that a form that is used
-again costs a copy.
+The vocabulary's trie is built once, for the first grammar. Compiled grammars are cached; a cached grammar is only
+copied.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from candle_vllm.core.sampling.token_trie import TokenTrie, Vocabulary
 if TYPE_CHECKING:
     from candle_vllm.core.sampling.llguidance_compiler import Compiled, Compiler
 
-MAX_CACHED = 64  # compiled grammars
-MAX_CACHED_CHARACTERS = 4 << 20  # of their descriptions; a large one takes some 30 bytes of memory for each
+MAX_CACHED = 64  # maximum number of compiled grammars in the cache
+MAX_CACHED_CHARACTERS = 4 << 20  # maximum characters of their descriptions; each takes about 30 bytes of memory
 
 _AT_WORK: set[object] = set()
-_CHANGED = threading.Condition()  # guards what is at work
+_CHANGED = threading.Condition()  # guards `_AT_WORK`
 _OVER = threading.Event()
-_LONGEST = 60.0  # seconds that the end waits; a forked process has entries of threads that it lacks
+_LONGEST = 60.0  # maximum seconds that shutdown waits; a forked process has entries of threads that do not exist
 
 
 class LlguidanceBackend:
-    """Compiler of grammars; see `GrammarBackend`. Cheap to construct: the first grammar causes the work.
+    """Compiler of grammars; see `GrammarBackend`. Its construction is cheap, because the first grammar builds the trie.
 
     Args:
         tokenizer: the vocabulary. Ids without bytes are never allowed.
         vocab_size: V, the width of the logits.
-        eos_token_ids: every token that ends a text; those outside the vocabulary are left out.
-        open_objects: JSON objects may have keys that their schemas do not mention.
+        eos_token_ids: every token that ends a text; ids outside the vocabulary are ignored.
+        open_objects: whether JSON objects may have keys that their schemas do not mention.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class LlguidanceBackend:
         finally:
             with self._lock:
                 del self._under_way[key]
-            del mine, other  # their error holds this frame
+            del mine, other  # their error refers to this frame
         return compiler.grammar(compiled)
 
     def close(self) -> None:
@@ -134,8 +134,8 @@ class LlguidanceBackend:
 def _awaited_at_the_end() -> Iterator[None]:
     """Make the interpreter's shutdown wait for llguidance's work in this thread.
 
-    A shutting-down interpreter unwinds threads that request the GIL, which llguidance's build does not allow: a daemon
-    thread within llguidance would end the process by signal 11.
+    During shutdown the interpreter unwinds threads that request the GIL, which llguidance's build does not allow: a
+    daemon thread within llguidance would end the process by signal 11.
     """
     work = object()
     with _CHANGED:
@@ -158,7 +158,7 @@ def _await_work() -> None:
 
 
 def _awaited(other: Future[Compiled]) -> Compiled:
-    """Wait for the same form in another thread; its error is raised as a new one, as each thread adds its own trace."""
+    """Wait for the same form in another thread; raise its error as a new one, because threads add tracebacks."""
     try:
         return other.result()
     except InvalidParameterError as error:

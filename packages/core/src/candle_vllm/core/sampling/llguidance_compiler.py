@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Compile the form of a text to llguidance's matcher (step 7 of ten).
 
-A form is a list of named grammars: its own, the grammars that it refers to, one for the text around it, and before them
-one for the free text of the reasoning. llguidance decides on bytes alone: it must not force the tokenizer's canonical
-tokenization, which would call back into Python for every mask.
+A form is a list of named grammars: the grammar of the form, the grammars that it refers to, one for the text around it,
+and before them one for the free text of the reasoning. llguidance uses only bytes: it must not force the tokenizer's
+canonical tokenization, which would call Python for every mask.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _NAMES = MappingProxyType({"json": "JSON schema", "json_object": "JSON object", 
 
 
 class Compiled(NamedTuple):
-    """Compiled form for one vocabulary.
+    """A form that was compiled for one vocabulary.
 
     Attributes:
         form: llguidance's matcher.
@@ -109,12 +109,12 @@ class Compiler:
         return int(piece[2:-2]) if lark.is_token(piece) else mark.encode()
 
     def _are_plain(self, spec: StructuredOutputsParams) -> bool:
-        """Whether each mark of the reasoning is either a plain text or one token."""
+        """Return whether each mark of the reasoning is either a plain text or one token."""
         marks = filter(None, (spec.reasoning_start, spec.reasoning_end))
         return all(len(self._trie.literals.pieces(mark)) == 1 for mark in marks)
 
     def _may_begin(self, matcher: LLMatcher) -> bool:
-        """Whether any token but an end token may come first.
+        """Return whether any token except an end token may come first.
 
         Raises:
             InvalidParameterError: the first mask alone exceeds llguidance's limits.
@@ -165,9 +165,9 @@ class Compiler:
         return structural_tag_grammars(spec, "form", self._trie.literals, budget)
 
     def _reasoning(self, start: str | None, end: str) -> list[str]:
-        """Return rules for free text up to a mark, the whitespace that models write there, then the answer."""
+        """Return rules for free text up to a mark, the whitespace that models write after it, then the answer."""
         first, *rest = self._trie.literals.pieces(end)
-        if lark.is_token(first):  # any tokens but the mark and the ends
+        if lark.is_token(first):  # any tokens except the mark and the end tokens
             stops = ",".join(map(str, sorted({int(first[2:-2]), *self._trie.eos_ids})))
             rules = [f"thought: <[^{stops}]>* {' '.join([first, *rest])}"]
         else:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """State of one text in a grammar of llguidance (step 7 of ten).
 
-Copies of a matcher share one lexer: states that one text computes serve all texts, which makes later masks fast. They
-also share its limits. An exhausted lexer is lost for every copy, and llguidance cannot copy a matcher with a separate
-lexer. So a text whose lexer is exhausted continues with another one, which consumes its tokens again (`Form.renewed`).
+Copies of a matcher share one lexer and its states, which makes later masks fast, and its limits. An exhausted lexer is
+unusable for every copy, and llguidance cannot copy a matcher with a separate lexer. So a text whose lexer is exhausted
+continues with a new matcher, which consumes the text's tokens again (`Form.renewed`).
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from candle_vllm.core.sampling.token_trie import TokenTrie
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
-_MOST_FORCED = 256  # forced bytes that are tokenized at a time
-_MOST_RENEWING = 1.0  # most seconds of compiling a form's lexers again while answers wait
+_MOST_FORCED = 256  # maximum number of forced bytes that are tokenized at a time
+_MOST_RENEWING = 1.0  # maximum seconds of compiling a form's lexers again while answers wait
 _RAN_OUT = MappingProxyType(
     {
         "too many expressions": "the text needs more of its regular expressions than one token may take",
         "too many states": "the texts of this form have used up the states that its regular expressions may have",
     }
 )
-MAX_ERROR = 300  # characters of a message of the compiler
+MAX_ERROR = 300  # maximum characters of a message of the compiler
 
 
 class Form:
-    """Compiled form, at the start of a text. Thread-safe.
+    """A compiled form, at the start of a text. Thread-safe.
 
     Args:
         make: compiles the form; returns a matcher at the start of a text.
@@ -59,18 +59,18 @@ class Form:
 
     @property
     def is_spent(self) -> bool:
-        """Whether lexers were exhausted so often that no text gets another one; then the form is compiled again."""
+        """Whether lexers were exhausted so often that no text gets a new one; then the form is compiled again."""
         return self._seconds > _MOST_RENEWING
 
     def renewed(self, lost: LLMatcher, *, alone: bool) -> tuple[LLMatcher, bool] | None:
         """Return a new matcher at the start, to replace one with an exhausted lexer, and whether it is used alone.
 
-        The first text that finds a lexer exhausted has probably exhausted it, and gets its own lexer, where it cannot
-        affect other texts. All other texts share a new one.
+        The first text that finds a lexer exhausted has probably exhausted it, and gets its own lexer, so that it cannot
+        affect other texts. All other texts share a new lexer.
 
         Args:
             lost: the exhausted matcher, from `start`.
-            alone: give the text its own lexer in any case.
+            alone: whether the text must get its own lexer.
 
         Returns:
             None if renewals already took too long; the engine's steps wait for them.
@@ -95,9 +95,9 @@ class Follower:
     """Matcher of one text in a form, which replaces an exhausted lexer.
 
     Attributes:
-        matcher: its state after the text; in an error if the text cannot be continued.
-        is_alone: no other matcher shares its lexer. Only the text itself may be matched then: draft tokens that exhaust
-            the lexer would end the answer.
+        matcher: the matcher after the text; in an error state if the text cannot be continued.
+        is_alone: whether no other matcher shares its lexer. Then only the text itself may be matched, because draft
+            tokens that exhaust the lexer would end the answer.
     """
 
     def __init__(self, form: Form) -> None:
@@ -115,14 +115,14 @@ class Follower:
         return other
 
     def fill_mask(self, bits: NDArray[np.int32]) -> bool:
-        """Write llguidance's mask of the allowed next tokens; False if the text cannot be continued."""
+        """Write llguidance's mask of the allowed next tokens; return False if the text cannot be continued."""
         self.matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
         while self.matcher.is_error() and self._renew():
             self.matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
         return not self.matcher.is_error()
 
     def consume(self, token: int) -> bool:
-        """Consume a token; False if it is not allowed, or the text cannot be continued after it."""
+        """Consume a token; return False if it is not allowed, or if the text cannot be continued after it."""
         while not self.matcher.consume_token(token):
             if not self._renew():
                 return False
@@ -130,7 +130,7 @@ class Follower:
         return True
 
     def rollback(self, count: int) -> None:
-        """Go back by `count` tokens; a text in an error cannot go back, which its next mask reports."""
+        """Undo the last `count` tokens; this is impossible after an error, which the next mask reports."""
         if count > len(self._said):
             raise ValueError(f"cannot go back by {count} tokens: the text has {len(self._said)}")
         del self._said[len(self._said) - count :]
@@ -140,7 +140,7 @@ class Follower:
     def _renew(self) -> bool:
         """Replace an exhausted lexer, and bring the new matcher to the same position; return whether that succeeded.
 
-        Each token's mask is computed again too, because that refills the lexer's fuel.
+        Each token's mask is computed again too, because this resets the lexer's fuel.
         """
         if self._form is None or self.is_alone or not _is_lost(self._start):
             return False
@@ -174,7 +174,7 @@ class LlguidanceGrammar:
     """Position of one text in a grammar; see `Grammar`.
 
     Args:
-        form: of the text.
+        form: the form of the text.
         trie: the vocabulary.
     """
 
@@ -188,7 +188,7 @@ class LlguidanceGrammar:
         """See `Grammar`."""
         trie = self._trie
         whole = bits if len(bits) == trie.words else np.zeros(trie.words, np.int32)
-        if not self._text.fill_mask(whole):  # the mask is that of an end then
+        if not self._text.fill_mask(whole):  # the mask would allow only an end
             raise cannot_go_on(self._text.matcher)
         np.bitwise_and(whole[: len(bits)], trie.usable, out=bits)
 
@@ -225,11 +225,11 @@ class LlguidanceGrammar:
         return 0 if self.exhausted or self._text.is_alone else self._text.matcher.validate_tokens(inside)
 
     def ff_tokens(self) -> list[int]:
-        """See `Grammar`. The last token is left out if following text might change the tokenization."""
+        """See `Grammar`. The last token is excluded if the following text might change the tokenization."""
         if self.exhausted:
             return []
         data = self._text.matcher.compute_ff_bytes()[:_MOST_FORCED]
-        if not data:  # as in most places; a tokenizer that is asked about no text takes ten times as long as all this
+        if not data:  # the usual case; tokenizing an empty text would take ten times as long as the rest
             return []
         tokens = list(self._trie.written(data))
         return tokens[: self._text.matcher.validate_tokens(tokens)]

@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 _LIMITS: Mapping[str, Any] = MappingProxyType(
     {
-        "max_lexer_states": 60_000,  # up to 2 kB each, for every form
+        "max_lexer_states": 60_000,  # each takes up to 2 kB, for every form
         "max_grammar_size": 200_000,
         "verbose_errors": False,
     }
 )
 MOST_COMPILING = 10
-"""Seconds that llguidance may take for one form."""
-_FEW = 1024  # characters without counts, in which nothing explodes
+"""Maximum seconds that llguidance may take for one form."""
+_FEW = 1024  # characters of a text without counts that always compiles in time
 _COUNTED = re.compile(r"\{\d")
 _TOKEN = re.compile(r"<\[[\d,^-]+\]>")
 _TRIAL = """
@@ -43,7 +43,7 @@ LLMatcher(LLTokenizer("byte"), sys.stdin.buffer.read().decode(), log_level=0, li
 
 
 def limits() -> LLParserLimits:
-    """Return llguidance's own limits."""
+    """Return the limits that llguidance enforces."""
     from llguidance import LLParserLimits
 
     return LLParserLimits(**_LIMITS)
@@ -64,11 +64,11 @@ def check_time(name: str, text: str) -> None:
 
 
 def _ends_in_time(text: str) -> bool:
-    """Whether grammars are compiled in bounded time, tried in a process that can be killed, over single bytes.
+    """Return whether grammars compile in time: a trial over single bytes, in a process that can be killed.
 
     The compiler's errors are reported when the grammars are compiled in this process.
     """
-    if getattr(sys, "frozen", False):  # `sys.executable` is some program, not Python
+    if getattr(sys, "frozen", False):  # `sys.executable` is not Python
         return True
     known = _TOKEN.sub("<[256]>", text)  # a special token of that vocabulary
     program = [sys.executable, "-P", "-c", _TRIAL, json.dumps(dict(_LIMITS)), str(MOST_COMPILING)]
@@ -76,4 +76,4 @@ def _ends_in_time(text: str) -> bool:
         tried = subprocess.run(program, input=known.encode(), timeout=MOST_COMPILING, capture_output=True, check=False)
     except subprocess.TimeoutExpired:
         return False
-    return tried.returncode >= 0  # else it was ended by a limit of its own
+    return tried.returncode >= 0  # else a limit of the process has ended it

@@ -18,7 +18,7 @@ from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.sampling.thoughts import MAX_BUDGET, ThoughtBudget
 from candle_vllm.core.text.stop_scanner import StopMarks, StopScanner
 
-MAX_SEQUENCES = 128  # most sequences of one prompt (`n`)
+MAX_SEQUENCES = 128  # maximum number of sequences of one prompt (`n`)
 MAX_STOP_STRINGS = 64
 MAX_STOP_LENGTH = 1024  # characters of one stop string
 MAX_LOGPROBS = 20  # alternatives reported per token
@@ -27,24 +27,24 @@ MAX_ALLOWED_TOKENS = 1_000_000
 MAX_TOKENS = 1 << 24
 MAX_TOP_K = 1 << 24
 MAX_LOOKBACK = 1 << 24  # tokens of `repeat_last_n` and `dry_penalty_last_n`
-MAX_BREAKERS = 16  # of `dry_sequence_breakers`
-MAX_BREAKER_LENGTH = 40  # characters of one, as in llama.cpp
+MAX_BREAKERS = 16  # maximum number of `dry_sequence_breakers`
+MAX_BREAKER_LENGTH = 40  # maximum characters of a breaker, as in llama.cpp
 MAX_PROCESSORS = 16
-MAX_GUESSES = 128  # of `num_speculative_tokens`
-MAX_PREDICTION = 1 << 20  # characters of `prediction`
+MAX_GUESSES = 128  # maximum of `num_speculative_tokens`
+MAX_PREDICTION = 1 << 20  # maximum characters of `prediction`
 
 DRY_BREAKERS = ("\n", ":", '"', "*")
-"""What ends a repetition for DRY where the request does not say it; llama.cpp's."""
+"""Default sequence breakers of DRY, as in llama.cpp."""
 
 
 DEFAULT_SAMPLING: Mapping[str, float | int] = MappingProxyType(
     {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
 )
-"""What counts where neither a request nor the model's files say it: llama.cpp's."""
+"""Values if neither a request nor the model's files set them, as in llama.cpp."""
 
 
 class _Open(float):
-    """Default of a field that was not given. A copy is the same object, so that encoders leave it out as a default."""
+    """Default of a field that was not given. A copy is the same object, so that encoders omit it as a default."""
 
     __slots__ = ()
     known: ClassVar[dict[float, _Open]] = {}
@@ -65,7 +65,7 @@ class RequestOutputKind(enum.IntEnum):
     """Contents of each output of `AsyncLLM.generate`."""
 
     CUMULATIVE = 0  # everything so far
-    DELTA = 1  # what is new
+    DELTA = 1  # only new tokens and text
     FINAL_ONLY = 2  # everything, once
 
 
@@ -82,7 +82,7 @@ class SamplingParams(
     they were not given. A given value stays, even if it equals the default here; two objects are equal only if the same
     fields were not given. Assigning a field checks it like the constructor does. An engine keeps a copy, so that later
     changes do not affect a request; `msgspec.structs.replace(params, seed=1)` makes a changed copy. msgspec's encoders
-    leave out fields with their default, so that fields that were not given stay so.
+    omit fields with their default, so that fields that were not given remain so.
 
     Attributes:
         n: sequences generated for the prompt, 1 to 128.
@@ -118,7 +118,7 @@ class SamplingParams(
             Instead of a function, the name of one in the entry-point group `candle_vllm.logits_processors` of an
             installed package is accepted; an engine in another process accepts names only.
         seed: makes the request reproducible whatever else is in the batch; any 64-bit integer.
-        max_tokens: most tokens to generate; None means up to the context length, which is also the default of `chat`.
+        max_tokens: maximum number of generated tokens; None, the default of `chat` too, means up to the context length.
         min_tokens: no end-of-sequence or stop before this many tokens. `structured_outputs` wins: if it allows only the
             end, the text ends there, however short it is.
         stop: strings that end the text; not part of the text unless `include_stop_str_in_output`.
@@ -142,11 +142,11 @@ class SamplingParams(
             (`<think>`); refused for a vocabulary without them. -1 is no limit.
         cache_salt: prefix-cache blocks are shared only between requests with the same salt.
         skip_reading_prefix_cache: compute the whole prompt even if cached blocks exist.
-        num_speculative_tokens: most draft tokens of a step, 0 to 128, in an engine with speculation; the engine's own
+        num_speculative_tokens: maximum draft tokens of a step, 0 to 128, in an engine with speculation; the engine's
             limit applies too. 0 turns speculation off. The generated tokens stay the same.
         prediction: the text that most of the output will equal, up to 2 ** 20 characters; draft tokens are also taken
             from it. The generated tokens stay the same.
-        output_kind: for `AsyncLLM.generate` alone; other methods define whether they return deltas or whole outputs.
+        output_kind: only for `AsyncLLM.generate`; other methods define whether they return deltas or whole outputs.
     """
 
     n: int = 1
@@ -197,7 +197,7 @@ class SamplingParams(
     prediction: str | None = None
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
 
-    if not TYPE_CHECKING:  # the fields' own types are what is checked
+    if not TYPE_CHECKING:  # type checkers use the fields' types
 
         def __setattr__(self, name: str, value: Any) -> None:
             if name not in self.__struct_fields__:
@@ -312,7 +312,7 @@ class SamplingParams(
         return _is_open(getattr(self, name))
 
     def filled(self, defaults: Mapping[str, float | int]) -> SamplingParams:
-        """Return a copy in which `defaults` replace the fields that were not given, with plain numbers everywhere.
+        """Return a copy in which `defaults` replace the fields that were not given; all its values are plain numbers.
 
         Raises:
             InvalidParameterError: a default cannot be used.
@@ -336,7 +336,7 @@ class SamplingParams(
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
     def stop_scanner(self, special_tokens: Iterable[str]) -> StopScanner:
-        """Return a scanner for one text; `special_tokens` are the names of those in the vocabulary."""
+        """Return a scanner for one text; `special_tokens` are the names of the vocabulary's special tokens."""
         return StopScanner(
             self.stop_strings,
             include_stop=self.include_stop_str_in_output,

@@ -29,15 +29,15 @@ def _limits() -> NDArray[np.void]:
     return table
 
 
-_LIMITS = _limits()  # eight limits as one value, so that they are taken at once
+_LIMITS = _limits()  # eight limits as one value, so that one comparison checks all
 
 
 def mask_row(row: NDArray[np.float32], bits: NDArray[np.int32]) -> None:
     """Set the logits of tokens that are not allowed to -inf, in place.
 
     Args:
-        row: [V], contiguous. NaN stays; a row with +inf holds NaN afterwards, so that a broken model never passes for a
-            working one.
+        row: [V], contiguous. NaN stays; a row with +inf contains NaN afterwards, so that a broken model is always
+            detected.
         bits: [ceil(V / 32)], bit i % 32 of word i // 32 is 1 if token i is allowed.
     """
     broken = not row.max() < np.inf
@@ -67,8 +67,8 @@ def apply_processors(logits: Value, states: Sequence[SamplingState]) -> None:
 
     Args:
         logits: [R, V] float32, an array or a tensor, each row contiguous; on other devices the whole is contiguous. A
-            row with NaN or +inf holds one of them afterwards even if that token is masked, so that a broken model never
-            passes for a working one.
+            row with NaN or +inf contains one of them afterwards, even if that token is masked, so that a broken model
+            is always detected.
         states: one per row.
     """
     table = kernels.host_rows(logits)

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-_MULTIPLIERS = np.array([0xD2511F53, 0xCD9E8D57], np.uint64)  # of counter words 0 and 2
+_MULTIPLIERS = np.array([0xD2511F53, 0xCD9E8D57], np.uint64)  # multipliers of counter words 0 and 2
 _KEY_STEPS = np.array([0x9E3779B9, 0xBB67AE85], np.uint32)
 _ROUNDS = 10
 _LOW = np.uint64(0xFFFFFFFF)
@@ -47,12 +47,12 @@ def seed_words(seed: int, index: int) -> tuple[int, int, int, int]:
 def uniforms(
     words: Sequence[tuple[int, int, int, int]], first: Sequence[int], count: int, stream: int = 0
 ) -> NDArray[np.float64]:
-    """The numbers of some sequences, each at `count` positions from its first on; one by one they would be the same.
+    """Return the random numbers of some sequences, each for `count` positions from its first on.
 
     Args:
         words: `seed_words` of R sequences.
-        first: [R] how many tokens a sequence has generated when its first number is used; below 2**32 - `count`.
-        stream: whose numbers, see above.
+        first: [R] numbers of tokens that a sequence has generated when its first number is used; below 2**32 - `count`.
+        stream: the stream of the numbers, see above.
 
     Returns:
         [R, count] float64, uniform on the open interval (0, 1): odd multiples of 2**-53, made of 52 random bits.

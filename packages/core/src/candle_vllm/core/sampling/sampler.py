@@ -40,7 +40,7 @@ class LogprobRow(msgspec.Struct, frozen=True):
         token_id: the token at this position.
         logprob: natural logarithm of its probability, at most 0.
         rank: 1 for the likeliest token; among equals the lower id comes first, as in `top_ids`.
-        top_ids: the requested number of likeliest tokens in falling order; tokens of probability 0 are left out.
+        top_ids: the requested number of likeliest tokens in descending order, without tokens of probability 0.
         top_logprobs: their log-probabilities.
     """
 
@@ -55,7 +55,7 @@ class LogprobRow(msgspec.Struct, frozen=True):
         """Make an entry from logits.
 
         Args:
-            token_id, logit, rank: of the sampled token, or of the token at this position of the prompt.
+            token_id, logit, rank: the sampled token or the prompt's token at this position, its logit and rank.
             offset: subtracted from a logit to get its log-probability.
             top: ids and logits of the likeliest tokens; a negative id is padding.
         """
@@ -94,7 +94,7 @@ def logprob_rows(logits: Value, token_ids: Sequence[int], tops: Sequence[int]) -
 def _rows_on_gpu(logits: Value, token_ids: Sequence[int], tops: Sequence[int]) -> list[LogprobRow]:
     import torch
 
-    with torch.cuda.device(logits.device):  # the engine's thread has a device of its own
+    with torch.cuda.device(logits.device):  # each thread has its own current device
         ids, asked = (torch.tensor(numbers, device=logits.device) for numbers in (token_ids, tops))
         found = kernels.stand_tensors(logits, ids, asked, max(tops))
         columns = (found.logits, found.offsets, found.ranks, found.top_ids, found.top_logits)
@@ -104,7 +104,7 @@ def _rows_on_gpu(logits: Value, token_ids: Sequence[int], tops: Sequence[int]) -
     ]
 
 
-LOGPROB_CHUNK = 1 << 22  # logits of a chunk for prompt_logprobs: 16 MB
+LOGPROB_CHUNK = 1 << 22  # number of logits of a chunk for prompt_logprobs: 16 MB
 _BROKEN = "the model gave NaN or infinite logits for this sequence; its files or its data type may be at fault"
 _NOTHING = (
     "no token may be chosen: together, allowed_token_ids, bad_words, min_tokens and any grammar forbid every token; "
@@ -148,7 +148,7 @@ class Sampler:
 
     Args:
         draw: function that samples; `kernels.draw` by default.
-        controls: [most, 5] memory for the parameters of the next rows; None for new memory.
+        controls: [maximum rows, 5] memory for the parameters of the next rows; None to allocate it.
         run_controls: the same memory for the rows of `sample_runs`.
     """
 
@@ -169,7 +169,7 @@ class Sampler:
             kernels.prepare()
 
     def only_samples(self, states: Sequence[SamplingState], *, goes_on: bool) -> bool:
-        """Whether the rows need neither edits nor log-probabilities; if so, write their parameters to `controls`.
+        """Return whether the rows need neither edits nor log-probabilities; if so, write their parameters to controls.
 
         Args:
             states: one per row.
@@ -182,7 +182,7 @@ class Sampler:
         return self._rows.only_samples
 
     def only_samples_runs(self, states: Sequence[SamplingState], drafts: Sequence[Sequence[int]]) -> bool:
-        """As `only_samples`, for the rows of `sample_runs`; their parameters are written to `run_controls`."""
+        """Do what `only_samples` does for the rows of `sample_runs`; their parameters are written to `run_controls`."""
         if self._run_controls is None or not _at_once(states) or any(state.only_masks for state in states):
             return False
         controls = run_controls(states, drafts)
@@ -245,7 +245,7 @@ class Sampler:
     def _sample_in_turn(
         self, logits: Value, states: Sequence[SamplingState], drafts: Sequence[Sequence[int]]
     ) -> list[tuple[Token, ...]]:
-        """As `sample_runs`, for sequences whose logits' edits depend on the token of the row before."""
+        """Do what `sample_runs` does for sequences whose edits of logits depend on the token of the row before."""
         drawn: list[list[Token]] = [[] for _ in states]
         first = np.cumsum([0, *(1 + len(own) for own in drafts)])
         taken = [0] * len(states)
@@ -271,7 +271,7 @@ class Sampler:
     def _sample_apart(
         self, logits: Value, states: Sequence[SamplingState], drafts: Sequence[Sequence[int]]
     ) -> list[tuple[Token, ...]]:
-        """As `sample_runs`: first all sequences whose rows are independent, then the others row by row."""
+        """Do what `sample_runs` does: first all sequences whose rows are independent, then the others row by row."""
         first = np.cumsum([0, *(1 + len(own) for own in drafts)])
         drawn: list[tuple[Token, ...]] = [()] * len(states)
         apart = [_at_once([state]) for state in states]
@@ -287,7 +287,7 @@ class Sampler:
     def _sample_runs(
         self, logits: Value, states: Sequence[SamplingState], drafts: Sequence[Sequence[int]]
     ) -> list[tuple[Token, ...]]:
-        """As `sample_runs`, for sequences whose logits only a grammar edits: all rows at once."""
+        """Do what `sample_runs` does for sequences whose logits only a grammar edits: all rows at once."""
         with _without_gradients(logits):
             logits = _in_one_piece(logits)
             counted = _mask_runs(logits, states, drafts)
@@ -354,7 +354,7 @@ def right_runs(
     Args:
         tokens: the sampled tokens of the rows of all runs.
         drafts: draft tokens of each run.
-        counted: most drafts that may be accepted in each run; None for all.
+        counted: maximum number of drafts that may be accepted in each run; None for all.
     """
     drawn: list[tuple[Token, ...]] = []
     first = 0
@@ -388,9 +388,9 @@ class _Rows:
         states: one per row.
         vocab_size: V of all rows.
         asking: rows with log-probabilities.
-        may_edit: a row may have masks, bias or penalties.
+        may_edit: whether a row may have masks, bias or penalties.
         settling: rows that need `commit_sampled` after a token was sampled.
-        only_draws: no row has log-probabilities or edits.
+        only_draws: whether no row has log-probabilities or edits.
         controls: [R, 5] parameters at the current positions.
 
     Args:
@@ -459,7 +459,7 @@ def controls(states: Sequence[SamplingState]) -> NDArray[np.float64]:
 
 def sampled_tokens(token_ids: Sequence[int], largest: Sequence[float]) -> list[Token]:
     """Return the sampled tokens, or an error for a row whose largest logit is not finite."""
-    if math.isfinite(sum(largest)):  # as all of them are then
+    if math.isfinite(sum(largest)):  # then all of them are finite
         return list(token_ids)
     return [_sampled_token(token, peak) for token, peak in zip(token_ids, largest, strict=True)]
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """SamplingState: the sampler's state of one sequence, from admission to its last token (step 7 of ten).
 
-It is made once, when the sequence is admitted, and outlives preemption: the engine may drop the sequence's cache and
-compute it again, while tokens and counts stay here. Whatever does not change from step to step is computed once, here.
+It is made once, when the sequence is admitted, and survives preemption: the engine may drop the sequence's cache and
+compute it again, while tokens and counts stay here. Values that are the same in every step are computed only once.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class SamplingState:
         params: how the tokens are chosen.
         vocab_size: V, the width of the logits.
         index: which of the request's `n` sequences this is.
-        seed: the request's, or 64 fresh bits.
+        seed: the request's seed, or 64 random bits.
         controls: temperature (0 for greedy), min_p, top_k (0 for all tokens), top_p; with a sampler chain, which
             applies min_p, top_k and top_p itself, these three have their neutral values.
         chain: [12] parameters of llama.cpp's sampler chain, see `kernels/sampling/chain.py`; None without a chain.
@@ -41,15 +41,15 @@ class SamplingState:
         bias_ids, bias_values: `logit_bias` as parallel arrays.
         counts: token counts for the penalties; None without a penalty. Counts of a window of the last tokens are
             valid until the next `append`.
-        windowed: the penalties count only a window of the last tokens.
+        windowed: whether the penalties count only a window of the last tokens.
         failure: error of one of the request's own logits processors, or None.
         grammar: state of the grammar of structured output; None without one.
         thoughts: count of reasoning tokens, which forces their end at a limit; None without a limit.
         tokens: prompt and output so far. The scheduler may read the same list; `append` and `rollback` change it.
-        reads_tokens: the host must know all earlier tokens before the next one is sampled.
-        notes_tokens: `append` updates more than `tokens`.
-        may_edit: its logits may be edited at some position: by masks, bias, penalties or processors.
-        only_masks: only its grammar edits its logits.
+        reads_tokens: whether the host must know all earlier tokens before the next one is sampled.
+        notes_tokens: whether `append` updates more than `tokens`.
+        may_edit: whether its logits may be edited at some position: by masks, bias, penalties or processors.
+        only_masks: whether only its grammar edits its logits.
         num_ahead: sampled tokens after `tokens` that the host does not know yet; above 0 only if steps overlap.
     """
 
@@ -75,9 +75,9 @@ class SamplingState:
             eos_token_ids: the model's end-of-sequence tokens. Ids outside the vocabulary cannot be produced and
                 need no mask.
             index: which of the request's `n` sequences this is.
-            bad_word_token_ids: `params.bad_words` as tokens, each at least one.
-            grammar: of `params.structured_outputs`, at the start of a text.
-            thoughts: of `params.thoughts`, at the start of a text.
+            bad_word_token_ids: `params.bad_words` as tokens, at least one for each.
+            grammar: the grammar of `params.structured_outputs`, at the start of a text.
+            thoughts: the count of `params.thoughts`, at the start of a text.
             breakers: sequence breakers of DRY; required for a request with DRY.
 
         Raises:
@@ -105,7 +105,7 @@ class SamplingState:
         self.controls = (0.0 if params.greedy else params.temperature, params.min_p, top_k, params.top_p)
         self.chain = None
         self._recent: RecentCounts | None = None
-        self._mus = [2 * params.mirostat_tau]  # of the tokens so far and the next one
+        self._mus = [2 * params.mirostat_tau]  # mirostat's mu of the tokens so far and of the next one
         self._chances: tuple[int, list[float]] = (0, [])  # a position, and XTC's random numbers from there on
         if params.chained:
             self.chain, self.controls = _chain(self.controls, params)
@@ -139,7 +139,7 @@ class SamplingState:
         return other
 
     def uniform(self) -> float:
-        """Return the random number in (0, 1) of the next token: a function of seed, index and position alone."""
+        """Return the random number in (0, 1) of the next token: a function of only seed, index and position."""
         first, numbers = self._uniforms
         offset = self.position - first
         if 0 <= offset < len(numbers):
@@ -186,14 +186,14 @@ class SamplingState:
             self.thoughts.add(token_id)
 
     def may_take(self, token_id: int) -> bool:
-        """Whether the grammar accepts this token as the next one. Waits for the grammar."""
+        """Return whether the grammar accepts this token as the next one. Waits for the grammar."""
         return self.grammar is None or self.grammar.legal((token_id,)) == 1
 
     @property
     def forced(self) -> int | None:
-        """Next token of the forced end of reasoning at its limit; None below the limit. Waits for the grammar.
+        """Return the next token of the forced end of reasoning at its limit; None below it. Waits for the grammar.
 
-        `allowed_token_ids` and the grammar win: a token that they forbid is forced later, once they allow it.
+        `allowed_token_ids` and the grammar have priority: a token that they forbid is forced when they allow it.
         """
         token = None if self.thoughts is None else self.thoughts.next_token
         if token is None or (bits := self._left()) is None or bits.view(np.uint32)[token // 32] >> token % 32 & 1:
@@ -293,7 +293,7 @@ class SamplingState:
         return np.packbits(flags, bitorder="little").view(np.int32)
 
     def forbidden_ids(self) -> NDArray[np.int64]:
-        """Return the tokens that may not come next: ends of bad words, and every stop token before `min_tokens`.
+        """Return the tokens that may not come next: last tokens of bad words, and stop tokens before `min_tokens`.
 
         As in vLLM, `min_tokens` forbids the end-of-sequence tokens under `ignore_eos` too. A grammar that allows only
         stop tokens wins over `min_tokens`. A forced end of reasoning is allowed too.
@@ -327,10 +327,10 @@ class SamplingState:
 
 
 def uniforms_ahead(states: Sequence[SamplingState]) -> NDArray[np.float64]:
-    """Return random numbers [K, R] of the next K >= 1 tokens of R sequences; K is what all of them have computed."""
+    """Return random numbers [K, R] of the next K >= 1 tokens of R sequences; all sequences have computed these K."""
     left = [_uniforms_left(state) for state in states]
     if not all(left):
-        _make_uniforms(states)  # in one call, which costs as much as the numbers of one sequence
+        _make_uniforms(states)  # one call for all sequences, which takes as long as for one
         left = [_UNIFORMS] * len(states)
     most = min(left)
     ahead = [state._uniforms[1][-count:][:most] for state, count in zip(states, left)]
@@ -365,7 +365,7 @@ class TokenCounts:
         self._counts = np.zeros(len(self._ids), np.float32)
 
     def add(self, token_id: int) -> None:
-        """Count one more occurrence in the output."""
+        """Count an occurrence in the output."""
         slot = self._slots.setdefault(token_id, self._size)
         if slot == self._size:
             if slot == len(self._ids):  # doubling keeps the cost per token constant
@@ -385,17 +385,17 @@ class TokenCounts:
 
     @property
     def ids(self) -> NDArray[np.int64]:
-        """[N] distinct token ids; valid until the next `add`."""
+        """Distinct token ids [N]; valid until the next `add`."""
         return self._ids[: self._size]
 
     @property
     def counts(self) -> NDArray[np.float32]:
-        """[N] occurrences in the output; valid until the next `add`."""
+        """Occurrences [N] in the output; valid until the next `add`."""
         return self._counts[: self._size]
 
 
 class RecentCounts:
-    """As `TokenCounts`, of a fixed window of tokens, of which the first `prompt` belong to the prompt.
+    """`TokenCounts` of a fixed window of tokens, of which the first `prompt` belong to the prompt.
 
     Tokens that occur only in the prompt have a count of 0, so that no penalty for the output applies to them.
     """
@@ -431,7 +431,7 @@ class BadWords:
         return bool(self._by_previous)
 
     def completions(self, output: list[int]) -> NDArray[np.int64]:
-        """Tokens that would complete a word after `output`."""
+        """Return the tokens that would complete a word after `output`."""
         if not output or output[-1] not in self._by_previous:
             return self._singles
         ends = [last for prefix, last in self._by_previous[output[-1]] if output[-len(prefix) :] == prefix]
@@ -458,7 +458,7 @@ def _penalty_counts(params: SamplingParams, prompt_ids: NDArray[np.int64]) -> To
     if params.repetition_penalty != 1.0:
         return TokenCounts(prompt_ids)
     if params.frequency_penalty or params.presence_penalty:
-        return TokenCounts(prompt_ids[:0])  # these two look at the output only
+        return TokenCounts(prompt_ids[:0])  # these two count only the output
     return None
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Structural tags: grammars of free text with parts in a given form between marks (forms of vLLM and xgrammar).
+"""Structural tags: grammars of free text that has parts in a given form between marks, as in vLLM and xgrammar.
 
 The older form has `structures` (`begin`, `schema`, `end`) that begin wherever one of `triggers` appears; the newer form
 is a tree of formats. Free text is matched lazily up to a mark, so that a mark always ends it.
@@ -19,7 +19,7 @@ from candle_vllm.core.sampling.structured import StructuredOutputsParams, parsed
 MAX_TAGS = 1_000
 MAX_FORMATS = 5_000
 MAX_NESTING = 30
-MAX_MARK = 4_096  # characters of a mark or a fixed text
+MAX_MARK = 4_096  # maximum characters of a mark or a fixed text
 _FIELDS: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
     "const_string": (frozenset({"value"}), frozenset()),
     "json_schema": (frozenset({"json_schema"}), frozenset({"style"})),
@@ -83,13 +83,13 @@ class _Writer:
         self._budget = budget
 
     def grammars(self, root: Any) -> list[Grammar]:
-        """The grammar of a format, then those inside it."""
+        """Return the grammar of a format, then the grammars that it refers to."""
         start = self._format(root, 0)
         text = "\n".join([f"start: {start}", *self._rules, f"TEXT: {ANY_TEXT}"])
         return [{"name": self._name, "lark_grammar": text}, *self._others]
 
     def _format(self, data: Any, depth: int) -> str:
-        """A format as an expression."""
+        """Return a format as a Lark expression."""
         kind = data.get("type") if isinstance(data, dict) else None
         if not isinstance(kind, str) or kind not in _FIELDS:
             raise refused(f"structural_tag has the format {kind!r:.80}; supported are {', '.join(_FIELDS)}")
@@ -125,7 +125,7 @@ class _Writer:
         return f"@{name}"
 
     def _sequence(self, elements: list[Any], depth: int) -> str:
-        """Free text must be followed by a fixed text, which ends it, or by nothing."""
+        """Return a sequence. After free text there must be a fixed text, which ends the free text, or nothing."""
         found, waiting = [], False
         for part in elements:
             free = isinstance(part, dict) and part.get("type") == "any_text"
@@ -144,7 +144,7 @@ class _Writer:
         return self._rule(" ".join(found))
 
     def _rest_of_tag(self, tag: dict[str, Any], depth: int) -> str:
-        """What follows the begin of a tag."""
+        """Return the expression of a tag without its begin."""
         content, end = tag["content"], tag["end"]
         ends = end if isinstance(end, list) else [end]
         if not ends or not all(isinstance(text, str) and len(text) <= MAX_MARK for text in ends):
@@ -192,7 +192,7 @@ class _Writer:
         return tags
 
     def _until(self, text: str) -> str:
-        """Free text up to and including a fixed one."""
+        """Return the expression of free text up to and including a fixed text."""
         first, *rest = self._literals.pieces(_short(text, "a mark behind free text"))
         if is_token(first):
             return " ".join(["TEXT", first, *rest])

@@ -21,7 +21,7 @@ MAX_SCHEMA = 1 << 20  # characters of a schema or a structural tag, as JSON
 MAX_REGEX = 1 << 16  # characters
 MAX_GRAMMAR = 1 << 20  # characters
 MAX_CHOICES = 50_000
-MAX_CHOICE_CHARACTERS = 1 << 20  # of all choices together
+MAX_CHOICE_CHARACTERS = 1 << 20  # maximum characters of all choices together
 MAX_WHITESPACE_PATTERN = 256  # characters
 MAX_REASONING_MARK = 256  # characters
 _PARAM = "structured_outputs"
@@ -29,7 +29,7 @@ _MARKS = ("__dataclass_fields__", "__total__", "__struct_fields__")  # of datacl
 
 
 class HasJsonSchema(Protocol):
-    """A class with a JSON schema of its objects, such as pydantic's models."""
+    """A class that has the JSON schema of its objects, such as a pydantic model."""
 
     def model_json_schema(self) -> Mapping[str, Any]: ...
 
@@ -41,13 +41,13 @@ else:
 
 
 class StructuredOutputsParams(ExplainedStruct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The form that a generated text must have. Exactly one of the first six is given.
+    """The form that a generated text must have. Exactly one of the first six attributes is given.
 
-    The form wins over `SamplingParams.min_tokens` and `ignore_eos`: a text whose form is complete ends.
+    The form has priority over `SamplingParams.min_tokens` and `ignore_eos`: a text whose form is complete ends.
 
     Attributes:
-        json: a JSON schema, as a mapping, as its text, or true for any JSON value. A class of pydantic's, a
-            dataclass, a TypedDict or a Struct of msgspec stands for its schema.
+        json: a JSON schema, as a mapping or as a text; true for any JSON value. For a pydantic class, a dataclass, a
+            TypedDict or a msgspec Struct, its schema is used.
         regex: a regular expression in the syntax of Rust's `regex` crate that the whole text matches.
         choice: texts, one of which is the whole text.
         grammar: a grammar in llguidance's dialect of Lark, or in llama.cpp's GBNF.
@@ -57,12 +57,12 @@ class StructuredOutputsParams(ExplainedStruct, frozen=True, kw_only=True, forbid
         whitespace_pattern: a regular expression for whitespace between the tokens of JSON. The default is at most two
             spaces, or a newline and its indentation, so that a model cannot generate whitespace without end.
         disable_any_whitespace: JSON without whitespace between its tokens.
-        reasoning_start: with `reasoning_end`: the text may begin with this mark (after whitespace), and the text from
-            there to the end mark is free. Without it the text begins inside the reasoning.
+        reasoning_start: mark with which the text may begin (after whitespace); from there to `reasoning_end` the text
+            is free. If it is not given, the text begins inside the reasoning.
         reasoning_end: the mark before which the text is free; the form begins after it. The name of a special token
             means that token, in both marks and in the texts of a structural tag.
-        around: a grammar, as `grammar`, of the whole text after the reasoning, in which `@form` is the form: marks
-            that the model writes around an answer, or tool calls instead of an answer.
+        around: a grammar, in the syntax of `grammar`, of the whole text after the reasoning; `@form` in it is the form.
+            It allows marks around an answer, or tool calls instead of an answer.
     """
 
     json: Schema | None = None
@@ -151,7 +151,7 @@ def schema_of(model: Any) -> Mapping[str, Any]:
         )
     try:
         return model.model_json_schema() if pydantics else msgspec.json.schema(model)
-    except Exception as error:  # of a class with a field that JSON has no form for
+    except Exception as error:  # a field of the class has no JSON type
         raise refused(f"json: {model.__name__:.80} has no JSON schema: {error!s:.300}") from error
 
 

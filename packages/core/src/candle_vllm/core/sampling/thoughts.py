@@ -23,7 +23,7 @@ THOUGHT_TOKENS = (
     ("<seed:think>", "</seed:think>"),
     ("<|START_THINKING|>", "<|END_THINKING|>"),
 )
-"""Marks that are single tokens of the models that have them: these tell of thoughts where a caller does not."""
+"""Marks that are single tokens in some vocabularies; they are used if a caller gives no marks."""
 _SPECIAL = b"\xff"  # begins a special token among bytes of text: UTF-8 has no such byte
 
 
@@ -31,7 +31,7 @@ class ThoughtBudget(ExplainedStruct, frozen=True, kw_only=True, forbid_unknown_f
     """Budget of reasoning tokens for a text.
 
     Attributes:
-        tokens: most reasoning tokens of the text, without the marks; at 0 reasoning ends where it begins.
+        tokens: maximum number of reasoning tokens of the text, without the marks; at 0 reasoning ends where it begins.
         marks: opening mark -> the closing mark, which is forced.
         ends: further marks that end reasoning when the model writes them.
         opened: the opening mark at the end of the prompt; the text then begins within reasoning.
@@ -66,9 +66,9 @@ def budget_in_tokens(
     """Make a budget with marks that a vocabulary has as single tokens.
 
     Args:
-        tokens: most reasoning tokens.
+        tokens: maximum number of reasoning tokens.
         encode: tokenizes a text; names of special tokens become these tokens.
-        prompt: its end says whether the text begins within reasoning.
+        prompt: the prompt, whose end determines whether the text begins within reasoning.
         ends: tokens that end a turn; marks before them do not concern the following turn.
 
     Raises:
@@ -97,7 +97,7 @@ class ThoughtLimit:
 
     Args:
         budget: the budget.
-        encode: tokenizes a text; the second argument says whether names of special tokens become these tokens.
+        encode: tokenizes a text; the second argument is whether names of special tokens become these tokens.
         token_bytes: returns a token's bytes.
         special_tokens: ids by name.
     """
@@ -132,7 +132,7 @@ def _named(token: int) -> bytes:
 
 
 def _written(mark: str, names: Mapping[str, bytes]) -> bytes:
-    """A mark with its special tokens in the form of `_named`; `names` are sorted, the longest first."""
+    """Return a mark with its special tokens in the form of `_named`; `names` are sorted, longest first."""
     parts: list[str | bytes] = [mark]
     for name, data in names.items():
         cut: list[str | bytes] = []
@@ -155,8 +155,8 @@ class ThoughtCount:
         limit: the budget.
 
     Attributes:
-        inside: the next token is within reasoning.
-        spent: reasoning tokens, without forced tokens.
+        inside: whether the next token is within reasoning.
+        spent: number of reasoning tokens, without forced tokens.
     """
 
     def __init__(self, limit: ThoughtLimit) -> None:
@@ -166,10 +166,10 @@ class ThoughtCount:
     def _start_over(self) -> None:
         self.inside = self._limit.opened is not None
         self.spent = 0
-        self._closing = self._limit.opened or ()  # of these thoughts
-        self._tail = b""  # of the text, as long as no mark was found in it
-        self._said: list[int] = []  # the last tokens within these thoughts, as many as a mark may have
-        self._forced: tuple[int, ...] = ()  # what is left to be forced
+        self._closing = self._limit.opened or ()  # closing mark of the current reasoning
+        self._tail = b""  # end of the text, in which no mark was found yet
+        self._said: list[int] = []  # the last tokens of the current reasoning, as many as a mark may have
+        self._forced: tuple[int, ...] = ()  # the tokens that are still to be forced
         self._decide()
 
     def sibling(self) -> ThoughtCount:
@@ -188,7 +188,7 @@ class ThoughtCount:
             if not self._forced:
                 self._leave(b"")
             return
-        if 0 < len(self._forced) < len(self._closing):  # a form had the closing mark go on in another way
+        if 0 < len(self._forced) < len(self._closing):  # a grammar forced a different token within the closing mark
             self._leave(b"")
         self._see(token)
         self._decide()
@@ -200,7 +200,7 @@ class ThoughtCount:
             self.add(token)
 
     def _see(self, token: int) -> None:
-        """Looks for a mark that this token completes."""
+        """Search for a mark that this token completes."""
         limit = self._limit
         data = limit.bytes_of(token)
         text = self._tail[-limit.longest :] + data
@@ -214,7 +214,7 @@ class ThoughtCount:
             return
         rest = text[place + len(mark) :]
         if self.inside:
-            self.spent -= self._tokens_of(mark)  # a mark is no thought
+            self.spent -= self._tokens_of(mark)  # tokens of a mark are not reasoning
             self._leave(rest)
         else:
             self.inside, self._closing, self._tail = True, limit.starts[mark], rest
@@ -223,7 +223,7 @@ class ThoughtCount:
         self.inside, self._closing, self._tail, self._said, self._forced = False, (), rest, [], ()
 
     def _tokens_of(self, mark: bytes) -> int:
-        """How many of the last tokens a closing mark took that the last one completed."""
+        """Return how many of the last tokens belong to the closing mark that the last token completed."""
         left = len(mark)
         for count, token in enumerate(reversed(self._said), 1):
             left -= len(self._limit.bytes_of(token))
@@ -232,7 +232,7 @@ class ThoughtCount:
         return len(self._said)
 
     def _decide(self) -> None:
-        """Force the closing mark once the budget is spent: the part that the model has not written itself."""
+        """When the budget is spent, force the rest of the closing mark that the model has not written itself."""
         if not self.inside or self.spent < self._limit.tokens or self._forced:
             return
         closing = self._closing

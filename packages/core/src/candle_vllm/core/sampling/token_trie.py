@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from candle_vllm.core.sampling.unique_tokens import Neighbours
 
 _CHARACTER = r'[^"\\\x00-\x1F\x7F]'
-# Tokens that are text of a JSON string, by length: whole groups of them are allowed or forbidden at once, which keeps
-# masks fast inside strings that have a maxLength.
+# Tokens that are text of a JSON string, grouped by length: whole groups are allowed or forbidden at once, so that masks
+# stay fast inside strings with a maxLength.
 _SLICES = (
     r"[\x20\x0A\x0D\x09]+",
     *(f"{_CHARACTER}{{1,{n}}}" for n in (2, 4, 6, 8, 10, 12, 16, 20, 30)),
     f"{_CHARACTER}+",
 )
-_KEPT = 1024  # cached tokenizations of forced texts, each of which is short
+_KEPT = 1024  # maximum number of cached tokenizations of forced texts, which are short
 
 
 class Vocabulary(Protocol):
@@ -63,7 +63,7 @@ class TokenTrie:
         words: number of int32 words of llguidance's mask.
         usable: [ceil(V / 32)] int32, with a bit for each token that has bytes or ends a text.
         tokens: the bytes of each token.
-        eos_ids: as given.
+        eos_ids: see the arguments.
     """
 
     def __init__(self, tokenizer: Vocabulary, vocab_size: int, eos_ids: Sequence[int]) -> None:
@@ -74,14 +74,14 @@ class TokenTrie:
         self.eos_ids = frozenset(eos_ids)
         known = min(vocab_size, tokenizer.vocab_size)
         self.tokens = [tokenizer.token_bytes(token) for token in range(known)] + [b""] * (vocab_size - known)
-        # An end token must never pass for text, whatever its bytes.
+        # An end token must never be treated as text, whatever its bytes are.
         self.special = {token for token in range(known) if tokenizer.is_special(token)} | self.eos_ids
         usable = np.zeros(32 * -(-vocab_size // 32), np.uint8)
         usable[[token for token in range(vocab_size) if self.tokens[token] or token in self.eos_ids]] = 1
         self.usable = np.packbits(usable, bitorder="little").view(np.int32)
         ends = list(eos_ids) or [vocab_size]
         if not eos_ids:
-            self.tokens.append(b"")  # stands for an end token in a model without one
+            self.tokens.append(b"")  # the end token of a vocabulary without an end token
         self.words = -(-len(self.tokens) // 32)
         shown = _Shown(tokenizer, self.tokens, sorted(self.special), ends[0])
         self.ll: LLTokenizer = LLTokenizer(TokenizerWrapper(shown), eos_token=ends, slices=list(_SLICES))

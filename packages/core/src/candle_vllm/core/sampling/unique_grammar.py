@@ -17,16 +17,16 @@ from candle_vllm.core.sampling.unique_sites import Sites
 from candle_vllm.core.sampling.unique_tokens import WHITE
 
 Mark = bytes | int
-"""What begins or ends the reasoning: a text, or a special token."""
+"""A mark that begins or ends the reasoning: a text, or a special token."""
 
 
 class Compared(NamedTuple):
     """Array elements that must differ in the texts of a form.
 
     Attributes:
-        sites: of its schema.
-        twin: its grammar over single bytes.
-        start, end: of the reasoning before it.
+        sites: the sites of the form's schema.
+        twin: the form's grammar over single bytes.
+        start, end: marks of the reasoning before the form.
     """
 
     sites: Sites
@@ -36,7 +36,7 @@ class Compared(NamedTuple):
 
 
 class _Reasoning:
-    """Finds where the form begins, behind what the grammar's rules for reasoning take."""
+    """Finds where the form begins, after the text that the grammar's rules for reasoning match."""
 
     def __init__(self, start: Mark | None, end: Mark | None) -> None:
         self._start = start
@@ -45,7 +45,7 @@ class _Reasoning:
         self._held = b""
 
     def form(self, token: int, text: bytes) -> bytes:
-        """What of a token belongs to the form, and of those before it, where that was not certain."""
+        """Return the text of the form in this token and in earlier tokens that were still undecided."""
         if self.place == "start":
             self._held += text if self._held else text.lstrip(WHITE)
             text = self._begun(token)
@@ -83,7 +83,7 @@ class ComparedGrammar:
 
     Args:
         inner: the grammar.
-        compared: what must differ beside it.
+        compared: the array elements that must differ.
         trie: the vocabulary.
     """
 
@@ -114,10 +114,10 @@ class ComparedGrammar:
         return ComparedGrammar(self._inner.fresh(), self._compared, self._trie)
 
     def copy(self) -> None:
-        """See `Grammar`: what was said would be followed anew."""
+        """See `Grammar`: None, because the copy would have to read the whole text again."""
 
     def rollback(self, count: int) -> None:
-        """See `Grammar`. What is left is followed anew."""
+        """See `Grammar`. The remaining text is read again."""
         self._inner.rollback(count)
         self._follow(self._said[: len(self._said) - count])
 
@@ -153,7 +153,7 @@ class ComparedGrammar:
         compared = self._compared
         self._reasoning = _Reasoning(compared.start, compared.end)
         self._arrays = Unrepeated(compared.sites, compared.twin, self._trie.neighbours)
-        self._bits: NDArray[np.int32] | None = None  # a bit for each token that repeats nothing here
+        self._bits: NDArray[np.int32] | None = None  # a bit for each token that repeats no element here
 
     def _follow(self, said: Sequence[int]) -> None:
         self._said = []

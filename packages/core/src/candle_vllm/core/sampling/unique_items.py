@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""Arrays that say nothing twice (`uniqueItems` of open values): which tokens would repeat an element (step 7 of ten).
+"""`uniqueItems` of open values: find the tokens that would repeat an element of an array (step 7 of ten).
 
-No grammar remembers what was said, so the text is followed here beside it: by the schemas that may hold at each place,
-it is known which arrays are meant, and the elements of each are kept as a trie of bytes (`Elements`). A byte is
-forbidden where all that can follow it was said already, which is decided exactly: a twin of the grammar, over single
-bytes, says how many ways there are on from each place of the trie, and a place without one more is dead, as is the end
-of each element. Elements are texts, integers, booleans and null, which the grammar spells in one way each, but for -0,
-which is never said; and numbers, which are said in one way each: as decimals of few digits, which floats tell apart,
-without an exponent or zeros behind. Tokens that hold more than one element are forbidden, but for those that end one
-and open the next.
+A grammar does not remember earlier elements, so this module reads the text too. The schemas that apply at each place
+determine which arrays must have unique elements; the elements of such an array are stored as a trie of bytes
+(`Elements`). A byte is forbidden if every element that it can lead to exists already. This is decided exactly: a twin
+of the grammar, over single bytes, counts the bytes that may follow each node of the trie. A node is dead if all of them
+lead to dead nodes, and the end of each element is dead. Elements are strings, integers, booleans and null, each of
+which the grammar can spell in only one way, except -0, which is forbidden; and numbers, which are restricted to one
+spelling: decimals of few digits, which differ as floats, without an exponent or trailing zeros. Tokens with parts of
+several elements are forbidden, except tokens that end one element and begin the next.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from candle_vllm.core.sampling.unique_sites import Site, Sites
 from candle_vllm.core.sampling.unique_tokens import STOPS, WHITE, Neighbours, is_plain_number
 
 _STOPS = frozenset(STOPS)
-_END = 256  # in the trie, for any of them
-_TWIN_WORDS = 9  # int32 words of a mask over single bytes and the few special tokens behind them
+_END = 256  # key in the trie for any byte of `_STOPS`
+_TWIN_WORDS = 9  # int32 words of a mask over single bytes and the few special tokens after them
 
 
 class Elements:
-    """What was said in one array, as a trie of bytes; place 0 is before an element.
+    """The elements of one array as a trie of bytes; place 0 is the root, before an element.
 
     Attributes:
-        next: the places behind each place, by byte.
-        dead: all that can follow was said.
-        fractions: numbers with fractions are among the elements.
+        next: the child places of each place, by byte.
+        dead: whether all elements that a place can lead to exist.
+        fractions: whether the elements may be numbers with fractions.
     """
 
     def __init__(self, ways: int, *, fractions: bool = False) -> None:
@@ -44,15 +44,15 @@ class Elements:
         self.next: list[dict[int, int]] = [{}]
         self.dead = [False]
         self._before = [0]
-        self._ways = [ways]  # bytes that may come behind a place; 0 where that is not known yet
-        self._closed = [0]  # of these, the ones that lead to dead places
+        self._ways = [ways]  # number of bytes that may follow a place; 0 while it is not known
+        self._closed = [0]  # number of these bytes that lead to dead places
         if not fractions:
             minus = self.add(0, ord("-"))
             self.dead[self.add(minus, ord("0"))] = True
             self._closed[minus] = 1
 
     def add(self, place: int, byte: int) -> int:
-        """A new place behind another one."""
+        """Add a child to a place and return it."""
         new = self.next[place][byte] = len(self.next)
         self.next.append({})
         self.dead.append(False)
@@ -62,11 +62,11 @@ class Elements:
         return new
 
     def enter(self, place: int, ways: int) -> None:
-        """A text has come to a place, from where there are so many ways."""
+        """Record that the text has reached a place after which `ways` bytes may follow."""
         self._ways[place] = ways
 
     def close(self, place: int) -> None:
-        """An element has ended at this place."""
+        """Record that an element has ended at this place."""
         while not self.dead[place]:
             self.dead[place] = True
             if place == 0:
@@ -77,7 +77,7 @@ class Elements:
                 break
 
     def is_last(self, place: int, above: int = 0) -> bool:
-        """Whether no element is left behind the place `above` when the one that has come to this place ends there."""
+        """Return whether no element is left below the place `above` if the current element ends at this place."""
         while self._closed[place] + 1 >= self._ways[place]:
             if place in (0, above):
                 return place == above
@@ -86,11 +86,11 @@ class Elements:
 
 
 class _Frame(NamedTuple):
-    """An array or an object that is open."""
+    """An open array or object."""
 
     is_array: bool
     site: Site
-    before: int  # elements before the one that comes or has begun
+    before: int  # number of elements before the current or next one
     elements: Elements | None
 
 
@@ -98,9 +98,9 @@ class Unrepeated:
     """The arrays of one text.
 
     Args:
-        sites: of the schema.
+        sites: the sites of the schema.
         twin: the grammar over single bytes.
-        neighbours: the vocabulary.
+        neighbours: the tokens of the vocabulary.
     """
 
     def __init__(self, sites: Sites, twin: Form, neighbours: Neighbours) -> None:
@@ -108,18 +108,18 @@ class Unrepeated:
         self._twin = Follower(twin)
         self._tokens = neighbours
         self._stack: list[_Frame] = []
-        self._site = sites.root  # of the value that comes or has begun
+        self._site = sites.root  # site of the current or next value
         self._mode = "value"  # or key, colon, string, name, after
         self._escaped = False
-        self._key: bytearray | None = None  # of the string, where it is one
-        self._place = 0  # of the element
-        self._number = b""  # that has begun, where the array has such with fractions
+        self._key: bytearray | None = None  # the key, if the current string is a key
+        self._place = 0  # place of the current element
+        self._number = b""  # the number that has begun, if the array's elements may have fractions
 
     def say(self, text: bytes) -> None:
-        """Goes on behind a text that was said.
+        """Read further text.
 
         Raises:
-            InvalidParameterError: the twin met a limit of its own.
+            InvalidParameterError: the twin reached one of its limits.
         """
         for byte in text:
             if not self._twin.consume(byte):
@@ -127,10 +127,10 @@ class Unrepeated:
             self._take(byte)
 
     def keep(self, bits: NDArray[np.int32]) -> None:
-        """Takes out the tokens that would repeat an element.
+        """Remove the tokens that would repeat an element from a mask.
 
         Args:
-            bits: as in `Grammar.fill_mask`.
+            bits: the mask, see `Grammar.fill_mask`.
         """
         elements = self._elements
         if self._mode == "string":
@@ -178,9 +178,9 @@ class Unrepeated:
             self._between(byte)
 
     def _begin(self, byte: int) -> None:
-        """A value begins."""
+        """Handle the first byte of a value."""
         if byte in b"[{":
-            if self._stack and self._elements is not None:  # another alternative than the one whose elements are plain
+            if self._stack and self._elements is not None:  # an alternative of the schema without compared elements
                 self._stack[-1] = self._stack[-1]._replace(elements=None)
             is_array = byte == ord("[")
             differing = self._site.differing if is_array else ()
@@ -206,7 +206,7 @@ class Unrepeated:
             self._key.append(byte)
 
     def _between(self, byte: int) -> None:
-        """What stands between values, and ends a name before it."""
+        """Handle a byte between values, which ends a name (number or literal) before it."""
         if self._mode == "name":
             if (elements := self._elements) is not None:
                 elements.close(elements.next[self._place].get(_END) or elements.add(self._place, _END))
@@ -222,7 +222,7 @@ class Unrepeated:
             self._mode = "after"
 
     def _step(self, byte: int, *, ends: bool = False) -> None:
-        """One more byte of an element."""
+        """Handle the next byte of an element."""
         elements = self._elements
         if elements is None:
             return
@@ -235,7 +235,7 @@ class Unrepeated:
             elements.enter(self._place, self._ways())
 
     def _ways(self, before: bool = False) -> int:
-        """How many bytes may come next: those that begin an element, or go on in one or end it."""
+        """Return how many bytes may come next: that begin an element, or continue or end the current one."""
         bits = np.zeros(_TWIN_WORDS, np.int32)
         if not self._twin.fill_mask(bits):
             raise cannot_go_on(self._twin.matcher)
@@ -253,7 +253,7 @@ class Unrepeated:
     # ---- tokens ------------------------------------------------------------------------------------------------------
 
     def _repeating(self, elements: Elements) -> Iterator[tuple[int, int]]:
-        """Spans of tokens that lead to a dead place."""
+        """Yield spans of tokens that lead to a dead place."""
         tokens = self._tokens
         if self._mode == "value":
             yield from self._before_element(elements, b"", tokens.whole)

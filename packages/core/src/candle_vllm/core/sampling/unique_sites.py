@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Where in the texts of a JSON schema arrays must not repeat themselves (`uniqueItems`), for `unique_items`."""
+"""Find the arrays in texts of a JSON schema whose elements must differ (`uniqueItems`), for `unique_items`."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _MAX_DEPTH = 8
 
 
 def compared(facts: Facts, schema: dict[str, Any], base: str) -> frozenset[str]:
-    """The types of elements of arrays of this schema, where they can be compared while they are written; else none.
+    """Return the element types of a schema's arrays if they can be compared during generation; else no type.
 
-    Fractions can, where every one may stand there: how each is spelt is up to us then.
+    Fractions can be compared if every fraction is allowed, because each can then be restricted to one spelling.
     """
     if {"prefixItems", "contains"} & schema.keys() or isinstance(schema.get("items"), list):
         return frozenset()
@@ -26,7 +26,7 @@ def compared(facts: Facts, schema: dict[str, Any], base: str) -> frozenset[str]:
 
 
 def _types_at(facts: Facts, place: Place, depth: int = 0) -> tuple[frozenset[str], bool]:
-    """Types that values at a place may have, alternatives looked into, and whether not every fraction may be there."""
+    """Return the types of values at a place, including alternatives, and whether some fractions are not allowed."""
     found, narrow = TYPES, False
     for schema, base in facts.parts(place):
         if schema is False:
@@ -44,12 +44,12 @@ def _types_at(facts: Facts, place: Place, depth: int = 0) -> tuple[frozenset[str
 
 
 class Site:
-    """What may hold at a place of the text.
+    """The schemas that may apply to a value of the text.
 
     Attributes:
         places: the schemas.
-        differing: types of the elements that an array may not say twice there; none where it may.
-        inside: places inside it, by key or number, as far as they were asked for.
+        differing: types of the elements that must differ, if the value is an array; empty if elements may be equal.
+        inside: sites inside this one, by key or index; filled when they are first needed.
     """
 
     def __init__(self, places: Sequence[Place], differing: frozenset[str]) -> None:
@@ -59,10 +59,10 @@ class Site:
 
 
 class Sites:
-    """The places of texts that follow a schema.
+    """The sites of the texts of a schema.
 
     Args:
-        root: the schema, as it was sent; it has been checked.
+        root: the schema of the request; it must have been checked.
     """
 
     def __init__(self, root: Any) -> None:
@@ -71,7 +71,7 @@ class Sites:
         self.root = self._site([Place(root, "")])
 
     def member(self, site: Site, key: str) -> Site:
-        """Where the value of a key is."""
+        """Return the site of the value of a key."""
         known = key if any(key in schema.get("properties", ()) for schema, _ in site.places) else None
         if known not in site.inside:
             places = [Place(one, base) for schema, base in site.places for one in _of_key(schema, key)]
@@ -79,7 +79,7 @@ class Sites:
         return site.inside[known]
 
     def element(self, site: Site, index: int) -> Site:
-        """Where an element of an array is."""
+        """Return the site of an element of an array."""
         first = max((len(_first(schema)) for schema, _ in site.places), default=0)
         index = min(index, first)
         if index not in site.inside:

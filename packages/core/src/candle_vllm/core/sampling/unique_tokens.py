@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""The tokens of a vocabulary in the order of their bytes, and those that hold more than one element of an array.
+"""The tokens of a vocabulary in the order of their bytes, and the tokens with parts of several array elements.
 
-For arrays that say nothing twice (`unique_items`), made once for a model that is asked for one.
+Used for arrays of unique elements (`unique_items`), and made once for a model when it is first needed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 WHITE = b" \t\r\n"
-STOPS = b",]}" + WHITE  # what ends a number or a name
+STOPS = b",]}" + WHITE  # bytes that end a number or a name
 
 _SPACE = rb"[ \t\r\n]*"
 _TEXT = rb'"(?:[^"\\]|\\.)*"'
@@ -37,20 +37,20 @@ _LEADS = {
 }
 _DIGITS = [bytes([digit]) for digit in b"0123456789"]
 _EXPONENT = re.compile(rb"[eE+]")
-_MAX_DIGITS = 15  # any two decimals of so many are different floats
+_MAX_DIGITS = 15  # two different decimals of at most this many digits are different floats
 
 
 class Neighbours:
     """Tokens by their bytes.
 
     Args:
-        tokens: the bytes of each; tokens without bytes are left out.
-        special: ids that are no text.
+        tokens: the bytes of each token; tokens without bytes are ignored.
+        special: ids that are not text.
         words: int32 words of a mask.
 
     Attributes:
         whole: the span of all tokens in their order.
-        leading: white space, or none, before what begins or parts elements in a token, also behind a comma in it.
+        leading: the whitespace (or b"") before the begin of an element or a comma in tokens, also after a comma.
     """
 
     def __init__(self, tokens: Sequence[bytes], special: Iterable[int], words: int) -> None:
@@ -74,19 +74,19 @@ class Neighbours:
         self._not_opening = {mode: self._without(partial(_opens_text, mode=mode)) for mode in ("string", "name")}
 
     def outside(self, mode: str) -> NDArray[np.int32]:
-        """[words] a bit for each token that may come outside of strings."""
+        """Return a mask [words] of the tokens that may come outside of strings."""
         return self._outside[mode]
 
     def in_string(self, *, escaped: bool, element: bool) -> NDArray[np.int32]:
-        """[words] a bit for each token that may come in a string, behind a backslash or not, of an element or not."""
+        """Return a mask [words] of the tokens that may come in a string, after a backslash if `escaped`."""
         return self._string[escaped, element]
 
     def not_going_on(self, mode: str) -> NDArray[np.int32]:
-        """[words] a bit for each token but those that end an element and ask for another one."""
+        """Return a mask [words] without the tokens that end an element and require another one."""
         return self._not_going_on[mode]
 
     def not_opening(self, mode: str) -> NDArray[np.int32]:
-        """[words] a bit for each token but those that end an element and open a text."""
+        """Return a mask [words] without the tokens that end an element and open a string."""
         return self._not_opening[mode]
 
     def behind(self, said: bytes, span: tuple[int, int]) -> tuple[int, int] | None:
@@ -94,27 +94,27 @@ class Neighbours:
         first = bisect_left(self._texts, said, *span)
         if first == span[1] or not self._texts[first].startswith(said):
             return None
-        most = said.rstrip(b"\xff")  # the next text that does not begin so
+        most = said.rstrip(b"\xff")  # its last byte plus 1 is the next text without this beginning
         last = bisect_left(self._texts, most[:-1] + bytes([most[-1] + 1]), first, span[1]) if most else span[1]
         return first, last
 
     def take_out(self, bits: NDArray[np.int32], spans: Iterable[tuple[int, int]]) -> None:
-        """Clears the bits of spans of tokens."""
+        """Clear the bits of spans of tokens."""
         for first, last in spans:
             self._clear(bits, self._ids[first:last])
 
     def take_out_numbers(self, bits: NDArray[np.int32], mode: str, begun: bytes) -> None:
-        """Clears the bits of tokens that would spell a number in another way than its plain one.
+        """Clear the bits of tokens that would spell a number in another way than the plain one.
 
         Args:
-            bits: of a mask.
+            bits: the mask.
             mode: value, after or name.
-            begun: what of the number was said, where the mode is name; b"" in a name that is no number.
+            begun: the beginning of the number in the text, if the mode is name; b"" for a name that is not a number.
         """
         if mode == "name" and not begun:
             return
         digits, fraction = sum(map(begun.count, _DIGITS)), b"." in begun
-        key = mode, digits, fraction, begun[:2] if len(begun) <= 2 else b""  # all that the rule looks at
+        key = mode, digits, fraction, begun[:2] if len(begun) <= 2 else b""  # everything that the rule depends on
         if key not in self._plain:
             wrong = [token for token, text, ends in self._numbers[mode] if not is_plain_number(begun + text, ends=ends)]
             self._plain[key] = np.full(self._words, -1, np.int32)
@@ -129,7 +129,7 @@ class Neighbours:
         return bits
 
     def _with_number(self, lead: re.Pattern[bytes]) -> list[tuple[int, bytes, bool]]:
-        """Tokens with a part of a number behind some marks: id, part, whether it ends there."""
+        """Return the tokens that have a part of a number after `lead`: id, part, whether the number ends in it."""
         found = list[tuple[int, bytes, bool]]()
         for token, text in zip(self._ids.tolist(), self._texts):
             if (match := lead.match(text)) is not None and match[1]:
@@ -142,11 +142,11 @@ class Neighbours:
 
 
 def is_plain_number(text: bytes, *, ends: bool = False) -> bool:
-    """Whether a number, or the beginning of one, is a decimal of at most 15 digits as it is spelt here."""
+    """Return whether a number, or its beginning, has the plain spelling: a decimal of at most 15 digits."""
     digits = len(text) - text.count(b"-") - text.count(b".")
     if _EXPONENT.search(text) is not None or digits > _MAX_DIGITS:
         return False
-    open_end = b"." in text and text[-1:] in b"0."  # which something else than 0 must follow
+    open_end = b"." in text and text[-1:] in b"0."  # a digit other than 0 must follow
     return not (text == b"-0" or open_end) if ends else not (open_end and digits == _MAX_DIGITS)
 
 
@@ -159,7 +159,7 @@ def _opens_text(text: bytes, mode: str) -> bool:
 
 
 def _opens(text: bytes, start: int = 0) -> bool:
-    """An array opens behind `start`, and perhaps has an element with a comma behind it."""
+    """Return whether an array opens after `start`; it may have an element with a comma after it."""
     return 0 <= text.find(b"[", start) < text.rfind(b",")
 
 

@@ -95,7 +95,7 @@ class _Record:
         self.text = Text(live.sequence.tokens, prompt)
         self.known = len(live.sequence.tokens)  # length of the sequence when `match` was judged
         self.match: _Match | None = None
-        self.behind: dict[int, int] = {}  # with a grammar: index after each token's last place in the answer
+        self.behind: dict[int, int] = {}  # with a grammar: index after each token's last position in the answer
         self.fared: dict[int, tuple[float, float]] = {}  # short matches by their `mark`: (accepted, tries)
         self.prediction = prediction
         if prediction is not None:
@@ -425,7 +425,7 @@ class Drafter:
         return text
 
     def _current(self, live: LiveSequence, record: _Record) -> _Match | None:
-        """Judge the last match by the new tokens, then return the present one."""
+        """Judge the last match by the new tokens, then return the current match."""
         tokens, match, grammar = live.sequence.tokens, record.match, live.state.grammar
         for place in range(record.known, len(tokens)):
             if grammar is not None and place > live.sequence.num_prompt_tokens:
@@ -461,14 +461,14 @@ class Drafter:
         return record.match
 
     def _is_better(self, record: _Record, match: _Match, grammar: GrammarState) -> bool:
-        """Return whether a match is likelier than the forced tokens as the tokenizer splits them.
+        """Return whether a match is more likely than the tokenizer's tokens of the forced text.
 
-        A model that once split the same text into other tokens does so again."""
+        A model that has once written the same text in different tokens mostly does so again."""
         likelier = self._luck(record, match.length, match.mark) > self._luck(record, 0)
         return likelier and bool(grammar.legal(match.upcoming(1)))
 
     def _behind(self, record: _Record, token: int) -> _Match | None:
-        """With a grammar: return what followed the token's last place in the answer; `SEPARATOR`: forced tokens."""
+        """With a grammar: return what followed the token's last occurrence in the answer (or forced tokens)."""
         place = record.behind.get(token)
         if place is None or place >= len(record.text.tokens):
             return None
@@ -508,7 +508,7 @@ class Drafter:
     def _offer(
         self, live: LiveSequence, record: _Record, match: _Match, least: float
     ) -> tuple[list[int], list[float]] | None:
-        """Return draft tokens, each with the chance that all up to it are accepted; None if the first is too low."""
+        """Return draft tokens, each with the probability that all up to it are accepted; None if the first's is low."""
         config, sequence = self._config, live.sequence
         asked = min(config.num_speculative_tokens, live.state.params.num_speculative_tokens)
         most = min(asked, self._rows, sequence.max_length - len(sequence.tokens) - 1)
@@ -528,7 +528,7 @@ class Drafter:
     def _in_form(
         self, grammar: GrammarState, record: _Record, match: _Match, least: float, most: int
     ) -> tuple[list[int], list[float]]:
-        """Return draft tokens that the grammar accepts, and their chances, of one match after the other."""
+        """Return draft tokens that the grammar accepts, and their probabilities, from one match after the other."""
         drafts, chances = list[int](), list[float]()
         scout = None
         while True:
@@ -556,7 +556,7 @@ class Drafter:
             match.then = match = then
 
     def _luck(self, record: _Record, length: int, mark: int | None = None) -> float:
-        """Return the chance that the next token of a match is accepted."""
+        """Return the probability that the next token of a match is accepted."""
         luck = self._hits[_BUCKETS[length]] / self._tries[_BUCKETS[length]]
         if length:
             luck = (record.hits + OWN_WEIGHT * luck) / (record.tries + OWN_WEIGHT)
@@ -566,7 +566,7 @@ class Drafter:
         return min(luck, SURE)
 
     def _chances(self, record: _Record, match: _Match, chance: float, least: float, most: int) -> list[float]:
-        """Return the chance of each next token that it and all before it are accepted; stop below `least`."""
+        """Return, for each next token, the probability that it and all before it are accepted; stop below `least`."""
         chances, length, mark = list[float](), match.length, match.mark
         for _ in range(most):
             chance *= self._luck(record, length, mark)
@@ -582,7 +582,7 @@ class Drafter:
     def _choose(
         self, candidates: list[tuple[LiveSequence, list[int], list[float]]], rows: int, times: StepTimes
     ) -> bool:
-        """Give the step the drafts that save the most time; return False if no draft saves any."""
+        """Assign the drafts that save the most time to the next step; return False if no draft saves time."""
         offers = [(chance, place) for place, (_, _, chances) in enumerate(candidates) for chance in chances]
         if len(candidates) > 1:
             offers.sort(reverse=True)

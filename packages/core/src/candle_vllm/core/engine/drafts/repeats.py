@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 SEPARATOR = -1  # separates past answers; not a token id
 _CANDIDATES = 12  # earlier occurrences that are compared
-_PAST_TOKENS = 1 << 16  # of each of two generations of past answers
+_PAST_TOKENS = 1 << 16  # maximum tokens of each of two generations of past answers
 _ALL = 1 << 62
 
 
@@ -17,7 +17,7 @@ class Text:
     Args:
         tokens: the list, which its owner appends to; its elements never change.
         begun: the indexed prefix that this text shares with others, such as the prompt of several sequences.
-        size: how many of the tokens belong to this text, if others follow in the list.
+        size: number of tokens of this text, if the list may have others after them.
     """
 
     __slots__ = ("__weakref__", "_begun", "_earlier", "_first", "_last", "_size", "tokens")
@@ -32,7 +32,7 @@ class Text:
         """Index tokens that were appended since the last call, and prefix tokens that are not indexed yet.
 
         Args:
-            most: the most tokens to index.
+            most: maximum number of tokens to index.
 
         Returns:
             The number of tokens indexed.
@@ -84,7 +84,7 @@ class Past:
 
     Args:
         most: tokens of a generation.
-        answers: the most answers of both generations.
+        answers: maximum number of answers in both generations.
     """
 
     def __init__(self, most: int = _PAST_TOKENS, answers: int = _PAST_TOKENS) -> None:

@@ -35,7 +35,7 @@ _LOOK = 0.01  # seconds between two checks whether all requests have ended
 BATCH = 8  # readers that are woken before the event loop polls its sockets
 
 Delivery = TokenOutput | CandleVllmError
-"""What a caller gets: a piece, or the error that ends its request."""
+"""What a caller gets: an output, or the error that ends its request."""
 
 
 class Sink(Protocol):
@@ -58,8 +58,8 @@ class OutputQueue:
     """Output queue of one event loop: calls its sinks in batches. Items of one sink keep their order.
 
     A step of a thousand sequences wakes a thousand readers. If all are woken at once, the loop does not poll its
-    sockets until the last one has run; if they are woken in batches, a request that arrives meanwhile is read between
-    two batches. First outputs go before all others, because they decide the time to the first token.
+    sockets until the last one has run; if they are woken in batches, a request that arrives is read between two
+    batches. First outputs are delivered before all others, because they determine the time to the first token.
 
     Args:
         loop: the event loop in which the sinks must be called.
@@ -104,7 +104,7 @@ class OutputQueue:
 
 @dataclasses.dataclass
 class _Client:
-    """A live request as its caller sees it."""
+    """A live request, from the view of its caller."""
 
     sink: Sink
     unfinished: int
@@ -172,7 +172,7 @@ class EngineThread:
 
     Args:
         engine: the engine, which only this thread touches from now on.
-        max_sequences: most live sequences before new requests are refused.
+        max_sequences: maximum number of live sequences; above it, new requests are refused.
         after_step: called in the thread after each step, when its outputs have been delivered.
     """
 
@@ -277,7 +277,7 @@ class EngineThread:
                 raise
 
     def wake_up(self, tags: frozenset[str]) -> None:
-        """Fill the memory of these tags again; requests are taken once no tag sleeps. Raises as `sleep`."""
+        """Fill the memory of these tags again; requests are accepted when no tag sleeps. Raises as `sleep`."""
         with self._nights:
             self._engine_wake_up(tags)
             with self._wake:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Observers of requests, notified of what the caller gets, for metrics, logs and traces (beside steps 3 to 10)."""
+"""Observers of requests, notified of all outputs, for metrics, logs and traces (beside steps 3 to 10)."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def paged_attention(
             blocks_of(cache, table, q.shape[2]).flatten(0, 1)[:context].transpose(0, 1).float()
             for cache in (key_cache, value_cache)
         )
-        if window is not None:  # values that no row attends to may be NaN
+        if window is not None:  # values to which no row attends may be NaN
             v[:, : max(0, first_seen(context - (end - start), window))] = 0
         if cache_scales is not None:
             k, v = k * cache_scales[0], v * cache_scales[1]

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: MIT
 """Linear layers and embedding rows with GGUF weights that stay quantised, on a GPU; step 6 of a request's life.
 
-Contract: x [T, K] bfloat16 or float16, its rows contiguous; a `GgufMatrix` [N, K], or [V, E] for embedding rows; bias
-[N] of x's dtype or None. y [T, N] = x W^T + bias has x's dtype, in new memory or in `out`: x's dtype, shape [T, N], the
-numbers of a row behind each other, rows any distance apart, so that matrices of several kinds write side by side into
-one tensor; it shares no memory with the others. Products of x with the weights are summed in fp32 and the result is
-rounded once. With up to `SMALL` rows the codes meet x exactly and scales are applied to sums in fp32; with more,
-weights are rounded to x's dtype first, as a dequantised file's would be.
+Contract: x is [T, K] bfloat16 or float16 with contiguous rows; the matrix is a `GgufMatrix` [N, K], or [V, E] for
+embedding rows; bias is [N] in x's dtype, or None. y [T, N] = x W^T + bias has x's dtype and is written to new memory or
+to `out`. `out` has x's dtype, contiguous rows and any row stride, so that matrices of several kinds can write to column
+ranges of one tensor; it must not overlap the other arguments. Products are summed in fp32, and the result is rounded
+once. With at most `SMALL` rows x is multiplied by the exact codes, and the scales are applied to the sums in fp32; with
+more rows, weights are first rounded to x's dtype, like the weights of a dequantised file.
 
-A row's result depends on the row and the matrix alone, up to `SMALL` rows, and likewise above: sums are cut along K
-by the matrix's shape. `invariant=True` promises on a GPU that its bits are the same for any number of rows: codes are
-exact for all of them (`triton.py` says why, and what the promise stands on). On the CPU the reference makes each
-row by itself. Rows of an embedding are exact up to the rounding to their dtype.
+With at most `SMALL` rows, and also above, a row's result depends only on the row and the matrix, whose shape determines
+how sums are split along K. With `invariant=True` on a GPU, a result is identical for any number of rows, because codes
+are exact for all of them (see `triton.py`). On the CPU the reference computes each row separately. Rows of an embedding
+are exact except for the rounding to their dtype.
 
 `pack` makes a `GgufMatrix` from a GGUF tensor's bytes. Tensors on the CPU are computed by `reference.py`, for tests: a
 CPU engine uses `kernels/packed_linear`.
@@ -30,12 +30,12 @@ from candle_vllm.core.kernels.triton_build import TENSOR_CORES, capability
 __all__ = ["SMALL", "GgufMatrix", "embedding", "linear", "pack", "stack"]
 
 SMALL = 64
-"""Most rows for which codes are kept exact where invariance is not asked for; not yet measured. The kernel for more
-rows does not cut K, so with so few it leaves most of a GPU idle."""
+"""Maximum number of rows with exact codes if `invariant` is False; not yet measured. The kernel for more rows does not
+split K, so with few rows most of a GPU would be idle."""
 
 SMALL_WITHOUT_TENSOR_CORES = 16
-"""The same where Triton uses no tensor cores: by arithmetic, decoding a matrix for torch's product is as fast from
-there on. Not measured yet."""
+"""The same maximum if Triton uses no tensor cores: with more rows, decoding a matrix for torch's product should be as
+fast. Calculated, not measured yet."""
 
 
 def linear(
@@ -46,7 +46,7 @@ def linear(
     out: torch.Tensor | None = None,
     invariant: bool = False,
 ) -> torch.Tensor:
-    """x times the transpose of the matrix, plus bias; `out` where it is given."""
+    """Return x times the transpose of the matrix, plus bias; written to `out` if it is given."""
     assert x.dim() == 2
     assert x.shape[1] == matrix.columns
     if out is not None:
@@ -65,7 +65,7 @@ def linear(
 
 
 def embedding(token_ids: torch.Tensor, matrix: GgufMatrix, dtype: torch.dtype) -> torch.Tensor:
-    """The rows of the matrix for token_ids [T], below N: [T, K] of `dtype`."""
+    """Return the rows of the matrix for token_ids [T], all below N: [T, K] in `dtype`."""
     if on_gpu(token_ids):
         from candle_vllm.core.kernels.gguf_linear import triton
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""How quantised weights lie in a GPU's memory: what `pack.py` writes, and `triton.py` and `reference.py` read.
+"""Layout of quantised weights in a GPU's memory, which `pack.py` writes, and `triton.py` and `reference.py` read.
 
-Stands inside step 6 of a request's life. K is cut into **steps** of 128 weights (64 for 8 bits), in groups of 32. A
-matrix is a few planes, each with the step first, so that what neighbouring rows need of a step lies side by side:
+Part of step 6 of a request's life. K is split into **steps** of 128 weights (64 for 8 bits), in groups of 32. A matrix
+consists of a few planes; their first dimension is the step, so that the data of a step is contiguous for all rows:
 
     low     [steps, N, 16]  the lower bits of the codes: 4 in int32, 2 in int16, 8 in int32 (of a step of 64)
     high    [steps, N, 16]  the two bits above of 6-bit codes, in int16
@@ -13,25 +13,24 @@ matrix is a few planes, each with the step first, so that what neighbouring rows
             Q4_K Q5_K         a word with the scales u8 of the four groups, one with their minima u8
             Q3_K Q6_K         two words with the scales i8 of the eight half groups
             Q2_K              the same with scale | minimum << 4
-            IQ4_NL            as Q4_0
+            IQ4_NL            the same as Q4_0
             IQ4_XS            a word with the scales i8 of the four groups
-            IQ1, IQ2, IQ3     the same, or where 16 weights share a scale as Q6_K
+            IQ1, IQ2, IQ3     the same as IQ4_XS, or as Q6_K if 16 weights share a scale
     supers  [K / 256, N]  int32, K-quants and IQ types: super-scale f16, negated super-minimum f16 or 0
 
-Element i of a step's 16 holds, of each group g, the codes of weights 32 g + 2 i + h for h = 0 and 1, at bit
-bits * (g + groups * h), plus 8 for single bits of an odd step. The two codes of a pair stand half an element apart, so
-that one mask takes both out of an int32 as the two float16 or bfloat16 numbers that the tensor cores read as a
-register.
+Element i of the 16 elements of a step has, for each group g, the codes of weights 32 g + 2 i + h for h = 0 and 1, at
+bit bits * (g + groups * h), plus 8 for single bits of an odd step. The two codes of a pair are half an element apart,
+so one mask extracts both from an int32, as the two float16 or bfloat16 numbers of a tensor core register.
 
 A code is unsigned; a weight is scale * (code - zero) for the types without a minimum, else scale * code + minimum.
-Codes of IQ types stand for the numbers of a table: there a weight is scale * number. IQ1, IQ2 and IQ3, whose indices
-choose several weights from a long list, get a code of 4 bits for each weight, which is enough to name every size and
-sign that a list has: exact, though 1.3 times (IQ3_S) to 2.8 times (IQ1_S) the file's bytes, and without gathering.
+Codes of IQ types are indices of a table of values: a weight is scale * value. In IQ1, IQ2 and IQ3 files an index
+selects several weights from a long list. Here each weight has a 4-bit code, which is enough for every magnitude and
+sign of a list. The codes are exact and need no gathering, but 1.3 times (IQ3_S) to 2.8 times (IQ1_S) the file's bytes.
 
-Rows are not filled up; columns are, to whole steps, with scales of 0. Against the file this takes 2.8 % more for Q4_K,
-2.3 % for Q5_K, 5.5 % for Q3_K, 2.9 % for IQ4_XS, 1 % for Q6_K, nothing for the other types above IQ3 where K is a
-multiple of 128 (at most 11 % from K = 576 on), and no number changes. (With a float16 scale and minimum for each group
-instead of the small numbers, Q4_K would take 11 % more, Q2_K 52 %, and scales would be rounded.)
+Rows are not padded; columns are padded to whole steps with scales of 0. The layout needs more memory than the file:
+2.8 % for Q4_K, 2.3 % for Q5_K, 5.5 % for Q3_K, 2.9 % for IQ4_XS, 1 % for Q6_K. The other types above IQ3 have the
+file's size if K is a multiple of 128, and at most 11 % more from K = 576 on. All values are exact. (With a float16
+scale and minimum for each group, Q4_K would need 11 % more, Q2_K 52 %, and scales would be rounded.)
 """
 
 from __future__ import annotations
@@ -54,10 +53,10 @@ from candle_vllm.core.kernels.packed_linear.layout import (
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 
 WORDS = 16
-"""Elements of a row in a step of a plane of codes."""
+"""Number of elements of a row in one step of a plane of codes."""
 
 SUPER = 256
-"""Weights that share a super-scale."""
+"""Number of weights that share a super-scale."""
 
 _ELEMENTS: Mapping[int, torch.dtype] = MappingProxyType(
     {1: torch.int16, 2: torch.int16, 4: torch.int32, 8: torch.int32}
@@ -66,12 +65,12 @@ _ELEMENTS: Mapping[int, torch.dtype] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Planes:
-    """Facts of a kind on the GPU.
+    """Properties of a kind on the GPU.
 
     Attributes:
         low, high: bits of a code in the two planes; high may be 0.
-        layout: what is known of the kind everywhere; of IQ1, IQ2 and IQ3 what their codes here are.
-        factor: what the small scales are multiplied with.
+        layout: the kind's layout on all devices; for IQ1, IQ2 and IQ3, the layout of their codes here.
+        factor: factor of the small scales.
     """
 
     low: int
@@ -98,7 +97,7 @@ class Planes:
 
     @property
     def bits_each(self) -> float:
-        """Bits of memory for a weight."""
+        """Bits of memory per weight."""
         return self.low + self.high + 32 * self.words / self.step + (32 / SUPER if self.layout.nested else 0)
 
     def steps(self, columns: int) -> int:
@@ -106,7 +105,7 @@ class Planes:
         return -(-columns // self.step)
 
     def empty(self, rows: int, columns: int, device: torch.device) -> dict[str, torch.Tensor | None]:
-        """Memory for the planes of a matrix, by name."""
+        """Allocate the planes of a matrix, by name."""
         steps = self.steps(columns)
         upper = -(-steps // 2) if self.high == 1 else steps
 
@@ -134,14 +133,14 @@ PLANES: Mapping[PackedKind, Planes] = MappingProxyType(
 )
 
 OWN_FORMS = tuple(kind for kind in PLANES if kind <= PackedKind.IQ4_XS or kind is PackedKind.IQ2_S)
-"""Kinds whose kernels differ by more than a table: the other IQ types are as IQ4_XS, or as IQ2_S."""
+"""Kinds whose kernels differ by more than a table; the other IQ types have the kernels of IQ4_XS or of IQ2_S."""
 
 
 def gguf_kind(ggml_type: GGMLQuantizationType) -> PackedKind:
-    """The layout of a tensor type on a GPU: its own, or 8 bits for a type without one.
+    """Return the layout of a tensor type on a GPU; 8 bits for a type without a layout.
 
     Raises:
-        UnsupportedModelError: the type is not quantised, or nothing decodes it.
+        UnsupportedModelError: the type is not quantised, or cannot be decoded.
     """
     kind = packed_kind(ggml_type)
     return kind if kind in PLANES else PackedKind.Q8_0
@@ -149,12 +148,12 @@ def gguf_kind(ggml_type: GGMLQuantizationType) -> PackedKind:
 
 @dataclass(frozen=True, eq=False)
 class GgufMatrix:
-    """A quantised weight matrix [N, K] as the GPU reads it.
+    """A quantised weight matrix [N, K] in the layout of the GPU.
 
     Attributes:
         rows: N, outputs.
         columns: K, inputs.
-        kind: the layout, by the ggml type whose numbers it keeps exactly.
+        kind: the layout, named by the ggml type whose weights it represents exactly.
         low, high, scales, supers: the planes, contiguous.
     """
 
@@ -168,12 +167,12 @@ class GgufMatrix:
 
     @property
     def planes(self) -> Planes:
-        """Facts of the kind."""
+        """Properties of the kind."""
         return PLANES[self.kind]
 
     @property
     def device(self) -> torch.device:
-        """Where it is."""
+        """Device of the planes."""
         return self.low.device
 
     @property
@@ -183,7 +182,7 @@ class GgufMatrix:
 
 
 def stack(matrices: Sequence[GgufMatrix]) -> GgufMatrix:
-    """Matrices of one kind that read the same input, as one whose results stand side by side (q, k, v; gate, up)."""
+    """Join matrices of one kind with the same input to one matrix with adjacent results (q, k, v; gate, up)."""
     first = matrices[0]
     assert all(matrix.kind == first.kind and matrix.columns == first.columns for matrix in matrices)
 

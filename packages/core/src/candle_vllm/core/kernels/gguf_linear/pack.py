@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""GGUF bytes to the GPU's layout: done once, at load, before step 1 of a request's life.
+"""Convert GGUF bytes to the GPU's layout, once, at load, before step 1 of a request's life.
 
-The bytes are copied to the device as they are and taken apart there, some rows at a time, in plain torch.
+The bytes are copied to the device unchanged and are split there, some rows at a time, in plain torch.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ from candle_vllm.core.quantization.mxfp4_blocks import as_q5_0
 logger = logging.getLogger(__name__)
 
 CHUNK = 1 << 24
-"""Weights per round: about 20 times as many bytes are needed on the way."""
+"""Number of weights per round; a round needs about 20 times as many bytes."""
 
 
 def pack(
     raw: np.ndarray, ggml_type: GGMLQuantizationType, rows: int, columns: int, device: torch.device | str
 ) -> GgufMatrix:
-    """Brings a quantised matrix to a device.
+    """Copy a quantised matrix to a device.
 
-    A type with a layout of its own keeps its numbers exactly, and so does MXFP4 as Q5_0. Any other is decoded and
-    rounded to 8 bits with a scale for each 32 weights, which a log line says.
+    A type with its own layout stays exact, and so does MXFP4, as Q5_0. Any other type is decoded and rounded to 8 bits
+    with a scale for each 32 weights, which is logged.
 
     Args:
         raw: the tensor's bytes, uint8, contiguous; need not be aligned.
-        ggml_type: how they are stored.
+        ggml_type: their type.
         rows: N; the rows stay in their order.
         columns: K.
-        device: where the result lies.
+        device: device of the result.
 
     Raises:
         UnsupportedModelError: no kernel multiplies such a matrix.
-        ValueError: `raw` is not as long as the shape says.
+        ValueError: the length of `raw` does not match the shape.
     """
     kind, device = gguf_kind(ggml_type), torch.device(device)
     size, width = ggml.block_layout(ggml_type)
@@ -78,7 +78,7 @@ def pack(
 
 
 def _of_grid(part: np.ndarray, layout: GridLayout, device: torch.device) -> BlockParts[torch.Tensor]:
-    """Rows of blocks [R, B, bytes] whose weights stand in a list, with a code for each."""
+    """Decode rows of blocks [R, B, bytes] of a grid type to parts with a code for each weight."""
     found = grids.take_apart(part, layout, lambda array: torch.from_numpy(array).to(device))
     codes = torch.from_numpy(grids.codes(layout.name)).to(device)[found.indices]
     codes = codes.view(found.flags.shape) | found.flags << 3
@@ -87,14 +87,14 @@ def _of_grid(part: np.ndarray, layout: GridLayout, device: torch.device) -> Bloc
 
 
 def _on_device(part: np.ndarray, device: torch.device) -> torch.Tensor:
-    """A copy, so that a mapped file, which torch may not write to, is never wrapped."""
+    """Copy an array to a device; a copy, because torch must not wrap a mapped file, to which it may not write."""
     return torch.from_numpy(part.copy()).to(device)
 
 
 def _store(parts: BlockParts[torch.Tensor], planes: Planes, found: dict[str, torch.Tensor | None], rows: slice) -> None:
-    """Writes the parts of some rows to their place in the planes."""
+    """Write the parts of some rows to the planes."""
     codes = parts.codes.flatten(1)
-    if planes.layout.values is None:  # else they are unsigned
+    if planes.layout.values is None:  # else codes are already unsigned
         codes = codes + planes.layout.zero
     codes = _arranged(codes, planes)
     for name, first, bits in (("low", 0, planes.low), ("high", planes.low, planes.high)):
@@ -113,19 +113,19 @@ def _store(parts: BlockParts[torch.Tensor], planes: Planes, found: dict[str, tor
 
 
 def _half(data: torch.Tensor) -> torch.Tensor:
-    """Bytes of float16 [R, B, 2] as its bits, int16 [R, B]."""
+    """View bytes of float16 [R, B, 2] as int16 [R, B]."""
     return data.contiguous().view(torch.int16)[:, :, 0]
 
 
 def _arranged(codes: torch.Tensor, planes: Planes) -> torch.Tensor:
-    """Codes uint8 [R, K] as [R, steps, groups, 2, 16], filled up with 0."""
+    """Convert codes uint8 [R, K] to [R, steps, groups, 2, 16], padded with 0."""
     missing = -codes.shape[1] % planes.step
     codes = torch.nn.functional.pad(codes, (0, missing))
     return codes.view(len(codes), -1, planes.groups, WORDS, 2).transpose(3, 4)
 
 
 def _plane(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Codes of `bits` bits uint8 [R, steps, groups, 2, 16] as int32 [R, steps, 16]."""
+    """Pack codes of `bits` bits, uint8 [R, steps, groups, 2, 16], to int32 [R, steps, 16]."""
     groups = codes.shape[2]
     plane = torch.zeros((*codes.shape[:2], WORDS), dtype=torch.int32, device=codes.device)
     for half in range(2):
@@ -135,18 +135,18 @@ def _plane(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def _two_steps(plane: torch.Tensor) -> torch.Tensor:
-    """Single bits of two steps in one element: [R, steps, 16] -> [R, steps / 2, 16]."""
+    """Combine single bits of two steps in one element: [R, steps, 16] -> [R, steps / 2, 16]."""
     steps = torch.nn.functional.pad(plane, (0, 0, 0, plane.shape[1] % 2)).unflatten(1, (-1, 2))
     return steps[:, :, 0] | steps[:, :, 1] << 8
 
 
 def _pairs(low: torch.Tensor, high: torch.Tensor | None) -> torch.Tensor:
-    """Two numbers of 16 bits side by side in int32."""
+    """Combine two 16-bit integers in an int32."""
     return torch.stack([low, torch.zeros_like(low) if high is None else high], -1).view(torch.int32)[..., 0]
 
 
 def _scale_words(parts: BlockParts[torch.Tensor], planes: Planes) -> torch.Tensor:
-    """int32 [R, steps, words]."""
+    """Return the words of the plane `scales`, int32 [R, steps, words]."""
     if parts.scales is not None:
         small = _small(parts.scales, parts.minima, planes)
         return small.reshape(len(small), -1, 4 * planes.words).contiguous().view(torch.int32)
@@ -157,7 +157,7 @@ def _scale_words(parts: BlockParts[torch.Tensor], planes: Planes) -> torch.Tenso
 
 
 def _small(scales: torch.Tensor, minima: torch.Tensor | None, planes: Planes) -> torch.Tensor:
-    """The sub-scales of K-quants in the order of the layout, uint8 [R, ...]."""
+    """Return the sub-scales of K-quants in the order of the layout, uint8 [R, ...]."""
     if minima is None:
         return scales
     if planes.layout.paired:

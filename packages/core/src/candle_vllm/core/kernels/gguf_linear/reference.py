@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The quantised linear layer in plain torch, literal enough to check by eye: step 6, and what tests compare with."""
+"""The quantised linear layer in plain torch (step 6), literal enough to check by eye; the reference of tests."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from candle_vllm.core.kernels.packed_linear.layout import GROUP
 def linear(
     x: torch.Tensor, matrix: GgufMatrix, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """See the contract in the package, but for `invariant`; float32 weights and sums, rounded once."""
+    """See the contract in `kernels/gguf_linear`, without `invariant`; float32 weights and sums, rounded once."""
     return _rounded(x.float() @ dequantise(matrix).T, x.dtype, bias, out)
 
 
 def linear_row_by_row(
     x: torch.Tensor, matrix: GgufMatrix, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The same where no row's bits may depend on the others: each is a product of its own."""
+    """Do what `linear` does with a separate product for each row, so that no result depends on other rows."""
     weights = dequantise(matrix).T
     rows = [row[None].float() @ weights for row in x]
     return _rounded(torch.cat([weights.new_empty(0, matrix.rows), *rows]), x.dtype, bias, out)
@@ -31,17 +31,17 @@ def _rounded(y: torch.Tensor, dtype: torch.dtype, bias: torch.Tensor | None, out
 
 
 def embedding(token_ids: torch.Tensor, matrix: GgufMatrix, dtype: torch.dtype) -> torch.Tensor:
-    """See the contract in the package."""
+    """See the contract in `kernels/gguf_linear`."""
     return dequantise(matrix)[token_ids].to(dtype)
 
 
 def dequantise(matrix: GgufMatrix) -> torch.Tensor:
-    """The weights as float32 [N, K]; for every kind exactly what ggml's own routine gives for the original bytes."""
+    """Return the weights as float32 [N, K], for every kind exactly as ggml decodes the original bytes."""
     planes, layout = matrix.planes, matrix.planes.layout
     codes = _codes(matrix.low, planes.low, planes.groups)
     if matrix.high is not None:
         high = matrix.high
-        if planes.high == 1:  # those of two steps in an element
+        if planes.high == 1:  # an element has the bits of two steps
             high = torch.stack([high, high >> 8], 1).flatten(0, 1)[: len(matrix.low)]
         codes |= _codes(high, planes.high, planes.groups) << planes.low
     scale, minimum = _scales(matrix)  # [N, K / width, 1]
@@ -55,7 +55,7 @@ def dequantise(matrix: GgufMatrix) -> torch.Tensor:
 
 
 def _codes(plane: torch.Tensor, bits: int, groups: int) -> torch.Tensor:
-    """Codes int32 [N, steps, groups, 16, 2] of a plane [steps, N, 16]."""
+    """Unpack a plane [steps, N, 16] to codes int32 [N, steps, groups, 16, 2]."""
     words = plane.to(torch.int32).transpose(0, 1)
     fields = [
         torch.stack([words >> bits * (group + groups * half) & (1 << bits) - 1 for half in range(2)], -1)
@@ -65,7 +65,7 @@ def _codes(plane: torch.Tensor, bits: int, groups: int) -> torch.Tensor:
 
 
 def _scales(matrix: GgufMatrix) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Scales and minima, float32 [N, K / width, 1]."""
+    """Return scales, and minima or None, float32 [N, K / width, 1]."""
     layout = matrix.planes.layout
     words = matrix.scales.permute(2, 0, 1).clone(memory_format=torch.contiguous_format)  # [N, steps, words]
     if matrix.supers is None:

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: MIT
 """Linear layer with quantised weights and int8 activations, on the CPU; step 6 of a request's life.
 
-Contract. Activations: `xq` int8 [T, K], rows K apart; `xs` float32 [T, K/32], max|x| / 127 of each group of 32 (0 for a
-group of zeros), x / xs rounded to nearest even; `xsum` float32 [T, K/32], xs times the sum of the group's int8 numbers.
-Weights: [N, K] of one kind, packed 16 rows wide (`layout.py`). Result, float32:
+Contract. Activations: `xq` int8 [T, K], contiguous, x / xs rounded to the nearest integer, ties to even; `xs` float32
+[T, K/32], max|x| / 127 of each group of 32 (0 for a group of zeros); `xsum` float32 [T, K/32], xs times the sum of the
+group's xq. Weights: [N, K] of one kind, packed in tiles of 16 rows (`layout.py`). The result is float32:
 
     out[t, column + n] (+)= sum over groups g of xs[t, g] * dot(weight[n, g], xq[t, g]) + bias[n]      t < T, n < N
 
-A group's dot product is summed in int32, exactly; groups are added in order of K in fp32, always by the same sequence
-of operations, so that a row's result has the same bits whatever T, the other rows, the threads and the CPU's
-instructions are. Nothing else of `out` is written. `out` may not overlap the inputs.
+A group's dot product is an exact sum in int32. Groups are added in order of K in fp32, always by the same sequence of
+operations, so a row's result does not depend on T, the other rows, the threads or the CPU's instruction set. No other
+elements of `out` are written. `out` must not overlap the inputs.
 
 `pack` makes a `PackedMatrix` from a GGUF tensor's bytes, in a `WeightMemory` that a model's matrices share;
-`dequantise` gives its numbers back; both are numpy. `reference.py` is the contract in plain numpy. `cpu.py` has the
-compiled operations, and only a CPU engine imports it.
+`dequantise` returns its weights; both use numpy. `reference.py` implements the contract in plain numpy. `cpu.py` has
+the compiled operations; only a CPU engine imports it.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: MIT
 """The packed linear layer as compiled CPU operations: step 6 of a request's life.
 
-A thread owns a run of tiles. It takes as many tiles as fit into the cache, and multiplies them by the rows of
-activations in panels (`cpu_panel.py`). For each group of a panel the kernel unpacks 8 vectors of codes and multiplies
-each by every row (`cpu_sums.py`), so that codes are read and unpacked once for up to 8 rows. On levels with few
-registers, with AMX, and for types that are costly to unpack, a few groups of a tile are unpacked into the first-level
-cache for several panels (`_emit_tall`).
+Each thread has consecutive tiles. It multiplies as many tiles as fit into the cache by the rows of activations, which
+are in panels (`cpu_panel.py`). For each group of a panel the kernel unpacks 8 vectors of codes and multiplies each by
+every row (`cpu_sums.py`), so that codes are read and unpacked once for up to 8 rows. On levels with few registers, with
+AMX, and for types that are costly to unpack, a few groups of a tile are unpacked into the L1 cache for several panels
+(`_emit_tall`).
 
 Codes are unsigned; for weights scale * (code - zero) the int32 sums start at -zero * sum(x) instead of 0. Some levels
-treat codes of 8 bits as signed instead. Each variant computes a row by the same operations in the same order
-(`_add_group`). A thread's tiles are one stream of memory; some CPUs need software prefetch for it: `level.bytes_ahead`.
+treat 8-bit codes as signed instead. Each variant computes a row by the same operations in the same order
+(`_add_group`). A thread reads its tiles sequentially, for which some CPUs need software prefetch: `level.bytes_ahead`.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
@@ -54,16 +54,16 @@ from candle_vllm.core.kernels.packed_linear.layout import (
 )
 
 UNPACKED = 4
-"""Groups that are unpacked at a time for several panels: these and the panels' share fit the first-level cache."""
+"""Groups that are unpacked at a time for several panels; they and the panels' part fit into the L1 cache."""
 
-UNPACKED_BYTES = (8 + 4) * VECTOR_BYTES  # of a group: its codes, and up to four vectors of scales and minima
+UNPACKED_BYTES = (8 + 4) * VECTOR_BYTES  # bytes of a group: its codes, and up to four vectors of scales and minima
 
 CACHED_BYTES = 384 << 10
-"""Bytes of weights that a thread reads again for every block of rows: they fit into its second-level cache."""
+"""Bytes of weights that a thread reads again for every block of rows; they fit into its L2 cache."""
 
 
 def scratch_bytes(isa: Isa, layout: AnyLayout) -> int:
-    """Return the bytes of scratch memory for unpacked groups and sums: of a panel's rows, or with AMX of all rows."""
+    """Return the bytes of scratch memory for unpacked groups and for sums of a panel's rows (with AMX, of all rows)."""
     rows = TALL_ROWS if cpu_sums.takes_squares(isa, layout) else blocks(isa, layout)[0]
     return UNPACKED * (UNPACKED_BYTES + rows * VECTOR_BYTES * GROUP // layout.width)
 
@@ -72,12 +72,12 @@ def scratch_bytes(isa: Isa, layout: AnyLayout) -> int:
 
 
 def _words(e: Emitter, value: int, lanes: int) -> Any:
-    """The byte `value` in each byte of the lanes."""
+    """Return the byte `value` in each byte of the lanes."""
     return e.constant(I32, value * 0x01010101, lanes)
 
 
 def _field(e: Emitter, words: Any, start: int, target: int, bits: int, lanes: int) -> Any:
-    """Extract `bits` bits from `start` on of each byte, moved to bit `target`; other bits are 0."""
+    """Extract `bits` bits, from bit `start` on, of each byte; move them to bit `target`. Other bits are 0."""
     if start > target:
         words = e.b.lshr(words, e.constant(I32, start - target, lanes))
     elif start < target:
@@ -151,9 +151,9 @@ def _stored_quad(e: Emitter, codes: Any, layout: TileLayout, quad: int, lanes: i
 
 
 def _digit(e: Emitter, codes: Any, quad: Any, lanes: int) -> Any:
-    """Quad `quad` of a block of digits to the base of 3.
+    """Load quad `quad` of a block of base-3 digits.
 
-    A byte is a fraction of 256. Times a power of 3 its wanted digit is the first, of which two comparisons tell.
+    A byte is a fraction of 256. Multiplied by a power of 3, its first digit is the wanted one: two comparisons find it.
     """
     b, pairs, bytes_ = e.b, vector(I16, 2 * lanes), vector(I8, 4 * lanes)
     place = b.udiv(quad, e.int64(TRITS))
@@ -170,7 +170,7 @@ def _digit(e: Emitter, codes: Any, quad: Any, lanes: int) -> Any:
 
 
 def _scales(e: Emitter, block: Any, group: Any, layout: TileLayout, lane: Any = None) -> tuple[list[Any], list[Any]]:
-    """Scales and minima of a group (number `group` of its block), each one or two vectors of floats."""
+    """Load scales and minima of a group (number `group` of its block), each one or two vectors of floats."""
     lanes = ROWS if lane is None else 1
     if layout.float == "e4m3":
         return _small_floats(e, block, group, layout, lane), []
@@ -202,7 +202,7 @@ def _scales(e: Emitter, block: Any, group: Any, layout: TileLayout, lane: Any = 
 
 
 def _floats(e: Emitter, block: Any, layout: TileLayout, lane: Any = None) -> tuple[Any, Any]:
-    """The floats of a block, widened: scales, and minima or None."""
+    """Load the floats of a block, converted to float32: scales, and minima or None."""
     lanes = ROWS if lane is None else 1
     if layout.float == "e8m0":
         return _halved_power(e, block if lane is None else e.b.add(block, lane), lanes), None
@@ -215,7 +215,7 @@ def _floats(e: Emitter, block: Any, layout: TileLayout, lane: Any = None) -> tup
 
 
 def _halved_power(e: Emitter, at: Any, lanes: int) -> Any:
-    """Bytes of e8m0, halved: 2^(byte - 128), of which the two smallest are below the normal floats."""
+    """Convert e8m0 bytes to half their values: 2^(byte - 128), of which the two smallest are subnormal floats."""
     b, kind = e.b, vector(I32, lanes)
     byte = b.zext(e.load(at, vector(I8, lanes)), kind)
     usual = b.shl(b.sub(byte, e.constant(I32, 1, lanes)), e.constant(I32, 23, lanes))
@@ -225,7 +225,7 @@ def _halved_power(e: Emitter, at: Any, lanes: int) -> Any:
 
 
 def _small_floats(e: Emitter, block: Any, group: Any, layout: TileLayout, lane: Any = None) -> list[Any]:
-    """Scales in e4m3 of a group, halved, one for each of its parts: moved up, their bits are a float16's 2^8 below."""
+    """Load halved e4m3 scales of a group, one for each part: shifted, their bits are a float16 that is 2^8 smaller."""
     b, lanes, parts = e.b, ROWS if lane is None else 1, GROUP // layout.width
     at = b.add(block, b.mul(group, e.int64(parts * ROWS)))
     at = at if lane is None else b.add(at, lane)
@@ -238,7 +238,7 @@ def _small_floats(e: Emitter, block: Any, group: Any, layout: TileLayout, lane: 
 
 
 def _pairs(e: Emitter, block: Any, group: Any, layout: TileLayout) -> tuple[Any, Any]:
-    """Sub-scales and sub-minima of a group of a paired kind, of both halves: 16-bit pairs as <16 x i32>."""
+    """Load sub-scales and sub-minima of both halves of a group of a paired kind: 16-bit pairs as <16 x i32>."""
     at = e.b.add(block, e.b.mul(group, e.int64(2 * ROWS)))
     small = e.b.zext(e.load(at, vector(I8, 2 * ROWS), layout.floats_bytes), vector(I16, 2 * ROWS))
     scale = e.b.and_(small, e.constant(I16, 15, 2 * ROWS))
@@ -247,7 +247,7 @@ def _pairs(e: Emitter, block: Any, group: Any, layout: TileLayout) -> tuple[Any,
 
 
 def _paired(e: Emitter, low: Any, high: Any) -> Any:
-    """Two numbers of 16 bits, held in 32, as a pair."""
+    """Combine two 16-bit integers, in 32-bit lanes, to a pair."""
     count = low.type.count
     return e.b.or_(
         e.b.and_(low, e.constant(I32, 0xFFFF, count)),
@@ -256,7 +256,7 @@ def _paired(e: Emitter, low: Any, high: Any) -> Any:
 
 
 def _block_of(e: Emitter, weights: Any, group: Any, layout: AnyLayout) -> tuple[Any, Any, Any]:
-    """Address of the block that holds group `group` of a row, the group's number in it, and its codes' address."""
+    """Return the address of the block with group `group` of a row, the group's index in it, and its codes' address."""
     if layout.groups == 1:
         block = e.b.add(weights, e.b.mul(group, e.int64(layout.block_bytes)))
         return block, e.int64(0), e.b.add(block, e.int64(layout.head_bytes))
@@ -271,7 +271,7 @@ def _block_of(e: Emitter, weights: Any, group: Any, layout: AnyLayout) -> tuple[
 
 
 class _Group(NamedTuple):
-    """A group of a tile: scales and minima, vectors of 16 (with small ones where paired), and its codes by quads."""
+    """A group of a tile: scales and minima, vectors of 16 (also small ones if paired), and its codes by quad."""
 
     scales: list[Any]
     minima: list[Any]
@@ -279,7 +279,7 @@ class _Group(NamedTuple):
 
 
 def _packed_group(e: Emitter, layout: AnyLayout, isa: Isa, weights: Any, group: Any, *, signed: bool = False) -> _Group:
-    """Group `group` of a tile as it is packed; its codes are `signed`, or as `takes_signed` says."""
+    """Return group `group` of a packed tile; its codes are signed if `signed` is set or `takes_signed` is true."""
     head, number, codes = _block_of(e, weights, group, layout)
     if isinstance(layout, GridLayout):
         grid = GridGroup(e, layout, isa, head, number, codes)
@@ -296,10 +296,10 @@ def _packed_group(e: Emitter, layout: AnyLayout, isa: Isa, weights: Any, group: 
 
 
 def _sums_of(inputs: cpu_sums.Inputs, rows: range, group: _Group) -> list[list[Any]]:
-    """The sums of a group, or of its halves, each <16 x i32> for each row."""
+    """Return the sums of a group, or of its halves, each <16 x i32> for each row."""
     layout, isa = inputs.layout, inputs.isa
     halves = GROUP // layout.width
-    apart = not (layout.minimum or cpu_sums.takes_signed(isa, layout))  # where zeros have a share, of which sums begin
+    apart = not (layout.minimum or cpu_sums.takes_signed(isa, layout))  # whether sums begin with the zeros' part
     size = 8 // halves
     return [
         cpu_sums.emit_sums(inputs, group.quad, range(half * size, (half + 1) * size), rows, 1 + half if apart else 0)
@@ -308,7 +308,7 @@ def _sums_of(inputs: cpu_sums.Inputs, rows: range, group: _Group) -> list[list[A
 
 
 def _add_group(inputs: cpu_sums.Inputs, rows: range, group: _Group, sums: list[list[Any]], old: list[Any]) -> list[Any]:
-    """Adds a group's share to the totals of some rows of a panel; `sums` are as `_sums_of` has them."""
+    """Add a group's sums, from `_sums_of`, to the totals of some rows of a panel."""
     e, layout = inputs.e, inputs.layout
     if not isinstance(layout, GridLayout) and layout.paired:
         return _add_paired(inputs, rows, group, sums, old)
@@ -333,7 +333,7 @@ def _add_group(inputs: cpu_sums.Inputs, rows: range, group: _Group, sums: list[l
 def _add_paired(
     inputs: cpu_sums.Inputs, rows: range, group: _Group, halves: list[list[Any]], old: list[Any]
 ) -> list[Any]:
-    """`_add_group` for a paired kind: the halves, below 2^13 each, are scaled and added as integers."""
+    """Do what `_add_group` does for a paired kind: the halves, below 2^13 each, are scaled and added as integers."""
     e, isa = inputs.e, inputs.isa
     (scale, sub_scales), (minimum, sub_minima) = group.scales, group.minima
     results = []
@@ -346,7 +346,7 @@ def _add_paired(
 
 
 class _Tile(NamedTuple):
-    """What `multiply` is given: addresses, counts and a distance in bytes, all of them int64."""
+    """Arguments of `multiply`: addresses, counts and a distance in bytes, all int64."""
 
     weights: Any
     panel: Any
@@ -358,7 +358,7 @@ class _Tile(NamedTuple):
 
 
 def _ask_ahead(e: Emitter, layout: AnyLayout, at: _Tile, group: Any) -> None:
-    """Asks for what stands `ahead` of a group."""
+    """Prefetch memory at the distance `ahead` after a group."""
     bytes_each = layout.block_bytes // layout.groups
     coming = e.b.add(e.b.add(at.weights, at.ahead), e.b.mul(group, e.int64(bytes_each)))
     for line in range(0, bytes_each, 64):
@@ -366,18 +366,18 @@ def _ask_ahead(e: Emitter, layout: AnyLayout, at: _Tile, group: Any) -> None:
 
 
 def _record(e: Emitter, layout: AnyLayout, isa: Isa, count: int, panel: Any, group: Any) -> cpu_sums.Inputs:
-    """A group's activations in a panel of `count` rows."""
+    """Return a group's activations in a panel of `count` rows."""
     return cpu_sums.Inputs(e, isa, layout, count, e.b.add(panel, e.b.mul(group, e.int64(record_bytes(layout, count)))))
 
 
 def _rows_in_turn(isa: Isa, count: int) -> list[range]:
-    """The rows of a panel, as many together as are multiplied at once."""
+    """Return the rows of a panel, in ranges of rows that are multiplied at once."""
     most = cpu_sums.rows_at_once(isa)
     return [range(first, min(first + most, count)) for first in range(0, count, most)]
 
 
 def _emit_tile(e: Emitter, layout: AnyLayout, isa: Isa, count: int, at: _Tile) -> None:
-    """What `multiply` does, of one panel of `count` rows."""
+    """Emit `multiply` for one panel of `count` rows."""
 
     def body(number: Any, totals: list[Any], rows: range) -> list[Any]:
         if not rows.start:
@@ -386,18 +386,18 @@ def _emit_tile(e: Emitter, layout: AnyLayout, isa: Isa, count: int, at: _Tile) -
         found = _packed_group(e, layout, isa, at.weights, number)
         return _add_group(inputs, rows, found, _sums_of(inputs, rows, found), totals)
 
-    for rows in _rows_in_turn(isa, count):  # a tile stays in the first-level cache
+    for rows in _rows_in_turn(isa, count):  # a tile stays in the L1 cache
         totals = e.loop(at.groups, [e.zeros(F32)] * len(rows), partial(body, rows=rows))
         for row, total in zip(rows, totals):
             e.store(at.out, total, row * 4 * ROWS)
 
 
 def _emit_tall(e: Emitter, layout: AnyLayout, isa: Isa, count: int, at: _Tile) -> None:
-    """What `multiply` does, of several panels, or with AMX.
+    """Emit `multiply` for several panels, or with AMX.
 
-    A few groups are unpacked for all of them; for each panel, first the sums of these are made and then added to the
-    totals, since there are not registers for both; AMX makes the sums of all panels before. What is between stays in
-    the first-level cache.
+    A few groups are unpacked for all panels. For each panel, first the sums of these groups are computed, and then they
+    are added to the totals, because there are not enough registers for both; AMX first computes the sums of all panels.
+    Intermediate results stay in the L1 cache.
     """
     squares = cpu_sums.takes_squares(isa, layout)
     b, of_panel, row_sums = e.b, count * 4 * ROWS, VECTOR_BYTES * GROUP // layout.width
@@ -493,9 +493,9 @@ def multiply(
     ahead: Any,
     scratch: Any,
 ) -> Any:
-    """A tile times `panels` panels of `block` rows, see `blocks`: float32 [panels * block, 16] at `out`.
+    """Multiply a tile by `panels` panels of `block` rows, see `blocks`; write float32 [panels * block, 16] to `out`.
 
-    `scratch` is room for `scratch_bytes`, which several panels take, and those that AMX multiplies.
+    `scratch` is memory of `scratch_bytes`, which is used for several panels, and with AMX.
     """
     layout, features = LAYOUTS[PackedKind(kind.literal_value)], Isa(isa.literal_value)
 
@@ -519,11 +519,11 @@ def multiply(
 
 
 def make_linear(KIND: int, ISA: int) -> Any:
-    """The linear operation."""
+    """Compile the linear operation."""
     layout, isa = LAYOUTS[PackedKind(KIND)], Isa(ISA)
     FULL, MOST, RUNS, SCRATCH = blocks(isa, layout)[0], most_panels(isa, layout), RUNS_BYTES, scratch_bytes(isa, layout)
     SQUARES, TILE_BLOCK = cpu_sums.takes_squares(isa, layout), CACHED_BYTES
-    PANEL_GROUP = record_bytes(layout, FULL)  # panel bytes of a group
+    PANEL_GROUP = record_bytes(layout, FULL)  # bytes of a group in a panel
 
     def packed_linear(entry: Any, thread: int, threads: int) -> None:
         given = read(LinearArguments, entry)
@@ -577,7 +577,7 @@ def make_linear(KIND: int, ISA: int) -> Any:
 
 @intrinsic(prefer_literal=True)
 def _unpack_row(_: Any, kind: Any, weights: Any, lane: Any, out: Any, groups: Any) -> Any:
-    """Writes row `lane` of a tile as floats, each operation rounded as ggml's routines round it."""
+    """Write row `lane` of a tile as floats; each operation is rounded as in ggml's routines."""
     layout = LAYOUTS[PackedKind(kind.literal_value)]
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
@@ -611,7 +611,7 @@ def _unpack_row(_: Any, kind: Any, weights: Any, lane: Any, out: Any, groups: An
 
 
 def _unpack_grid(e: Emitter, grid: GridGroup, lane: Any, out: Any, group: Any) -> None:
-    """Writes a group of row `lane`; the 16 rows are decoded, for a table in such a type is rare."""
+    """Write a group of row `lane`; all 16 rows are decoded, because embedding tables of such a type are rare."""
     b, picked = e.b, e.b.trunc(lane, I32)
     target = b.add(out, b.mul(group, e.int64(4 * GROUP)))
     scales = [e.splat(b.extract_element(part, picked), 4) for part in grid.scales()]

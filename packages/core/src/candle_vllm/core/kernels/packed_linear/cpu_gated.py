@@ -2,9 +2,9 @@
 """Fuse gate and up projections with gating and quantisation of the result: step 6 of a request's life.
 
 The input of a feed-forward layer's down projection is computed without writing gate or up to memory as floats. A thread
-owns a run of units, 32 columns of both. For each block of rows it multiplies a few units' tiles of the gate, then the
-same units' tiles of up, which are two streams of memory, and keeps their sums in its first-level cache. Every element
-is the same as from the separate operations (`packed_linear.cpu`, `activation_quant.cpu`).
+has consecutive units; a unit is 32 columns of both matrices. For each block of rows it multiplies a few units' tiles of
+gate, then the same units' tiles of up, which it reads as two sequential streams; their sums stay in its L1 cache. Every
+element is the same as from the separate operations (`packed_linear.cpu`, `activation_quant.cpu`).
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
@@ -29,7 +29,7 @@ from candle_vllm.core.kernels.packed_linear.cpu_panel import blocks, cut_rows, f
 from candle_vllm.core.kernels.packed_linear.cpu_sums import shape_sums, takes_squares
 from candle_vllm.core.kernels.packed_linear.layout import GROUP, LAYOUTS, ROWS, GatedArguments, PackedKind
 
-_UNITS = 4  # units whose sums are kept at a time
+_UNITS = 4  # number of units whose sums are in the L1 cache at a time
 
 
 @intrinsic(prefer_literal=True)

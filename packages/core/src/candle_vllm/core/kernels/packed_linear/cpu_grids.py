@@ -2,14 +2,14 @@
 # pyright: reportCallIssue=false
 """Vector code that decodes groups of the types with a grid of weights, for `cpu.py`; step 6 of a request.
 
-An index stands for two bytes, one for its first and one for its other weights, in which a few bits of each weight
-select one of the type's magnitudes. They are looked up for all indices of a group at once, from tables in registers if
-the CPU has VBMI, otherwise gathered; two adjacent indices make a word (`GridLayout.order`). Signs are inserted between
-the magnitudes, and a shuffle converts each nibble to 128 + weight, unsigned. IQ1, whose grid is long and has no signs,
-is gathered index by index: a word of eight nibbles for each.
+An index selects two bytes, one for its first and one for its other weights; a few bits of these select a magnitude for
+each weight. If the CPU has VBMI, the bytes of all indices of a group are looked up at once from tables in registers;
+otherwise they are gathered. Two adjacent indices make a word (`GridLayout.order`). Signs are inserted between the
+magnitudes, and a shuffle converts each nibble to 128 + weight, unsigned. IQ1 has a long grid and no signs: its grid is
+gathered index by index, a word of eight nibbles for each.
 
-If every product would have to gather, the grid is gathered once, while a matrix is packed: `make_codes` converts tiles
-of grids to tiles of codes (`layout.py`).
+On a CPU without VBMI every product would have to gather. There the grid is gathered only once, when a matrix is packed:
+`make_codes` converts tiles of grids to tiles of codes (`layout.py`).
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ _SIGN = 0x88888888
 
 
 class GridGroup:
-    """A group of 16 rows: its scales, and its weights four by four.
+    """A group of 16 rows: its scales, and its weights in quads.
 
     Args:
-        e, layout, isa: of the code.
-        block, group, codes: where it stands, see `cpu.py`.
-        named: the numbers whose places are given instead of the weights.
+        e, layout, isa: emitter, layout and instruction set of the code.
+        block, group, codes: address of the block, index of the group, address of its codes; see `cpu.py`.
+        named: if set, `quad` returns the indices of weights in this table instead of the weights.
     """
 
     def __init__(
@@ -57,21 +57,21 @@ class GridGroup:
         self._pairs: dict[int, Any] = {}
 
     def scales(self) -> list[Any]:
-        """Of the whole, or of its halves: vectors of floats."""
+        """Scales of the group or of its halves: vectors of floats."""
         e, unit = self.e, self.unit()
         return [e.b.fmul(unit, e.b.sitofp(odd, vector(F32))) for odd in self.odds()]
 
     def unit(self) -> Any:
-        """What scales are multiples of: a vector of floats."""
+        """The number of which scales are multiples: a vector of floats."""
         return self.e.b.fmul(self._super(), self.e.constant(F32, self.layout.unit))
 
     def odds(self) -> list[Any]:
-        """Which multiples, of the whole or of its halves: vectors of odd numbers of 32 bits."""
+        """Factors of `unit`, of the group or of its halves: vectors of odd 32-bit integers."""
         one = self.e.constant(I32, 1)
         return [self.e.b.or_(self.e.b.shl(small, one), one) for small in self._small()]
 
     def quad(self, quad: int) -> Any:
-        """128 + weight of the weights at places 4 quad to 4 quad + 3 of `GridLayout.order`."""
+        """Return 128 + weight of the weights at places 4 quad to 4 quad + 3 of `GridLayout.order`."""
         word, high = divmod(quad, 2)
         if word not in self._words:
             self._words[word] = self._signed(word) if self.layout.signs else self._of_index(word)
@@ -81,21 +81,21 @@ class GridGroup:
     # ---- words of eight nibbles --------------------------------------------------------------------------------------
 
     def _signed(self, word: int) -> Any:
-        """Sizes, and the signs above them."""
-        shared = self.layout.span // 4  # words for which one has sizes: IQ2's have two bits
+        """Return a word of magnitudes, with the signs in the bits above them."""
+        shared = self.layout.span // 4  # number of words that share a word of magnitudes: IQ2's have two bits
         sizes = self._shifted(self._pair(word // shared), -2 * (word % shared))
         signs = self._shifted(self._signs, 3 - word)
         return self.e.b.or_(self._and(sizes, ~_SIGN), self._and(signs, _SIGN))
 
     def _of_index(self, index: int) -> Any:
-        """Of IQ1: sizes, and on which side the eighth is."""
+        """Return an index's word of IQ1: magnitudes, and the sign of the eighth."""
         found = gather(self.e, self._table, self._index(index), self.isa)
         moved = self._shifted(self._high, 16 if self.layout.name == "IQ1_S" else 28 - 4 * index)
         side = self._and(self.e.b.ashr(moved, self.e.constant(I32, 31)), 0x44444444)
         return self.e.b.or_(found, side)
 
     def _pair(self, pair: int) -> Any:
-        """What the indices 2 pair and 2 pair + 1 stand for: their first bytes, then their second ones."""
+        """Look up the indices 2 pair and 2 pair + 1: their first bytes, then their second bytes."""
         if pair in self._pairs:
             return self._pairs[pair]
         e, b = self.e, self.e.b
@@ -114,7 +114,7 @@ class GridGroup:
         return self._pairs[pair]
 
     def _upper(self, first: int) -> list[Any]:
-        """Bits above the eighth of the four indices from `first` on, each <64 x i1>."""
+        """Return the bits above the eighth of the four indices from `first` on, each <64 x i1>."""
         bits = HIGH_BITS.get(self.layout.name, 0)
         if not bits:
             return []
@@ -125,21 +125,21 @@ class GridGroup:
 
     @property
     def _ninth(self) -> Any:
-        """The same where they stand among the signs: those of the indices 0 to 3, in bytes 2, 3, 2 and 3."""
+        """Return the ninth bits of the indices 0 to 3, which are in bytes 2, 3, 2 and 3 of the signs."""
         rows = self._bytes(self._stored_signs)
         order = ir.Constant(vector(I32, 64), [ir.Constant(I32, at | 2) for at in range(64)])
         rows = self.e.b.shuffle_vector(rows, rows, order)
         return self._are_set(rows, [1 << bit % 8 for bit in self.layout.left_out])
 
     def _are_set(self, rows: Any, bits: list[int]) -> Any:
-        """Which of the bits are in the four bytes of each lane."""
+        """Return which of the bits are set in the four bytes of each lane."""
         wanted = ir.Constant(vector(I8, 64), [ir.Constant(I8, bit) for bit in bits * ROWS])
         return self.e.b.icmp_unsigned("!=", self.e.b.and_(rows, wanted), self.e.zeros(I8, 64))
 
     # ---- parts -------------------------------------------------------------------------------------------------------
 
     def _shifted(self, words: Any, by: int) -> Any:
-        """To the left, or the right where `by` is below zero."""
+        """Shift words to the left, or to the right if `by` is negative."""
         if by == 0:
             return words
         shift = self.e.b.shl if by > 0 else self.e.b.lshr
@@ -218,19 +218,19 @@ class GridGroup:
 
     @cached_property
     def _signs(self) -> Any:
-        """With those that the file leaves to parity."""
+        """Return the signs, including the signs that the file encodes as parity."""
         words, layout, b = self._stored_signs, self.layout, self.e.b
         if not layout.parity:
             return words
         told = sum(1 << bit for bit in layout.left_out)
         words = parity = self._and(words, ~told)
-        for by in (16, 8, 4) if layout.span == 4 else (16, 4, 1):  # to the places of an eighth weight
+        for by in (16, 8, 4) if layout.span == 4 else (16, 4, 1):  # to the bits of each eighth weight
             parity = b.xor(parity, self._shifted(parity, by))
         return b.or_(words, self._and(parity, told))
 
     @cached_property
     def _planes(self) -> np.ndarray:
-        """What an index stands for, uint8 [2, entries]: sizes of the first half of its weights, and of the others."""
+        """The grid as uint8 [2, entries]: magnitudes of the first half of an index's weights, and of the other half."""
         found = numbers(self.layout.name)
         codes = np.searchsorted(self._sizes, found).astype(np.uint8).reshape(len(found), 2, -1)
         bits = 8 // codes.shape[2]
@@ -240,7 +240,7 @@ class GridGroup:
 
     @property
     def _table(self) -> np.ndarray:
-        """A word for each index: bytes 0 and 2 are the planes'; of IQ1 eight nibbles, of the weights 0, 4, 1, 5, ..."""
+        """A word for each index: bytes 0 and 2 are from the planes; for IQ1, the nibbles of weights 0, 4, 1, 5, ..."""
         if self.layout.signs:
             first, second = self._planes.astype(np.uint32)
             return first | second << np.uint32(16)
@@ -250,12 +250,12 @@ class GridGroup:
 
     @property
     def _sizes(self) -> np.ndarray:
-        """Every size of the type's weights."""
+        """Every magnitude of the type's weights, in ascending order."""
         return np.unique(numbers(self.layout.name))
 
     @property
     def _bytes_of_nibbles(self) -> list[int]:
-        """128 + weight: two or three bits for the size, one for the sign; of IQ1 one for the side of the eighth."""
+        """128 + weight by nibble: two or three bits select the magnitude, one the sign (IQ1: the eighth's sign)."""
         sizes, few = self._sizes.tolist(), 7 if self.layout.span == 4 else 3
         sizes += [0] * (few + 1 - len(sizes))
         if self.layout.signs:
@@ -271,7 +271,7 @@ class GridGroup:
 
 
 def _in_order(e: Emitter, layout: GridLayout, quads: list[Any]) -> list[Any]:
-    """Quads of weights as they stand in `GridLayout.order`, one after the other instead."""
+    """Convert quads in the order of `GridLayout.order` to quads of consecutive weights."""
     stands, found = np.argsort(layout.order), []
     for quad in range(8):
         masks: defaultdict[tuple[int, int], int] = defaultdict(int)
@@ -288,7 +288,7 @@ def _in_order(e: Emitter, layout: GridLayout, quads: list[Any]) -> list[Any]:
 
 
 def _vectors(e: Emitter, quads: list[Any], bits: int) -> list[Any]:
-    """Quads of codes as the vectors of a group: nibbles or triples."""
+    """Convert quads of codes to the vectors of a group: nibbles or triples."""
 
     def field(quad: int, start: int, count: int, target: int) -> Any:
         words = quads[quad]
@@ -308,7 +308,7 @@ def _vectors(e: Emitter, quads: list[Any], bits: int) -> list[Any]:
 
 @intrinsic(prefer_literal=True)
 def _code_blocks(_: Any, kind: Any, isa: Any, blocks: Any, to: Any, count: Any) -> Any:
-    """`make_codes` of blocks that follow each other."""
+    """Do what `make_codes` does for consecutive blocks."""
     named = PackedKind(kind.literal_value)
     layout, grid, features = LAYOUTS[named], FORMATS[named.type.name], Isa(isa.literal_value)
     assert isinstance(layout, TileLayout)
@@ -343,7 +343,7 @@ def _code_blocks(_: Any, kind: Any, isa: Any, blocks: Any, to: Any, count: Any) 
 
 
 def make_codes(KIND: int, ISA: int) -> Any:
-    """Turns blocks of a type's grids into those of codes: their addresses, and how many they are."""
+    """Compile a function that converts blocks of grids to blocks of codes; it takes both addresses and the count."""
 
     def grids_to_codes(blocks: int, to: int, count: int) -> None:
         _code_blocks(KIND, ISA, blocks, to, count)

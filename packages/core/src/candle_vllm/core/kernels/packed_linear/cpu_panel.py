@@ -31,10 +31,10 @@ from candle_vllm.core.kernels.packed_linear.grids import GridLayout
 from candle_vllm.core.kernels.packed_linear.layout import GROUP, LAYOUTS, ROWS, AnyLayout, PackedKind
 
 TALL_ROWS = 32
-"""Rows in the panels of one turn, where a tile is unpacked for all of them."""
+"""Maximum rows of the panels for which a tile is unpacked once."""
 
 PANEL_BYTES = 192 << 10
-"""And what they may take of a core's second-level cache."""
+"""Maximum bytes of these panels in a core's L2 cache."""
 
 
 def blocks(isa: Isa, layout: AnyLayout) -> tuple[int, ...]:
@@ -43,7 +43,7 @@ def blocks(isa: Isa, layout: AnyLayout) -> tuple[int, ...]:
 
 
 def most_panels(isa: Isa, layout: AnyLayout) -> int:
-    """Return the most full panels that share one unpacking: several if unpacking for each would be slower."""
+    """Return the maximum number of full panels that share one unpacking; above 1 if this is faster."""
     costly = isinstance(layout, GridLayout) or layout.bits == 0
     return TALL_ROWS // blocks(isa, layout)[0] if costly or takes_squares(isa, layout) or not isa.wide else 1
 
@@ -67,7 +67,7 @@ def _panel_sums(layout: AnyLayout) -> int:
 
 
 def record_bytes(layout: AnyLayout, block: int) -> int:
-    """Bytes of one group of a panel of `block` rows: the int8 numbers, xs, and one or two sums of each row."""
+    """Return the bytes of a group in a panel of `block` rows: int8 codes, xs, and one or two sums of each row."""
     return block * (GROUP + 4 + 4 * _panel_sums(layout))
 
 
@@ -103,7 +103,7 @@ def _sums(e: Emitter, x: Any, layout: AnyLayout, isa: Isa) -> list[Any]:
 
 
 def _emit_row(e: Emitter, layout: AnyLayout, isa: Isa, count: int, given: Any) -> None:
-    """What `fill_row` does, of a panel of `count` rows."""
+    """Emit `fill_row` for a panel of `count` rows."""
     b, (at_panel, at_row, at_xq, at_xs, at_xsum, number) = e.b, given
     if paired := in_pairs(isa, count):
         pair, side = b.lshr(at_row, e.int64(1)), b.and_(at_row, e.int64(1))

@@ -2,17 +2,17 @@
 """Exact integer sums of a group of packed weights, codes times activations, in the instructions of each level.
 
 - VNNI, AVX-VNNI: four products of an unsigned and a signed byte are added to 32 bits by one instruction.
-- AVX2, AVX-512: pairs of products are added up in 16 bits (vpmaddubsw), which saturate. A code has at most 6 bits, or
-  its magnitude, at most 128, is multiplied by the activation with the code's sign; an activation is at most 127. As
-  many quads are added in 16 bits as stay below 2^15 for any values, and then widened; if the values have a zero, all
-  quads of a scale (`are_centred`).
+- AVX2, AVX-512: pairs of products are added in 16 bits with saturation (vpmaddubsw). A code has at most 6 bits, or its
+  magnitude, at most 128, is multiplied by the activation with the code's sign; an activation is at most 127. Quads are
+  added in 16 bits while the sum is below 2^15 for any values, and are then widened; if the values have a zero, all
+  quads of a scale are added in 16 bits (`are_centred`).
 - NEON: products of signed bytes in 16 bits (smull), summed as long as they fit; DOTPROD: four of them to 32 bits, with
   one activation for all rows of the tile (sdot by element); I8MM: two rows of weights times two of activations (smmla),
   for which a panel interleaves pairs of rows of activations, eight bytes each.
 
-A code of eight bits is signed for all of these: its zero is subtracted, and sums begin at 0. So are values of tables
-that span more than 127 steps (IQ4, and grids). Other tables are steps from the lowest value (`Steps`), which need no
-sign, and no lookup if they are as far apart as their codes.
+An 8-bit code is signed in all of these: its zero is subtracted, and sums begin at 0. The values of tables with a range
+of more than 127 steps are signed too (IQ4, and grids). Other tables are stored as steps from the lowest value
+(`Steps`), which are unsigned; if the steps equal the codes, there is no lookup.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from candle_vllm.core.kernels.cpu_runtime.level import LANES, Isa
 from candle_vllm.core.kernels.packed_linear.grids import GridLayout, numbers
 from candle_vllm.core.kernels.packed_linear.layout import GROUP, VECTOR_BYTES, AnyLayout
 
-_ACTIVATION = 127  # the largest, either way
+_ACTIVATION = 127  # the largest magnitude of an activation
 _UNSIGNED = Isa.VNNI | Isa.AVX_VNNI
 _SUMS, _ACTIVATIONS, _CODES = range(3)  # AMX's registers
 
@@ -102,12 +102,12 @@ def are_centred(isa: Isa, layout: AnyLayout) -> bool:
 
 
 def rows_at_once(isa: Isa) -> int:
-    """Rows of activations whose sums, 16 numbers each, stay in registers."""
+    """Return the number of rows of activations whose sums, 16 for each row, stay in registers."""
     return 8 if isa.wide else 2 if isa & Isa.NEON and not isa & Isa.DOTPROD else 4
 
 
 def in_pairs(isa: Isa, block: int) -> bool:
-    """Whether a panel has its rows in pairs."""
+    """Return whether a panel interleaves pairs of rows."""
     return bool(isa & Isa.I8MM) and block > 1
 
 
@@ -115,9 +115,9 @@ class Inputs:
     """Record of a group in a panel of activations.
 
     Args:
-        e, isa, layout: of the code.
-        block: rows of the panel.
-        record: where the record begins.
+        e, isa, layout: emitter, instruction set and layout of the code.
+        block: number of rows of the panel.
+        record: address of the record.
     """
 
     def __init__(self, e: Emitter, isa: Isa, layout: AnyLayout, block: int, record: Any) -> None:
@@ -125,24 +125,24 @@ class Inputs:
         self._loaded: dict[tuple[int, int], Any] = {}
 
     def number(self, row: int, index: int, kind: ir.Type) -> Any:
-        """One of the numbers behind the bytes: of index 0 the scale, then what is kept of sums; in every lane."""
+        """Load an element after the codes into every lane: index 0 is the scale, then the values derived from sums."""
         return self.e.splat(self.e.load(self.record, kind, self._place(row, index)))
 
     def quad(self, row: int, quad: int) -> Any:
-        """Four neighbouring activations in every lane, <16 x i32>."""
+        """Load four consecutive activations into every lane, <16 x i32>."""
         e = self.e
         if not self.isa & Isa.NEON:
             return e.splat(e.load(self.record, I32, GROUP * row + 4 * quad))
-        # One load for four quads: an instruction by element takes one of them.
+        # One load for four quads: an instruction by element selects one of them.
         four = self._once(row, quad // 4, vector(I32, 4), GROUP * row + 16 * (quad // 4))
         return e.b.shuffle_vector(four, four, ir.Constant(vector(I32), [ir.Constant(I32, quad % 4)] * LANES))
 
     def pair(self, pair: int, step: int) -> Any:
-        """Eight neighbouring activations of each of two rows, <16 x i8>."""
+        """Load eight consecutive activations of each of two rows, <16 x i8>."""
         return self._once(pair, step, vector(I8, 16), 2 * GROUP * pair + 16 * step)
 
     def begins(self, row: int, index: int, *, of_pair: bool = False) -> Any:
-        """`number` as an integer; of two rows in turns, <4 x i32>."""
+        """Load `number` as an integer; for a pair of rows alternately, <4 x i32>."""
         if not of_pair:
             return self.number(row, index, I32)
         both = self.e.splat(self.e.load(self.record, I64, self._place(row, index)), 2)
@@ -168,7 +168,7 @@ def emit_sums(
 
     Args:
         inputs: the group's activations.
-        codes: codes(quad) emits them, <16 x i32>, signed where `takes_signed` says so.
+        codes: codes(quad) emits the codes of a quad, <16 x i32>, signed if `takes_signed` is true.
         quads: quads that are summed.
         rows: rows of the panel.
         begin: the index in `Inputs.begins` of the initial sums; 0 for 0.
@@ -188,7 +188,7 @@ def _emit_products(
     rows: Sequence[int],
     begin: int,
 ) -> list[Any]:
-    """`emit_sums` of what `codes` emits."""
+    """Emit the sums of `emit_sums` without further conversion of the codes."""
     e, isa, layout = inputs.e, inputs.isa, inputs.layout
     if in_pairs(isa, inputs.block):
         return _by_matrices(inputs, codes, quads, rows, begin)
@@ -219,7 +219,7 @@ def _emit_products(
 
 
 def emit_activation_sums(e: Emitter, isa: Isa, x: Any) -> Any:
-    """Sums of each four neighbours of <64 x i8>, <16 x i32>."""
+    """Emit the sums of every four consecutive elements of <64 x i8>, <16 x i32>."""
     words, ones = e.b.bitcast(x, vector(I32)), e.constant(I32, 0x01010101)
     if isa & (_UNSIGNED | Isa.DOTPROD) or not isa & (Isa.AVX2 | Isa.AVX512 | Isa.NEON):
         return _dot(e, isa, e.zeros(I32), ones, words)
@@ -227,7 +227,7 @@ def emit_activation_sums(e: Emitter, isa: Isa, x: Any) -> Any:
 
 
 def _in_turn(e: Emitter, isa: Isa, sums: list[Any]) -> list[Any]:
-    """The same sums, of AVX2 or with DOTPROD made before what is multiplied next: their registers are few."""
+    """Return the sums; with AVX2 or DOTPROD, which have few registers, they are completed before the next products."""
     few = not isa.wide and (not isa & Isa.NEON or (isa & Isa.DOTPROD and len(sums) > 1))
     return [e.made_here(each, isa) for each in sums] if few else sums
 
@@ -246,13 +246,13 @@ def _dot(e: Emitter, isa: Isa, total: Any, code: Any, x: Any) -> Any:
 
 
 def _room(isa: Isa, largest: int) -> int:
-    """Quads that may be summed in 16 bits: a number there is two products for each with x86, one with NEON."""
+    """Return the number of quads that may be summed in 16 bits; each adds two products to an element (NEON: one)."""
     products = 1 if isa & Isa.NEON else 2
     return ((1 << 15) - 1) // (products * largest * _ACTIVATION)
 
 
 def _products(e: Emitter, isa: Isa, code: Any, x: Any, *, signed: bool) -> list[Any]:
-    """The products of codes and activations in numbers of 16 bits, vector by vector."""
+    """Return the products of codes and activations as 16-bit integers, vector by vector."""
     if isa & Isa.NEON:
         found = []
         for u, s in zip(e.parts(code, 4, I8), e.parts(x, 4, I8)):
@@ -275,7 +275,7 @@ def _products(e: Emitter, isa: Isa, code: Any, x: Any, *, signed: bool) -> list[
 
 
 def _widened(e: Emitter, isa: Isa, parts: list[Any]) -> Any:
-    """The sums of each lane's products, <16 x i32>."""
+    """Return the sums of each lane's products, <16 x i32>."""
     if isa & Isa.NEON:
         twos = [e.call("llvm.aarch64.neon.saddlp.v4i32.v8i16", vector(I32, 4), [part]) for part in parts]
         pairs = zip(twos[::2], twos[1::2])
@@ -294,7 +294,7 @@ def _widened(e: Emitter, isa: Isa, parts: list[Any]) -> Any:
 def _by_matrices(
     inputs: Inputs, codes: Callable[[int], Any], quads: Sequence[int], rows: Sequence[int], begin: int
 ) -> list[Any]:
-    """`emit_sums` with products of 2 x 8 by 8 x 2 numbers: two lanes by two rows, whose sums lie side by side."""
+    """Do what `emit_sums` does with matrix products, 2 x 8 by 8 x 2: two lanes by two rows, with adjacent sums."""
     e, name = inputs.e, "llvm.aarch64.neon.smmla.v4i32.v16i8"
     pairs = range(rows[0] // 2, (rows[-1] + 2) // 2)
     found: dict[int, list[Any]] = {row: [] for row in rows}
@@ -307,7 +307,7 @@ def _by_matrices(
         }
         for at in range(0, len(quads), 2):
             low, high = words[at][part], words[at + 1][part]
-            for half in (0, 1):  # lanes 2 half and 2 half + 1, eight numbers of each
+            for half in (0, 1):  # lanes 2 half and 2 half + 1, eight elements of each
                 order = [ir.Constant(I32, 2 * half + lane // 2 + 4 * (lane % 2)) for lane in range(4)]
                 two = e.b.bitcast(e.b.shuffle_vector(low, high, ir.Constant(vector(I32, 4), order)), vector(I8, 16))
                 for pair in pairs:
@@ -324,13 +324,13 @@ def _by_matrices(
 
 
 def takes_squares(isa: Isa, layout: AnyLayout) -> bool:
-    """Whether AMX multiplies panels of 16 rows: only for one scale per group, as half a group would take as long."""
+    """Return whether AMX multiplies panels of 16 rows: only with one scale per group; half a group takes as long."""
     return bool(isa & Isa.AMX) and layout.width == GROUP
 
 
 @intrinsic(prefer_literal=True)
 def shape_sums(_: Any, memory: Any) -> Any:
-    """Shapes AMX's registers for `square_sums`, by way of 64 bytes of memory; `end_squares` follows in the end."""
+    """Configure AMX's registers for `square_sums`, with 64 bytes of memory; `end_squares` must follow at the end."""
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         shape_squares(Emitter(b), args[0], [(LANES, VECTOR_BYTES), (LANES, GROUP), (GROUP // 4, VECTOR_BYTES)])
@@ -340,10 +340,10 @@ def shape_sums(_: Any, memory: Any) -> Any:
 
 
 def square_sums(e: Emitter, codes: Any, panels: Any, places: Callable[[Any], tuple[Inputs, Any]]) -> None:
-    """Writes the sums of a group, 16 rows of each panel.
+    """Write the sums of a group for 16 rows of each panel.
 
-    `codes` is the address of its quads as signed numbers, see `layout.py`, one behind the other; `places` gives a
-    panel's activations and the address of its sums.
+    `codes` is the address of its consecutive quads as signed integers, see `layout.py`; `places` returns a panel's
+    activations and the address of its sums.
     """
     load_square(e, _CODES, codes, e.int64(VECTOR_BYTES))
 

@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: MIT
 """Layouts of the types with a grid of weights, IQ1, IQ2 and IQ3, and their packing from a file.
 
-Like `layout.py` a part of step 6 of a request's life. An index selects four or eight consecutive weights at once from a
-list (grid) of ggml's authors; a bit for each weight is its sign. A block is 256 weights of 16 rows:
+Part of step 6 of a request's life, like `layout.py`. An index selects four or eight consecutive weights at once from a
+list (grid) that is part of ggml; a bit for each weight is its sign. A block is 256 weights of 16 rows:
 
     head    super-scale f16[16]; IQ3_S: then 4 x u8[16], the scales of two groups in each; IQ1_M: 4 x u16[16] instead,
             which hold four scales of 3 bits and 4 bits of the super-scale
     groups  of 32 weights, eight times: low bytes of the indices, u32[16] (twice for IQ3, which has eight indices),
-            signs u32[16], high bits of the indices u8[16] or u16[16], scales u8[16], as far as the type has them
+            signs u32[16], high bits of the indices u8[16] or u16[16], scales u8[16], if the type has them
 
-A weight's sign meets its size in a nibble, and eight nibbles are a word, of which a group of a row has four: bytes 0
-and 1 of a word stand for the first weights of two neighbouring indices, bytes 2 and 3 for their other ones
+The decoder combines a weight's sign and magnitude in a nibble. Eight nibbles are a word; a group of a row has four
+words. Bytes 0 and 1 of a word are for the first weights of two adjacent indices, bytes 2 and 3 for their other weights
 (`GridLayout.order`). Signs of the weights in byte c of word k are bits k (low nibble) and 4 + k (high nibble) of byte
-c. Where the file leaves the sign of each eighth weight to the parity of the other seven, these four bits hold something
-else: the scale of the group (IQ2_XXS, IQ3_XXS) or the ninth bits of the indices (IQ2_XS). IQ1 has no signs: its weights
-are -1, 0 or 1 plus or minus an eighth, of which the bits above the indices tell. A weight is
+c. In some types the sign of each eighth weight is the parity of the other seven; its bits then hold the scale of the
+group (IQ2_XXS, IQ3_XXS) or the ninth bits of the indices (IQ2_XS). IQ1 has no signs: its weights are -1, 0 or 1 plus or
+minus an eighth, whose sign is in the bits above the indices. A weight is
 super-scale * (2 * scale + 1) * `unit` * number.
 
 A tile has exactly the bytes of the file. The lists are read from the `gguf` package. Source: ggml's `ggml-common.h`.
@@ -35,7 +35,7 @@ from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 
 ROWS, GROUPS = 16, 8
 HIGH_BITS: Mapping[str, int] = MappingProxyType({"IQ1_S": 3, "IQ1_M": 4, "IQ2_XS": 1, "IQ2_S": 2, "IQ3_S": 1})
-"""Bits of an index above its low byte, in types that have some; of IQ1_M one more, which is no part of it."""
+"""Number of an index's bits above its low byte, by type; IQ1_M has one more bit, which is not part of the index."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,13 @@ class GridLayout:
     """Properties of a layout with a grid.
 
     Attributes:
-        name: of the type.
-        span: weights of an index.
-        width: weights that share a scale, 32 or 16.
+        name: name of the type.
+        span: number of weights of an index.
+        width: number of weights that share a scale, 32 or 16.
         unit: the smallest scale as a multiple of the super-scale.
-        signs: bytes of a group's signs in a row: 4 or none.
-        parity: whether the file has seven of eight signs.
-        high: bytes above the indices.
+        signs: bytes of a group's signs in a row: 4 or 0.
+        parity: whether the file has only seven of eight signs.
+        high: bytes of the high bits of the indices.
         scales: bytes of a group's separate scales.
         head: bytes of a row before its groups.
     """
@@ -92,7 +92,7 @@ class GridLayout:
 
     @cached_property
     def order(self) -> tuple[int, ...]:
-        """The weight of a group at each of its 32 places: nibble q % 2 of byte c of word q // 2 is place 4 q + c."""
+        """The weight at each of a group's 32 places; nibble q % 2 of byte c of word q // 2 is place 4 q + c."""
         if not self.signs:
             return tuple(range(32))
         found = []
@@ -106,12 +106,12 @@ class GridLayout:
 
     @property
     def left_out(self) -> tuple[int, ...]:
-        """Bits of a word of signs that the file leaves to parity, those of weights 7, 15, 23 and 31."""
+        """Bits of a word of signs that the file encodes as parity: the signs of weights 7, 15, 23 and 31."""
         return (28, 29, 30, 31) if self.span == 4 else (21, 29, 23, 31)
 
     @property
     def place(self) -> dict[str, int]:
-        """Where the parts of a group begin."""
+        """Offsets of the parts of a group."""
         sizes = {"low": 32 // self.span, "signs": self.signs, "high": self.high, "scales": self.scales}
         found, at = {}, 0
         for name, size in sizes.items():
@@ -132,7 +132,7 @@ FORMATS = {
         GridLayout("IQ3_S", 4, 32, 1.0, 4, False, 1, 0, 6),
     )
 }
-"""By type."""
+"""Layouts by type."""
 
 
 @cache
@@ -147,8 +147,8 @@ def numbers(name: str) -> np.ndarray:
 
 
 def split(blocks: np.ndarray, layout: GridLayout) -> Iterable[tuple[int, np.ndarray]]:
-    """The parts of rows of blocks, uint8 [R, B, bytes]: where each lies in a tile's block, and uint8 to uint32
-    [R, B] of the head, [R, B, 8] of the groups."""
+    """Split rows of blocks, uint8 [R, B, bytes]: yield each part with its offset in a tile's block; uint8 to uint32,
+    [R, B] for the head, [R, B, 8] for groups."""
     name, place = layout.name, layout.place
 
     def part(start: int, stop: int, kind: type[np.generic]) -> np.ndarray:
@@ -216,11 +216,11 @@ def store(blocks: np.ndarray, layout: GridLayout, tiles: np.ndarray) -> None:
 
 
 _CHANGES = {8: ((2, 0x0C0C0C0C), (14, 0x0000CCCC)), 4: ((3, 0x0A0A0A0A), (7, 0x00AA00AA), (14, 0x0000CCCC))}
-"""How far apart pairs of bits are that change places, and the lower ones: from a sign for each weight in turn."""
+"""Swaps of bits that convert signs in the order of weights: distance of the two bits, and mask of the lower ones."""
 
 
 def _signs(words: np.ndarray, layout: GridLayout) -> np.ndarray:
-    """Bits of weights 0 to 31 as they stand in a tile."""
+    """Convert the sign bits of weights 0 to 31 to the order in a tile."""
     for apart, chosen in _CHANGES[layout.span]:
         change = (words >> np.uint32(apart) ^ words) & np.uint32(chosen)
         words = words ^ change ^ change << np.uint32(apart)
@@ -228,7 +228,7 @@ def _signs(words: np.ndarray, layout: GridLayout) -> np.ndarray:
 
 
 def _signs_of_seven(words: np.ndarray, layout: GridLayout) -> np.ndarray:
-    """The same of 4 times 7 bits; those of the eighth are 0."""
+    """Do what `_signs` does for 4 times 7 bits; the signs of each eighth weight are 0."""
     spread = words & np.uint32(0x7F)
     for index in range(1, 4):
         spread |= (words & np.uint32(0x7F << 7 * index)) << np.uint32(index)
@@ -236,20 +236,20 @@ def _signs_of_seven(words: np.ndarray, layout: GridLayout) -> np.ndarray:
 
 
 def _left_out(words: np.ndarray) -> np.ndarray:
-    """Bits 28 to 31 where IQ2 has the signs that parity tells."""
+    """Move bits 28 to 31 to the bits of the signs that IQ2 encodes as parity."""
     return words >> np.uint32(7) & np.uint32(0x00A00000) | words & np.uint32(0xA0000000)
 
 
-# ---- the way back, literal enough to check by eye; of numpy's arrays, or of a library's that computes alike ----------
+# ---- decoding, literal enough to check by eye; for arrays of numpy or of a library with the same operators -----------
 
 
 class GridParts(NamedTuple):
-    """Parts of blocks.
+    """Decoded parts of blocks.
 
     Attributes:
         indices: integers [..., 8, 32 / span], indices in the grid.
         flags: [..., 8, 32], 0 or 1: whether a weight is negated, or, in IQ1, whether its eighth is subtracted.
-        scales: [..., 8, 32 / width], odd.
+        scales: [..., 8, 32 / width] odd integers.
         supers: [...], the bits of the super-scales.
     """
 
@@ -260,12 +260,12 @@ class GridParts(NamedTuple):
 
 
 def take_apart(blocks: np.ndarray, layout: GridLayout, to: Callable[[np.ndarray], Any]) -> GridParts:
-    """The parts of rows of blocks, uint8 [R, B, bytes]; `to` brings int64 arrays to where they are computed with."""
+    """Decode rows of blocks, uint8 [R, B, bytes], to parts; `to` converts int64 arrays to the wanted library."""
     return _decoded(dict(split(blocks, layout)), layout, to)
 
 
 def _decoded(parts: Mapping[int, np.ndarray], layout: GridLayout, to: Callable[[np.ndarray], Any]) -> GridParts:
-    """`parts` are as `split` gives them."""
+    """Decode `parts`, which are results of `split`."""
 
     def part(name: str, more: int = 0) -> Any:
         return to(parts[layout.head_bytes + layout.place[name] + more].astype(np.int64))
@@ -317,7 +317,7 @@ def _decoded(parts: Mapping[int, np.ndarray], layout: GridLayout, to: Callable[[
 
 
 def values(name: str) -> tuple[int, ...]:
-    """The numbers of codes of four bits that name every weight of a type: which of its sizes, and above it the flag."""
+    """Return the values of a type's 4-bit codes: three bits select the magnitude of a weight, the fourth is a flag."""
     sizes = np.unique(numbers(name)).tolist()
     sizes += [0] * (8 - len(sizes))
     if FORMATS[name].signs:
@@ -326,7 +326,7 @@ def values(name: str) -> tuple[int, ...]:
 
 
 def codes(name: str) -> np.ndarray:
-    """The lower three bits of these codes for each index, int64 [entries, span]."""
+    """Return the lower three bits of these codes for each index, int64 [entries, span]."""
     found = numbers(name)
     return np.searchsorted(np.unique(found), found).astype(np.int64)
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Memory layouts of packed weights, which `pack.py` writes, and `cpu.py` and `reference.py` read.
 
-Part of step 6 of a request's life. 16 rows are a **tile**. A tile is a run of **blocks** along K, each with its scales
-(the head) before its codes, so that a thread reads its tiles as one stream. The simple types have blocks of one group
-(32 weights of each row), the K-quants blocks of eight groups with one super-scale.
+Part of step 6 of a request's life. 16 rows are a **tile**. A tile consists of consecutive **blocks** along K, each with
+its scales (the head) before its codes, so that a thread reads its tiles sequentially. The simple types have blocks of
+one group (32 weights of each row), the K-quants blocks of eight groups with one super-scale.
 
     simple head   scale f16[16]  (minimum f16[16])           blocks of eight groups in TQ1_0, TQ2_0; four in Q1_0
                   scale f32[16]                              Q8_K, a block of eight groups
@@ -28,15 +28,15 @@ A group's codes are vectors of 64 bytes, 4 bytes for each of the 16 rows. **Quad
     trits         of a block's 64 quads, vector i holds those from 5i on: bytes are ceil(256 / 243 * their digits to the
                   base of 3), the first highest, as in TQ1_0                               (13 vectors for eight groups)
 
-Several of these are stored in order, high bits first: the kernel then reads memory sequentially, which the hardware
-prefetcher needs (with the fifth bits after the nibbles, reading Q5_1 was a third slower). A code is unsigned; a weight
-is scale * (code - zero) for the types without a minimum, otherwise scale * code + minimum. IQ4_NL, IQ4_XS, MXFP4 and
-NVFP4 have a table of 16 values, in which a code is looked up first; there a weight is scale * value.
+A type with several of these stores them in order, high bits first: the kernel then reads memory sequentially, which the
+hardware prefetcher needs (with the fifth bits after the nibbles, reading Q5_1 was a third slower). A code is unsigned;
+a weight is scale * (code - zero) for the types without a minimum, otherwise scale * code + minimum. IQ4_NL, IQ4_XS,
+MXFP4 and NVFP4 have a table of 16 values, in which a code is looked up first; there a weight is scale * value.
 
-The other IQ types have two layouts. `grids.py` has the file's own form, which is used if the CPU can look up 64 bytes
-at once (VBMI). Other CPUs would gather from the types' lists, which takes several times as long as reading the weights:
-there a weight is packed as the code of its value among the 16 (IQ3) or 6 values of its type (`*_CODES`: K-quant heads
-whose super-scale times the type's unit is an f32, and scales 2 * scale + 1 are i8). Both forms give the same bits.
+The other IQ types have two layouts. `grids.py` has the form of the file, which is used if the CPU can look up 64 bytes
+at once (VBMI). Other CPUs would gather from the types' grids, which takes several times as long as reading the weights.
+For them a weight is packed as the code of its value among the 16 (IQ3) or 6 values of its type (`*_CODES`: K-quant
+heads; super-scale times the type's unit is an f32, and scales 2 * scale + 1 are i8). Both have identical results.
 """
 
 from __future__ import annotations
@@ -69,13 +69,13 @@ GROUP = 32
 VECTOR_BYTES = 64
 
 TRITS = 5
-"""Digits to the base of 3 in a byte."""
+"""Base-3 digits in a byte."""
 
 _FLOAT_BYTES: Mapping[Float, int] = MappingProxyType({"f16": 2, "f32": 4, "e8m0": 1, "e4m3": 1})
 
 
 class PackedKind(enum.IntEnum):
-    """Packed layouts, by the ggml type whose weights they hold exactly."""
+    """Packed layouts, named by the ggml type whose weights they represent exactly."""
 
     Q4_0 = 0
     Q4_1 = 1
@@ -117,7 +117,7 @@ class PackedKind(enum.IntEnum):
 
 
 def packed_kind(ggml_type: GGMLQuantizationType) -> PackedKind:
-    """Return the layout for a tensor type in the file's form, or the 8-bit layout for a type without one.
+    """Return the layout for a tensor type in the form of the file, or the 8-bit layout for a type without a layout.
 
     Raises:
         UnsupportedModelError: the type is not quantised, or cannot be decoded.
@@ -149,11 +149,11 @@ class TileLayout:
     """Properties of a layout.
 
     Attributes:
-        bits: of a code; 0 for codes that are digits in base 3.
-        width: weights that share a scale, 32 or 16.
+        bits: bits of a code; 0 for codes that are digits in base 3.
+        width: number of weights that share a scale, 32 or 16.
         minimum: whether a minimum is added to the scaled code.
         nested: whether scales are small integers times a super-scale.
-        groups: in a block, a power of two.
+        groups: number of groups in a block, a power of two.
         zero: the code of weight 0 for types without a minimum; for a table of values, the offset added to its values.
         values: the table of values for codes; None if a value is the code minus zero.
         float: how scales are stored.
@@ -211,7 +211,7 @@ class TileLayout:
 
 
 AnyLayout: TypeAlias = TileLayout | GridLayout
-"""What the kernels of all kinds ask of a layout, both have."""
+"""Layout of any kind; both classes have the attributes that the kernels of all kinds use."""
 
 
 _NUMBERS = {
@@ -220,7 +220,7 @@ _NUMBERS = {
     "IQ3_XXS": (-62, -52, -44, -36, -28, -20, -12, -4, 4, 12, 20, 28, 36, 44, 52, 62),
     "IQ3_S": tuple(range(-15, 16, 2)),
 }
-"""Every number that stands in a type's list, of either sign; IQ1's are eight times the list's, plus or minus 1."""
+"""Every value in a type's grid, with both signs; IQ1's are eight times the grid's values, plus or minus 1."""
 
 
 def _layout(kind: PackedKind) -> AnyLayout:
@@ -240,7 +240,7 @@ LAYOUTS: Mapping[PackedKind, AnyLayout] = MappingProxyType({kind: _layout(kind) 
 
 
 RARE = frozenset(kind for kind in PackedKind if kind > PackedKind.Q6_K)
-"""Kinds whose code does not travel with the package: it is compiled where a file has them."""
+"""Kinds without precompiled kernels: they are compiled when a file has such a kind."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -297,12 +297,12 @@ class GatedArguments(NamedTuple):
     """Arguments of an operation that gates one product with another and quantises the result.
 
     Attributes:
-        rows_from: which `StepNumber` is T.
+        rows_from: the `StepNumber` that is T.
         gate, other: addresses of the tiles of two matrices of one kind and shape.
-        tile_bytes: from one tile to the next.
-        outputs: N of each, a multiple of 32.
-        length: groups of 32 columns.
-        x, scales, sums, ahead: as in `LinearArguments`.
+        tile_bytes: bytes from one tile to the next.
+        outputs: N of each matrix, a multiple of 32.
+        length: number of groups of 32 columns.
+        x, scales, sums, ahead: see `LinearArguments`.
         q, q_scales, q_sums: addresses of the results: int8 [T, N], and float32 [T, N / 32] twice.
     """
 
@@ -322,7 +322,7 @@ class GatedArguments(NamedTuple):
 
 
 def gated_operation(kind: PackedKind, prologue: Prologue, isa: Isa) -> int:
-    """Address of the compiled operation of a kind."""
+    """Return the address of the compiled operation of a kind."""
     return operation.operation("packed_linear.cpu_gated:make_gated", kind, prologue, isa)
 
 
@@ -332,5 +332,5 @@ def linear_arguments(matrix: PackedMatrix, **given: Any) -> LinearArguments:
 
 
 def embedding_rows_operation(kind: PackedKind) -> int:
-    """Address of the compiled operation that reads rows of a packed matrix."""
+    """Return the address of the compiled operation that reads rows of a packed matrix."""
     return operation.operation("packed_linear.cpu:make_embedding", kind)

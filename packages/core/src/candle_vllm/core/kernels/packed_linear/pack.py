@@ -36,10 +36,10 @@ from candle_vllm.core.threads import loading_threads
 logger = logging.getLogger(__name__)
 
 MAX_COLUMNS = 1 << 16
-"""Longest row: the operations keep 8 rows of activations on their stack."""
+"""Maximum length of a row, because the operations have 8 rows of activations on their stack."""
 
 CHUNK = 1 << 19
-"""Weights per round: what a round touches stays in the cache."""
+"""Weights per round; the memory of a round stays in the cache."""
 
 
 def pack(
@@ -52,10 +52,10 @@ def pack(
 ) -> PackedMatrix:
     """Pack a quantised matrix.
 
-    Weights stay exact and keep their size; IQ1 to IQ3 take more memory on most CPUs (`layout.py`). Only if a kernel
-    would have to be compiled and Numba is not installed, weights are decoded and rounded to 8 bits with a scale for
-    each 32 weights (an error of at most 0.4 % of a group's largest weight, compared with several per cent of such types
-    themselves), which is logged; MXFP4 then becomes Q5_0 without loss.
+    Weights stay exact and keep their size; IQ1 to IQ3 need more memory on most CPUs (`layout.py`). If a kernel would
+    have to be compiled and Numba is not installed, weights are decoded and rounded to 8 bits with a scale for each 32
+    weights, which is logged; MXFP4 then becomes Q5_0 without loss. The error is at most 0.4 % of a group's largest
+    weight; the error of such types themselves is several per cent.
 
     Args:
         raw: the tensor's bytes, uint8, contiguous; need not be aligned.
@@ -63,7 +63,7 @@ def pack(
         rows: N; the rows stay in their order.
         columns: K, at most 65,536.
         memory: memory of the result, which a model's matrices should share. None allocates separate memory.
-        kind: a layout of the type; None takes `host_kind`.
+        kind: a layout of the type; None for `host_kind`.
 
     Raises:
         UnsupportedModelError: no kernel multiplies such a matrix.
@@ -105,7 +105,7 @@ def pack(
     step = max(1, CHUNK // (ROWS * columns))
     rounds = [(first, min(first + step, tiles)) for first in range(0, tiles, step)]
     workers = min(loading_threads(), tiles // step)
-    if workers < 2:  # the matrices of a small model, which are many: a thread for each would take as long as the work
+    if workers < 2:  # small models have many small matrices: starting a thread would take as long as the work
         for first, last in rounds:
             job(first, last)
     else:
@@ -116,7 +116,7 @@ def pack(
 
 
 def _store_codes(blocks: np.ndarray, kind: PackedKind, tiles: np.ndarray) -> None:
-    """Writes rows of blocks whose weights stand in a grid to tiles of codes, uint8 [tiles, bytes]."""
+    """Write rows of blocks of a grid type to tiles of codes, uint8 [tiles, bytes]."""
     grid, count = FORMATS[kind.type.name], len(tiles) * blocks.shape[1]
     stored = np.empty((len(tiles), blocks.shape[1] * grid.block_bytes), np.uint8)
     grids.store(blocks, grid, stored)
@@ -125,7 +125,7 @@ def _store_codes(blocks: np.ndarray, kind: PackedKind, tiles: np.ndarray) -> Non
 
 
 def _store(parts: ChunkCodes, layout: TileLayout, tiles: np.ndarray) -> None:
-    """Writes the parts of a chunk to its tiles, uint8 [tiles, bytes]."""
+    """Write the parts of a chunk to its tiles, uint8 [tiles, bytes]."""
     groups, vectors, count, _ = parts.codes.shape
     shape = (len(tiles), count, layout.block_bytes)
     blocks = tiles.reshape(shape)

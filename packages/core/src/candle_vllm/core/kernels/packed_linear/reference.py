@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The packed linear layer in plain numpy: the readable reference of step 6, with which tests compare."""
+"""The packed linear layer in plain numpy: the readable reference (step 6), with which tests compare the kernels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from candle_vllm.core.quantization.ggml_blocks import scale_numbers
 
 
 def quantise(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Activations float32 [T, K] as (xq int8 [T, K], xs float32 [T, K/32], xsum float32 [T, K/32])."""
+    """Quantise activations float32 [T, K] to (xq int8 [T, K], xs float32 [T, K/32], xsum float32 [T, K/32])."""
     groups = np.asarray(x, np.float32).reshape(len(x), -1, GROUP)
     xs = np.abs(groups).max(axis=2) / np.float32(127)
     numbers = np.divide(groups, xs[:, :, None], out=np.zeros_like(groups), where=xs[:, :, None] > 0)
@@ -21,14 +21,14 @@ def quantise(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def linear(weight: np.ndarray, xq: np.ndarray, xs: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
-    """weight float32 [N, K] times quantised activations, plus bias [N]: float32 [T, N]."""
+    """Return quantised activations times weight, float32 [N, K], plus bias [N]: float32 [T, N]."""
     x = (xq.reshape(*xs.shape, GROUP) * xs[:, :, None]).reshape(xq.shape)
     y = x @ weight.T
     return y if bias is None else y + bias
 
 
 def dequantise(matrix: PackedMatrix) -> np.ndarray:
-    """The weights as float32 [N, K]; for every kind exactly what ggml's own routine gives for the original bytes."""
+    """Return the weights as float32 [N, K], for every kind exactly as ggml decodes the original bytes."""
     layout = matrix.layout
     if isinstance(layout, GridLayout):
         return grids.dequantise(matrix.data, layout)[: matrix.rows]
@@ -51,7 +51,7 @@ def dequantise(matrix: PackedMatrix) -> np.ndarray:
 
 
 def _numbers(codes: np.ndarray, layout: TileLayout) -> np.ndarray:
-    """Codes of groups, uint8 [..., bytes] -> [..., 8 quads, 16 rows, 4]."""
+    """Unpack codes of groups, uint8 [..., bytes] -> [..., 8 quads, 16 rows, 4]."""
     vectors = codes.reshape(*codes.shape[:-1], -1, VECTOR_BYTES)
     if layout.bits == 8:
         quads = vectors
@@ -70,7 +70,7 @@ def _numbers(codes: np.ndarray, layout: TileLayout) -> np.ndarray:
 
 
 def _digits(codes: np.ndarray, layout: TileLayout) -> np.ndarray:
-    """Codes of blocks, uint8 [..., bytes], that are digits to the base of 3 -> [..., groups, 8 quads, 16 rows, 4]."""
+    """Unpack base-3 codes of blocks, uint8 [..., bytes] -> [..., groups, 8 quads, 16 rows, 4]."""
     vectors = codes.reshape(*codes.shape[:-1], -1, 1, VECTOR_BYTES)
     moved = vectors * np.uint8(3) ** np.arange(TRITS, dtype=np.uint8)[:, None]
     quads = (moved.astype(np.uint16) * 3 >> 8).astype(np.uint8)
@@ -79,13 +79,13 @@ def _digits(codes: np.ndarray, layout: TileLayout) -> np.ndarray:
 
 
 def _pairs(vectors: np.ndarray) -> np.ndarray:
-    """Two vectors of 2-bit numbers as 8 quads."""
+    """Unpack two vectors of 2-bit codes to 8 quads."""
     fields = [vectors[..., p, :] >> 2 * f & 3 for p in range(2) for f in range(4)]
     return np.stack(fields, axis=-2)
 
 
 def _triples(vectors: np.ndarray) -> np.ndarray:
-    """Three vectors of 3-bit numbers as 8 quads."""
+    """Unpack three vectors of 3-bit codes to 8 quads."""
     first, second, third = (vectors[..., v, :] for v in range(3))
     fields = [part >> place & 7 for part in (first, second, third) for place in (0, 3)]
     fields += [first >> 6 | second >> 4 & 4, third >> 6 | second >> 5 & 4]
@@ -93,9 +93,9 @@ def _triples(vectors: np.ndarray) -> np.ndarray:
 
 
 def _scales(blocks: np.ndarray, layout: TileLayout) -> tuple[np.ndarray, np.ndarray | None]:
-    """Scales, and minima where there are any, float32 [tiles, blocks, groups, halves, 16 rows]."""
+    """Return scales, and minima or None, float32 [tiles, blocks, groups, halves, 16 rows]."""
     head = np.ascontiguousarray(blocks[:, :, : layout.floats_bytes])
-    if layout.float == "e4m3":  # with the bit of the sign, for what is no number was taken care of
+    if layout.float == "e4m3":  # with the sign bit: packing has already handled NaN
         floats = scale_numbers(head | 0x80, layout.float)
         return floats.reshape(*blocks.shape[:2], layout.groups, -1, ROWS), None
     floats = scale_numbers(head.reshape(-1, layout.floats_bytes), layout.float)

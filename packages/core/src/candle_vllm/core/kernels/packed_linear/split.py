@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Split blocks of ggml's types into the parts of the packed layout, in numpy; used at load by `pack.py`.
 
-`quantization/ggml_blocks.py` describes the contents of a block. Data that must be converted is brought into **planes**,
-uint32 [words, B, R]: every operation then works on long contiguous runs, four bytes at a time. Data that is already in
-the layout's form is copied unchanged. Shapes: B blocks of a row, R rows, G groups of a block.
+`quantization/ggml_blocks.py` describes the contents of a block. Data that must be converted is copied to **planes**,
+uint32 [words, B, R], because operations on long contiguous memory, four bytes at a time, are fast. Data that already
+has the layout's form is copied unchanged. Shapes: B blocks of a row, R rows, G groups of a block.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from candle_vllm.core.quantization.ggml_blocks import (
 class ChunkCodes(NamedTuple):
     """Parts of a chunk; `small` are the sub-scales of K-quants."""
 
-    codes: np.ndarray  # uint32 [G, vectors, B, R]; [1, vectors of a block, B, R] of digits
-    floats: list[np.ndarray]  # uint8 to uint32 [B, R] each, bits of floats
+    codes: np.ndarray  # uint32 [G, vectors, B, R]; [1, vectors of a block, B, R] for base-3 digits
+    floats: list[np.ndarray]  # bits of floats, uint8 to uint32 [B, R] each
     small: np.ndarray | None  # uint32 [words, B, R]: 4 sub-scales in a word
 
 
 def split(blocks: np.ndarray, kind: PackedKind) -> ChunkCodes:
-    """Takes blocks of the kind's own ggml type apart: uint8 [R, B, bytes]; the parts may be views of them."""
+    """Split blocks of the kind's ggml type, uint8 [R, B, bytes]; the parts may be views of the blocks."""
     contents, layout = CONTENTS[kind.type], LAYOUTS[kind]
     assert isinstance(layout, TileLayout)
     floats = [part for place in contents.floats for part in _floats(blocks, place, contents)]
@@ -45,7 +45,7 @@ def split(blocks: np.ndarray, kind: PackedKind) -> ChunkCodes:
 
 
 def _floats(blocks: np.ndarray, place: tuple[int, int], contents: BlockContents) -> list[np.ndarray]:
-    """The floats at a place, as their bits: [B, R] each, views if it may be."""
+    """Return the bits of the floats at an offset: [B, R] each, views if possible."""
     data = blocks[..., slice(*place)]
     if contents.float == "e4m3":
         return list(e4m3_codes(data).transpose(2, 1, 0))
@@ -53,22 +53,22 @@ def _floats(blocks: np.ndarray, place: tuple[int, int], contents: BlockContents)
 
 
 def _words(blocks: np.ndarray, fields: Fields) -> np.ndarray:
-    """The words of some fields, uint32 [words, B, R]: a view, which may begin at any byte."""
+    """Return the words of some fields, uint32 [words, B, R]: a view, which may be unaligned."""
     return blocks[..., fields.start : fields.stop].view(np.uint32).transpose(2, 1, 0)
 
 
 def _planes(blocks: np.ndarray, fields: Fields) -> np.ndarray:
-    """The same with the rows behind each other."""
+    """Return `_words` as a contiguous copy."""
     return np.ascontiguousarray(_words(blocks, fields))
 
 
 def _each(value: int) -> np.uint32:
-    """A byte four times."""
+    """Return a word with four times the same byte."""
     return np.uint32(value * 0x01010101)
 
 
 def _taken(words: np.ndarray, place: int, bits: int) -> np.ndarray:
-    """A field of each byte."""
+    """Return a bit field of each byte."""
     if bits == 8:
         return words
     return (words >> np.uint32(place) if place else words) & _each((1 << bits) - 1)
@@ -78,7 +78,7 @@ def _taken(words: np.ndarray, place: int, bits: int) -> np.ndarray:
 
 
 def _codes(blocks: np.ndarray, contents: BlockContents, layout: TileLayout) -> np.ndarray:
-    """The vectors of all groups, high bits first: uint32 [G, vectors, B, R]."""
+    """Return the vectors of all groups, high bits first: uint32 [G, vectors, B, R]."""
     fields = contents.codes[::-1]
     if len(fields) == 1 and _in_order(fields[0]):
         if layout.zero == contents.zero or layout.values is not None:
@@ -95,12 +95,12 @@ def _codes(blocks: np.ndarray, contents: BlockContents, layout: TileLayout) -> n
 
 
 def _in_order(fields: Fields) -> bool:
-    """Whether the file has the vectors of a group as the layout has them."""
+    """Return whether the vectors of a group are the same in the file and in the layout."""
     return fields.bits == 8 or (fields.width * 8 // fields.bits == GROUP and fields.width > 1)
 
 
 def _fill(vectors: np.ndarray, words: np.ndarray, fields: Fields) -> None:
-    """Writes the vectors of some fields of all groups, [G, vectors, B, R]."""
+    """Write the vectors of some fields of all groups, [G, vectors, B, R]."""
     if _in_order(fields):
         vectors[:] = words
     elif fields.width == 1:
@@ -115,7 +115,7 @@ def _fill(vectors: np.ndarray, words: np.ndarray, fields: Fields) -> None:
 
 
 def _fill_halves(vectors: np.ndarray, words: np.ndarray) -> None:
-    """Writes nibbles of which each half of a group has its own bytes: two words."""
+    """Write nibbles if each half of a group has its own bytes, two words."""
     halves = words.reshape(-1, 2, 2, *words.shape[1:])
     first, second = halves[:, 0], halves[:, 1]
     vectors[:, :2] = first & _each(15) | (second & _each(15)) << 4
@@ -123,7 +123,7 @@ def _fill_halves(vectors: np.ndarray, words: np.ndarray) -> None:
 
 
 def _digits(blocks: np.ndarray, contents: BlockContents) -> np.ndarray:
-    """The vectors of blocks of digits to the base of 3: uint32 [1, vectors, B, R]."""
+    """Return the vectors of blocks of base-3 digits: uint32 [1, vectors, B, R]."""
     codes = take_apart(blocks, contents, np).codes + np.uint8(contents.zero)
     quads = codes.reshape(*codes.shape[:-1], -1, 4)
     missing = -quads.shape[-2] % TRITS
@@ -137,7 +137,7 @@ def _digits(blocks: np.ndarray, contents: BlockContents) -> np.ndarray:
 
 
 def _nibble_vectors(quads: np.ndarray, place: int) -> np.ndarray:
-    """The nibbles from bit `place` as 4 vectors."""
+    """Return the nibbles from bit `place` on as 4 vectors."""
     first, second = quads[..., :4, :, :], quads[..., 4:, :, :]
     if place:
         return (first >> 4 & _each(15)) | (second & _each(0xF0))
@@ -145,14 +145,14 @@ def _nibble_vectors(quads: np.ndarray, place: int) -> np.ndarray:
 
 
 def _pair_vectors(quads: np.ndarray, place: int) -> np.ndarray:
-    """The pairs of bits from bit `place` as 2 vectors."""
+    """Return the pairs of bits from bit `place` on as 2 vectors."""
     pairs = _taken(quads, place, 2)
     pairs = pairs.reshape(*pairs.shape[:-3], 2, 4, *pairs.shape[-2:])
     return pairs[..., 0, :, :] | pairs[..., 1, :, :] << 2 | pairs[..., 2, :, :] << 4 | pairs[..., 3, :, :] << 6
 
 
 def _bit_vector(quads: np.ndarray, place: int) -> np.ndarray:
-    """The bit `place` as a vector."""
+    """Return the bit `place` as a vector."""
     bits = _taken(quads, place, 1) << np.arange(8, dtype=np.uint32)[:, None, None]
     return np.bitwise_or.reduce(bits, axis=-3, keepdims=True)
 
@@ -163,7 +163,7 @@ _VECTORS: Mapping[int, Callable[[np.ndarray, int], np.ndarray]] = MappingProxyTy
 
 
 def _bits_in_order(word: np.ndarray) -> np.ndarray:
-    """A word whose bit k belongs to weight k as a vector: bit 4j + b goes to bit j of byte b."""
+    """Convert a word whose bit k belongs to weight k to a vector: bit 4j + b becomes bit j of byte b."""
     vector = np.zeros_like(word)
     for quad in range(8):
         four = word >> np.uint32(4 * quad) & np.uint32(15)
@@ -175,12 +175,12 @@ def _bits_in_order(word: np.ndarray) -> np.ndarray:
 
 
 def _small(blocks: np.ndarray, contents: BlockContents, layout: TileLayout) -> np.ndarray | None:
-    """The sub-scales and sub-minima of a block, as the layout has them: uint32 [words, B, R]."""
+    """Return the sub-scales and sub-minima of a block in the form of the layout: uint32 [words, B, R]."""
     if not layout.nested:
         return None
-    if layout.paired:  # each scale stands beside its minimum, in the file as in the layout
+    if layout.paired:  # each scale is next to its minimum, in the file and in the layout
         return _planes(blocks, contents.small[0][0])
-    if layout.lone:  # so few bytes that they are not worth words
+    if layout.lone:  # too few bytes to process in words
         scales = np.ascontiguousarray(small_scales(blocks, contents, np))
         return np.ascontiguousarray(scales.view(np.uint32).transpose(2, 1, 0))
     pieces = [_numbers(blocks, fields) for fields in contents.small]
@@ -195,12 +195,12 @@ def _small(blocks: np.ndarray, contents: BlockContents, layout: TileLayout) -> n
 
 
 def _apart(words: np.ndarray) -> np.ndarray:
-    """The lower two bytes, as the lowest and the third."""
+    """Move the lower two bytes to the lowest and the third byte."""
     return words & np.uint32(0xFF) | (words & np.uint32(0xFF00)) << np.uint32(8)
 
 
 def _numbers(blocks: np.ndarray, several: tuple[Fields, ...]) -> np.ndarray:
-    """Small numbers of several fields, four in a word: [words, B, R]."""
+    """Return small numbers of several fields, four in a word: [words, B, R]."""
     found = None
     for fields in several:
         data = _planes(blocks, fields)

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
-"""Sample one token per row on a GPU (step 7 of ten): up to five launches, without sorting or waiting.
+"""Drawing one token per row on a GPU (step 7 of ten): up to five launches, nothing sorted, nothing waited for.
 
-    survey   finds the largest logits of chunks and of groups within chunks
-    plan     finds the row's largest logit, the greedy token, and edges: possible lower bounds of the candidates' logits
-    weigh    computes each chunk's mass, and the mass and number of its logits above each edge
+    survey   the largest logits of chunks and of groups within them
+    plan     the row's largest logit; the greedy token; edges: logits that may bound the list of candidates from below
+    weigh    for each chunk its mass, and mass and number of the logits above each edge
     gather   copies the logits above the highest edge that is low enough to a short list, in the order of ids
-    finish   applies top_k and top_p to that list, or to the row if no edge gives a short list, and samples the token
+    finish   cuts that list as top_k and top_p say, or the row itself where no edge gives a short list; picks the token
 
-The kernels read a row's parameters on the device and skip work that the row does not need. The caller may omit launches
-that no row needs.
+A row takes the steps that it needs, as its parameters on the device say. The caller may leave out launches that no row
+needs.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from candle_vllm.core.kernels.sampling.triton_rows import (
 from candle_vllm.core.kernels.triton_build import OPTIONS, Build, next_power_of_2
 
 _EDGES = tl.constexpr(4)
-_PLAN = tl.constexpr(8)  # int32 elements of a row's plan: the key of min_p's bound, then the edges' keys
+_PLAN = tl.constexpr(8)  # int32 numbers of a row's plan: the key of min_p's bound, then the edges' keys
 _LANES = tl.constexpr(128)
 _WARPS = 8  # not measured yet
 
@@ -52,7 +52,7 @@ def _scale(temperature):
 
 @triton.jit
 def _min_p_floor(min_p, largest, temperature):
-    """Return the least key whose weight is at least `min_p`; the weights are float64 here."""
+    """The least key of weight `min_p` or more; the weights are float64 here."""
     top, wide = key_of(largest).to(tl.int64), largest.to(tl.float64)
     lo, hi = top * 0 + KEY_OF_MINUS_INFINITY, top
     lane = tl.arange(0, _LANES)
@@ -68,9 +68,9 @@ def _min_p_floor(min_p, largest, temperature):
 
 @triton.jit
 def _plan_edges(group_maxima, groups, filled, top_k, largest, plan):
-    """Write edges of several ranks among the groups' maxima: at least r logits reach an edge of rank r, rarely more.
+    """Edges that rank among the groups' maxima: above that of rank r there are at least r logits, and rarely many more.
 
-    filled: number of groups that have a logit.
+    filled: groups that have a logit.
     """
     hi = key_of(largest).to(tl.int64) + 1
     lo = hi * 0 + KEY_OF_MINUS_INFINITY
@@ -141,7 +141,7 @@ def weigh_kernel(
     controls,
     largest_in,  # [R]
     plans,
-    masses,  # [R, 1 + _EDGES, C] int64: mass of the logits that min_p keeps, then of the logits that reach each edge
+    masses,  # [R, 1 + _EDGES, C] int64: of all logits that min_p leaves, then of those that reach each edge
     counts,  # [R, _EDGES, C] int32
     row_stride,
     V,
@@ -168,7 +168,7 @@ def weigh_kernel(
 
 @triton.jit
 def _limit(top_p, whole):
-    """Return the mass that the kept tokens must reach for top_p."""
+    """The least mass before a token that top_p does not keep."""
     exact = top_p * whole.to(tl.float64)
     limit = exact.to(tl.int64)
     limit += (limit.to(tl.float64) < exact).to(tl.int64)
@@ -177,7 +177,7 @@ def _limit(top_p, whole):
 
 @triton.jit
 def _choice(row, masses, counts, top_k, top_p, C, CB: tl.constexpr):
-    """Return the highest edge that all needed logits reach and at most BUFFER do (or _EDGES), their count, all mass."""
+    """The highest edge above which are all logits that count, and not too many: it, or _EDGES; how many; all mass."""
     part = tl.arange(0, CB)
     whole = tl.sum(tl.load(masses + row * (1 + _EDGES) * C + part, mask=part < C, other=0), axis=0)
     edge = tl.arange(0, _EDGES)
@@ -198,7 +198,7 @@ def gather_kernel(
     masses,
     counts,
     values,  # [R, BUFFER] fp32: the candidates' logits
-    names,  # [R, BUFFER] int32: the candidates' ids
+    names,  # [R, BUFFER] int32: and their ids
     row_stride,
     V,
     C,
@@ -218,7 +218,7 @@ def gather_kernel(
 
 @triton.jit
 def _mass(source, count, cut, largest, scale):
-    """Return the mass of all logits that reach the key `cut`."""
+    """The mass of all logits that reach the key `cut`."""
     total = tl.zeros([], tl.int64)
     for start in tl.range(0, count, BLOCK):
         at = start + tl.arange(0, BLOCK)
@@ -229,9 +229,9 @@ def _mass(source, count, cut, largest, scale):
 
 @triton.jit
 def _pick(source, begin, end, cut, ties, largest, scale, before, target):
-    """Return the first index at which `before` plus the cumulative kept mass exceeds `target`.
+    """The first place at which the kept mass, from `before` on, exceeds `target`.
 
-    Logits above the key `cut` are kept, and the first `ties` logits equal to it.
+    Kept is what lies above the key `cut`, and the first `ties` of its equals.
     """
     place, seen = NONE, tl.zeros([], tl.int32)
     for start in tl.range(begin, end, BLOCK):
@@ -255,7 +255,7 @@ def _target(uniform, total):
 
 @triton.jit
 def _pick_of_row(source, masses, floor, uniform, largest, scale, V, C, CB: tl.constexpr):
-    """Sample a row without top_k and top_p: find the token's chunk by the chunks' masses, then the token in it."""
+    """The token of a row without top_k and top_p: its chunk by the chunks' masses, then it."""
     part = tl.arange(0, CB)
     mass = tl.load(masses + part, mask=part < C, other=0)
     target = _target(uniform, tl.sum(mass, axis=0))
@@ -267,7 +267,7 @@ def _pick_of_row(source, masses, floor, uniform, largest, scale, V, C, CB: tl.co
 
 @triton.jit
 def _pick_of_list(source, count, lo, floor, top_k, top_p, uniform, whole, largest, scale):
-    """Sample from a list, which is a whole row or its logits that reach the key `lo`; return the token's index."""
+    """The place of the token among logits that are all of a row, or all that reach the key `lo`."""
     hi = key_of(largest) + 1
     cut = floor
     if top_k > 0:
@@ -331,7 +331,7 @@ def finish_kernel(
 def draw(
     logits: torch.Tensor, controls: torch.Tensor, *, random: bool, search: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sample one token per row; see `draw_tensors` in `kernels/sampling`.
+    """One token per row; see `draw_tensors` in the package.
 
     Args:
         logits: [R, V] float32, each row contiguous.
@@ -385,7 +385,7 @@ _TYPES = {
 
 
 def _build(kernel: Any, chunks: int, **constants: Any) -> Build:
-    """Return a form of a kernel to compile; arguments without a type are constants."""
+    """A form of a kernel; arguments without a type are constants."""
     names = [name for name in kernel.arg_names if name not in constants]
     label = "-".join([str(chunks), *(name for name, value in constants.items() if value is True)])
     arguments = {name: _TYPES[name] for name in names if name in _TYPES}

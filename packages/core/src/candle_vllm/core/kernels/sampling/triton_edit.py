@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false
-"""Edits of logits on a GPU (step 7 of ten): bias, then masks and penalties in one pass over the rows that have them.
+"""Edits of logits on a GPU (step 7 of ten): bias, then masks and penalties in one pass over the rows that have any.
 
-A mask commutes with a bias, so this order has the same result as the order of vLLM's processors. The kernels read which
-rows have which edits from tables on the device, so a captured step works for any batch.
+A mask commutes with a bias, so that this order gives what the order of vLLM's processors gives. Which rows have what is
+read on the device, from tables that stay there: a captured step serves any batch.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import triton.language as tl
 from candle_vllm.core.kernels.sampling.contract import DeviceEdits
 from candle_vllm.core.kernels.triton_build import OPTIONS, Build, cdiv
 
-_PART = tl.constexpr(1024)  # entries or logits that a program processes at a time; not measured yet
-_ROWS = tl.constexpr(256)  # rows of a program that counts tokens
+_PART = tl.constexpr(1024)  # entries or logits that a program has at a time; not measured yet
+_ROWS = tl.constexpr(256)  # of a program that counts tokens
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -37,7 +37,7 @@ def bias_kernel(
 
 @triton.jit
 def _penalised(x, count, penalties):
-    """Return logits after the three penalties, in float64; `count` is a count of `DeviceEdits`."""
+    """Logits after the three penalties, in float64; `count` as in `DeviceEdits`."""
     repetition, frequency, presence = tl.load(penalties), tl.load(penalties + 1), tl.load(penalties + 2)
     occurrences, wide = tl.maximum(count - 1, 0).to(tl.float64), x.to(tl.float64)
     result = tl.where(wide > 0, wide / repetition, wide * repetition) - frequency * occurrences
@@ -73,7 +73,7 @@ def mask_and_penalise_kernel(
         x = tl.load(place, mask=at < V, other=0.0)
         if MASKS:
             word = tl.load(masks + mask_row * W + at // 32, mask=at < tl.where(mask_row >= 0, V, 0), other=-1)
-            # A masked NaN or +inf, which shows a broken model, becomes NaN.
+            # What is masked though it shows a broken model becomes NaN.
             hidden = tl.where(x < float("inf"), float("-inf"), float("nan"))
             x = tl.where(((word >> (at % 32)) & 1) != 0, x, hidden)
         if COUNTS:
@@ -99,7 +99,7 @@ def note_kernel(
 
 
 def edit(logits: torch.Tensor, edits: DeviceEdits) -> None:
-    """See `edit_tensors` in `kernels/sampling`."""
+    """See `edit_tensors` in the package."""
     number, vocabulary = logits.shape
     assert logits.dtype == torch.float32
     assert logits.stride(1) == 1 or vocabulary == 1, "each row is contiguous"
@@ -130,7 +130,7 @@ def edit(logits: torch.Tensor, edits: DeviceEdits) -> None:
 
 
 def note(counts: torch.Tensor, count_rows: torch.Tensor, token_ids: torch.Tensor) -> None:
-    """See `note_tokens` in `kernels/sampling`."""
+    """See `note_tokens` in the package."""
     assert counts.dtype == count_rows.dtype == torch.int32
     assert token_ids.dtype == torch.int64
     assert count_rows.shape == token_ids.shape

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # pyright: reportOperatorIssue=false
-"""Ranks of tokens and the largest logits of their rows on a GPU (step 7 of ten): five launches, without sorting.
+"""Where tokens stand among the logits of their rows, on a GPU (step 7 of ten): five launches, nothing sorted.
 
-    survey   finds the largest logits of chunks and of groups within chunks
-    edge     finds the row's largest logit, and an edge: a lower bound of the requested largest logits
-    measure  computes each chunk's mass, the number of its logits ranked before the token, and those that reach the edge
+    survey   the largest logits of chunks and of groups within them
+    edge     the row's largest logit, and one that is no more than the last of the asked-for largest
+    measure  for each chunk its mass, how many stand before the token, how many reach the edge
     gather   copies the logits that reach the edge to a short list, in the order of ids
-    name     adds up the chunks, and selects the largest logits from the list one after the other
+    name     sums up, and takes the largest out of the list one after the other
 
-If too many logits reach the edge, because many are equal, the largest are selected from the row itself.
+Where the edge leaves too many, as with equal logits, the largest are taken out of the row itself.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ def measure_kernel(
     largest_in,  # [R]
     edges,  # [R]
     masses,  # [R, C] int64
-    befores,  # [R, C] int32: number of logits ranked before the token's
-    counts,  # [R, C] int32: number of logits that reach the edge
+    befores,  # [R, C] int32: logits that stand before the token's
+    counts,  # [R, C] int32: logits that reach the edge
     row_stride,
     V,
     C,
@@ -165,7 +165,7 @@ def name_kernel(
                 name = at
                 if listed:
                     name = tl.load(names + row * BUFFER + at, mask=at < count, other=0)
-                # One number whose order is descending logits, then ascending ids.
+                # One number in the order of falling logits and rising ids.
                 standing = (key_of(x).to(tl.int64) << 32) + (NONE - name)
                 follows = (standing < previous) & (x > float("-inf"))
                 best = tl.maximum(best, tl.max(tl.where(follows, standing, _LOWEST), axis=0))
@@ -178,7 +178,7 @@ def name_kernel(
 
 
 def stand(logits: torch.Tensor, token_ids: torch.Tensor, tops: torch.Tensor, most: int) -> DeviceStanding:
-    """See `stand_tensors` in `kernels/sampling`."""
+    """See `stand_tensors` in the package."""
     rows = rows_of(logits)
     number, device = len(logits), logits.device
     for given in (token_ids, tops):
