@@ -211,7 +211,7 @@ class OutputCollector:
         self._unfinished = request.params.n
 
     def add(self, piece: TokenOutput) -> bool:
-        """Add one output; return True once the request is complete."""
+        """Add one output; return True if the request is complete now."""
         self._pieces[piece.index].append(piece)
         self._unfinished -= piece.finished
         return self._unfinished == 0
@@ -266,7 +266,7 @@ class EmbeddingOutput(ShownStruct, frozen=True, kw_only=True):
             `tolist` is for JSON.
         vectors: number of vectors concatenated in `embedding`, if each token has a vector; None for a single vector.
         prompt_token_ids: the text's tokens, including tokens that the tokenizer adds.
-        num_cached_tokens: how many of these tokens came from the prefix cache.
+        num_cached_tokens: number of these tokens that came from the prefix cache.
     """
 
     unshown: ClassVar[frozenset[str]] = frozenset({"request_id"})

@@ -64,7 +64,7 @@ class AdapterUse(ShownStruct, frozen=True, kw_only=True):
 
     Attributes:
         name: the adapter's name.
-        path: where its files are; empty for an adapter that the engine knows already.
+        path: path of its files; empty for an adapter that the engine knows already.
         scale: factor of the adapter's output, in addition to the adapter's own scale.
         load_inplace: read the files again.
     """

@@ -71,21 +71,21 @@ class EngineStats(ShownStruct, frozen=True, kw_only=True):
         prompt_tokens, cached_prompt_tokens: tokens of all prompts run since the start, and how many were cached.
         generation_tokens: tokens sampled, since the start.
         finished: sequences by finish reason, since the start.
-        preemptions, steps: numbers since the start.
+        preemptions, steps: counts since the start.
         drafts, draft_tokens, accepted_draft_tokens: drafts (one for each sequence and step), draft tokens, and accepted
             draft tokens, since the start.
-        accepted_per_position: how often the draft token at each place of a draft was accepted.
+        accepted_per_position: number of accepted draft tokens at each position of a draft.
         step_seconds: assumed time of a step of one sequence with 0, 1, 2, ... draft tokens, in plain steps, by which
             the number of draft tokens is chosen. Empty without speculative decoding.
         adapters, adapters_in_memory, adapter_bytes: known adapters, adapters in memory and their bytes, now.
-        adapter_loads, adapter_load_failures, adapter_evictions: numbers since the start.
+        adapter_loads, adapter_load_failures, adapter_evictions: counts since the start.
         adapter_load_seconds: total time of the loads.
-        max_adapters: most adapters in one step; 0 without LoRA.
-        running_adapters, waiting_adapters: sequences by adapter, now, for the adapters with most sequences.
-        kept_block_bytes: present bytes of offloaded blocks (KV tiers) on disk, in main memory and in Redis; 0 without
+        max_adapters: maximum number of adapters in one step; 0 without LoRA.
+        running_adapters, waiting_adapters: current number of sequences of the adapters with the most sequences.
+        kept_block_bytes: current bytes of offloaded blocks (KV tiers) on disk, in main memory and in Redis; 0 without
             KV tiers. In main memory and in Redis, only the bytes of the first rank.
         kept_blocks_read, kept_blocks_written: offloaded blocks read and written, since the start.
-        kept_blocks_skipped: blocks that were not written because the writer was behind, since the start.
+        kept_blocks_skipped: blocks that were not written because the writer was too slow, since the start.
         kept_block_failures: blocks that could not be read or written, were damaged or late, since the start.
         sleep_level: 0 while it is awake; see `InferenceEngine.sleep`.
         images_encoded, images_reused, image_failures: images that were encoded, images whose embeddings were reused,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Edits of a batch's logits (step 7 of ten): tensors for a GPU's kernels, or applied at once with torch.
+"""Edits of a batch's logits (step 7 of ten): as tensors for a GPU's kernels, or applied directly by torch.
 
 Logit bias and forbidden tokens are short lists, rebuilt for each step. Allowed tokens, also those of a grammar, are a
 bitmask over the vocabulary. Token counts for the penalties stay on the device, one row for each sequence with

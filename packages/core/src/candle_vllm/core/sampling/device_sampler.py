@@ -247,7 +247,7 @@ class Surprises:
         copy(self._bits, kernels.surprise_tensors(logits, rows, token_ids[rows], self._temperatures.there()))
 
     def tell(self) -> None:
-        """Pass the surprises to the states, once the step's mark was reached."""
+        """Pass the surprises to the states; the step's mark must have been reached."""
         for (_, state, position), bits in zip(self._told, self._bits.tolist()):
             state.note_surprise(bits, position)
 

@@ -152,7 +152,7 @@ class Fault(NamedTuple):
 
     Attributes:
         path: the path to its position, joined by dots.
-        text: what the value must be.
+        text: the requirement that the value violates.
     """
 
     path: str

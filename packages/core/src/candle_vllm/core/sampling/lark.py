@@ -97,7 +97,7 @@ class LarkShape:
         return [other for other in self._refers[name] if other in self._refers]
 
     def _circles(self) -> Iterator[list[str]]:
-        """Rules that refer to each other, those that others refer to first (Tarjan's algorithm, without recursion)."""
+        """Yield cycles of rules; referred rules before the rules that refer to them (Tarjan, without recursion)."""
         found: dict[str, int] = {}
         lowest: dict[str, int] = {}
         waiting: list[str] = []
@@ -192,7 +192,7 @@ def json_grammar(name: str, schema: Any, spec: StructuredOutputsParams, budget: 
     Args:
         name: name of the grammar.
         schema: the result of `json.loads`.
-        spec: parameters, of which those for whitespace are used.
+        spec: parameters; only the options for whitespace are used.
         budget: budget of all schemas of one form.
 
     Raises:

@@ -66,7 +66,7 @@ class RequestOutputKind(enum.IntEnum):
 
     CUMULATIVE = 0  # everything so far
     DELTA = 1  # only new tokens and text
-    FINAL_ONLY = 2  # everything, once
+    FINAL_ONLY = 2  # only one output, with everything
 
 
 class SamplingParams(
@@ -97,7 +97,7 @@ class SamplingParams(
         top_n_sigma: keep logits within this many standard deviations of the largest, up to 100; 0 or less keeps all.
         typical_p: keep the tokens whose surprise is nearest to the expected one, up to this probability, (0, 1].
         xtc_probability: probability with which XTC removes the likeliest tokens, [0, 1].
-        xtc_threshold: of the tokens that are at least this likely XTC keeps only the least likely one, [0, 1]; no
+        xtc_threshold: XTC keeps only the least likely of the tokens that are at least this likely, [0, 1]; it has no
             effect above 0.5.
         dynatemp_range: the temperature varies up and down by this much, with the entropy of the distribution, [0, 100].
         dynatemp_exponent: exponent of the entropy's ratio to its maximum, [0, 100].
@@ -123,12 +123,12 @@ class SamplingParams(
             end, the text ends there, however short it is.
         stop: strings that end the text; not part of the text unless `include_stop_str_in_output`.
         stop_marks: marks around parts of the text in which stop strings are ignored, such as reasoning and tool calls.
-        stop_token_ids: token ids that end the sequence, besides the model's own.
-        ignore_eos: go on past the model's end-of-sequence tokens.
+        stop_token_ids: token ids that end the sequence, in addition to the model's end-of-sequence tokens.
+        ignore_eos: continue after the model's end-of-sequence tokens.
         include_stop_str_in_output: keep the stop string, or the text of the stop token, in the text.
         skip_special_tokens: leave special tokens out of the text.
         continues_prompt: if the prompt ends within a UTF-8 character, begin the text with this whole character; for
-            callers that show prompt and text as one.
+            callers that show prompt and text as one text.
         logprobs: report the log-probability of each sampled token and of this many likeliest ones, 0 to 20.
         prompt_logprobs: the same for the tokens of the prompt.
         logit_bias: token id -> value added to its logit, [-100, 100].

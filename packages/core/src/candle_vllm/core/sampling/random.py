@@ -38,7 +38,7 @@ def seed_words(seed: int, index: int) -> tuple[int, int, int, int]:
 
     Args:
         seed: -2**63 to 2**64 - 1.
-        index: which of the request's `n` sequences, below 2**32.
+        index: index of the sequence among the request's `n` sequences, below 2**32.
     """
     key = seed & 0xFFFF_FFFF_FFFF_FFFF
     return key & 0xFFFF_FFFF, key >> 32, index, int(seed < 0)

@@ -308,7 +308,7 @@ class Sampler:
         Args:
             logits: [T, V] float32, an array or a tensor on any device, one row per position; not changed.
             next_token_ids: [T] the prompt's token after each position, below V.
-            top: how many of the likeliest tokens to report.
+            top: number of likeliest tokens to report.
 
         Raises:
             RequestError: a row holds NaN or +inf.
@@ -327,7 +327,7 @@ class Sampler:
 
 
 def _at_once(states: Sequence[SamplingState]) -> bool:
-    """Whether all rows of a run can be sampled at once: no edit depends on the token of the row before."""
+    """Return whether all rows of a run can be sampled at once: no edit depends on the token of the row before."""
     return not any(
         state.params.logprobs is not None or ((state.may_edit or state.reads_tokens) and not state.only_masks)
         for state in states
@@ -465,7 +465,7 @@ def sampled_tokens(token_ids: Sequence[int], largest: Sequence[float]) -> list[T
 
 
 def settles(state: SamplingState) -> bool:
-    """Whether a sequence needs `commit_sampled` after each sampled token."""
+    """Return whether a sequence needs `commit_sampled` after each sampled token."""
     return state.params.mirostat > 0 or bool(state.params.logits_processors)
 
 

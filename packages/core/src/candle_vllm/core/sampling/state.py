@@ -29,9 +29,9 @@ class SamplingState:
     """One sequence's sampling parameters, its tokens, and values derived from both.
 
     Attributes:
-        params: how the tokens are chosen.
+        params: the sampling parameters.
         vocab_size: V, the width of the logits.
-        index: which of the request's `n` sequences this is.
+        index: index among the request's `n` sequences.
         seed: the request's seed, or 64 random bits.
         controls: temperature (0 for greedy), min_p, top_k (0 for all tokens), top_p; with a sampler chain, which
             applies min_p, top_k and top_p itself, these three have their neutral values.
@@ -69,12 +69,12 @@ class SamplingState:
         """Check token ids against the vocabulary, and prepare masks, bias and counts.
 
         Args:
-            params: how the tokens are chosen.
+            params: the sampling parameters.
             prompt_token_ids: the prompt; its tokens count for `repetition_penalty`.
             vocab_size: V, the width of the logits.
             eos_token_ids: the model's end-of-sequence tokens. Ids outside the vocabulary cannot be produced and
                 need no mask.
-            index: which of the request's `n` sequences this is.
+            index: index among the request's `n` sequences.
             bad_word_token_ids: `params.bad_words` as tokens, at least one for each.
             grammar: the grammar of `params.structured_outputs`, at the start of a text.
             thoughts: the count of `params.thoughts`, at the start of a text.

@@ -49,7 +49,7 @@ class StructuredOutputsParams(ExplainedStruct, frozen=True, kw_only=True, forbid
         json: a JSON schema, as a mapping or as a text; true for any JSON value. For a pydantic class, a dataclass, a
             TypedDict or a msgspec Struct, its schema is used.
         regex: a regular expression in the syntax of Rust's `regex` crate that the whole text matches.
-        choice: texts, one of which is the whole text.
+        choice: texts; the whole text is one of them.
         grammar: a grammar in llguidance's dialect of Lark, or in llama.cpp's GBNF.
         json_object: true for any JSON object.
         structural_tag: tagged parts in free text: vLLM's older form (`structures`, `triggers`), or xgrammar's newer one

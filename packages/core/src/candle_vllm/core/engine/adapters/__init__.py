@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""LoRA adapters: loaded, kept in memory, and admitted to steps."""
+"""LoRA adapters: load them, store them in memory, and admit sequences with adapters."""

@@ -555,7 +555,7 @@ class AdapterStore:
             self.on_change()
 
     def _bring(self, entry: Entry) -> None:
-        """Load an adapter; any error is a failure of this adapter alone."""
+        """Load an adapter; any error is a failure of only this adapter."""
         began = time.perf_counter()
         loaded, said = None, ""
         try:

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""Blocks and states of the KV cache: who owns them, and where they are offloaded to."""
+"""Blocks and states of the KV cache: allocation, and the stores to which they are offloaded."""

@@ -108,7 +108,7 @@ class BlockFolder:
 
     Args:
         folder: the folder of the files; created with access for this user only.
-        fingerprint: everything besides the hash that determines a block's bytes: weights, types, kernels.
+        fingerprint: everything except the hash that determines a block's bytes: weights, types, kernels.
         most_bytes: limit of the bytes of all files in the folder, whatever their fingerprint. Each engine that writes
             to the folder at the same time may exceed it by a sixteenth.
         block_bytes: size of a block.

@@ -367,7 +367,7 @@ class BlockParts:
                 forgotten = self._to_write.get(digest) is not copied
                 if not forgotten:
                     del self._to_write[digest]
-            if forgotten:  # `clear` was called meanwhile
+            if forgotten:  # `clear` was called during the write
                 self._store.forget(digest)
 
 
@@ -441,7 +441,7 @@ class OffloadedBlocks:
 
     @property
     def num_skipped(self) -> int:
-        """Blocks that were not written because the writer was behind, since the start."""
+        """Blocks that were not written because the writer was too slow, since the start."""
         return self._own.num_skipped
 
     @property
@@ -771,7 +771,7 @@ def _store(
 
 
 def _fingerprint(config: EngineConfig, loaded: LoadedModel, rank: int) -> str:
-    """Return everything that determines the bytes of a rank's part of a block besides tokens, adapters and images."""
+    """Return everything that determines the bytes of a rank's part of a block except tokens, adapters and images."""
     placement = loaded.placement
     if placement.recorded:
         from candle_vllm.core.kernels.cpu_runtime.kernel_cache import fingerprint

@@ -38,7 +38,7 @@ class RedisBlocks:
     Args:
         url: redis://[user:password@]host[:port][/db], rediss:// for TLS, unix://path; the query may name certificate
             files (`ssl_ca_certs`, `ssl_certfile`, `ssl_keyfile`).
-        fingerprint: everything besides the hash that determines a block's bytes.
+        fingerprint: everything except the hash that determines a block's bytes.
         most_bytes: limit of the bytes of all blocks of this fingerprint.
         block_bytes: size of a block.
         listed: whether `may_have` is true only for blocks that this process has written, read or looked up.
@@ -168,7 +168,7 @@ class RedisBlocks:
             logger.warning("blocks in Redis could not be deleted, and are left alone until they are: %s", error)
 
     def _clear(self) -> None:
-        """Delete all blocks of the fingerprint, including blocks that other servers write meanwhile."""
+        """Delete all blocks of the fingerprint, including blocks that other servers write during the call."""
         with self._clearing:
             if not self._to_clear:
                 return

@@ -148,7 +148,7 @@ class StatePool:
             state.going = RunState(state.plain.slot, state.going.source, count)
 
     def commit(self, run: Run, *, publish: bool) -> None:
-        """Commit a run: publish its checkpoints, if `publish` says that its blocks are published."""
+        """Commit a run; if `publish` is set (its blocks are published), publish its checkpoints."""
         sequence, state = run.sequence, run.sequence.state
         if state is None or run.state is None:
             return

@@ -107,7 +107,7 @@ class WindowedBlocks(BlockManager):
         return all(pool.page_of[block] for pool in self.pools)
 
     def depth(self, blocks: Seq[int]) -> int:
-        """How many of these prefix blocks can be shared, so that the next token finds all pages of its windows."""
+        """Return how many of these prefix blocks can be shared: the token after them must find the pages it reads."""
         deepest, together = 0, [0] * len(self.pools)
         for count, block in enumerate(blocks, 1):
             together = [many + 1 if pool.page_of[block] else 0 for pool, many in zip(self.pools, together)]

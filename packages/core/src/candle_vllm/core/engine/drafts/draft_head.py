@@ -33,7 +33,7 @@ from candle_vllm.core.kernels.recorded import Value
 
 
 class _Tail:
-    """A sequence as the layer sees it: its blocks from `first` on. Runs carry its tokens, as if they were drafts."""
+    """A sequence from the view of the layer: its blocks from `first` on. Its runs have their tokens as drafts."""
 
     __slots__ = ("begin", "first", "table", "tokens")
     adapters = ()  # adapters change the target's hidden states, but not the layer's weights

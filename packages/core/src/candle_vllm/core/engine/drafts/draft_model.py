@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Draft tokens from a small draft model with the target's vocabulary, run only if it saves time (after step 9).
 
-The draft model's cache has the target's block numbers: one block table of a sequence serves both. Draft tokens are
+The draft model's cache has the target's block numbers: both use the same block table of a sequence. Draft tokens are
 compared with the tokens that the target samples, so the contents of this cache decide how many draft tokens are
 accepted, and never change an answer.
 

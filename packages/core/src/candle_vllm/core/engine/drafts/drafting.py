@@ -134,8 +134,8 @@ class StepTimes:
 
     Attributes:
         balance: plain steps that drafts have saved, minus the plain steps that drafts and their search have cost.
-        leaving: extra time of the plain step after a step with drafts: its arrays are laid out anew, and states replay
-            their accepted inputs.
+        leaving: extra time of the plain step after a step with drafts: its arrays must be built again, and states
+            replay their accepted inputs.
     """
 
     GAIN = 1.05  # speedup that a step with drafts must promise
@@ -154,7 +154,7 @@ class StepTimes:
         self._drafted: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=5))  # by drafts; 0: plain step after
 
     def plain(self, lives: int) -> float:
-        """Seconds of a plain step with this number of sequences; 0 before three were measured."""
+        """Return the seconds of a plain step with this number of sequences; 0 before three were measured."""
         seen = self._plain.get(lives, ())
         return _lower_median(seen) if len(seen) > 2 else 0.0
 
@@ -163,7 +163,7 @@ class StepTimes:
         return self._curve[min(drafts, len(self._curve) - 1)]
 
     def seconds(self, lives: int, rows: int) -> float:
-        """Seconds of a step with these sequences and rows; rows beyond one for each sequence are draft tokens."""
+        """Return the seconds of a step with these sequences and rows; each has one row, the others are draft tokens."""
         share = self(rows - lives) if rows >= lives else (FIXED + rows) / (FIXED + lives)
         return self.plain(lives) * share
 
@@ -374,7 +374,7 @@ class Drafter:
             self.model.hopeless = least > SURE
         if least > SURE:
             self._count_idle(times)
-            return False  # continuations are judged once drafts may pay again
+            return False  # continuations are judged when drafts may save time again
         self._left = _LOOKED
         offers: list[tuple[LiveSequence, tuple[list[int], list[float]] | None]] = []
         for live in lives:
@@ -468,7 +468,7 @@ class Drafter:
         return likelier and bool(grammar.legal(match.upcoming(1)))
 
     def _behind(self, record: _Record, token: int) -> _Match | None:
-        """With a grammar: return what followed the token's last occurrence in the answer (or forced tokens)."""
+        """Return, with a grammar, what followed the token's last occurrence; `SEPARATOR` stands for forced tokens."""
         place = record.behind.get(token)
         if place is None or place >= len(record.text.tokens):
             return None

@@ -209,7 +209,7 @@ class RankListener:
                 connection.close()
                 return
             process, lines = self._found.get(hello.rank, (hello.process, {}))
-            if process != hello.process:  # the rank was started again meanwhile
+            if process != hello.process:  # the rank was started again
                 for former in lines.values():
                     former.socket.close()
                 lines = {}

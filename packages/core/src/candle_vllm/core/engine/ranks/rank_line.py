@@ -206,7 +206,7 @@ FromRank: TypeAlias = Ready | Failed | AdapterLoaded
 
 
 class Alive(msgspec.Struct, tag=True, frozen=True):
-    """Heartbeat, which both ends send once a tick."""
+    """Heartbeat, which both ends send in each tick."""
 
 
 class Write(msgspec.Struct, tag=True, frozen=True):
@@ -262,7 +262,7 @@ class BlockRead(msgspec.Struct, tag=True, frozen=True):
 
 
 class BlocksClosed(msgspec.Struct, tag=True, frozen=True):
-    """The remaining parts of blocks are written, as far as possible."""
+    """The remaining parts of blocks were written, except parts that could not be written."""
 
 
 FromSide: TypeAlias = Alive | Write | Read | Add | BlockRead | BlocksClosed
@@ -361,7 +361,7 @@ def read_exactly(end: socket.socket, count: int, until: float | None = None) -> 
 
 
 def time_left(until: float) -> float:
-    """Seconds until the deadline, more than 0; raises TimeoutError when the deadline has passed."""
+    """Return the seconds until the deadline, more than 0; raises TimeoutError when the deadline has passed."""
     left = until - time.monotonic()
     if left <= 0:
         raise TimeoutError("it took too long")
@@ -604,7 +604,7 @@ class Batches:
             context_lens=last.context_lens + 1,
             block_tables=self._tables[:, : self._width],
             tables_version=self._version,
-            embedded=None,  # a step that goes on only decodes
+            embedded=None,  # such a step only decodes
             ahead=None,
             states=_states(told),
         )

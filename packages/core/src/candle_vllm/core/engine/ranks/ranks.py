@@ -342,7 +342,7 @@ class Ranks:
 
     def _end(self) -> None:
         """End all other ranks at once, and all waits for them in this process."""
-        for other in list(self._others.values()):  # some may join meanwhile
+        for other in list(self._others.values()):  # others may join at the same time
             if other.process is not None:
                 other.process.kill()
             other.line.end()

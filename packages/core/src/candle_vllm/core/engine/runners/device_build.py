@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Build an engine's runner on a GPU, and plan its memory.
 
-The largest steps run over a cache of one block: first without their kernels, which are compiled in parallel meanwhile,
-then with them. Their peak memory is reserved; the cache gets its share of the memory that is still free.
+The largest steps run over a cache of one block: first without their kernels, which are compiled in parallel during this
+run, then with them. Their peak memory is reserved; the cache gets its share of the memory that is still free.
 """
 
 from __future__ import annotations

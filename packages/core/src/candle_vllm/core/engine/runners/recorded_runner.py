@@ -403,7 +403,7 @@ class _Stop(NamedTuple):
 
     Attributes:
         numbers, operations: elements and operations of the plan before it.
-        rows: float32 [T, E], the activations of which image rows are replaced or, after layers, get vectors added.
+        rows: float32 [T, E] activations; image rows are replaced (after the embedding) or added to (after a layer).
     """
 
     numbers: int

@@ -13,7 +13,7 @@ def check_request(request: GenerationRequest, vocab_size: int, max_model_len: in
     """Check a request; return the length at which its sequences end.
 
     Raises:
-        InvalidParameterError, PromptTooLongError: the request cannot be served; the message says what is allowed.
+        InvalidParameterError, PromptTooLongError: the request cannot be served; the message has the allowed values.
     """
     prompt, params, most = request.prompt_token_ids, request.params, max_model_len
     if not prompt:
@@ -47,7 +47,7 @@ def check_pooling_request(request: PoolingRequest, vocab_size: int, max_model_le
     """Check a pooling request. Its text may fill the whole context, because no token is generated.
 
     Raises:
-        InvalidParameterError, PromptTooLongError: the request cannot be served; the message says what is allowed.
+        InvalidParameterError, PromptTooLongError: the request cannot be served; the message has the allowed values.
     """
     prompt = request.prompt_token_ids
     if not prompt:
@@ -92,7 +92,7 @@ def check_encoder_task(name: str, wanted: str, tasks: Sequence[str]) -> None:
         tasks: `ModelInfo.tasks` of the model. A cross-encoder also classifies, with its score as the only class.
 
     Raises:
-        InvalidParameterError: the model cannot do `wanted`; the message says what it can do.
+        InvalidParameterError: the model cannot do `wanted`; the message has the model's tasks.
     """
     if "embed" in tasks:
         way = "ask it for vectors or scores (/v1/embeddings, /v1/score, /v1/rerank)"

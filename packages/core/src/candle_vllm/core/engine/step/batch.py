@@ -149,7 +149,7 @@ def rows_ahead(scheduled: Seq[Run], query_start: Ints) -> Ints | None:
 
 
 class RotaryPositions(msgspec.Struct, frozen=True, eq=False):
-    """Rotary positions of a step's rows where they differ from the positions in the sequence (M-RoPE).
+    """Rotary positions of a step's rows that differ from the positions in the sequence (M-RoPE).
 
     Attributes:
         shifts: [T] int64, added to the position of each row.
@@ -163,7 +163,7 @@ class RotaryPositions(msgspec.Struct, frozen=True, eq=False):
 
 
 def rotary_positions(scheduled: Seq[Run], query_start: Ints) -> RotaryPositions | None:
-    """Return the rotary positions of a step with images that have grids; None if positions alone rotate every row.
+    """Return the rotary positions of a step with images that have grids; None if all rows rotate by their positions.
 
     All tokens of an image have the same temporal position, and their row and column as height and width; the text
     after it continues at the largest of these positions + 1. Source: Wang et al., 2024, arXiv:2409.12191.
@@ -243,7 +243,7 @@ class Batch(msgspec.Struct, frozen=True, eq=False):
         adapters: adapters of rows; None if no row has an adapter. The same object if the step goes on.
         embedded: rows of images; None without image rows.
         ahead: [T] numbers of later positions that each row attends to; None if every row is causal.
-        turned: rotary positions of rows in and after images that have grids; None if positions alone rotate every row.
+        turned: rotary positions of rows in and after images with grids; None if all rows rotate by their positions.
         ends_alone: whether only the rows in `sampled_rows` are read from the model's output.
         begun: if the step goes on, the new entries of the tables: row, column and block.
         states: state slots that the step reads and writes; None if no layer keeps a state.
@@ -335,7 +335,7 @@ class BatchBuilder:
         Args:
             scheduled: the runs, decoding sequences first.
             before: runs of the previous step whose sampled tokens are not known yet, in sampling order.
-            ends_alone: as in `Batch`.
+            ends_alone: see `Batch`.
         """
         last = self._last
         if last is not None and _goes_on(scheduled, last, before):

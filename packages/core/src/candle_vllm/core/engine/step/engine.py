@@ -206,7 +206,7 @@ class Engine:
         token of a sequence depends on its last one (a grammar), the previous step is committed after this step's model
         kernels are launched, and sampling follows.
 
-        If several steps may be in flight, launch one more; commit the oldest once the limit is reached, or if there was
+        If several steps may be in flight, launch one more; commit the oldest if the limit is reached, or if there was
         nothing to launch.
         """
         pieces: list[TokenOutput] = [] if self.adapters is None else self._end_unloadable(self.adapters)
@@ -529,7 +529,7 @@ class Engine:
         return failed
 
     def _end_pooled(self, run: Run) -> list[TokenOutput]:
-        """Return the output of a pooled text once its last token has been run."""
+        """Return the output of a pooled text if its last token has been run."""
         live, sequence = self._live[run.sequence], run.sequence
         if run.start + run.count < sequence.num_prompt_tokens:
             return []

@@ -53,7 +53,7 @@ class PooledText(Live):
             self.pooler.add(runner.hidden_sum(rows[:, None] if self.pooler.plan.by_token else rows), len(rows))
 
     def finish(self) -> TokenOutput:
-        """Return the only output, once the text's last token has been run.
+        """Return the only output; called when the text's last token has been run.
 
         Raises:
             CandleVllmError: an element of the vector is not finite.

@@ -477,7 +477,7 @@ class Scheduler:
         return self.adapters is not None and self._all_held == self.adapters.store.changes
 
     def _reserve(self, sequence: Sequence) -> int:
-        """Blocks that must stay free when a sequence is admitted."""
+        """Return how many blocks must stay free when a sequence is admitted."""
         if not self.reproducible:
             return len(self.running)  # each running sequence may soon need a block
         later = self._blocks_to_come(sequence) - self.blocks.blocks_for(sequence.num_tokens)

@@ -28,7 +28,7 @@ class PlacedImage(msgspec.Struct, eq=False):
         given: the image.
         positions: prompt positions of its embeddings, in ascending order.
         spans: begin and end in the prompt of each tile whose embeddings attend to each other; empty if all are causal.
-        rows: its embeddings, float32 [count, E], once they are encoded.
+        rows: its embeddings, float32 [count, E]; None until they are encoded.
         grid: its rows and columns of embeddings, if M-RoPE rotates them; its positions are consecutive then.
         first: the rotary position of its first embedding, in time, height and width.
         blank: the token id that replaces its image tokens in the text model's input; None to leave these unchanged.
@@ -102,7 +102,7 @@ class Sequence:  # __slots__, so that its attributes are close to each other in 
         index: the sequence's index among the request's `n` sequences.
         order: number of arrival, unique; breaks ties of priority.
         tokens: prompt and output tokens that are known.
-        num_prompt_tokens: how many of `tokens` are the prompt.
+        num_prompt_tokens: number of tokens of the prompt, which is the beginning of `tokens`.
         is_pooled: whether its hidden states are pooled and no token follows the prompt.
         drafts: draft tokens for the next step that has rows for them.
         num_ahead: tokens after `tokens` that launched steps will sample; more than 0 only if steps overlap.
@@ -111,12 +111,12 @@ class Sequence:  # __slots__, so that its attributes are close to each other in 
             will be when the launched steps have run.
         num_full_blocks: number of blocks that are certainly full, because the steps that filled them are committed.
         max_length: total length at which the sequence ends in any case.
-        num_admissions: how often it was admitted; distinguishes its current blocks from blocks before a preemption.
+        num_admissions: number of its admissions; distinguishes its current blocks from blocks before a preemption.
         num_cached_tokens: prompt tokens that were found in the prefix cache at first admission.
         block_table: cache blocks, in order of position.
         adapted_from: the position from which each of `adapters` is active.
         entries: its request's entries in the adapter store; `adapters` is set when the sequence is admitted.
-        held_since: how many sequences had been admitted when it was first held back for its adapters.
+        held_since: number of sequences that had been admitted when it was first held back for its adapters.
         images: the images of its prompt, in order.
         state: state slots of a running sequence; None if no layer keeps a state.
         windowed: for each page pool, first and last index in the block table of the blocks with pages; see
@@ -246,7 +246,7 @@ class Run(msgspec.Struct, frozen=True, gc=False):
         sequence: the sequence.
         start: position of the first row.
         count: number of rows, draft tokens included.
-        wanted: for how many of the last rows the next token is sampled: 1 if the step computes the sequence's last
+        wanted: number of last rows for which the next token is sampled: 1 if the step computes the sequence's last
             token, and 1 more for each draft token; 0 for an earlier chunk of a prompt, and for pooling.
         drafts: the draft tokens, which are its last rows.
         admission: the sequence's `num_admissions` when it was scheduled.

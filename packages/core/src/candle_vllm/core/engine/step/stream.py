@@ -318,7 +318,7 @@ def run_all(
     """Run requests, as many at a time as the engine's queue accepts; yield index and output of each when it ends.
 
     Raises:
-        RequestAbortedError: the engine was closed meanwhile.
+        RequestAbortedError: the engine was closed before all requests had ended.
         CandleVllmError: the engine failed on a request.
     """
     sink = _Mailbox()
@@ -458,7 +458,7 @@ class Window:
         """Run all requests and return their outputs in order, for a caller that waits in its thread.
 
         Raises:
-            RequestAbortedError: the engine was closed meanwhile.
+            RequestAbortedError: the engine was closed before all requests had ended.
             CandleVllmError: the engine failed on a request.
         """
         mailbox = _Mailbox()

@@ -198,7 +198,7 @@ class EngineThread:
 
     @property
     def is_alive(self) -> bool:
-        """False once the thread has stopped or failed."""
+        """False if the thread has stopped or failed."""
         return self._thread.is_alive() and self._dead is None and not self._closing
 
     def submit(self, prepared: Sequence[Prepared], sink: Sink) -> None:
@@ -255,7 +255,7 @@ class EngineThread:
         return bool(self._asleep)
 
     def sleep(self, level: int, mode: str) -> None:
-        """Refuse new requests, and free memory once no request runs; return when that is done.
+        """Refuse new requests, free memory when no request runs any more, then return.
 
         Args:
             level, mode: see `InferenceEngine.sleep`.

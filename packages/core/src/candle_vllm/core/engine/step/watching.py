@@ -20,7 +20,7 @@ Apart: TypeAlias = Callable[..., Awaitable[Any]]
 
 
 class CallOptions(TypedDict, total=False):
-    """Options of every call besides inputs and parameters.
+    """Options of every call in addition to inputs and parameters.
 
     Attributes:
         request_id: the id for `abort`; the engine generates one if it is left out.

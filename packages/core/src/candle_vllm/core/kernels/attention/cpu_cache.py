@@ -153,12 +153,12 @@ PROBABILITY_STRIDE = SCORE_STRIDE // 2
 
 
 def state_at(head_dim: int) -> int:
-    """Index of m in a partial result, in floats; s follows it."""
+    """Return the index of m in a partial result, in floats; s follows it."""
     return -(-head_dim // LANES) * LANES
 
 
 def partial_floats(head_dim: int) -> int:
-    """Size of a partial result, in floats."""
+    """Return the size of a partial result in floats."""
     return state_at(head_dim) + LANES
 
 

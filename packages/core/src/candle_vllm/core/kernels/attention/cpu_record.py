@@ -58,7 +58,7 @@ class FusedHeads:
 
     Attributes:
         address, stride: address of the float32 rows, and floats from one row to the next.
-        columns: where q, k and v begin in a row; only q for a layer that writes no keys and values.
+        columns: indices in a row at which q, k and v begin; only q for a layer that writes no keys and values.
         heads, head_dim: H and D.
         rows_from: the `StepNumber` that is T; LOGIT_ROWS if only rows whose logits are wanted are computed.
     """
@@ -229,7 +229,7 @@ class AttendArguments(NamedTuple):
 def attend_operation(
     head_dim: int, isa: Isa, keys: CacheKind = CacheKind.BF16, values: CacheKind = CacheKind.BF16
 ) -> int:
-    """Address of the compiled operation."""
+    """Return the address of the compiled operation."""
     return operation("attention.cpu:make_attend", head_dim, attend_isa(isa, keys, values), keys, values)
 
 
@@ -244,5 +244,5 @@ def attend_isa(isa: Isa, keys: CacheKind, values: CacheKind) -> Isa:
 
 
 def merge_operation(head_dim: int, values: CacheKind = CacheKind.BF16) -> int:
-    """Address of the compiled operation."""
+    """Return the address of the compiled operation."""
     return operation("attention.cpu:make_merge", head_dim, values is not CacheKind.BF16)

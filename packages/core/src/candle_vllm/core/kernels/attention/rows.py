@@ -15,7 +15,7 @@ class PagedCache(NamedTuple):
     """Keys and values of a layer.
 
     Attributes:
-        keys, values: [B, S, K, D] each; latent attention has `keys` alone. Compiled steps on the CPU have the layouts
+        keys, values: [B, S, K, D] each; latent attention has only `keys`. Compiled steps on the CPU have the layouts
             of `attention/cpu_cache.py` and `latent_attention/layout.py`.
     """
 

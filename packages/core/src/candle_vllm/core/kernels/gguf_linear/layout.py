@@ -101,7 +101,7 @@ class Planes:
         return self.low + self.high + 32 * self.words / self.step + (32 / SUPER if self.layout.nested else 0)
 
     def steps(self, columns: int) -> int:
-        """Steps of a row."""
+        """Return the number of steps of a row."""
         return -(-columns // self.step)
 
     def empty(self, rows: int, columns: int, device: torch.device) -> dict[str, torch.Tensor | None]:

@@ -57,16 +57,16 @@ class GridGroup:
         self._pairs: dict[int, Any] = {}
 
     def scales(self) -> list[Any]:
-        """Scales of the group or of its halves: vectors of floats."""
+        """Return the scales of the group or of its halves: vectors of floats."""
         e, unit = self.e, self.unit()
         return [e.b.fmul(unit, e.b.sitofp(odd, vector(F32))) for odd in self.odds()]
 
     def unit(self) -> Any:
-        """The number of which scales are multiples: a vector of floats."""
+        """Return the unit of the scales, which are odd multiples of it: a vector of floats."""
         return self.e.b.fmul(self._super(), self.e.constant(F32, self.layout.unit))
 
     def odds(self) -> list[Any]:
-        """Factors of `unit`, of the group or of its halves: vectors of odd 32-bit integers."""
+        """Return the multiples of `unit`, for the group or for its halves: vectors of odd 32-bit integers."""
         one = self.e.constant(I32, 1)
         return [self.e.b.or_(self.e.b.shl(small, one), one) for small in self._small()]
 

@@ -87,7 +87,7 @@ class GridLayout:
         return self.head_bytes + GROUPS * self.code_bytes
 
     def tile_bytes(self, columns: int) -> int:
-        """Bytes of a tile of `columns` weights per row."""
+        """Return the bytes of a tile of `columns` weights per row."""
         return columns // 256 * self.block_bytes
 
     @cached_property

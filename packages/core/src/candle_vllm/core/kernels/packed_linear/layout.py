@@ -22,7 +22,7 @@ A group's codes are vectors of 64 bytes, 4 bytes for each of the 16 rows. **Quad
     nibbles       vector i holds quad i in the low and quad i + 4 in the high nibbles      (4 vectors; 4, 5 and 6 bits)
     pairs         vector p holds quad 4p + f in bits 2f and 2f + 1, for f = 0 to 3         (2 vectors; 2, 3 and 6 bits)
     single bits   bit j belongs to quad j                                                  (1 vector; 1, 3, 5 bits)
-    triples       vector v holds quad 2v in bits 0 to 2 and quad 2v + 1 in bits 3 to 5, for v = 0 to 2; above them stand
+    triples       vector v holds quad 2v in bits 0 to 2 and quad 2v + 1 in bits 3 to 5, for v = 0 to 2; above them are
                   quad 6 (its low bits in vector 0, the highest in bit 6 of vector 1) and quad 7 (its low bits in vector
                   2, the highest in bit 7 of vector 1)           (3 vectors; 3 bits that are looked up, IQ1 and IQ2)
     trits         of a block's 64 quads, vector i holds those from 5i on: bytes are ceil(256 / 243 * their digits to the
@@ -134,7 +134,7 @@ def host_kind(ggml_type: GGMLQuantizationType) -> PackedKind:
     """Return the layout of a tensor type for this CPU, at the level that kernels are compiled for.
 
     Raises:
-        UnsupportedModelError: as `packed_kind`.
+        UnsupportedModelError: see `packed_kind`.
     """
     kind = packed_kind(ggml_type)
     if kind in RARE and not has_compiler():  # the 8-bit kernel is precompiled
@@ -156,7 +156,7 @@ class TileLayout:
         groups: number of groups in a block, a power of two.
         zero: the code of weight 0 for types without a minimum; for a table of values, the offset added to its values.
         values: the table of values for codes; None if a value is the code minus zero.
-        float: how scales are stored.
+        float: type in which scales are stored.
     """
 
     bits: int
@@ -206,7 +206,7 @@ class TileLayout:
         return self.head_bytes + vectors * VECTOR_BYTES
 
     def tile_bytes(self, columns: int) -> int:
-        """Bytes of a tile of `columns` weights per row."""
+        """Return the bytes of a tile of `columns` weights per row."""
         return columns // (GROUP * self.groups) * self.block_bytes
 
 
