@@ -227,7 +227,7 @@ class GrammarState:
     def _fill(self) -> None:
         try:
             self._fill_mask(self._bits, self._grammar)
-        except InvalidParameterError as error:  # of this sequence only; others are sampled in the same step
+        except InvalidParameterError as error:  # only this sequence fails; others are sampled in the same step
             self._failure = error
             self._bits[:] = 0
 

@@ -113,7 +113,7 @@ class BlockManager:
         if taken is None:
             return None
         self.publish(taken[0], digest)
-        self.release(taken)  # as the most recently used free block
+        self.release(taken)  # it becomes the most recently used free block
         return taken[0]
 
     def publish(self, block: int, digest: bytes) -> None:

@@ -43,7 +43,7 @@ _PATIENCE = 16  # steps with drafts that were not worth trying, after which meas
 _SLOW = 0.003  # maximum seconds per step for a sequence's grammar calls; above it the sequence gets no drafts
 _LOOKED = 1024  # prompt and prediction tokens that one step indexes, so that a long text does not delay it
 _SHORT, _MARK_WEIGHT = 2, 1.5  # longest match judged by the token before it, and the weight of its prior, in tries
-_FORM = 1  # with a grammar only: length of a match of one token, or of what followed forced tokens before
+_FORM = 1  # length of a match by `_Record.behind`, which only sequences with a grammar have
 
 # Bucket of each match length, and assumed (accepted, tries) of its next token at the start.
 _BUCKETS = (0, 8, 1, 2, 3, 4, 4, 5, 5, 5, *[6] * 6, *[7] * (LONGEST_MATCH - 15))
@@ -141,7 +141,7 @@ class StepTimes:
     GAIN = 1.05  # speedup that a step with drafts must promise
     LEAVING = 0.15  # `leaving` before any was measured
     SHARE = 0.01  # share of a plain step that the search may take
-    BOUNDS = -8.0, 4.0  # of the balance, so that it can follow a change of the text
+    BOUNDS = -8.0, 4.0  # bounds of the balance, so that it can follow a change of the text
     UNPLAIN = 64  # steps with drafts after which two plain steps are timed again
     LONGEST = 8.0  # maximum time that is recorded for one step, in plain steps
     FEW = 1.05  # maximum factor by which the first two steps with a number of drafts change its time
@@ -151,7 +151,7 @@ class StepTimes:
         self._known = [1 + drafts / (FIXED + lives) for drafts in range(most + 1)]
         self._curve = self._known[:]
         self._plain: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=9))
-        self._drafted: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=5))  # by drafts; 0: plain step after
+        self._drafted: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=5))  # by drafts; 0: the plain step after
 
     def plain(self, lives: int) -> float:
         """Return the seconds of a plain step with this number of sequences; 0 before three were measured."""
@@ -240,8 +240,8 @@ class Drafter:
         self._left = 0  # prompt and prediction tokens that this step may still index
         self._idle = 0
         self._seen: dict[int, StepTimes] = {}  # by the bit length of the number of sequences
-        self._before = 0, False  # of the last step: its sequences if it had no prompt, and whether it had drafts
-        self._rest = self._rested = self._resting = 0  # of the rest: steps left, all its steps, its sequences
+        self._before = 0, False  # the last step: its sequences (0 if it had a prompt), and whether it had drafts
+        self._rest = self._rested = self._resting = 0  # the rest: steps left, all its steps, its sequences
         self._unplain = 0  # steps since two plain steps in a row
         self._right: list[int] = []  # accepted draft tokens of each sequence in the last step
         self._hits = [hits for hits, _ in _PRIOR]
@@ -361,7 +361,7 @@ class Drafter:
         for live in lives:
             grammar = live.state.grammar
             if grammar is not None:
-                grammar.waits = True  # from now on forced tokens are looked up before the mask is computed
+                grammar.waits = True  # forced tokens are now looked up before the mask is computed
                 if not live.sequence.drafts:  # with drafts, the masks of all their positions are computed together
                     grammar.begin()
         return found

@@ -25,8 +25,8 @@ class Text:
     def __init__(self, tokens: list[int], begun: Text | None = None, size: int = _ALL) -> None:
         self.tokens = tokens
         self._begun, self._first, self._size = begun, 0 if begun is None else begun._size, size
-        self._last: dict[int, int] = {}  # where each pair last ended
-        self._earlier = [-1] if begun is None else []  # of each position: the previous end of the same pair of tokens
+        self._last: dict[int, int] = {}  # the last position at which each pair of tokens ended
+        self._earlier = [-1] if begun is None else []  # for each position, the previous end of the same pair of tokens
 
     def follow(self, most: int = _ALL) -> int:
         """Index tokens that were appended since the last call, and prefix tokens that are not indexed yet.

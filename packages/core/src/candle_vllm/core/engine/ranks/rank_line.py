@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 MOST_BYTES = 1 << 28  # maximum bytes of a frame
 _PIECE = 1 << 20  # bytes of a frame that are allocated before they arrive
-_TAG_BYTES = 16  # of the signature after each frame between machines
+_TAG_BYTES = 16  # bytes of the signature after each frame between machines
 TICK = 1.0  # seconds between two heartbeats
 SILENCE = 8  # ticks without a heartbeat after which the other end counts as gone
 _GRACE = 1.0  # seconds that a rank has to end cleanly when the first rank has gone
@@ -477,7 +477,7 @@ class Side:
                             self._early.append(said)
                         else:
                             self._reads(said)
-        except Exception:  # of `_reads`: without an end, the first rank would wait for blocks of this live rank
+        except Exception:  # `_reads` failed: if this rank stayed alive, the first rank would wait for its blocks
             logger.exception("a rank ends, since it can no longer be asked for blocks")
         self._end()
 

@@ -695,7 +695,7 @@ class RankedRunner:
         if batch.drafted and not isinstance(self._runner, StepwiseRunner):
             from candle_vllm.core.engine.runners.device_inputs import by_rows
 
-            batch = by_rows(batch)  # as the first rank's runner does
+            batch = by_rows(batch)  # the first rank's runner does the same
         known = batch.tables_version is self._tables_version
         self._tables_version = batch.tables_version
         return rank_line.Forward(

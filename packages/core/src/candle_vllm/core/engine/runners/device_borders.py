@@ -172,7 +172,7 @@ class DeviceBorders:
             self._arrived.free(sent if goes_on else computed)
         if self._returned is not None:
             place = self._returned.take(self._returning, self._stage.returns(border.left.shape[1]))
-            self._returning.after(computed)  # and so after all reads of this buffer's earlier step
+            self._returning.after(computed)  # so all reads of this buffer for its earlier step have ended
             self._returning.run(functools.partial(self._stage.take_back, place))
             self._collecting.append((place, self._returning.mark()))
 

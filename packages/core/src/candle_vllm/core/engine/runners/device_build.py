@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 _SLOTS = 8  # default number of LoRA slots
 _USUAL_RANK = 64  # memory is reserved for adapters of this rank in all slots
 _GRAPH_BYTES = 8 * MIB  # upper estimate of the memory of a captured step without its tensors
-_SLACK = 128 * MIB  # for kernel modules, a cuBLAS workspace for each thread, and fragmentation
+_SLACK = 128 * MIB  # memory for kernel modules, a cuBLAS workspace for each thread, and fragmentation
 
 
 def build_on_gpu(

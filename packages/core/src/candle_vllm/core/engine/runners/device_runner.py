@@ -153,7 +153,7 @@ class DeviceRunner:
             largest = [sizes[-1].tokens for sizes in (self._buckets, self._mixed) if sizes]
             self._borders = DeviceBorders(stage, stream, limits.tokens, max(largest, default=0))
         self.adapters = adapters
-        self._entries: AdapterRows | None = None  # of the last step
+        self._entries: AdapterRows | None = None  # adapters of the last step
         self._hidden = torch.empty(0)
         self._kept = torch.empty(0)  # [maximum tokens of a captured step with prompts, E], which `_take_kept` uses
         self._size: StepSize | None = None

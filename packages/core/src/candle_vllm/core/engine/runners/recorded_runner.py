@@ -143,11 +143,11 @@ class RecordedRunner(StepwiseRunner):
         self._draw_rows = RowDraw(recorder.logits, arrays.numbers, self.team, arrays)
         self._sample_drafted = RowDraw(recorder.logits, arrays.numbers, self.team)
         self._sampler = Sampler(_drawing(self), self._draw_rows.controls, self._sample_drafted.controls)
-        self._plan = self._planned(hidden, *ends)  # of the last step
+        self._plan = self._planned(hidden, *ends)  # plan of the last step
         self._plans = {(Adapted.NOT, False): self._plan}
         if limits.adapter_rank:
             self._plan_of(Adapted.ADDED)
-        self._adapters: AdapterRows | None = None  # of the last step
+        self._adapters: AdapterRows | None = None  # adapters of the last step
         self._plan_samples = False  # whether the last step's plan sampled
         # The rows of the last logits, which are the same object in most steps, and the tokens sampled from them. If a
         # step goes on, no numpy function is called, because reading the weights evicts numpy from the CPU caches.
@@ -302,7 +302,7 @@ class RecordedRunner(StepwiseRunner):
         for which in range(2):
             for part, cache in ((cache[which], cache) for cache in own if cache[which] is not None):
                 at = int(self.page_of[cache.pool, place]) if isinstance(cache, WindowedCache) else place
-                if cache.values is None:  # of latent attention: [stretches, blocks, ...]
+                if cache.values is None:  # latent attention: [stretches, blocks, ...]
                     parts.append(part[divmod(at, part.shape[1])])
                 else:  # [stretches, heads, blocks, ...]
                     parts.append(part[at // part.shape[2], :, at % part.shape[2]])
@@ -543,7 +543,7 @@ class RecordedEncoderRunner(EncoderRunner):
 
         compile_together(record_all)
         self._record, self._plans = record, dict[Adapted, tuple[Recorded, Ints, int]]()
-        self._hidden = self._plan_of(Adapted.NOT)[0]  # of the last step
+        self._hidden = self._plan_of(Adapted.NOT)[0]  # the layers' output in the last step
         self._logits = recorder.logits
         self._team = ThreadTeam(limits.threads, limits.ranks)
 

@@ -157,7 +157,7 @@ class LiveSequence(Live):
         # After any other token only the length or a stop string can end the sequence.
         self._ends = self.eos_token_ids | self.stop_token_ids if self.stop_token_ids else self.eos_token_ids
         stops = params.stop_scanner(() if params.stop_marks is None else tokenizer.special_token_ids)
-        sequence.tokens = state.tokens  # from here on there is one list
+        sequence.tokens = state.tokens  # both use the same list
         self._tokens, self._texts = state.tokens, tokenizer.plain_texts
         # What `accept` reads for nearly every token, close together: a step evicts all of it from the CPU caches.
         self._only_appends = False  # the sampling state only appends a token; False before the first token

@@ -14,7 +14,7 @@ class Prediction:
 
     def __init__(self, tokens: Sequence[int]) -> None:
         self.tokens = tuple(tokens)
-        self._pairs: dict[tuple[int, int], list[int]] = defaultdict(list)  # where each pair begins
+        self._pairs: dict[tuple[int, int], list[int]] = defaultdict(list)  # positions at which each pair begins
         for place, pair in enumerate(itertools.pairwise(self.tokens)):
             self._pairs[pair].append(place)
 

@@ -130,7 +130,7 @@ class Scheduler:
         if states is not None:
             blocks.forgot = states.forget
         self.has_drafts = False  # whether a running sequence has drafts
-        self.running: list[Sequence] = []  # in order of rank, as `waiting`
+        self.running: list[Sequence] = []  # in order of rank, like `waiting`
         self.waiting: list[Sequence] = []
         self.num_preemptions = 0
         self._computing: Counter[bytes] = Counter()  # blocks that running prompts are about to publish

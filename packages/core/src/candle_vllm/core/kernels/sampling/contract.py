@@ -138,7 +138,7 @@ class DrawArguments(NamedTuple):
 
 CHUNK = 512  # logits
 CHUNK_BYTES = 4 * CHUNK
-MAXIMA_BYTES = 4 * LANES  # of one chunk
+MAXIMA_BYTES = 4 * LANES  # bytes of the maxima of one chunk
 EDGES_AT, MASSES_AT, TAIL_AT, WEIGHTS_AT = 0, 64, 128, 128 + CHUNK_BYTES
 MAXIMA_AT = WEIGHTS_AT + CHUNK_BYTES
 SUMS_AT = MAXIMA_AT + CHUNK_BYTES  # plus the size of the maxima
