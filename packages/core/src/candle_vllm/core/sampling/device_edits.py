@@ -129,8 +129,7 @@ class OccurrenceTable:
     def slot(self, state: SamplingState) -> int:
         """Return the table row of a state that has counts.
 
-        If the row is new or outdated, the stream gets work that fills it; so at each step if only the last tokens
-        count.
+        If the row is new or outdated (or, at each step, if only the last tokens count), the stream fills it.
         """
         known = self._slots.get(state)
         if known is not None and not state.windowed and state not in self.outdated:

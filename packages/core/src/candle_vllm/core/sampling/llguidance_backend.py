@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Grammar backend with llguidance, over the tokenizer's token bytes (step 7 of ten).
 
-The vocabulary's trie is built once, for the first grammar. Compiled grammars are cached; a cached grammar is only
-copied.
+The vocabulary's trie is built once, for the first grammar. Compiled grammars are cached, and copied for each text.
 """
 
 from __future__ import annotations

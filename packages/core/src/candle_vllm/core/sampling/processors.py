@@ -36,8 +36,7 @@ def mask_row(row: NDArray[np.float32], bits: NDArray[np.int32]) -> None:
     """Set the logits of tokens that are not allowed to -inf, in place.
 
     Args:
-        row: [V], contiguous. NaN stays; a row with +inf contains NaN afterwards, so that a broken model is always
-            detected.
+        row: [V], contiguous. A row with NaN or +inf has a NaN afterwards, so that a broken model is always detected.
         bits: [ceil(V / 32)], bit i % 32 of word i // 32 is 1 if token i is allowed.
     """
     broken = not row.max() < np.inf
@@ -67,8 +66,7 @@ def apply_processors(logits: Value, states: Sequence[SamplingState]) -> None:
 
     Args:
         logits: [R, V] float32, an array or a tensor, each row contiguous; on other devices the whole is contiguous. A
-            row with NaN or +inf contains one of them afterwards, even if that token is masked, so that a broken model
-            is always detected.
+            row with NaN or +inf has one of them afterwards, even at a masked token, to show that the model is broken.
         states: one per row.
     """
     table = kernels.host_rows(logits)

@@ -72,8 +72,7 @@ class SamplingState:
             params: the sampling parameters.
             prompt_token_ids: the prompt; its tokens count for `repetition_penalty`.
             vocab_size: V, the width of the logits.
-            eos_token_ids: the model's end-of-sequence tokens. Ids outside the vocabulary cannot be produced and
-                need no mask.
+            eos_token_ids: the model's end-of-sequence tokens. Ids outside the vocabulary are ignored.
             index: index among the request's `n` sequences.
             bad_word_token_ids: `params.bad_words` as tokens, at least one for each.
             grammar: the grammar of `params.structured_outputs`, at the start of a text.

@@ -89,8 +89,7 @@ class Places(Protocol):
 class OtherParts(Protocol):
     """The `BlockParts` of the other ranks, which are called through messages; each rank has its own store.
 
-    They report progress to `OffloadedBlocks.heard`. The death of a rank raises no error here, because it ends the
-    engine.
+    They report progress to `OffloadedBlocks.heard`. A rank's death raises no error here, because it ends the engine.
     """
 
     @property

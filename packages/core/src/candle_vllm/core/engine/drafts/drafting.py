@@ -151,7 +151,7 @@ class StepTimes:
         self._known = [1 + drafts / (FIXED + lives) for drafts in range(most + 1)]
         self._curve = self._known[:]
         self._plain: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=9))
-        self._drafted: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=5))  # by drafts; 0: the plain step after
+        self._drafted: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=5))  # by drafts; 0: plain step after
 
     def plain(self, lives: int) -> float:
         """Return the seconds of a plain step with this number of sequences; 0 before three were measured."""

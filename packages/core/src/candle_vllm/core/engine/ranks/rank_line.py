@@ -450,8 +450,7 @@ class Side:
     Args:
         line: the side line.
         told: the rank's line for steps, which is closed together with the side line.
-        silence: ticks without a heartbeat after which the first rank counts as gone; None: only when the connection
-            ends.
+        silence: ticks without a heartbeat after which the first rank counts as gone; None for no limit.
     """
 
     def __init__(self, line: Line, told: Line, silence: int | None) -> None:

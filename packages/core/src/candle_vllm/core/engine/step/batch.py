@@ -393,7 +393,7 @@ class BatchBuilder:
             counts = np.array([run.count for run in scheduled])
             contexts = positions + counts
             query_start = np.concatenate(([0], np.cumsum(counts)))
-            rows, places = np.repeat(self._up_to(count), counts), query_start[1:] - 1  # rows of each sequence's last token
+            rows, places = np.repeat(self._up_to(count), counts), query_start[1:] - 1  # rows of sequences' last tokens
             positions = self._up_to(len(rows)) + (positions - query_start[:-1])[rows]
         slots: Ints | int = -1
         if size:

@@ -206,8 +206,7 @@ class Engine:
         token of a sequence depends on its last one (a grammar), the previous step is committed after this step's model
         kernels are launched, and sampling follows.
 
-        If several steps may be in flight, launch one more; commit the oldest if the limit is reached, or if there was
-        nothing to launch.
+        If several steps may be in flight, launch one more; commit the oldest at the limit, or if there was no launch.
         """
         pieces: list[TokenOutput] = [] if self.adapters is None else self._end_unloadable(self.adapters)
         if self.images is not None and self.images.works:

@@ -119,8 +119,7 @@ class Sequence:  # __slots__, so that its attributes are close to each other in 
         held_since: number of sequences that had been admitted when it was first held back for its adapters.
         images: the images of its prompt, in order.
         state: state slots of a running sequence; None if no layer keeps a state.
-        windowed: for each page pool, first and last index in the block table of the blocks with pages; see
-            `WindowedBlocks`.
+        windowed: first and last index in the block table of the blocks with pages, for each pool of `WindowedBlocks`.
     """
 
     __slots__ = (

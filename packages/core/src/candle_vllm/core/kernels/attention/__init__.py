@@ -8,8 +8,7 @@ each sequence. The token at position p attends to positions 0..p; with a window 
 masked. With sinks [H] fp32, the softmax of each head has one more score, its sink, which is not capped, is never
 masked, and has no value. With slopes [H] fp32 (ALiBi), a head's slope times the distance of query and key is subtracted
 from a score after the soft cap. With `rows.ahead`, on the CPU only, a token also attends to later positions, because
-the tokens of an image attend to each other. Scores and sums are fp32. The result y [T, H, D] has q's dtype, and is in
-new memory.
+the tokens of an image attend to each other. Scores and sums are fp32. The result y [T, H, D] has q's dtype.
 
 A float8_e4m3fn cache, as `kernels/kv_write` writes it, needs `cache_scales`: the scales of keys and of values, [1]
 float32 each, by which the elements are multiplied. A cache with a scale for each row is [B, S, K, D + 4], see

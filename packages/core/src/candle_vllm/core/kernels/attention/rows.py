@@ -89,8 +89,7 @@ class DeviceRows:
         block_tables: [R, maximum blocks] int32 or int64; entries after the end of a sequence's context are not read.
         decodes: number of leading sequences that the decode kernel computes: sequence r has one token, number r. The
             others may have any number of tokens.
-        most_tokens: maximum tokens of a sequence in this step, and in all replays of a captured step; None if only the
-            shapes limit them.
+        most_tokens: maximum tokens of a sequence in this step, or in all replays of a captured one; None for no limit.
         most_context: maximum context of a sequence, in the same steps.
         host: copy on the host; None for a captured step, or if the host does not know the values.
         decoding: [1] int32, at most `decodes`: number of leading sequences that the decode kernel computes, if only the

@@ -4,8 +4,7 @@
 Each thread has consecutive tiles. It multiplies as many tiles as fit into the cache by the rows of activations, which
 are in panels (`cpu_panel.py`). For each group of a panel the kernel unpacks 8 vectors of codes and multiplies each by
 every row (`cpu_sums.py`), so that codes are read and unpacked once for up to 8 rows. On levels with few registers, with
-AMX, and for types that are costly to unpack, a few groups of a tile are unpacked into the L1 cache for several panels
-(`_emit_tall`).
+AMX, and for types that are slow to unpack, groups of a tile are unpacked to the L1 cache for several panels.
 
 Codes are unsigned; for weights scale * (code - zero) the int32 sums start at -zero * sum(x) instead of 0. Some levels
 treat 8-bit codes as signed instead. Each variant computes a row by the same operations in the same order

@@ -251,8 +251,7 @@ class PackedMatrix:
         rows: N, outputs.
         columns: K, inputs.
         kind: the layout.
-        data: uint8 [tiles, bytes of a tile], contiguous, starting at a multiple of 64 bytes. Padding rows of the last
-            tile are zero.
+        data: uint8 [tiles, bytes of a tile], contiguous, aligned to 64 bytes. Padding rows of the last tile are zero.
         order: the input element of each column, int64 [K]; None for the input's own order.
     """
 
