@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from candle_vllm.core.kernels.lora.repacking import Repacking
     from candle_vllm.core.quantization.tensors import StoredTensor
 
-_MOST_PACKED = {"F32": 2, "BF16": 2, "I8": 4}  # maximum bytes of a file for each byte in memory: F32 is converted
+_MOST_PACKED = {"F32": 2, "BF16": 2, "I8": 4}  # maximum bytes of a file for each byte in memory: F32 becomes narrower
 MOST_SEEN = 1 << 23  # maximum number of element positions in all recorded kinds together
 _MOST_MET = 256  # maximum number of kinds whose adapters are counted
 

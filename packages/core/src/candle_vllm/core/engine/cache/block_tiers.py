@@ -558,7 +558,7 @@ class OffloadedBlocks:
         self._tell_of_offers()
 
     def reset(self) -> None:
-        """Drop all blocks, those in the store too."""
+        """Drop all blocks, also in the store."""
         self.rest()
         self._own.clear()
         if self._others is not None:

@@ -42,7 +42,7 @@ class PagePool:
         return len(self.free_pages) + len(self.idle)
 
     def first(self, start: int) -> int:
-        """Index in a block table of the first block that a token at this position attends to."""
+        """Return the index in a block table of the first block that a token at this position attends to."""
         return max(0, start - self._window + 1) // self._size
 
     def has_room(self, shared: Seq[int], needed: int, reserve: int) -> bool:

@@ -46,11 +46,11 @@ FIXED = 5.7  # reading the weights takes as long as this many rows, until times 
 
 _EDGES = (0.3, 0.5, 0.65, 0.8, 0.9, 0.96, 0.99)  # edges of the buckets of the draft model's own probability
 _LIKELY = (0.2, 0.4, 0.55, 0.7, 0.8, 0.88, 0.94, 0.97)  # assumed acceptance chance of each bucket at the start
-_PRIOR = 8.0  # tries that the assumed chances count as
+_PRIOR = 8.0  # weight of the assumed chances, in tries
 _NEAR = 16  # maximum unread tokens that the first draft step reads too; more are read in chunks before it
 _CHUNK = 64  # prompt rows that are read between two target steps while other sequences wait
 _IDLE = 4  # steps without a draft that saves time, after which a model that reads every target step pauses
-_PAUSE = 256  # tokens of the first pause of a sequence whose drafts save no time; each pause is four times as long
+_PAUSE = 256  # tokens of the first pause of a sequence whose drafts save no time; the next is four times as long
 
 
 Seconds = Callable[[int], float]
@@ -168,7 +168,7 @@ class DraftModel:
         self._owns: dict[LiveSequence, Own] = {}
         self._reserved: list[LiveSequence] = []
         self._full: dict[int, bytes] = {}  # hash of the tokens of each block with all rows valid
-        # Accepted draft tokens and tries, by bucket: of greedy requests, of sampling requests.
+        # Accepted draft tokens and tries by bucket, first of greedy requests, then of sampling requests.
         self._hits = [[_PRIOR * likely for likely in _LIKELY] for _ in range(2)]
         self._tries = [[_PRIOR] * len(_LIKELY) for _ in range(2)]
         self._common = [(6.0, 8.0), (4.8, 8.0)]  # (accepted, tries) over all buckets
@@ -311,7 +311,7 @@ class DraftModel:
         return own
 
     def _judged(self, own: Own, right: int, length: int) -> None:
-        """Cut `Own.done` to the rows of accepted draft tokens."""
+        """Reduce `Own.done` to the rows of accepted draft tokens."""
         own.done = min(own.base + right, own.rows, length - 1)  # the last row's block may have been freed
 
     def _begin(self, own: Own, live: LiveSequence) -> None:
@@ -379,7 +379,7 @@ class DraftModel:
         return _best(each.chance, self._typical(each.own, each.live), left, each.worth)[2] > 0
 
     def _catch_up(self, asked: list[Asked], lives: int) -> tuple[list[Run], list[Asked]]:
-        """Return the first step's runs, with the unread tokens of each sequence, and the sequences it gives drafts."""
+        """Return the first step's runs, with each sequence's unread tokens, and the sequences that get drafts by it."""
         room = self._most_rows - len(asked)
         runs: list[Run] = []
         ready: list[Asked] = []

@@ -71,7 +71,7 @@ class _Match:
 
     @property
     def rest(self) -> _Match | None:
-        """The match to go on with: itself, `then` if this one is used up, or None."""
+        """The match to continue with: itself; `then`, which may be None, if this match is used up."""
         over = self.place == self.end or (not self.length and self.place >= len(self.tokens))
         return self.then if over else self
 
@@ -121,12 +121,12 @@ def _asks(live: LiveSequence) -> bool:
 
 
 class StepTimes:
-    """Measured times of steps with a class of batch sizes, and whether drafts have paid in them.
+    """Measured times of steps with a class of batch sizes, and whether drafts have saved time in them.
 
     Times of plain steps are in seconds, by the number of sequences. Times of steps with drafts are in units of a
-    plain step with as many sequences. Each time is the lower median of the last few measured, so one slow step
-    changes nothing, and the first two with a number of drafts change little. A number of drafts that seems too slow and
-    is not tried is assumed to get faster over time.
+    plain step with as many sequences. Each time is the lower median of the last few measured times, so that one slow
+    step has no influence; the first two steps with a number of drafts have little. A number of drafts that seems too
+    slow and is not tried is assumed to get faster over time.
 
     Args:
         lives: number of sequences of the class.
@@ -368,7 +368,7 @@ class Drafter:
 
     def _propose(self, lives: Sequence[LiveSequence], times: StepTimes) -> bool:
         rows, left = len(lives), times.leaving
-        # The least mean acceptance chance of a step's draft tokens with which the step pays.
+        # The minimum mean acceptance probability of draft tokens with which a step saves time.
         least = min(rows * (times.GAIN * (times(count) + left) - 1) / count for count in _COUNTS if count <= self._rows)
         if self.model is not None:
             self.model.hopeless = least > SURE
