@@ -223,7 +223,7 @@ class _Check:
     def large_bound(self, schema: dict[str, Any], name: str, place: str) -> None:
         """Narrow a bound that llguidance would round: it converts bounds to floats, then to their shortest decimals.
 
-        A bound of a range that contains zero is moved towards zero; others are refused: the range may become empty.
+        A maximum above zero and a minimum below zero are moved towards zero; other inexact bounds are refused.
         """
         value, sign = schema.pop(name), 1 if name.endswith("aximum") else -1
         whole = types_of(schema) & {"integer", FRACTION} == {"integer"}
