@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""TII Falcon-H1: Mamba 2 and attention side by side in each layer, and factors of what projections read or give.
+"""TII Falcon-H1: Mamba 2 and attention in parallel in each layer, and multipliers of the projections.
 
-GGUF files have these factors in their matrices. Source: TII, 2025, arXiv:2507.22448.
+In GGUF files the matrices already contain these multipliers. Source: TII, 2025, arXiv:2507.22448.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from candle_vllm.core.quantization.tensors import StoredTensor
 
 
 class Factors(NamedTuple):
-    """Factor of each matrix's result, and of the last norm's; `inputs` are those of z, x, B, C and dt."""
+    """Factor of each matrix's result and of the last norm's; `inputs` has the factors of z, x, B, C and dt."""
 
     embed: float = 1.0
     head: float = 1.0
@@ -61,13 +61,13 @@ class Factors(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FalconH1Config(LlamaConfig):
-    """What these models have beside a Llama.
+    """Config of these models: the fields in addition to those of Llama.
 
     Attributes:
         mamba: shapes of Mamba 2.
-        factors: of matrices; the scales of `LlamaConfig` and of `mamba` are made of them. None where a file's matrices
-            contain them.
-        folded: what a GGUF file's matrices are multiplied by while it is written; None else.
+        factors: factors of the matrices, from which the scales of `LlamaConfig` and of `mamba` are computed. None if
+            the stored matrices already contain them.
+        folded: factors that are multiplied into the matrices while a GGUF file is written; None otherwise.
     """
 
     mamba: MambaSizes
@@ -76,17 +76,17 @@ class FalconH1Config(LlamaConfig):
 
     @property
     def mamba_layers(self) -> frozenset[int]:
-        """All."""
+        """All layers."""
         return frozenset(range(self.num_layers))
 
     @property
     def cache_specs(self) -> tuple[CacheSpec, ...]:
-        """See `ModelConfig`: pages of all layers, then their states."""
+        """See `ModelConfig`: the pages of all layers, then the states of all layers."""
         return (*super().cache_specs, *(self.mamba.spec,) * self.num_layers)
 
 
 def config_from_hf(fields: Fields, model_type: str) -> FalconH1Config:
-    """Reads `config.json` of falcon_h1."""
+    """Read `config.json` of falcon_h1."""
     fields.choice("hidden_act", "silu", "silu", "swish")
     for key in ("attention_bias", "mlp_bias", "mamba_proj_bias", "projectors_bias"):
         if fields.get(key, bool, False):
@@ -103,7 +103,7 @@ def config_from_hf(fields: Fields, model_type: str) -> FalconH1Config:
 
 
 def _factors(fields: Fields) -> Factors:
-    """The product of the multipliers of each matrix."""
+    """The product of the multipliers for each matrix."""
 
     def several(key: str, count: int) -> list[float]:
         given = fields.values.get(key)
@@ -131,7 +131,7 @@ def _factors(fields: Fields) -> Factors:
 
 
 def _scales(given: Factors | None, mamba: MambaSizes, head_dim: int) -> dict[str, Any]:
-    """The fields of a description that say factors."""
+    """The config fields that depend on factors."""
     factors = given or Factors()
     return {
         "factors": given,
@@ -144,7 +144,7 @@ def _scales(given: Factors | None, mamba: MambaSizes, head_dim: int) -> dict[str
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> FalconH1Config:
-    """Reads GGUF metadata of falcon-h1."""
+    """Read GGUF metadata of falcon-h1."""
     shared = shared_from_gguf(fields, checkpoint)
     mamba = sizes_from_gguf(fields, checkpoint.tensors, range(shared["num_layers"]))
     return FalconH1Config(**shared | _scales(None, mamba, shared["head_dim"]))
@@ -154,7 +154,7 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> FalconH1Config:
 
 
 class SideBySide(Attention):
-    """The sum of what attention and Mamba 2 make of x: [T, E] -> [T, E]."""
+    """The sum of attention and Mamba 2: x [T, E] -> [T, E]."""
 
     def __init__(self, config: FalconH1Config, layer: int, rotary: Rotary, placement: Placement) -> None:
         super().__init__(config, layer, rotary, placement)
@@ -198,14 +198,14 @@ class FalconH1(Llama):
 
     def __init__(self, config: FalconH1Config, placement: Placement, checkpoint: Checkpoint) -> None:
         super().__init__(config, placement, checkpoint)
-        self.narrows = False  # states of the last layer take all tokens in
+        self.narrows = False  # the last layer's states read all tokens
 
 
 # ---- weight names ----------------------------------------------------------------------------------------------------
 
 
 class Multiplied:
-    """View of a matrix that GGUF files have multiplied by a factor, for files that have it so, or plain."""
+    """View of a matrix that a GGUF file stores times a factor: as it is, or as a checkpoint stores it without."""
 
     def __init__(self, part: str, *, plain: bool) -> None:
         self._part, self._plain = part, plain
@@ -219,7 +219,7 @@ class Multiplied:
         return stored
 
     def undone(self, stored: StoredTensor, config: FalconH1Config) -> StoredTensor:
-        """The matrix times its factor, in its own type."""
+        """Multiply the matrix by its factor, in its own type."""
         factor, mamba = getattr(config.folded, self._part), config.mamba
         if isinstance(factor, tuple):
             factor = np.repeat(factor, (mamba.inner, *mamba.parts, mamba.heads))[:, None]
@@ -228,7 +228,7 @@ class Multiplied:
 
 
 def otherwise(config: Any) -> dict[str, Any]:
-    """Factors are in the matrices; where the head is the embedding table, the rest of its factor is in the norm."""
+    """Config for GGUF: factors are in the matrices; with a tied head, the rest of its factor is in the last norm."""
     folded = config.factors
     if config.tie_embeddings:
         folded = folded._replace(norm=folded.head / folded.embed)
@@ -249,13 +249,13 @@ _FOLDED |= {f"layers.{{i}}.attention.qkv:{part}.weight": part for part in "qkv"}
 
 
 def _line(line: WeightName) -> WeightName:
-    """Llama's line, or Mamba 2's, with the names of these models and factors."""
+    """A row of Llama's or Mamba 2's table, with the names of these models and with factors."""
     (hf, *_), names = (each if isinstance(each, tuple) else (each,) for each in (line.hf, line.gguf))
     view, part = line.hf_view, _FOLDED.get(line.target)
     if isinstance(hf, str):
         hf = functools.reduce(lambda name, pair: name.replace(*pair), _RENAMED.items(), hf)
     if line.target.endswith("mlp_norm:weight"):
-        names = (GG + "ffn_norm", *names)  # llama.cpp's name has no more
+        names = (GG + "ffn_norm", *names)  # llama.cpp's name has no suffix
     if part is not None:
         first = names[0].name if isinstance(names[0], Seen) else str(names[0])
         view, names = Multiplied(part, plain=True), (Seen(first, Multiplied(part, plain=False)), *names[1:])

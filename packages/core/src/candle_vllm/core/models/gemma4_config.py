@@ -115,7 +115,7 @@ def sources_of(windows: Sequence[int | None], shared: int, fields: Fields) -> tu
 
 
 def config_from_hf(fields: Fields, model_type: str) -> Gemma4Config:
-    """Reads `config.json` of gemma4_text and gemma4_unified_text."""
+    """Read `config.json` of gemma4_text and gemma4_unified_text."""
     fields.choice("hidden_activation", "gelu_pytorch_tanh", "gelu_pytorch_tanh")
     if fields.get("use_bidirectional_attention", str, "vision") != "vision":  # which asks nothing of text
         raise UnsupportedModelError(f"{fields.path}: use_bidirectional_attention is not implemented for all tokens")
@@ -201,7 +201,7 @@ def _rope(fields: Fields, kind: str, dim: int, position: int) -> RopeConfig:
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> Gemma4Config:
-    """Reads GGUF metadata of gemma4; numbers of layers that differ are lists."""
+    """Read GGUF metadata of gemma4; numbers of layers that differ are lists."""
     layers, tensors = fields.count("block_count"), checkpoint.tensors
     windows = gguf_windows(fields, layers, fields.count("attention.sliding_window"), period=_PERIOD)
     if None not in windows:
@@ -251,7 +251,7 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> Gemma4Config:
 
 
 def gguf_keys(config: Gemma4Config) -> dict[str, Any]:
-    """What GGUF metadata says of a Gemma 4 beyond the usual.
+    """The GGUF metadata of a Gemma 4 in addition to the keys of every model.
 
     Numbers that differ by layer are lists, and those of one kind of layer keys of their own.
     """

@@ -135,7 +135,7 @@ def _halves(stored: StoredTensor, config: Any) -> StoredTensor:
     """Rows of q or k, or of their norm, whose halves of a head have their own pairs, as pairs of the head's halves."""
     size = config.hidden_size // config.num_heads
     if not stored.shape or stored.shape[0] % size:
-        return stored  # a wrong shape is named by the loader
+        return stored  # the loader reports the wrong shape
     head = np.arange(size).reshape(2, 2, -1).swapaxes(0, 1).reshape(-1)
     order = (np.arange(0, stored.shape[0], size)[:, None] + head).reshape(-1)
     if len(stored.shape) == 1:

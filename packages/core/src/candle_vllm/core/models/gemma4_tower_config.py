@@ -48,7 +48,7 @@ class Gemma4TowerConfig(TowerConfig):
 def config_from_hf(
     fields: Fields, processor: Fields, text_size: int, said: Mapping[str, Any] = NOTHING
 ) -> Gemma4TowerConfig:
-    """Reads `config.json` and `preprocessor_config.json` of gemma4."""
+    """Read `config.json` and `preprocessor_config.json` of gemma4."""
     vision, text = fields.section("vision_config"), fields.section("text_config")
     vision.choice("hidden_activation", "gelu_pytorch_tanh", "gelu_pytorch_tanh")
     rotation = vision.section("rope_parameters")
@@ -77,7 +77,7 @@ def config_from_hf(
 
 
 def config_from_gguf(fields: Fields, text_size: int, said: Mapping[str, Any] = NOTHING) -> Gemma4TowerConfig:
-    """Reads the metadata of llama.cpp's `mmproj` files of Gemma 4; keys begin with `clip.vision.`."""
+    """Read the metadata of llama.cpp's `mmproj` files of Gemma 4; keys begin with `clip.vision.`."""
     return _config(
         over(Fields({}, fields.path), said),
         hidden_size=fields.count("embedding_length"),

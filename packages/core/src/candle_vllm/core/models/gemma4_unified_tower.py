@@ -34,7 +34,7 @@ _EPS = 1e-5  # of the LayerNorms
 
 
 def config_from_hf(fields: Fields, processor: Fields, text_size: int, said: Mapping[str, Any] = NOTHING) -> TowerConfig:
-    """Reads `config.json` and `preprocessor_config.json` of gemma4_unified."""
+    """Read `config.json` and `preprocessor_config.json` of gemma4_unified."""
     vision, text = fields.section("vision_config"), fields.section("text_config")
     return _config(
         over(processor, said),
@@ -50,7 +50,7 @@ def config_from_hf(fields: Fields, processor: Fields, text_size: int, said: Mapp
 
 
 def config_from_gguf(fields: Fields, text_size: int, said: Mapping[str, Any] = NOTHING) -> TowerConfig:
-    """Reads the metadata of llama.cpp's `mmproj` files of these models; keys begin with `clip.vision.`."""
+    """Read the metadata of llama.cpp's `mmproj` files of these models; keys begin with `clip.vision.`."""
     return _config(
         over(Fields({}, fields.path), said),
         fields.count("patch_size", most=256),
@@ -113,7 +113,7 @@ class Gemma4Unified:
 def _columns(stored: StoredTensor, config: Any) -> StoredTensor:
     """The tables of columns and of rows side by side [N, 2, E], one behind the other."""
     if stored.shape != (config.learned, 2, config.hidden_size):
-        return stored  # a wrong shape is named by the loader
+        return stored  # the loader reports the wrong shape
     shape = (2 * config.learned, config.hidden_size)
     return computed(stored, shape, lambda values: values.swapaxes(0, 1).reshape(shape))
 

@@ -47,14 +47,14 @@ class GemmaEncoderConfig(EncoderConfig):
 
 
 def encoder_from_hf(fields: Fields, model_type: str, *, scores: bool) -> GemmaEncoderConfig:
-    """Reads `config.json` of gemma3_text with use_bidirectional_attention."""
+    """Read `config.json` of gemma3_text with use_bidirectional_attention."""
     del scores
     plain = {key: value for key, value in fields.values.items() if key != "use_bidirectional_attention"}
     return _config(config_from_hf(Fields(plain, fields.path), model_type), fields)
 
 
 def encoder_from_gguf(fields: Fields, checkpoint: Checkpoint) -> GemmaEncoderConfig:
-    """Reads GGUF metadata of gemma-embedding, whose window is that of config.json."""
+    """Read GGUF metadata of gemma-embedding, whose window is that of config.json."""
     said = {key.replace("gemma-embedding.", "gemma3."): value for key, value in fields.values.items()}
     said["general.architecture"] = "gemma3"
     return _config(config_from_gguf(Fields(said, fields.path, "gemma3."), checkpoint), fields)

@@ -36,7 +36,7 @@ from candle_vllm.core.vision.preprocessing import MAX_TILE, NOTHING, Cut, over, 
 
 
 def config_from_hf(fields: Fields, processor: Fields, text_size: int, said: Mapping[str, Any] = NOTHING) -> TowerConfig:
-    """Reads `config.json` and `preprocessor_config.json` of Gemma 3."""
+    """Read `config.json` and `preprocessor_config.json` of Gemma 3."""
     processor = over(processor, said)
     vision = fields.section("vision_config")
     patch = vision.count("patch_size", 16)
@@ -65,7 +65,7 @@ def config_from_hf(fields: Fields, processor: Fields, text_size: int, said: Mapp
 
 
 def config_from_gguf(fields: Fields, text_size: int, said: Mapping[str, Any] = NOTHING) -> TowerConfig:
-    """Reads the metadata of llama.cpp's `mmproj` files of Gemma 3; keys begin with `clip.vision.`."""
+    """Read the metadata of llama.cpp's `mmproj` files of Gemma 3; keys begin with `clip.vision.`."""
     tile = fields.count("image_size", most=MAX_TILE)
     processor = over(processor_of_gguf(fields, {"size": {"height": tile, "width": tile}}), said)
     values = gguf_values(fields, tile)

@@ -34,7 +34,7 @@ from candle_vllm.core.models.llama import Llama, LlamaConfig
 
 
 def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
-    """Reads `config.json` of glm4_moe, and of solar_open, which rotates whole heads and has experts in all layers."""
+    """Read `config.json` of glm4_moe, and of solar_open, which rotates whole heads and has experts in all layers."""
     fields.choice("hidden_act", "silu", "silu", "swish")
     solar = model_type == "solar_open"
     inner = fields.count("moe_intermediate_size")
@@ -56,7 +56,7 @@ def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
-    """Reads GGUF metadata of glm4moe."""
+    """Read GGUF metadata of glm4moe."""
     shared, tensors = shared_from_gguf(fields, checkpoint), checkpoint.tensors
     layers = without_next_tokens(fields, shared["num_layers"])
     shared |= {"num_layers": layers, "sliding_windows": shared["sliding_windows"][:layers]}

@@ -36,7 +36,7 @@ _NEO = {"num_attention_heads": "num_heads", "num_key_value_heads": "num_heads", 
 
 
 def config_from_hf(fields: Fields, model_type: str) -> GptConfig:
-    """Reads `config.json` of gpt2, gpt_bigcode and gpt_neo."""
+    """Read `config.json` of gpt2, gpt_bigcode and gpt_neo."""
     if fields.get("add_cross_attention", bool, False):
         raise UnsupportedModelError(f"{fields.path}: add_cross_attention is true, which is not implemented")
     neo = model_type == "gpt_neo"
@@ -76,7 +76,7 @@ def _scales(fields: Fields, layers: int, head_dim: int, *, neo: bool) -> tuple[f
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> GptConfig:
-    """Reads GGUF metadata of gpt2 and starcoder."""
+    """Read GGUF metadata of gpt2 and starcoder."""
     shared = shared_from_gguf(fields, checkpoint, eps="attention.layer_norm_epsilon")
     return GptConfig(**shared, positions=shared["max_position"], qkv_bias=gguf_has_bias(checkpoint))
 

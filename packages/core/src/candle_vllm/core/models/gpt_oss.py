@@ -49,7 +49,7 @@ class GptOssConfig(ModelConfig):
 
 
 def config_from_hf(fields: Fields, model_type: str) -> GptOssConfig:
-    """Reads `config.json` of gpt_oss."""
+    """Read `config.json` of gpt_oss."""
     fields.choice("hidden_act", "silu", "silu", "swish")
     for key, value in (("swiglu_limit", 7.0), ("swiglu_alpha", 1.702)):
         if fields.get(key, float, value) != value:
@@ -67,7 +67,7 @@ def config_from_hf(fields: Fields, model_type: str) -> GptOssConfig:
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> GptOssConfig:
-    """Reads GGUF metadata of gpt-oss, which leaves unsaid that yarn's band limits are not rounded."""
+    """Read GGUF metadata of gpt-oss, which leaves unsaid that yarn's band limits are not rounded."""
     shared = shared_from_gguf(fields, checkpoint)
     inner = {"intermediate_size": fields.count("expert_feed_forward_length", shared["intermediate_size"])}
     mixture = _mixture(fields.count("expert_count"), fields.count("expert_used_count"), shared | inner)
@@ -114,7 +114,7 @@ class Attention:
 
     def __call__(self, x: Value, step: StepInput) -> Value:
         parts = self.qkv(x).split(self.sizes, dim=-1)
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)  # [T, H, D], [T, K, D] twice
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)  # [T, H, D] and twice [T, K, D]
         return self.output(self.attend(q, k, v, step).flatten(1))
 
 
@@ -122,7 +122,7 @@ class Attention:
 
 
 class Block:
-    """One decoder layer. x [T, E] comes as two summands, for a norm takes a sum: the second is None at first."""
+    """One decoder layer. Its input [T, E] is x + residual, added in the first norm; residual is None in layer 0."""
 
     def __init__(self, config: GptOssConfig, layer: int, rotary: Rotary, placement: Placement) -> None:
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, placement)
@@ -196,7 +196,7 @@ WEIGHTS = [
 
 
 def ignored(config: GptOssConfig) -> list[str]:
-    """Stored names that carry nothing: the second copy of a tied head."""
+    """Names of stored tensors without use: the second copy of a tied head."""
     return [r"lm_head\.weight"] if config.tie_embeddings else []
 
 

@@ -29,7 +29,7 @@ from candle_vllm.core.models.local_layers import local_layers
 
 
 def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
-    """Reads `config.json` of granite, granitemoe, granite_swa, and of granitemoehybrid for `granite_hybrid.py`."""
+    """Read `config.json` of granite, granitemoe, granite_swa, and of granitemoehybrid for `granite_hybrid.py`."""
     swa = model_type == "granite_swa"
     dense = llama.config_from_hf(Fields({"tie_word_embeddings": swa, **fields.values}, fields.path), model_type)
     layers, hybrid = dense.num_layers, "layer_types" in fields and not swa
@@ -63,7 +63,7 @@ def _granite(dense: LlamaConfig, experts: int, top: int, shared_size: int) -> Ll
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
-    """Reads GGUF metadata of granite, granitemoe and granite_swa."""
+    """Read GGUF metadata of granite, granitemoe and granite_swa."""
     dense, experts = llama.config_from_gguf(fields, checkpoint), fields.get("expert_count", int, 0)
     layers, rotates = dense.num_layers, fields.get("rope.scaling.finetuned", bool, True)
     own: dict[str, Any] = {

@@ -54,7 +54,7 @@ class GraniteHybridConfig(LlamaConfig):
 
 
 def config_from_hf(fields: Fields, model_type: str) -> GraniteHybridConfig:
-    """Reads `config.json` of granitemoehybrid."""
+    """Read `config.json` of granitemoehybrid."""
     key = "layer_types" if "layer_types" in fields else "layers_block_type"
     kinds = fields.get(key, list, ["attention"] * fields.count("num_hidden_layers"))
     if len(kinds) != fields.count("num_hidden_layers") or not all(
@@ -73,7 +73,7 @@ def config_from_hf(fields: Fields, model_type: str) -> GraniteHybridConfig:
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> GraniteHybridConfig:
-    """Reads GGUF metadata of granitehybrid, in which layers with Mamba 2 have no key-value heads."""
+    """Read GGUF metadata of granitehybrid, in which layers with Mamba 2 have no key-value heads."""
     plain, counts = kv_heads_by_layer(fields)
     shared = _flags(granite.config_from_gguf(plain, checkpoint))
     layers = frozenset(n for n, count in enumerate(counts) if not count)

@@ -27,14 +27,14 @@ from candle_vllm.core.quantization.tensors import StoredTensor
 
 
 def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
-    """Reads `config.json` of internlm2, whose code comes with the model."""
+    """Read `config.json` of internlm2, whose code comes with the model."""
     fields.choice("hidden_act", "silu", "silu", "swish")
     bias = fields.get("bias", bool, True)
     return LlamaConfig(**shared_from_hf(fields, model_type), qkv_bias=bias, output_bias=bias)
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
-    """Reads GGUF metadata of internlm2."""
+    """Read GGUF metadata of internlm2."""
     return LlamaConfig(
         **shared_from_gguf(fields, checkpoint),
         qkv_bias=gguf_has_bias(checkpoint),

@@ -38,7 +38,7 @@ _FLAGS: dict[str, Any] = {"placed": False, "gate": "gelu", "mlp_bias": False}
 
 
 def config_from_hf(fields: Fields, model_type: str, *, scores: bool) -> StackConfig:
-    """Reads `config.json` of the repositories, which have BERT's class names for their code."""
+    """Read `config.json` of the repositories, which have BERT's class names for their code."""
     del scores
     fields.choice("position_embedding_type", "alibi", "alibi")
     fields.choice("feed_forward_type", "geglu", "geglu")
@@ -55,7 +55,7 @@ def config_from_hf(fields: Fields, model_type: str, *, scores: bool) -> StackCon
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> StackConfig:
-    """Reads GGUF metadata of jina-bert-v2."""
+    """Read GGUF metadata of jina-bert-v2."""
     if any(name.startswith(("blk.0.attn_q_norm.", "blk.0.attn_norm_2.")) for name in checkpoint.tensors):
         raise UnsupportedModelError(f"{checkpoint.path}: norms of queries and keys (jina v2 code) are not implemented")
     return StackConfig(
@@ -82,7 +82,7 @@ class Alibi:
 
 
 def build(config: StackConfig, placement: Placement) -> PlainEncoder:
-    """The model without its weights."""
+    """Build the model without its weights."""
     return PlainEncoder(config, placement, Alibi(config, placement))
 
 
@@ -96,7 +96,7 @@ def _up(stored: StoredTensor, config: StackConfig) -> StoredTensor:
 
 
 def weights(config: StackConfig, stored: Iterable[str]) -> list[WeightName]:
-    """The table of names."""
+    """The table of weight names."""
     del config
     at = prefix_of(stored, "embeddings.word_embeddings.weight")
     layer, block = f"{at}encoder.layer.{{i}}.", "blk.{i}."

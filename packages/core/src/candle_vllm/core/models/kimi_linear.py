@@ -67,7 +67,7 @@ class KimiLinearConfig(DeepseekConfig):
 
 
 def config_from_hf(fields: Fields, model_type: str) -> KimiLinearConfig:
-    """Reads `config.json` of kimi_linear, as it is published or as transformers writes it."""
+    """Read `config.json` of kimi_linear, as it is published or as transformers writes it."""
     if not fields.get("mla_use_nope", bool, True):
         raise UnsupportedModelError(f"{fields.path}: mla_use_nope is false, which is not implemented")
     own = {usual: fields.values[name] for usual, name in _NAMES.items() if name in fields}
@@ -89,7 +89,7 @@ def config_from_hf(fields: Fields, model_type: str) -> KimiLinearConfig:
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> KimiLinearConfig:
-    """Reads GGUF metadata of kimi-linear, in which layers with delta attention have no key-value heads."""
+    """Read GGUF metadata of kimi-linear, in which layers with delta attention have no key-value heads."""
     plain, counts = kv_heads_by_layer(fields)
     config = deepseek_config.config_from_gguf(plain, checkpoint)
     if config.mixture is not None:
@@ -174,7 +174,7 @@ class _OfChannels:
     def __call__(self, stored: StoredTensor, config: KimiLinearConfig) -> StoredTensor:
         heads, dim = config.delta.heads, config.delta.key_dim
         if stored.numel != heads:
-            return stored  # a wrong shape is named by the loader
+            return stored  # the loader reports the wrong shape
         decays = decay_of_log(stored, config) if self._logs else stored
         return computed(decays, (heads * dim,), lambda values: values.reshape(-1).repeat(dim))
 

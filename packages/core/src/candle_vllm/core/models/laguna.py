@@ -33,7 +33,7 @@ from candle_vllm.core.models.local_layers import by_layer, heads_by_layer, local
 
 
 def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
-    """Reads `config.json` of laguna."""
+    """Read `config.json` of laguna."""
     fields.choice("hidden_act", "silu", "silu", "swish")
     for key in ("moe_apply_router_weight_on_input", "moe_router_logit_softcapping"):
         if fields.values.get(key):
@@ -72,7 +72,7 @@ def _laguna(shared: dict[str, Any], heads: tuple[int, ...], mixture: Mixture) ->
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
-    """Reads GGUF metadata of laguna."""
+    """Read GGUF metadata of laguna."""
     shared, heads = local_from_gguf(fields, checkpoint)
     gate, dense = checkpoint.tensors.get("blk.0.attn_gate.weight"), fields.get("leading_dense_block_count", int, 0)
     own = {

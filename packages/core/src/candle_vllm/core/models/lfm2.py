@@ -56,7 +56,7 @@ class ShortConvolution:
 
 
 class Block:
-    """One decoder layer. x [T, E] comes as two summands, for a norm takes a sum: the second is None at first."""
+    """One decoder layer. Its input [T, E] is x + residual, added in the first norm; residual is None in layer 0."""
 
     def __init__(self, config: Lfm2Config, layer: int, rotary: Rotary, placement: Placement) -> None:
         convolves = layer in config.conv_layers

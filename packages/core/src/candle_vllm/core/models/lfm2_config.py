@@ -24,7 +24,7 @@ _OLDER = {"block_ff_dim": "intermediate_size", "tie_embedding": "tie_word_embedd
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Lfm2Config(LlamaConfig):
-    """What these models have beside a Llama.
+    """Config of these models: the fields in addition to those of Llama.
 
     Attributes:
         conv_layers: the layers that have a convolution for attention.
@@ -46,7 +46,7 @@ class Lfm2Config(LlamaConfig):
 
 
 def config_from_hf(fields: Fields, model_type: str) -> Lfm2Config:
-    """Reads `config.json` of lfm2 and lfm2_moe."""
+    """Read `config.json` of lfm2 and lfm2_moe."""
     usual = {"rope_theta": 1e6, "tie_word_embeddings": True}
     older = {key: fields.values[name] for name, key in _OLDER.items() if name in fields}
     known = Fields({**usual, **fields.values, **older}, fields.path)
@@ -103,7 +103,7 @@ def _convolutions(fields: Fields, layers: int) -> frozenset[int]:
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> Lfm2Config:
-    """Reads GGUF metadata of lfm2 and lfm2moe, in which layers with a convolution have no key-value heads."""
+    """Read GGUF metadata of lfm2 and lfm2moe, in which layers with a convolution have no key-value heads."""
     known, counts = kv_heads_by_layer(fields)
     shared, tensors = shared_from_gguf(known, checkpoint), checkpoint.tensors
     layers, mixture = shared["num_layers"], None

@@ -66,7 +66,7 @@ class Attention(llama.Attention):
 
     def __call__(self, x: Value, step: StepInput) -> Value:
         parts = self.qkv(x).split(self.sizes, dim=-1)
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)  # [T, H, D], [T, K, D] twice
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)  # [T, H, D] and twice [T, K, D]
         q = q if self.growth is None else self.growth(q, step.positions)
         return self.output(self.attend(q, k, v, step).flatten(1))
 

@@ -34,7 +34,7 @@ class Llama4Config(LlamaConfig):
 
 
 def config_from_hf(fields: Fields, model_type: str) -> Llama4Config:
-    """Reads `config.json` of llama4_text."""
+    """Read `config.json` of llama4_text."""
     fields.choice("hidden_act", "silu", "silu")
     shared = shared_from_hf(fields, model_type)
     layers, inner = shared["num_layers"], shared["intermediate_size"]
@@ -81,7 +81,7 @@ def _config(
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> Llama4Config:
-    """Reads GGUF metadata of llama4, which leaves to the reader what all published models have in common."""
+    """Read GGUF metadata of llama4, which leaves to the reader what all published models have in common."""
     shared, count = shared_from_gguf(fields, checkpoint), fields.count("expert_count")
     layers, chunked = shared["num_layers"], fields.get("attention.sliding_window", int, _CHUNK) > 0
     full = {layer for layer in range(layers) if (layer + 1) % 4 == 0}
@@ -96,7 +96,7 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> Llama4Config:
 
 
 def gguf_keys(config: Llama4Config) -> dict[str, Any]:
-    """What GGUF metadata says of a Llama 4 beyond the usual."""
+    """The GGUF metadata of a Llama 4 in addition to the keys of every model."""
     assert config.mixture is not None
     step = config.num_layers // max(1, len(config.sparse_layers))
     if config.sparse_layers != frozenset(range(step - 1, config.num_layers, step)):

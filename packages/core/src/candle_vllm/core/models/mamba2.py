@@ -103,7 +103,7 @@ class MambaSizes:
 
 
 def sizes_from_hf(fields: Fields, keys: Mapping[str, str], *, inner: int, normed: bool = True) -> MambaSizes:
-    """Reads a mixer's shapes from `config.json`.
+    """Read a mixer's shapes from `config.json`.
 
     Args:
         fields: of the file.
@@ -128,7 +128,7 @@ def sizes_from_hf(fields: Fields, keys: Mapping[str, str], *, inner: int, normed
 
 
 def sizes_from_gguf(fields: Fields, tensors: Mapping[str, StoredTensor], layers: Sequence[int]) -> MambaSizes:
-    """Reads a mixer's shapes from GGUF metadata, and its flags from the tensors of some of these layers."""
+    """Read a mixer's shapes from GGUF metadata, and its flags from the tensors of some of these layers."""
     heads, inner = fields.count("ssm.time_step_rank"), fields.count("ssm.inner_size")
     if inner % heads:
         raise InvalidFileError(f"{fields.path}: {fields.prefix}ssm.inner_size is {inner}, of {heads} heads")
@@ -207,7 +207,7 @@ def in_groups(stored: StoredTensor, config: object) -> StoredTensor:
     """A norm's weight [H * P] as [G, H * P / G]; `config.mamba` has the sizes."""
     groups = config.mamba.groups  # type: ignore[attr-defined]
     if len(stored.shape) != 1 or stored.shape[0] % groups:
-        return stored  # a wrong shape is named by the loader
+        return stored  # the loader reports the wrong shape
     return dataclasses.replace(stored, shape=(groups, stored.shape[0] // groups))
 
 

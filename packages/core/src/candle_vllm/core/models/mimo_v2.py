@@ -36,7 +36,7 @@ from candle_vllm.core.models.local_layers import by_layer, ropes_by_kind
 
 
 def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
-    """Reads `config.json` of mimo_v2_flash, in transformers' form or with the keys of published files."""
+    """Read `config.json` of mimo_v2_flash, in transformers' form or with the keys of published files."""
     fields.choice("hidden_act", "silu", "silu", "swish")
     if fields.get("add_full_attention_sink_bias", bool, False):
         raise UnsupportedModelError(f"{fields.path}: sinks in layers without a window are not implemented")
@@ -77,7 +77,7 @@ def _mimo(shared: dict[str, Any], heads: tuple[int, int], mixture: Mixture) -> L
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
-    """Reads GGUF metadata of mimo2, where the numbers of key-value heads are a list."""
+    """Read GGUF metadata of mimo2, where the numbers of key-value heads are a list."""
     count, key = fields.count("block_count"), f"{fields.prefix}attention.head_count_kv"
     heads = by_layer(fields, "attention.head_count_kv", count, further=True)
     shared = shared_from_gguf(Fields({**fields.values, key: min(heads)}, fields.path, fields.prefix), checkpoint)

@@ -45,7 +45,7 @@ def _flags(fields: Fields) -> dict[str, Any]:
 
 
 def config_from_hf(fields: Fields, model_type: str, *, scores: bool) -> StackConfig:
-    """Reads `config.json` of modernbert."""
+    """Read `config.json` of modernbert."""
     fields.choice("hidden_activation", "gelu", "gelu")
     sizes, position = sizes_from_hf(fields), fields.count("max_position_embeddings", 8192)
     period, half = fields.count("global_attn_every_n_layers", 3), fields.count("local_attention", 128) // 2
@@ -76,7 +76,7 @@ def config_from_hf(fields: Fields, model_type: str, *, scores: bool) -> StackCon
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> StackConfig:
-    """Reads GGUF metadata of modern-bert, whose first of every three layers has no window."""
+    """Read GGUF metadata of modern-bert, whose first of every three layers has no window."""
     sizes = sizes_from_gguf(fields, checkpoint)
     half, period = fields.count("attention.sliding_window") // 2, fields.count("attention.sliding_window_pattern", 3)
     bases = {"rope": ("rope.freq_base", 160000.0), "local_rope": ("rope.freq_base_swa", 10000.0)}
@@ -90,7 +90,7 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> StackConfig:
 
 
 def weights(config: StackConfig, stored: Iterable[str]) -> list[WeightName]:
-    """The table of names."""
+    """The table of weight names."""
     del config
     at = prefix_of(stored, "embeddings.tok_embeddings.weight")
     layer, block = f"{at}layers.{{i}}.", "blk.{i}."

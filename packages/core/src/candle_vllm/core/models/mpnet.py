@@ -34,7 +34,7 @@ BUCKETS, FARTHEST = 32, 128  # of relative positions; those from FARTHEST on sha
 
 
 def config_from_hf(fields: Fields, model_type: str, *, scores: bool) -> StackConfig:
-    """Reads `config.json` of mpnet and distilbert."""
+    """Read `config.json` of mpnet and distilbert."""
     if model_type == "distilbert":
         said = {"hidden_size": "dim", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads"}
         said |= {"intermediate_size": "hidden_dim", "hidden_act": "activation"}
@@ -90,7 +90,7 @@ def buckets(distances: np.ndarray) -> np.ndarray:
 
 
 def build(config: StackConfig, placement: Placement) -> PlainEncoder:
-    """The model without its weights."""
+    """Build the model without its weights."""
     return PlainEncoder(config, placement, BucketBias(config, placement) if config.model_type == "mpnet" else None)
 
 
@@ -98,7 +98,7 @@ def build(config: StackConfig, placement: Placement) -> PlainEncoder:
 
 
 def weights(config: StackConfig, stored: Iterable[str]) -> list[WeightName]:
-    """The table of names."""
+    """The table of weight names."""
     at = prefix_of(stored, "embeddings.word_embeddings.weight")
     mpnet = config.model_type == "mpnet"
     part = "attention.attn.{}" if mpnet else "attention.{}_lin"

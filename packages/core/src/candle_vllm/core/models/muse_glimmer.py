@@ -51,7 +51,7 @@ class MuseGlimmerConfig(LlamaConfig):
 
 
 def config_from_hf(fields: Fields, model_type: str) -> MuseGlimmerConfig:
-    """Reads `config.json` of muse_glimmer_text."""
+    """Read `config.json` of muse_glimmer_text."""
     usual = {fields.prefix + key: value for key, value in _USUAL.items()}
     fields = Fields(usual | dict(fields.values), fields.path, fields.prefix)
     fields.choice("hidden_activation", "silu", "silu")
@@ -68,7 +68,7 @@ def _muse(shared: dict[str, Any], scale: float, cap: float, eps: float = 1e-8) -
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> MuseGlimmerConfig:
-    """Reads GGUF metadata of muse-glimmer, whose norms of queries have the factor of scores as their weight."""
+    """Read GGUF metadata of muse-glimmer, whose norms of queries have the factor of scores as their weight."""
     shared, norm = shared_from_gguf(fields, checkpoint), checkpoint.tensors.get("blk.0.attn_q_norm.weight")
     windows = gguf_windows(fields, shared["num_layers"], fields.count("attention.sliding_window"), period=4)
     if norm is None or (factors := norm.load()).max() != factors.min():
@@ -135,7 +135,7 @@ def ignored(config: MuseGlimmerConfig) -> list[str]:
 
 
 def gguf_keys(config: MuseGlimmerConfig) -> dict[str, Any]:
-    """What GGUF metadata says of a Muse Glimmer beyond the usual."""
+    """The GGUF metadata of a Muse Glimmer in addition to the keys of every model."""
     return gemma_config.gemma3_keys(config) | {"logit_scale": float(config.logit_scale)}
 
 

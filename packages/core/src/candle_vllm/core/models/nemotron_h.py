@@ -59,7 +59,7 @@ class LatentExperts(SparseMLP):
 
 
 class Block:
-    """One layer. x [T, E] comes as two summands, for a norm takes a sum: the second is None at first."""
+    """One layer. Its input [T, E] is x + residual, added in the first norm; residual is None in layer 0."""
 
     def __init__(self, config: NemotronHConfig, layer: int, rotary: Rotary, placement: Placement) -> None:
         size, eps, kind = config.hidden_size, config.norm_eps, config.kinds[layer]

@@ -49,7 +49,7 @@ _DEFAULTS = {"n_groups": 8, "ssm_state_size": 128, "conv_kernel": 4, "layer_norm
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NemotronHConfig(LlamaConfig):
-    """What these models have beside a Llama.
+    """Config of these models: the fields in addition to those of Llama.
 
     Attributes:
         kinds: what each layer is.
@@ -71,7 +71,7 @@ class NemotronHConfig(LlamaConfig):
 
 
 def config_from_hf(fields: Fields, model_type: str) -> NemotronHConfig:
-    """Reads `config.json` of nemotron_h, whose layers are named, or the letters of a pattern."""
+    """Read `config.json` of nemotron_h, whose layers are named, or the letters of a pattern."""
     fields = with_defaults(fields, **_DEFAULTS)
     key = next((key for key in ("layers_block_type", "layer_types") if key in fields), "hybrid_override_pattern")
     named = [*fields.get(key, str)] if key == "hybrid_override_pattern" else fields.get(key, list)
@@ -105,7 +105,7 @@ def config_from_hf(fields: Fields, model_type: str) -> NemotronHConfig:
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> NemotronHConfig:
-    """Reads GGUF metadata of nemotron_h and nemotron_h_moe.
+    """Read GGUF metadata of nemotron_h and nemotron_h_moe.
 
     Layers with attention alone have key-value heads, and feed-forward layers alone a width.
     """

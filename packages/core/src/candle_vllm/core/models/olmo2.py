@@ -33,7 +33,7 @@ from candle_vllm.core.models.stack import DecoderStack
 
 
 def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
-    """Reads `config.json` of olmo2, olmo3 and exaone4."""
+    """Read `config.json` of olmo2, olmo3 and exaone4."""
     fields.choice("hidden_act", "silu", "silu", "swish")
     shared, position = shared_from_hf(fields, model_type), fields.count("max_position_embeddings")
     windows = shared["sliding_windows"] if model_type == "olmo2" else windows_from_hf(fields, shared["num_layers"])
@@ -68,7 +68,7 @@ def full_layers(windows: tuple[int | None, ...]) -> frozenset[int]:
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
-    """Reads GGUF metadata of olmo2, which OLMo 3 bears too, and exaone4."""
+    """Read GGUF metadata of olmo2, which OLMo 3 bears too, and exaone4."""
     shared, position = shared_from_gguf(fields, checkpoint), fields.count("context_length")
     olmo, window = shared["model_type"] == "olmo2", fields.get("attention.sliding_window", int, 0) or None
     windows = gguf_windows(fields, shared["num_layers"], window, period=4)

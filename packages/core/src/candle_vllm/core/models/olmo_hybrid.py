@@ -52,7 +52,7 @@ class OlmoHybridConfig(Qwen3NextConfig):
 
 
 def config_from_hf(fields: Fields, model_type: str) -> OlmoHybridConfig:
-    """Reads `config.json` of olmo_hybrid."""
+    """Read `config.json` of olmo_hybrid."""
     fields.choice("hidden_act", "silu", "silu", "swish")
     shared = shared_from_hf(fields, model_type)
     heads = fields.count("linear_num_key_heads", shared["num_heads"])
@@ -95,12 +95,12 @@ class Attention:
         return self.output(self.attend(q, k, v, step).flatten(1))
 
     def parameters(self) -> Mapping[str, Parameter]:
-        """None beside those of its parts."""
+        """No parameters besides those of its parts."""
         return {}
 
 
 class Block:
-    """One decoder layer. x [T, E] comes as two summands, for a norm takes a sum: the second is None at first."""
+    """One decoder layer. Its input [T, E] is x + residual, added in the first norm; residual is None in layer 0."""
 
     def __init__(self, config: OlmoHybridConfig, layer: int, rotary: Rotary, placement: Placement) -> None:
         self.attention_norm, self.mlp_norm = (RMSNorm(config.hidden_size, config.norm_eps, placement) for _ in range(2))

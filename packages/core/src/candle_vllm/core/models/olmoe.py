@@ -24,7 +24,7 @@ from candle_vllm.core.models.llama import Llama, LlamaConfig
 
 
 def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
-    """Reads `config.json` of olmoe."""
+    """Read `config.json` of olmoe."""
     fields.choice("hidden_act", "silu", "silu", "swish")
     if (clip := fields.get("clip_qkv", float, None)) is not None:
         raise UnsupportedModelError(
@@ -48,7 +48,7 @@ def with_experts(mixture: Mixture, layers: int) -> dict[str, Any]:
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
-    """Reads GGUF metadata of olmoe."""
+    """Read GGUF metadata of olmoe."""
     shared = shared_from_gguf(fields, checkpoint)
     mixture = Mixture(
         experts=fields.count("expert_count"),

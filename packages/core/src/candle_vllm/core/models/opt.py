@@ -40,7 +40,7 @@ class OptConfig(GptConfig):
 
 
 def config_from_hf(fields: Fields, model_type: str) -> OptConfig:
-    """Reads `config.json` of opt."""
+    """Read `config.json` of opt."""
     for key, usual in (("layer_norm_elementwise_affine", True), ("_remove_final_layer_norm", False)):
         if fields.get(key, bool, usual) != usual:
             raise UnsupportedModelError(f"{fields.path}: {key} is {str(not usual).lower()}, which is not implemented")

@@ -32,7 +32,7 @@ _SHORT, _LONG = "rope_factors_short.weight", "rope_factors_long.weight"
 
 
 def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
-    """Reads `config.json` of phi3, whose original context is 4096 tokens unless it says otherwise."""
+    """Read `config.json` of phi3, whose original context is 4096 tokens unless it says otherwise."""
     fields.choice("hidden_act", "silu", "silu", "swish")
     shared = shared_from_hf(Fields({_ORIGINAL: 4096, **fields.values}, fields.path), model_type)
     kind = shared["rope"].kind
@@ -43,7 +43,7 @@ def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
-    """Reads GGUF metadata of phi3."""
+    """Read GGUF metadata of phi3."""
     shared = shared_from_gguf(fields, checkpoint)
     position, layers = shared["max_position"], shared["num_layers"]
     if "attention.sliding_window" not in fields and position == 4096 and layers in (32, 40):

@@ -42,7 +42,7 @@ class PhiMoeConfig(LlamaConfig):
 
 
 def config_from_hf(fields: Fields, model_type: str) -> PhiMoeConfig:
-    """Reads `config.json` of phimoe."""
+    """Read `config.json` of phimoe."""
     fields.choice("hidden_act", "silu", "silu", "swish")
     shared = shared_from_hf(_with_one_scale(fields), model_type)
     shared["sliding_windows"] = (fields.get("sliding_window", int, None),) * shared["num_layers"]
@@ -72,7 +72,7 @@ def _mixture(shared: dict[str, Any], experts: int, top_k: int, jitter: float = _
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> PhiMoeConfig:
-    """Reads GGUF metadata of phimoe."""
+    """Read GGUF metadata of phimoe."""
     shared, tensors = shared_from_gguf(fields, checkpoint), checkpoint.tensors
     shared["rope"] = phi3.with_divisors(fields, checkpoint, shared["rope"], shared["max_position"])
     own = {"output_bias": "blk.0.attn_output.bias" in tensors, "head_bias": "output.bias" in tensors}
@@ -86,7 +86,7 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> PhiMoeConfig:
 
 
 class Block:
-    """One decoder layer. x [T, E] comes as two summands, for a norm takes a sum: the second is None at first."""
+    """One decoder layer. Its input [T, E] is x + residual, added in the first norm; residual is None in layer 0."""
 
     def __init__(self, config: PhiMoeConfig, layer: int, rotary: Rotary, placement: Placement) -> None:
         assert config.mixture is not None
@@ -132,7 +132,7 @@ WEIGHTS = [
 
 
 def gguf_keys(config: PhiMoeConfig) -> dict[str, Any]:
-    """What GGUF metadata says of a Phi-3.5-MoE beyond the usual."""
+    """The GGUF metadata of a Phi-3.5-MoE in addition to the keys of every model."""
     if config.mixture is None or not (config.head_bias and config.output_bias):
         raise UnsupportedModelError("llama.cpp's phimoe wants biases of the head and of what attention gives")
     return phi3.gguf_keys(config) | count_keys(config.mixture)

@@ -83,7 +83,7 @@ class PixtralConfig(TowerConfig):
 def config_from_hf(
     fields: Fields, processor: Fields, text_size: int, said: Mapping[str, Any] = NOTHING
 ) -> PixtralConfig:
-    """Reads `config.json` and `preprocessor_config.json` of Mistral 3, and of LLaVA with a tower of Pixtral."""
+    """Read `config.json` and `preprocessor_config.json` of Mistral 3, and of LLaVA with a tower of Pixtral."""
     name = fields.get("architectures", list)[0]
     merges = name == "Mistral3ForConditionalGeneration"
     vision = Fields({**_DEFAULTS[name], **fields.section("vision_config").values}, fields.path)
@@ -117,7 +117,7 @@ def config_from_hf(
 
 
 def config_from_gguf(fields: Fields, text_size: int, said: Mapping[str, Any] = NOTHING) -> PixtralConfig:
-    """Reads the metadata of llama.cpp's `mmproj` files of Pixtral and Mistral 3; keys begin with `clip.vision.`."""
+    """Read the metadata of llama.cpp's `mmproj` files of Pixtral and Mistral 3; keys begin with `clip.vision.`."""
     if not Fields(fields.values, fields.path).get("clip.use_silu", bool, False):
         raise UnsupportedModelError(f"{fields.path}: clip.use_silu is not true; towers of Pixtral have no other gate")
     cell = fields.count("spatial_merge_size", 1, most=64)
@@ -252,7 +252,7 @@ class Pixtral:
 def _adjacent(stored: StoredTensor, config: Any) -> StoredTensor:
     """Rows of queries or keys whose pairs stand behind each other, as llama.cpp's converter leaves them."""
     if stored.shape[:1] != (config.hidden_size,):
-        return stored  # a wrong shape is named by the loader
+        return stored  # the loader reports the wrong shape
     heads = np.arange(config.hidden_size).reshape(config.num_heads, -1, 2)
     return stored.select(heads.swapaxes(1, 2).reshape(-1))
 
@@ -260,7 +260,7 @@ def _adjacent(stored: StoredTensor, config: Any) -> StoredTensor:
 def _cells(stored: StoredTensor, config: Any) -> StoredTensor:
     """The product that joins cells, with their numbers behind each other patch by patch, not channel by channel."""
     if stored.shape != (config.hidden_size, config.cell_size):
-        return stored  # a wrong shape is named by the loader
+        return stored  # the loader reports the wrong shape
     parts = (config.hidden_size, config.hidden_size, config.cell**2)
     return computed(stored, stored.shape, lambda values: values.reshape(parts).swapaxes(1, 2).reshape(stored.shape))
 

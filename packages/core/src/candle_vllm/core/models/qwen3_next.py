@@ -58,16 +58,16 @@ class Attention:
 
     def __call__(self, x: Value, step: StepInput) -> Value:
         q, gate, k, v = self.qkv(x).split(tuple(self.shards.values()), dim=-1)
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))  # [T, H, D], [T, K, D] twice
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))  # [T, H, D] and twice [T, K, D]
         return self.output(gated(self.attend(q, k, v, step).flatten(1), gate, "sigmoid"))
 
     def parameters(self) -> Mapping[str, Parameter]:
-        """None beside those of its parts."""
+        """No parameters besides those of its parts."""
         return {}
 
 
 class Block:
-    """One decoder layer. x [T, E] comes as two summands, for a norm takes a sum: the second is None at first."""
+    """One decoder layer. Its input [T, E] is x + residual, added in the first norm; residual is None in layer 0."""
 
     def __init__(self, config: Qwen3NextConfig, layer: int, rotary: Rotary, placement: Placement) -> None:
         size, delta = config.hidden_size, layer in config.delta_layers

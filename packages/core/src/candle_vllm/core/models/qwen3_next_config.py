@@ -52,7 +52,7 @@ class Qwen3NextConfig(ModelConfig):
 
 
 def config_from_hf(fields: Fields, model_type: str) -> Qwen3NextConfig:
-    """Reads `config.json` of qwen3_next, and of the text models of qwen3_5 and qwen3_5_moe."""
+    """Read `config.json` of qwen3_next, and of the text models of qwen3_5 and qwen3_5_moe."""
     fields.choice("hidden_act", "silu", "silu", "swish")
     experts, usual = model_type != "qwen3_5", {"partial_rotary_factor": 0.25}
     if experts:  # which most models have in all layers
@@ -104,7 +104,7 @@ def _but_every(interval: int, layers: int) -> frozenset[int]:
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> Qwen3NextConfig:
-    """Reads GGUF metadata of qwen3next, qwen35 and qwen35moe."""
+    """Read GGUF metadata of qwen3next, qwen35 and qwen35moe."""
     if (inner := "expert_feed_forward_length") in fields:  # which may be all that a file says
         usual = {f"{fields.prefix}feed_forward_length": fields.count(inner)}
         fields = Fields(usual | dict(fields.values), fields.path, fields.prefix)

@@ -29,7 +29,7 @@ from candle_vllm.core.quantization.tensors import StoredTensor
 
 
 def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
-    """Reads `config.json` of qwen2_moe and qwen3_moe."""
+    """Read `config.json` of qwen2_moe and qwen3_moe."""
     fields.choice("hidden_act", "silu", "silu", "swish")
     shared = shared_from_hf(fields, model_type)
     qwen2 = model_type == "qwen2_moe"
@@ -79,7 +79,7 @@ def sparse_layers(fields: Fields, layers: int) -> frozenset[int]:
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
-    """Reads GGUF metadata of qwen2moe, qwen3moe and qwen3vlmoe."""
+    """Read GGUF metadata of qwen2moe, qwen3moe and qwen3vlmoe."""
     dense = llama.config_from_gguf(fields, checkpoint)
     qwen2, sparse = dense.model_type == "qwen2moe", sparse_in_gguf(checkpoint, dense.num_layers)
     mixture = mixture_from_gguf(fields, checkpoint.tensors, renormalise=not qwen2, shared=qwen2)
@@ -128,7 +128,7 @@ WEIGHTS = [
 
 
 def gguf_keys(config: Any) -> dict[str, Any]:
-    """What GGUF metadata says of a model with experts beyond the usual."""
+    """The GGUF metadata of a model with experts in addition to the keys of every model."""
     mixture = config.mixture
     keys = window_keys(config) | size_keys(mixture) | {"expert_weights_norm": mixture.renormalise}
     if mixture.shared_size:

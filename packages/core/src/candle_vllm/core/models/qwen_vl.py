@@ -69,7 +69,7 @@ class QwenTowerConfig(TowerConfig):
 def config_from_hf(
     fields: Fields, processor: Fields, text_size: int, said: Mapping[str, Any] = NOTHING
 ) -> QwenTowerConfig:
-    """Reads `config.json` and `preprocessor_config.json` of all these families."""
+    """Read `config.json` and `preprocessor_config.json` of all these families."""
     vision, named = fields.section("vision_config"), fields.get("architectures", list)[0]
     third = named.startswith("Qwen3")
     patch, cell = vision.count("patch_size", 16 if third else 14), vision.count("spatial_merge_size", 2, most=64)
@@ -140,7 +140,7 @@ def _windows(vision: Fields, layers: int, pixels: int) -> dict[str, Any]:
 
 
 def config_from_gguf(fields: Fields, text_size: int, said: Mapping[str, Any] = NOTHING) -> QwenTowerConfig:
-    """Reads the metadata of llama.cpp's `mmproj` files of these; keys begin with `clip.vision.`."""
+    """Read the metadata of llama.cpp's `mmproj` files of these; keys begin with `clip.vision.`."""
     whole = Fields(fields.values, fields.path)
     kind = whole.get("clip.projector_type", str, fields.get("projector_type", str, ""))
     patch, cell = fields.count("patch_size"), fields.count("spatial_merge_size", 2, most=64)
@@ -339,7 +339,7 @@ def _kernel(stored: StoredTensor, config: Any) -> StoredTensor:
         return computed(stored, shape, lambda values: values.sum(2, dtype=np.float32).reshape(shape), "F32")
     if stored.shape[1:] == (3, side, side):
         return computed(stored, shape, lambda values: values.reshape(shape), "F32")
-    return stored  # a wrong shape is named by the loader
+    return stored  # the loader reports the wrong shape
 
 
 _AT, _LAYER, _BLOCK = "visual.", "visual.blocks.{i}.", "v.blk.{i}."

@@ -49,7 +49,7 @@ _DEFAULTS = MappingProxyType(
 
 
 def config_from_hf(fields: Fields, processor: Fields, text_size: int, said: Mapping[str, Any] = NOTHING) -> TowerConfig:
-    """Reads `config.json` and `preprocessor_config.json` of Idefics3 and SmolVLM."""
+    """Read `config.json` and `preprocessor_config.json` of Idefics3 and SmolVLM."""
     processor = over(processor, said)
     section = fields.section("vision_config")
     vision = Fields({**_DEFAULTS["idefics3"], **section.values}, fields.path)
@@ -71,7 +71,7 @@ def config_from_hf(fields: Fields, processor: Fields, text_size: int, said: Mapp
 
 
 def config_from_gguf(fields: Fields, text_size: int, said: Mapping[str, Any] = NOTHING) -> TowerConfig:
-    """Reads the metadata of llama.cpp's `mmproj` files of Idefics3 and SmolVLM; keys begin with `clip.vision.`."""
+    """Read the metadata of llama.cpp's `mmproj` files of Idefics3 and SmolVLM; keys begin with `clip.vision.`."""
     tile = fields.count("image_size", most=MAX_TILE)
     size = {
         "size": {"longest_edge": fields.count("preproc_image_size", 4 * tile)},
@@ -193,7 +193,7 @@ class Siglip:
 def patch_kernel(stored: StoredTensor, config: Any) -> StoredTensor:
     """The kernel of a convolution [E, 3, h, w] as a matrix [E, 3 * h * w]."""
     if len(stored.shape) != 4 or stored.shape[1:] != (3, config.patch, config.patch):
-        return stored  # a wrong shape is named by the loader
+        return stored  # the loader reports the wrong shape
     shape = (stored.shape[0], config.patch_size)
     return computed(stored, shape, lambda values: values.reshape(shape))
 

@@ -17,7 +17,7 @@ from candle_vllm.core.models.llama import Llama, LlamaConfig
 
 
 def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
-    """Reads `config.json` of smollm3."""
+    """Read `config.json` of smollm3."""
     fields.choice("hidden_act", "silu", "silu", "swish")
     shared = shared_from_hf(Fields({"rope_theta": 2e6, **fields.values}, fields.path), model_type)
     layers, bias = shared["num_layers"], fields.get("attention_bias", bool, False)
@@ -52,7 +52,7 @@ def _unrotated(fields: Fields, layers: int) -> frozenset[int]:
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
-    """Reads GGUF metadata of smollm3, which says nothing of the layers that do not turn: every fourth."""
+    """Read GGUF metadata of smollm3, which says nothing of the layers that do not turn: every fourth."""
     shared, tensors = shared_from_gguf(fields, checkpoint), checkpoint.tensors
     return LlamaConfig(
         **shared,

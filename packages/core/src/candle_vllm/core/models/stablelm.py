@@ -53,7 +53,7 @@ class StableLmConfig(ModelConfig):
 
 
 def config_from_hf(fields: Fields, model_type: str) -> StableLmConfig:
-    """Reads `config.json` of stablelm, where a quarter of a head turns unless it says otherwise."""
+    """Read `config.json` of stablelm, where a quarter of a head turns unless it says otherwise."""
     fields.choice("hidden_act", "silu", "silu", "swish")
     fields = Fields({"partial_rotary_factor": 0.25, **fields.values}, fields.path)
     normed = fields.get("qk_layernorm", bool, False)
@@ -70,7 +70,7 @@ def config_from_hf(fields: Fields, model_type: str) -> StableLmConfig:
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> StableLmConfig:
-    """Reads GGUF metadata of stablelm; which parts there are is told by the tensors, as llama.cpp has it."""
+    """Read GGUF metadata of stablelm; which parts there are is told by the tensors, as llama.cpp has it."""
     return StableLmConfig(
         **shared_from_gguf(fields, checkpoint, eps="attention.layer_norm_epsilon"),
         qkv_bias=gguf_has_bias(checkpoint),
@@ -100,7 +100,7 @@ class Attention:
 
     def __call__(self, x: Value, step: StepInput) -> Value:
         parts = self.qkv(x).split(self.sizes, dim=-1)
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)  # [T, H, D], [T, K, D] twice
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)  # [T, H, D] and twice [T, K, D]
         return self.output(self.attend(q, k, v, step).flatten(1))
 
 
@@ -108,7 +108,7 @@ class Attention:
 
 
 class Block:
-    """One decoder layer. x [T, E] comes as two summands, for a norm takes a sum: the second is None at first."""
+    """One decoder layer. Its input [T, E] is x + residual, added in the first norm; residual is None in layer 0."""
 
     def __init__(self, config: StableLmConfig, layer: int, rotary: Rotary, placement: Placement) -> None:
         hidden, eps = config.hidden_size, config.norm_eps
