@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""The GLM-4 wiring: half of a head turns, in pairs of neighbours; gate and up are one matrix.
+"""The GLM-4 wiring: half of each head rotates, in pairs of neighbours; gate and up are one matrix.
 
-GLM-4-0414 norms what attention and the feed-forward layer give as well as what they get; GLM-4-9B-Chat does not.
+GLM-4-0414 also normalises the outputs of attention and of the feed-forward layer; GLM-4-9B-Chat does not.
 Source: Team GLM, 2024, arXiv:2406.12793.
 Shapes: T tokens, H heads, K key-value heads, D head size, E hidden, V vocabulary.
 """
@@ -33,11 +33,11 @@ from candle_vllm.core.models.stack import DecoderStack
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GlmConfig(ModelConfig):
-    """The flags of these families.
+    """Config of GLM-4 models.
 
     Attributes:
-        qkv_bias: of queries, keys and values.
-        sandwich: what attention and the feed-forward layer give is normed too.
+        qkv_bias: the projections to queries, keys and values have biases.
+        sandwich: the outputs of attention and of the feed-forward layer are normalised too.
     """
 
     qkv_bias: bool = True
@@ -45,7 +45,7 @@ class GlmConfig(ModelConfig):
 
 
 def config_from_hf(fields: Fields, model_type: str) -> GlmConfig:
-    """Read `config.json` of glm and glm4, where half of a head turns unless they say otherwise."""
+    """Read `config.json` of glm and glm4, where by default half of each head rotates."""
     fields.choice("hidden_act", "silu", "silu", "swish")
     if "partial_rotary_factor" not in fields:
         fields = Fields({**fields.values, "partial_rotary_factor": 0.5}, fields.path)
@@ -153,7 +153,7 @@ WEIGHTS = [
 
 
 def ignored(config: GlmConfig) -> list[str]:
-    """Names of stored tensors without use: buffers that old converters saved, and the second copy of a tied head."""
+    """Names of stored tensors without use: buffers that old converters saved, and the copy of a tied head."""
     return [r".*rotary_emb\.inv_freq", *[r"lm_head\.weight"] * config.tie_embeddings]
 
 

@@ -67,7 +67,7 @@ WEIGHTS = [
 
 
 def ignored(config: GptConfig) -> list[str]:
-    """Stored masks of old checkpoints, and a second copy of a tied head."""
+    """Stored masks of old checkpoints, and the copy of a tied head."""
     masks = [r".*\.attn\.(masked_)?bias"]
     return [*masks, r"lm_head\.weight"] if config.tie_embeddings else masks
 

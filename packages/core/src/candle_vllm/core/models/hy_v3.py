@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Hunyuan 3 (Hy3): the Llama wiring (`llama.py`) with norms of heads of q and k, and experts in most layers.
+"""Hunyuan 3 (Hy3): the Llama wiring (`llama.py`) with QK norms, and experts in most layers.
 
-Experts are scored by sigmoids and chosen with a correction, as DeepSeek-V3's; a layer that all tokens share is added.
+Experts are scored by sigmoids and chosen with a correction bias, as in DeepSeek-V3; a shared expert is added.
 Multi-token prediction layers are not loaded. Source: Tencent, 2026, the model card of Hy3.
 """
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Kimi Linear: DeepSeek's block (`deepseek.py`) with Kimi delta attention in most layers, and no positions at all.
+"""Kimi Linear: DeepSeek's block (`deepseek.py`) with Kimi delta attention in most layers, and without positions.
 
-Kimi delta attention is the gated delta rule with a decay of each channel, which comes from x by two small matrices.
+Kimi delta attention is the gated delta rule with a decay for each channel, which two small matrices compute from x.
 Source: Kimi Team, 2025, arXiv:2510.26692. Shapes: H heads of D channels, C = H * D.
 """
 
@@ -38,7 +38,7 @@ from candle_vllm.core.quantization.tensors import StoredTensor
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 
-_NAMES = {  # of DeepSeek's keys
+_NAMES = {  # of DeepSeek's config keys
     "max_position_embeddings": "model_max_length",
     "norm_topk_prob": "moe_renormalize",
     "n_group": "num_expert_group",
@@ -50,11 +50,11 @@ _NAMES = {  # of DeepSeek's keys
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KimiLinearConfig(DeepseekConfig):
-    """What these models have beside DeepSeek's.
+    """Config of these models: the fields in addition to those of DeepSeek.
 
     Attributes:
         delta: shapes of Kimi delta attention.
-        delta_layers: the layers that have it; the others have latent attention.
+        delta_layers: the layers with Kimi delta attention; the others have latent attention.
     """
 
     delta: DeltaSizes
@@ -67,7 +67,7 @@ class KimiLinearConfig(DeepseekConfig):
 
 
 def config_from_hf(fields: Fields, model_type: str) -> KimiLinearConfig:
-    """Read `config.json` of kimi_linear, as it is published or as transformers writes it."""
+    """Read `config.json` of kimi_linear, in the published form or in that of transformers."""
     if not fields.get("mla_use_nope", bool, True):
         raise UnsupportedModelError(f"{fields.path}: mla_use_nope is false, which is not implemented")
     own = {usual: fields.values[name] for usual, name in _NAMES.items() if name in fields}
@@ -89,7 +89,7 @@ def config_from_hf(fields: Fields, model_type: str) -> KimiLinearConfig:
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> KimiLinearConfig:
-    """Read GGUF metadata of kimi-linear, in which layers with delta attention have no key-value heads."""
+    """Read GGUF metadata of kimi-linear, in which layers with delta attention have 0 key-value heads."""
     plain, counts = kv_heads_by_layer(fields)
     config = deepseek_config.config_from_gguf(plain, checkpoint)
     if config.mixture is not None:
@@ -103,7 +103,7 @@ def _config(
 ) -> KimiLinearConfig:
     flags = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     flags |= {"model_type": model_type, "interleaved_rotary": False}
-    flags["rope"] = RopeConfig(kind="proportional", dim=config.rope_dim)  # frequencies are 0: nothing rotates
+    flags["rope"] = RopeConfig(kind="proportional", dim=config.rope_dim)  # the frequencies are 0, so nothing rotates
     heads, dim, taps = sizes
     shapes = DeltaSizes(key_heads=heads, heads=heads, key_dim=dim, value_dim=dim, taps=taps, by_channel=True)
     return KimiLinearConfig(**flags, delta=shapes, delta_layers=frozenset(n for n, has in enumerate(delta) if has))
@@ -148,7 +148,7 @@ class KimiDeltaAttention:
 
 
 class Block(deepseek.Block):
-    """One decoder layer: DeepSeek's, or the same with Kimi delta attention."""
+    """One decoder layer: DeepSeek's, with latent attention or with Kimi delta attention."""
 
     def __init__(self, config: KimiLinearConfig, layer: int, rotary: Rotary, placement: Placement) -> None:
         super().__init__(config, layer, rotary, placement)
@@ -166,7 +166,7 @@ class KimiLinear(deepseek.Deepseek):
 
 
 class _OfChannels:
-    """View of a decay of each head as one of each of its channels."""
+    """View of a decay for each head as a decay for each channel."""
 
     def __init__(self, *, logs: bool) -> None:
         self._logs = logs
@@ -179,20 +179,20 @@ class _OfChannels:
         return computed(decays, (heads * dim,), lambda values: values.reshape(-1).repeat(dim))
 
     def undone(self, stored: StoredTensor, config: KimiLinearConfig) -> StoredTensor:
-        """A decay of each head, as GGUF files have it."""
+        """The decay for each head, as in GGUF files."""
         dim = config.delta.key_dim
         return computed(stored, (config.delta.heads, 1), lambda values: values[::dim, None])
 
 
 class _Taps:
-    """View of the kernels of a convolution [.., C, .., taps] as [C, taps]."""
+    """View of a convolution's kernels [.., C, .., taps] as [C, taps]."""
 
     def __call__(self, stored: StoredTensor, config: KimiLinearConfig) -> StoredTensor:
         shape = (config.delta.parts[0], config.delta.taps)
         return dataclasses.replace(stored, shape=shape) if stored.numel == shape[0] * shape[1] else stored
 
     def undone(self, stored: StoredTensor, config: KimiLinearConfig) -> StoredTensor:
-        """The kernels as GGUF files have them."""
+        """The kernels in the shape of GGUF files."""
         del config
         return dataclasses.replace(stored, shape=(stored.shape[0], 1, stored.shape[1]))
 
@@ -202,12 +202,12 @@ _MATRICES = {"inputs:f.": "f_a", "decays:": "f_b", "inputs:b.": "beta", "inputs:
 
 
 def _names(part: str) -> tuple[str, str]:
-    """A tensor's names in published files, and in the forget gate of transformers."""
+    """A tensor's name in published files, and its name in transformers' forget gate."""
     return _SELF + part, f"{_SELF}forget_gate.{part}"
 
 
 def _line(line: WeightName) -> WeightName:
-    """DeepSeek's line, with the names of experts in published files of Kimi Linear too."""
+    """A row of DeepSeek's table; rows of experts also get the names in published files of Kimi Linear."""
     if not line.target.startswith("layers.{i}.mlp."):
         return line
     names = line.hf if isinstance(line.hf, tuple) else (line.hf,)
@@ -241,7 +241,7 @@ WEIGHTS = [
 
 
 def gguf_keys(config: Any) -> dict[str, Any]:
-    """Layers with delta attention have no key-value heads."""
+    """The GGUF metadata; layers with delta attention have 0 key-value heads."""
     heads = [0 if layer in config.delta_layers else 1 for layer in range(config.num_layers)]
     own = {"attention.head_count_kv": heads, "kda.head_dim": config.delta.key_dim, "ssm.conv_kernel": config.delta.taps}
     return deepseek_config.gguf_keys(config) | own

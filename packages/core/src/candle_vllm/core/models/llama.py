@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The Llama wiring and the families that differ from it by flags.
+"""The Llama wiring, and the families that differ from it by flags.
 
 Llama 1 to 3.x, InternLM 3, SmolLM and Yi are unchanged; Seed-OSS and Qwen2 have biases on q, k, v; Mistral has a
 sliding window, Ministral in some layers only; in Ministral 3 queries grow with their position; Qwen3 has a norm on
@@ -45,27 +45,27 @@ MLPGate: TypeAlias = Literal["silu", "silu_7", "silu_16"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LlamaConfig(ModelConfig):
-    """The flags of these families.
+    """Config of Llama and of families with its layers.
 
     Attributes:
         qkv_bias, output_bias, mlp_bias: which projections have biases.
-        qk_norm: q and k are RMS-normalised per head before rotation.
+        qk_norm: q and k are RMS-normalised per head before the rotation.
         norms_behind: these norms follow the rotation (`hunyuan.py`).
         whole_norms: q and k are normalised over all heads at once (`olmoe.py`), so heads cannot be divided among ranks.
         mixture, sparse_layers: the experts, and the layers that have them (`mixtral.py`, `qwen_moe.py`, `glm4_moe.py`).
         unrotated_layers: layers without rotary embedding (`smollm3.py`).
         deep: number of first layers after which the vision encoder's features are added to image rows (`qwen_vl.py`).
         embedding_scale: factor of the embeddings (`granite.py`); None is 1.
-        residual_scale: factor of what attention and the feed-forward layer add to the residual stream.
-        attention_scale: factor of scores; None is D^-0.5.
-        logit_scale: factor of logits.
-        local_rope: rotary settings of the layers with a window, where they differ from `rope`.
+        residual_scale: factor of the outputs of attention and of the feed-forward layer in the residual stream.
+        attention_scale: factor of the attention scores; None for D^-0.5.
+        logit_scale: factor of the logits.
+        local_rope: rotary settings of the layers with a window, if they differ from `rope`.
         sink_layers: layers whose attention heads have sinks (`granite.py`).
         head_factors: query heads of each layer as multiples of `num_heads` (`laguna.py`); empty if all are 1.
         groups: in each layer, how many of `num_heads` share a key-value head (`mimo_v2.py`); empty if all are equal.
         gate: activation of a gate on attention's output, per head, or per element with `wide_gate`; None for no gate.
         value_dim: elements of a value head if they are fewer than `head_dim` (`mimo_v2.py`); 0 for `head_dim`.
-        value_scale: factor of values.
+        value_scale: factor of the values.
         mlp_gates: for each layer, the SwiGLU variants of its routed experts and of its shared expert or dense MLP
             (`step3p5.py`); empty if all are "silu".
     """
@@ -119,13 +119,13 @@ class LlamaConfig(ModelConfig):
 def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
     """Read `config.json` of llama, the Mistral family, qwen2, qwen3, seed_oss and internlm3."""
     fields.choice("hidden_act", "silu", "silu", "swish")
-    if model_type == "internlm3":  # published files have names of their own
+    if model_type == "internlm3":  # published files have their own keys
         biases = {"attention_bias": fields.get("qkv_bias", bool, False), "mlp_bias": fields.get("bias", bool, False)}
         if biases["attention_bias"] != biases["mlp_bias"]:
             raise UnsupportedModelError(f"{fields.path}: qkv_bias and bias that differ are not implemented")
         fields = Fields(biases | dict(fields.values), fields.path)
     if model_type == "ministral3":
-        fields.get("rope_parameters", dict)  # required: transformers has no defaults for single keys
+        fields.get("rope_parameters", dict)  # required: transformers' default is a whole dict
     shared = shared_from_hf(fields, model_type)
     attention_bias = fields.get("attention_bias", bool, model_type == "seed_oss")
     output_bias = fields.get("attention_out_bias", bool, False) if model_type == "seed_oss" else attention_bias
@@ -176,7 +176,7 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
 
 
 def times(x: Value, factor: float) -> Value:
-    """x times a factor; recorded steps multiply in place."""
+    """Multiply x by a factor; recorded steps do so in place."""
     if factor == 1:
         return x
     return x.scaled(factor) if isinstance(x, Recorded) else x * factor
@@ -221,7 +221,7 @@ class Attention:
 
     def __call__(self, x: Value, step: StepInput) -> Value:
         parts = self.qkv(x).split(self.sizes, dim=-1)
-        if self.whole and self.q_norm is not None and self.k_norm is not None:  # as one head each
+        if self.whole and self.q_norm is not None and self.k_norm is not None:  # each has one head with all elements
             q, k = (part.unflatten(-1, (-1, size)) for part, size in zip(parts, self.sizes[:2]))
             parts = (self.q_norm(q).flatten(1), self.k_norm(k).flatten(1), parts[2])
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)  # [T, H, D] and twice [T, K, D]
@@ -262,7 +262,7 @@ class Block:
         return GatedMLP(size, config.intermediate_size, placement, bias=config.mlp_bias, activation=activation)
 
     def mixer(self, config: Any, layer: int, rotary: Rotary, placement: Placement) -> Mixer:
-        """What mixes tokens in this layer; hybrid families override it."""
+        """The layer that mixes the tokens of a sequence; hybrid families override it."""
         return Attention(config, layer, rotary, placement)
 
     def __call__(self, x: Value, residual: Value | None, step: StepInput) -> tuple[Value, Value]:
@@ -307,7 +307,7 @@ _HF, _GG = "model.layers.{i}.", "blk.{i}."
 
 
 def _pair(target: str, hf: str, gguf: str) -> list[WeightName]:
-    """A matrix and its optional bias."""
+    """The table rows of a matrix and of its optional bias."""
     return [
         WeightName(f"layers.{{i}}.{target}{kind}", f"{_HF}{hf}.{kind}", f"{_GG}{gguf}.{kind}")
         for kind in ("weight", "bias")
@@ -327,7 +327,7 @@ WEIGHTS = [
     WeightName(
         "layers.{i}.mlp_norm:weight",
         _HF + "post_attention_layernorm.weight",
-        (_GG + "ffn_norm.weight", _GG + "post_attention_norm.weight"),  # the second in files of Seed-OSS
+        (_GG + "ffn_norm.weight", _GG + "post_attention_norm.weight"),  # the second name in files of Seed-OSS
     ),
     *_pair("mlp.gate_up:gate.", "mlp.gate_proj", "ffn_gate"),
     *_pair("mlp.gate_up:up.", "mlp.up_proj", "ffn_up"),

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Mixtral: the Llama wiring (`llama.py`) with experts in every layer, of which the best k get shares that sum to 1.
+"""Mixtral: the Llama wiring (`llama.py`) with experts in every layer; the weights of a token's k experts sum to 1.
 
-GGUF files of Mixtral name the architecture llama; the count of experts tells them apart (`registry.py`).
+GGUF files of Mixtral have the architecture llama; the number of experts distinguishes them (`registry.py`).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Phi-3.5-MoE: the attention of `llama.py` in a block of LayerNorms, with experts that sparsemixer weighs.
+"""Phi-3.5-MoE: the attention of `llama.py` in a block of LayerNorms, with experts weighted by sparsemixer.
 
-Published files stretch the rotary embedding by long-rope, and scale cos and sin by one number for short texts and long
-ones. Sources: Abdin et al., 2024, arXiv:2404.14219; Liu et al., 2024, arXiv:2409.12136 (sparsemixer).
+Published files extend the rotary embedding by long-rope, with the same scale of cos and sin for short and long
+contexts. Sources: Abdin et al., 2024, arXiv:2404.14219; Liu et al., 2024, arXiv:2409.12136 (sparsemixer).
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from candle_vllm.core.models.stack import DecoderStack
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 
-_JITTER = 0.01  # of published files; GGUF has no key for it
+_JITTER = 0.01  # in published files; GGUF has no key for it
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PhiMoeConfig(LlamaConfig):
-    """A Llama's description, and whether the head has a bias."""
+    """Config of Llama, and whether the head has a bias."""
 
     head_bias: bool = False
 
@@ -54,7 +54,7 @@ def config_from_hf(fields: Fields, model_type: str) -> PhiMoeConfig:
 
 
 def _with_one_scale(fields: Fields) -> Fields:
-    """The config with the scale of cos and sin by the name that other long-rope models have."""
+    """The config with the scale of cos and sin under the name that other long-rope models use."""
     key = "rope_parameters" if "rope_parameters" in fields else "rope_scaling"
     scaling = dict(fields.section(key).values)
     scales = {scaling.pop(name, None) for name in ("short_mscale", "long_mscale")}
@@ -65,7 +65,7 @@ def _with_one_scale(fields: Fields) -> Fields:
 
 
 def _mixture(shared: dict[str, Any], experts: int, top_k: int, jitter: float = _JITTER) -> dict[str, Any]:
-    """The fields of experts in all layers."""
+    """The config fields of experts in all layers."""
     how: dict[str, Any] = {"scoring": "sparsemixer", "jitter": jitter, "renormalise": False}
     mixture = Mixture(experts=experts, top_k=top_k, inner_size=shared["intermediate_size"], **how)
     return {"mixture": mixture, "num_experts": experts, "sparse_layers": frozenset(range(shared["num_layers"]))}
