@@ -211,7 +211,7 @@ def gguf_keys(config: Any) -> dict[str, Any]:
     """Sizes of the cached keys and values, which all heads share, and of the keys and values of a single head.
 
     A query rank of 0 means that queries are projected from the hidden state: llama.cpp requires the key. It also
-    requires the size and the number of shared experts of models without experts.
+    requires the size of experts and the number of shared experts, even of models without experts.
     """
     keys: dict[str, Any] = {
         "attention.head_count_kv": 1,

@@ -181,7 +181,7 @@ class ScaledMLP(GatedMLP):
 
 
 class Block(llama.Block):
-    """One decoder layer: Llama's, with Mamba 2 beside attention."""
+    """One decoder layer: Llama's, with Mamba 2 in parallel to attention."""
 
     def mixer(self, config: FalconH1Config, layer: int, rotary: Rotary, placement: Placement) -> SideBySide:
         return SideBySide(config, layer, rotary, placement)

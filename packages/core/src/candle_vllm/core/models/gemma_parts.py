@@ -4,8 +4,8 @@
 One table has a token's embeddings for all layers side by side, and stays in its file in recorded steps. A projection of
 the token's ordinary embedding is added to them.
 Source: Gemma Team, 2025, "Gemma 3n model overview" (per-layer embeddings).
-Shapes: T tokens, V vocabulary, E hidden, L layers, P numbers of an embedding.
-Shapes: T tokens, V vocabulary, E hidden, L layers, P size of a per-layer embedding."""
+Shapes: T tokens, V vocabulary, E hidden, L layers, P elements of a per-layer embedding.
+"""
 
 from __future__ import annotations
 

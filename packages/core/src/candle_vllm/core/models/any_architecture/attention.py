@@ -164,7 +164,7 @@ def _mask(q_length: int, mask_function: Callable[..., Any], local_size: int | No
 
 
 def _window(mask_function: Callable[..., Any], local_size: int | None) -> int | None:
-    """The window of a mask, which is tried at its edge; NotPagedError where it is another kind of mask."""
+    """Find a mask's window by testing positions at its edge; raises NotPagedError for another kind of mask."""
     size = local_size or 1
 
     def sees(query: int, key: int) -> bool:
