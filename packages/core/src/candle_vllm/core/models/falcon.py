@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Falcon 7B, 11B, 40B and 180B, and RW models with ALiBi: a parallel block with one norm or two, without biases.
+"""Falcon 7B, 11B, 40B and 180B: a parallel block with one norm or two, without biases; and models with ALiBi.
 
 The 7B has one key-value head; the others group their heads, and store the rows of q, k and v one after the other
 for each group. Source: Almazrouei et al., 2023, arXiv:2311.16867.

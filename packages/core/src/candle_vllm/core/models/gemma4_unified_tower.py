@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Image input of Gemma 4's unified models, which have no vision encoder: an embedding is normed and projected pixels.
+"""Image input of Gemma 4's unified models, which have no vision encoder: pixels are normalised and projected.
 
 y = projector(norm(norm_3(norm_2(dense(norm_1(pixels))) + column + row)), where norm_1 to norm_3 are LayerNorms.
 Source: Gemma Team, 2026, "Gemma 4 model card". Shapes: T patches, each an embedding, E hidden.
