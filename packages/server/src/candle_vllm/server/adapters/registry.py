@@ -132,7 +132,7 @@ class Adapters:
         return [entry for entry in entries if entry.settings.enable_lora]
 
     def find(self, text: str | None) -> Adapter | None:
-        """Return a registered adapter by `name`, `name@revision`, or either after `base:`; names of models take precedence."""
+        """Return a registered adapter by `name`, `name@revision`, or either after `base:`; model names win."""
         if text is None or self._catalogue is None or self._catalogue.has(text):
             return None
         base, name = self._split(text)
