@@ -92,7 +92,7 @@ class TarSource(FetchedSource):
 
 
 def is_template(address: str) -> bool:
-    """Whether a URL contains `{name}` in its path and no other placeholder outside the path."""
+    """Whether a URL contains `{name}` in its path, and no placeholder outside the path."""
     try:
         parts = urlsplit(address)
         host = parts.hostname

@@ -49,7 +49,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     """Metadata of a cached adapter.
 
     Attributes:
-        key: what it is.
+        key: key of the adapter.
         asked: the revision in the request that fetched it; "" without a revision.
         size: total bytes of its files.
         base: the base model that its configuration names.
@@ -124,7 +124,7 @@ class DiskCache:
         """Let `fill` write an adapter to a new folder, and evict others if there is too little space.
 
         Args:
-            key: what it is.
+            key: key of the adapter.
             asked: the revision in the request.
             fill: writes the adapter's files to an empty folder, reports every byte to the `Room`, and returns the base
                 model that the configuration names. If it raises, nothing is stored.
@@ -182,7 +182,7 @@ class DiskCache:
             self._make_room(room, least, most)
 
     def _make_room(self, room: Room, least: int, most: int, own: str = "") -> None:
-        """Reserve `most` bytes if they are free; else evict adapters to reserve `least`. The caller holds the lock.
+        """Reserve up to `most` bytes if `least` are free; else evict adapters to reserve `least`. With the lock held.
 
         Args:
             room: receives the reservation, which replaces its previous one.

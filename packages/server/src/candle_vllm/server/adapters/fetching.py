@@ -53,7 +53,7 @@ class FetchedSource:
 
     @property
     def keeps(self) -> str:
-        """Kind in the cache keys."""
+        """Kind in the cache keys of its adapters."""
         return self.kind
 
     def find(self, name: AdapterName) -> Found | Fetch | None:
@@ -108,7 +108,7 @@ class FetchedSource:
         """Return no names, since a list would need a request over the network."""
         return ()
 
-    def _may_have(self, name: AdapterName) -> bool:  # noqa: ARG002  # some places have anything
+    def _may_have(self, name: AdapterName) -> bool:  # noqa: ARG002  # by default a source may have every name
         return True
 
     def _label(self, name: AdapterName) -> str:

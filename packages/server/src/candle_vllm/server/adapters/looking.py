@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Search the sources for adapters: requests for the same name share a search, and one source never blocks another.
 
-Before step 1 of a request's life. A lookup decides whether a source has a name and takes one query of the source. A
-fetch waits for other fetches of its source only, so that local folders and cached adapters never wait for a download.
-Names that a source does not have are remembered for a while.
+Before step 1 of a request's life. A lookup only finds out whether a source has a name. A fetch waits for other fetches
+of its source only, so that local folders and cached adapters never wait for a download. Names that a source does not
+have are remembered for a while.
 """
 
 from __future__ import annotations

@@ -91,9 +91,7 @@ class Adapter:
 
 
 class Adapters:
-    """The adapters of one server. Not thread-safe: belongs to one event loop.
-
-    The model manager calls `adopt` with its catalogue before any other method is used.
+    """Registry of adapters; belongs to one event loop. The model manager calls `adopt` before any other method.
 
     Args:
         sources: sources that are searched for unknown names, in order.

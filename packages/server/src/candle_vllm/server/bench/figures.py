@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Figures of `bench`: percentiles of latencies, throughput and goodput, under the names in vLLM's results.
 
-        ttft    time from sending the request to the first event with content
-        tpot    time from the first event to the end of the answer / number of tokens after the first
-        itl     time between two events with content of one answer
-        e2el    time from sending the request to the end of its answer
+    ttft    time from sending the request to the first event with content
+    tpot    time from the first event to the end of the answer / number of tokens after the first
+    itl     time between two events with content of one answer
+    e2el    time from sending the request to the end of its answer
 
 Failed requests are counted, but not included in latencies.
 """

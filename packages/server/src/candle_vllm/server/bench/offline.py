@@ -200,7 +200,7 @@ class _Total:
 
 
 def _paired(engine: InferenceEngine, asked: Sequence[tuple[str, int]], pairs: int) -> dict[str, Any]:
-    """Each prompt in turns, the answer with drafts first in every other pair; the first round is not counted."""
+    """Answer each prompt with and without drafts in alternating order, and compute the result; round 0 is warmup."""
     whole = _Total(), _Total()
     ratios, different = list[float](), 0
     for pair in range(pairs + 1):
@@ -241,8 +241,8 @@ def _paired(engine: InferenceEngine, asked: Sequence[tuple[str, int]], pairs: in
 
 
 def bound_of(tokens: float, rows: float, seconds: Sequence[float]) -> float:
-    """How much faster answers could be at best: so many tokens a step, of steps that have so many rows and take no
-    longer than such a step does, against one token a step of one row."""
+    """Upper bound of the speedup: `tokens` per step, in the time of a step with `rows` rows, against one token per step
+    in the time of a step with one row; `seconds[i]` is the time of a step with i + 1 rows."""
     return tokens * seconds[0] / float(np.interp(rows, range(1, len(seconds) + 1), seconds))
 
 

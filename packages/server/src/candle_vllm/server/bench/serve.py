@@ -94,7 +94,7 @@ class Load:
 
 
 def bench_serve(
-    settings: object,  # noqa: ARG001 - what every command is given; nothing of it is about a server elsewhere
+    settings: object,  # noqa: ARG001 - every command receives them, but a remote server has its own
     *,
     base_url: str | None = None,
     host: str | None = None,

@@ -182,7 +182,7 @@ class TerminalApproval:
         return Approval.DENY
 
     def _is_approved(self, definition: ToolDefinition) -> bool:
-        """A server can call a tool of its own as another server's is called in full: such a name is no agreement."""
+        """Whether a tool is approved. Short names match only the original name, so no server can forge a full name."""
         return (
             definition.name in self._always
             or matches(self._full_names, definition.name)
@@ -191,10 +191,7 @@ class TerminalApproval:
 
 
 async def read_terminal_line(question: str) -> str | None:
-    """Read a line from the terminal, None at the end of input; does not block the event loop, and Ctrl+C ends the wait.
-
-    Input that was typed before the question is discarded.
-    """
+    """Read a line that is typed after the question, None at the end of input; Ctrl+C ends the wait."""
     if sys.platform == "win32":
         return await _read_console_line(question)
     import termios

@@ -9,7 +9,7 @@ random valid token ids, never repeated, and the prefix cache is off, so that no 
     prefill_tok_s   prompt tokens of all streams / time until every stream has its first token
     decode_tok_s    tokens of one stream after its first / time they took; median over the streams
     output_tok_s    output tokens of all streams / whole time of the round, prompts included
-        load_s          creation of the engine: reading, repacking, compiling
+    load_s          creation of the engine: reading, repacking, compiling
     start_s         from the start of this process to the first token of the short request (Linux; else null)
     peak_rss_mb     largest resident memory of this process so far, in MB of 2^20 bytes
 """

@@ -102,7 +102,7 @@ class Chat:
         self._max_tokens = max_tokens
         self._messages: list[Message] = []
         self._stop: tuple[str, ...] = ()
-        self._left_out = 0  # earliest turns that no longer fit into the context
+        self._left_out = 0  # number of earliest messages that no longer fit into the context
         self._images: list[str] = []  # for the next message, as data URLs
         self._own_file: Path | None = None
         self._lora: LoRARequest | None = None
@@ -413,7 +413,7 @@ class Chat:
         data = msgspec.json.format(msgspec.json.encode(_Saved(self.name, self._messages)), indent=1)
         if path.is_dir():
             raise UsageError(f"{path} is a folder: name a file in it")
-        mode = os.O_TRUNC if path == self._own_file else os.O_EXCL  # never overwrite files of other programs
+        mode = os.O_TRUNC if path == self._own_file else os.O_EXCL  # overwrite only this conversation's file
         try:
             with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | mode, 0o600), "wb") as file:
                 file.write(data + b"\n")

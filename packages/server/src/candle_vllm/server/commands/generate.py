@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`candle-vllm generate`: continue one prompt, streamed to standard output.
-
-Enters the life of a request at step 2 (with `--chat`, through the adapter) or 3 (without).
-"""
+"""`candle-vllm generate`: continues one prompt on standard output (from step 2 with `--chat`, else from step 3)."""
 
 from __future__ import annotations
 

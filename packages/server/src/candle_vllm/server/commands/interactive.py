@@ -38,7 +38,7 @@ ReadLine = Callable[[], str | None]
 
 
 def answer_display() -> Display:
-    """What shows an answer on standard output: on a terminal that can, Markdown, in colour if nobody set NO_COLOR."""
+    """Return the display for answers on standard output: Markdown on capable terminals, in colour unless NO_COLOR."""
     if not sys.stdout.isatty():
         return Display()
     from candle_vllm.server.commands.markdown import MarkdownDisplay, colour_console
@@ -59,10 +59,7 @@ def has_colour(stream: TextIO) -> bool:
 
 @contextlib.contextmanager
 def sign_of_life() -> Iterator[Callable[[], None]]:
-    """Context with a spinner on the terminal, which is removed when the yielded function is called or the context ends.
-
-    For an event loop that waits for the first output of an answer.
-    """
+    """Context with a spinner on the terminal until the yielded function is called, while an answer has not begun."""
     if not sys.stdout.isatty():
         yield lambda: None
         return
@@ -87,10 +84,7 @@ def sign_of_life() -> Iterator[Callable[[], None]]:
 
 @contextlib.contextmanager
 def keys_unseen() -> Iterator[None]:
-    """Inside, a terminal does not show what is typed, which would stand in the midst of an answer; a prompt gets it.
-
-    The terminal is restored while the process is stopped (Ctrl+Z); echo is off again when it continues.
-    """
+    """Context without echo of typed keys, which would mix with the answer; Ctrl+Z restores the terminal meanwhile."""
     if sys.platform == "win32":  # a console echoes keys only when they are read
         yield
         return
@@ -109,7 +103,7 @@ def keys_unseen() -> Iterator[None]:
             now[3] = now[3] & ~shown | (before[3] & shown if echo else 0)
             termios.tcsetattr(descriptor, termios.TCSANOW, now)  # preserves typed input
 
-    def stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - what a handler takes
+    def stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - signature of a signal handler
         put(echo=True)
         if sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb":
             os.write(1, b"\x1b[?25h")  # show the cursor, which live drawing hides
@@ -129,10 +123,7 @@ def keys_unseen() -> Iterator[None]:
 
 
 def line_reader(home: Path, commands: Sequence[str] = ()) -> ReadLine:
-    """Return a function that reads the user's next text, None at the end of input; `home` contains the history file.
-
-    Tab completes `commands` and paths after them.
-    """
+    """Return a function that reads a text, None at the end of input; `home` has the history, Tab completes commands."""
     if not sys.stdin.isatty():
         return _next_text
     if not sys.stdout.isatty():

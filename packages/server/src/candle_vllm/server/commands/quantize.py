@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`candle-vllm quantize`: writes a model with merged adapters, or a single adapter, as a GGUF file.
-
-No request runs; this library and llama.cpp can load the file (see `candle_vllm.core.conversion`).
-"""
+"""`candle-vllm quantize`: writes a model with merged adapters, or a single adapter, as a GGUF file; runs no request."""
 
 from __future__ import annotations
 

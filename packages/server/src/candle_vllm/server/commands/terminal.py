@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Shared code of the commands that generate text: requests from conversations, answers as text, safe output.
-
-Step 2 and the first half of step 10 of a request's life, without HTTP.
-"""
+"""Shared code of the text commands (steps 2 and 10): requests from conversations, answers as text, safe output."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ class _Waiting:
 
 
 class RetiredError(Exception):
-    """The model was unloaded while a request waited for a place in it."""
+    """The model was unloaded, or its engine died, while a request waited for a place in it."""
 
 
 class Admission:
@@ -150,7 +150,7 @@ class Admission:
             raise
 
     def close(self) -> None:
-        """Fail all waiting requests with `RetiredError`, since the model is unloaded."""
+        """Fail all waiting requests with `RetiredError`, because the engine is closed."""
         for queue in self._queues.values():
             for waiting in queue:
                 if not waiting.entered.done():
@@ -211,7 +211,7 @@ class Admission:
 
     def _give_up(self, waiting: _Waiting) -> None:
         if waiting.entered.done() and not waiting.entered.cancelled():
-            if waiting.entered.exception() is not None:  # the model was unloaded
+            if waiting.entered.exception() is not None:  # the engine was closed
                 return
             waiting.entered.result().leave()  # it was admitted and cancelled in the same iteration of the event loop
             return

@@ -136,7 +136,7 @@ Card = LoadedCard | UnloadedCard | AdapterCard
 
 
 class SlotStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """One model for operators.
+    """Status of one model for operators.
 
     Attributes:
         id: first name of the model.
@@ -191,10 +191,7 @@ class ManagerStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 async def cards(manager: ModelManager, caller: Caller = NOBODY) -> list[Card]:
-    """Return a card for every name that a caller may use: the active model first, adapters last.
-
-    The cards of many adapters are made in a thread.
-    """
+    """Return a card for every name that a caller may use: active model first, adapters last (in a thread if many)."""
     slots = sorted(manager.slots.values(), key=lambda slot: slot.entry.name != manager.active)
     shown = (slot for slot in slots if caller.may_use(*slot.entry.names))
     found: list[Card] = [card for slot in shown for card in _cards(slot, slot.entry.name == manager.active)]
@@ -247,7 +244,7 @@ def _cards(slot: ModelSlot, default: bool) -> list[LoadedCard | UnloadedCard]:
 
 
 def slot_status(slot: ModelSlot) -> SlotStatus:
-    """One model for operators."""
+    """Status of one model for operators."""
     admission = slot.model.admission if slot.model else None
     return SlotStatus(
         id=slot.entry.names[0],
@@ -335,7 +332,7 @@ def queues(slots: Iterable[ModelSlot]) -> Queues:
 
 
 def status(manager: ModelManager) -> ManagerStatus:
-    """All models for operators."""
+    """Status of all models for operators."""
     slots = list(manager.slots.values())
     active = manager.slots[manager.active]
     errors = [str(slot.error)[:MAX_ERROR] for slot in slots if slot.error]

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Inventory for operators: served models, known model names and downloads, with their sizes and whether they fit.
-
-Outside the ten steps, in threads. It lists files and reads none of them.
-"""
+"""Inventory for operators (in threads): served and known models and downloads, their sizes and whether they fit."""
 
 from __future__ import annotations
 
@@ -44,7 +41,7 @@ class KnownModel(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         name, model: its short name, and its name on Hugging Face.
-        needed, fits: as of a served one.
+        needed, fits: as in `StockedModel`.
         served: name of the same model among the served ones; null if it is not served.
     """
 
@@ -62,7 +59,7 @@ class PullStatus(msgspec.Struct, frozen=True, kw_only=True):
         model, asked: its name once it is downloaded, and the name in the request.
         state: waiting, downloading, verifying, stopping, stopped or failed.
         done, total: bytes that are downloaded, or verified in the state "verifying", and their total.
-        needed, fits: as of a served one.
+        needed, fits: as in `StockedModel`.
         failure, error: reason of the failure, as a code and as text.
     """
 

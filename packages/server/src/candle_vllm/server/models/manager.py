@@ -242,10 +242,7 @@ class ModelManager:
         return slot
 
     async def unload(self, name: str | None) -> ModelSlot:
-        """Drain and unload a model; does nothing if it is not loaded.
-
-        A later request for it loads it again.
-        """
+        """Drain and unload a model if it is loaded; a later request loads it again."""
         slot = self.find(name, exact=True)
         if self._switcher is None:
             raise HttpError(409, "The model of this server stays loaded.", "model_stays", param="model")
@@ -263,10 +260,7 @@ class ModelManager:
         return slot
 
     def keep(self, name: str | None, seconds: float) -> bool:
-        """Set the time that a model stays loaded after its last use. It may still be unloaded earlier for another one.
-
-        Returns False if this manager does not unload models.
-        """
+        """Set how long a model stays loaded after its last use; returns False if this manager never unloads models."""
         slot = self.find(name)
         if self._switcher is None:
             return False
@@ -318,10 +312,7 @@ class ModelManager:
         )
 
     def died(self, slot: ModelSlot, model: ServedModel) -> None:
-        """Handle the unexpected death of a model's engine: release its resources and start it again.
-
-        After repeated deaths, it is only started again by a request for its model.
-        """
+        """Release a model's dead engine and start it again; after repeated deaths, only a request for it does so."""
         if self._switcher is None or slot.model is not model or self._switcher.closing:
             return
         logger.error("the engine of %s has died", slot.entry.name)

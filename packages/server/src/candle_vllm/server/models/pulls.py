@@ -86,7 +86,7 @@ def _fetch_weights(settings: Settings, plan: downloads.Plan) -> None:
     blobs = _blobs(settings, plan)
     locks = cache_folder(settings) / ".locks" / blobs.parent.name
     summed = [file for file in plan.files if file.sha256 is not None]
-    wanted = [file for file in summed if file.size <= constants.MAX_HTTP_DOWNLOAD_SIZE]  # hf_hub fetches larger ones
+    wanted = [file for file in summed if file.size <= constants.MAX_HTTP_DOWNLOAD_SIZE]  # `resolve` fetches others
     before = 0
     for file in wanted:
         whole, partial = blobs / f"{file.sha256}", _partial(blobs, file)

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""State of one model of the catalogue in the manager: its leases and its waiting requests.
-
-Step 1 of a request's life. This module only holds state; the manager and the switcher wait and load.
-"""
+"""State of one model of the catalogue (step 1): its leases and its waiting requests. This module only holds state."""
 
 from __future__ import annotations
 

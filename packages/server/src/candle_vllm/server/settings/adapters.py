@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Adapters in the operator's settings: `--lora-modules`, and `adapters` in models.yaml.
-
-Read before step 1 of a request's life.
-"""
+"""Adapters in the operator's settings (before step 1): `--lora-modules`, and `adapters` in models.yaml."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The catalogue of the models that this server may serve, with their names and settings.
-
-Used in step 1 of a request's life to look up the `model` field. The model manager decides which models are loaded.
-"""
+"""The catalogue of the models that this server may serve, with their names and settings (step 1)."""
 
 from __future__ import annotations
 
@@ -39,7 +36,7 @@ class ModelEntry:
         return tuple(dict.fromkeys((*self.aliases, self.name)))
 
     def is_as(self, other: ModelEntry) -> bool:
-        """Whether a loaded model of this entry can serve the other; settings of the process are ignored."""
+        """Whether a loaded model of this entry fits the other entry; settings of the process are ignored."""
         own = [option.name for option in OPTIONS if option.in_yaml or option.group == MODEL]
         mine, theirs = self.settings, other.settings
         return self.names == other.names and all(getattr(mine, name) == getattr(theirs, name) for name in own)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The configuration: merges all sources into the settings of the process and the catalogue of models.
 
-Built before step 1 of a request's life. Precedence: command line > environment > its variables of other deployments >
+Built before step 1 of a request's life. Precedence: command line > `CANDLE_VLLM_*` > other environment variables >
 `.env` > models.yaml > defaults. Sources above models.yaml apply to every model in it, except for the choice of the
 model and its served names. An invalid file in the working folder only stops commands that need it.
 """
@@ -53,7 +53,7 @@ class Configuration:
         mailbox: settings of the mailbox, or None.
         in_file: whether its models are those of models.yaml.
         again: reads all sources again.
-        entry_of: one model more, said as in models.yaml, and remarks on it; UsageError where it is wrong.
+        entry_of: builds a further entry from a section in the format of models.yaml; adds remarks or raises UsageError.
         remarks: sentences about settings that have no effect or a surprising one.
     """
 

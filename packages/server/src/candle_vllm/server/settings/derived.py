@@ -219,7 +219,7 @@ def in_flags(text: str) -> str:
 
 @contextmanager
 def told_in_flags() -> Iterator[None]:
-    """Rewrite errors of the engine in this context for users of the command line."""
+    """Context that rewrites names of engine settings in errors as flags."""
     try:
         yield
     except CandleVllmError as error:

@@ -32,7 +32,7 @@ IDLE: Mapping[str, str] = {name: why for name, _, why in _ROWS if why and not na
 SERVING = frozenset({"serve", "config"})
 """The commands that read variables of servers."""
 _WHERE = {"ps": ("HOST", "PORT", "VLLM_API_KEY", "API_KEY")}
-_LORA = ("MAX_LORAS", "MAX_LORA_RANK", "MAX_CPU_LORAS")  # of a service that always supports adapters
+_LORA = ("MAX_LORAS", "MAX_LORA_RANK", "MAX_CPU_LORAS")  # each of them enables adapters
 _OTHERS = ("HF_HUB_CACHE", "HF_HOME", "HF_HUB_OFFLINE", "RUST_LOG")  # not only for servers, so every command reads them
 _KEY_LIKE = re.compile(
     r"(?:(?:CANDLE(?:_?VLLM)?|VLLM|LLM|LLAMA|LOCALAI|OLLAMA|SGLANG|APHRODITE|TGI|MODEL|ENGINE|INFERENCE|SERVER|SERVICE|"

@@ -93,10 +93,7 @@ def read_name(name: str) -> Named:
 
 
 def named_model(model: str) -> str:
-    """Resolve a model name for the engine: `qwen3:4b` and `hf.co/org/name:Q8_0` become a repository and a type.
-
-    Files, folders, Hugging Face ids, other URLs and unknown names are returned unchanged.
-    """
+    """Resolve `qwen3:4b` or `hf.co/org/name:Q8_0` to a repository and a type; return other names unchanged."""
     of_hub = model.startswith(("hf.co/", "huggingface.co/", "https://hf.co/", "https://huggingface.co/"))
     if os.path.exists(model) or ("/" in model and not of_hub):
         return model

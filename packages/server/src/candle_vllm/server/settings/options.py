@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Definition of a setting: name, flags, kind and help; errors for invalid values; the forms of `--host`.
 
-The engine's settings are defined in the table of `EngineConfig`.
-
-Read before step 1 of a request's life.
+Read before step 1 of a request's life. The engine's settings are defined in the table of `EngineConfig`.
 """
 
 from __future__ import annotations
@@ -118,7 +116,7 @@ class Option:
 
     @property
     def env(self) -> str:
-        """The environment variable."""
+        """Name of its environment variable."""
         return ENV_PREFIX + self.name.upper()
 
 

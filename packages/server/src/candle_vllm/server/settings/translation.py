@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Translation of command lines and YAML files with flags of other programs to flags of this program.
-
-Read before step 1 of a request's life. `foreign_flags.py` defines the translations.
-"""
+"""Translation of flags of other programs on command lines and in YAML files (before step 1; see `foreign_flags.py`)."""
 
 from __future__ import annotations
 
