@@ -23,7 +23,6 @@ def open_adapters(settings: Settings, looked: Callable[[str, str], object]) -> A
     """Build the adapter registry of a server with the sources in its settings.
 
     Args:
-        settings: settings of the server process.
         looked: called after each lookup with the kind of the source and the outcome.
 
     Raises:

@@ -88,10 +88,6 @@ def make_samples(
     """Return `count` requests of a data set.
 
     Args:
-        name: name of the data set.
-        path: file of the data set.
-        count: number of requests.
-        shape: lengths of prompts and answers.
         words: returns the tokenizer; called only if tokens must be counted.
         seed: the same seed gives the same requests.
 

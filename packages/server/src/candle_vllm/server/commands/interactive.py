@@ -38,7 +38,7 @@ ReadLine = Callable[[], str | None]
 
 
 def answer_display() -> Display:
-    """Return the display for answers on standard output: Markdown on capable terminals, in colour unless NO_COLOR."""
+    """Return the display of answers: Markdown on capable terminals, coloured unless NO_COLOR is set."""
     if not sys.stdout.isatty():
         return Display()
     from candle_vllm.server.commands.markdown import MarkdownDisplay, colour_console

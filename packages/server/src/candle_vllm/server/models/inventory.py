@@ -99,10 +99,7 @@ def take_stock(
     """Build the inventory.
 
     Args:
-        manager: the model manager.
-        slots: its models, in order.
-        settings: settings of the server.
-        pulls: the downloads.
+        slots: the served models, in order.
         changes: whether clients may change models.
     """
     room = room_of(settings, 0)

@@ -64,7 +64,6 @@ def model_source(settings: Settings, *, fetch: bool = True, offline: bool = Fals
     """Return the model and its weight file for `EngineConfig`.
 
     Args:
-        settings: settings of the operator.
         fetch: whether a model at a URL is downloaded; if not, its folder or its URL is returned.
         offline: whether only downloaded models are used.
     """
@@ -155,7 +154,6 @@ def engine_config(settings: Settings, *, fetch: bool = True, **changes: Any) -> 
     """Build the engine's configuration; settings that are not given keep the defaults of `EngineConfig`.
 
     Args:
-        settings: settings of the operator.
         fetch: as for `model_source`.
         changes: fields that replace those from the settings.
     """
@@ -282,7 +280,6 @@ def mailbox_options(
     """Return the options of the mailbox, or None without a mailbox.
 
     Args:
-        settings: settings of the process.
         section: `mailbox` of models.yaml, or None.
         variables: values for `${NAME}` in secrets.
         given: names of the settings that are set explicitly.

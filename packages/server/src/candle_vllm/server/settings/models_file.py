@@ -36,7 +36,6 @@ class ModelsFile:
     """A models.yaml: named models with their settings.
 
     Attributes:
-        path: path of the file.
         models: the settings of each model by name.
         default_model: the model of requests that name no model.
         globals: settings of the file that do not belong to one model.

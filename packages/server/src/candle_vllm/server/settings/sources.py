@@ -140,7 +140,6 @@ def read_yaml(path: Path, *, secret: bool = False) -> Any:
     """Parse a YAML settings file, with its mappings as `Section`.
 
     Args:
-        path: path of the file.
         secret: whether messages must not repeat any of its content.
 
     Raises:

@@ -109,13 +109,7 @@ def _ours(flag: str, value: str, row: Row, known: Known, command: str) -> list[s
 
 
 def hint(flag: str, known: Known, command: str) -> str:
-    """Return the message about a foreign flag.
-
-    Args:
-        flag: the flag as it was written.
-        known: commands of each of our flags.
-        command: the command that was called.
-    """
+    """Return the message about a foreign flag."""
     answer = foreign_flags()[flag.split(".")[0]].answer
     called = _OURS.match(answer)
     if called is None:
