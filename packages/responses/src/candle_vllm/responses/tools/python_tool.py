@@ -17,7 +17,7 @@ from candle_vllm.responses.tools import tool
 from candle_vllm.responses.tools.names import is_tool_name
 from candle_vllm.responses.tools.signatures import Signature, describe
 
-MAX_THREADS = 64  # of one tool, those included that go on after their time is over; a turn runs at most so many calls
+MAX_THREADS = 64  # of one tool, those after a timeout included; also the most calls that one turn runs at once
 MAX_TIMEOUT = 86_400.0  # seconds
 
 
@@ -31,19 +31,19 @@ def function_tool(
     """Makes a tool of a Python function.
 
     The schema comes from the annotations: whatever pydantic understands, also nested dataclasses and models, `Literal`,
-    and `Annotated[..., Field(description=...)]`; a parameter without one takes any JSON. The docstring's first
+    and `Annotated[..., Field(description=...)]`; a parameter without annotation takes any JSON. The docstring's first
     paragraph describes the tool, its "Args:" in Google's style the parameters. What the function returns becomes text;
     a `ToolOutput` stays as it is, any other value is JSON. It raises `ToolError` to tell the model what is wrong.
 
-    An async function runs on the event loop and ends when it is cancelled. Any other runs in a thread, which nothing
-    can end: when its time is over, the model is told so and the thread goes on. After `MAX_THREADS` such threads the
-    tool is unavailable until one ends.
+    An async function runs on the event loop and ends when it is cancelled. A plain function runs in a thread, which
+    cannot be stopped: after a timeout the model is told that the call timed out, and the thread continues. While
+    `MAX_THREADS` threads of the tool run, it is unavailable.
 
     Args:
         function: with parameters that can be given by name.
         name: what the model calls; the function's own by default.
         description: what it is for; the docstring's first paragraph by default.
-        timeout: seconds for a call where the conversation does not say; None is 60.
+        timeout: seconds for a call if the conversation sets no timeout; None means 60.
 
     Raises:
         InvalidParameterError: it cannot be a tool; the message says why.
@@ -56,7 +56,7 @@ class PythonTool:
 
     Attributes:
         definition: as a model sees it.
-        timeout: seconds for a call where the conversation does not say.
+        timeout: seconds for a call if the conversation sets no timeout.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ class PythonTool:
 
 
 def _named(function: Callable[..., Any], name: str | None) -> tuple[str, str]:
-    """The tool's name, and what messages call the function."""
+    """Return the tool's name, and a description of the function for error messages."""
     own = name if name is not None else getattr(function, "__name__", None)
     label = f"the function {getattr(function, '__qualname__', own)!r:.100}"
     if not callable(function):
