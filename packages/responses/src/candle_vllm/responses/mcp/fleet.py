@@ -22,16 +22,16 @@ logger = logging.getLogger(__name__)
 
 
 class LinkStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """A server as a page or a log shows it; nothing in it is secret.
+    """Status of a server for a page or a log; nothing in it is secret.
 
     Attributes:
-        name: in the configuration.
+        name: name in the configuration.
         transport: "stdio", "http", "sse" or "in process".
         state: see `McpLink.state`.
         error: why there is no connection, or None.
-        server: its own name and version, or None.
-        protocol_version: that both sides agreed on, or None.
-        instructions: its words on how to use it, or None.
+        server: name and version that the server reports, or None.
+        protocol_version: negotiated protocol version, or None.
+        instructions: the server's instructions for its use, or None.
         tools: the names that a model calls, of the last list that is known.
         notes: what was left out of its list of tools, and why.
         reconnects: connections after the first.
