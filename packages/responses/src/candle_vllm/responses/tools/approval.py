@@ -13,7 +13,7 @@ from candle_vllm.responses.tools.tool import ToolCall, ToolDefinition
 
 
 class Approval(StrEnum):
-    """The answer to whether a call may run."""
+    """Decision whether a call may run."""
 
     ALLOW = "allow"
     DENY = "deny"
@@ -31,7 +31,7 @@ _RULES = ("never", "always")
 
 
 def policy_fault(policy: Any) -> str | None:
-    """What is wrong with a policy, or None."""
+    """Return what is wrong with a policy, or None."""
     if callable(policy) or policy in _RULES:
         return None
     if not isinstance(policy, Mapping):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Python functions as tools: their signature is the schema, their docstring the description."""
+"""Python functions as tools: the signature becomes the schema, the docstring the description."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def function_tool(
     description: str | None = None,
     timeout: float | None = None,
 ) -> tool.Tool:
-    """Makes a tool of a Python function.
+    """Make a tool of a Python function.
 
     The schema comes from the annotations: whatever pydantic understands, also nested dataclasses and models, `Literal`,
     and `Annotated[..., Field(description=...)]`; a parameter without annotation takes any JSON. The docstring's first
@@ -40,13 +40,13 @@ def function_tool(
     `MAX_THREADS` threads of the tool run, it is unavailable.
 
     Args:
-        function: with parameters that can be given by name.
-        name: what the model calls; the function's own by default.
-        description: what it is for; the docstring's first paragraph by default.
+        function: function whose parameters can be given by name.
+        name: name that the model uses; the function's own by default.
+        description: purpose of the tool; the docstring's first paragraph by default.
         timeout: seconds for a call if the conversation sets no timeout; None means 60.
 
     Raises:
-        InvalidParameterError: it cannot be a tool; the message says why.
+        InvalidParameterError: the function cannot be a tool; the message says why.
     """
     return PythonTool(function, name=name, description=description, timeout=timeout)
 
@@ -55,7 +55,7 @@ class PythonTool:
     """A Python function that a model may call; `function_tool` makes it.
 
     Attributes:
-        definition: as a model sees it.
+        definition: definition that a model sees.
         timeout: seconds for a call if the conversation sets no timeout.
     """
 
@@ -88,7 +88,7 @@ class PythonTool:
         )
 
     async def run(self, arguments: Mapping[str, Any], report: tool.Report) -> tool.ToolOutput:  # noqa: ARG002 it reports nothing
-        """Converts the arguments, calls the function, and makes an output of what it returns."""
+        """Convert the arguments, call the function, and make an output of its return value."""
         values = self._signature.convert(arguments)
         value = await self._function(**values) if self._is_async else await self._in_thread(values)
         if inspect.isawaitable(value):  # a plain function that calls an async one
@@ -96,9 +96,9 @@ class PythonTool:
         return _output(value)
 
     async def _in_thread(self, values: dict[str, Any]) -> Any:
-        """Calls the function in a thread of its own.
+        """Call the function in a thread of its own.
 
-        The thread is a daemon, in no pool: one that hangs must not keep the loop or the program from ending.
+        The thread is a daemon outside of any pool: one that hangs must not keep the loop or the program from ending.
         """
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[tuple[Any, BaseException | None]] = loop.create_future()
@@ -119,7 +119,7 @@ class PythonTool:
             try:
                 loop.call_soon_threadsafe(settle, value, failure)
             except RuntimeError:
-                return  # the loop is closed: nobody waits any more
+                return  # the loop is closed, so nobody waits for the result
 
         context = contextvars.copy_context()
         self._start(work)
@@ -169,7 +169,7 @@ def _is_async(function: Callable[..., Any]) -> bool:
 
 
 def _output(value: Any) -> tool.ToolOutput:
-    """What a function returned, as an output: text as it is, None as nothing, all else as JSON."""
+    """Return a function's result as an output: text unchanged, None as an empty output, all else as JSON."""
     if isinstance(value, tool.ToolOutput):
         return value
     if value is None:
