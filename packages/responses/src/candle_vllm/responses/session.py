@@ -156,8 +156,8 @@ class ResponsesSession:
         Args:
             messages: messages in OpenAI's format, also `tool` messages with the results of the caller's own tools.
             options: limits, approval, sampling.
-            client_tools: OpenAI tool definitions that the caller runs: a turn that calls one is the last, with the
-                calls in `pending`.
+            client_tools: OpenAI tool definitions of the caller; a turn that calls one is the last, with the call in
+                `pending`.
 
         Raises:
             RequestError: a message or option is invalid, or the conversation is too long.
@@ -225,8 +225,7 @@ class ResponsesSession:
             timeout: timeout in seconds; None means the tool's own timeout, or 60.
 
         Raises:
-            InvalidParameterError: the tool does not exist, the arguments are not a JSON object, or the timeout is
-                invalid. All other errors are in the result.
+            InvalidParameterError: unknown tool, invalid arguments or timeout. All other errors are in the result.
         """
         self._check_open()
         return await call_directly(self._tools, server, tool, arguments, timeout=timeout)

@@ -160,7 +160,7 @@ def _reader(name: str) -> Callable[[str], Any]:
 
 
 def _value(text: str) -> Any:
-    """Convert a text from JSON if it is JSON, such as a number."""
+    """Parse a text as JSON, such as a number; other text is returned unchanged."""
     try:
         return json.loads(text)
     except ValueError:

@@ -130,8 +130,8 @@ class LLM:
     """Model for offline inference, with vLLM's names.
 
     Args:
-        model: a Hugging Face id, a folder, a `.gguf` file, "demo", an `EngineConfig`, or an existing engine, which its
-            owner closes.
+        model: a Hugging Face id, a folder, a `.gguf` file, "demo", an `EngineConfig`, or an engine that its owner
+            closes.
         arguments: arguments of vLLM's `LLM`, or fields of `EngineConfig`. LIBRARY_API.md says whether each is
             accepted, translated or refused. `seed` is 0, as in vLLM.
 
@@ -169,12 +169,11 @@ class LLM:
         """Continue every prompt; outputs are in the order of the prompts.
 
         Args:
-            prompts: one prompt or a list; a prompt is a text, a list of token ids, or an object with `prompt` or
-                `prompt_token_ids`.
+            prompts: a prompt or a list: a text, token ids, or an object with `prompt` or `prompt_token_ids`.
             sampling_params: one for all prompts, or one for each; None means `get_default_sampling_params()`.
             use_tqdm: whether to show a progress bar on a terminal, or a function that makes one.
-            lora_request: adapter of all prompts, or a list with one or None for each (`enable_lora`); pairs of adapters
-                and scales mix adapters.
+            lora_request: adapter (`enable_lora`), or pairs of adapters and scales; for all prompts, or a list with one
+                each.
             priority: one priority for all prompts, or one for each; lower values run first.
             tokenization_kwargs: may have `add_special_tokens`.
             mm_processor_kwargs: refused: images are prepared as the model's files define.

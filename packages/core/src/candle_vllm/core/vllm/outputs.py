@@ -41,8 +41,7 @@ class CompletionOutput:
 
     Attributes:
         index: index among the request's `n` sequences.
-        cumulative_logprob: sum over the sampled tokens of the whole sequence so far; None unless `logprobs` was
-            requested.
+        cumulative_logprob: sum over the sampled tokens of the whole sequence so far; None without `logprobs`.
         logprobs: for each token of `token_ids`, log-probabilities by token id: the sampled and the likeliest tokens.
         finish_reason: "stop", "length" or "abort"; None for an unfinished sequence.
         stop_reason: stop string or token id that ended it; None for the model's own end token.

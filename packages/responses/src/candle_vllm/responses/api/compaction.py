@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Compaction: replaces a conversation by its users' messages and a summary that its model writes.
 
-The summary is sent as an item of type `compaction`, encoded but not encrypted, and is shown to the model at the item's
-position in a later input.
+The summary is an item of type `compaction`, encoded but not encrypted; in a later input, the model sees it there.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
 """ConnectionMemory: responses that are not stored, held while the connection that asked for them is open.
 
-A client that stays connected may continue a response with `store: false`. Only responses that are not in the store are
-held here, and only up to a limit.
+A client that stays connected may continue a response with `store: false`. A limited number of these is held here.
 """
 
 from __future__ import annotations

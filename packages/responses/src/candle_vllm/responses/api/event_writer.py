@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
 """EventWriter: turns the events of a conversation into the events of a streamed response.
 
-There is one path: the final response is built from the items that the events have sent, so whole and streamed answers
-cannot differ.
+The final response is built from the items that the events have sent, so whole and streamed answers cannot differ.
 """
 
 from __future__ import annotations

@@ -165,7 +165,7 @@ class OutputLog:
         self._output[writer.index] = writer.final
 
     def add(self, begun: OutputItem, ended: OutputItem, *between: type[wire.StreamEvent], **fields: Any) -> None:
-        """Add an item that is complete at once: its begin, the events between with these fields, and its end."""
+        """Add an item that is complete at once: its start, the events between with these fields, and its end."""
         place = self.next_place
         self.emit(wire.OutputItemAdded, output_index=place, item=begun)
         for kind in between:

@@ -90,7 +90,7 @@ class KeptResponses:
         return self._store
 
     async def owner(self, key: str) -> str:
-        """Return the owner of what an API key makes; without keys (""), all share one owner."""
+        """Return the owner of an API key's data; without keys (""), all share one owner."""
         return (await self.store()).owner(key)
 
     # ---- responses ---------------------------------------------------------------------------------------------------

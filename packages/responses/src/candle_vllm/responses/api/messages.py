@@ -51,8 +51,7 @@ class Translated(NamedTuple):
 
     Attributes:
         messages: messages of its task.
-        approved: ids of calls at the end that somebody has approved, with the paths of the approvals; these calls are
-            run first.
+        approved: paths of the approvals of calls at the end, by the calls' ids; these calls are run first.
         listed: labels of the MCP servers whose tool lists the conversation contains already.
     """
 
@@ -76,8 +75,7 @@ def translate(items: Sequence[Placed], instructions: str | None, names: ToolName
         max_images: maximum number of images that the model may see, those in results of its tools included.
 
     Raises:
-        InvalidParameterError: calls and results do not match, or an answer has too many calls; the message names the
-            item.
+        InvalidParameterError: calls and results do not match, or an answer has too many calls.
     """
     results = CallResults(items, max_images)
     body = _Body(names, results)

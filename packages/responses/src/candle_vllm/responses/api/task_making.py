@@ -141,8 +141,7 @@ class TaskMaker:
             request: request whose servers have been checked.
             items: history and input.
             stack: closes the servers.
-            check: whether to check that a task can be made, for callers that reply before the model is asked. It is
-                also checked if tools run first.
+            check: whether to check that a task can be made; this is also checked if tools run first.
 
         Raises:
             RequestError: the caller's request is invalid.

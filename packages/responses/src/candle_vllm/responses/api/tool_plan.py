@@ -47,7 +47,7 @@ class PlannedTool(NamedTuple):
     """A tool that the model may call.
 
     Attributes:
-        kind: type of the tool, which says who runs it.
+        kind: type of the tool, which defines its format and who runs it.
         name: name without a prefix.
         path: path of the tool in the request.
         namespace: namespace of a function or a custom tool.

@@ -48,7 +48,7 @@ class TurnItems:
         self._called_this_turn = False
         self._may_call = bool(plan.by_name) and plan.choice.mode != "none"
 
-    # ---- what the model says -----------------------------------------------------------------------------------------
+    # ---- text, reasoning and calls of the model ----------------------------------------------------------------------
 
     def begin_turn(self) -> None:
         """Note that a new turn begins."""
@@ -112,7 +112,7 @@ class TurnItems:
         self._end_saying("incomplete" if cut else "completed")
         self._space = []
 
-    # ---- what becomes of calls ---------------------------------------------------------------------------------------
+    # ---- approvals and results of calls ------------------------------------------------------------------------------
 
     def ask(self, call: ToolCall) -> None:
         """Write the approval request of a call."""

@@ -13,8 +13,8 @@ T = TypeVar("T")
 
 class EventChannel(Generic[T]):
     """Channel of about `size` events; a sender beyond that waits until the reader has taken some. Unlike a queue, it
-    can be closed at any time, also by a synchronous callback; its reader then gets the remaining events, and after them
-    the end or the error.
+    can be closed at any time, also by a synchronous callback; the reader then gets the remaining events, and the end or
+    the error.
     """
 
     def __init__(self, size: int = 64) -> None:
@@ -69,8 +69,7 @@ AGAIN = 2.0  # seconds after which a task that swallowed its cancelling is cance
 async def end_task(task: asyncio.Task[object], patience: float = PATIENCE, again: float = AGAIN) -> None:
     """Cancel a task, and return when it has ended; its error, if any, stays in it.
 
-    A task that continues is cancelled again every `again` seconds. If it does not end within `patience` seconds, it is
-    abandoned, and that is logged.
+    It is cancelled again every `again` seconds; after `patience` seconds it is abandoned, and that is logged.
     """
     now = asyncio.get_running_loop().time
     deadline = now() + patience

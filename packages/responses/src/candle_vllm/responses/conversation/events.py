@@ -3,8 +3,8 @@
 
 A turn: `TurnStarted`, then deltas of reasoning, text and calls as they are generated, then `TurnFinished` with the
 whole message. Its calls: `ApprovalRequested` if an approval is needed, `ToolStarted`, `ToolProgressed`, `ToolFinished`;
-the events of concurrent calls interleave. The last event is `ConversationFinished`. A failure of the model is raised by
-the iterator.
+the events of concurrent calls interleave. The last event is `ConversationFinished`. The iterator raises errors of the
+model.
 """
 
 from __future__ import annotations

@@ -146,7 +146,7 @@ class _Choice:
         return events
 
     def _name(self, number: int, name: str) -> list[Event]:
-        """Return the begin of a call, with the arguments that came before its name."""
+        """Return the beginning of a call, with the arguments that came before its name."""
         call = self._calls[number]
         call.begun = True
         events: list[Event] = [CallBegun(self._number, number, call.given_id, name)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""HttpModel: a server with OpenAI's chat API answers the turns; and the errors of such a server."""
+"""HttpModel: a model behind a server with OpenAI's chat API, and the errors of such a server."""
 
 from __future__ import annotations
 
@@ -194,8 +194,7 @@ class HttpModel:
             raise self._failed(error) from None
 
     async def _answer(self, method: str, path: str, **given: Any) -> httpx2.Response:
-        """Return an answer with its body unread. The request is sent again after a wait if the server is busy, or if it
-        closes the connection before it answers."""
+        """Return an answer with its body unread; retry if the server is busy, or disconnects before it answers."""
         for wait in (*_WAITS, None):
             try:
                 response = await self._client.send(
@@ -275,7 +274,7 @@ class HttpModel:
         return first
 
     async def _body(self, response: httpx2.Response) -> bytes:
-        """Read the begin of an answer that is no stream."""
+        """Read the beginning of an answer that is no stream."""
         read = bytearray()
         async for piece in response.aiter_bytes():
             read += piece

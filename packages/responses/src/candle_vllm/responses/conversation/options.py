@@ -18,7 +18,7 @@ from candle_vllm.responses.tools.tool import ToolCall, ToolResult
 
 StopReason = Literal[
     "stop",  # the model ended by itself
-    "length",  # an answer was cut at max_tokens or the context
+    "length",  # max_tokens or the context length ended an answer
     "max_turns",
     "max_tool_calls",
     "timeout",
@@ -115,8 +115,7 @@ class ConversationUsage(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         draft_tokens, accepted_draft_tokens: draft tokens that were verified, and those that were accepted.
-        predicted_tokens, accepted_predicted_tokens: tokens of the predicted output, and those of them that are in the
-            output; they count in every turn.
+        predicted_tokens, accepted_predicted_tokens: tokens of the predicted output, and those that were accepted.
     """
 
     prompt_tokens: int = 0
@@ -139,13 +138,11 @@ class ConversationResult(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         final_message: text of the model's last turn, "" if it has only calls.
-        tool_calls: results of the calls, in the order of the calls. If the outputs exceed 64 MB in all, later results
-            have only the text that the model saw.
+        tool_calls: results in the order of the calls; after 64 MB of output, only with the text that the model saw.
         turns_taken: number of the model's turns.
         completed: whether the model ended by itself (`stop_reason` "stop").
         stop_reason: why the conversation ended.
-        pending: calls without a result: calls of the caller's own tools, calls that wait for an approval, or calls that
-            a limit did not allow.
+        pending: calls without a result: the caller's own, or those that wait for an approval or exceed a limit.
         usage: tokens of all turns.
     """
 

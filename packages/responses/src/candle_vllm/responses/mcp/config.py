@@ -93,8 +93,7 @@ def _no_configuration(given: object) -> ConfigError:
 def find_mcp_config(flag: Path | str | None, environ: Mapping[str, str], folder: Path) -> Path | None:
     """Return the configuration file to use, if any.
 
-    It is the given file, else that of CANDLE_VLLM_MCP_CONFIG, else `.candle-vllm/mcp.json` in the home folder (HOME),
-    else `mcp.json` in the folder.
+    It is the given file, that of CANDLE_VLLM_MCP_CONFIG, `.candle-vllm/mcp.json` in HOME, or `mcp.json` in the folder.
 
     Args:
         flag: value of --mcp-config, or None.
@@ -139,8 +138,7 @@ def load_mcp_config(
 ) -> McpConfig:
     """Read mcp.json.
 
-    Relative `cwd` and `envFile` are relative to the file's folder. In a disabled server, a variable that cannot be
-    expanded is left as it is.
+    `cwd` and `envFile` are relative to the file's folder. Disabled servers may have variables that are not set.
 
     Args:
         path: path of the file; None searches for one (`find_mcp_config`), and without a file there are no servers.

@@ -37,8 +37,7 @@ class McpConnection:
     Args:
         peer: the server.
         kind: transport; not used for a server object of this process.
-        mode: how the protocol version is negotiated: "auto" tries the newer protocol first, "legacy" uses the older
-            one.
+        mode: version negotiation: "auto" tries the newer protocol first, "legacy" uses only the older one.
         wake: called when the connection ends, when the tools change, and when the session is in doubt.
     """
 

@@ -53,8 +53,8 @@ def bare_address(url: str) -> str:
 
 
 def http_auth(config: McpServerConfig) -> httpx2.Auth | None:
-    """Return the credentials of a server's requests, or None if its headers suffice: Basic credentials of its address,
-    or an OAuth token, which is requested when the server asks for it, and again when it has expired."""
+    """Return the credentials of a server's requests besides its headers, or None: Basic ones of its address, or an
+    OAuth token, which is requested when the server asks for it, and again when it has expired."""
     if not config.url:
         return None
     if isinstance(config.auth, OAuthClient):

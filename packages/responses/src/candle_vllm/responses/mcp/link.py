@@ -166,8 +166,7 @@ class McpLink:
     ) -> ToolOutput:
         """Call a tool once.
 
-        Cancelling notifies the server. An error that the server reports, and an output that does not match its declared
-        schema, are results with `is_error`.
+        Cancelling notifies the server. Errors of the server and invalid outputs are results with `is_error`.
 
         Args:
             name: name of the tool on the server.

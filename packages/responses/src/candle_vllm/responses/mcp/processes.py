@@ -28,8 +28,7 @@ _T = TypeVar("_T")
 def inherited_environment() -> dict[str, str]:
     """Return the environment of a server's program: the SDK's few variables, and the network's.
 
-    Without the proxies and certificates of this network, a program that downloads itself first (`npx`, `uvx`) would not
-    even start.
+    Behind a proxy, a program that downloads itself first (`npx`, `uvx`) would not start without these variables.
     """
     names = (*_PROXIES, *map(str.lower, _PROXIES), *_CERTIFICATES)
     found = {name: os.environ[name] for name in names if name in os.environ}

@@ -38,8 +38,7 @@ class McpServerConfig(ExplainedSettings):
         cwd: working folder of the program; None means this process's.
         url: http or https address; a user and password in it are sent as Basic credentials.
         headers: headers that are sent with each request.
-        auth: a bearer token, or the credentials of an OAuth client. A text with another scheme ("Basic ...") becomes
-            the Authorization header.
+        auth: a bearer token, an OAuth client, or a text with another scheme ("Basic ...") for the Authorization header.
         timeout: seconds for one call, at most 3600.
         connect_timeout: seconds for the start until its tools are known, at most 600.
         enabled: False leaves the server in the configuration without a connection.

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Supervisor: opens a server's connection, has its tools watched, and opens another connection when it ends.
 
-The first new attempt is made after half a second, later ones after up to thirty seconds; a call of one of the server's
-tools starts the next attempt at once.
+Attempts follow after 0.5 to 30 seconds, longer after each failure; a call of a tool starts one at once.
 """
 
 from __future__ import annotations

@@ -110,9 +110,8 @@ _SHOWN = ("title", "description", "icons", "annotations", "execution", "outputSc
 def mend(result: dict[str, Any], note: Callable[[str], object]) -> None:
     """Remove the parts of a server's answer that violate the protocol, in place.
 
-    The SDK checks an answer as a whole, so one invalid tool would invalidate the list, and one unknown block the result
-    of a call. A tool is repaired if its meaning is clear, else dropped; an invalid block is replaced by a text about
-    it.
+    The SDK checks an answer as a whole, so one invalid tool would invalidate the list, and one unknown block the
+    result. A tool is repaired if its meaning is clear, else dropped; an invalid block is replaced by a text about it.
 
     Args:
         result: result of any request; lists of tools and results of calls are checked.
@@ -174,8 +173,7 @@ def _mended_block(block: Any) -> Any:
 class WatchedStream:
     """A transport's read stream that reports its end.
 
-    The SDK closes what waits on a connection without notifying its owner, which would keep a dead connection until the
-    next call.
+    The SDK ends a connection's requests without notifying its owner, which would not reconnect until the next call.
 
     Args:
         inner: read stream of the transport.

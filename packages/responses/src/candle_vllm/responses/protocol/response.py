@@ -50,8 +50,7 @@ class ReasoningOut(_Typed, frozen=True, kw_only=True, tag="reasoning"):
 
     Attributes:
         summary: always empty; the reasoning is in `content`.
-        encrypted_content: the reasoning again, in a form that the client sends back, if the request asked for it. It is
-            encoded but not encrypted.
+        encrypted_content: reasoning in a form to send back, if requested; it is encoded but not encrypted.
     """
 
     id: str
@@ -184,8 +183,7 @@ class InputTokensDetails(msgspec.Struct, frozen=True, kw_only=True):
 class OutputTokensDetails(msgspec.Struct, frozen=True, kw_only=True):
     """Kinds of output tokens: `reasoning_tokens` are those of the reasoning, with the marks around it.
 
-    The other two are present if `return_draft_counts` was set: the draft tokens that were verified, and those that were
-    accepted.
+    With `return_draft_counts`, the other two are the draft tokens that were verified, and those that were accepted.
     """
 
     reasoning_tokens: int

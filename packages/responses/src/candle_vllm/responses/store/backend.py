@@ -2,9 +2,8 @@
 """The protocol of a store: what its users expect, and a backend implements.
 
 A store holds entries: responses, conversations with their parts, answers of the mailbox. Each entry belongs to an
-owner, the hash of an API key, and has an id that is unique for this owner. Only the users of a store (`KeptResponses`,
-and the server's mailbox) know what a kind of entry means; a backend knows only what follows here. Times are
-milliseconds since 1970.
+owner, the hash of an API key, and has an id that is unique for this owner. Users of a store (`KeptResponses`, and the
+server's mailbox) define kinds of entries; a backend knows only what follows here. Times are milliseconds since 1970.
 
 A **lease** reserves an entry: it is a time and the name of a holder. Until that time, only the holder may change it,
 and renew it; afterwards, anyone may claim the entry. There are four kinds of leases:
@@ -58,11 +57,9 @@ class Bounds:
         entry_size: maximum bytes of one entry without its parts.
         parts: maximum number of parts of one entry.
         parts_size: maximum bytes of the parts of one entry.
-        spares_leased: whether leased entries are never dropped, so that new ones are refused instead; otherwise they
-            are dropped last.
+        spares_leased: whether to refuse new entries rather than drop leased ones, which are otherwise dropped last.
         advice: advice for the message about a full store.
-        several: whether there are several owners; then each may have half of entries and size, and its own oldest are
-            dropped.
+        several: whether there are several owners; then each has half of entries and size, and drops its own oldest.
     """
 
     entries: int
@@ -88,8 +85,7 @@ class Held:
 class Backend(Protocol):
     """A store; opened, used and closed in one event loop. Every method is atomic for all servers that share it.
 
-    Every method except `close` and `owner` raises StoreUnavailableError if the store does not answer in time, or too
-    many calls wait for it.
+    All methods except `close` and `owner` raise StoreUnavailableError if the store is too slow or has too many calls.
     """
 
     @property
@@ -106,7 +102,7 @@ class Backend(Protocol):
         ...
 
     def owner(self, key: str) -> str:
-        """Return the owner of what an API key makes; without keys (""), all share one owner."""
+        """Return the owner of an API key's data; without keys (""), all share one owner."""
         ...
 
     # ---- entries -----------------------------------------------------------------------------------------------------
@@ -224,8 +220,7 @@ class Backend(Protocol):
         ...
 
     async def claim_due(self, until: int, busy_owners: Collection[str]) -> Entry | None:
-        """Claim the inactive entry whose lease ended first, of an owner not among these; its lease then ends at
-        `until`."""
+        """Claim until a time the inactive entry whose lease ended first, of an owner not among these."""
         ...
 
     async def next_due(self, busy_owners: Collection[str]) -> int | None:

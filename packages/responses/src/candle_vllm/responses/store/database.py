@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
 """A database behind one thread: SQLite or PostgreSQL, versioned tables, calls limited in number and time.
 
-One thread with one connection does all the work of a store, so each process has one writer. Every call is one
-transaction.
+One thread with one connection does all the work of a store, so each process has one writer. A call is a transaction.
 """
 
 from __future__ import annotations

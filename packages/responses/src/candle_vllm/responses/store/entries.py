@@ -80,8 +80,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
         holder: holder of the lease.
         follows: id of the response before it.
         about: summary, shown in lists; for a response, whether it runs in the `background`, and its `conversation`.
-        body: contents as JSON: the response object, a conversation's metadata, an answer; empty while an answer
-            streams, and in lists.
+        body: JSON of the response object, metadata or answer; empty while an answer streams, and in lists.
         given: input; for a response, its request's items as a JSON list of items with ids.
     """
 

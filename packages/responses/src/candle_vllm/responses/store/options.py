@@ -21,8 +21,7 @@ class StoreOptions:
 
     Attributes:
         url: `memory` (ends with the process), `sqlite:///path` or `postgresql://user:password@host/database`.
-        retention_days: days after which a response is deleted; a conversation stays until it is deleted, or dropped to
-            make room.
+        retention_days: days after which a response is deleted; conversations have no such limit.
         max_records: maximum number of responses and conversations; the oldest of the key with the most are dropped.
         max_bytes: maximum bytes of all of them; likewise.
         max_record_bytes: maximum bytes of one response, input and output together.

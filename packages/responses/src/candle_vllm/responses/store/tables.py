@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The tables of a store in a database, and the migration of version 1.
 
-Version 1 had separate tables for the mailbox, for responses, and for turns. The tables below have one layout for all:
-when a store of version 1 is opened, it is copied to it in one transaction, and servers of version 1 refuse it from then
-on.
+Version 1 had separate tables for the mailbox, for responses, and for turns. A store of version 1 is copied to the
+tables below in one transaction when it is opened, and servers of version 1 refuse it from then on.
 """
 
 from __future__ import annotations

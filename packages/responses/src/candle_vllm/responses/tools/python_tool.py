@@ -17,7 +17,7 @@ from candle_vllm.responses.tools import tool
 from candle_vllm.responses.tools.names import is_tool_name
 from candle_vllm.responses.tools.signatures import Signature, describe
 
-MAX_THREADS = 64  # of one tool, those after a timeout included; also the most calls that one turn runs at once
+MAX_THREADS = 64  # of one tool, including timed-out calls; one turn runs at most as many calls at once
 MAX_TIMEOUT = 86_400.0  # seconds
 
 

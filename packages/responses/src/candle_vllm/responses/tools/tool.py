@@ -133,8 +133,7 @@ class Tool(Protocol):
     async def run(self, arguments: Mapping[str, Any], report: Report) -> ToolOutput:
         """Run once with arguments that match the schema.
 
-        Cancelling it ends the work. The message of a `ToolError` is shown to the model; that of any other exception is
-        only logged.
+        Cancelling it ends the work. The model sees the message of a `ToolError`; other exceptions are only logged.
         """
         ...
 
@@ -184,8 +183,7 @@ def picture_type(part: ContentPart) -> str:
 def output_text(output: ToolOutput, max_chars: int, faults: Mapping[int, str] = MappingProxyType({})) -> str:
     """Return the output as text of at most `max_chars` characters; a truncated text ends with a note.
 
-    Texts and text resources are unchanged; for images, audio and other data the model sees kind and size. Structured
-    output is shown as JSON if there is no text.
+    Images, audio and other data are shown by kind and size, and structured output as JSON if there is no text.
 
     Args:
         output: output of a tool.
