@@ -73,7 +73,7 @@ class ScriptedEngine(ScriptedVectors):
         chat_template: shown in `chat_conventions`; the engine always renders ChatML.
         special_tokens: names of further special tokens, which a script may contain.
         architecture: shown in `model_info`.
-        sees: accept images; the script does not receive them.
+        sees: whether to accept images; the script does not receive them.
         tasks: supported tasks; without "generate" it is an embedding model, with "score" alone a cross-encoder.
         pause, first_pause: seconds before every `TokenOutput`, and before the first one if that differs.
 

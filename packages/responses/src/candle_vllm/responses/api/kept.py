@@ -74,7 +74,7 @@ class KeptResponses:
             await self.store()
 
     async def close(self) -> None:
-        """Closes the store."""
+        """Close the store."""
         self._closed = True
         if self._purging is not None:
             await self._purging.close()
@@ -249,7 +249,7 @@ class KeptResponses:
             return
         try:
             await self.append(entry.owner, conversation, items_of(entry.body, entry.given), skip_known=True)
-        except RequestError as error:  # it was deleted meanwhile, or is full
+        except RequestError as error:  # the conversation was deleted, or is full
             logger.warning("a response could not be added to its conversation: %s", error)
 
     # ---- upkeep ------------------------------------------------------------------------------------------------------

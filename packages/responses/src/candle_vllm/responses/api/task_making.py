@@ -83,7 +83,7 @@ class Prepared(NamedTuple):
     def _paths(self, form: str, limit: int | None) -> Paths:
         own = {"messages": "input", "max_tokens": "max_output_tokens", "logprobs": "include"}
         own |= dict.fromkeys(("thinking_token_budget", "thoughts"), "reasoning.max_tokens")
-        to_lower = {} if limit is not None else {"max_tokens": "input"}  # without a limit the input is too long
+        to_lower = {} if limit is not None else {"max_tokens": "input"}  # without a limit, errors name the input
         return Paths(
             {**own, "prompt": "input", "structured_outputs": form, **to_lower},
             [_path_of(self.plan.by_name[tool["function"]["name"]]) for tool in self.plan.shown],

@@ -222,7 +222,7 @@ def _rule(tool: McpTool, definition: ToolDefinition) -> Rule:
     return wish or "always"
 
 
-# ---- the choice among them -------------------------------------------------------------------------------------------
+# ---- tool choice -----------------------------------------------------------------------------------------------------
 
 
 def _choice(tools: Mapping[str, PlannedTool], choice: ToolChoice | None) -> Choice:

@@ -63,7 +63,7 @@ class EventChannel(Generic[T]):
 logger = logging.getLogger(__name__)
 
 PATIENCE = 10.0  # seconds
-AGAIN = 2.0  # seconds after which a task that swallowed its cancelling is cancelled again
+AGAIN = 2.0  # seconds after which a task that suppressed its cancellation is cancelled again
 
 
 async def end_task(task: asyncio.Task[object], patience: float = PATIENCE, again: float = AGAIN) -> None:

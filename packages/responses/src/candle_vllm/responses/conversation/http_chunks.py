@@ -201,7 +201,7 @@ def _logprobs(value: Any) -> Sequence[PositionLogprobs] | None:
         if given is None:
             return None
         return [PositionLogprobs(_token(one), tuple(map(_token, one.top_logprobs))) for one in given.content]
-    except ValueError:  # msgspec's, too
+    except ValueError:  # msgspec's error is one, too
         return None
 
 

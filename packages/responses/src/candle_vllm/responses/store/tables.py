@@ -130,7 +130,7 @@ def from_version_1(connection: Connection, new: Tables) -> None:
         _copy(connection, new, _RESPONSES.c.number, _response)
         connection.execute(insert(new.parts).from_select(["number", "entry", "id", "size", "body"], select(_ITEMS)))
         connection.execute(insert(new.names).from_select(["number", "entry", "name"], select(_PLACES)))
-        old = ("responses_turns", "responses_places", "responses_items", "responses_records")  # turns last 20 seconds
+        old = ("responses_turns", "responses_places", "responses_items", "responses_records")  # turns end in 20 s
     else:
         _copy(connection, new, _ANSWERS.c.id, _answer)
         old = ("mailbox_records",)

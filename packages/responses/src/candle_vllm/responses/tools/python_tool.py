@@ -30,13 +30,13 @@ def function_tool(
 ) -> tool.Tool:
     """Make a tool of a Python function.
 
-    The schema comes from the annotations: whatever pydantic understands, also nested dataclasses and models, `Literal`,
-    and `Annotated[..., Field(description=...)]`; a parameter without annotation takes any JSON. The docstring's first
-    paragraph describes the tool, its "Args:" in Google's style the parameters. What the function returns becomes text;
-    a `ToolOutput` stays as it is, any other value is JSON. It raises `ToolError` to tell the model what is wrong.
+    The schema comes from the annotations: whatever pydantic supports, also nested dataclasses and models, `Literal`,
+    and `Annotated[..., Field(description=...)]`; a parameter without annotation accepts any JSON. The docstring's first
+    paragraph describes the tool, its "Args:" in Google's style the parameters. A returned text or `ToolOutput` is used
+    unchanged, any other value becomes JSON. The function may raise `ToolError`, whose message the model sees.
 
     An async function runs on the event loop and ends when it is cancelled. A plain function runs in a thread, which
-    cannot be stopped: after a timeout the model is told that the call timed out, and the thread continues. While
+    cannot be stopped: after a timeout, the model learns that the call timed out, and the thread continues. While
     `MAX_THREADS` threads of the tool run, it is unavailable.
 
     Args:

@@ -207,7 +207,7 @@ def output_pieces(
         images: addresses of the parts that are shown as images, by their indices.
 
     Returns:
-        Texts with None, and images with "" and their address; at least one.
+        Pairs: a text and None, or "" and the address of an image; at least one pair.
     """
     runs, made = [list[str]()], list[str]()
     for place, part in enumerate(output.content):
