@@ -93,7 +93,8 @@ def _no_configuration(given: object) -> ConfigError:
 def find_mcp_config(flag: Path | str | None, environ: Mapping[str, str], folder: Path) -> Path | None:
     """Return the configuration file to use, if any.
 
-    It is the given file, that of CANDLE_VLLM_MCP_CONFIG, `.candle-vllm/mcp.json` in HOME, or `mcp.json` in the folder.
+    It is the first of these: the given file, that of CANDLE_VLLM_MCP_CONFIG, `.candle-vllm/mcp.json` in the home folder
+    (HOME), and `mcp.json` in the folder.
 
     Args:
         flag: value of --mcp-config, or None.
