@@ -355,6 +355,10 @@ def fit_settings(config: EngineConfig, model: ModelConfig | EncoderConfig) -> En
             f"{model.model_type} cannot be drafted for ({model.one_at_a_time}): leave speculative_config out",
             "speculative_config",
         )
+    if config.enable_lora:
+        raise ConfigError(
+            f"{model.model_type} takes no adapters ({model.one_at_a_time}): leave enable_lora out", "enable_lora"
+        )
     return dataclasses.replace(config, max_num_seqs=1, max_num_batched_tokens=0, enable_prefix_caching=False)
 
 

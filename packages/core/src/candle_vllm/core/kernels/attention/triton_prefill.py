@@ -230,88 +230,19 @@ def prefill_kernel(
         if WINDOW:
             for at in range(begin, unmasked, BLOCK_N):
                 tops, sums, values = attend_keys(
-                    queries,
-                    tops,
-                    sums,
-                    values,
-                    key_cache,
-                    value_cache,
-                    table,
-                    at,
-                    last + 1,
-                    head,
-                    positions,
-                    factor,
-                    cap_in,
-                    cap,
-                    bias,
-                    K,
-                    D,
-                    DP,
-                    S,
-                    EXTRA,
-                    CAP,
-                    WINDOW,
-                    BLOCK_N,
-                    False,
-                    True,
-                )
+                    queries, tops, sums, values, key_cache, value_cache, table, at, last + 1, head, positions,
+                    factor, cap_in, cap, bias, K, D, DP, S, EXTRA, CAP, WINDOW, BLOCK_N, False, True
+                )  # fmt: skip
         for at in range(unmasked, whole, BLOCK_N):
             tops, sums, values = attend_keys(
-                queries,
-                tops,
-                sums,
-                values,
-                key_cache,
-                value_cache,
-                table,
-                at,
-                last + 1,
-                head,
-                positions,
-                factor,
-                cap_in,
-                cap,
-                bias,
-                K,
-                D,
-                DP,
-                S,
-                EXTRA,
-                CAP,
-                WINDOW,
-                BLOCK_N,
-                False,
-                False,
-            )
+                queries, tops, sums, values, key_cache, value_cache, table, at, last + 1, head, positions, factor,
+                cap_in, cap, bias, K, D, DP, S, EXTRA, CAP, WINDOW, BLOCK_N, False, False
+            )  # fmt: skip
         for at in range(whole, last + 1, BLOCK_N):
             tops, sums, values = attend_keys(
-                queries,
-                tops,
-                sums,
-                values,
-                key_cache,
-                value_cache,
-                table,
-                at,
-                last + 1,
-                head,
-                positions,
-                factor,
-                cap_in,
-                cap,
-                bias,
-                K,
-                D,
-                DP,
-                S,
-                EXTRA,
-                CAP,
-                WINDOW,
-                BLOCK_N,
-                True,
-                True,
-            )
+                queries, tops, sums, values, key_cache, value_cache, table, at, last + 1, head, positions, factor,
+                cap_in, cap, bias, K, D, DP, S, EXTRA, CAP, WINDOW, BLOCK_N, True, True
+            )  # fmt: skip
         if SINKS:
             sink = tl.load(sinks + heads, mask=lines < BLOCK_Q * G, other=0.0) * 1.4426950408889634
             sums = tl.where(sums > 0.0, sums + tl.exp2(sink - tops * factor), 1.0)

@@ -90,22 +90,22 @@ class Pass:
     done: int = 0
 
 
-_PASS: ContextVar[Pass] = ContextVar("pass")
+PASS: ContextVar[Pass] = ContextVar("pass")
 
 
 @contextmanager
 def under_way(each: Pass) -> Iterator[Pass]:
     """Context in which `each` is the current pass through the model."""
-    token = _PASS.set(each)
+    token = PASS.set(each)
     try:
         yield each
     finally:
-        _PASS.reset(token)
+        PASS.reset(token)
 
 
 def _write_down(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **more: Any) -> tuple[Any, None]:
     """Record the call of q [1, H, T, D], k [1, K, T, D] and v [1, K, T, V], and return zeros [1, T, H, V]."""
-    this = _PASS.get()
+    this = PASS.get()
     name = this.names.get(module, type(module).__name__)
     tokens, (_, heads, count, dim) = query.shape[2], query.shape
     if query.shape[0] != 1 or key.shape[2] != count or value.shape[2] != count:
@@ -137,7 +137,7 @@ _UNKNOWN = ("position_bias", "alibi", "attention_bias", "bias", "indices", "bloc
 def _attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **more: Any) -> tuple[Any, None]:
     """Write k and v [1, K, T, D] to the cache of this call, and return attention of q [1, H, T, D] as [1, T, H, V]."""
     del module, attention_mask
-    this = _PASS.get()
+    this = PASS.get()
     assert this.step is not None
     attention, call = this.attentions[this.done], this.calls[this.done]
     this.done += 1

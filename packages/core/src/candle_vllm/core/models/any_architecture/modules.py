@@ -11,11 +11,13 @@ import torch
 from torch.utils._pytree import tree_map
 from transformers.pytorch_utils import Conv1D
 
+from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.kernels.torch_numbers import load_tensor
 from candle_vllm.core.layers.embedding import Embedding
 from candle_vllm.core.layers.linear import Linear
 from candle_vllm.core.layers.parameters import Placement, TensorParameter
 from candle_vllm.core.loading.weights import Loadable, Parameter
+from candle_vllm.core.models.any_architecture.attention import PASS
 from candle_vllm.core.models.any_architecture.experts import Experts, has_experts, replace_experts
 from candle_vllm.core.models.any_architecture.products import Products, decoded
 
@@ -74,6 +76,13 @@ class _Own:
         numbers = decoded(self.table.matrices, self.own_dtype, self.products)
         return numbers.T if self.transposed else numbers
 
+    def adapters_of(self, rows: int) -> Any:
+        """The adapters of a product with `rows` rows; UnsupportedModelError if these are not the step's tokens."""
+        adapters, this = self.table.adapters, PASS.get(None)
+        if adapters is not None and adapters.groups and this is not None and len(this.step.positions) != rows:
+            raise UnsupportedModelError(f"an adapter changes {type(self).__name__}, whose rows are not tokens")
+        return adapters
+
     def become(
         self, own: Linear | Embedding, placement: Placement, shape: tuple[int, int], products: Products | None
     ) -> None:
@@ -99,11 +108,12 @@ class OwnLinear(_Own, torch.nn.Linear):  # type: ignore[misc]  # `weight` is no 
         if input.is_meta:
             return input.new_empty(*input.shape[:-1], self.shape[0])
         x, table, products = input.reshape(-1, self.shape[1]), self.table, self.products
+        adapters = self.adapters_of(len(x))
         if products is None:
             return table(x).view(*input.shape[:-1], self.shape[0])
         y = products.multiply(table.matrices, x)
         y = y if table.bias is None else y.add_(table.bias)
-        y = y if table.adapters is None else table.adapters.add(table.place, x, y, table.bias)
+        y = y if adapters is None else adapters.add(table.place, x, y, table.bias)
         return y.to(self.own_dtype).view(*input.shape[:-1], self.shape[0])
 
 
@@ -121,10 +131,11 @@ class OwnEmbedding(_Own, torch.nn.Embedding):  # type: ignore[misc]
         ids, own = input.reshape(-1), self.own
         if ids.is_meta:
             return torch.empty(*input.shape, self.shape[1], dtype=self.own_dtype, device=ids.device)
+        adapters = self.adapters_of(len(ids))
         if self.products is None:
             return own(ids).view(*input.shape, self.shape[1])
         rows = self.products.take(own.table.matrices[0], ids)
-        rows = rows if own.table.adapters is None else own.table.adapters.look_up(own.place, ids, rows)
+        rows = rows if adapters is None else adapters.look_up(own.place, ids, rows)
         return rows.to(self.own_dtype).view(*input.shape, self.shape[1])
 
 
