@@ -78,7 +78,7 @@ class GivenRows(Protocol):
         ...
 
     def add(self, layer: int, x: Value, residual: Value | None) -> tuple[Value, Value | None]:
-        """Add the vectors for these rows to a layer's result, x [T, E] as two summands.
+        """Add the vectors for these rows to a layer's result, which is x [T, E] and its residual.
 
         Source: Meng et al., 2024, arXiv:2406.04334 (DeepStack).
         """

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Apertus: the Llama wiring (`llama.py`) with a norm on every head of q and k, and an MLP with the activation xIELU.
 
-The MLP has no gate: down(xielu(up(x))). xIELU has two trained parameters in each layer, which safetensors have as
-tensors and GGUF files as metadata. Sources: Swiss AI Initiative, 2025, arXiv:2509.14233; arXiv:2411.13010 (xIELU).
+The MLP has no gate: down(xielu(up(x))). xIELU has two trained parameters in each layer, tensors in safetensors and
+metadata in GGUF files. Sources: Swiss AI Initiative, 2025, arXiv:2509.14233; arXiv:2411.13010 (xIELU).
 """
 
 from __future__ import annotations

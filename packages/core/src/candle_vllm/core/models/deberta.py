@@ -49,7 +49,7 @@ class DebertaConfig(StackConfig):
     farthest: int
 
 
-# first: defaults of a config; second: the implemented values
+# the defaults of these keys, and the implemented values
 _DEFAULTS = {"relative_attention": False, "share_att_key": False, "position_biased_input": True, "norm_rel_ebd": "none"}
 _ONLY: dict[str, object] = {"relative_attention": True, "share_att_key": True, "position_biased_input": False}
 _ONLY |= {"norm_rel_ebd": "layer_norm", "pos_att_type": ["c2p", "p2c"], "conv_kernel_size": 0, "type_vocab_size": 0}

@@ -133,7 +133,7 @@ def _fitted(shared: Mapping[str, Any], target: ModelConfig) -> dict[str, Any]:
 
 
 def _taps(fields: Fields, own: Fields, target: ModelConfig) -> tuple[int, ...]:
-    """The layers whose inputs are fused: a top-level key names them, that of `eagle_config` the layers before them."""
+    """The layers whose inputs are fused: a top-level key names these layers, `eagle_config` the layers before them."""
     key, layers = "eagle_aux_hidden_state_layer_ids", target.num_layers
     if key in fields:
         return _checked_taps(fields, key, fields.get(key, list), layers)

@@ -175,7 +175,7 @@ class Block:
             self.mlp = MLP(size, inner, placement, bias=bias, activation=ACTIVATIONS[config.activation])
         self.mlp_norm = norm()
 
-        # a table with one row, looked up by token types that are all 0, because a recorded step can add such a row
+        # a table with one row, for the only token type, because a recorded step can add such a row
         self.mlp_bias = Embedding(1, size, placement, wide=True) if sparse and config.mixture_bias else None
 
     def __call__(self, x: Value, attend: Attend, types: Value) -> Value:

@@ -205,7 +205,7 @@ class FalconH1(Llama):
 
 
 class Multiplied:
-    """View of a matrix that a GGUF file stores times a factor: as it is, or as a checkpoint stores it without."""
+    """View of a matrix that GGUF files store times a factor, and other checkpoints (`plain`) without the factor."""
 
     def __init__(self, part: str, *, plain: bool) -> None:
         self._part, self._plain = part, plain

@@ -101,7 +101,7 @@ def groups_of(heads: int, counts: Sequence[int], fields: Fields) -> tuple[int, .
 
 
 def sources_of(windows: Sequence[int | None], shared: int, fields: Fields) -> tuple[int, ...]:
-    """Each layer's source: the last `shared` layers read the last earlier layer that also has, or lacks, a window."""
+    """Each layer's source: the last `shared` layers read the last earlier layer of their kind (window or not)."""
     first = len(windows) - shared
     last = {window is None: layer for layer, window in enumerate(windows[: max(first, 0)])}
     if not 0 <= shared < len(windows) or not all((window is None) in last for window in windows):

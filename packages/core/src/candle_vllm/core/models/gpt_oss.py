@@ -81,7 +81,7 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> GptOssConfig:
 
 
 def _mixture(experts: int, top_k: int, shared: dict[str, Any]) -> Mixture:
-    """Make the experts' config; a softmax over the chosen experts is one over all, normalised to sum to 1."""
+    """Make the experts' config; a softmax over the chosen experts equals one over all, normalised to sum to 1."""
     return Mixture(
         experts=experts,
         top_k=top_k,

@@ -127,7 +127,7 @@ def gguf_keys(config: Any) -> dict[str, Any]:
 
 
 def swa_keys(config: Any) -> dict[str, Any]:
-    """The same, and which layers rotate; llama.cpp has no separate tensor for the shared expert's gate."""
+    """The keys of `gguf_keys`, and which layers rotate; llama.cpp has no tensor for the shared expert's gate alone."""
     rotates = [layer not in config.unrotated_layers for layer in range(config.num_layers)]
     return gguf_keys(config) | local_keys(config) | {"attention.rope_pattern": rotates}
 

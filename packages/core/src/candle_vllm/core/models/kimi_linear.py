@@ -38,7 +38,7 @@ from candle_vllm.core.quantization.tensors import StoredTensor
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 
-_NAMES = {  # of DeepSeek's config keys
+_NAMES = {  # names of DeepSeek's config keys in these models
     "max_position_embeddings": "model_max_length",
     "norm_topk_prob": "moe_renormalize",
     "n_group": "num_expert_group",

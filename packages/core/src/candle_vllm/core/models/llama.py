@@ -55,7 +55,7 @@ class LlamaConfig(ModelConfig):
         mixture, sparse_layers: the experts, and the layers that have them (`mixtral.py`, `qwen_moe.py`, `glm4_moe.py`).
         unrotated_layers: layers without rotary embedding (`smollm3.py`).
         deep: number of first layers after which the vision encoder's features are added to image rows (`qwen_vl.py`).
-        embedding_scale: factor of the embeddings (`granite.py`); None is 1.
+        embedding_scale: factor of the embeddings (`granite.py`); None for 1.
         residual_scale: factor of the outputs of attention and of the feed-forward layer in the residual stream.
         attention_scale: factor of the attention scores; None for D^-0.5.
         logit_scale: factor of the logits.

@@ -28,7 +28,7 @@ _BIASES = ("qkv_bias", "output_bias", "mlp_bias", "down_bias")
 _FLAGS: Mapping[str, dict[str, Any]] = MappingProxyType(
     {NOMIC: dict.fromkeys(_BIASES, False) | {"gate": "silu"}, GTE: {"mlp_bias": False, "gate": "gelu"}, JINA: {}}
 )
-# nomic's repositories use GPT-2's names for sizes; second: the implemented values of their other keys
+# GPT-2's names of sizes in nomic's repositories, and the implemented values of other keys
 _PUBLISHED = MappingProxyType({
     "n_embd": "hidden_size", "n_inner": "intermediate_size", "n_layer": "num_hidden_layers",
     "n_head": "num_attention_heads", "n_positions": "max_position_embeddings", "layer_norm_epsilon": "layer_norm_eps",
@@ -59,7 +59,7 @@ def config_from_hf(fields: Fields, model_type: str, *, scores: bool) -> StackCon
     )
     size, heads = fields.count("hidden_size"), fields.count("num_attention_heads")
     position = fields.count("max_position_embeddings", 8192)
-    if fields.get("rotary_scaling_factor", float, None) is not None:  # only extends the context beyond the following
+    if fields.get("rotary_scaling_factor", float, None) is not None:  # it applies only beyond these positions
         position = fields.count("max_trained_positions", 2048)
     types = fields.get("type_vocab_size", int, 2 if model_type == NOMIC else 1)
     plain = model_type != NOMIC or period

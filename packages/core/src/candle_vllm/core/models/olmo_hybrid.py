@@ -141,7 +141,7 @@ class OlmoHybrid(DecoderStack):
 
 _TO, _MIX, _NET, _SELF = "layers.{i}.", "layers.{i}.attention", HF + "linear_attn.", HF + "self_attn."
 _KEPT = ("embed:", "head:", "norm:", _TO + "mlp.", _MIX + ".qkv", _MIX + ".output", _MIX + ".q_norm", _MIX + ".k_norm")
-# names in published files and in transformers' classes; one name follows attention but precedes the other kind's mlp
+# names in published files and in transformers; post_attention_layernorm precedes the mlp in delta net layers only
 _NORMS = {
     "attention_norm": ("attention_layer_norm", "input_layernorm", "post_attention_layernorm", "feedforward_layer_norm"),
     "mlp_norm": ("post_feedforward_layernorm", "feedforward_layer_norm", "post_attention_layernorm"),

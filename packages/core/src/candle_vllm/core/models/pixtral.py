@@ -250,7 +250,7 @@ class Pixtral:
 
 
 def _adjacent(stored: StoredTensor, config: Any) -> StoredTensor:
-    """Rows of queries or keys with rotary pairs as neighbours, which llama.cpp's converter leaves so, in two halves."""
+    """Rows of queries or keys with rotary pairs in two halves; llama.cpp's converter leaves the pairs as neighbours."""
     if stored.shape[:1] != (config.hidden_size,):
         return stored  # the loader reports the wrong shape
     heads = np.arange(config.hidden_size).reshape(config.num_heads, -1, 2)

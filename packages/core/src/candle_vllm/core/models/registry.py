@@ -220,7 +220,7 @@ def family_from_hf(
     Args:
         config, path: content of the file, and its path.
         tensors: tensors of the checkpoint; None if they are not available.
-        impl: this project's layers, transformers' layers, or by default the latter for families without the former.
+        impl: which layers to use; by default transformers' only for architectures that are not implemented here.
     """
     if impl == "transformers":
         return _family_of_transformers(config, path, tensors)

@@ -109,7 +109,7 @@ def config_of_tiles(
     """Config for square tiles, which must consist of whole patches and cells.
 
     Raises:
-        InvalidFileError: they do not.
+        InvalidFileError: the sizes do not fit.
     """
     if not 0 < side * side <= MOST_PATCHES or rule.tile != side * patch or side % cell:
         raise InvalidFileError(

@@ -55,7 +55,7 @@ class Experts:
             yield from self._pieces_of(name, expert, entry(stored, expert))
 
     def whole(self, name: str, each: Sequence[Sequence[StoredTensor]]) -> Iterator[tuple[str, StoredTensor]] | None:
-        """Name tensors [N, K] of single experts, with a list for each piece or one for all; None if they do not fit."""
+        """Name single experts' tensors [N, K]; `each` has a list for each piece, or one; None if they do not fit."""
         if self.upside_down or any(len(of) != self.count for of in each):
             return None
         if len(each) == len(self.pieces):

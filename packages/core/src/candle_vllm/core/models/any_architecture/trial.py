@@ -61,7 +61,7 @@ def calls_of(model: Any) -> tuple[AttentionCall, ...]:
         module.register_forward_pre_hook(lambda *_, name=name: called.add(name))
     ids = torch.zeros(1, _TRIED, dtype=torch.int64, device="meta")
     fx_config: Any = _config
-    nonzero = fx_config.patch(meta_nonzero_assume_all_nonzero=True)  # experts ask which tokens they have: all
+    nonzero = fx_config.patch(meta_nonzero_assume_all_nonzero=True)  # every expert gets all tokens
     try:
         with under_way(tried), torch.inference_mode(), _Zeros(), nonzero:
             base(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=ids, use_cache=False)
