@@ -132,7 +132,7 @@ _LATER = MappingProxyType({
     for name in names.split()
 })  # fmt: skip
 
-if not TYPE_CHECKING:  # to which every name would be one
+if not TYPE_CHECKING:  # a type checker would accept every name
 
     def __getattr__(name: str) -> Any:
         if name in _LATER:

@@ -40,7 +40,7 @@ from candle_vllm.core.vision.fetching import ImageSources
 
 logger = logging.getLogger(__name__)
 
-_LOADING = 1.0  # seconds for which a step without other work waits for adapters
+_LOADING = 1.0  # maximum seconds that a step without other work waits for adapters
 
 
 class InferenceEngine(EngineFront):
