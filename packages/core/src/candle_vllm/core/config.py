@@ -117,8 +117,8 @@ class SpeculativeConfig:
 
     Attributes:
         method: source of draft tokens. "suffix": the text so far and past answers; "ngram": the text so far; "none": no
-            speculation; "draft_model": a small model where "suffix" has no draft as likely; "eagle3": a head that was
-            trained for the model; "mtp": the multi-token prediction layer of the model's own checkpoint.
+            speculation; "draft_model": a small model, unless "suffix" has a draft that is as likely; "eagle3": a head
+            that was trained for the model; "mtp": the multi-token prediction layer of the model's own checkpoint.
         num_speculative_tokens: maximum number of draft tokens of a sequence in one step.
         prompt_lookup_min, prompt_lookup_max: minimum length of a match, and maximum number of tokens that are compared.
         suffix_decoding_max_cached_requests: maximum number of past answers in the suffix cache; 0 turns the cache off.
@@ -526,7 +526,7 @@ class EngineConfig(ExplainedSettings):
         elif self.node_rank:
             raise ConfigError(f"node_rank {self.node_rank} of one node: set nnodes, the same on all", "node_rank")
         else:
-            for name in ("master_addr", "master_port"):  # defaults may be given without a cluster
+            for name in ("master_addr", "master_port"):  # the key alone may be set already
                 if getattr(self, name) != getattr(EngineConfig, name):
                     raise ConfigError(
                         f"{name} is for several nodes: set nnodes, the same on all, or leave it out", name

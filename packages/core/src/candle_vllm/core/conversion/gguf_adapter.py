@@ -127,7 +127,7 @@ def _alpha(fitted: FittedAdapter) -> float:
 def _halves(
     stored: StoredAdapter, name: str, pieces: list[_Piece], alpha: float, config: Any
 ) -> Iterator[tuple[str, StoredTensor]]:
-    """Yield `lora_a` and `lora_b` of a tensor; for the embedding table they are exchanged and transposed."""
+    """Yield `lora_a` and `lora_b` of a tensor; for the embedding table, A and B are exchanged."""
     first = pieces[0][1]
     a = [delta.a for _, delta in pieces if delta.a is not None]
     if pieces[0][0].expert is not None:

@@ -3,8 +3,8 @@
 
 Byte-pair models have two forms in GGUF, and encoders have one each (`gguf_pieces.py`). Merges over GPT-2's byte
 alphabet are "gpt2", with the name of the pre-tokenizer; it is found by splitting a text that distinguishes the
-pre-tokenizers. SentencePiece's byte-pair model is "llama": the file has no merges, but a score for each token, which is
-the rank of the merge that makes it. The result is read again, and must split texts like the original.
+pre-tokenizers. SentencePiece's byte-pair model is "llama": the file has a score for each token instead of merges: the
+rank of the merge that makes it. The result is read again, and must split texts like the original.
 """
 
 from __future__ import annotations

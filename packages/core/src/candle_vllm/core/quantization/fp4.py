@@ -5,8 +5,8 @@ Used before step 1 of a request's life. An element is one of 0, 0.5, 1, 1.5, 2, 
 two elements, the first in its lower half.
 
     MXFP4   groups of 32, scale 2^(e - 127) from a byte e; 255 is NaN
-    NVFP4   groups of 16, scale e4m3 times one float32 of the tensor, in fp32: modelopt's `weight_scale_2`, or the
-            inverse of compressed-tensors' `weight_global_scale`
+    NVFP4   groups of 16, scale e4m3 times modelopt's float32 `weight_scale_2` of the tensor, or divided by the
+            `weight_global_scale` of compressed-tensors; in this order, in fp32
 
 GGUF's type MXFP4 has the same elements: a block is the byte of the scale and 16 bytes, whose low nibbles are the codes
 of the first 16 weights and whose high nibbles are the codes of the last 16.

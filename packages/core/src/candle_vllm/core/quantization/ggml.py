@@ -34,7 +34,7 @@ CHUNK = 1 << 18
 """Elements per round: the data of a round stays in the cache."""
 
 THREAD_ELEMENTS = 1 << 19
-"""Minimum number of elements for one more thread."""
+"""Elements per additional thread."""
 
 PLAIN_TYPES = frozenset(kind for kind in GGMLQuantizationType if kind.name in ELEMENTS)
 """Types whose elements are stored one by one."""

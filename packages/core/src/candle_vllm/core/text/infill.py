@@ -18,7 +18,7 @@ class InfillMarks(NamedTuple):
     """Infill marks of one vocabulary.
 
     Attributes:
-        prefix, suffix: tokens before the text before the gap, and before the text after it.
+        prefix, suffix: marks that precede the text before the gap, and the text after it.
         middle: token after both, where the answer begins; None if the answer follows the text directly.
         suffix_first: the suffix comes first in the prompt.
         ends: tokens that end the answer.
@@ -60,7 +60,7 @@ _ENDS = (
     *("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<reponame>"),
     *("<|file_sep|>", "<|file_separator|>", "▁<EOT>", "<EOT>", "<[fim-pad]>", "<filename>"),
 )
-# By what GGUF files call the ids, newer names first.
+# Keys of the ids in GGUF files, newer keys first.
 GGUF_NAMES = ("fim_pre", "fim_suf", "fim_mid", "prefix", "suffix", "middle")
 
 
