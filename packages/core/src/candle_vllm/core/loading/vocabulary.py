@@ -29,8 +29,8 @@ def fit_tokenizer(tokenizer: Tokenizer, rows: int, source: Path) -> Tokenizer:
     """Return a tokenizer that has exactly the ids below `rows`.
 
     Args:
-        tokenizer: as its files describe it; may be changed.
-        rows: of the model's embedding table.
+        tokenizer: the tokenizer as its files describe it; it may be changed.
+        rows: number of rows of the model's embedding table.
         source: the file or folder of the tokenizer, for messages.
 
     Raises:
@@ -43,12 +43,12 @@ def fit_tokenizer(tokenizer: Tokenizer, rows: int, source: Path) -> Tokenizer:
 
 
 def end_tokens(config: ModelConfig, generation: Fields, tokenizer: Tokenizer, source: Path) -> tuple[int, ...]:
-    """Return the tokens that end a sequence by generation config, config and tokenizer together.
+    """Return the tokens that end a sequence, by generation config, config and tokenizer together.
 
     Args:
-        config: the model's.
+        config: the model's config.
         generation: `generation_config.json`.
-        tokenizer: as `fit_tokenizer` made it.
+        tokenizer: the tokenizer that `fit_tokenizer` returned.
         source: the file of `config`, for messages.
 
     An id without a row can never be sampled: it is left out, and logged.
@@ -103,7 +103,7 @@ def _framing(tokenizer: Tokenizer) -> list[str]:
 
 
 def _remove_added(backend: Backend, rows: int, source: Path) -> Backend:
-    """Copy without the added tokens from `rows` on; the library cannot remove one from an existing tokenizer."""
+    """Copy the backend without the added tokens from `rows` on; the library cannot remove tokens from a tokenizer."""
     data = json.loads(backend.to_str())
     data["added_tokens"] = [token for token in data["added_tokens"] if token["id"] < rows]
     model = data["model"]

@@ -125,7 +125,7 @@ class StopScanner:
         self.idle = not found
         self._include_stop = include_stop
         self._held = ""
-        self._pending: tuple[int, str] | None = None  # a found stop string that a mark may still cover, and the characters after it
+        self._pending: tuple[int, str] | None = None  # a found stop string that a mark may cover, and characters after it
         self._names = dict[str, str]()  # special tokens in the marks -> their placeholder characters
         states = {"": _State(found, {}, {})}
         if marks is not None and found:
@@ -206,7 +206,7 @@ class StopScanner:
         return longest
 
     def _read_mark(self, character: str) -> int:
-        """Takes one character of the marks' alphabet; how many of the last characters may be part of a mark.
+        """Process one character with the marks' placeholders; return how many last characters may belong to a mark.
 
         A complete mark cancels a stop string that ends in it.
         """

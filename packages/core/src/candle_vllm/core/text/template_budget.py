@@ -63,7 +63,7 @@ class Budget:
             self.check_time()
 
     def measure(self, value: object) -> int:
-        """Characters that `value` takes as text, about; never less than half of it. Raises when beyond all limits."""
+        """Estimate the characters of `value` as text, at least half of their number. Raises beyond all limits."""
         return _measure(value, MAX_TEXT, self)
 
 

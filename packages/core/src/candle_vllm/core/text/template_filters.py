@@ -132,7 +132,7 @@ def _ticking(items: Iterator[Any]) -> Iterator[Any]:
 
 
 def _joined(original: Callable[..., Any]) -> Callable[..., Any]:
-    """The join filter, which may be handed a generator: it is made a list first, so that it can be measured."""
+    """Wrap the join filter: a generator, which it accepts, is converted to a list, so that it can be measured."""
 
     @functools.wraps(original)
     def join(eval_ctx: Any, value: Any, d: str = "", attribute: Any = None) -> Any:

@@ -492,7 +492,7 @@ def _with_calls(messages: Sequence[dict[str, Any]], needs: TemplateNeeds) -> lis
             made.append(message)
             continue
         calls = list(calls)
-        while calls or (left and left[-1]["role"] == "tool"):  # in the order of the results, because their images have this order
+        while calls or (left and left[-1]["role"] == "tool"):  # in the order of results, for their images
             result = left.pop() if left and left[-1]["role"] == "tool" else None
             wanted = None if result is None else result.get("tool_call_id")
             own = next((n for n, one in enumerate(calls) if result is None or one.get("id") == wanted), None)

@@ -5,7 +5,7 @@ tokenizer.json has the vocabulary and its rules; without it SentencePiece's toke
 tokenizer_config.json, special_tokens_map.json and added_tokens.json define the special tokens and the roles of tokens
 (docs/models.md: which file wins). The chat template is in one of four files, the newest first: chat_template.jinja with
 additional_chat_templates/, chat_template.json, tokenizer_config.json. generation_config.json belongs to the model, not
-to the tokenizer: loading/model.py reads it.
+to the tokenizer: assembly/model.py reads it.
 """
 
 from __future__ import annotations
