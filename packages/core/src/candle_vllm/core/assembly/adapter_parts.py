@@ -24,11 +24,11 @@ _KINDS = (
     ("lora_magnitude_vector.weight", "magnitude"), ("token_adapter.trainable_tokens_delta", "tokens"),
     ("base_layer.weight", "copy"), ("base_layer.bias", "bias"), ("bias", "bias"), ("weight", "full"),
 )  # fmt: skip
-"""Ends of tensors' names, and what they are."""
+"""Suffixes of tensor names, and the kind of tensor for each."""
 _NAMED = tuple(f".{end.partition('.')[0]}." for end, _ in _KINDS if end.startswith("lora_"))
 
 Parts: TypeAlias = dict[str, StoredTensor]
-"""Tensors of a module by what they are."""
+"""Tensors of a module by kind."""
 
 
 def refuse(stored: StoredAdapter, name: str, why: str) -> NoReturn:

@@ -2,9 +2,9 @@
 """Map an adapter's tensors to the layers of a model, by the family's table of weight names.
 
 A table defines how a stored matrix W becomes the matrices that the model multiplies: by selecting rows of W in some
-order, perhaps after a transposition. An adapter adds B A to W. B has the rows of W, and A has its columns, so a view
-selects the same rows of B. They are found by applying the view to row numbers, once for each kind of matrix. An adapter
-may use the names of either format, whatever the model's format is; each name is treated as in a file of its
+order, perhaps after a transposition. An adapter adds B A to W. B has the rows of W and A its columns, so a view selects
+the same rows of B, which are found by applying the view to row numbers, once for each kind of matrix. An adapter may
+use the names of either format, whatever the model's format; each name is treated as in its own format.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Format: TypeAlias = Literal["safetensors", "gguf"]
 
 _PAIRS_IN_GGUF = ("llama", "mistral", "ministral", "ministral3", "mistral3", "mixtral", "smollm3", "internlm3")
 _PAIRS_IN_GGUF += ("internlm2", "granite", "granitemoe", "granite_swa", "muse_glimmer_text")
-"""Models whose queries and keys stand in pairs of neighbours in GGUF files, and in halves in Hugging Face's."""
+"""Models whose queries and keys are stored in interleaved pairs in GGUF files, and in halves by Hugging Face."""
 
 _TOWERS = ("model.language_model.", "language_model.model.", "language_model.")
 """Prefixes of a text model's names, if it was trained as a part of a larger model."""

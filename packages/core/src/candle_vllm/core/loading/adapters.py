@@ -66,7 +66,7 @@ class StoredAdapter:
         kind: digest of the header and of the configuration's keys with an effect, without the weights: adapters of the
             same kind are fitted and packed in the same way. None for a GGUF file.
         limits: limits that were checked when it was read.
-        alora: invocation tokens: the adapter is active after their last occurrence; None for the whole sequence.
+        alora: invocation tokens: the adapter is active from their last occurrence on; None for the whole sequence.
         base: name of the base model in the files.
         notes: remarks for the operator, such as unknown keys.
         file: the file.

@@ -56,7 +56,7 @@ class ModelConfig:
         sliding_windows: per layer, number of last tokens that a query attends to, including itself; None for all.
         attention_softcap: soft cap of attention scores in every layer; None without a cap.
         attention_sinks: whether heads have sinks, see `kernels/attention`.
-        slopes: ALiBi slope of each head: what a score loses per position of distance; empty without ALiBi.
+        slopes: ALiBi slope of each head, subtracted from a score per position of distance; empty without ALiBi.
         num_experts: number of experts of a layer; 0 for a model without experts.
         interleaved_rotary: q and k rows are stored in interleaved pairs, and are reordered to half-split order.
         has_head: the model generates text; otherwise it has no output layer, and only computes embeddings.
@@ -239,7 +239,7 @@ class EncoderConfig:
         vocab_size: number of rows of the embedding table.
         max_position: maximum length of a text, in tokens.
         first_position: row of the position table for a text's first token (RoBERTa's is after the padding token's row).
-        token_types: rows of the table that tells a pair's texts apart; 1 where a model does not.
+        token_types: rows of the table that distinguishes the texts of a pair; 1 for a model without a distinction.
         activation: activation of the feed-forward layer.
         labels: names of the outputs of the model's head for a text or pair: one for a cross-encoder, several for a
             classifier, no names without a head.

@@ -65,7 +65,7 @@ _OTHER_KINDS = MappingProxyType(
         "clip": ("mmproj", "the vision tower of a model: use --mmproj"),
     }
 )
-"""What `general.type` or `general.architecture` says of files that are not models: their kind, and what takes them."""
+"""Files that are not models, by `general.type` or `general.architecture`: their kind, and the flag for them."""
 _PART_NAME = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.gguf", re.DOTALL)
 
 

@@ -108,7 +108,7 @@ def _matryoshka(config: Fields, size: int) -> tuple[bool, tuple[int, ...]]:
 def _folder_pooling(path: Path) -> tuple[PoolingKind, bool]:
     """Read pooling and normalisation, in that order after the transformer.
 
-    Without a pooling each token has an embedding, as in PyLate's ColBERT models; SPLADE's has the vocabulary's size.
+    Without a pooling each token has an embedding, as in PyLate's ColBERT; SPLADE's has the vocabulary's size.
     """
     parts = [_part(entry, path) for entry in _read_list(path)]
     kinds = [kind for kind, _ in parts]

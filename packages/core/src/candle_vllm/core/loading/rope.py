@@ -24,10 +24,10 @@ class RopeConfig:
         original_max_position: context length before scaling, in tokens.
         low_freq_factor, high_freq_factor: llama3's band limits, in rotations over the original context.
         beta_fast, beta_slow: yarn's band limits, in rotations over the original context.
-        attention_factor: yarn's and longrope's scale of cos and sin; None computes it from `factor` and yarn's
+        attention_factor: scale of cos and sin of yarn and longrope; None computes it from `factor` and the next two.
         mscale, mscale_all_dim: shares of that scale for cos and sin, and for the attention scores.
         truncate: yarn rounds its band limits to whole dimensions.
-        query_scale: factor of growth of queries beyond the original context: see `layers/rotary.py`.
+        query_scale: coefficient of the growth of queries beyond the original context: see `layers/rotary.py`.
         short_factor, long_factor: longrope's divisors of the frequencies, dim / 2 each, for contexts up to the original
             length and for longer ones.
         axes: for each of the dim / 2 frequencies, whether a token's time (0), height (1) or width (2) rotates it
@@ -174,7 +174,7 @@ def _axes(fields: Fields, sections: list[Any], dim: int, *, interleaved: bool) -
 
 
 def _longrope(fields: Fields, nested: Fields, theta: float, dim: int, max_position: int) -> RopeConfig:
-    """Read longrope. Its original context may be outside `rope_scaling`, as in Phi-3; the factor is the extension."""
+    """Read longrope. Its original context may be outside `rope_scaling`, as in Phi-3; the factor is their ratio."""
     for key in ("short_mscale", "long_mscale"):
         if key in nested:
             raise UnsupportedModelError(f"{fields.path}: {key} in the rotary settings is not implemented")

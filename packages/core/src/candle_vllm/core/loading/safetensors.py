@@ -171,7 +171,7 @@ def _read_header(file: MappedFile, max_header: int = MAX_HEADER_BYTES) -> tuple[
             f"at most {max_header} are allowed: it is damaged, incomplete or no safetensors file"
         )
     header = file.buffer[8 : 8 + length]
-    if header.count(b"{") > MAX_TENSORS + 2 or header.count(b":") > 4 * MAX_TENSORS:  # checked before Python objects are created
+    if header.count(b"{") > MAX_TENSORS + 2 or header.count(b":") > 4 * MAX_TENSORS:  # before objects are created
         raise InvalidFileError(f"{file.path} names more than {MAX_TENSORS} tensors in its header")
     tensors: dict[str, FileTensor] = {}
     try:

@@ -195,7 +195,7 @@ def _from_file(path: Path, weight_file: str | None) -> ModelFiles:
 
 
 def _from_folder(folder: Path, name: str, weight_file: str | None, *, subfolders: bool = False) -> ModelFiles:
-    """Find the files in a folder; `subfolders` also searches below it for GGUF files, as in a repository's listing."""
+    """Find the files in a folder; `subfolders` also searches subfolders for GGUF files, as in a repository."""
     deep = subfolders or weight_file is not None
     files = (path for path in folder.glob("**/*" if deep else "*") if path.is_file())
     names = sorted(path.relative_to(folder).as_posix() for path in files)

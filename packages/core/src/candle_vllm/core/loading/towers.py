@@ -131,7 +131,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         },
     }
 )
-"""Keys that published configs leave out of `text_config`, by model_type: the values of transformers' config classes."""
+"""Keys that published configs omit in `text_config`, by model_type: the defaults in transformers."""
 
 _CARRIED = ("dtype", "torch_dtype")  # keys of the whole model that also apply to the text model
 _TEXT = re.compile(r"(?:language_model\.(?=model\.|lm_head\.)|model\.(?:language_model|text_model)\.)(.*)")

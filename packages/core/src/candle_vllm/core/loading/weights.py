@@ -152,7 +152,7 @@ class Line:
 
 
 def beside_gguf(table: Sequence[WeightName], config: Counted) -> Iterator[tuple[Line, Line]]:
-    """Pair each line of safetensors with its line of GGUF; parts of a tensor unsplit in GGUF get the whole's line."""
+    """Pair each line of safetensors with its line of GGUF; parts of a tensor that is whole in GGUF get its line."""
     both = list(zip(expand(table, config, "safetensors"), expand(table, config, "gguf"), strict=True))
     wholes = {line.target: line for stored_line, line in both if line.names and not stored_line.names}
     for stored_line, line in both:

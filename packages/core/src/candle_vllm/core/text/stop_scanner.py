@@ -125,7 +125,7 @@ class StopScanner:
         self.idle = not found
         self._include_stop = include_stop
         self._held = ""
-        self._pending: tuple[int, str] | None = None  # a found stop string that a mark may cover, and characters after it
+        self._pending: tuple[int, str] | None = None  # a found stop string that a mark may cover, and the text after it
         self._names = dict[str, str]()  # special tokens in the marks -> their placeholder characters
         states = {"": _State(found, {}, {})}
         if marks is not None and found:
