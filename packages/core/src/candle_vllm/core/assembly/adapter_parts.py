@@ -42,7 +42,7 @@ def modules_of(stored: StoredAdapter) -> dict[str, Parts]:
     for name, tensor in stored.tensors.items():
         plain = name
         for marker in _NAMED:
-            plain = plain.replace(f"{marker}default", marker.rstrip("."))  # the form that some tools save
+            plain = plain.replace(f"{marker}default", marker.rstrip("."))  # some tools save names in this form
         end, kind = next(((end, kind) for end, kind in _KINDS if plain.endswith(f".{end}")), ("", ""))
         if not kind:
             refuse(stored, name, "it is no part of an adapter that is known here")

@@ -336,7 +336,7 @@ class _Fit:
             self._put(tensor, spot, _Change(Delta(rows=(ids, rows))))
 
     def _tie(self) -> None:
-        """Apply trained rows of a tied embedding table to the head too, and all its deltas if the adapter says so."""
+        """Apply trained rows of a tied embedding table to the head too, and all its deltas if the adapter says that."""
         if not self._base.config.tie_embeddings or not self._base.config.has_head or "head" in self._changes:
             return
         table = self._changes["embed"].get("") if "embed" in self._changes else None
@@ -390,7 +390,7 @@ class _Fit:
         self._check_rank(name, a, rank)
         of_a = [a.rows(expert * rank, (expert + 1) * rank) for expert in range(count)]
         of_b = parts_of_experts(b, count)
-        if a.shape[1] != columns and b.shape[0] == columns:  # older versions of PEFT exchanged rows and columns of experts
+        if a.shape[1] != columns and b.shape[0] == columns:  # older PEFT exchanged the rows and columns of experts
             of_a, of_b = [turned(part) for part in of_b], [turned(part) for part in of_a]
         scale = self._scale(name, a, rank)
         self._each_expert(a, of_a, of_b, spots, scale)
@@ -498,7 +498,7 @@ def norms_with(
 ) -> NDArray[np.float32]:
     """Return ||w + b A|| for rows w [n, K] and b [n, r], from products of the summands.
 
-    B A, which is as large as W, is computed only for rows whose summands nearly cancel. turned: A^T. across: A A^T.
+    B A, which is as large as W, is computed only for rows whose summands nearly cancel. turned: A^T, across: A A^T.
     """
     own = np.einsum("nk,nk->n", rows, rows).astype(np.float64)
     added = np.einsum("nr,nr->n", b @ across, b)

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from candle_vllm.core.models.eagle3 import Eagle3, Eagle3Config
 
 MOST_UNSHARED = 128
-"""Tokens that only one of the two may have: vocabularies of one family end in different added or empty ones."""
+"""Maximum number of tokens that only one vocabulary has: added or unused tokens differ within a family."""
 
 
 def draft_config(config: EngineConfig) -> EngineConfig | None:
@@ -86,7 +86,7 @@ def find_draft(config: EngineConfig) -> None:
 
 
 def describe_draft(config: EngineConfig, target: Described, device: Device) -> Described | DescribedHead | None:
-    """Load everything of a draft model or head but its weights; None without one. Raises as `load_draft`."""
+    """Load a draft model or head without its weights; None if there is neither. Errors as `load_draft`."""
     settings, drafts = draft_settings(config.speculative_config), draft_config(config)
     if settings is None or settings.method not in WITH_WEIGHTS:
         return None

@@ -186,7 +186,7 @@ def _check_isq(config: EngineConfig) -> None:
 
 
 def _longest(config: EngineConfig, files: ModelFiles, model: EncoderConfig) -> int:
-    """Return the most tokens of a text: the setting, else the length the model was tuned for, else its positions."""
+    """Return the maximum tokens of a text: the setting, else the trained length, else the number of positions."""
     if config.max_model_len is None:
         tuned = longest_text(files.folder) if files.format != "gguf" else None
         return min(model.max_position, tuned or model.max_position)

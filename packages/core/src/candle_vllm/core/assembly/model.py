@@ -162,7 +162,7 @@ class LoadedModel(Loaded):
         return None if self.tower is None else self.tower.vision
 
     def turning(self, tokens: int) -> Rotary | None:
-        """Return the rotary embedding for M-RoPE, with table rows for `tokens` image tokens of a step; None without.
+        """Return the rotary embedding for M-RoPE, with table rows for `tokens` image tokens of a step; otherwise None.
 
         Its tables are newly allocated, so this must be called before a runner uses them.
         """
@@ -271,7 +271,7 @@ def files_read(config: EngineConfig, files: ModelFiles) -> tuple[Path, ...]:
 
 
 def _check_depth(deep: int, model: ModelConfig, described: Path) -> None:
-    """Raise InvalidFileError if a tower adds to more layers than the text model has, or to another number of layers."""
+    """Raise InvalidFileError if a tower adds to more layers than the text model has, or than its metadata says."""
     said = getattr(model, "deep", 0)
     if deep > model.num_layers:
         raise InvalidFileError(f"{described}: the tower adds to {deep} layers of a text model of {model.num_layers}")

@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 _STEPS = 1 << 30
 """Bytes that are reserved for steps, because their memory is not known yet."""
 _TOKENS = 4096
-"""Of one sequence, for which a KV cache is kept where no context is asked for: few, for what goes makes steps slow."""
+"""Tokens of one sequence for which KV cache is reserved without a set context; few, since offloading is slow."""
 _SETTINGS = ("cpu_experts", "cpu_offload_gb", "gpu_layers")
 
 
@@ -47,7 +47,7 @@ class Split:
     """The parts of a GPU's model that are in main memory.
 
     Attributes:
-        experts: number of the first layers whose experts the CPU computes.
+        experts: the CPU computes the experts of this number of first layers.
         host: placement of their matrices; None if the CPU computes no experts.
         layers: number of the first layer whose matrices the GPU reads over the bus.
         bus: weight memory of these matrices; None if no layer is read over the bus.

@@ -43,7 +43,7 @@ _BEYOND_F16 = frozenset({
     "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text", "gemma4", "gemma4_text", "gemma4_unified_text",
     "glm4",
 })  # fmt: skip
-"""Models whose activations exceed float16's range: vLLM refuses float16 for them, transformers for Gemma 3."""
+"""Models whose activations exceed float16: vLLM refuses it for them; transformers reports it for Gemma 3."""
 
 
 def resolve_ranks(config: EngineConfig) -> EngineConfig:

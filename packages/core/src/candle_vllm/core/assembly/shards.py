@@ -153,7 +153,7 @@ class Shard:
             self._divide_tokens(whole)
 
     def _divide_tokens(self, decoder: Any) -> None:
-        """Make layers with experts divide a step's tokens among ranks, if the setting asks for it or it may pay."""
+        """Make layers with experts divide a step's tokens among ranks, if the setting says so or it may be faster."""
         from candle_vllm.core.kernels.collectives.token_shares import TokenShares, least_step, rows_sent
 
         size, mixture = self.collective.size, getattr(self.full, "mixture")  # noqa: B009 - who has experts has one
@@ -215,7 +215,7 @@ def shard_of(
         raise ConfigError(
             f"{name} has no experts, and enable_expert_parallel divides nothing: leave it out", "enable_expert_parallel"
         )
-    if getattr(config, "delta_layers", None) or getattr(config, "mamba_layers", None):  # each rank has these layers whole
+    if getattr(config, "delta_layers", None) or getattr(config, "mamba_layers", None):  # each rank has them whole
         if exchanges == "all_to_all":
             raise ConfigError(
                 f"all2all_backend='all_to_all' divides tokens among ranks, and each rank computes the layers of {name} "
