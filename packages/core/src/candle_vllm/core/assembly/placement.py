@@ -53,9 +53,9 @@ def resolve_ranks(config: EngineConfig) -> EngineConfig:
     With `enforce_eager` the ranks stay processes, which compute in torch.
 
     Raises:
-        ConfigError: the settings name fewer GPUs than ranks, the GPU cannot be used, or the ranks need a GPU and the
-            ConfigError: the settings have fewer GPUs than ranks, the GPU cannot be used, or the ranks need a GPU and
-                the machine does not have one."""
+        ConfigError: the settings have fewer GPUs than ranks, the GPU cannot be used, or the ranks need a GPU and the
+            machine does not have one.
+    """
     if config.ranks == 1:
         return config
     here = config.ranks // config.nnodes

@@ -59,8 +59,8 @@ class AdapterConfig:
         rslora: the scale is alpha / sqrt(r), not alpha / r.
         bias: which biases were trained: "none", "all" or "lora_only".
         dora: magnitudes are stored.
+        tied: changes of the embedding table also apply to an output layer that shares it.
         trained_tokens: trained rows of tables, by the module's name; "" is the embedding table.
-        trained_tokens: rows of tables that were trained, by the module's name; "" stands for the embedding table.
         targets: parameters that are no modules, named as in `target_parameters`.
         architecture: architecture of the base model in GGUF files; "" if unknown.
     """

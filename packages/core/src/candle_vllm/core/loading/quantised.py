@@ -4,7 +4,8 @@
 Used before step 1 of a request's life. `quantization/` has a file for each format. The stored tensors determine which
 layers are quantised, so that lists of exceptions in a config are respected without being read, and a layer's own bits
 or groups (GPTQModel's `dynamic`, several `config_groups`) are used if its parts fit them. Patterns in a config are
-never evaluated. Unused parts stay in the checkpoint, where the loader reports them."""
+never evaluated. Unused parts stay in the checkpoint, where the loader reports them.
+"""
 
 from __future__ import annotations
 

@@ -78,11 +78,11 @@ class Mxfp4Source(CodeSource):
 class Nvfp4Source(FloatSource):
     """Source of rows in NVFP4; see the module docstring.
 
-    packed: codes [N, K / 2].
+    Args:
+        packed: codes [N, K / 2].
         scales: scales of groups [N, K / 16].
         whole: the tensor's own scale, one element.
         divided: the scales are divided by `whole`.
-        divided: the scales are divided by it.
     """
 
     def __init__(self, packed: StoredTensor, scales: StoredTensor, whole: StoredTensor, divided: bool) -> None:

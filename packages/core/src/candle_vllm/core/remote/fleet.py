@@ -368,7 +368,7 @@ class Fleet:
             return infos
 
     def _located(self, use: AdapterUse) -> AdapterUse:
-        """Add the known path to an adapter's use, because only the replica of an earlier request may know the name."""
+        """Add the known path to an adapter's use: maybe only the replica of an earlier request knows the name."""
         if use.load_inplace:
             raise InvalidParameterError(
                 f"load_inplace: the request reaches one of {len(self._replicas)} replicas; have all read the files of "

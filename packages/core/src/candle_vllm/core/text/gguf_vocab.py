@@ -61,8 +61,8 @@ class GgufVocab:
     """Vocabulary of a GGUF file, with consistent parts.
 
     Attributes:
+        model: kind of tokenizer, one of SUPPORTED_MODELS.
         tokens: one text per id, all different and non-empty.
-        tokens: one text per id, all different and not empty.
         numbers: the id of each text.
         types: one of the token types per id.
         scores: log-probability per id; empty for a file without scores.

@@ -125,9 +125,9 @@ class TemplateProbe:
     def keeps_order(self, messages: Sequence[Mapping[str, Any]]) -> bool:
         """Whether the texts of these messages, which are all different, are rendered in their order.
 
-        A template that collects system messages at its head changes the prompt's beginning with each new one, so that
         A template that collects system messages at the beginning changes the prompt's beginning with each new one, so
-        that the prefix cache cannot be used."""
+        that the prefix cache cannot be used.
+        """
         text = self._render(messages, _TOOLS if self._prompts[False] is None else None)
         places = [-1 if text is None else text.find(one["content"]) for one in messages]
         return -1 not in places and places == sorted(places)

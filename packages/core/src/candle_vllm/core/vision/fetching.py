@@ -46,7 +46,7 @@ AT_ONCE = 8  # concurrent connections
 MAX_REDIRECTS = 3
 MAX_REQUEST_BYTES = 64 << 20  # limit of all fetched images of a request
 MAX_HELD_BYTES = 512 << 20  # limit of undecoded files of all requests; a single request may exceed it
-MAX_PREPARED_BYTES = 1 << 30  # limit of preprocessed images of all requests in the engine; a single request may exceed it
+MAX_PREPARED_BYTES = 1 << 30  # limit of preprocessed images of all requests in the engine; one request may exceed it
 
 _RESOLVING = 4  # concurrent DNS lookups
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})

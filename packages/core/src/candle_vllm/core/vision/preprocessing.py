@@ -121,7 +121,7 @@ class TileRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
         return made
 
     def _first(self, height: int, width: int) -> tuple[int, int]:
-        """Return height and width for a longer side of `longest`; the other side is even, none exceeds `_MOST_SIDE`."""
+        """Return height and width for a longer side of `longest`; the other is even. `_MOST_SIDE` limits both."""
         ratio = width / height
         if width >= height:
             width = self.longest

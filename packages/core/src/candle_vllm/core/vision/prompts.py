@@ -63,7 +63,7 @@ class VisionInput:
     Attributes:
         parts: description of its vision encoder.
         words: returns the tokens of an image, given its grid of tiles.
-        breaks: tokens that are line breaks alone, with their numbers of line breaks; empty, or with a single one.
+        breaks: tokens of line breaks alone, with the number of line breaks; if not empty, one is a single break.
         limits: limits of files and images.
         most: maximum number of images of a prompt.
         one_at_a_time: lock that is held while an image is decoded.
