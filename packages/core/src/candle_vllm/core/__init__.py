@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The engine of candle-vllm: load a model, continue prompts, many at a time.
 
-Engines and vLLM's names are imported when they are first used, because what computes takes a while to import, and the
+Engines and vLLM's names are imported when they are first used, because computing modules take long to import, and the
 settings, errors and request types do not need it.
 """
 

@@ -150,8 +150,7 @@ def plan_cache(
         beside: bytes of one token in a draft model's cache, which has the same number of blocks.
         layers: the numbers of this rank's layers; None for all.
         drafts: maximum number of draft tokens of a sequence in a step.
-        rows: maximum number of tokens of a sequence in overlapping steps, if layers with a window may have fewer pages
-            than blocks; otherwise 0.
+        rows: maximum tokens of a sequence in overlapping steps; 0 if layers with a window have as many pages as blocks.
         pools: maximum number of page pools; None for one pool per window size.
 
     Raises:

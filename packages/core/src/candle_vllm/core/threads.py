@@ -50,8 +50,7 @@ def loading_threads() -> int:
 def default_threads() -> int:
     """Return the default number of computing threads: one for each physical core that this process may use.
 
-    A container's CPU quota is rounded to the nearest integer, halves up: with more threads, every thread would stop for
-    a part of each period.
+    A container's CPU quota is rounded, halves up: with more threads, each would stop for a part of every period.
     """
     quota = cpu_quota()
     return physical_cores() if quota is None else max(1, min(physical_cores(), math.floor(quota + 0.5)))
@@ -180,8 +179,7 @@ _COLLECTOR = (50_000, 20, 20)
 def collect_seldom() -> None:
     """Run the collector rarely, and not while the process ends; for a process that runs only this program.
 
-    Its passes over lasting objects take a tenth of the time of a start, and a second at the end, when the system frees
-    the memory anyway.
+    Its passes over lasting objects take a tenth of a start's time, and a second at the end, for no benefit.
     """
     gc.set_threshold(*_COLLECTOR)
     atexit.register(_let_go)

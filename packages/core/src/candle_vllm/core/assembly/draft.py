@@ -104,8 +104,7 @@ def load_draft(
     """Load the draft model or head of `target`; None if there is neither, and on a GPU, where drafts use no weights.
 
     Raises:
-        ConfigError, ModelNotFoundError, ModelLoadError: it cannot be loaded, has another vocabulary, or was trained for
-            another model.
+        ConfigError, ModelNotFoundError, ModelLoadError: it cannot be loaded, or does not fit the target model.
     """
     settings, drafts = draft_settings(config.speculative_config), draft_config(config)
     if settings is None or settings.method not in WITH_WEIGHTS or device.type == "cuda":

@@ -5,8 +5,7 @@ Used before step 1 of a request's life. The result is a normal `Checkpoint`, so 
 of the real weights; only the generated text is noise.
 
 Elements of matrices have a normal distribution with standard deviation 0.02, norms are ones and biases zeros, in the
-type in the config. A tensor's elements depend on its name and its device, and are generated on the device, at the speed
-of its memory.
+config's type. A tensor's elements depend on its name and device, and are generated on the device.
 """
 
 from __future__ import annotations

@@ -284,8 +284,7 @@ class _Units(NamedTuple):
 
     Attributes:
         heads: unit of query heads.
-        inner, experts, shared: units of the inner size of dense feed-forward layers, of experts, and of the shared
-            expert.
+        inner, experts, shared: units of the inner size of dense feed-forward layers, experts, and the shared expert.
         channels: unit of convolution channels.
         apart: see `shard_of`.
         exchanged: whether the shared expert is whole on each rank, which runs it for its own tokens.

@@ -50,8 +50,7 @@ def write_gguf_adapter(
     """Write an adapter for the model of `config`, which determines names and the order of rows.
 
     Args:
-        config: `model` and its location, a GGUF file or a folder; `dtype` is the type of the tensors; "auto" leaves
-            their types unchanged.
+        config: `model` and its location, a GGUF file or a folder; `dtype` is the tensors' type, "auto" the stored one.
         adapter: a PEFT folder.
         out: the path of the file, which ends in .gguf.
         overwrite: an existing file may be replaced.
@@ -59,8 +58,7 @@ def write_gguf_adapter(
 
     Raises:
         ConfigError: the file cannot be written at this path.
-        ModelNotFoundError, ModelLoadError: the model or the adapter cannot be used; AdapterError: GGUF cannot represent
-            a part of the adapter.
+        ModelNotFoundError, ModelLoadError: the model or the adapter cannot be used; AdapterError: GGUF cannot hold it.
     """
     out = Path(out)
     check_target(out, overwrite)

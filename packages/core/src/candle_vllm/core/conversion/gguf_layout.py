@@ -23,8 +23,7 @@ class Architecture:
     Attributes:
         name: value of `general.architecture`.
         more: keys beyond those of all architectures, without the architecture's prefix; they take precedence.
-        otherwise: fields of the model's description that differ in the file: the layout of stored tensors, and what is
-            left out.
+        otherwise: fields of the model's description that differ in the file, such as the layout of stored tensors.
         eps: key of the norms' epsilon.
         interleaved: q and k rows are stored in pairs of adjacent rows.
         names: parts of tensor names in files of this kind, for tensors with several names; otherwise the first is used.

@@ -79,7 +79,7 @@ def computed_tensors(config: ModelConfig) -> dict[str, np.ndarray]:
     if factor := getattr(config, "query_norm", 0.0):
         norms = {"q": np.full(config.head_dim, factor, np.float32), "k": np.ones(config.head_dim, np.float32)}
         return {f"blk.{n}.attn_{part}_norm.weight": norms[part] for n in range(config.num_layers) for part in norms}
-    if config.rope.rotated:  # this divisor gives a frequency of 0
+    if config.rope.rotated:  # a divisor of 1e30 gives a frequency of 0
         turns = np.arange(config.rope.dim // 2) < config.rope.rotated // 2
         return {DIVISORS: np.where(turns, config.rope.factor, 1e30).astype(np.float32)}
     if config.rope.kind == "llama3":

@@ -244,8 +244,7 @@ class EncoderConfig:
         labels: names of the outputs of the model's head for a text or pair: one for a cross-encoder, several for a
             classifier, no names without a head.
         likelihood: activation that maps these outputs to 0..1: a sigmoid of each, a softmax over all, or no activation.
-        head_pooling: pooling whose result is the input of a head after the pooling, "all" for each token; None if the
-            model computes the head.
+        head_pooling: pooling before the head, "all" for a head on each token; None if the model computes the head.
     """
 
     model_type: str

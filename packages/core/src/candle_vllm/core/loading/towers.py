@@ -48,8 +48,7 @@ TOWERS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "Qwen3_5MoeForConditionalGeneration": {"qwen3_5_moe_text": "Qwen3_5MoeForCausalLM"},
     }
 )
-"""For each multimodal architecture: the model_type of `text_config`, the first one if it is absent, and the text
-model's architecture."""
+"""For each multimodal architecture: model_type of `text_config` (the first is the default), and text architecture."""
 
 FLAT = frozenset({"Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration"})
 """Architectures whose published configs have the text model's keys beside `vision_config`, without a `text_config`."""

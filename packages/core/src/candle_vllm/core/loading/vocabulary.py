@@ -2,9 +2,8 @@
 """Fit a model's tokenizer to the rows of its embedding table (loading, before step 3 of a request).
 
 Their sizes often differ. Rows without a token are harmless. A token without a row is not: a plain text would become an
-id without an embedding. Added tokens without a row (a padding token that was registered and never trained) are removed,
-and their text is tokenized as plain text. A model is refused if another token of the vocabulary, or one that begins or
-ends texts, has no row.
+id without an embedding. Added tokens without a row (a padding token that was never trained) are removed, and their text
+is tokenized as plain text. A model is refused if any other token, or one that begins or ends texts, has no row.
 """
 
 from __future__ import annotations

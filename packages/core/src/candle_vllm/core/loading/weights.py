@@ -99,8 +99,7 @@ class WeightName:
         target: attribute path of the layer and the parameter, such as "layers.{i}.attention.qkv:q.weight".
         hf, gguf: the stored name, or several names, of which the first stored one is used; None for a format without
             the tensor. In a line with `{e}` a name without `{e}` is a tensor of all experts.
-        hf_view, gguf_view: view of the stored tensor, if its name has no view of its own; a tensor of all experts is
-            first reduced to one expert.
+        hf_view, gguf_view: view of the stored tensor, or of an expert's part of it, if its name has no view of its own.
     """
 
     target: str

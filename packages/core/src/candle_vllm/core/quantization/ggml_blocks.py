@@ -6,8 +6,7 @@ Used before step 1 of a request's life. `take_apart` reads it byte by byte, for 
 
 A block has **codes** and the **floats** that they are multiplied with. A weight is scale * code, plus the minimum if
 there is one. K-quants have small scales and minima for every `width` weights: there a weight is (scale * small scale) *
-code, minus minimum * small minimum. A code is int8(stored bits - zero), modulo 256. TQ1_0 has no bits of codes, but
-five base-3 digits in a byte.
+code, minus minimum * small minimum. A code is int8(stored bits - zero), modulo 256; TQ1_0's are base-3 digits.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ class GroupCodes:
         zeros: the codes of weight 0, int32 [R, G]; None for the middle, 2^(bits - 1).
         bits: 4, 5 or 8.
         scale_dtype: the type that the scales are stored in, one of `plain.ELEMENTS`.
-        group_of: the group of each column, int64 [K]; None for G groups of K / G neighbours.
+        group_of: the group of each column, int64 [K]; None for G groups of K / G adjacent columns.
     """
 
     codes: np.ndarray

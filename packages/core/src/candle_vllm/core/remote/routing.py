@@ -16,8 +16,7 @@ from collections.abc import Collection, Hashable, Sequence
 MAX_INDEX = 1 << 18
 """Maximum number of blocks that are remembered per replica; 16.8 million tokens in blocks of 64."""
 SEQUENCE_TOKENS = 256
-"""Load of a running sequence, in prompt tokens that are still to be computed: about the additional time of the steps
-that generate its answer."""
+"""Load of a running sequence, in prompt tokens: about the additional time of the steps that generate its answer."""
 HELD_SHARE = 0.05
 """Load of a token in the context of a generating request: it makes steps longer, and takes memory in the cache."""
 

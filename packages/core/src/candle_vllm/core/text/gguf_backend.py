@@ -8,7 +8,7 @@ Each kind of model gives the same token ids as llama.cpp:
 - llama: SentencePiece's byte-pair model. Its merges are not stored, but every token that is the concatenation of two
   tokens is a merge, and its score is its rank;
 - t5: SentencePiece's unigram model;
-- bert: WordPiece. The file writes a word's first piece with U+2581 and the others bare.
+- bert: WordPiece. The file marks the first token of a word with U+2581 and leaves the other tokens unmarked.
 """
 
 from __future__ import annotations

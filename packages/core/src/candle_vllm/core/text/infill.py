@@ -2,8 +2,7 @@
 """Fill-in-the-middle: find a vocabulary's infill marks, and make prompts with them.
 
 A model trained for it reads the prefix and the suffix of a gap, each after its mark, and continues with the text of the
-gap. There is no standard: marks and order differ between models, and are found by the names of tokens, or by ids in a
-GGUF file.
+gap. There is no standard: marks and order differ, and are found by names of tokens, or by ids in a GGUF file.
 """
 
 from __future__ import annotations

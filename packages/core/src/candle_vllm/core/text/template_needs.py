@@ -208,15 +208,13 @@ class TemplateNeeds:
         writes_system: a first system message is written; otherwise its text begins the first user message.
         system_alone: a system message is written if the conversation has no other message.
         system_behind_results: a first system message is written if a tool result ends the conversation.
-        system_anywhere: later system messages are written at their position; otherwise they become text of the user, in
-            tags.
+        system_anywhere: later system messages are written in place; otherwise they become text of the user, in tags.
         user_behind_results: a user message may follow a tool result; otherwise its text is added to that result.
         user_first: the first message must be a user's; an empty user message is put before an assistant's message.
         roles_in_turn: two user messages with different names must not follow each other.
         empty_answers: an assistant message may be empty; otherwise it is left out.
-        bare_tools: tools may lack description and parameters; otherwise both are filled in empty.
-        bare_schemas: parameters may lack descriptions, and objects their `additionalProperties`; otherwise both are
-            filled in empty.
+        bare_tools: tools may lack description and parameters; otherwise empty ones are added.
+        bare_schemas: parameters may lack descriptions, objects `additionalProperties`; otherwise empty ones are added.
         odd_schemas: a schema may be `true`, of type null, or of several types; otherwise it is simplified.
     """
 

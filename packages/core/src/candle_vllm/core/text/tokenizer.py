@@ -138,8 +138,7 @@ class Tokenizer:
 
         Args:
             text: any text that UTF-8 can encode.
-            add_special_tokens: add BOS and EOS if the model uses them; not for rendered chat templates, which contain
-                them.
+            add_special_tokens: add BOS and EOS if the model uses them; rendered chat templates already contain them.
             parse_special: the text of a special token in `text` becomes that token rather than plain text.
 
         Raises:

@@ -3,9 +3,8 @@
 
 An untrusted file is parsed once before Pillow reads it. This checks its format, its size and its scans, and removes
 everything but the pixels: EXIF, ICC profiles, texts, comments and control blocks of further frames. So Pillow parses no
-metadata, and the cost of a file is bounded by its bytes and its pixels. Pillow's message about a damaged file is not
-returned, because it may contain memory addresses. Source of the limits: CVE-2026-22778, CVE-2026-34755 and similar
-ones, see docs/vision.md.
+metadata, and the cost of a file is bounded by its bytes and its pixels. Pillow's message about a damaged file may
+contain memory addresses and is not returned. Source of the limits: docs/vision.md (CVE-2026-22778 and others).
 """
 
 from __future__ import annotations

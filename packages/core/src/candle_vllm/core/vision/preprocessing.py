@@ -76,8 +76,8 @@ class Normalisation:
 class TileRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Rule of Idefics3 and SmolVLM: a grid of square tiles, row by row, followed by the whole image as one tile.
 
-    The image is resized twice: first its longer side to `longest` (small images are enlarged too), then both sides to
-    multiples of a tile.
+    The image is resized twice: first its longer side to `longest` (even if it is smaller), then both sides to whole
+    tiles.
 
     Attributes:
         longest: pixels of the longer side.
@@ -184,8 +184,8 @@ class FitRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 class StretchRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Rule of Gemma 3: the whole image as a square tile, followed, with pan and scan, by tiles of its crops.
 
-    Pan and scan cuts an oblong image along its longer side into crops of nearly equal size. Each tile is resized from
-    the pixels of the original image.
+    Pan and scan cuts an image along its longer side into crops of nearly equal size. Tiles are resized from the
+    original.
 
     Attributes:
         tile: pixels of a tile's side.
@@ -495,8 +495,7 @@ def patch_rows(
         normalisation: normalisation of the pixels.
 
     Returns:
-        Patches [N * P, 3 * patch * patch] with channels before pixels, and the row and column of each in its tile
-        [N * P, 2].
+        Patches [N * P, 3 * patch * patch], channels before pixels, and row and column of each in its tile [N * P, 2].
     """
     count, height, width, _ = tiles.shape
     grid = (count, height // (cell * patch), cell, patch, width // (cell * patch), cell, patch, 3)
