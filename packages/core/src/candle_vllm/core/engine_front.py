@@ -214,8 +214,8 @@ class EngineFront(ABC):
             names: the field of each image, for error messages; "image" by default.
 
         Raises:
-            InvalidParameterError: the model is text-only, an image cannot be used, or images and image tokens differ in
-                number.
+            InvalidParameterError: the model is text-only, an image cannot be used, or an image token is missing or
+                extra.
         """
         if images and all(isinstance(image, ImageInput) for image in images):
             return list(token_ids), tuple(images)  # type: ignore[arg-type]
@@ -298,8 +298,8 @@ class EngineFront(ABC):
         the other level; level 2 is left only by `wake_up`.
 
         Raises:
-            CandleVllmError: this engine cannot sleep at this level: random weights at level 2, or a CPU without Linux.
-                Nothing has changed.
+            CandleVllmError: no sleep at this level, nothing has changed: random weights at level 2, or a CPU without
+                Linux.
             EngineDeadError: the engine has stopped.
         """
         check_sleep(level, mode)
@@ -307,7 +307,7 @@ class EngineFront(ABC):
 
     @explained()
     def wake_up(self, tags: Sequence[str] | None = None) -> None:
-        """Fill memory again; later answers equal those before `sleep` bit for bit. Does nothing if it is awake.
+        """Allocate memory again; later answers equal those before `sleep` bit for bit. Does nothing if no tag sleeps.
 
         Args:
             tags: "weights", "kv_cache" or both; None is both. Requests are accepted once both are awake.
@@ -353,8 +353,7 @@ class EngineFront(ABC):
     def add_lora(self, lora_request: LoRARequest) -> AdapterInfo:
         """Register an adapter under its name and load it; wait for the load, while requests go on.
 
-        Thread-safe, like the next three methods. `load_inplace` reads the files again; running requests use the old
-        ones.
+        Thread-safe, like the next three methods. `load_inplace` reads the files again; running requests keep the old.
 
         Raises:
             AdapterError: the adapter cannot be used, because of its files or because the model does not fit it.
@@ -405,8 +404,8 @@ class EngineFront(ABC):
         """Continue every prompt; return the outputs in the order of the prompts.
 
         Args:
-            prompts: one prompt or a list; a prompt is a text, token ids, or vLLM's object (`prompt` or
-                `prompt_token_ids`).
+            prompts: one prompt or a list; a prompt is a text, a list of token ids, or vLLM's object with `prompt` or
+                `prompt_token_ids`.
             sampling_params: one for all prompts, or one for each. Fields that are left out have the model's defaults
                 (`default_sampling_params`); `max_tokens` is 16 by default.
             use_tqdm: show a progress bar, on a terminal; or a function that makes one, called like tqdm.
@@ -416,7 +415,7 @@ class EngineFront(ABC):
                 these or None for each prompt. A path is read when its name is first used.
 
         Raises:
-            RequestError: a prompt or its parameters are wrong; the message has its position (`prompts[50]`); nothing
+            RequestError: a prompt or its parameters are wrong; the message has its position (`prompts[50]`). No prompt
                 was run.
             RequestAbortedError: the engine was closed meanwhile.
             CandleVllmError: the engine failed on a request.
@@ -471,8 +470,7 @@ class EngineFront(ABC):
             options: see `apply_chat_template`; `documents`, `tools` and variables apply to all conversations.
 
         Raises:
-            RequestError: a conversation or its parameters are wrong, `messages[2].content: ...`; no conversation was
-                run.
+            RequestError: a conversation or its parameters are wrong: `messages[2].content: ...`. Nothing was run.
             TypeError: an option is unknown, and the template does not read it.
             RequestAbortedError, CandleVllmError: see `generate`.
         """

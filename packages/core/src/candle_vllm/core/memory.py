@@ -35,7 +35,7 @@ from candle_vllm.core.threads import STACK_BYTES, control_groups, loading_thread
 
 MIB = 1 << 20
 SPARE, SPARE_ADDRESSES = 256 * MIB, 768 * MIB
-"""Bytes that a raised limit leaves for the rest: a step's rows, requests and threads; and for reserved memory."""
+"""Bytes that a raised limit leaves for a step's rows, requests and threads; the second includes reserved memory."""
 _FOR_STEPS = 64 * MIB
 _FOR_A_SERVER = 128 * MIB
 """Bytes of a control group that cache and weights leave free, since exceeding the limit ends the process: with the

@@ -24,7 +24,7 @@ STACK_BYTES = 16 << 20
 
 @contextmanager
 def deep_stacks() -> Iterator[None]:
-    """Give threads that start within the context `STACK_BYTES`; the system's default may be 2 MiB."""
+    """Give `STACK_BYTES` to threads that start within the context; the system's default may be only 2 MiB."""
     before = threading.stack_size(STACK_BYTES)
     try:
         yield

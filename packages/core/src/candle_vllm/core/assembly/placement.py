@@ -53,8 +53,7 @@ def resolve_ranks(config: EngineConfig) -> EngineConfig:
     With `enforce_eager` the ranks stay processes, which compute in torch.
 
     Raises:
-        ConfigError: there are fewer GPUs than ranks, the GPU cannot be used, or ranks need a GPU on a machine without
-            one.
+        ConfigError: there are fewer GPUs than ranks, the GPU cannot be used, or the ranks need a GPU that is missing.
     """
     if config.ranks == 1:
         return config

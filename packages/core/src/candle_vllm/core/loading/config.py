@@ -263,7 +263,7 @@ class EncoderConfig:
     head_pooling: Literal["mean", "cls", "all"] | None = None
     num_experts: int = 0
     tie_embeddings: bool = False
-    has_head: bool = False  # a head that is applied to tokens
+    has_head: bool = False  # a language model's head
     implementation: ClassVar[str] = "native"
 
     @property

@@ -262,7 +262,7 @@ def file_kind(path: Path) -> str:
     """Return the kind of a GGUF file by its metadata: "model", "imatrix", "adapter" or "mmproj".
 
     Only the metadata before the vocabulary is read. Source: `general.type` of the GGUF specification. Files of old
-    tools lack this key and have a special architecture.
+    tools lack this key; their architecture has the name of the kind.
 
     Raises:
         InvalidFileError, UnsupportedModelError: as `GgufFile.open`.

@@ -50,7 +50,7 @@ def read_quantised(checkpoint: Checkpoint, config: Mapping[str, Any], path: Path
         path: path of `config.json`; one of `FILES` may be in the same folder.
 
     Raises:
-        UnsupportedModelError: a method, format or number of bits is not implemented; it lists the implemented ones.
+        UnsupportedModelError: a method, format or bit count is not implemented; the message lists the implemented ones.
         InvalidFileError: the config is damaged, or a layer's parts do not fit together.
     """
     settings = _settings(config, path)

@@ -28,8 +28,7 @@ class RopeConfig:
         mscale, mscale_all_dim: shares of that scale for cos and sin, and for the attention scores.
         truncate: yarn rounds its band limits to whole dimensions.
         query_scale: coefficient of the growth of queries beyond the original context: see `layers/rotary.py`.
-        short_factor, long_factor: longrope's divisors of the frequencies [dim / 2], up to the original context and
-            beyond.
+        short_factor, long_factor: longrope's divisors of frequencies [dim / 2], within the original context and beyond.
         axes: for each of the dim / 2 frequencies, whether a token's time (0), height (1) or width (2) rotates it
             (M-RoPE); empty if one position rotates all frequencies.
     """

@@ -84,8 +84,7 @@ def resolve(
     Args:
         model: "demo", the demo model; a `.gguf` file; a folder with `config.json` and safetensors, or with one GGUF
             model; otherwise a Hugging Face id, `organisation/name`, or `organisation/name:Q4_K_M` for a GGUF file.
-        weight_file: the GGUF file in a folder or repository: a path, a pattern such as `*Q4_K_M*`, or a quantisation
-            type.
+        weight_file: GGUF file in a folder or repository: a path, a pattern such as `*Q4_K_M*`, or a quantisation type.
         revision: branch, tag or commit of the repository.
         token: access token for the hub; by default the one that `hf auth login` stored.
         cache_dir: folder for downloads; by default the hub's own cache.

@@ -76,8 +76,7 @@ class Normalisation:
 class TileRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Rule of Idefics3 and SmolVLM: a grid of square tiles, row by row, followed by the whole image as one tile.
 
-    The image is resized twice: first its longer side to `longest` (even if it is smaller), then both sides to whole
-    tiles.
+    The image is resized twice: its longer side to `longest` (even if it is smaller), then both sides to whole tiles.
 
     Attributes:
         longest: pixels of the longer side.
@@ -184,8 +183,8 @@ class FitRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 class StretchRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Rule of Gemma 3: the whole image as a square tile, followed, with pan and scan, by tiles of its crops.
 
-    Pan and scan cuts an image along its longer side into crops of nearly equal size. Tiles are resized from the
-    original.
+    Pan and scan cuts an oblong image along its longer side into crops of nearly equal size. Each tile is resized from
+    the pixels of the original image.
 
     Attributes:
         tile: pixels of a tile's side.
