@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The architectures that GGUF files are written for: one row for each, with what its metadata says beyond the usual."""
+"""Architectures that GGUF files are written for: one row for each, with its metadata beyond the common keys."""
 
 from __future__ import annotations
 
