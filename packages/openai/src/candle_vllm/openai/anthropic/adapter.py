@@ -44,7 +44,7 @@ class MessagesAdapter:
         """
         Args:
             adapter: answers the tasks.
-                sampling_defaults: defaults by name in `SamplingParams`; they take precedence over the model's own.
+            sampling_defaults: defaults by name in `SamplingParams`; they take precedence over the model's own.
         """
         self._adapter = adapter
         self._sampling_defaults = dict(sampling_defaults or {})
