@@ -43,7 +43,7 @@ class Pythonic:
     listed: bool = True
 
     def read(self, reader: Reader, calls: CallSink) -> Need[bool]:
-        """Reads what follows the opening mark; False where that is no call, and nothing was made of it."""
+        """Parse calls after the opening mark; return False, without any event, if there is no call."""
         before = calls.count
         yield from reader.skip_space()
         listed = bool((yield from reader.take("[")))

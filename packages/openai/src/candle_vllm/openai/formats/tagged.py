@@ -71,7 +71,7 @@ class Tagged:
         return (self.key_open, *self.tight[1:])
 
     def read(self, reader: Reader, calls: CallSink) -> Need[bool]:
-        """Reads what follows the opening mark; False where that is no call, and nothing was made of it."""
+        """Parse calls after the opening mark; return False, without any event, if there is no call."""
         before = calls.count
         while (yield from self._call(reader, calls)):
             yield from reader.skip_space()
