@@ -138,7 +138,7 @@ LAST_WORDS: Mapping[str, str] = dict.fromkeys(words("qwen3 qwen3_moe qwen3_next 
 
 
 def open_mark(prompt_tail: str, reasoning: ReasoningFormat | None, *, continued: bool = False) -> str:
-    """Return the mark with which a prompt opens the reasoning, so that the model begins within it; "" without such a mark.
+    """Return the mark with which a prompt opens the reasoning, so the model begins in it; "" without such a mark.
 
     Args:
         prompt_tail: the end of the prompt, at least from the answer's beginning on.
