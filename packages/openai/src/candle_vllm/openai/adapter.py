@@ -116,12 +116,10 @@ class OpenAIAdapter:
             allow_chat_template: whether requests may bring a chat template, which is a program in a sandbox.
             tool_parser, reasoning_parser: names of formats (docs/tool-calling.md); None uses the model's own.
             reasoning_budget: default for the maximum number of reasoning tokens; -1 means no limit.
-            reasoning_budget_message: text that is inserted when a budget ends the reasoning; None uses the text that
-                the model's makers recommend.
+            reasoning_budget_message: text inserted when a budget ends the reasoning; None uses the model makers' text.
             default_chat_template_kwargs: default values of chat template variables.
             watcher: notified of every request that is submitted to the engine.
-            salted: converts a request's `cache_salt` to one that other clients cannot send; called in the request's
-                context. None keeps it unchanged.
+            salted: converts a `cache_salt`, in the request's context, to one that others cannot send; None keeps it.
             adapters: adapters whose names are served as well; None without adapters.
             images: allowed sources of images; None allows only images inside the request.
 

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Events of an answer in the form of no API (step 10): the interface between the code that answers requests and the
-code that writes an API's chunks.
+"""Events of an answer in the form of no API (step 10): read by the code that writes an API's chunks.
 
 A request has one choice or several, whose events interleave; each event has the index of its choice. A choice begins
 (`Begun`), has reasoning, text and calls, and ends (`Ended`). `Usage` has the counts so far: before the first choice
@@ -23,8 +22,7 @@ class Reason(enum.StrEnum):
     """Why an answer ended; the value is OpenAI's finish reason.
 
     Attributes:
-        anthropic, ollama, llama_server: the reasons of these APIs. They have other ones for a stop string, and
-            Anthropic for a full context.
+        anthropic, ollama, llama_server: these APIs' reasons; stop strings, and Anthropic's full context, have others.
         responses: the Responses API's reason of an incomplete answer.
     """
 
@@ -137,10 +135,8 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
         reasoning_tokens: output tokens of the reasoning and its marks; None if there cannot be any.
         prompt_ms: from the first work on the prompt to the first token; in final counts, if known.
         completion_ms: from the first token to the last, likewise.
-        draft_tokens, accepted_draft_tokens: draft tokens that were tried, and those that became output;
-            in final counts, as the next two.
-        predicted_tokens, accepted_predicted_tokens: tokens of the request's prediction, and those that are part of the
-            output, summed over the choices.
+        draft_tokens, accepted_draft_tokens: draft tokens that were tried, and those in the output; in final counts.
+        predicted_tokens, accepted_predicted_tokens: predicted tokens, and those in the output, of all choices.
         final: whether this is the last event.
     """
 

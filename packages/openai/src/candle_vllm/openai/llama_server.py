@@ -82,8 +82,7 @@ class _Asked(LlamaFields, LlamaForms):
     Attributes:
         n_predict: maximum number of tokens; -1 and -2 mean up to the end of the context, 0 only evaluates the prompt.
         n_probs: number of likeliest tokens reported at each position; 0 reports no probabilities.
-        logit_bias: pairs of a token id, or a text for all of its tokens, and a value added to the logit, or an object
-            of such pairs; false bans the tokens, as -100 does.
+        logit_bias: pairs of a token id, or a text for all its tokens, and a bias; or an object of them; false is -100.
         return_tokens: whether a whole answer has its token ids; chunks of a stream always have their ids.
         timings_per_token: whether every chunk has timings.
         response_fields: fields of the last chunk or the whole answer: names, or paths like `generation_settings/seed`.

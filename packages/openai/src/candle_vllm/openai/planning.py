@@ -37,8 +37,7 @@ _TAIL = 1 << 14  # characters at a prompt's end that are searched for its last m
 
 
 class Planned(NamedTuple):
-    """Plan for the answers of one request, the constraint on their text, the limit on reasoning, and the states in
-    which stop strings apply."""
+    """Plan for one request's answers, constraint on their text, limit on reasoning, and where stop strings apply."""
 
     answers: AnswerPlan
     structured: StructuredOutputsParams | None

@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""What a request asks for, in the form of no API (step 2): the interface between the code that reads requests and the
-code that answers them.
+"""What a request asks for, in the form of no API (step 2).
 
-A reader validates a request and converts it to a `Task`; prompts, parameters, grammars and plans are made from the task
-alone. Errors that are found later name the fields of the task, and `Paths` has the names of these fields in the
-request.
+Each API validates its requests and converts them to a `Task`; prompts, parameters, grammars and plans are made from it
+alone. Errors that are found later name fields of the task, and `Paths` has their names in the request.
 """
 
 from __future__ import annotations
@@ -80,8 +78,7 @@ class ToolFunction(msgspec.Struct, frozen=True):
     Attributes:
         parameters: a JSON schema that has `"type": "object"`; without properties if the request gave no parameters.
         strict: whether the arguments must follow the schema even if the model chooses to call.
-        grammar: Lark grammar of the function's only argument, a text; it is enforced if the model's format of calls
-            allows it.
+        grammar: Lark grammar of the function's only argument, a text; enforced if the format of calls allows it.
     """
 
     name: str
@@ -246,7 +243,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
         variables: variables of the chat template.
         documents: documents for the chat template.
         chat_template: replaces the model's template.
-        add_special_tokens: whether special tokens are added to the rendered text.
+        add_special_tokens: whether special tokens are added to the rendered text or the prompts.
         thinking: limit on the reasoning; None uses the server's.
         show_thoughts: whether the reasoning is part of the answer.
         echo: text that every choice begins with.

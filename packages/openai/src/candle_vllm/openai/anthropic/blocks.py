@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Content blocks of Anthropic's requests (step 2).
 
-Text, images, reasoning, tool calls and their results are accepted. Every other type is refused, and the error names
-it.
+Text, images, reasoning, tool calls and their results are accepted; the error of any other type names it.
 """
 
 from __future__ import annotations
@@ -176,8 +175,7 @@ def _readable(value: Any) -> Any:
 
 
 class DocumentBlock(WireModel):
-    """A document of plain text; the model reads its title, context and text. The cache mark has no effect, and answers
-    have no citations."""
+    """A document of plain text; the model reads its title, context and text. The cache mark has no effect."""
 
     type: Literal["document"]
     source: Annotated[

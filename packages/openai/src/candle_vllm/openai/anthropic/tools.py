@@ -31,8 +31,7 @@ class Tool(WireModel):
     """A tool that the client executes.
 
     `defer_loading` has no effect: the model sees every tool from the start, so the beginning of the prompt stays the
-    same for the prefix cache. `eager_input_streaming` has no effect either: the input is always streamed as it is
-    generated.
+    same for the prefix cache. `eager_input_streaming` has no effect either: the input is always streamed.
     """
 
     type: Literal["custom"] | None = None

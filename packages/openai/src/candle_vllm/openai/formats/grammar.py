@@ -2,8 +2,7 @@
 """Grammar of tool calls, from a row of `table`: exactly what a model may write (step 2).
 
 In mode "required" a message is its reasoning and calls. In mode "auto" it is free text, in which a call must follow
-the format from its opening mark on. White space is allowed where models usually write it. Each kind of body has its
-module in `grammars`.
+the format from its opening mark on. White space is allowed where models usually write it. `grammars` has the bodies.
 """
 
 from __future__ import annotations
@@ -70,8 +69,7 @@ def tool_grammar(
         special: texts of the vocabulary's special tokens -> their ids.
         own: texts of ordinary tokens -> their ids; forced marks consist of these tokens, so that the next prompt, which
             has the same tokens, finds this answer in the cache.
-        loose: names of tools whose arguments may be any object; in mode "auto" also all tools that are not strict and
-            have no grammar.
+        loose: tools whose arguments may be any object; in mode "auto" also all that are not strict and without grammar.
         always: constrain calls in mode "auto" even if no tool is strict.
 
     Returns:

@@ -29,8 +29,7 @@ class JsonCalls:
     Attributes:
         closers: marks that may follow the calls and that end unclosed arguments.
         known_only: only an object with a known tool's name and with arguments is a call; for text without marks.
-        offered_only: only names of the request's tools are calls, and an empty list has no calls; for a mark that is an
-            ordinary word.
+        offered_only: only names of the request's tools are calls, an empty list is not; for a mark that is a word.
         silent: names that are not calls unless the request offers them.
         keyed: the object has one entry, the tool's name with its arguments (Apertus).
         listed: `grammar` writes calls in a list.

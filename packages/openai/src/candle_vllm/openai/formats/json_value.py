@@ -3,8 +3,7 @@
 
 Valid JSON is passed on byte for byte. Mistakes that models make and that have one meaning are repaired: raw control
 characters and unknown escapes in strings, single quotes, Python's True, False and None, numbers and words that JSON
-does not allow, keys without quotes, commas before a closing bracket, and missing closing brackets if the model has
-finished.
+does not allow, keys without quotes, commas before a closing bracket, and brackets that a finished text lacks.
 """
 
 from __future__ import annotations

@@ -91,8 +91,7 @@ class ToolFormat:
         bodies: formats that may follow such a mark; the first that matches is used.
         names: marks that begin both calls and their body, such as a function's tag without an enclosing tag.
         named: format after these marks, if it is not one of `bodies`: text may mention such a tag.
-        ends_thoughts: models write calls in reasoning that they have not closed; a call of an offered tool ends the
-            reasoning.
+        ends_thoughts: models write calls in unclosed reasoning; a call of an offered tool ends the reasoning.
         line_start: marks in `opens` that are text begin calls only at the beginning of a line.
         on_lines: in reasoning, a call begins only at the beginning of a line.
         bare: format of calls without a mark; only at the beginning of a message.

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Calls whose name precedes the arguments: JSON, `[TOOL_CALLS]f[ARGS]{...}`, `<function=f>{...}</function>`, or a
-text that is the only argument of a tool, such as code."""
+"""Calls whose name precedes the arguments: `[TOOL_CALLS]f[ARGS]{...}`, `<function=f>{...}</function>`, or plain code."""
 
 from __future__ import annotations
 

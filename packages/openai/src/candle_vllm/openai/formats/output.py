@@ -124,8 +124,7 @@ class Output:
         tools: tools of the request, by name.
         make_id: creates ids of calls.
         most_calls: maximum number of calls, further ones are left out; None means no limit.
-        shown: texts of the special tokens to show, by their characters (see `layout`); other special tokens are left
-            out.
+        shown: texts of the special tokens to show, by their characters (see `layout`); others are left out.
         names: texts of special tokens by their characters, for strings in arguments and marks that are text after all.
 
     Attributes:

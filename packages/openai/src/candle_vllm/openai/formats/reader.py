@@ -295,7 +295,7 @@ class CodeSpans:
         self._end_line()
 
     def _opened(self) -> str:
-        """Return the fence with which the current line opens a block; a line with further backticks opens none."""
+        """Return the fence with which the current line opens a block; no backtick may follow a fence of backticks."""
         match = _FENCE.match(self._head)
         if match is None or (match[1][0] == "`" and self._ticks > len(match[1])):
             return ""

@@ -34,8 +34,7 @@ class Tagged:
         closers: marks that may follow the calls.
         head: pattern of attributes beside the key; its groups are `key`, and `text`, "true" if the value is a string
             and "false" if it is JSON, or `type`, a JSON type.
-        newlines: a line break before and after each value is not part of it; without the first, the second is part of
-            it.
+        newlines: line breaks before and after a value are not part of it; without the first, the second is.
         text_open, text_end: marks around a text that could be mistaken for tags (XML's CDATA).
         tight: spellings of `name_open` and `key_open` without a space, which models also write.
         known_only: a call must name an offered tool, and arguments or the end of the call must follow; for names

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Choice of a row of the table by a template: by parsing the output of a chat template, by the marks in its source, or
-by the `response_template` of a tokenizer (transformers 5).
+"""Choice of a row of the table: by a chat template's output, by its marks, or by a tokenizer's `response_template`.
 
-A response template names fields of a message, each with its marks and its content's format. A template with the marks
-of a row selects that row; calls that are JSON between marks make a new row.
+A response template (transformers 5) names fields of a message, each with its marks and its content's format. A template
+with the marks of a row selects that row; calls that are JSON between marks make a new row.
 Source: transformers, `utils/chat_parsing/response_templates.py`.
 """
 

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Messages that are text with marks: where reasoning and calls begin and end (step 10).
 
-A mark is valid only where it makes sense. What was wrongly taken for a mark is text and is parsed again, up to a
-limit.
+A mark is valid only where it makes sense. What was wrongly taken for a mark is parsed again as text, up to a limit.
 """
 
 from __future__ import annotations

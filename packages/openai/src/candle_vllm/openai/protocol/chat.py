@@ -77,8 +77,7 @@ class ChatCompletionRequest(TemplateFields, GenerationFields):
     `max_completion_tokens` and `max_tokens` are two names of one limit; without both, the context is the limit.
     `include_reasoning: false` leaves the reasoning out of the answer; it is still generated and counted.
     With a `prediction`, usage counts the predicted tokens that are part of the answer.
-    With `timings_per_token`, a whole answer and every chunk have llama.cpp's `timings`; the last chunk has the engine's
-    measurements.
+    With `timings_per_token`, an answer and every chunk have llama.cpp's `timings`; the last chunk's are the engine's.
     `conversation_id` and `resource_id` are labels of the client: the answer repeats them, a stream in its first chunk.
     """
 
@@ -199,8 +198,7 @@ class CustomToolCallOut(msgspec.Struct, frozen=True, kw_only=True, tag_field="ty
 class ChatMessage(msgspec.Struct, frozen=True, kw_only=True):
     """The answer; `content` is null if the answer has only tool calls or only reasoning.
 
-    The reasoning has two names: `reasoning_content` as in llama.cpp and DeepSeek, `reasoning` as in vLLM and
-    OpenRouter.
+    The reasoning has two names: `reasoning_content` (llama.cpp, DeepSeek) and `reasoning` (vLLM, OpenRouter).
     """
 
     role: str = "assistant"

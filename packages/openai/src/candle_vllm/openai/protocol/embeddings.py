@@ -50,14 +50,13 @@ class EmbeddingRequest(CutFields, PoolingFields):
     Attributes:
         encoding_format: vectors as numbers, or as base64 of little-endian float32.
         dimensions: length of the vectors, for models trained for truncated vectors (Matryoshka).
-        pooling, embedding_type: positions that a vector pools; two names of one field, the second candle-vllm's.
+        pooling, embedding_type: which token positions are pooled; two names of one field, the second candle-vllm's.
         normalize, normalized: scale vectors to length 1; None uses the model's setting. The second name is Jina's.
         add_special_tokens: whether special tokens are added to texts; None adds them.
         truncate: Jina's field to truncate texts to the model's maximum length; the same as `truncate_prompt_tokens` -1.
         task: Jina's name of a task ("retrieval.query"), which selects the adapter of that name ("retrieval_query").
         return_multivector: Jina's field to request a vector for each token; the same as `pooling` "all".
-        input_type: what the texts are ("query", "document"): the name of a sentence-transformers prompt of the model,
-            which is prepended to each text.
+        input_type: kind of the texts ("query", "document"): name of a sentence-transformers prompt that precedes each.
     """
 
     refused_fields: ClassVar[Mapping[str, Refusal]] = EMBEDDING_REFUSED_FIELDS

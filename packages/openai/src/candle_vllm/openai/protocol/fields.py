@@ -45,8 +45,7 @@ class Refusal(NamedTuple):
     Attributes:
         reason: why the field has no effect.
         neutral: values that ask for nothing, and so are accepted.
-        idle: other values are ignored with a warning to the client, because the answer is right without them;
-            otherwise they are refused.
+        idle: other values are ignored with a warning, because the answer is right without them; else they are refused.
     """
 
     reason: str

@@ -82,8 +82,7 @@ class TemplateFields(WireModel):
         """Return the variables of the template: `chat_template_kwargs`, and the fields that are variables too.
 
         Templates use two names for the thinking switch, so both are set. Effort "none" and a budget of 0 also turn it
-        off, for templates that only have the switch; any other effort turns it on unless it is set. Raises if two
-        fields contradict each other.
+        off, for templates that only have the switch; other efforts turn it on unless it is set. Contradictions raise.
         """
         kwargs = dict(self.chat_template_kwargs or {})
         for field in ("thinking", "enable_thinking"):

@@ -53,8 +53,7 @@ class Timings(msgspec.Struct, frozen=True, kw_only=True):
     """llama.cpp's token counts and milliseconds of the prompt and of the answer; cached tokens took no time.
 
     Attributes:
-        draft_n, draft_n_accepted: draft tokens that were tried, and those that were accepted; absent if no draft
-            tokens were tried.
+        draft_n, draft_n_accepted: draft tokens that were tried, and those accepted; absent without draft tokens.
     """
 
     cache_n: int

@@ -66,8 +66,7 @@ def json_rules(definition: str, prefix: str) -> tuple[str, list[str]]:
 def text_terminals(definition: str, prefix: str) -> tuple[str, list[str]]:
     """Return a terminal of a text that follows `definition`: its name, and lines of a grammar.
 
-    Formats that write a text between marks search for the mark after it, and only a terminal can exclude the mark
-    from the text.
+    Formats that write a text between marks search for the mark after it; only a terminal can exclude it from the text.
 
     Args:
         definition: the grammar in Lark, with a rule `start`.

@@ -36,8 +36,7 @@ class Notation:
         key: expression of a given key, or of any key except the given ones.
         words: words for null, false and true.
         unkeyable: whether a key cannot be written.
-        ordered: entries are in the order of their keys, case-insensitively, as Jinja's `dictsort` sorts them;
-            otherwise in the schema's order.
+        ordered: entries are sorted by key, case-insensitively, as by Jinja's `dictsort`; else in the schema's order.
     """
 
     string: Callable[[Root, Branch], str]

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Terminals of unquoted strings, and of numbers and words between them; and JSON whose strings contain no closing tag,
-for formats that write JSON between tags and search only for the tag."""
+"""Terminals of unquoted strings, numbers and words, and JSON without closing tags in strings, for formats with tags."""
 
 from __future__ import annotations
 
