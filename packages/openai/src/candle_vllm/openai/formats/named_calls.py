@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Calls whose name precedes the arguments: `[TOOL_CALLS]f[ARGS]{...}`, `<function=f>{...}</function>`, or plain code."""
+"""Calls whose name precedes the arguments: `[TOOL_CALLS]f[ARGS]{...}`, `<function=f>{...}</function>`, or code."""
 
 from __future__ import annotations
 
