@@ -105,7 +105,7 @@ class WeightMemory:
         self._taken: dict[object, list[tuple[weakref.ref[np.ndarray], int, int]]] = {}
         self._whole: list[weakref.ref[np.ndarray]] = []  # pieces
         self._stays: set[int] = set()  # addresses of pieces with memory that belongs to no part: never dropped
-        self._again: Counter[object] | None = None  # how many places each part has been given again
+        self._again: Counter[object] | None = None  # number of `take` calls of each part since `begin_again`
 
     def take(self, count: int, tiles: int = 1) -> np.ndarray:
         """`count` uninitialised bytes, uint8, at a multiple of 64.

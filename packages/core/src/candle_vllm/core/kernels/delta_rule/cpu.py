@@ -4,9 +4,8 @@
 
 The columns of a state are independent. A unit of `scan` is up to 32 columns of a value head (two tiles of the state,
 16 KB) through all tokens that a step has of a sequence, so the columns stay in the L1 cache for any number of tokens.
-Each token reads them in two passes: first for k S, which Mamba 2 does not need, then for the correction together with
-q S. If the state after a token is to be stored, the token
-writes it to its slot, where the next token reads it.
+Each token reads them in two passes: first for k S, which Mamba 2 does not need, then for the correction together with q
+S. If the state after a token is to be stored, the token writes it to its slot, where the next token reads it.
 
 Every element is one chain of sums over Dk, in two halves, whatever else is in the step. So its bits depend neither on
 the way a prompt is divided into steps nor on the thread. All columns of a key head's value heads read the same k of a

@@ -130,11 +130,10 @@ def _expand_rows(
 ) -> Any:
     """Multiply `tiles` times 16 neighbouring rows of B in a panel by `rows` rows of sums, one of `_KINDS`.
 
-    scales: address of the scales of B's integers. places: address of int64 [rows], which point to numbers. After
-    64 bytes follow float32 [rows], the rows' scales; then int64 [rows], addresses of the results less the offset `at`;
-    after `_FACTORS` bytes the scales of rows of integers, 8 bytes apart. With `onto`, products times
-    scales are added to the results; otherwise products are written to `out`, float32 [tiles, rows, 16]. end, jump: see
-    `ask_ahead`.
+    scales: address of the scales of B's integers. places: address of int64 [rows], which point to numbers. After 64
+    bytes follow float32 [rows], the rows' scales; then int64 [rows], addresses of the results less the offset `at`;
+    after `_FACTORS` bytes the scales of rows of integers, 8 bytes apart. With `onto`, products times scales are added
+    to the results; otherwise products are written to `out`, float32 [tiles, rows, 16]. end, jump: see `ask_ahead`.
     """
     kind, features = layout.NumberForm(form.literal_value), Isa(isa.literal_value)
 

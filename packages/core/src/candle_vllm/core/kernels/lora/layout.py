@@ -86,8 +86,8 @@ PANEL, PANEL_BYTES = 64, 256
 """Rows of B in a panel, and bytes of a step of a panel."""
 
 SPAN, MOST_16 = 512, np.float32(32767)
-"""For integers: the number of columns of a quarter whose 16-bit inputs share a scale, and the largest input. A sum of
-so many products fits in 32 bits."""
+"""For integers: the number of columns of a quarter whose 16-bit inputs share a scale, and the largest input. A sum
+of SPAN products fits in 32 bits."""
 
 BLOCK_BYTES = QUARTERS * 64
 """Bytes of the sums of a row and a block of ranks."""

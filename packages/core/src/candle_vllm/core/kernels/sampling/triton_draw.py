@@ -9,8 +9,7 @@
     gather   copies the logits above the highest edge that is low enough to a short list, in the order of ids
     finish   applies top_k and top_p to that list, or to the row itself if no edge gives a short list; picks the token
 
-A row takes the steps that its parameters on the device require. The caller may leave out launches that no row
-needs.
+A row takes the steps that its parameters on the device require. The caller may leave out launches that no row needs.
 """
 
 from __future__ import annotations
