@@ -23,7 +23,7 @@ LISTED = 32  # sequences whose items are listed together
 
 @triton.jit
 def first_seen(position, WINDOW: tl.constexpr):
-    """Return the first position that a token attends to; a negative WINDOW is the length of chunks of attention."""
+    """Return the first position that a token attends to; a negative WINDOW means chunks of -WINDOW positions."""
     return tl.maximum(position, 0) // -WINDOW * -WINDOW if WINDOW < 0 else tl.maximum(position - WINDOW + 1, 0)
 
 

@@ -92,7 +92,7 @@ def load_scales(
 
 @triton.jit
 def key_unit(dtype: tl.constexpr):
-    """Return the factor of elements that `as_queries` converts from a cache of scaled rows, beside their scales."""
+    """Return the factor, besides the scales, of elements that `as_queries` converts from a cache of scaled rows."""
     return 256.0 if dtype == tl.uint8 else 1.0
 
 

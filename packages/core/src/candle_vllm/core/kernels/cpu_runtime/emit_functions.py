@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Functions of 16 floats that the CPU kernels share: exp, tanh, erf, and the activation functions that use them.
 
-A NaN input gives NaN. Relative errors are below 4e-7 unless a function states another bound.
+A NaN input gives NaN, and relative errors are below 4e-7, unless a function states otherwise.
 """
 
 from __future__ import annotations

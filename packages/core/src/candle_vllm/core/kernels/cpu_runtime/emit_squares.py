@@ -3,7 +3,7 @@
 """AMX tile registers in vector code: each has up to 16 rows of up to 64 bytes; products are added to 16 x 16 tiles.
 
 An operation configures the registers, by 64 bytes of memory, before it uses them, and ends with `end_squares`. Linux
-must have granted AMX to the process (`level.host_level`). Source: Intel's Architecture Instruction Set Extensions, 3.
+must have granted AMX (`level.host_level`). Source: Intel's Architecture Instruction Set Extensions, chapter 3.
 """
 
 from __future__ import annotations

@@ -48,8 +48,8 @@ class CpuRank(NamedTuple):
 
 
 def bind_pages(address: int, size: int, nodes: Sequence[int]) -> int:
-    """Ask Linux to allocate pages on these nodes when the memory is first touched: on a single node if it has free
-    memory, interleaved over several nodes.
+    """Ask Linux to allocate pages on these nodes when the memory is first touched: on a single node while it has free
+    memory; on several nodes, pages are interleaved.
 
     Args:
         address, size: address and size in bytes of whole pages.

@@ -318,7 +318,7 @@ def linear_arguments(
     picked: int = 0,
     rows_from: StepNumber = StepNumber.TOKENS,
 ) -> LinearArguments:
-    """Return the arguments for a matrix; the caller keeps all memory alive. As in `LinearArguments`, but for
+    """Return the arguments for a matrix; the caller keeps all memory alive. See `LinearArguments`, except for
 
     Args:
         out, column: address of the result, and its first column that is written.

@@ -31,7 +31,7 @@ from candle_vllm.core.kernels.latent_attention.cpu_tiles import (
 )
 
 _SEQUENCES = int(StepNumber.SEQUENCES)
-_RUNS_PER_THREAD = 12  # minimum number of units of a single long sequence: long consecutive reads are the fastest
+_RUNS_PER_THREAD = 12  # units per thread of a single long sequence; few, because long consecutive reads are the fastest
 _keys_at_once = njit(inline="always")(keys_at_once)
 
 

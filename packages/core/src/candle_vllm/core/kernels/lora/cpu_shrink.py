@@ -6,8 +6,8 @@ It never waits. Weights are read once for all rows of a group; a vector of weigh
 time. Each thread processes the entries whose input rows it wrote itself, and converts sums to the factors of B, because
 reading memory that another core wrote is slow. With few entries, threads divide runs of rows, quarters of the columns
 and blocks of ranks instead, and `expand` converts the sums. The order of summation is fixed: two chains over the steps
-of a quarter, then the quarters. 8-bit weights are multiplied by 16-bit inputs; their sums are
-exact within a `SPAN`. Step 6 of a request's life.
+of a quarter, then the quarters. 8-bit weights are multiplied by 16-bit inputs; their sums are exact within a `SPAN`.
+Step 6 of a request's life.
 """
 
 from __future__ import annotations

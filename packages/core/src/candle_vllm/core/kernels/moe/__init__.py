@@ -8,11 +8,11 @@ with the highest score + bias are chosen; among equals, the lowest number comes 
 themselves are compared: they have the same order as the scores, but rounding cannot make two of them equal. With groups
 of consecutive experts, only experts of the `top_groups` best groups are candidates; a group's value is its highest
 score, or with a bias the sum of its two highest. NaN counts as lower than every number. The weights are the scores
-without the bias, divided by their sum if `renormalise`, times `scale`, and times each expert's `expert_scale` if there
-is one. A token's experts are distinct and in the order in which they were chosen. With "sparsemixer" (without bias and
-groups) the weight of a chosen logit l is its share of a softmax over l and the near logits z that were not chosen
-before: those with l - z at most 2 `jitter` max(|z|, l). On a GPU torch computes it. Sources: Shazeer et al., 2017,
-arXiv:1701.06538; DeepSeek-V2, 2405.04434; DeepSeek-V3, 2412.19437; Liu et al., 2024, 2409.12136 (sparsemixer).
+without the bias, divided by their sum if `renormalise`, times `scale` and each expert's `expert_scale`, if any. A
+token's experts are distinct, in the order of their choice. With "sparsemixer" (without bias and groups) the weight of a
+chosen logit l is its share of a softmax over l and the near logits z that were not chosen before: those with l - z at
+most 2 `jitter` max(|z|, l). On a GPU torch computes it. Sources: Shazeer et al., 2017, arXiv:1701.06538; DeepSeek-V2,
+arXiv:2405.04434; DeepSeek-V3, arXiv:2412.19437; Liu et al., 2024, arXiv:2409.12136 (sparsemixer).
 
 `expert_linear`: a product with the matrices of all experts, [X * N, K], expert by expert: a `DeviceMatrix` of bfloat16
 or float16, of GGUF blocks, or of small floats in groups; or all operands are float32. With an activation the matrix has
