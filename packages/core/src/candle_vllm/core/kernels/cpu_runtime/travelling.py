@@ -165,8 +165,8 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("levels", nargs="*", metavar="LEVEL", help=", ".join(level.name for level in LEVELS))
     parser.add_argument("--into", type=Path, default=kernel_cache.TRAVELLING, help="another folder than the package's")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # in this process, set up for one level
-    parser.add_argument("--keep", nargs="+", help=argparse.SUPPRESS)  # for this machine: `operation.compile_first`
-    parser.add_argument("--level", help=argparse.SUPPRESS)  # and what of it
+    parser.add_argument("--keep", nargs="+", help=argparse.SUPPRESS)  # operations of `operation.compile_first`
+    parser.add_argument("--level", help=argparse.SUPPRESS)  # their level (of --keep)
     options = parser.parse_args(given)
     if options.keep:
         choose_level(options.level)

@@ -87,10 +87,10 @@ def drop_pages(array: np.ndarray) -> int:
 
 
 class WeightMemory:
-    """Hands out aligned memory. Matrices that share a piece keep it alive together. Safe for several threads.
+    """Allocator of aligned memory. Matrices that share a piece keep it alive together. Safe for several threads.
 
     Args:
-        piece_bytes: size of a piece; larger matrices have one of their own.
+        piece_bytes: size of a piece; a larger matrix has a piece of its own.
         ranks: ranks of the threads that read the memory; None for undivided threads.
     """
 
@@ -108,9 +108,9 @@ class WeightMemory:
         self._again: Counter[object] | None = None  # number of `take` calls of each part since `begin_again`
 
     def take(self, count: int, tiles: int = 1) -> np.ndarray:
-        """`count` uninitialised bytes, uint8, at a multiple of 64.
+        """Allocate `count` uninitialised bytes, uint8, at a multiple of 64.
 
-        What a piece has left is abandoned when it is too small; it was never touched, so that it costs no memory.
+        If the rest of a piece is too small, it is abandoned; it was never touched, so it costs no memory.
 
         Args:
             tiles: number of equal, consecutive parts that are divided among threads.
@@ -164,7 +164,7 @@ class WeightMemory:
             self._whole = [*(each for each in self._whole if each() is not None), weakref.ref(memory)]
             start = -memory.ctypes.data % ALIGNMENT
             piece = memory[start : start + memory.size - ALIGNMENT]
-            if space >= self._piece_bytes:  # a piece of its own; the current one goes on being filled
+            if space >= self._piece_bytes:  # a piece of its own; later matrices still fill the current piece
                 return piece[:count]
             self._piece, self._used = piece, 0
         start, self._used = self._used, self._used + space
@@ -172,6 +172,6 @@ class WeightMemory:
 
 
 def most_areas(root: Path = Path("/")) -> int:
-    """How many memory mappings may be bound to nodes: half of the mappings that Linux allows a process."""
+    """Return how many memory mappings may be bound to nodes: half of the mappings that Linux allows a process."""
     text = read_or_nothing(root / "proc/sys/vm/max_map_count").strip()
     return int(text) // 2 if text.isdecimal() else 1 << 15
