@@ -2,7 +2,7 @@
 """Paged attention on a GPU (step 6 of a request's life): checks, and the choice of the kernel for each sequence.
 
 `triton_decode` processes the first `decodes` sequences of a step, which have one token each, `triton_prefill` the
-others. So the caller chooses a token's kernel, not the batch. Nothing here waits for the GPU. With
+others. So a token's kernel depends on the caller, not on the batch. Nothing here waits for the GPU. With
 `DeviceRows.decoding` both kernels are launched for the largest step, and find their sequences on the device.
 """
 

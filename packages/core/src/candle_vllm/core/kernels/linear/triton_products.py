@@ -72,9 +72,9 @@ class Operand(NamedTuple):
 
     Attributes:
         planes: low, high, scales, supers; None for a plane that the format lacks. A plain matrix is the first plane.
+        pitch: row stride of a plain matrix, in elements; weights per scale of a matrix with groups; otherwise None.
         steps: number of steps of K.
         form: a `Codec`, or for a plain matrix the number of columns that are multiplied at a time.
-        form: a `Codec`, or, for a plain matrix, the number of columns that are multiplied at a time.
     """
 
     planes: tuple[Any, Any, Any, Any]

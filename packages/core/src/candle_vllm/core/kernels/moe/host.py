@@ -49,7 +49,7 @@ class HostExperts:
         size, experts: E and X.
         tokens: maximum number of tokens of a step.
         dtype: type of x.
-        threads, ranks: of the CPU's team, see `ThreadTeam`.
+        threads, ranks: threads and ranks of the CPU's team, see `ThreadTeam`.
 
     Attributes:
         layers: for each layer, the function that a step calls.
