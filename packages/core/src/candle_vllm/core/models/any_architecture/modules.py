@@ -78,8 +78,8 @@ class _Own:
 
     def adapters_of(self, rows: int) -> Any:
         """The adapters of a product with `rows` rows; UnsupportedModelError if these are not the step's tokens."""
-        adapters, this = self.table.adapters, PASS.get(None)
-        if adapters is not None and adapters.groups and this is not None and len(this.step.positions) != rows:
+        adapters, step = self.table.adapters, getattr(PASS.get(None), "step", None)
+        if adapters is not None and adapters.groups and step is not None and len(step.positions) != rows:
             raise UnsupportedModelError(f"an adapter changes {type(self).__name__}, whose rows are not tokens")
         return adapters
 
