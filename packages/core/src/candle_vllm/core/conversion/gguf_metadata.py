@@ -84,7 +84,7 @@ def computed_tensors(config: ModelConfig) -> dict[str, np.ndarray]:
         return {DIVISORS: np.where(turns, config.rope.factor, 1e30).astype(np.float32)}
     if config.rope.kind == "llama3":
         plain = _frequencies(dataclasses.replace(config.rope, kind="default"), config)
-        local = getattr(config, "local_rope", None) or config.rope  # llama.cpp needs divisors for the longest head
+        local = getattr(config, "local_rope", None) or config.rope  # llama.cpp needs as many as the widest head has
         more = max(0, (local.dim - config.rope.dim) // 2)
         return {DIVISORS: np.pad(plain / _frequencies(config.rope, config), (0, more), constant_values=1)}
     if config.rope.kind == "longrope":
@@ -94,7 +94,7 @@ def computed_tensors(config: ModelConfig) -> dict[str, np.ndarray]:
 
 
 def pooling_keys(files: ModelFiles, size: int, default: PoolingKind) -> Keys:
-    """Return the keys of the pooling of the model's own vectors, without the architecture's prefix.
+    """Return the keys of how the model pools hidden states to embeddings, without the architecture's prefix.
 
     Args:
         files: the model's folder.
@@ -117,7 +117,7 @@ _ROUGH = ("embedding_scale", "input_scale")  # some models round these to their 
 
 
 def check_description(config: ModelConfig, written: Checkpoint) -> None:
-    """Read a file's metadata and tensors again: they must describe the same model, as `Architecture.stored` returns it.
+    """Read a file's metadata and tensors again: they must give `config`, which `Architecture.stored` has returned.
 
     Raises:
         UnsupportedModelError: they describe another model; the message names the settings.
@@ -146,13 +146,13 @@ def _same(config: ModelConfig, found: ModelConfig, name: str, divisors: np.ndarr
 
 
 def _scales(config: ModelConfig, rope: RopeConfig) -> tuple[float, ...]:
-    """Return scales: of cos and sin, of scores (`models/deepseek_config.py`), of queries beyond the first context."""
+    """Return the scales of cos and sin and of scores, and how queries grow beyond the original context."""
     growth = (rope.query_scale, float(rope.original_max_position)) if rope.query_scale else (0.0, 0.0)
     return attention_scale(rope), getattr(config, "score_scale", 1.0), *growth
 
 
 def _alike(ours: Any, theirs: Any, tolerance: float) -> bool:
-    """Whether two values are equal; numbers are compared as float32."""
+    """Whether two values are equal; floats may differ by the relative `tolerance`."""
     if dataclasses.is_dataclass(ours) and type(ours) is type(theirs):
         names = [field.name for field in dataclasses.fields(ours)]
         return all(_alike(getattr(ours, name), getattr(theirs, name), tolerance) for name in names)

@@ -3,7 +3,7 @@
 
 PEFT treats a key as a regular expression and matches `(.*\\.)?(KEY)$`. An adapter is an untrusted file, so a pattern
 is compiled to an automaton here: sets of positions, one step for each letter. Features beyond letters, classes, groups,
-alternatives and repetitions (lookaround, backreferences) are refused by name.
+alternatives and repetitions, such as lookaround and backreferences, raise an error that points at them.
 Source: Glushkov, "The abstract theory of automata", 1961.
 """
 

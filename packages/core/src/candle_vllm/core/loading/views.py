@@ -196,7 +196,7 @@ def computed(
     compute: Callable[[np.ndarray], np.ndarray],
     type_name: str | None = None,
 ) -> Viewed:
-    """Make a tensor that `compute` derives from a stored one, in the form that `StoredTensor.load` returns.
+    """Make a tensor whose elements `compute` derives from those that `StoredTensor.load` returns for a stored one.
 
     Args:
         stored: the stored tensor; a quantised one is decoded.
@@ -255,7 +255,7 @@ def constant(name: str, values: np.ndarray, source: Path) -> StoredTensor:
 def parts_of_experts(stored: StoredTensor, count: int) -> list[StoredTensor]:
     """Split one matrix [R, C] into those of X = `count` experts, [R, C / X]; an expert has every X-th column.
 
-    The first part that is read reorders the whole matrix, once.
+    The whole matrix is reordered once, when a part is read for the first time.
     """
     rows, each = stored.shape[0], stored.shape[1] // count
 

@@ -5,8 +5,8 @@ Used before step 1 of a request's life. An element is one of 0, 0.5, 1, 1.5, 2, 
 two elements, the first in its lower half.
 
     MXFP4   groups of 32, scale 2^(e - 127) from a byte e; 255 is NaN
-    NVFP4   groups of 16, scale e4m3 times modelopt's float32 `weight_scale_2` of the tensor, or divided by the
-            `weight_global_scale` of compressed-tensors; in this order, in fp32
+    NVFP4   groups of 16, scale e4m3; multiplied by modelopt's `weight_scale_2` of the tensor or divided by
+            compressed-tensors' `weight_global_scale`, in fp32, before it is multiplied by the element
 
 GGUF's type MXFP4 has the same elements: a block is the byte of the scale and 16 bytes, whose low nibbles are the codes
 of the first 16 weights and whose high nibbles are the codes of the last 16.
@@ -30,16 +30,16 @@ from candle_vllm.core.quantization.tensors import StoredTensor
 
 MX_GROUP, NV_GROUP = 32, 16
 MIDDLE = 16
-"""Code of weight 0 in 5 bits."""
+"""Code of weight 0 among the 5-bit codes that `_codes` returns."""
 
 
 def _codes(packed: np.ndarray) -> np.ndarray:
-    """Convert bytes [R, K / 2] to twice their elements plus 16: uint8 [R, K]."""
+    """Convert bytes [R, K / 2] to 5-bit codes, 2 * element + 16, which are integers: uint8 [R, K]."""
     return (np.array(E2M1_VALUES) + MIDDLE).astype(np.uint8)[nibbles(packed)]
 
 
 class Mxfp4Codes(GroupCodes):
-    """Rows of MXFP4: codes as `_codes` returns them, and half the scales."""
+    """Rows of MXFP4: codes as `_codes` returns them, and the scales divided by 2, because codes count halves."""
 
     def _blocks(self) -> Blocks | None:
         """See `GroupCodes.blocks`: blocks of GGUF's MXFP4, unless a scale is NaN."""
@@ -90,7 +90,7 @@ class Nvfp4Source(FloatSource):
         self.span = 2 * packed.shape[1]
 
     def read(self, first: int, last: int) -> ScaledCodes:
-        """See `WeightSource.read`; a tensor's scale that divides is converted to a factor, rounded once."""
+        """See `WeightSource.read`; a scale `whole` that divides becomes its reciprocal, rounded to float32."""
         whole = scale_numbers(self._whole).reshape(1, 1)
         with np.errstate(all="ignore"):
             factor = np.float32(1) / whole if self._divided else whole

@@ -25,7 +25,7 @@ WIDTH = 64
 
 
 def _code_order() -> np.ndarray:
-    """Return the position of each stored code of a tile: output block * 256 + input * 16 + output of 16.
+    """Return where each stored code of a tile belongs: output block * 256 + input * 16 + output within the block.
 
     A warp's 32 lanes hold, for each of 4 blocks of 16 outputs, the operands of the tensor core's instruction: for each
     half of 8 outputs, inputs 2t, 2t + 1, 2t + 8 and 2t + 9 of output lane / 4, where t = lane % 4. The eight codes of
@@ -70,7 +70,7 @@ class MarlinSource(CodeSource):
 
 
 def marlin_tensor(parts: LayerTensors, group: int) -> QuantisedTensor:
-    """Return the weight of a layer with `B`.
+    """Return the weight of a layer that is stored as `B` and `s` (see the module docstring).
 
     Args:
         parts: stored tensors of the layer.

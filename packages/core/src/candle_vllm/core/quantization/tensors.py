@@ -26,7 +26,7 @@ Packed = TypeVar("Packed", covariant=True)
 
 
 class Backend(Protocol[Packed]):
-    """Makes a backend's own matrices from stored ones [N, K], by their stored form; `StoredTensor.pack_for` chooses.
+    """Makes a backend's own matrices from stored ones [N, K]; `StoredTensor.pack_for` calls the method that fits.
 
     Raises:
         UnsupportedModelError: the backend needs a kernel for such a matrix and has no kernel for it.
@@ -117,12 +117,12 @@ class StoredTensor(ABC):
 
     @property
     def column_step(self) -> int:
-        """Columns can be split at multiples of this number, because elements with one scale or byte stay together."""
+        """Columns can be split only at multiples of this number: elements that share a scale or byte stay together."""
         return self._unit[0]
 
     @property
     def block_type(self) -> GGMLQuantizationType | None:
-        """The ggml type of its blocks; None for plain elements, and for a tensor that consists of several."""
+        """The ggml type of its blocks; None for plain elements, and for a tensor encoded in several stored ones."""
         return None if self.dtype is not None else GGMLQuantizationType[self.type_name]
 
     @property
@@ -153,7 +153,7 @@ class StoredTensor(ABC):
         return self.select(np.arange(first, last))
 
     def columns(self, first: int, last: int) -> StoredTensor:
-        """Select entries `first` to `last` - 1 of the innermost dimension; multiples of `column_step`, or its end.
+        """Select columns `first` to `last` - 1; both are multiples of `column_step`, or `last` is the end.
 
         Raises:
             WeightsError: the tensor has fewer entries, or elements that are stored together would be split.

@@ -35,16 +35,16 @@ class Tokenizer:
         vocab_size: one more than the highest token id.
         bos_token_id: the token that begins a text, or None.
         eos_token_ids: the tokens that end a turn, the vocabulary's own end-of-sequence token first.
-        special_tokens: texts of `bos_token`, `eos_token` and every other token that has a name, for templates.
+        special_tokens: texts of special tokens by their names in templates: `bos_token`, `eos_token` and others.
         chat_template: the template in the tokenizer's files, several by name, or None.
-        response_template: the form of an answer in the tokenizer's configuration, or None.
+        response_template: `response_template` of tokenizer_config.json: how a model formats its answers; or None.
         strips_leading_space: a text begins without the space of its first token (SentencePiece).
-        longest_token: characters of the longest token text.
+        longest_token: number of characters in the longest token text.
         infill: the marks for fill-in-the-middle, or None.
 
     Args:
         backend, bos_token_id, eos_token_ids, special_tokens, chat_template, response_template: see above.
-        named_ids: ids that a file gives under names that differ from the tokens' own.
+        named_ids: a GGUF file's token ids by its own names for them, such as `fim_pre`; used to find infill marks.
         tokens: every token's text and id, if the caller has them: reading them from `backend` is slow.
     """
 
@@ -263,7 +263,7 @@ def _gguf_eos_ids(vocab: GgufVocab) -> list[int]:
 
 
 def _gguf_chat_template(metadata: Mapping[str, object], bos: str | None) -> ChatTemplateSource | None:
-    """Return the file's templates; as in llama.cpp, a chat begins with `bos`, the file's BOS token for texts."""
+    """Return the file's templates; as in llama.cpp, `bos` is put before a template that does not write BOS itself."""
     templates: dict[str, str] = {}
     for key, value in metadata.items():
         if key == _CHAT_TEMPLATE or key.startswith(f"{_CHAT_TEMPLATE}."):

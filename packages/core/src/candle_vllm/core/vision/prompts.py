@@ -58,12 +58,12 @@ class VisionDescription(ShownStruct, frozen=True, kw_only=True):
 
 @dataclasses.dataclass(frozen=True)
 class VisionInput:
-    """Image input of a model.
+    """Expands the image placeholders in a model's prompts, and preprocesses the images.
 
     Attributes:
         parts: description of its vision encoder.
         words: returns the tokens of an image, given its grid of tiles.
-        breaks: tokens of line breaks alone, with the number of line breaks; if not empty, one is a single break.
+        breaks: tokens that consist of line breaks, with their number of line breaks; empty if no token is one break.
         limits: limits of files and images.
         most: maximum number of images of a prompt.
         one_at_a_time: lock that is held while an image is decoded.
@@ -126,7 +126,7 @@ class VisionInput:
         return expanded, tuple(inputs)
 
     def _join(self, ids: list[int], more: Sequence[int]) -> None:
-        """Append tokens; line breaks at the end and at the beginning are tokenized together, as within one text."""
+        """Append `more` to `ids`; line breaks where they meet become the tokens that they have within one text."""
         count, place, breaks = 0, 0, self.breaks
         if ids and more and ids[-1] in breaks and more[0] in breaks:
             while ids and ids[-1] in breaks:
@@ -154,8 +154,8 @@ class VisionInput:
         """Return the positions of each image's embeddings in a prompt.
 
         Raises:
-            InvalidParameterError: the numbers of placeholders and embeddings differ, or the placeholders of an image
-                that is rotated by row and column are not consecutive.
+            InvalidParameterError: the numbers of placeholders and embeddings differ, or with M-RoPE the placeholders
+                of an image are not consecutive.
         """
         marks = np.flatnonzero(np.asarray(ids) == self.parts.mark)
         cell = self.parts.cell

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Lists a server's tools within limits, lists them again when they change, and pings a session in doubt."""
+"""Lists a server's tools within limits and again when they change, and pings when the session may no longer exist."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 MAX_PAGES = 100
 MAX_TOOLS = 1000
 MAX_BYTES = 4 * 1024 * 1024  # of all definitions together, as JSON
-_DEBOUNCE = 0.2  # seconds after a notification that the tools changed
+_DEBOUNCE = 0.2  # seconds to wait after a notification that the tools changed, before they are listed
 _MIN_BETWEEN_LISTS = 1.0
 _PING_SECONDS = 5.0
 _FIRST_DELAY, _LAST_DELAY = 1.0, 60.0  # seconds before a subscription is opened again
@@ -90,7 +90,7 @@ async def _all_tools(connection: McpConnection, seconds: float, notes: list[str]
 
 
 class ToolWatch:
-    """The tools of one server, over all its connections.
+    """Lists and watches the tools of one server; what it listed stays when the server is connected again.
 
     Args:
         peer: the server.
@@ -98,7 +98,7 @@ class ToolWatch:
         wake: set when the state of a connection changes.
 
     Attributes:
-        listed: tools of the last connection.
+        listed: the tools as last listed successfully; None before that.
     """
 
     def __init__(self, peer: Peer, *, changed: Callable[[ToolList], None], wake: asyncio.Event) -> None:
@@ -131,7 +131,7 @@ class ToolWatch:
         return None
 
     async def follow(self, connection: McpConnection) -> None:
-        """Watch a connection until it ends: list the tools again when they change, and ping a session in doubt."""
+        """Watch a connection until it ends: list changed tools again, and ping if the session may no longer exist."""
         listener: asyncio.Task[None] | None = None
         capability = connection.client.server_capabilities.tools
         if capability and capability.list_changed and connection.client.protocol_version in MODERN_PROTOCOL_VERSIONS:

@@ -182,7 +182,7 @@ class TerminalApproval:
         return Approval.DENY
 
     def _is_approved(self, definition: ToolDefinition) -> bool:
-        """Whether a tool is approved. Short names match only the original name, so no server can forge a full name."""
+        """Whether a tool is approved. Names with a server match full names only, as servers choose original names."""
         return (
             definition.name in self._always
             or matches(self._full_names, definition.name)
