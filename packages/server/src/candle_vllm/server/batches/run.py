@@ -253,7 +253,7 @@ class BatchRun:
             await asyncio.gather(wish, answer, return_exceptions=True)
 
     async def _drop(self, working: dict[asyncio.Task[Result], int]) -> None:
-        """Collect the running lines of a batch that is to end: a cancelled one ends them, an expired one waits."""
+        """Collect the running lines of a batch that is to end: a cancelled batch ends them, an expired one waits."""
         if working:
             await asyncio.wait(working)
         self._unwritten += [(number, task.result()) for task, number in working.items()]
