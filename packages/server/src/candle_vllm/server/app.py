@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
 """create_app: the ASGI application around a model manager, or around one engine.
 
-Steps 1 and 10 of a request's life. No globals: everything that a route needs is an attribute of `app.state`, so that
-several applications can live in one process.
+Steps 1 and 10 of a request's life. No globals: routes use `app.state`, so one process can hold several applications.
 """
 
 from __future__ import annotations
@@ -139,7 +138,7 @@ def create_app(
     app.state.stopping = lambda: False
     app.state.reloader = None  # reads settings files again, if the server was started with files
     app.state.failure = None  # why the application could not start
-    app.state.page_key = None  # key in the printed address of the web UI; an API key for calls of tools
+    app.state.page_key = None  # key in the printed address of the web UI; with it, the page may call tools
     # The web UI comes first: its page replaces the server's own answer at /.
     for router in (*((web_ui_router(),) if settings.ui_server else ()), *ROUTERS):
         app.include_router(router)

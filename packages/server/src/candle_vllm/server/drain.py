@@ -47,9 +47,8 @@ def _is_news(record: logging.LogRecord) -> bool:
 class DrainingServer(uvicorn.Server):
     """uvicorn's server, with its own shutdown and its own handling of a failed start.
 
-    A second signal of any kind ends the drain at once, the drain also waits for work whose client has left, and `run`
-    returns normally after a drain. It also does so if the application cannot start; the reason is in
-    `app.state.failure`.
+    A second signal of any kind ends the drain at once. The drain also waits for work whose client has left. `run`
+    returns normally after a drain, and if the application cannot start; `app.state.failure` has the reason.
     """
 
     begin: Callable[[], Coroutine[Any, Any, None]] | None = None

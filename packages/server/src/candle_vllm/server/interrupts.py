@@ -23,8 +23,7 @@ def leaving_at_once(doing: Callable[[], object]) -> Iterator[None]:
 
     An exception could be raised inside an import or a callback, which would swallow it or print it, and threads that
     compile would go on while the interpreter deletes the objects that they use. So the work must leave nothing half
-    done outside the process. In a thread other than the main one, and in a process whose parent made it ignore Ctrl+C,
-    this changes nothing.
+    done outside the process. No effect outside the main thread, or if the parent process made this one ignore Ctrl+C.
 
     Args:
         doing: returns what is being done, for the message.

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Answers that outlive their clients: a request that asked for it goes on after its client has disconnected.
 
-Between steps 2 and 10 of a request's life. A task reads the chunks of such a request. Its client reads the same chunks,
-or the whole answer at the end, or leaves; the whole answer goes to the mailbox. Every other request is aborted when its
-connection ends, as always.
+Between steps 2 and 10 of a request's life. A task reads the chunks of such a request. Its client reads them too, or the
+whole answer at the end, or leaves; the whole answer goes to the mailbox. Other requests are aborted at a disconnect.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ class Wish:
         policy: when the answer is stored and pushed.
         owner: who may fetch the answer.
         request_id: id of the answer, without the prefix.
-        usage_hidden: the client did not ask for token counts in its stream; the whole answer has them.
+        usage_hidden: whether the client did not ask for token counts in its stream; the whole answer has them.
     """
 
     policy: DeliveryPolicy

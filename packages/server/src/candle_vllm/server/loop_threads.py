@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 async def in_thread(function: Callable[[], T], name: str, discard: Callable[[T], object] | None = None) -> T:
-    """Run work in a daemon thread, so that the program can end before the work does.
+    """Run work in a daemon thread, so that the program can end before it.
 
     Args:
         function: the work.

@@ -275,8 +275,7 @@ def make_server(app: FastAPI, settings: Settings, tls: ssl.SSLContext | None = N
 def bind(address: Address) -> socket.socket:
     """Return a socket that listens at the address; UsageError if it is in use or not of this machine.
 
-    It listens before the model is loaded, because two sockets that do not listen yet may share a port. A client that
-    connects before the server accepts connections waits.
+    It listens at once, because two sockets that do not listen yet may share a port. Early clients wait for the server.
     """
     if address.unix_path is not None:
         return _bind_unix(address.unix_path)

@@ -253,7 +253,7 @@ class BatchRun:
             await asyncio.gather(wish, answer, return_exceptions=True)
 
     async def _drop(self, working: dict[asyncio.Task[Result], int]) -> None:
-        """Collect the running lines of a batch that is to end: a cancelled batch ends them, an expired one waits."""
+        """Collect the running lines of a batch that ends: after a cancellation they fail at once, else they finish."""
         if working:
             await asyncio.wait(working)
         self._unwritten += [(number, task.result()) for task, number in working.items()]
@@ -278,7 +278,7 @@ class BatchRun:
                 await self._store.add_results(owner, file_id, some)
         await self._change(completed=counts.completed + len(good), failed=counts.failed + len(wrong))
 
-    # ---- how far it is -----------------------------------------------------------------------------------------------
+    # ---- the state of the batch --------------------------------------------------------------------------------------
 
     async def _end(self) -> None:
         """Create the files of results and write the final status."""

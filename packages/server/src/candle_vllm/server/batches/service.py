@@ -137,8 +137,7 @@ class Batches:
         """Register an upload until it is stored; yields a function that counts its received bytes.
 
         Raises:
-            HttpError: 429 if the key has too many running uploads or bytes, 503 if all keys together have; also raised
-                by the yielded function.
+            HttpError: 429 if the key has too many running uploads or bytes, 503 if all keys have; also when counting.
         """
         own, upload = self._uploads.setdefault(owner, {}), object()
         if len(own) >= UPLOADS_OF_A_KEY:

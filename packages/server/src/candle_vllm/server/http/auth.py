@@ -4,9 +4,8 @@
 Both are pure ASGI middleware. The documentation pages need a key too. A browser cannot send a key from its address bar,
 so these pages also accept it as the password of HTTP Basic.
 
-Step 1 of a request's life. The check of a key uses the ASGI path and two headers alone, never the Host header or the
-raw URL. It takes the same time whichever key matches and however long the key is. Routes of operators can have their
-own keys.
+Step 1 of a request's life. The check uses the ASGI path and two headers alone, never the Host header or the raw URL. It
+takes the same time for every key, whatever its length. Routes of operators can have their own keys.
 """
 
 from __future__ import annotations
@@ -192,7 +191,7 @@ class OriginMiddleware:
         if not (given or own) or self._any or (len(given) == 1 and self._may_ask(scope, given[0])):
             await self._app(scope, receive, send)
             return
-        if not self._silent:  # a browser shows its user less than this
+        if not self._silent:  # logged once: a browser does not show this to its user
             self._silent = True
             logger.warning("refused a page of %r; --cors-origin allows its origin", (own or given[0])[:100])
         if own:

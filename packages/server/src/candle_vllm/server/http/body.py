@@ -133,8 +133,7 @@ async def parse_request(
     `typed` requires the JSON content type, which web pages of other origins cannot send without a CORS preflight.
 
     Raises:
-        HttpError: 415 for another content type, 400 for a broken length, 413 when too large, 408 when too slow,
-            503 if too many bytes are held.
+        HttpError: 415 other content type, 400 broken length, 413 too large, 408 too slow, 503 too many bytes held.
         ClientGone: the client left while sending.
     """
     headers = dict(scope["headers"])

@@ -412,9 +412,8 @@ def _limited() -> type[HttpToolsProtocol]:
 class WebSocketProtocol(_ReadInTime, WebSocketsSansIOProtocol):
     """Lets the route close a connection when the server stops, and limits what a client may send.
 
-    There are limits on the frames of a message, on small frames per second, on the bytes of incomplete messages
-    (`Held`), and on the parts of large messages in one iteration of the event loop (`Pieces`). While a client does not
-    read, nothing is read from it.
+    Limits apply to the frames of a message, small frames per second, the bytes of incomplete messages (`Held`), and the
+    parts of large messages per iteration of the loop (`Pieces`). Nothing is read from a client that does not read.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -14,9 +14,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 def route_path(scope: Scope) -> str:
     """Return the path of a request, for layers that decide before the router does.
 
-    It is the path without the prefix (`root_path`) and without a newline at its end.
-
-    The router's expressions end with `$`, which matches before such a newline too.
+    It is the path without the prefix (`root_path`), and without a newline at its end: the expressions of the router end
+    with `$`, which matches before such a newline too.
     """
     path, root = scope["path"], scope.get("root_path", "")
     path = path[len(root) :] if root and path.startswith(root + "/") else path

@@ -73,8 +73,7 @@ class EventStream(Response):
         done: the last event of a stream that does not fail.
         deadline: `time.monotonic()` at which the stream ends with `too_late`.
         released: called once nothing more is read from `chunks`.
-        silence: makes the event that is sent during a silence. The default is a comment, which clients ignore and
-            which shows proxies that the connection is alive.
+        silence: makes the event that is sent during a silence; the default is a comment, which clients ignore.
         keep_alive: seconds of silence before it is sent.
     """
 

@@ -87,8 +87,7 @@ class MailboxOptions:
         max_records_per_key: maximum number of answers of one API key; beyond it, its oldest is deleted.
         max_records: maximum number of all answers; beyond it, the oldest of the key that has most is deleted.
         webhook: the operator's webhook and the retries of all webhooks.
-        webhook_allowed_hosts: hosts of clients' webhooks: `name`, `*.name`, either with `:port`; without a port,
-            80 and 443. Empty: clients may not name a webhook.
+        webhook_allowed_hosts: hosts of clients' webhooks: `name` or `*.name`, with `:port` unless 80 or 443.
         webhook_allow_private: whether hosts listed by their full name may have private or loopback addresses.
         webhook_allowed_headers: headers that clients may add to a push, in lower case.
         max_deliveries: maximum number of pushes at the same time.

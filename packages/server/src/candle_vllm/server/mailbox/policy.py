@@ -31,7 +31,7 @@ class Mode(StrEnum):
     NEVER = "never"
 
     def applies(self, disconnected: bool) -> bool:
-        """Whether an answer is stored or pushed, by whether its client has disconnected."""
+        """Whether an answer is stored or pushed in this mode, given whether its client has disconnected."""
         return self is Mode.ALWAYS or (self is Mode.ON_DISCONNECT and disconnected)
 
 

@@ -142,8 +142,7 @@ class Mailbox:
             headers: further headers; the operator must allow their names.
 
         Raises:
-            MailboxError: 404 without such a record, 400 for a wrong value, 502 if it did not arrive, 503 if too many
-                pushes are running.
+            MailboxError: 404 no such record, 400 wrong value, 502 not delivered, 503 too many running pushes.
         """
         push_target = self._push_target(url, bearer, headers)
         push = await self.store.get(owner, request_id)

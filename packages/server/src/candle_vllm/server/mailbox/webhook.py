@@ -148,7 +148,7 @@ class Sender:
         }
         if message.bearer is not None:
             headers["Authorization"] = f"Bearer {message.bearer}"
-        # A client could replay a signed push to its own URL at the operator's receiver.
+        # If pushes to a client's own URL were signed, the client could replay them at the operator's receiver.
         own = self._options.own_headers(now, body) if message.target.trusted else {}
         return {**message.headers, **headers, **own}
 

@@ -48,7 +48,7 @@ class WatchedTurns:
 
     Args:
         model: answers the turns.
-        scope: of the HTTP request.
+        scope: ASGI scope of the HTTP request.
 
     Attributes:
         head: head of the first turn, once it has begun: its id, time and names are those of the answer.

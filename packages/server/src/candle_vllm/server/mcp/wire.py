@@ -84,7 +84,7 @@ class McpCallResult(msgspec.Struct, frozen=True, kw_only=True):
         status: completed; failed if the tool reports an error; invalid_arguments, timed_out or unavailable.
         content: the parts of the output.
         structured: a JSON value besides them, or null.
-        is_error: the tool failed, or did not run.
+        is_error: whether the tool failed or did not run.
         text: the output as a model would see it.
         seconds: how long it ran.
     """

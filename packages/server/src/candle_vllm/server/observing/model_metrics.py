@@ -101,7 +101,7 @@ class ModelMetrics:
 
     Args:
         name: value of the label `model_name`.
-        max_model_len: in tokens; the largest bucket of token counts.
+        max_model_len: maximum tokens of a request; limits the buckets of token counts.
         usage: table of token counts by key.
         refuse: called with the model and the reason when a request is refused.
         observers: called with every request that has ended, in the thread in which it ended.

@@ -22,7 +22,7 @@ _Endpoint = TypeVar("_Endpoint", bound=Callable[..., Awaitable[Any]])
 
 _BODY_ERRORS = (400, 408, 413, 415)
 
-# What several modules of routes declare: statuses of refusals, names of types, parameters, examples.
+# Declarations that several modules of routes share: statuses of errors, names of types, parameters, examples.
 MODEL_ERRORS = (404, 503)
 QUEUED = (*MODEL_ERRORS, 429, 504)
 COUNTED = (*MODEL_ERRORS, 504)

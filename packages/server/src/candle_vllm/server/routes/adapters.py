@@ -35,7 +35,7 @@ from candle_vllm.server.openapi.operation import MODEL_ERRORS, WHICH, Operation,
 router = APIRouter()
 route = routing(router, functools.partial(Operation, tag="operators", manages=True))
 
-_INVALID, _NOT_FOUND = "InvalidUserInput", "NotFoundError"  # vLLM's
+_INVALID, _NOT_FOUND = "InvalidUserInput", "NotFoundError"  # error codes of vLLM
 
 
 class LoadAdapterRequest(WireModel):

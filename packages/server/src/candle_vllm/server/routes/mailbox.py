@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
 """`/v1/mailbox`: finished answers of clients that disconnected; their owner fetches, deletes or pushes them.
 
-Outside the ten steps: nothing is generated here. A caller sees only the answers of its own API key; for any other
-record it gets a 404.
+Outside the ten steps: nothing is generated here. A caller sees only its own answers and gets a 404 for any other.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""`/v1/mcp`: the MCP servers, their tools, and calls that a client makes itself, such as the web page.
+"""`/v1/mcp`: the MCP servers, their tools, and calls that a client such as the web UI makes directly.
 
-Outside the ten steps: no model is asked here.
+Outside the ten steps: no model runs here.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`/api/chat` and its kin: Ollama's API for answers and vectors (steps 1 and 10 of a request's life)."""
+"""`/api/chat` and related routes: Ollama's API for answers and embeddings (steps 1 and 10 of a request's life)."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""What clients of vLLM, of llama.cpp's server and of Mistral's API ask besides OpenAI's API: what is served, how busy
-it is, and texts in their words.
+"""Routes of vLLM, llama.cpp's server and Mistral's API besides OpenAI's: state, tokenizer, sleep, completions.
 
-Outside the ten steps, but for those with a body, `/completion` and `/infill` first. Where several models are served,
-`?model=` or the body's `model` says which is meant.
+Outside the ten steps, except for routes with a body such as `/completion` and `/infill`. If several models are served,
+`?model=` or the body's `model` chooses one.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Health, readiness, metrics and usage of the server: `/health`, `/ready`, `/metrics` and similar routes.
 
-Outside the ten steps: asked by load balancers, Prometheus and people. `/health` and `/ready` need no
-key, and say nothing but their status to strangers.
+Outside the ten steps: requested by load balancers, Prometheus and people. `/health` and `/ready` need no key; without
+a valid key, they show only the status.
 """
 
 from __future__ import annotations
